@@ -30,14 +30,28 @@ from metapl.feedback.keeping import SHARE_OF_MEMORY, folder_of, free_bytes, gene
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
-from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
+from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
-from metapl.updates import Settings, Update, as_one_optimizer, options_by_step, update_of
+from metapl.training.retraining import (
+    DatamodelingScore,
+    Removals,
+    StackedTrainings,
+    datamodeling_score,
+    signal_of_weights,
+)
+from metapl.updates import (
+    Settings,
+    Update,
+    as_one_optimizer,
+    options_by_step,
+    options_of,
+    update_of,
+)
 from metapl.words import summary
 
 # The metasmoothness of the first steps below which scores were unreliable
@@ -45,20 +59,6 @@ from metapl.words import summary
 SMOOTH = 0.95
 # The problem where none is given: always the same object.
 EQUAL_WEIGHTS = EqualWeights()
-
-
-class DatamodelingScore(NamedTuple):
-    """How predictions agree with trainings without the examples.
-
-    Attributes:
-        spearman, pearson: the correlations; of M outer losses, the means of theirs.
-        predicted, retrained: the changes of the outer loss of R removals, (R,), or (R, M).
-    """
-
-    spearman: float
-    pearson: float
-    predicted: Tensor
-    retrained: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +88,7 @@ class Attribution:
     student_params: dict[str, Tensor]
     kept: str
     _losses_with: Callable[[Tensor], Tensor] = field(repr=False)
+    _stacks: StackedTrainings | None = field(default=None, repr=False)
     replay_error: float = 0.0
     float32_products: dict[str, str] = field(default_factory=dict)
 
@@ -112,47 +113,81 @@ class Attribution:
         """
         return self.scores[..., self._removed(removed)].sum(-1)
 
-    def validate(self, removals: Iterable[Any], *, progress: bool = True) -> DatamodelingScore:
+    def validate(
+        self,
+        removals: Iterable[Any],
+        *,
+        top: AboveZero | None = None,
+        at_once: AtLeastOne = 32,
+        compile: bool | None = None,
+        progress: bool = True,
+    ) -> DatamodelingScore:
         """Train without each of some sets of examples, and compare with what was predicted.
 
-        The trainings have the same batches, initial weights and dropout masks. The linear
-        datamodeling score is ``spearman``, of M outer losses the mean of theirs.
+        The trainings have the same batches, initial weights and dropout masks. A removed example
+        has the weight 0, and a batch that loses one keeps its size. The linear datamodeling score
+        is ``spearman``, of M outer losses the mean of theirs.
 
-        Cost: a plain training for each removal.
+        Cost: a plain training for each removal, and for ``top`` one for each outer loss. They are
+        taken in stacks, whose time is a third of that or less on small networks; the first steps
+        of a stack are compared with a single training's. Memory: that of ``at_once`` trainings.
 
         Args:
             removals: sets, each as for :meth:`predict`; three or more, for a correlation.
-            progress: as for :func:`attribute`, by the trainings.
-        """
-        from scipy import stats
+            top: a share of the examples, such as 0.01: also train without those of the highest
+                scores, for ``qld`` of the result.
+            at_once: how many trainings are stacked at most; 1: each is taken alone.
+            compile: take the steps of a stack by one compiled graph. None: where there are so many
+                steps times trainings that it pays on a perceptron (docs/whole-trainings.md).
+            progress: as for :func:`attribute`.
 
+        Returns: a :class:`metapl.training.retraining.DatamodelingScore`. Trainings in stacks are
+        those alone to rounding.
+
+        Warns: ``UserWarning`` where the trainings cannot be stacked, and are taken one by one: of a
+        student in several processes, in half precision or under autocast, and of one whose forward
+        :func:`torch.func.vmap` does not take.
+
+        Raises: :class:`metapl.MetaplError` for fewer than three sets, for a share that is not below
+        1, and with ``compile=True`` for what cannot be compiled.
+        """
+        check_arguments(Attribution.validate, locals())
         sets = [self._removed(removed) for removed in removals]
         if len(sets) < 3:
             raise MetaplError(
                 f"validate was given {len(sets)} sets of examples; expected three or more, "
                 "for a correlation."
             )
-        changes = list[Tensor]()
-        with step_bar(progress, len(sets), "trainings without examples", 0) as advance:
-            for is_removed in sets:
-                changes.append(self._losses_with(1.0 - is_removed.float()) - self.outer_loss)
-                advance()
-        # (R,) or (R, M)
-        retrained = torch.stack(changes).double().cpu()
-        predicted = torch.stack([self.predict(is_removed) for is_removed in sets]).double().cpu()
-
-        correlations = list[list[float]]()
-        predicted_MR = predicted.reshape(len(sets), -1).T
-        retrained_MR = retrained.reshape(len(sets), -1).T
-        for predicted_R, retrained_R in zip(predicted_MR, retrained_MR, strict=True):
-            columns = predicted_R.numpy(), retrained_R.numpy()
-            spearman = float(stats.spearmanr(*columns)[0])
-            pearson = float(stats.pearsonr(*columns)[0])
-            correlations.append([spearman, pearson])
-        mean_spearman, mean_pearson = (
-            torch.tensor(correlations, dtype=torch.float64).mean(0).tolist()
+        highest = list[Tensor]()
+        if top is not None:
+            highest = self._highest(top)
+        weights = 1.0 - torch.stack([*sets, *highest]).float()
+        trainings = Removals(self._losses_with, self._stacks, at_once=at_once, compile=compile)
+        losses = trainings.losses(weights, self.outer_loss.shape, progress=progress)
+        # (R,) or (R, M), and behind them those without the highest scores of each outer loss.
+        changes = losses - self.outer_loss
+        without_top = None
+        if highest:
+            of_highest = changes[len(sets) :]
+            without_top = of_highest.diagonal() if of_highest.ndim == 2 else of_highest[0]
+        return datamodeling_score(
+            predicted=torch.stack([self.predict(is_removed) for is_removed in sets]),
+            retrained=changes[: len(sets)],
+            without_top=without_top,
+            trained=trainings.trained,
         )
-        return DatamodelingScore(mean_spearman, mean_pearson, predicted, retrained)
+
+    def _highest(self, share: float) -> list[Tensor]:
+        """Return which examples have the highest scores, as :meth:`_removed` does.
+
+        There is one such set for each outer loss.
+        """
+        if share >= 1:
+            raise MetaplError(f"validate was given top={share:g}; expected a share below 1.")
+        shape = self.scores.shape[self.outer_loss.ndim :]
+        by_loss = self.scores.reshape(self.outer_loss.numel(), shape[0], -1).sum(2)
+        count = max(1, round(share * shape[0]))
+        return [self._removed(scores.argsort(descending=True)[:count]) for scores in by_loss]
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
         """Return the numbers of the most helpful examples and of the most harmful ones.
@@ -385,6 +420,7 @@ def attribute(
         student_params=result.student_params,
         kept=result.kept,
         _losses_with=lambda weights: training.repeated(weights, judges)[1].reshape(L.shape),
+        _stacks=StackedTrainings(training, judges),
         replay_error=replay_error,
         float32_products=result.float32_products,
     )
@@ -507,6 +543,10 @@ class WeightedTraining:
         outer_batch: all outer examples, as one batch.
         outer_examples: M.
         can_be_repeated: whether the student can be copied, which a sharded one cannot.
+        begun: the student and its optimizer at the beginning, copied; of one that can be repeated.
+        start: the generators there.
+        is_scheduled: whether the optimizer's settings differ from step to step.
+        is_in_autocast: whether the passes run under autocast.
 
     Raises: :class:`metapl.MetaplError` for other data, problems and numbers.
     """
@@ -541,22 +581,31 @@ class WeightedTraining:
         self.outer_batch = judged[torch.arange(len(judged))]
         self._refuse_unequal_shares("batch_size", batch_size)
         self._refuse_unequal_shares("the number of outer examples", self.outer_examples)
-        self._begun: Any = None
+        self.begun: tuple[nn.Module, torch.optim.Optimizer]
         self.can_be_repeated = not self.layout.is_sharded
         if self.can_be_repeated:
-            self._begun = copied_without_graphs(self.layout.network, self.optimizer)
-        self._start = start or RandomState.now(first.device)
+            self.begun = copied_without_graphs(self.layout.network, self.optimizer)
+        self.start = start or RandomState.now(first.device)
         self._options: Any = [[]] * steps
+        self.is_scheduled = settings is not None
         if settings is not None:
             self._options = options_by_step(self.optimizer, settings, steps)
         # Repeated in the precision of the scores, wherever it is called.
         device_type = first.device.type
+        self.is_in_autocast = torch.is_autocast_enabled(device_type)
         self._autocast = partial(
             torch.autocast,
             device_type,
             dtype=torch.get_autocast_dtype(device_type),
-            enabled=torch.is_autocast_enabled(device_type),
+            enabled=self.is_in_autocast,
         )
+
+    def options_of_steps(self) -> Sequence[Sequence[Mapping[str, Any]]]:
+        """Return the options of the optimizer's param groups in each step."""
+        if self.is_scheduled:
+            options: Sequence[Sequence[Mapping[str, Any]]] = self._options
+            return options
+        return [options_of(self.optimizer)] * len(self.order)
 
     def _refuse_unequal_shares(self, name: str, count: int) -> None:
         ranks = self.layout.ranks.size
@@ -589,7 +638,7 @@ class WeightedTraining:
         weight = local(next(self.layout.network.parameters()))
         parts_of_example = feedback[0].shape[2 if has_first_dimension else 1 :]
         scores = wide(weight.new_zeros(judges, len(self.data), *parts_of_example))
-        numbers_by_step = map(ranks.own_rows, self.order.to(self._start.device))
+        numbers_by_step = map(ranks.own_rows, self.order.to(self.start.device))
         for numbers, h in zip(numbers_by_step, feedback, strict=True):
             rows = h.reshape(judges, len(numbers), *parts_of_example)
             scores.index_add_(1, numbers, rows.to(scores))
@@ -637,17 +686,17 @@ class WeightedTraining:
             raise MetaplError(
                 "the student is sharded, and is trained again on a copy; expected one that is not."
             )
-        network, optimizer = copy.deepcopy(self._begun)
+        network, optimizer = copy.deepcopy(self.begun)
         params = trainable(network)
         rule = update_of(optimizer, params)
         with (
             # A loss may read ``student.parameters()`` by a closure, which has to find those of this
             # training.
             with_contents_of(network, self.layout.network),
-            replayed(self._start),
+            replayed(self.start),
             torch.enable_grad(),
             self._autocast(),
-            deterministic(self._start.device),
+            deterministic(self.start.device),
         ):
             for numbers, options in zip(self.order[:steps], self._options[:steps], strict=True):
                 for group, own in zip(optimizer.param_groups, options, strict=False):
@@ -655,7 +704,7 @@ class WeightedTraining:
                 self._take_step(network, optimizer, rule, weights, numbers)
             # Of weights before the last step.
             torch.clear_autocast_cache()
-            losses = self._outer_losses(network, judges)
+            losses = self.outer_losses(network, judges)
         return {name: p.detach() for name, p in params.items()}, losses
 
     def _take_step(
@@ -677,10 +726,7 @@ class WeightedTraining:
         torch.clear_autocast_cache()
         outputs = wide(network(problem.student_input(batch)))
         own_weights = weights.to(outputs)[own_numbers]
-        # Weights of examples are those of all their parts.
-        shape = problem.weight_shape(outputs)
-        further_dimensions = [1] * (len(shape) - own_weights.ndim)
-        signal = Signal(own_weights.reshape(*own_weights.shape, *further_dimensions).expand(shape))
+        signal = signal_of_weights(problem, outputs, own_weights)
         losses = problem.inner_loss(outputs, signal, batch, dict(network.named_parameters()))
         losses.mean().backward()
         for name, gradient in ranks.mean_tree(gradients_of(params), {**params}).items():
@@ -689,12 +735,12 @@ class WeightedTraining:
             nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
         rule.take_differentiated_step(params, gradients_of(params))
 
-    def _outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
+    def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""
         ranks = self.layout.ranks
         batch = self.problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
         # With the dropout masks of the outer loss that was differentiated.
-        with torch.no_grad(), replayed(RandomState.now(self._start.device).branch()):
+        with torch.no_grad(), replayed(RandomState.now(self.start.device).branch()):
             outputs = wide(network(self.problem.outer_input(batch)))
             sums_and_weights = list[Tensor]()
             for judge in judges:

@@ -43,6 +43,7 @@ SECOND = (
     "peers",
     "protocol_rows",
     "reduced",
+    "retraining",
     "silent",
     "when",
 )

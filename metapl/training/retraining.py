@@ -1,0 +1,617 @@
+r"""Trainings without some of the examples, many of them at once, and how well they were predicted.
+
+A training without the examples R is the training on all of them with w_i = 0 for i in R. A batch
+that loses an example keeps its size B below the sum, as in a single training:
+
+.. math:: \theta_{k+1} = U\Big(\theta_k,\ \nabla_\theta \frac1B
+          \sum_{i \in I_k} w_i\, \ell_i(\theta_k)\Big)
+
+All trainings begin with the same weights, and have the same batches, settings and dropout masks.
+They differ in w alone, so that one step of many is :func:`torch.func.vmap` of one step over θ, the
+optimizer's state, the buffers and w. :class:`StackedTrainings` takes such steps.
+
+:func:`datamodeling_score` compares what was predicted with what the trainings say.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import Batch
+from metapl.execution.layout import Layout
+from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path, wide
+from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
+from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
+from metapl.functional.adjoint import Carry, Settings, make_training
+from metapl.functional.compiled import captured, capturing, without_warnings_of_tracing
+from metapl.functional.state import clipped, constants_of, tensors_of
+from metapl.functional.training import first_moving_step, first_state, tensor_settings
+from metapl.problems.base import BilevelProblem, Params, Random, Signal, enters_input
+from metapl.problems.doubtful import EqualWeights
+from metapl.runs.terminal import step_bar
+from metapl.updates import TorchUpdate, update_of
+
+vmap = torch.func.vmap
+
+COMPILED_FROM = 100_000
+"""From so many steps times trainings on a stack is compiled, where nobody says otherwise.
+
+Measured by ``benchmarks/retraining.py``.
+"""
+
+BYTES_OF_MEMBER = 6
+"""How many times its weights a training in a stack holds: the weights, their gradient, two moments
+of the optimizer, and what a step makes before the old ones go."""
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
+"""How far the first steps of a stack may be from a single training's, over how far they lead.
+
+Another dropout mask or another division is far above, and rounding far below: Adam divides a
+gradient that is all rounding by itself.
+"""
+
+RESAMPLES = 500
+"""How many times a bootstrap draws."""
+
+
+# ---------------------------------------------------------------------------------------- the score
+
+
+class DatamodelingScore(NamedTuple):
+    """How predictions agree with trainings without the examples.
+
+    Attributes:
+        spearman, pearson: the correlations; of M outer losses, the means of theirs. The first is
+            the linear datamodeling score, LDS.
+        predicted, retrained: the changes of the outer loss of R removals, (R,), or (R, M).
+        interval: the ends of the 95 % interval of ``spearman``, by the percentiles of a bootstrap
+            over the removals, and over the outer losses where there are several.
+        qld: the query loss difference, in units of the outer loss: the change of the outer loss
+            without the share ``top`` of the examples with the highest scores. Of M outer losses,
+            the mean of theirs, each without its own. None where no ``top`` was asked for.
+        qld_interval: the ends of its 95 % interval, by a bootstrap over M outer losses; None of a
+            single one.
+        trained: how the trainings were taken, in words.
+    """
+
+    spearman: float
+    pearson: float
+    predicted: Tensor
+    retrained: Tensor
+    interval: tuple[float, float] = (math.nan, math.nan)
+    qld: float | None = None
+    qld_interval: tuple[float, float] | None = None
+    trained: str = ""
+
+
+def datamodeling_score(
+    predicted: Tensor, retrained: Tensor, without_top: Tensor | None = None, trained: str = ""
+) -> DatamodelingScore:
+    """Return how predicted changes of outer losses agree with those of trainings.
+
+    Args:
+        predicted, retrained: (R,), or (R, M) of M outer losses; R is three or more.
+        without_top: the changes without the highest scores, a scalar or (M,).
+        trained: how the trainings were taken.
+
+    Cost: 500 rankings of R numbers for each outer loss.
+
+    >>> changes = torch.tensor([0.1, 0.3, 0.2, 0.5])
+    >>> score = datamodeling_score(2 * changes, changes, torch.tensor(0.6))
+    >>> round(score.spearman, 4), round(score.pearson, 4), round(score.qld, 4)
+    (1.0, 1.0, 0.6)
+    """
+    predicted_MR = predicted.double().cpu().reshape(len(predicted), -1).T.numpy()
+    retrained_MR = retrained.double().cpu().reshape(len(retrained), -1).T.numpy()
+    qld = None
+    qld_interval = None
+    if without_top is not None:
+        qld = float(without_top.double().mean())
+        if without_top.ndim:
+            qld_interval = bootstrap_interval(without_top.double().cpu().numpy())
+    return DatamodelingScore(
+        spearman=float(rank_correlations(predicted_MR, retrained_MR).mean()),
+        pearson=float(correlations(predicted_MR, retrained_MR).mean()),
+        predicted=predicted.double().cpu(),
+        retrained=retrained.double().cpu(),
+        interval=spearman_interval(predicted_MR, retrained_MR),
+        qld=qld,
+        qld_interval=qld_interval,
+        trained=trained,
+    )
+
+
+def correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return Pearson's correlation of each pair of rows, (M,); NaN of a row of equal numbers."""
+    first = first - first.mean(1, keepdims=True)
+    second = second - second.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        sizes = np.sqrt((first**2).sum(1) * (second**2).sum(1))
+        coefficients: np.ndarray = (first * second).sum(1) / sizes
+    return coefficients
+
+
+def rank_correlations(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return Spearman's correlation of each pair of rows, (M,), with mean ranks for equal ones."""
+    from scipy.stats import rankdata
+
+    return correlations(rankdata(first, axis=1), rankdata(second, axis=1))
+
+
+def spearman_interval(predicted_MR: np.ndarray, retrained_MR: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of M rank correlations over R removals.
+
+    A bootstrap draws removals, and of several outer losses these too. A draw of one removal alone
+    has no correlation, and is left out.
+    """
+    losses, removals = predicted_MR.shape
+    random = np.random.default_rng(0)
+    removals_drawn = random.integers(removals, size=(RESAMPLES, removals))
+    losses_drawn = random.integers(losses, size=(RESAMPLES, losses))
+    # (M, draws)
+    by_loss = np.stack(
+        [
+            rank_correlations(predicted_R[removals_drawn], retrained_R[removals_drawn])
+            for predicted_R, retrained_R in zip(predicted_MR, retrained_MR, strict=True)
+        ]
+    )
+    return percentiles(np.take_along_axis(by_loss, losses_drawn.T, axis=0).mean(0))
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of some values, by a bootstrap over them."""
+    random = np.random.default_rng(0)
+    drawn = random.integers(len(values), size=(RESAMPLES, len(values)))
+    return percentiles(values[drawn].mean(1))
+
+
+def percentiles(values: np.ndarray) -> tuple[float, float]:
+    """Return the 2.5th and the 97.5th percentile of values, without those that are NaN."""
+    defined = values[~np.isnan(values)]
+    if not len(defined):
+        return math.nan, math.nan
+    low, high = np.percentile(defined, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------- one training
+
+
+def signal_of_weights(problem: EqualWeights, outputs: Tensor, weights: Tensor) -> Signal:
+    """Return the weights of a batch's examples as the problem's signal.
+
+    Weights of examples are those of all their parts.
+
+    Args:
+        outputs: of the student, (B, ...).
+        weights: (B,), or in the problem's shape.
+    """
+    shape = problem.weight_shape(outputs)
+    further_dimensions = [1] * (len(shape) - weights.ndim)
+    return Signal(weights.reshape(*weights.shape, *further_dimensions).expand(shape))
+
+
+@dataclass(frozen=True)
+class WithWeights(BilevelProblem):
+    """A problem whose batches come as (weights, batch), and whose signal these weights are."""
+
+    problem: EqualWeights
+
+    def student_input(self, batch: Batch) -> Any:
+        return self.problem.student_input(batch[1])
+
+    def signal(
+        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
+    ) -> Signal:
+        return signal_of_weights(self.problem, student_outputs, batch[0])
+
+    def inner_loss(
+        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
+    ) -> Tensor:
+        return self.problem.inner_loss(outputs, signal, batch[1], params)
+
+    def outer_loss(self, outputs: Tensor, batch: Batch) -> Any:
+        return self.problem.outer_loss(outputs, batch)
+
+
+# --------------------------------------------------------------------------------------- the stacks
+
+
+class RepeatedTraining(Protocol):
+    """What stacks ask of a training: :class:`metapl.training.attribution.WeightedTraining`.
+
+    Attributes:
+        layout: of the student.
+        problem: whose inner losses are weighted.
+        order: the examples of each step, (K, B).
+        clip_norm: the greatest norm of the gradient in each step.
+        can_be_repeated: whether the student can be copied.
+        begun: the student and its optimizer at the beginning, which no training moves.
+        start: the generators there.
+        is_scheduled: whether the optimizer's settings differ from step to step.
+        is_in_autocast: whether the passes run under autocast.
+    """
+
+    layout: Layout
+    problem: EqualWeights
+    order: Tensor
+    clip_norm: float | None
+    can_be_repeated: bool
+    begun: tuple[nn.Module, torch.optim.Optimizer]
+    start: RandomState
+    is_scheduled: bool
+    is_in_autocast: bool
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """Return a batch of training examples as the problem reads it."""
+
+    def options_of_steps(self) -> Sequence[Sequence[Mapping[str, Any]]]:
+        """Return the options of the optimizer's param groups in each step."""
+
+    def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
+        """Return the outer losses of a trained network by these problems, (M,)."""
+
+    def repeated(
+        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Train alone with weights of the examples, for so many of the steps.
+
+        Returns: the trained weights by name, and the outer losses, (M,).
+        """
+
+
+class Members(NamedTuple):
+    """The trainings of a stack, S of them, at some step: tensors with a first dimension S.
+
+    Attributes:
+        params: θ by name.
+        optimizer: its state by parameter.
+        buffers: the student's, by name.
+    """
+
+    params: Tree
+    optimizer: Any
+    buffers: Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackPlan:
+    """How the steps of all stacks of a training are taken; fixed before the first one.
+
+    Attributes:
+        network: in which the tensors of the members are put, one after another; its own are not
+            read.
+        constants: what the optimizer's param groups hold besides the settings.
+        rule: of the optimizer, without a clip.
+        start: the tensors of one training at the beginning.
+        frozen: the parameters that are not learned, by name.
+        rates: the settings that are tensors, in each step, or once for all of them.
+    """
+
+    network: nn.Module
+    constants: Sequence[dict[str, Any]]
+    rule: TorchUpdate
+    start: Members
+    frozen: Tree
+    rates: Sequence[Settings]
+
+    @classmethod
+    def of(cls, training: RepeatedTraining) -> StackPlan:
+        """Return the plan of a training that is repeated."""
+        network, optimizer = copy.deepcopy(training.begun)
+        rule: Any = update_of(optimizer, trainable(network))
+        options = training.options_of_steps()
+        # The tensors of the network itself are written to.
+        begun, _ = training.begun
+        tensors = tensors_of(begun)
+        names_of_buffers = {name for name, _ in begun.named_buffers()}
+        buffers = {name: t for name, t in tensors.state.items() if name in names_of_buffers}
+        return cls(
+            network=network,
+            constants=constants_of(rule),
+            rule=rule,
+            start=Members(tensors.params, first_state(options, rule, ()), buffers),
+            frozen={name: t for name, t in tensors.state.items() if name not in names_of_buffers},
+            rates=tensor_settings(
+                options,
+                rule,
+                (),
+                is_scheduled=training.is_scheduled,
+                device=training.start.device,
+            ),
+        )
+
+
+class StackedTrainings:
+    """Trainings of one student with several weights of its examples, taken in steps together.
+
+    Cost: that of the trainings, without what PyTorch does between operations: of networks whose
+    steps take a millisecond, a third to a half of the time, and less once compiled
+    (docs/whole-trainings.md). Memory: that of S trainings at once, for S of them in a stack, with
+    what S passes hold.
+
+    Args:
+        training: what is taken again.
+        judges: the problems whose outer losses are taken, M of them.
+    """
+
+    def __init__(self, training: RepeatedTraining, judges: Sequence[BilevelProblem]) -> None:
+        self.training = training
+        self.judges = judges
+        # The step of a stack, on the eager road and compiled, from when it is first asked for.
+        self._steps: dict[bool, Callable[..., Members]] = {}
+        # Which of them were compared with single trainings.
+        self._compared: set[bool] = set()
+
+    @cached_property
+    def _plan(self) -> StackPlan:
+        return StackPlan.of(self.training)
+
+    def why_not(self) -> str:
+        """Return what of the training cannot be stacked, for a sentence; "" where all of it can."""
+        training = self.training
+        if training.layout.kind != "plain" or not training.layout.ranks.alone:
+            return "the student is in several processes"
+        if any(p.dtype in HALF for p in training.layout.network.parameters()):
+            return "the student has weights in half precision"
+        if training.is_in_autocast:
+            return "the training is under autocast"
+        if enters_input(training.problem):
+            return "the weights enter the student's input"
+        _, optimizer = training.begun
+        if not isinstance(update_of(optimizer, trainable(training.begun[0])), TorchUpdate):
+            return f"{type(optimizer).__name__} has no rule that can be stacked"
+        return ""
+
+    def most_at_once(self, most: int) -> int:
+        """Return how many trainings half of the free memory holds at once, ``most`` at most.
+
+        Counted are weights, gradients and the optimizer's state, and not what passes hold.
+        """
+        weights = [p for p in self.training.layout.network.parameters() if p.requires_grad]
+        bytes_of_member = BYTES_OF_MEMBER * sum(p.nbytes for p in weights)
+        free = free_bytes(weights[0].device) or math.inf
+        return max(1, int(min(most, SHARE_OF_MEMORY * free / bytes_of_member)))
+
+    def compare(self, weights: Tensor, *, compile: bool) -> None:
+        """Take the first steps of two trainings in a stack, and refuse those that lead elsewhere.
+
+        There are two such steps at least, so that what a step leaves behind is seen in the next:
+        buffers, the optimizer's state, and how many random numbers were drawn.
+
+        Args:
+            weights: of the examples, of the stack that is to come, (S, N, ...).
+
+        Raises: :class:`metapl.MetaplError`, or whatever the student raises in a stack.
+        """
+        if compile in self._compared:
+            return
+        training = self.training
+        steps = min(first_moving_step(training.options_of_steps()) + 2, len(training.order))
+        losses_in_stack, members = self._take(weights, steps, compile=compile)
+        alone, losses = training.repeated(weights[0], self.judges, steps)
+        network, _ = training.begun
+        squared_gap = 0.0
+        squared_way = 0.0
+        for name, start in trainable(network).items():
+            squared_gap += float((members.params[name][0] - alone[name]).double().square().sum())
+            squared_way += float((start.detach() - alone[name]).double().square().sum())
+        allowed = TOLERANCE[wide(losses).dtype]
+        gap = math.sqrt(squared_gap / max(squared_way, torch.finfo(torch.float64).tiny))
+        loss_gap = float(((losses_in_stack[0] - losses) / losses.abs().clamp_min(1)).abs().max())
+        if not (gap <= allowed and loss_gap <= allowed):
+            raise MetaplError(
+                f"{steps} steps in a stack lead elsewhere than alone: the weights are {gap:.1g} of "
+                f"their way off, and the outer loss {loss_gap:.1g}"
+            )
+        self._compared.add(compile)
+
+    def losses(
+        self, weights: Tensor, *, compile: bool, advance: Callable[[], object] = lambda: None
+    ) -> Tensor:
+        """Return the outer losses of trainings in one stack, (S, M).
+
+        Args:
+            weights: of the examples, (S, N, ...).
+            compile: take steps by one compiled graph; it serves stacks of one size.
+            advance: is called after each step.
+        """
+        losses, _ = self._take(weights, len(self.training.order), compile=compile, advance=advance)
+        return losses
+
+    def _take(
+        self,
+        weights: Tensor,
+        steps: int,
+        *,
+        compile: bool,
+        advance: Callable[[], object] = lambda: None,
+    ) -> tuple[Tensor, Members]:
+        """Return the outer losses after so many steps of a stack, (S, M), and its members."""
+        training = self.training
+        plan = self._plan
+        if compile not in self._steps:
+            self._steps[compile] = self._made_step(compile=compile)
+        step = self._steps[compile]
+        members: Members = pytree.tree_map(
+            lambda t: t.expand(len(weights), *t.shape).clone(), plan.start
+        )
+        weights_of_dtype = weights.to(wide(next(iter(plan.start.params.values()))).dtype)
+        with (
+            # A loss may read ``student.parameters()`` by a closure.
+            with_contents_of(plan.network, training.layout.network),
+            replayed(training.start),
+            torch.no_grad(),
+            no_fast_path(math=True),
+            deterministic(training.start.device),
+            without_warnings_of_tracing(),
+            capturing(),
+        ):
+            for number, numbers in enumerate(training.order[:steps]):
+                members = step(
+                    weights_of_dtype[:, numbers],
+                    members,
+                    plan.frozen,
+                    training.batch(numbers),
+                    plan.rates[number % len(plan.rates)],
+                )
+                advance()
+            losses = [self._judged(members, place) for place in range(len(weights))]
+        return torch.stack(losses), members
+
+    def _judged(self, members: Members, place: int) -> Tensor:
+        """Return the outer losses of one training of a stack, (M,), as of a single training."""
+        network = self._plan.network
+        for name, p in trainable(network).items():
+            p.copy_(members.params[name][place])
+        for name, buffer in network.named_buffers():
+            buffer.copy_(members.buffers[name][place])
+        return self.training.outer_losses(network, self.judges)
+
+    def _made_step(self, *, compile: bool) -> Callable[..., Members]:
+        """Return one step of a stack as a function of its members, compiled or not."""
+        training = self.training
+        plan = self._plan
+        training_step, _ = make_training(
+            None,
+            plan.network,
+            WithWeights(training.problem),
+            clipped(plan.rule.without_optimizer(), training.clip_norm),
+            plan.constants,
+        )
+
+        def step_of_member(
+            weights: Tensor, member: Members, frozen: Tree, batch: Batch, settings: Settings
+        ) -> Members:
+            carry = Carry(
+                member.params, member.optimizer, {**frozen, **member.buffers}, teacher_state={}
+            )
+            after, _, _ = training_step({}, carry, (weights, batch), settings)
+            buffers = {name: after.state[name] for name in member.buffers}
+            return Members(after.params, after.optimizer, buffers)
+
+        step = vmap(step_of_member, in_dims=(0, 0, None, None, None), randomness="same")
+
+        def step_of_stack(
+            weights: Tensor, members: Members, frozen: Tree, batch: Batch, settings: Settings
+        ) -> Members:
+            after: Members = step(weights, members, frozen, batch, settings)
+            return after
+
+        if compile:
+            return captured(step_of_stack, training.start.device)
+        return step_of_stack
+
+
+class Removals:
+    """Trainings without sets of examples: in stacks, or one by one where they cannot be stacked.
+
+    Args:
+        alone: the outer losses of a single training with weights of the examples.
+        stacks: of the same training; None where there are none.
+        at_once: how many trainings a stack has at most.
+        compile: whether a stack's steps are compiled; None: from :data:`COMPILED_FROM` on.
+    """
+
+    def __init__(
+        self,
+        alone: Callable[[Tensor], Tensor],
+        stacks: StackedTrainings | None,
+        *,
+        at_once: int,
+        compile: bool | None,
+    ) -> None:
+        self.alone = alone
+        self.stacks = stacks
+        self.at_once = at_once
+        self.compile = compile
+        self.trained = "one by one"
+
+    def losses(self, weights: Tensor, shape: Sequence[int], *, progress: bool) -> Tensor:
+        """Return the outer losses of R trainings, (R, *shape).
+
+        Args:
+            weights: of the examples, a row for each training, (R, N, ...).
+            shape: of the outer losses.
+
+        Warns: ``UserWarning`` where stacks were asked for and the training cannot be stacked.
+        """
+        stacks = self.stacks
+        at_once = self.at_once
+        if stacks is None or not stacks.training.can_be_repeated or at_once == 1:
+            return self._one_by_one(weights, progress=progress)
+        if reason := stacks.why_not():
+            return self._one_by_one(weights, progress=progress, reason=reason)
+        at_once = stacks.most_at_once(at_once)
+        if at_once == 1:
+            reason = "half of the free memory holds no two of them"
+            return self._one_by_one(weights, progress=progress, reason=reason)
+
+        steps = len(stacks.training.order)
+        compiles = self.compile
+        if compiles is None:
+            compiles = steps * len(weights) >= COMPILED_FROM
+        # Stacks of equal sizes, for a graph serves one size.
+        number_of_stacks = math.ceil(len(weights) / at_once)
+        size = math.ceil(len(weights) / number_of_stacks)
+        try:
+            stacks.compare(weights[:size], compile=compiles)
+        except Exception as error:
+            if self.compile:
+                raise refused_compile(first_line(error)) from error
+            return self._one_by_one(weights, progress=progress, reason=first_line(error))
+
+        losses = list[Tensor]()
+        name = f"steps of {size} trainings without examples"
+        with step_bar(progress, number_of_stacks * steps, name, 0) as advance:
+            for rows in weights.split(size):
+                missing = size - len(rows)
+                if missing and compiles:
+                    rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+                of_stack = stacks.losses(rows, compile=compiles, advance=advance)
+                losses.append(of_stack[: size - missing])
+        self.trained = f"in stacks of {size}{', compiled' if compiles else ''}"
+        return torch.cat(losses).reshape(len(weights), *shape)
+
+    def _one_by_one(self, weights: Tensor, *, progress: bool, reason: str = "") -> Tensor:
+        if reason and self.compile:
+            raise refused_compile(reason)
+        if reason:
+            self.trained = f"one by one: {reason}"
+            warnings.warn(
+                f"the trainings without examples cannot be stacked, and are taken one by one: "
+                f"{reason}. at_once=1 asks for that.",
+                stacklevel=4,
+            )
+        losses = list[Tensor]()
+        with step_bar(progress, len(weights), "trainings without examples", 0) as advance:
+            for row in weights:
+                losses.append(self.alone(row))
+                advance()
+        return torch.stack(losses)
+
+
+def refused_compile(reason: str) -> MetaplError:
+    """Return the error about trainings that were to be compiled and cannot be stacked."""
+    return MetaplError(
+        f"validate was given compile=True, and the trainings cannot be compiled in stacks: "
+        f"{reason}; leave compile out."
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error, or its kind where it says nothing."""
+    lines = str(error).splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
