@@ -460,7 +460,9 @@ def with_flags_of_all_methods(name: str) -> Any:
             flags.setdefault(flag.name, flag)
     fields: list[Any] = []
     for flag in flags.values():
-        annotation = Annotated[flag.hint, tyro.conf.arg(help=flag.text)]
+        # The type is known only while the program runs.
+        described = tyro.conf.arg(help=flag.text)
+        annotation: Any = Annotated[flag.hint, described]
         settings = dataclasses.field(kw_only=True)
         if not flag.is_required:
             settings = dataclasses.field(default=flag.value, kw_only=True)

@@ -48,7 +48,7 @@ MEASURED_AT_ONCE = 256
 
 # The standard deviation, in points, of what recipes reach on a problem that nobody has seen. The
 # measured accuracies count in full where their standard error is small beside it.
-SPREAD = 10.0
+SPREAD = 5.0
 
 Augment = Literal["mild", "strong"]
 

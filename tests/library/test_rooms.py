@@ -56,7 +56,8 @@ FLOORS = (
         "apps.attribute",
         "apps.ablate",
     ),
-    ("apps.help_pages", "apps.refused_words", "apps.main"),
+    ("apps.help_pages", "apps.refused_words"),
+    ("apps.main",),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems,
 updates and the execution know nothing of each other's use in feedback, and none of them of a

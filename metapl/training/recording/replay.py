@@ -42,7 +42,8 @@ from metapl.training.recording.first_step import (
 )
 from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.training.recording.network import Call, RecordedNetwork
-from metapl.updates import Clipped, OptimizerState, TorchUpdate, Update
+from metapl.updates import Clipped, TorchUpdate, Update
+from metapl.updates.base import OptimizerState
 
 
 @dataclass
