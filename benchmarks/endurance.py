@@ -35,7 +35,7 @@ from PIL import Image
 
 from metapl import MetaplError
 from metapl.apps.main import main as metapl_command
-from metapl.apps.pictures.reader import read_image
+from metapl.pictures.reader import read_image
 
 RESULT = RESULTS / "endurance.json"
 # After so many seconds something that takes two counts as hanging.

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from metapl.apps import machine
+from metapl import machine
 from metapl.metrics import paired_test
 
 HERE = Path(__file__).parent

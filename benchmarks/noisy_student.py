@@ -40,26 +40,21 @@ from harness import NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
 
 from metapl.apps.digits import Digits, fitting
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.methods import Data
-from metapl.apps.noisy_student import (
-    Chosen,
-    Noised,
-    PseudoLabeledBatches,
-    decay_interval,
-    end_matched,
-    noisy_view,
-)
-from metapl.apps.pictures.views.base import Identity
+from metapl.apps.noisy_student import noisy_view
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
 from metapl.metrics import paired_test
 from metapl.metrics.predictions import logits_of
+from metapl.noisy_student import Chosen, Noised, PseudoLabeledBatches, end_matched
+from metapl.pictures.views.base import Identity
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
+from metapl.training.options import decay_interval
 
 RAW = RESULTS / "noisy_student.jsonl"
 LABELS = 4

@@ -44,21 +44,14 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.images import Pictures
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
-from metapl.apps.noisy_student import (
-    STOCHASTIC_DEPTH,
-    THRESHOLD,
-    Chosen,
-    Noised,
-    PseudoLabeledBatches,
-    end_matched,
-)
-from metapl.apps.pictures.batches import in_unit_range
+from metapl.apps.noisy_student import STOCHASTIC_DEPTH, THRESHOLD
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
 from metapl.metrics.predictions import logits_of
+from metapl.noisy_student import Chosen, Noised, PseudoLabeledBatches, end_matched
 from metapl.pictures import (
     EvaluationBatches,
     Identity,
@@ -68,6 +61,7 @@ from metapl.pictures import (
     Weak,
     load_digits_split,
 )
+from metapl.pictures.batches import in_unit_range
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
 from metapl.training.loss_trainer import LossTrainer

@@ -33,8 +33,8 @@ from torch.nn import functional as F
 import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.apps.digits import METHODS
-from metapl.apps.networks import create
 from metapl.models import LabelAdjuster
+from metapl.networks import create
 from metapl.problems import ReducedLabels
 
 RAW = RESULTS / "reduced.jsonl"

@@ -52,10 +52,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 import metapl
-from metapl.apps.pictures.views import base
 from metapl.functional import stack
 from metapl.models import mlp
 from metapl.pictures import load_digits_split
+from metapl.pictures.views import base
 from metapl.problems import EqualWeights
 
 RAW = RESULTS / "when.jsonl"
@@ -775,7 +775,7 @@ SHIFT = 1
 NOISE = 0.2
 CUTOUT = 2
 SIDE = 8
-"""Of the digits' view, :class:`metapl.apps.pictures.ShiftNoiseCutout`, and a picture's side."""
+"""Of the digits' view, :class:`metapl.pictures.ShiftNoiseCutout`, and a picture's side."""
 
 
 def views(
@@ -783,7 +783,7 @@ def views(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield a stack's batches in shuffled epochs: which pictures, (S, B), and views, (S, B, 64).
 
-    They have the distribution of :class:`metapl.apps.pictures.ShiftNoiseCutout`, from pseudo-random
+    They have the distribution of :class:`metapl.pictures.ShiftNoiseCutout`, from pseudo-random
     numbers that take a tenth of the time: all shifts of all pictures are made once, and looked up.
     What a seed sees does not depend on what else is in the stack, and more batches begin with the
     same ones.

@@ -1,8 +1,10 @@
 """Noisy Student on ImageNet and SVHN: a teacher labels, and a noisy student learns its labels.
 
-    python examples/noisy_student_imagenet.py b0 --root data/ --unlabeled pictures/ --out runs/b0
-    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 --root data/ \\
-        --unlabeled pictures/ --mesh.shard 8 --select-by runs/b0/selection/selected --out runs/l2
+    python examples/noisy_student_imagenet.py b0 --root data/ \\
+        --unlabeled pictures/ --out runs/b0
+    torchrun --nproc-per-node=8 examples/noisy_student_imagenet.py l2 \\
+        --root data/ --unlabeled pictures/ --mesh.shard 8 \\
+        --select-by runs/b0/selection/selected --out runs/l2
     # SVHN's core and extra pictures, as Table 17
     python examples/noisy_student_imagenet.py svhn --root data/ --out runs/svhn
     # all that a run will do, and who says which value
@@ -41,6 +43,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
+from command_rows import settings_asked
 from picture_sets import (
     PictureSet,
     build_network,
@@ -54,10 +57,18 @@ from torch import distributed as dist
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import metapl
-from metapl.apps.label_selection import check_interval, select
-from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter
-from metapl.apps.launch import Processes, joined
-from metapl.apps.noisy_student import (
+from metapl.data import StepSampler
+from metapl.data.draws import fold_in
+from metapl.distributed import Mesh, shard
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import digest
+from metapl.labels.selection import check_interval, select
+from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter
+from metapl.machine import device as device_of
+from metapl.metrics import Evaluation, evaluate_logits, predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.networks import Architecture
+from metapl.noisy_student import (
     Chosen,
     LossesApart,
     Noised,
@@ -65,17 +76,6 @@ from metapl.apps.noisy_student import (
     end_matched,
     freeze_first_layers,
 )
-from metapl.apps.pictures.batches import Images, in_unit_range
-from metapl.apps.pictures.folders import digest as file_digest
-from metapl.apps.train import device as device_of
-from metapl.data import StepSampler
-from metapl.data.draws import fold_in
-from metapl.distributed import Mesh, shard
-from metapl.errors import MetaplError, few
-from metapl.execution.batch import digest
-from metapl.metrics import Evaluation, evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of
-from metapl.networks import Architecture
 from metapl.pictures import (
     CIFAR_OPERATIONS,
     Chain,
@@ -89,8 +89,11 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.pictures.batches import Images, in_unit_range
+from metapl.pictures.folders import digest as file_digest
 from metapl.problems import NoisyStudentLoss
 from metapl.problems.losses import CrossEntropy
+from metapl.processes import Processes, joined
 
 # Pictures that are labeled in one pass. The stores of several processes are cut between such
 # passes, so that they hold the same bytes as that of one process.
@@ -1002,7 +1005,9 @@ def write_labels(
     }
     shares = processes.mesh.shares
     passes = -(-len(positions) // LABELED_AT_ONCE)
-    is_whole = (folder / "store.json").exists() and LabelStore(folder, whole=False).complete
+    is_whole = False
+    if (folder / "store.json").exists():
+        is_whole = LabelStore(folder, must_be_complete=False).complete
     parts = [folder.with_name(f"{folder.name}-{number}-of-{shares}") for number in range(shares)]
     ranges = [
         range(number * passes // shares, (number + 1) * passes // shares)
@@ -1454,15 +1459,15 @@ def reached(
 def settings_of(words: Sequence[str]) -> Settings:
     """Return the settings that a command line asks for, before they are checked."""
     rows = {name: (row.title, row.settings()) for name, row in ROWS.items()}
-    return tyro.extras.overridable_config_cli(rows, description=__doc__, args=list(words))
+    return settings_asked("noisy_student_imagenet.py", __doc__ or "", rows, words)
 
 
 def main(words: Sequence[str]) -> int:
     if "--sources" in words:
         print(sources_table())
         return 0
-    c = settings_of(words)
     try:
+        c = settings_of(words)
         check(c)
         if c.dry_run:
             labeled = (

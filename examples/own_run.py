@@ -15,10 +15,9 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.run_folder import save
 from metapl.data import StepSampler
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.networks import Input, NetworkCard
 from metapl.pictures import (
     Affine,
     Chain,
@@ -33,6 +32,7 @@ from metapl.pictures import (
     scan_unlabeled,
 )
 from metapl.problems.losses import UDA, CrossEntropy
+from metapl.run_folder import save
 
 # The side of a picture in pixels.
 SIDE = 32

@@ -19,15 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import datasets
 
-from metapl.apps.labeling import called
-from metapl.apps.pictures.batches import Images
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.run_folder import save
 from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.labels import LabelStore
 from metapl.metrics import Evaluation
-from metapl.networks import Architecture, Normalized, create
+from metapl.networks import Architecture, Input, NetworkCard, Normalized, create
 from metapl.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
@@ -42,6 +38,8 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
+from metapl.pictures.batches import Images
+from metapl.run_folder import save
 
 # The streams of the two draws of a split. They keep these draws apart from every other use of a
 # seed.
@@ -318,7 +316,7 @@ class StoredBatches(UnlabeledBatches):
 def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[FileImages, Tensor]:
     """Return a folder's pictures that a store has labels of, and their rows in it, (n,) int64."""
     files = scan_unlabeled(folder)
-    rows = torch.from_numpy(np.asarray(store.find(called(store, files.root, files.names))))
+    rows = torch.from_numpy(np.asarray(store.find(store.ids_of_files(files.root, files.names))))
     if not (rows >= 0).any():
         raise MetaplError(
             f"the store {store.folder} has labels of no picture below {folder}; expected `metapl "

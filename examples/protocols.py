@@ -1,17 +1,19 @@
 """The picture protocols of Meta Pseudo Labels, on torchvision's files; nothing is downloaded.
 
-    # 4,000 labels of 50,000; mean and deviation of ten runs; 128 labels a class, ResNet-50
+    # 4,000 labels of 50,000; mean and deviation of ten runs; 128 labels a class
     python examples/protocols.py cifar10-4k --root data/ --out runs/cifar
-    python examples/protocols.py svhn-1k-paper --root data/ --out runs/svhn --seeds 0-9
+    python examples/protocols.py svhn-1k-paper --root data/ --out runs/svhn \\
+        --seeds 0-9
     python examples/protocols.py imagenet-10pct --root data/ --out runs/tenth
-    # 4,000 or 400 labels of Fashion-MNIST's 60,000, which Debian has as a package
-    python examples/protocols.py fashion-4k --root /usr/share/datasets/fashion-mnist --out runs/f
+    # 4,000 or 400 labels of Fashion-MNIST's 60,000, a package of Debian
+    python examples/protocols.py fashion-4k \\
+        --root /usr/share/datasets/fashion-mnist --out runs/f
     # each row, in a minute
-    python examples/protocols.py fashion-4k --network wide_resnet10_1 --scale-to 300 \\
-        --root /usr/share/datasets/fashion-mnist --out runs/small
+    python examples/protocols.py fashion-4k --network wide_resnet10_1 \\
+        --scale-to 300 --root /usr/share/datasets/fashion-mnist --out runs/small
     # all labels, and 12.8 M others
-    torchrun --nproc-per-node=8 examples/protocols.py imagenet-jft --mesh.shard 8 --root data/ \\
-        --unlabeled pictures/ --out runs/jft
+    torchrun --nproc-per-node=8 examples/protocols.py imagenet-jft \\
+        --mesh.shard 8 --root data/ --unlabeled pictures/ --out runs/jft
     # who says which value
     python examples/protocols.py --sources
 
@@ -43,6 +45,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
+from command_rows import settings_asked
 from picture_sets import (
     StoredBatches,
     build_network,
@@ -56,18 +59,16 @@ from picture_sets import (
 from torch import Tensor, nn
 
 import metapl
-from metapl.apps.launch import Processes, joined
-from metapl.apps.methods_over_seeds import parse_seeds
-from metapl.apps.printing import exit_code
-from metapl.apps.train import Truth
-from metapl.apps.train import device as device_of
 from metapl.data import StepSampler
+from metapl.data.seeds import parse_seeds
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.feedback import Forward, LossDifference, Reinforce, ReinforcePerExample
 from metapl.labels import LabelStore
+from metapl.machine import device as device_of
 from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
 from metapl.models import LabelAdjuster
 from metapl.networks import parameter_groups
 from metapl.pictures import (
@@ -79,6 +80,8 @@ from metapl.pictures import (
 )
 from metapl.problems import ReducedLabels
 from metapl.problems.losses import UDA, CrossEntropy
+from metapl.processes import Processes, joined
+from metapl.runs.terminal import exit_code
 
 # How the teacher learns from the student, by the forms of h in facts about eq. (12): the exact
 # gradient of soft labels; Algorithm 1, h times the mean cross-entropy of the drawn labels, as it is
@@ -98,14 +101,18 @@ SIDES = {"cifar10": 32, "svhn": 32, "fashion": 28}  # of the sets whose pictures
 class Protocol:
     """What a run does. A row below has a value for everything that has no default here."""
 
-    # As torchvision calls it; of fashion, the four files' folder.
-    root: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    out: Annotated[str, tyro.conf.arg(metavar="DIR")]
-    seed: int = 0
-    seeds: Annotated[str | None, tyro.conf.arg(metavar="0-9")] = (
-        None  # several runs, one after the other
-    )
-    resume: bool = False
+    root: Annotated[
+        str,
+        tyro.conf.arg(
+            metavar="DIR", help="Torchvision's folder of the data; of fashion, that of its 4 files."
+        ),
+    ]
+    out: Annotated[str, tyro.conf.arg(metavar="DIR", help="Folder that the run is written to.")]
+    seed: Annotated[int, tyro.conf.arg(help="Seed of all random numbers.")] = 0
+    seeds: Annotated[
+        str | None, tyro.conf.arg(metavar="0-9", help="Several runs, one after the other.")
+    ] = None
+    resume: Annotated[bool, tyro.conf.arg(help="Go on with a run that was stopped.")] = False
 
     data: Literal["cifar10", "svhn", "fashion", "imagenet"]
     unlabeled: str | None = (
@@ -556,6 +563,8 @@ def fitted_to_steps(c: Protocol, words: Sequence[str]) -> Protocol:
         c: the settings that the command line asks for.
         words: the command line.
     """
+    if c.steps < 1:
+        raise MetaplError(f"--steps {c.steps}: expected 1 or more.")
     row = ROWS[next(word for word in words if word in ROWS)].settings()
     named = named_settings(words)
     fits = c.steps > waits_of(c) and c.steps >= waits_of(c) + c.warmup
@@ -749,7 +758,7 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     training_accuracy = TrainingAccuracy(to_evaluate(measured), c.validate_every, c.steps)
     callbacks: list[Any] = [training_accuracy]
     if len(split["unlabeled"]):
-        callbacks.append(Truth(to_evaluate(split["unlabeled"][:2_048])))
+        callbacks.append(PseudoLabelAccuracy(to_evaluate(split["unlabeled"][:2_048])))
     reads_unlabeled = c.method not in ("supervised", "headroom")
     trained_on = labeled
     if c.method == "headroom":
@@ -1001,7 +1010,7 @@ def shown(summary: Mapping[str, Any]) -> str:
 
 def settings_of(words: Sequence[str]) -> Protocol:
     """Return the settings that a command line asks for; what does not go together is refused."""
-    c = tyro.extras.overridable_config_cli(PROTOCOLS, description=__doc__, args=list(words))
+    c = settings_asked("protocols.py", __doc__ or "", PROTOCOLS, words)
     c = scaled(fitted_to_steps(c, words))
     check(c)
     return c

@@ -39,17 +39,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from metapl.apps.backbone import IMAGENET
-from metapl.apps.network_weights import load_weights, read_weights
-from metapl.apps.pictures.batches import in_unit_range
-from metapl.apps.pictures.folders import LabeledFiles, scan_labeled
-from metapl.apps.pictures.reader import SUFFIXES, UnreadableImage, read_image
-from metapl.apps.robustness import CORRUPTIONS, SEVERITIES, by_severity
-from metapl.apps.run_folder import EndedRun
 from metapl.errors import MetaplError, few, reason_of
 from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
 from metapl.networks import Architecture, Normalized
+from metapl.networks.tuned import IMAGENET
+from metapl.networks.weights import load_weights, read_weights
+from metapl.pictures.batches import in_unit_range
+from metapl.pictures.folders import LabeledFiles, scan_labeled
+from metapl.pictures.reader import SUFFIXES, UnreadableImage, read_image
+from metapl.robustness import CORRUPTIONS, SEVERITIES, by_severity
+from metapl.run_folder import EndedRun
 
 # The number of ImageNet's classes.
 OUTPUTS = 1000

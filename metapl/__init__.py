@@ -28,11 +28,15 @@ if TYPE_CHECKING:
         labels,
         metrics,
         networks,
+        noisy_student,
         pictures,
+        robustness,
+        run_folder,
         sklearn,
     )
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
+    from metapl.training.recording import Recording, record
 
 __version__ = "0.3.0"
 
@@ -47,6 +51,7 @@ __all__ = [
     "LossTrainer",
     "MetaplError",
     "PseudoLabels",
+    "Recording",
     "Signal",
     "StepReport",
     "StopFit",
@@ -58,6 +63,7 @@ __all__ = [
     "metasmoothness",
     "models",
     "problems",
+    "record",
     "scheduled_settings",
 ]
 
@@ -72,13 +78,18 @@ _LAZY_MODULES = (
     "labels",
     "metrics",
     "networks",
+    "noisy_student",
     "pictures",
+    "robustness",
+    "run_folder",
     "sklearn",
 )
 _MODULES_OF_LAZY_FUNCTIONS = {
+    "Recording": "metapl.training.recording",
     "ablate": "metapl.ablation",
     "attribute": "metapl.training.attribution",
     "metasmoothness": "metapl.training.attribution",
+    "record": "metapl.training.recording",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -90,6 +91,13 @@ def needed_for(need: str) -> Iterator[None]:
         if module not in OPTIONAL_PACKAGES:
             raise
         raise MissingPackage(need, module) from error
+
+
+def require_packages(need: str, *modules: str) -> None:
+    """Refuse to go on without these optional packages, before anything has been done."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise MissingPackage(need, module)
 
 
 def reason_of(error: BaseException) -> str:

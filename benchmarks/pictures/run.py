@@ -26,7 +26,7 @@ from benchmarks.harness import RESULTS, Row, environment, go_on
 from benchmarks.pictures.drawing import Problem
 from benchmarks.pictures.problems import half, make, named
 from metapl.apps.images import METHODS, Images
-from metapl.apps.look import REHEARSED, choose_settings, steps_within
+from metapl.apps.look import choose_settings
 from metapl.apps.settings import flag_values, with_flags
 from metapl.apps.several_runs import Job
 
@@ -51,19 +51,18 @@ def train_within(place: Path, *, method: str, minutes: float, settings: Row) -> 
     """
     since = time.process_time()
     pictures = place / "pictures"
-    asked = {"minutes": minutes, "steps": REHEARSED} | settings
-    config, method_ = choose_settings(*configured(pictures, method, asked), say=lambda text: None)
-    if "steps" not in settings:
-        asked["steps"] = steps_within(config, method_, minutes, time.process_time)
-        config, method_ = choose_settings(
-            *configured(pictures, method, asked), say=lambda text: None
-        )
+    config, method_ = choose_settings(
+        *configured(pictures, method, {"minutes": minutes} | settings),
+        say=lambda text: None,
+        clock=time.process_time,
+    )
     result = Job(config, method_, place / "run", resume=False, threads=1).run()
     seconds = time.process_time() - since
     return {
         "steps": config.fitting.steps,
         "recolor": config.pictures.recolor,
         "image_size": config.pictures.image_size,
+        "chosen": result.get("chosen"),
         "delivered": result["delivered"],
         "seconds": round(seconds, 1),
         **{

@@ -10,7 +10,7 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 
@@ -20,16 +20,16 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import ROOM, Folder, held
 from metapl.apps.look import choose_settings
-from metapl.apps.machine import write_whole
 from metapl.apps.methods import Mpl, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import Flat, SomeSteps, unset
-from metapl.apps.train import device
-from metapl.apps.tuned_networks import begin_as
-from metapl.errors import MetaplError
-from metapl.feedback import MODES, estimator
-from metapl.runs.fields import Range
+from metapl.errors import FieldError, MetaplError
+from metapl.feedback import MODES
+from metapl.machine import device
+from metapl.networks.tuned import begin_as
+from metapl.runs.fields import Range, check_fields
+from metapl.runs.files import write_whole
 from metapl.training.trainer import BilevelTrainer
 
 FIGURES = "ablation.json"
@@ -38,6 +38,12 @@ PICTURE = "ablation.png"
 # The picture is 4 inches wide.
 DOTS_PER_INCH = 200
 
+
+# The type checker cannot read the names from a tuple.
+if TYPE_CHECKING:
+    ComparedMode = str
+else:
+    ComparedMode = Literal[MODES]
 
 EXPECTED_FACTORY = (
     "expected module:function, such as my_networks:build of my_networks.py in this folder"
@@ -60,7 +66,7 @@ class Looking:
 
     out: Folder = None
     modes: Annotated[
-        tuple[str, ...] | None,
+        tuple[ComparedMode, ...] | None,
         unset("MODE ...", f"modes to compare. By default all are compared: {', '.join(MODES)}."),
     ] = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
@@ -68,14 +74,19 @@ class Looking:
     # The flag is --no-altered.
     altered: Annotated[bool, unset()] = True
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.modes is not None and len({*self.modes}) != max(1, len(self.modes)):
+            raise FieldError(
+                f"modes={self.modes}: expected one or more, each once.",
+                "modes",
+                value=self.modes,
+                expected=f"one or more of {', '.join(MODES)}, each once",
+            )
+
     def look(self, subject: Subject) -> int:
         """Compare the modes on networks and data, and print and write what was measured."""
-        modes: list[Any] | None = None
-        if self.modes is not None:
-            modes = [*self.modes]
-            for name in modes:
-                # It refuses a name that there is not, before anything is measured.
-                estimator(name)
+        modes: list[Any] | None = None if self.modes is None else [*self.modes]
         with held(self.out):
             ablation = ablate(
                 subject.trainer,

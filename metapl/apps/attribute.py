@@ -18,21 +18,21 @@ from torch.nn import functional as F
 
 from metapl.apps import web
 from metapl.apps.inputs import ROOM, Folder, Run, check_out, files_of, held, plural
-from metapl.apps.machine import write_whole
-from metapl.apps.pictures.batches import FileImages, in_unit_range
-from metapl.apps.pictures.folders import (
+from metapl.apps.printing import short, table, tell, wrapped, written_csv
+from metapl.apps.progress import count_bar
+from metapl.apps.settings import Batch, Steps, unset
+from metapl.errors import MetaplError, few
+from metapl.metrics import predict_logits
+from metapl.pictures.batches import FileImages, in_unit_range
+from metapl.pictures.folders import (
     LabeledFiles,
     scan_labeled,
     verify_files,
     without_copies,
 )
-from metapl.apps.printing import short, table, tell, wrapped, written_csv
-from metapl.apps.progress import count_bar
-from metapl.apps.run_folder import EndedRun
-from metapl.apps.settings import Batch, Steps, unset
-from metapl.errors import MetaplError, few
-from metapl.metrics import predict_logits
+from metapl.run_folder import EndedRun
 from metapl.runs.fields import Range
+from metapl.runs.files import write_whole
 from metapl.training.attribution import Attribution, attribute
 
 TABLE = "attribution.csv"

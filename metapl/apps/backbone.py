@@ -13,18 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.machine import read_json, sha256_of
 from metapl.apps.methods import Data
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures.batches import EvaluationBatches
-from metapl.apps.printing import require_packages
-from metapl.apps.run_folder import WEIGHTS, EndedRun, refuse_changed
-from metapl.apps.tuned_networks import Tuned
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
-
-# The mean and the standard deviation of each channel that pretrained weights expect.
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+from metapl.networks.architectures import LARGEST_LINEAR_SIDE, Architecture
+from metapl.networks.tuned import IMAGENET, Normalized, Tuned
+from metapl.pictures.batches import EvaluationBatches
+from metapl.run_folder import WEIGHTS, EndedRun, refuse_changed
+from metapl.runs.files import read_json, sha256_of
 
 # What "auto" takes: the first of these whose weights are on this machine.
 AUTO = (
@@ -45,7 +41,7 @@ LEAST_SIDE = 32
 
 # The control: the side in pixels to which pictures are shrunk where there is no backbone, the most
 # labeled pictures that it is fitted on, and pictures in a batch.
-CONTROL_SIDE = 16
+CONTROL_SIDE = LARGEST_LINEAR_SIDE
 CONTROL_PICTURES = 2000
 CONTROL_BATCH = 64
 
@@ -285,10 +281,14 @@ class Control:
         return float(np.concatenate(is_right).mean())
 
     @torch.no_grad()
-    def start(self, network: Tuned) -> None:
-        """Let the head of a network begin as the regression, and be trained from there."""
+    def start(self, network: Normalized) -> None:
+        """Let the head of a network begin as the regression, and be trained from there.
+
+        The network is a backbone, or one layer on the pixels that the regression sees.
+        """
         scaler, linear = (step for _, step in self.regression.steps)
-        head = network.module.get_submodule(network.head)
+        head_name = network.head if isinstance(network, Tuned) else "head"
+        head = network.module.get_submodule(head_name)
         if not isinstance(head, nn.Linear) or len(linear.classes_) != head.out_features:
             return
         weight_KF = linear.coef_
@@ -298,9 +298,17 @@ class Control:
             weight_KF = np.concatenate([-weight_KF, weight_KF]) / 2
             bias_K = np.concatenate([-bias_K, bias_K]) / 2
         weight_KF = weight_KF / scaler.scale_
+        bias_K = bias_K - weight_KF @ scaler.mean_
+        if not isinstance(network, Tuned):
+            # The regression sees pixels in [0, 1], and the layer sees them normalized.
+            per_channel = weight_KF.shape[1] // len(network.mean)
+            mean_F = network.mean.double().repeat_interleave(per_channel).cpu().numpy()
+            std_F = network.std.double().repeat_interleave(per_channel).cpu().numpy()
+            bias_K = bias_K + weight_KF @ mean_F
+            weight_KF = weight_KF * std_F
         head.weight.copy_(torch.from_numpy(weight_KF))
         if head.bias is not None:
-            head.bias.copy_(torch.from_numpy(bias_K - weight_KF @ scaler.mean_))
+            head.bias.copy_(torch.from_numpy(bias_K))
 
     def _features(self, data: Any) -> Iterator[tuple[Any, Any]]:
         """Yield the features and the labels of the pictures of each batch."""

@@ -29,26 +29,29 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images, OfPictures
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
-from metapl.apps.launch import Processes, from_first, joined, program
 from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings
-from metapl.apps.machine import default_threads
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
-from metapl.apps.methods_over_seeds import parse_seeds
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
-from metapl.apps.printing import as_flags, exit_code, tell, wrapped
+from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
-from metapl.apps.run_folder import RunFolder, stored_result
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
-from metapl.apps.train import check_shares, describe, device, train
+from metapl.apps.tournament import Auto
+from metapl.apps.train import check_shares, describe, train
+from metapl.data.seeds import parse_seeds
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError, few
-from metapl.runs.fields import Range
+from metapl.machine import default_threads, device
+from metapl.processes import Processes, from_first, joined
+from metapl.run_folder import RunFolder, stored_result
+from metapl.runs.fields import Range, check_fields
+from metapl.runs.terminal import exit_code
 from metapl.training import Interrupted
+from metapl.words import did_you_mean
 
 # The flag --method of each command, which takes the names of its methods. The type checker cannot
 # follow a type that is made while the program runs.
@@ -115,6 +118,9 @@ class Place:
     recipe: RecipeFile = None
     log_to: Annotated[str | None, unset("MODULE:FUNCTION")] = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparing(Place):
@@ -129,7 +135,7 @@ class Comparing(Place):
 
     compare: Switch = False
     seeds: Annotated[str | None, unset("SEEDS")] = None
-    methods: Annotated[tuple[str, ...], unset("NAME ...")] = ()
+    methods: Annotated[tuple[str, ...] | None, unset("NAME ...")] = None
     jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
 
 
@@ -248,6 +254,11 @@ class Train:
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
         check_shares(self.config, self.method, mesh)
+        if isinstance(self.method, Auto) and mesh.size > 1:
+            raise MetaplError(
+                f"--method auto tries recipes in one process, and {mesh.size} were started; "
+                "expected a method by its name, such as --method uda."
+            )
         if isinstance(self.method, ReducedMpl):
             check_labels_given(self.config, self.method)
         if isinstance(self.method, NoisyStudent):
@@ -263,21 +274,25 @@ class Train:
         if self.methods is None or not isinstance(options, Comparing):
             return None
         for name in ("seeds", "methods", "jobs"):
-            if getattr(options, name) and not options.compare:
+            if getattr(options, name) is not None and not options.compare:
                 raise MetaplError(f"--{name} goes with --compare.")
         seeds: tuple[int, ...] = (self.config.fitting.seed,)
         if options.seeds:
             seeds = parse_seeds(options.seeds)
         # The run's own method is the first, which is delivered where validation cannot tell.
         names = (self.method.name, *self.methods.COMPARED)
-        if options.methods:
+        if options.methods is not None:
             # Commas may stand between them too.
-            names = tuple(",".join(options.methods).split(","))
+            listed = ",".join(options.methods).split(",")
+            names = tuple(name for name in listed if name)
         names = tuple(dict.fromkeys(names))
+        expected = f"some of {', '.join(self.methods.METHODS)}."
+        if not names:
+            raise MetaplError(f"--methods was given without a value; expected {expected}")
         unknown = [name for name in names if name not in self.methods.METHODS]
         if unknown:
-            expected = ", ".join(self.methods.METHODS)
-            raise MetaplError(f"--methods {few(unknown)}: expected some of {expected}.")
+            meant = did_you_mean(unknown[0], [*self.methods.METHODS]) or "."
+            raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
         if options.log_to is not None:
@@ -307,6 +322,8 @@ class Train:
                 self.options.out, self.config.name, resume=self.options.resume
             ) as folder:
                 path = folder.path
+                if self.options.resume and not folder.exists:
+                    say(f"there is no run in {path} to resume: it begins")
                 # Another program that calls this is not told how to start it again.
                 if sys.argv[1:] and sys.argv[1] in TRAINING_COMMANDS:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
@@ -492,8 +509,8 @@ class TrainImages(Train):
 
     config: Flat[Images]
     options: Flat[Started] = field(default_factory=Started)
-    method_name: MethodOfImages = "uda"
-    method: Flat[Method] = images.METHODS["uda"]
+    method_name: MethodOfImages = "auto"
+    method: Flat[Method] = images.METHODS["auto"]
     methods: ClassVar[Methods] = images
 
 
@@ -542,3 +559,13 @@ class RoundsOfDigits(Train):
     config: Flat[DigitsOfRounds] = field(default_factory=DigitsOfRounds)
     options: Flat[Place] = field(default_factory=Place)
     method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
+
+
+def program() -> str:
+    """Return what this command was started with, for a line that starts it again."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
+        return "metapl"
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == count
+    options = f"--nproc-per-node={count}" if is_one_machine else "..."
+    return f"torchrun {options} -m metapl"

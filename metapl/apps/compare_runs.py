@@ -12,15 +12,15 @@ import tyro
 
 from metapl.apps.methods_over_seeds import ENOUGH_SEEDS, STUDENT, spread
 from metapl.apps.printing import table, tell, wrapped
-from metapl.apps.run_folder import (
+from metapl.errors import MetaplError, few
+from metapl.metrics import Evaluation, paired_test
+from metapl.run_folder import (
     READOUTS,
     EndedRun,
     RunFolder,
     results_within,
     stored_data,
 )
-from metapl.errors import MetaplError, few
-from metapl.metrics import Evaluation, paired_test
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart,
 # and what changes no number.

@@ -18,9 +18,9 @@ from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import short, table
 from metapl.apps.progress import count_bar
 from metapl.apps.report_picture import png_of
-from metapl.apps.run_folder import EndedRun, NetworkName, stored_data
 from metapl.errors import MetaplError, few
 from metapl.metrics.predictions import predict_logits
+from metapl.run_folder import EndedRun, NetworkName, stored_data
 
 # How many pictures of each kind the sheet shows, and in how many columns.
 SHOWN = 12

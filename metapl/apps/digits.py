@@ -11,20 +11,20 @@ import torch
 from torch import nn
 
 from metapl.apps import methods
-from metapl.apps.network_weights import parameter_groups
-from metapl.apps.pictures import (
+from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, require
+from metapl.data import StepSampler
+from metapl.errors import MetaplError
+from metapl.models import mlp
+from metapl.networks.card import Input, NetworkCard
+from metapl.networks.weights import parameter_groups
+from metapl.pictures import (
     Identity,
     LabeledBatches,
     ShiftNoiseCutout,
     UnlabeledBatches,
     load_digits_split,
 )
-from metapl.apps.pictures.folders import hashes
-from metapl.apps.pictures.input import Input, NetworkCard
-from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, require
-from metapl.data import StepSampler
-from metapl.errors import MetaplError
-from metapl.models import mlp
+from metapl.pictures.folders import hashes
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 

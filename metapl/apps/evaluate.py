@@ -13,16 +13,16 @@ from torch import nn
 
 from metapl.apps.differences import Opponent, check_comparable, differences, judge, sheet
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
-from metapl.apps.machine import write_whole
 from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
 from metapl.apps.report_picture import COLORS, LINES, png_of
-from metapl.apps.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
-from metapl.apps.run_folder import WEIGHTS, EndedRun, NetworkName
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval
+from metapl.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
+from metapl.run_folder import WEIGHTS, EndedRun, NetworkName
 from metapl.runs.fields import Range
+from metapl.runs.files import write_whole
 from metapl.words import shown
 
 if TYPE_CHECKING:

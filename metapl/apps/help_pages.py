@@ -21,6 +21,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import tyro
 
+# The flags that ask for help.
+HELP_FLAGS = ("-h", "--help")
+
 # A wider text is harder to read.
 WIDEST = 100
 
@@ -57,7 +60,7 @@ MOST_USED_COUNT = 10
 METHOD = "method"
 ABLATION = "ablation"
 GROUPS = {
-    "data": ("image_size", "grey", "mirror", "recolor", "crop"),
+    "data": ("image_size", "grey", "augment", "mirror", "recolor", "crop"),
     "network": (
         "backbone",
         "tuning",
@@ -81,6 +84,7 @@ GROUPS = {
         "ema_decay",
         "finetune_steps",
         "validate_every",
+        "patience",
         "device",
         "precision",
         "accumulate",
@@ -111,6 +115,8 @@ class Flag:
         default: the default in words, such as "(default: 32)"; empty where none is shown.
         is_positional: whether it stands without a flag.
         is_required: whether it has to be given.
+        hint: the annotation of its field, which says what its value may be.
+        value: its value where it is not given; ``dataclasses.MISSING`` for none.
     """
 
     field: str
@@ -121,6 +127,23 @@ class Flag:
     default: str
     is_positional: bool
     is_required: bool
+    hint: Any
+    value: Any
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Return the words that a value is one of; none where it may be anything of its type."""
+        return choices_of(self.hint)
+
+    @property
+    def is_switch(self) -> bool:
+        """Return whether it takes no value."""
+        return not self.is_positional and not self.metavar
+
+    @property
+    def takes_several(self) -> bool:
+        """Return whether it takes any number of values."""
+        return self.metavar.endswith(" ...")
 
     @property
     def typed(self) -> str:
@@ -138,18 +161,24 @@ class Flag:
 # ------------------------------------------------------------------------------ the flags of a type
 
 
-def flags_of(kind: type) -> list[Flag]:
-    """Return the flags of a command, in the order of its fields."""
-    return _flags_of(kind, instance=None, part="")
+def flags_of(kind: type, instance: Any = None) -> list[Flag]:
+    """Return the flags of a command, in the order of its fields.
+
+    Args:
+        kind: its dataclass.
+        instance: one whose values are the defaults; None: those of the class.
+    """
+    return _flags_of(kind, instance=instance, part="", prefix="")
 
 
-def _flags_of(kind: type, *, instance: Any, part: str) -> list[Flag]:
+def _flags_of(kind: type, *, instance: Any, part: str, prefix: str) -> list[Flag]:
     """Return the flags of a dataclass.
 
     Args:
         kind: the dataclass.
         instance: one whose values are the defaults; None: those of the class.
         part: the field of the command that has the dataclass; empty for the command itself.
+        prefix: what the names of its flags begin with, such as "mesh.".
     """
     hints = typing.get_type_hints(kind, include_extras=True)
     texts = explanations(kind)
@@ -170,9 +199,19 @@ def _flags_of(kind: type, *, instance: Any, part: str) -> list[Flag]:
                 # The annotation may be a class above, such as Method.
                 nested = type(default)
                 nested_default = default
-            flags += _flags_of(nested, instance=nested_default, part=part_of_field)
+            # The name of a field that is Flat is empty.
+            is_flat = any(getattr(entry, "name", None) == "" for entry in metadata)
+            flags += _flags_of(
+                nested,
+                instance=nested_default,
+                part=part_of_field,
+                prefix=prefix if is_flat else f"{prefix}{field.name}.",
+            )
             continue
         flag = _flag(field.name, hint, metadata, default=default, text=texts.get(field.name, ""))
+        if prefix:
+            name = f"--{prefix.replace('_', '-')}{flag.name.removeprefix('--')}"
+            flag = dataclasses.replace(flag, name=name)
         flags.append(dataclasses.replace(flag, part=part_of_field))
     return flags
 
@@ -192,7 +231,7 @@ def _flag(field: str, hint: Any, metadata: Sequence[Any], *, default: Any, text:
             default_text = entry.help_behavior_hint
     is_switch = hint is bool and tyro.conf.FlagConversionOff not in metadata
     is_positional = tyro.conf.Positional in metadata
-    is_required = default is dataclasses.MISSING
+    is_required = default is dataclasses.MISSING or default is tyro.MISSING
     if is_switch and default is True:
         name = f"--no-{name.removeprefix('--')}"
     if metavar is None:
@@ -210,6 +249,9 @@ def _flag(field: str, hint: Any, metadata: Sequence[Any], *, default: Any, text:
         default=default_text,
         is_positional=is_positional,
         is_required=is_required,
+        # A range may stand beside the type.
+        hint=Annotated[(hint, *metadata)] if metadata else hint,
+        value=default,
     )
 
 
@@ -241,6 +283,27 @@ def metavar_of(hint: Any) -> str:
     if hint is bool:
         return "True|False"
     return str(hint.__name__).upper()
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """Return the words that a value of a type, or each of several, is one of.
+
+    >>> choices_of(Literal["soft", "hard"] | None), choices_of(bool), choices_of(int)
+    (('soft', 'hard'), ('True', 'False'), ())
+    """
+    origin = get_origin(hint)
+    if origin is Literal:
+        return tuple(map(str, get_args(hint)))
+    if hint is bool:
+        return ("True", "False")
+    if origin is Annotated or origin is tuple:
+        return choices_of(get_args(hint)[0])
+    if origin in (Union, types.UnionType):
+        words: list[str] = []
+        for part in get_args(hint):
+            words += choices_of(part)
+        return tuple(words)
+    return ()
 
 
 def spelled(value: Any) -> str:
@@ -322,17 +385,30 @@ def page(name: str, kind: type, methods: Mapping[str, Any]) -> str:
 
 def usage(name: str, flags: Sequence[Flag], width: int) -> list[str]:
     """Return how the command is typed, with all that it needs."""
-    words = [f"metapl {name}"]
+    command = f"metapl {name}"
+    return textwrap.wrap(
+        f"usage: {typed_command(command, flags)}",
+        width,
+        subsequent_indent=" " * len(f"usage: {command} "),
+        break_on_hyphens=False,
+    )
+
+
+def typed_command(command: str, flags: Sequence[Flag]) -> str:
+    """Return a command with all that it needs.
+
+    Args:
+        command: its words, such as "metapl evaluate".
+        flags: its flags.
+    """
+    words = [command]
     for flag in flags:
         if flag.is_positional:
             words.append(flag.typed if flag.is_required else f"[{flag.typed}]")
     words += [flag.typed for flag in flags if flag.is_required and not flag.is_positional]
     if any(not flag.is_positional and not flag.is_required for flag in flags):
         words.append("[flags]")
-    indent = " " * len(f"usage: metapl {name} ")
-    return textwrap.wrap(
-        f"usage: {' '.join(words)}", width, subsequent_indent=indent, break_on_hyphens=False
-    )
+    return " ".join(words)
 
 
 def grouped(kind: type, flags: Sequence[Flag]) -> dict[str, list[Flag]]:

@@ -11,9 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
-from metapl.apps import networks
 from metapl.apps.methods import (
     TITLES,
     Data,
@@ -26,28 +25,8 @@ from metapl.apps.methods import (
     Uda,
 )
 from metapl.apps.methods import Feedback as Fed
-from metapl.apps.network_weights import parameter_groups
-from metapl.apps.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
-from metapl.apps.pictures.batches import (
-    EvaluationBatches,
-    FileImages,
-    LabeledBatches,
-    UnlabeledBatches,
-)
-from metapl.apps.pictures.folders import Files, LabeledFiles, hash_files, without_copies
-from metapl.apps.pictures.input import LARGEST_SIDE, Input, NetworkCard
-from metapl.apps.pictures.splits import stratified_split
-from metapl.apps.pictures.views.base import Chain, Identity, View
-from metapl.apps.pictures.views.transforms import (
-    Affine,
-    Color,
-    Flip,
-    Hole,
-    Recolor,
-    ResizedCrop,
-    Sometimes,
-)
 from metapl.apps.progress import count_bar
+from metapl.apps.self_training import SelfTraining
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -59,10 +38,33 @@ from metapl.apps.settings import (
     require,
     unset,
 )
-from metapl.apps.tuned_networks import Normalized, Tuned
+from metapl.apps.tournament import Auto
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
+from metapl.networks import architectures as networks
+from metapl.networks.card import LARGEST_SIDE, Input, NetworkCard
+from metapl.networks.tuned import Normalized, Tuned
+from metapl.networks.weights import parameter_groups
+from metapl.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
+from metapl.pictures.batches import (
+    EvaluationBatches,
+    FileImages,
+    LabeledBatches,
+    UnlabeledBatches,
+)
+from metapl.pictures.folders import Files, LabeledFiles, hash_files, without_copies
+from metapl.pictures.splits import stratified_split
+from metapl.pictures.views.base import Chain, Identity, View
+from metapl.pictures.views.transforms import (
+    Affine,
+    Color,
+    Flip,
+    Hole,
+    Recolor,
+    ResizedCrop,
+    Sometimes,
+)
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
 
@@ -91,6 +93,9 @@ HOLE = 0.5
 # The share of the greatest movement in pictures that are labeled by a network.
 WEAK_MOVEMENT = 0.25
 
+# The greatest shift as a share of the side in pictures that are augmented mildly: 2 of 28 pixels.
+MILD_SHIFT = 1 / 14
+
 # Share of the pictures that are changed in finetuning; the others are as they will be when they are
 # predicted. Changes may take away what a class is told by: a hole covers one of the things to be
 # counted.
@@ -100,6 +105,7 @@ FINETUNED_ON_CHANGED = 0.5
 RATES = {
     "pooled_cnn": 1e-2,
     "small_cnn": 4e-3,
+    "strided_cnn": 4e-3,
     "wide_resnet": 1e-3,
     "resnet": 1e-3,
     "efficientnet": 3e-4,
@@ -117,10 +123,12 @@ WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
 
 METHODS: dict[str, Any] = {
+    "auto": Auto(),
     "uda": Uda(),
     "fixmatch": FixMatch(),
     "ent_min": EntMin(),
     "supervised": Supervised(),
+    "self_training": SelfTraining(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
     **{kind: Mpl(feedback=Fed(feedback=kind)) for kind in TITLES if kind != "whole"},
@@ -169,6 +177,9 @@ class Pictures:
         lora_rank: rank of the LoRA updates, from 4 to 16.
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
+        augment: how pictures are augmented: mild shifts them a little, and strong moves them much
+            more, changes their colors and covers a part of each. By default it is strong, and what
+            --method auto finds.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -186,6 +197,7 @@ class Pictures:
         None
     )
     grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
+    augment: Annotated[Literal["mild", "strong"] | None, unset("HOW")] = None
     mirror: Switch = False
     recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
     crop: Switch = False
@@ -215,6 +227,8 @@ class Pictures:
 
     def views(self) -> Views:
         """Return how the pictures of a step are augmented."""
+        if self.augment == "mild":
+            return self._mild_views()
         color = Color(BRIGHTNESS, CONTRAST, SATURATION, HUE if self.recolor else 0.0)
         colored: list[View] = [color, Hole((HOLE / 5, HOLE))]
         if self.recolor:
@@ -238,6 +252,19 @@ class Pictures:
             finetuned=Sometimes(strong, FINETUNED_ON_CHANGED),
             crop=None,
         )
+
+    def _mild_views(self) -> Views:
+        """Return views that leave a picture as it is, but for its place and its direction."""
+        if self.crop:
+            crop = ResizedCrop(self.input.size, flip=self.mirror)
+            still = Identity()
+            return Views(weak=still, strong=still, labeled=still, finetuned=still, crop=crop)
+        shifted: list[View] = [Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0)]
+        if self.mirror:
+            shifted.insert(0, Flip())
+        view = Chain(tuple(shifted))
+        finetuned = Sometimes(view, FINETUNED_ON_CHANGED)
+        return Views(weak=view, strong=view, labeled=view, finetuned=finetuned, crop=None)
 
     def _moved(self, share: float) -> list[View]:
         """Return how a picture is mirrored, and moved by a share of the greatest movement."""
@@ -510,25 +537,28 @@ class Images(OfPictures):
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
         """Return sources whose pictures, and views of them, follow from the seed and the step."""
-        seed = self.fitting.seed
-        views = self.pictures.views()
         labeled = self.pictures.images(few.paths(), log)
         unlabeled = self.pictures.images(many.paths(), log)
-        labels = few.targets(self.classes)
+        return self.batches(labeled, few.targets(self.classes), unlabeled)
+
+    def batches(self, labeled: FileImages, labels: Tensor, unlabeled: FileImages) -> dict[str, Any]:
+        """Return batches of pictures that are read already, as :meth:`sources` does of files."""
+        seed = self.fitting.seed
+        views = self.pictures.views()
         few_a_step = self.fitting.labeled_batch
         many_a_step = self.unlabeled_batch
         return {
             "labeled": LabeledBatches(
                 labeled,
                 labels,
-                StepSampler(len(few), few_a_step, seed=seed, stream=0),
+                StepSampler(len(labeled), few_a_step, seed=seed, stream=0),
                 views.labeled,
                 seed,
                 crop=views.crop,
             ),
             "unlabeled": UnlabeledBatches(
                 unlabeled,
-                StepSampler(len(many), many_a_step, seed=seed, stream=1),
+                StepSampler(len(unlabeled), many_a_step, seed=seed, stream=1),
                 views.weak,
                 views.strong,
                 seed,
@@ -537,7 +567,7 @@ class Images(OfPictures):
             "finetuning": LabeledBatches(
                 labeled,
                 labels,
-                StepSampler(len(few), few_a_step, seed=seed, stream=2),
+                StepSampler(len(labeled), few_a_step, seed=seed, stream=2),
                 views.finetuned,
                 seed + 1,
                 crop=views.crop,

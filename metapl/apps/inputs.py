@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,15 +13,18 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.apps.machine import owned
-from metapl.apps.pictures import load_digits_split
-from metapl.apps.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.input import BATCH, Inputs
 from metapl.apps.printing import tell
-from metapl.apps.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.apps.settings import unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
+from metapl.networks.card import Input
+from metapl.pictures import load_digits_split
+from metapl.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
+from metapl.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
+from metapl.runs.files import owned
+
+# Examples in a pass.
+BATCH = 256
 
 # Examples (B, C, H, W) and their labels (B,).
 Batch = tuple[Tensor, Tensor]
@@ -151,7 +154,8 @@ def _last_run_folder(recipe: str) -> Path:
     number = _last_number(recipe)
     if not number:
         raise MetaplError(
-            f"there is no run runs/{recipe}-* to resume here; name its folder with --out."
+            f"there is no run runs/{recipe}-* to resume here; name its folder with --out, or leave "
+            "out --resume."
         )
     path = _numbered_run_folder(recipe, number)
     path.mkdir(parents=True, exist_ok=True)
@@ -172,6 +176,43 @@ def _next_run_folder(recipe: str) -> Path:
 
 
 # ---------------------------------------------------------------------------------------- reading
+
+
+class Inputs:
+    """Pictures in files and in folders, without those that cannot be read.
+
+    Args:
+        network_input: how a network reads a picture.
+        paths: of files and folders.
+
+    Attributes:
+        files: the paths of all pictures.
+        skipped: how many of these could not be read in the last pass.
+    """
+
+    def __init__(self, network_input: Input, paths: Sequence[Path]) -> None:
+        self.input = network_input
+        self.skipped = 0
+        self.files: list[str] = []
+        for path in paths:
+            self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
+
+    def batches(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield where each picture stands, and the network's input (B, C, H, W)."""
+        self.skipped = 0
+        for start in range(0, len(self.files), BATCH):
+            names: list[str] = []
+            pictures: list[Tensor] = []
+            for file in self.files[start : start + BATCH]:
+                try:
+                    pictures.append(self.input.read(Path(file)))
+                    names.append(file)
+                except MetaplError as error:
+                    self.skipped += 1
+                    tell(f"metapl: left out {error}", file=sys.stderr)
+            if names:
+                yield names, torch.stack(pictures)
+
 
 UNTESTED = (
     "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."

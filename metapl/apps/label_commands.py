@@ -11,18 +11,17 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from metapl.apps.inputs import Factory, Network, Run
-from metapl.apps.label_selection import select, statistics
-from metapl.apps.label_store import LabelStore
+from metapl.apps.inputs import BATCH, Factory, Network, Run
 from metapl.apps.labeling import ToLabel, write_labels
-from metapl.apps.machine import sha256_of, write_whole
-from metapl.apps.pictures.folders import scan_unlabeled
-from metapl.apps.pictures.input import BATCH
 from metapl.apps.printing import short, table, tell
-from metapl.apps.run_folder import WEIGHTS, EndedRun
 from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
 from metapl.errors import few
+from metapl.labels.selection import select, statistics
+from metapl.labels.store import LabelStore
+from metapl.pictures.folders import scan_unlabeled
+from metapl.run_folder import WEIGHTS, EndedRun
 from metapl.runs.fields import Range
+from metapl.runs.files import sha256_of, write_whole
 from metapl.training.options import MOST_WORKERS
 from metapl.words import shown
 
@@ -73,6 +72,8 @@ class Label:
     def run(self) -> int:
         """Label the pictures; return 1 where files were left out."""
         run = EndedRun.load(self.folder)
+        if self.resume and not self.out.exists():
+            tell(f"there is no store {self.out} to resume: it begins")
         name = run.name(self.network)
         network = run.network(name, self.factory).to(run.device)
         network_input = run.cards[name].input

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.label_store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
+from metapl.apps.inputs import BATCH
 from metapl.apps.methods import Data, ReducedMpl
-from metapl.apps.pictures.batches import FileImages
-from metapl.apps.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
-from metapl.apps.pictures.input import BATCH, Input
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest as digest_of
 from metapl.execution.shards import weights_of
+from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
 from metapl.metrics.predictions import logits_of
+from metapl.networks.card import Input
+from metapl.pictures.batches import FileImages
+from metapl.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
 from metapl.runs.terminal import progress
 from metapl.training import Say
 from metapl.words import shown
@@ -118,7 +119,7 @@ def write_labels(
             weights, on the device of its first parameter. Afterwards it is in the mode that it was
             in.
         labeled: the pictures.
-        place, classes, top_k, resume: as of :class:`~metapl.apps.label_store.LabelWriter`.
+        place, classes, top_k, resume: as of :class:`~metapl.labels.store.LabelWriter`.
         leave_out: is told of each file that is left out, with the reason, or that was labeled and
             cannot be read now.
         about: what else the store says of its labels.
@@ -290,7 +291,7 @@ def stored_labels(
             store = LabelStore(method.stores[part])
             root = config.scan(part).root
             paths = [images.path(number).relative_to(root).as_posix() for number in numbers]
-            names = called(store, root, paths)
+            names = store.ids_of_files(root, paths)
         else:
             names = numbers
             to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
@@ -339,19 +340,6 @@ def check_labels_given(config: Any, method: ReducedMpl) -> None:
                 f"{config.labeled}: {few(classes)}."
             )
         files = scan_unlabeled(getattr(config, part))
-        names = called(store, files.root, files.names)
+        names = store.ids_of_files(files.root, files.names)
         path_by_name = dict(zip(names, files.paths(), strict=True))
         refuse_other_pictures(store, path_by_name.get, lambda text: None)
-
-
-def called(store: LabelStore, root: Path, names: Sequence[str]) -> list[str]:
-    """Return what a store calls files: their paths in the folder that was labeled.
-
-    Where that folder was moved, the paths are those in the root.
-    """
-    labeled_folder = Path(str(store.provenance.get("pictures", "-"))).resolve()
-    inside = Path()
-    # The root of a list of files is the folder that they have in common, which may lie deeper.
-    if root.resolve().is_relative_to(labeled_folder):
-        inside = root.resolve().relative_to(labeled_folder)
-    return [(inside / name).as_posix() for name in names]

@@ -12,13 +12,13 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.machine import is_owned
-from metapl.apps.pictures.folders import walk
 from metapl.apps.printing import short, table, tell
-from metapl.apps.run_folder import HASHED, RunFolder, guessing, refuse_changed, stored_result
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
+from metapl.pictures.folders import walk
+from metapl.run_folder import HASHED, RunFolder, guessing, refuse_changed, stored_result
+from metapl.runs.files import is_owned
 from metapl.runs.folder import read_rows
 from metapl.words import shown
 

@@ -17,19 +17,21 @@ import torch
 from torch import Tensor
 
 from metapl.apps import backbone
-from metapl.apps.backbone import IMAGENET, Backbone
+from metapl.apps.backbone import Backbone
 from metapl.apps.images import Images, Pictures
-from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Training
-from metapl.apps.network_weights import fetch_imagenet_weights
 from metapl.apps.noisy_labels import Noisy
-from metapl.apps.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.apps.settings import flag_values, with_flags, with_stored
-from metapl.apps.train import SELECTED_ON, device
-from metapl.apps.tuned_networks import begin_as
+from metapl.apps.tournament import RECIPES, TRIALS, Auto
+from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
+from metapl.machine import device
+from metapl.networks.tuned import IMAGENET, begin_as
+from metapl.networks.weights import fetch_imagenet_weights
+from metapl.pictures.reader import LUMA, UnreadableImage, read_image
 from metapl.problems.losses import UDA
+from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
 
 # The share of the labeled pictures that is set aside to select on, where that is enough of them to
@@ -89,12 +91,20 @@ GIVEN = (
     "feedback_bound",
 )
 
+# Returns seconds from some moment on.
+Clock = Callable[[], float]
+
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", Images, Noisy)
 
 
 def choose_settings(
-    config: Any, method: Any, say: Say, stored: Mapping[str, Any] | None = None
+    config: Any,
+    method: Any,
+    say: Say,
+    stored: Mapping[str, Any] | None = None,
+    *,
+    clock: Clock = time.monotonic,
 ) -> tuple[Any, Any]:
     """Return the settings and the method with a value for everything that was left open.
 
@@ -106,6 +116,7 @@ def choose_settings(
         say: is told what was chosen.
         stored: the settings of the run that is resumed, by the names of their flags: what was
             chosen there is not chosen anew. None: a new run.
+        clock: by which steps are timed that have to fit into the minutes.
     """
     # 1. Files of weights that are not there are refused before anything is listed.
     weights = found_weights(config.pictures)
@@ -133,8 +144,9 @@ def choose_settings(
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
-    # Too few pictures to select on are better trained on.
-    aside = 0 if config.val else round(SET_ASIDE * len(few))
+    # Too few pictures to select on are better trained on, and so are all where recipes are compared
+    # on folds of them.
+    aside = 0 if config.val or isinstance(method, Auto) else round(SET_ASIDE * len(few))
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
     usual_settings = {
         "uda_prior": seen.shares,
@@ -146,7 +158,7 @@ def choose_settings(
 
     # 4. The steps. Then all that was chosen is said in a line, and what else is to be known.
     steps_are_open = config.fitting.steps is None
-    config, method = with_steps(config, method)
+    config, method = with_steps(config, method, clock)
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
     return config, method
@@ -354,6 +366,7 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
         "image_size": multiple * max(1, round(side / multiple)),
         "network": network,
         "val_fraction": val_fraction,
+        "augment": "strong",
         "recolor": seen.exchangeable,
         "mean": mean,
         "std": std,
@@ -362,11 +375,13 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
     return with_stored(config, {"lr": config.pictures.rate})
 
 
-def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
+def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple[Any, Any]:
     """Return the settings and the method with a number of steps.
 
     Where it is open, it is as many as fit into the minutes.
     """
+    if isinstance(method, Auto) and config.fitting.steps is None:
+        return with_steps_of_race(config, method, clock)
     if config.fitting.steps is not None:
         return with_number_of_steps(config, method, config.fitting.steps)
     # Phases that were given in steps do not grow with the number of steps: it is measured again
@@ -375,12 +390,42 @@ def with_steps(config: Any, method: Any) -> tuple[Any, Any]:
     phase_steps = max(values.get(name) or 0 for name in ("wait", "uda_start"))
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, 2 * phase_steps or REHEARSED)
-    steps = steps_within(*rehearsal, minutes)
+    steps = steps_within(*rehearsal, minutes, clock)
     for _ in range(AGAIN if phase_steps else 0):
         rehearsal = with_number_of_steps(config, method, max(steps, phase_steps + 1))
-        steps = steps_within(*rehearsal, minutes)
+        steps = steps_within(*rehearsal, minutes, clock)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
+
+
+def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, Any]:
+    """Return the settings and the method with the steps of each recipe that is tried.
+
+    Each recipe is timed once, has the same time on a fold, and the rest of the minutes if it is the
+    best. The settings get the steps of the first recipe.
+    """
+    minutes = config.minutes or MINUTES
+    trial_minutes = method.trial_share * minutes / TRIALS
+    final_minutes = (1 - method.trial_share) * minutes
+    labels = len(config.scan(config.few_and_many[0]))
+    trial_steps = []
+    final_steps = []
+    for recipe in RECIPES:
+        settings = recipe.settings(config)
+        final_method = recipe.method(labels, len(config.classes))
+        trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
+        final_steps.append(steps_in(final_minutes, quick_seconds(settings, final_method, clock)))
+    method = dataclasses.replace(
+        method, trial_steps=tuple(trial_steps), final_steps=tuple(final_steps)
+    )
+    config = dataclasses.replace(config, minutes=minutes)
+    return with_number_of_steps(config, method, final_steps[0])
+
+
+def quick_seconds(config: Any, method: Any, clock: Clock) -> float:
+    """Return what a step of a method takes, by fewer steps than a whole run is timed by."""
+    rehearsal = with_number_of_steps(config, method, REHEARSED)
+    return seconds_per_step(*rehearsal, clock, timed=TIMED_IN_RACE)
 
 
 def with_number_of_steps(config: Any, method: Any, steps: int) -> tuple[Any, Any]:
@@ -612,16 +657,26 @@ WARM = 2
 TIMED = 20
 SECONDS = 4.0
 
+# The same of each recipe that is tried: all of them together take no more than one training.
+TIMED_IN_RACE = 6
+
 # The most pictures that steps are taken on.
 PICTURES = 128
-
-# Returns seconds from some moment on.
-Clock = Callable[[], float]
 
 
 def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
     """Return the number of steps that fit into a time, rounded to two digits."""
-    fits = SHARE * 60 * minutes / seconds_per_step(config, method, clock)
+    return steps_in(minutes, seconds_per_step(config, method, clock))
+
+
+def steps_in(minutes: float, seconds_per_step: float) -> int:
+    """Return the number of steps that fit into a time, rounded to two digits.
+
+    What has no steps, as a regression, gets one.
+    """
+    if seconds_per_step == 0:
+        return 1
+    fits = SHARE * 60 * minutes / seconds_per_step
     return max(1, int(float(f"{fits:.2g}")))
 
 
@@ -640,13 +695,15 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     return kinds
 
 
-def seconds_per_step(config: Any, method: Any, clock: Clock = time.monotonic) -> float:
+def seconds_per_step(
+    config: Any, method: Any, clock: Clock = time.monotonic, timed: int = TIMED
+) -> float:
     """Return what a step of a method takes on this machine, on a few of the labeled pictures.
 
-    Each kind of step is timed, and counts as often as it comes. Cost: some seconds; the default
-    generator is put back.
+    Each kind of step is timed, ``timed`` times at most, and counts as often as it comes. Cost: some
+    seconds; the default generator is put back.
     """
-    stopwatch = Stopwatch(config, clock)
+    stopwatch = Stopwatch(config, clock, timed)
     place = device(config.fitting.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -686,11 +743,13 @@ class Stopwatch:
     Args:
         config: the settings of the training.
         clock: which is looked at before and after a step.
+        timed: the most steps of a kind that are timed.
     """
 
-    def __init__(self, config: Any, clock: Clock) -> None:
+    def __init__(self, config: Any, clock: Clock, timed: int) -> None:
         self.fitting = config.fitting
         self.clock = clock
+        self.timed = timed
 
         # The mean over all steps of the training, of the phases so far.
         self.seconds = 0.0
@@ -717,20 +776,25 @@ class Stopwatch:
             wait = options.get("wait", 0)
             for first, last, step in kinds_of_steps(trainer, fitting.steps, wait):
                 trainer.steps_done = first
-                seconds = self.median_seconds(step, feeds)
+                seconds = self.median_seconds(trainer, step, feeds)
                 self.seconds += share * (last - first) / fitting.steps * seconds
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 
-    def median_seconds(self, step: Any, feeds: Sequence[Any]) -> float:
-        """Return the median time of some steps, after the first ones."""
+    def median_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
+        """Return the median time of some steps, after the first ones.
+
+        As in a fit, an inner batch that a step does not read is not made, but in step 0.
+        """
         times: list[float] = []
         begun = time.monotonic()
-        while len(times) < WARM + TIMED:
+        while len(times) < WARM + self.timed:
             if len(times) > WARM and time.monotonic() - begun >= SECONDS:
                 break
             since = self.clock()
+            reads_inner = trainer.reads_inner or trainer.steps_done == 0
+            read = feeds if reads_inner else feeds[:1]
             # To read the report waits for the device.
-            step(*(batches.next() for batches in feeds)).as_dict()
+            step(*(batches.next() for batches in read)).as_dict()
             times.append(self.clock() - since)
         return statistics.median(times[WARM:])

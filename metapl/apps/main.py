@@ -29,11 +29,12 @@ import torch
 import tyro
 
 from metapl.apps import help_pages
-from metapl.apps.printing import exit_code, tell
+from metapl.apps.printing import tell
+from metapl.apps.refused_words import CommandLine, refuse_empty_values, refused_in_a_line
 from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
 from metapl.runs.fields import check_fields
-from metapl.runs.terminal import END, is_heard
+from metapl.runs.terminal import END, exit_code, is_heard
 from metapl.words import did_you_mean, shown
 
 if TYPE_CHECKING:
@@ -77,10 +78,11 @@ commands:"""
 MORE_HELP = """\
 Each command says more with --help.
 metapl train --config runs/digits-001/recipe.json repeats a run.
-metapl --print-completion SHELL completes them in bash, zsh or tcsh.
+metapl --print-completion SHELL completes them in bash, zsh or fish.
 metapl --version says which version this is."""
 
-HELP_FLAGS = ("-h", "--help")
+# Those whose completion can be printed.
+SHELLS = ("bash", "zsh", "fish")
 
 CONFIG = (
     tyro.conf.FlagCreatePairsOff,
@@ -219,10 +221,16 @@ def called_by_flag(error: Exception, command: Any) -> Exception:
         return error
     if command is not None and error.field not in flag_values(command):
         return error
-    flag = error.field.replace("_", "-")
+    flag = f"--{error.field.replace('_', '-')}"
+    if command is not None:
+        # Some flags have another name than their field.
+        names = {flag.field: flag.name for flag in help_pages.flags_of(type(command))}
+        flag = names.get(error.field, flag)
     # No flag takes None.
     expected = error.expected.removesuffix(" or None")
-    return MetaplError(f"--{flag} {error.value}: expected {expected}.")
+    if error.value == ():
+        return MetaplError(f"{flag} was given without a value; expected {expected}.")
+    return MetaplError(f"{flag} {help_pages.spelled(error.value)}: expected {expected}.")
 
 
 def escape_unknown_letters() -> None:
@@ -290,9 +298,9 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
     if asks_for_help(flags):
         tell(help_pages.page(name, kind, methods))
         raise SystemExit(0)
-    if methods:
-        refuse_flags_of_others(name, kind, flags)
-    command = tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
+    refuse_empty_values(flags)
+    with refused_in_a_line(command_line(name, kind, methods, flags)):
+        command = tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
     if recipe is not None:
         command = command.with_seen_again()
     return name, command
@@ -339,7 +347,7 @@ def command_type(name: str) -> Any:
 
 def asks_for_help(words: Sequence[str]) -> bool:
     """Return whether one of the words is a flag that asks for help."""
-    return any(word in HELP_FLAGS for word in words)
+    return any(word in help_pages.HELP_FLAGS for word in words)
 
 
 def print_what_needs_no_command(words: Sequence[str]) -> None:
@@ -352,11 +360,16 @@ def print_what_needs_no_command(words: Sequence[str]) -> None:
         print(f"metapl {version('metapl')}")
         return
     if first == "--print-completion":
+        if len(words) != 2 or words[1] not in SHELLS:
+            raise MetaplError(
+                f"{shown(' '.join(words))}: expected --print-completion SHELL, one of "
+                f"{', '.join(SHELLS)}."
+            )
         # tyro prints it, and raises SystemExit.
         args = ["--tyro-print-completion", *words[1:]]
         tyro.cli(every_command(), prog="metapl", args=args, config=CONFIG)
     group = [name for name in COMMANDS if name.split()[0] == first]
-    if first == "help" or first in HELP_FLAGS:
+    if first == "help" or first in help_pages.HELP_FLAGS:
         listed = help_pages.list_of((name, command_type(name)) for name in COMMANDS)
         tell(f"{HELP}\n{listed}\n\n{MORE_HELP}")
         return
@@ -388,30 +401,29 @@ def method_asked(words: Sequence[str]) -> str | None:
     return method
 
 
-def refuse_flags_of_others(name: str, kind: Any, words: Sequence[str]) -> None:
-    """Refuse flags that are none of the method's, but of another one's.
+def command_line(
+    name: str, kind: Any, methods: Mapping[str, Any], words: Sequence[str]
+) -> CommandLine:
+    """Return the words of a command, with all that they may be.
 
     Args:
         name: of the command.
         kind: its dataclass, with the method that was asked for.
-        words: the flags as they were given.
+        methods: the methods of ``--method`` by name; empty where there is one.
+        words: those behind the name.
     """
-    flags = {flag.name for flag in help_pages.flags_of(kind)}
-    for word in words:
-        flag = word.partition("=")[0].replace("_", "-")
-        if not flag.startswith("--") or flag in flags:
-            continue
-        owners = []
-        for method in kind.methods.METHODS:
-            others = help_pages.flags_of(kind.with_method(method))
-            if flag in {other.name for other in others}:
-                owners.append(method)
-        if owners:
-            raise MetaplError(
-                f"{flag} is no flag of --method {kind.method_name}; it is one of "
-                f"{', '.join(owners)}. Those of a method: metapl {name} --method "
-                f"{kind.method_name} --help"
-            )
+    flags_of_methods: dict[str, list[str]] = {}
+    for method in methods:
+        flags = help_pages.flags_of(kind.with_method(method))
+        flags_of_methods[method] = [flag.name for flag in flags]
+    return CommandLine(
+        command=f"metapl {name}",
+        words=words,
+        flags=help_pages.flags_of(kind),
+        method=kind.method_name if methods else None,
+        flags_of_methods=flags_of_methods,
+        longer_commands=[other for other in COMMANDS if other.startswith(f"{name} ")],
+    )
 
 
 def every_command() -> Any:
@@ -419,7 +431,7 @@ def every_command() -> Any:
     kinds: dict[str, dict[str, Any]] = {}
     for name in COMMANDS:
         first, _, second = name.partition(" ")
-        kinds.setdefault(first, {})[second] = command_type(name)
+        kinds.setdefault(first, {})[second] = with_flags_of_all_methods(name)
     types_of_words: dict[str, Any] = {}
     for first, by_second in kinds.items():
         # "ablate" is a command, and so is "ablate digits": those of two words are completed.
@@ -430,6 +442,34 @@ def every_command() -> Any:
         else:
             types_of_words[first] = by_second[""]
     return one_of(types_of_words)
+
+
+def with_flags_of_all_methods(name: str) -> Any:
+    """Return a command's dataclass with the flags of all its methods, for completion alone.
+
+    A shell does not tell which ``--method`` is in the line. A flag that the method does not have is
+    refused with those that have it.
+    """
+    kind = command_type(name)
+    kinds = [kind]
+    if hasattr(kind, "method_name"):
+        kinds += [kind.with_method(method) for method in kind.methods.METHODS]
+    flags: dict[str, help_pages.Flag] = {}
+    for kind_of_method in kinds:
+        for flag in help_pages.flags_of(kind_of_method):
+            flags.setdefault(flag.name, flag)
+    fields: list[Any] = []
+    for flag in flags.values():
+        # The type is known only while the program runs.
+        described = tyro.conf.arg(help=flag.text)
+        annotation: Any = Annotated[flag.hint, described]
+        settings = dataclasses.field(kw_only=True)
+        if not flag.is_required:
+            settings = dataclasses.field(default=flag.value, kw_only=True)
+        fields.append((flag.field, annotation, settings))
+    command = dataclasses.make_dataclass(name.replace(" ", "_").replace("-", "_"), fields)
+    command.__doc__ = kind.__doc__
+    return command
 
 
 def one_of(kinds: Mapping[str, Any]) -> Any:

@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from metapl import feedback, problems
 from metapl.ablation import Altered
-from metapl.apps.pictures import LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.input import Input, NetworkCard
 from metapl.apps.settings import (
     Fitting,
     Flat,
@@ -27,6 +25,7 @@ from metapl.apps.settings import (
     Role,
     Share,
     SomeSteps,
+    Unavailable,
     Weight,
     flag_values,
     unset,
@@ -37,7 +36,10 @@ from metapl.execution import checks
 from metapl.execution.batch import views
 from metapl.execution.numerics import wide
 from metapl.models import LabelAdjuster
+from metapl.networks.card import Input, NetworkCard
+from metapl.pictures import LabeledBatches, UnlabeledBatches
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
+from metapl.problems.mixup import MixUp
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
@@ -57,11 +59,18 @@ RAMP = 0.1
 Losses = tuple[TeacherLoss, ...]
 FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
 
-# The command line offers the modes by name, which the type checker cannot read from a tuple.
+# The modes in which a teacher can learn, which the type checker cannot read from a tuple.
 if TYPE_CHECKING:
     Mode = str
 else:
-    Mode = Literal[feedback.MODES]
+    Mode = Literal[tuple(mode for mode in feedback.MODES if mode != "implicit")]
+
+NOT_IMPLICIT = Unavailable(
+    "implicit",
+    "--mode implicit takes the gradient through an optimum of the student's loss, where a student "
+    "in training is not: expected --mode forward, the exact gradient of its step. In Python, "
+    "metapl.feedback.Implicit takes a solver and a damping.",
+)
 
 
 # ------------------------------------------------------------------------ what a method trains with
@@ -184,6 +193,7 @@ class Trained:
         finetunes: whether the student is finetuned as usual; or a function that finetunes it.
         rounds: what result.json says of the rounds of Noisy Student.
         configs: settings of kept networks that are not those of the training.
+        chosen: what result.json says of how the method found its recipe.
     """
 
     trainer: Trainer
@@ -193,6 +203,7 @@ class Trained:
     finetunes: bool | Callable[[], Any] = True
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
+    chosen: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -323,22 +334,32 @@ class Method:
 # -------------------------------------------------------------------------------------- one network
 
 
+def labeled_loss(label_smoothing: float, mixup: float) -> TeacherLoss:
+    """Return the loss on labeled examples, which are mixed up where ``mixup`` is above 0."""
+    if mixup > 0:
+        return MixUp(alpha=mixup, label_smoothing=label_smoothing)
+    return CrossEntropy(label_smoothing)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Supervised(Method):
     """Train one network on the labeled examples alone.
 
     Args:
         label_smoothing: label smoothing of the loss, from 0 to 1.
+        mixup: how much pairs of pictures are mixed, such as 0.4: the parameter of the Beta
+            distribution of mixup. 0 leaves pictures as they are.
     """
 
     label_smoothing: Share = 0.0
+    mixup: Weight = 0.0
 
     name: ClassVar[str] = "supervised"
     title: ClassVar[str] = "supervised, labeled data only"
 
     def train(self, t: Training) -> Trained:
         """Train one network on the labeled examples."""
-        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),))
+        return t.alone(t.teacher, (labeled_loss(self.label_smoothing, self.mixup),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -490,7 +511,7 @@ class Feedback:
             draws labels.
     """
 
-    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE")] = "forward"
+    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE"), NOT_IMPLICIT] = "forward"
     pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
     student_lr: Annotated[AboveZero | None, unset()] = None
@@ -504,11 +525,12 @@ class Feedback:
     def __post_init__(self) -> None:
         check_fields(self)
         self.estimator(seed=0)
-        if self.mode == "implicit" and self.feedback != "none":
+        kinds = feedback.estimator(self.mode).labels
+        if self.pseudo_labels is not None and self.pseudo_labels not in kinds:
+            modes = [name for name in feedback.modes_for(self.pseudo_labels) if name != "implicit"]
             raise MetaplError(
-                "--mode implicit takes the gradient through an optimum of the student's loss, "
-                "where a student in training is not: expected --mode forward, the exact gradient "
-                "of its step. In Python, metapl.feedback.Implicit takes a solver and a damping."
+                f"--pseudo-labels {self.pseudo_labels} was given, and --mode {self.mode} takes "
+                f"{' or '.join(kinds)} labels; leave it out, or take --mode {' or '.join(modes)}."
             )
         if self.feedback_ratio is not None and (
             self.feedback_weight is not None or self.feedback_bound is not None

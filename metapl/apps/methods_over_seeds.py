@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from metapl.apps.inputs import plural
-from metapl.apps.run_folder import READOUTS
-from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, PairedTest, paired_test
+from metapl.run_folder import READOUTS
 
 DELIVERED, STUDENT, FINETUNED = READOUTS
-MOST_SEEDS = 10_000
 
 # With fewer, no claim is made on whether the feedback helped: a t-test over 3 pairs hardly ever
 # finds a difference, and one that it finds is as often luck.
@@ -222,30 +219,3 @@ def spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return mean
     return f"{mean} ± {100 * statistics.stdev(values):.1f}"
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Return the seeds that ``"0-9"``, ``"0,3,5"`` or a mixture of these names.
-
-    >>> parse_seeds("0-2,7")
-    (0, 1, 2, 7)
-    """
-    seeds: list[int] = []
-    is_sound = True
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*([0-9]{1,10})(?:-([0-9]{1,10}))?\s*", part)
-        numbers = range(0)
-        if match is not None:
-            numbers = range(int(match[1]), int(match[2] or match[1]) + 1)
-        is_sound = is_sound and bool(numbers) and numbers.stop <= 2**32
-        if not is_sound or len(seeds) + len(numbers) > MOST_SEEDS:
-            is_sound = False
-            break
-        seeds.extend(numbers)
-    if not is_sound or len({*seeds}) < len(seeds):
-        expected = (
-            "rising numbers and ranges below 2^32, such as 0-9 or 0,3,5, each once, "
-            f"{MOST_SEEDS:,} at most"
-        )
-        raise MetaplError(f"--seeds {text:.60}: expected {expected}.")
-    return tuple(seeds)

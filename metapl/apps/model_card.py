@@ -1,26 +1,13 @@
-"""What the model cards of exported networks say: figures, data, recipe and versions."""
+"""What the model card of a run's network says: its figures, data, recipe and notes."""
 
 from __future__ import annotations
 
 import json
-import platform
-import re
-from collections.abc import Mapping
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import Any
 
-from metapl.apps.run_folder import EndedRun, counts_of, stored_data
 from metapl.apps.run_summary import spoken
-from metapl.words import shown
-
-# The files of an export, and what one in the form of the Hugging Face hub has instead.
-WEIGHTS = "model.safetensors"
-PROGRAM = "model.pt2"
-CARD = "MODEL_CARD.md"
-HUB_CONFIG = "config.json"
-HUB_CARD = "README.md"
+from metapl.run_folder import EndedRun, counts_of, stored_data
 
 
 def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
@@ -65,35 +52,3 @@ def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
         "Recipe": f"```json\n{recipe_json}\n```",
         "Notes": f"- The weights are those of the {card.title}, of {step}.\n- {card.input.note}",
     }
-
-
-def package_versions(*, onnx: bool = False) -> dict[str, str]:
-    """Return the versions of Python and of the packages that an export depends on."""
-    packages = ["metapl", "torch", "torchvision", "timm"]
-    if onnx:
-        packages += ["onnx", "onnxscript"]
-    versions = {"python": platform.python_version()}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
-    return versions
-
-
-def section_text(section: str | Mapping[str, Any]) -> str:
-    """Return a part of the card: Markdown as it is, or a table of figures by their names."""
-    if isinstance(section, str):
-        return section
-    lines = ["| what | value |", "|---|---|"]
-    for key, value in section.items():
-        text = f"{value:.6g}" if isinstance(value, float) else str(value)
-        lines.append(f"| {escaped(key)} | {escaped(text)} |")
-    return "\n".join(lines)
-
-
-def escaped(value: object) -> str:
-    r"""Return a name or a value for the card, with nothing that Markdown or HTML would take up.
-
-    >>> escaped("<b>|a*b[c]"), escaped("n02012849_x")
-    ('\\<b\\>\\|a\\*b\\[c\\]', 'n02012849_x')
-    """
-    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", shown(value).replace("\n", " "))

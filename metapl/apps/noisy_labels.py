@@ -23,15 +23,15 @@ from metapl.apps.images import (
     refuse_errors,
 )
 from metapl.apps.methods import CONTROLS, Data, Doubtful, Method, Trained, Training
-from metapl.apps.network_weights import parameter_groups
-from metapl.apps.pictures.batches import EvaluationBatches, Images, LabeledBatches
-from metapl.apps.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
-from metapl.apps.pictures.views.base import View
 from metapl.apps.settings import Batch, Fitting, Flat, Hidden, SomeSteps, unset
-from metapl.apps.tuned_networks import begin_as
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.models import Corrector
+from metapl.networks.tuned import begin_as
+from metapl.networks.weights import parameter_groups
+from metapl.pictures.batches import EvaluationBatches, Images, LabeledBatches
+from metapl.pictures.folders import LabeledFiles, check_folders, same_pictures, scan_labeled
+from metapl.pictures.views.base import View
 from metapl.problems import (
     ExampleWeights,
     LabelCorrection,

@@ -9,8 +9,7 @@ as one that was not stopped.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -20,20 +19,12 @@ import numpy as np
 import torch
 import tyro
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
-from metapl.apps.label_selection import check_interval, select, statistics
-from metapl.apps.label_store import LabelStore, Values
-from metapl.apps.labeling import Read, ToLabel, called, refuse_other_pictures, write_labels
+from metapl.apps.labeling import Read, ToLabel, refuse_other_pictures, write_labels
 from metapl.apps.methods import Data, Method, Trained, Training
-from metapl.apps.networks import Architecture
-from metapl.apps.pictures import scan_labeled, scan_unlabeled
-from metapl.apps.pictures.batches import Fetched, LabeledBatches, UnlabeledBatches
-from metapl.apps.pictures.views.base import Identity, View
-from metapl.apps.pictures.views.transforms import ShiftNoiseCutout
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -47,19 +38,33 @@ from metapl.apps.settings import (
     with_flags,
 )
 from metapl.apps.train import evaluated, measured
-from metapl.apps.tuned_networks import begin_as
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
-from metapl.metrics.predictions import evaluating
+from metapl.labels.selection import check_interval, select, statistics
+from metapl.labels.store import LabelStore, Values
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import begin_as
+from metapl.noisy_student import (
+    Chosen,
+    LossesApart,
+    Noised,
+    PseudoLabeledBatches,
+    end_matched,
+    freeze_first_layers,
+)
+from metapl.pictures import scan_labeled, scan_unlabeled
+from metapl.pictures.batches import LabeledBatches
+from metapl.pictures.views.base import Identity, View
+from metapl.pictures.views.transforms import ShiftNoiseCutout
 from metapl.problems.losses import CrossEntropy
-from metapl.problems.model_noise import NoisyStudentLoss, with_model_noise
+from metapl.problems.model_noise import NoisyStudentLoss
 from metapl.runs.fields import Range, check_fields
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
-from metapl.training.options import DECAY, decay_interval
+from metapl.training.options import decay_interval
 
 # The phase of the first teacher, the end of the name of one that finetunes a student, and the phase
 # that finetunes the last student on larger pictures.
@@ -110,11 +115,6 @@ RATIO_OF_PICTURES = 1
 
 # The share of the layers that are kept as they are in finetuning.
 USUAL_FROZEN = 0.5
-
-# How many examples of each kind the losses with and without noise are measured on, and how many in
-# a pass.
-MEASURED_ON = 128
-MEASURED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -689,9 +689,8 @@ class Rounds:
         images: Any = self.data.unlabeled.images
         numbers = np.arange(len(images))
         root = self.config.scan("unlabeled").root
-        names = called(
-            store, root, [images.path(n).relative_to(root).as_posix() for n in numbers.tolist()]
-        )
+        paths = [images.path(n).relative_to(root).as_posix() for n in numbers.tolist()]
+        names = store.ids_of_files(root, paths)
         rows = store.find(names)
         is_there = rows >= 0
         if not is_there.any():
@@ -815,7 +814,7 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
             f"of {config.labeled}: {few(classes)}."
         )
     files = scan_unlabeled(config.unlabeled)
-    paths = dict(zip(called(store, files.root, files.names), files.paths(), strict=True))
+    paths = dict(zip(store.ids_of_files(files.root, files.names), files.paths(), strict=True))
     if not any(name in paths for name in store):
         raise MetaplError(
             f"{flag} was selected of other pictures: it has none of those in {config.unlabeled}."
@@ -829,67 +828,6 @@ def optimizer(config: Any, network: nn.Module, rate: float = 1.0) -> torch.optim
     for group in usual.param_groups:
         group["lr"] *= rate
     return usual
-
-
-def end_matched(steps: int, usual: int) -> float:
-    """Return the factor of the first rate with which fewer steps end at the usual rate.
-
-    Both ``steps`` and ``usual`` ones follow the exponential schedule of the usual number.
-
-    >>> [f"{0.128 * end_matched(epochs, 350):.3g}" for epochs in (35, 70, 140, 280, 350)]  # study 8
-    ['0.00235', '0.00366', '0.00891', '0.0526', '0.128']
-    """
-    return float(DECAY ** ((usual - steps) / decay_interval(usual)))
-
-
-def freeze_first_layers(network: nn.Module, share: float) -> None:
-    """Freeze the first share of the layers with weights, and the statistics of their norms."""
-    layers = [
-        part for part in network.modules() if any(True for _ in part.parameters(recurse=False))
-    ]
-    for layer in layers[: int(share * len(layers))]:
-        layer.eval()
-        for p in layer.parameters(recurse=False):
-            p.requires_grad = False
-
-
-# ------------------------------------------------------------------------------------------ batches
-
-
-@dataclass(frozen=True, eq=False)
-class Chosen:
-    """Unlabeled examples that were selected, with their labels.
-
-    Args:
-        positions: int64 (n,), their numbers among all unlabeled examples, each as often as it
-            counts.
-        rows: int64 (n,), the row of each in the store.
-        labels: gives the distributions of rows of the store, float32 (B, C).
-    """
-
-    positions: Tensor
-    rows: Tensor
-    labels: Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class PseudoLabeledBatches(UnlabeledBatches):
-    """Batches (x, stored) of chosen examples.
-
-    The stored distributions are read from the store as they are needed.
-    """
-
-    chosen: Chosen
-
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        """Return what stands beside the images: the rows of their labels in the store."""
-        return {"rows": self.chosen.rows}
-
-    def fetch(self, step: int) -> Fetched:
-        """Return the images of a step, and their labels in the place of the rows."""
-        *images, rows = super().fetch(step)
-        return (*images, self.chosen.labels(rows))
 
 
 def noisy_view(data: Data) -> View:
@@ -911,69 +849,6 @@ def standard_view(data: Data) -> View:
     return view
 
 
-class LossesApart:
-    """Record the losses of labeled and of unlabeled examples, each with the noise and without it.
-
-    The paper reads its ablation of noise by these: without noise the loss on labeled pictures falls
-    much, and that on unlabeled ones less. All are cross-entropies of the weights that are trained,
-    by the running statistics of norms, over the same examples at each look; noise is what the views
-    and the network add. Cost: four passes over 128 examples of each kind, at every ``every``-th
-    step and at the last.
-    """
-
-    def __init__(
-        self, labeled: Any, pairs: Any, loss: NoisyStudentLoss, *, every: int, steps: int
-    ) -> None:
-        self.every = every
-        self.steps = steps
-        self.hard = loss.hard
-        self.model_noise = loss.model_noise
-        # The batches of a training may be too large for one pass of one process.
-        labeled = in_batches_of(labeled, MEASURED_AT_ONCE)
-        pairs = in_batches_of(pairs, MEASURED_AT_ONCE)
-        self.sources = {"labeled": labeled, "unlabeled": pairs}
-        self.clean = {
-            "labeled": dataclasses.replace(labeled, view=Identity(), crop=None),
-            "unlabeled": dataclasses.replace(pairs, weak=Identity(), crop=None),
-        }
-
-    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> dict[str, float]:
-        """Return the losses of a step at which they are measured."""
-        if step % self.every and step != self.steps:
-            return {}
-        network: nn.Module = trainer.student
-        losses: dict[str, float] = {}
-        with evaluating(network):
-            for name, source in self.sources.items():
-                has_model_noise = name == "labeled" or self.model_noise
-                with with_model_noise(network, on=has_model_noise):
-                    losses[f"{name}_loss_with_noise"] = self.loss(network, source)
-                losses[f"{name}_loss_without_noise"] = self.loss(network, self.clean[name])
-        return losses
-
-    @torch.no_grad()
-    def loss(self, network: nn.Module, source: Any) -> float:
-        """Return the mean cross-entropy over the first examples of a source."""
-        device = next(network.parameters()).device
-        total = 0.0
-        count = 0
-        for step in range(MEASURED_ON // MEASURED_AT_ONCE):
-            x, target = source[step]
-            target = target.to(device)
-            if self.hard and target.is_floating_point():
-                target = target.argmax(dim=1)
-            logits = network(x.to(device)).float()
-            total += float(F.cross_entropy(logits, target, reduction="sum"))
-            count += len(x)
-        return total / count
-
-
-def in_batches_of(source: Any, size: int) -> Any:
-    """Return a source of batches with batches of another size."""
-    sampler = dataclasses.replace(source.sampler, batch_size=size)
-    return dataclasses.replace(source, sampler=sampler)
-
-
 # -------------------------------------------------------------------------------- labels of a round
 
 
@@ -988,27 +863,6 @@ class Augmented(ToLabel):
         """Return the batch of a step, augmented."""
         x, numbers, digests, skipped = super().batch(step)
         return self.view(x, seed=self.seed, step=step, examples=numbers), numbers, digests, skipped
-
-
-class Noised(nn.Module):
-    """A network with dropout and stochastic depth in eval mode; each batch has its own masks.
-
-    The masks follow from the batch, so labels are the same when they are gone on with.
-    """
-
-    def __init__(self, network: nn.Module, seed: int) -> None:
-        super().__init__()
-        self.network = network
-        self.seed = seed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logits of a batch, with its own masks."""
-        content = hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).digest()
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), with_model_noise(self.network, on=True):
-            torch.manual_seed(fold_in(self.seed, int.from_bytes(content[:8], "little")))
-            logits: Tensor = self.network(x)
-            return logits
 
 
 def threshold_of(labels: LabelStore, asked: float) -> float:

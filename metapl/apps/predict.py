@@ -13,15 +13,14 @@ from typing import Annotated
 import tyro
 from torch import nn
 
-from metapl.apps.inputs import Factory, File, Network, Run, check_file, plural
+from metapl.apps.inputs import Factory, File, Inputs, Network, Run, check_file, plural
 from metapl.apps.labeling import refuse_infinite
-from metapl.apps.pictures.input import Inputs
 from metapl.apps.printing import CsvRows, tell, written_csv
 from metapl.apps.progress import count_bar
-from metapl.apps.run_folder import EndedRun
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
+from metapl.run_folder import EndedRun
 from metapl.words import shown
 
 HEADER = ("file", "class", "probability")

@@ -6,11 +6,9 @@ What a file is called must not move the cursor, or turn the line.
 from __future__ import annotations
 
 import csv
-import importlib.util
 import io
 import itertools
 import re
-import signal
 import sys
 import textwrap
 import unicodedata
@@ -19,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from metapl.errors import MissingPackage
 from metapl.runs.folder import replacing
 from metapl.words import shown
 
@@ -154,15 +151,3 @@ def table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
             cells.append(text + gap if number < left else gap + text)
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
-
-
-def require_packages(need: str, *modules: str) -> None:
-    """Refuse to go on without these optional packages, before anything has been done."""
-    for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise MissingPackage(need, module)
-
-
-def exit_code(stopped: KeyboardInterrupt) -> int:
-    """Return the exit code of a process that the signal has ended."""
-    return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))

@@ -15,11 +15,16 @@ from torch import Tensor, nn
 from metapl.apps import web
 from metapl.apps.inputs import HeldOut, Run, check_file, plural
 from metapl.apps.list_runs import state_of
-from metapl.apps.machine import read_plain, write_whole
 from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import short, tell
 from metapl.apps.report_picture import draw
-from metapl.apps.run_folder import (
+from metapl.apps.run_summary import summary
+from metapl.apps.settings import unset
+from metapl.apps.suspects import suspects_shown
+from metapl.errors import MetaplError
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.run_folder import (
     EndedRun,
     RunFolder,
     counts_of,
@@ -28,12 +33,7 @@ from metapl.apps.run_folder import (
     stored_data,
     stored_result,
 )
-from metapl.apps.run_summary import summary
-from metapl.apps.settings import unset
-from metapl.apps.suspects import suspects_shown
-from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
-from metapl.metrics.predictions import batches_of
+from metapl.runs.files import read_plain, write_whole
 from metapl.runs.folder import read_rows
 
 PAGE = "report.html"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from metapl.apps.run_folder import guessing
 from metapl.metrics import Evaluation, interval
+from metapl.run_folder import guessing
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:

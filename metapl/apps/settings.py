@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from metapl.errors import FieldError
-from metapl.runs.fields import AboveZero, Range, check_fields
+from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_fields
 from metapl.training import FitOptions
 from metapl.training.options import MOST_WORKERS
 
@@ -42,6 +42,14 @@ def unset(
         name: the flag's name; None: the field's.
     """
     return tyro.conf.arg(name=name, metavar=metavar, help=help, help_behavior_hint=default)
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A word that a flag does not take although one may expect it, and the sentence why."""
+
+    word: str
+    reason: str
 
 
 # A flag without a value, which is off unless it is given.
@@ -84,6 +92,8 @@ class Fitting:
         finetune_steps: number of steps on labeled examples alone at the end.
         validate_every: number of steps between two measurements on the validation examples. Of your
             own pictures there are 20 measurements by default.
+        patience: stop after so many of these measurements in a row that were no better than the
+            best one before them, and finetune. By default all steps are taken.
         log_every: number of steps between two rows of metrics.jsonl.
         save_every: number of steps between two checkpoints.
         accumulate: number of parts into which a batch is split to save memory.
@@ -103,6 +113,7 @@ class Fitting:
     ema_decay: Share | None = None
     finetune_steps: SomeSteps = 200
     validate_every: Steps | None = None
+    patience: Annotated[AtLeastOne | None, unset()] = None
     log_every: Steps = 20
     save_every: Steps = 500
     accumulate: Batch = 1
@@ -128,6 +139,7 @@ class Fitting:
             "warmup",
             "ema_decay",
             "validate_every",
+            "patience",
             "log_every",
             "save_every",
             "num_workers",
@@ -143,6 +155,8 @@ class Fitting:
             "ema_decay": None,
             "warmup": 0,
             "validate_every": max(1, self.finetune_steps // 10),
+            # It is short, and the better network is kept in any case.
+            "patience": None,
             "schedule": schedule,
         }
 

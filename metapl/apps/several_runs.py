@@ -20,12 +20,17 @@ import torch
 from joblib import cpu_count
 
 from metapl.apps.inputs import plural
-from metapl.apps.machine import default_threads, read_sealed
 from metapl.apps.methods import Method, TrainingConfig
 from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import table, tell, wrapped
 from metapl.apps.report import write_report
-from metapl.apps.run_folder import (
+from metapl.apps.run_summary import linear_baseline
+from metapl.apps.settings import with_flags
+from metapl.apps.suspects import SUSPECTS
+from metapl.apps.train import describe, train
+from metapl.errors import MetaplError
+from metapl.machine import default_threads, device
+from metapl.run_folder import (
     ANOTHER,
     NETWORK,
     WEIGHTS,
@@ -33,11 +38,7 @@ from metapl.apps.run_folder import (
     RunFolder,
     stored_result,
 )
-from metapl.apps.run_summary import linear_baseline
-from metapl.apps.settings import with_flags
-from metapl.apps.suspects import SUSPECTS
-from metapl.apps.train import describe, device, train
-from metapl.errors import MetaplError
+from metapl.runs.files import read_sealed
 
 # Seconds that a worker has to save the step under way before it is killed.
 PATIENCE = 30.0

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from metapl.apps.images import Pictures
-from metapl.apps.machine import environment, json_sha256, read_json
 from metapl.apps.noisy_student import NoisyStudent
-from metapl.apps.run_folder import FORMAT
 from metapl.apps.settings import with_flags
 from metapl.errors import MetaplError, few
+from metapl.machine import environment
+from metapl.run_folder import FORMAT
 from metapl.runs.fields import unmet
+from metapl.runs.files import json_sha256, read_json
 from metapl.words import did_you_mean, shown
 
 # What recipe.json holds, and what its recipe does.
@@ -25,6 +26,9 @@ RECIPE = ("name", "method", "fields")
 
 # Settings without a flag that are chosen by looking at the pictures, and again at other pictures.
 SEEN = ("mean", "std", "uda_prior")
+
+# Settings that recipes of earlier builds do not have. They are off, as these runs had them.
+ADDED = ("patience",)
 
 # What the rounding of a run depends on beside its threads, by the names of made_with.
 ROUNDING = ("metapl", "torch", "torchvision", "processor", "gpu")
@@ -86,7 +90,7 @@ class StoredRecipe:
             path=path,
             name=str(recipe["name"]),
             method=str(recipe["method"]),
-            fields=mapping_in(path, recipe, "fields"),
+            fields={**dict.fromkeys(ADDED), **mapping_in(path, recipe, "fields")},
             made_with=made_with,
             is_edited=noted != json_sha256({**unsealed, "sha256": {}}),
         )

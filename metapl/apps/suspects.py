@@ -12,11 +12,11 @@ import torch
 
 from metapl.apps import web
 from metapl.apps.methods import Doubtful
-from metapl.apps.pictures.input import Input
 from metapl.apps.printing import written_csv
 from metapl.errors import MetaplError
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.networks.card import Input
 from metapl.problems import Table
 from metapl.training import Trainer
 from metapl.training.trainer import BilevelTrainer

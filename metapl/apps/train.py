@@ -14,25 +14,27 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
-from metapl.apps.label_store import DESCRIPTION
 from metapl.apps.labeling import stored_labels
-from metapl.apps.launch import Processes, done_by_first
 from metapl.apps.log_to import MetricLog
-from metapl.apps.machine import sha256_of
 from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
-from metapl.apps.pictures.batches import record_files, replaced_files
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
-from metapl.apps.run_folder import EndedRun, RunFolder, seal
 from metapl.apps.settings import flag_values
 from metapl.apps.suspects import SUSPECTS, write_suspects
-from metapl.apps.tuned_networks import Tuned, begin_as, merged
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
+from metapl.labels.store import DESCRIPTION
+from metapl.machine import device
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
+from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
+from metapl.networks.tuned import Tuned, begin_as, merged
+from metapl.pictures.batches import record_files, replaced_files
 from metapl.problems.model_noise import model_noise
+from metapl.processes import Processes, done_by_first
+from metapl.run_folder import EndedRun, RunFolder, seal
+from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
@@ -114,7 +116,13 @@ def train(
     torch.manual_seed(fitting.seed)
     skipped = folder.path / "skipped.jsonl"
     data = config.data(say, progress, skipped)
-    note_data(data, method, folder)
+    if fitting.patience is not None and data.validation is None:
+        raise MetaplError(
+            f"--patience {fitting.patience} was given, and there are no validation examples to "
+            "measure on; leave it out, or give them by --val."
+        )
+    # The first process alone has the folder of the run, and knows whether the data have changed.
+    done_by_first(lambda: note_data(data, method, folder), processes)
     record_files(skipped, data.skipped)
     validation_labels = labels_of(data.validation)
     selects = len(validation_labels) >= SELECTED_ON
@@ -238,6 +246,8 @@ def train(
     }
     if trained.rounds is not None:
         content["rounds"] = trained.rounds
+    if trained.chosen is not None:
+        content["chosen"] = trained.chosen
     tested = networks[chosen].tested
     if tested is not None:
         content["evaluation"] = tested.evaluation.to_json()
@@ -344,7 +354,7 @@ class Phases:
         fit_options = {**self.options, **options}
         all_callbacks: list[Callback] = [*callbacks]
         if truth is not None:
-            all_callbacks.insert(0, Truth(truth))
+            all_callbacks.insert(0, PseudoLabelAccuracy(truth))
         if self.say_progress is not None:
             lines = FitLines(
                 self.say_progress,
@@ -448,32 +458,6 @@ def words_for(networks: Mapping[str, Measured], trained: Trained) -> dict[str, s
     return {name: words[name] for name in networks}
 
 
-class Truth:
-    """Measures at each validation how many of the teacher's labels are right.
-
-    Args:
-        truth: (inputs, labels) of unlabeled examples.
-    """
-
-    def __init__(self, truth: Any) -> None:
-        self.truth = truth
-
-    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> dict[str, float]:
-        """Return the columns of a step that is validated."""
-        is_validated = any("_validation_" in column for column in row)
-        if not is_validated or trainer.teacher is None or not trainer.teacher_classifies:
-            return {}
-        examples = batches_of(self.truth, trainer.device, "truth")
-        logits, labels = predict_logits(trainer.teacher, examples)
-        evaluation = evaluate_logits(logits, labels)
-        confusion = torch.tensor(evaluation.confusion)
-        distance = (confusion.sum(0) - confusion.sum(1)).abs().sum()
-        return {
-            "pseudo_label_accuracy": evaluation.accuracy,
-            "class_shares_vs_truth": float(distance) / (2 * evaluation.n),
-        }
-
-
 def delivered(networks: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     """Return the network that a run delivers: the best by validation, the first of equals.
 
@@ -517,16 +501,6 @@ def evaluated(network: nn.Module, data: Any) -> Evaluation:
 def inside(network: nn.Module) -> nn.Module:
     """Return a network without the wrapper of DDP."""
     return network.module if isinstance(network, DistributedDataParallel) else network
-
-
-def device(asked: str) -> torch.device:
-    """Return the device of ``--device``; refuse cuda where there is no GPU."""
-    has_gpu = torch.cuda.is_available()
-    if asked == "cuda" and not has_gpu:
-        raise MetaplError(
-            "--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu."
-        )
-    return torch.device("cuda" if asked != "cpu" and has_gpu else "cpu")
 
 
 def check_shares(config: Any, method: Method, mesh: Mesh) -> None:

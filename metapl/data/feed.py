@@ -105,6 +105,13 @@ class Feed(ABC):
         self._position += 1
         return batch if self._keeps_labels else inputs_of(batch)
 
+    def skip(self) -> None:
+        """Leave the next batch out.
+
+        A source that draws has to make it, and one that knows its batches by their number has not.
+        """
+        self.next()
+
     @abstractmethod
     def _next(self) -> Batch:
         """Return the batch at the position, as the source has it."""
@@ -294,6 +301,11 @@ class _NumberedFeed(Feed):
         batch = self._source.augment(self._position, to_device(batch, self._device))
         # Converted as loaders do, which turn tuples into lists.
         return default_convert(batch)
+
+    def skip(self) -> None:
+        # A loader that has begun would serve the batch that is left out.
+        self.close()
+        self._position += 1
 
     def _begin(self) -> Iterator[Batch]:
         """Return the batches from the position on."""

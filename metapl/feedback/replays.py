@@ -97,11 +97,11 @@ def state_digest(params: Tree, optimizer_state: OptimizerState) -> Tensor:
     leaves = [
         t for t in pytree.tree_leaves(optimizer_state) if isinstance(t, Tensor) and t.ndim > 0
     ]
-    return torch.stack([_sketch(params.values(), device), _sketch(leaves, device)])
+    return torch.stack([sketch(params.values(), device), sketch(leaves, device)])
 
 
 @torch.no_grad()
-def _sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+def sketch(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Return the signed sums, (256,), of the entries of all tensors in rows of 256."""
     total = torch.zeros(COLUMNS, dtype=torch.float64, device=device)
     for number, piece in enumerate(_pieces(tensors)):

@@ -33,6 +33,11 @@ class TeacherLoss(Protocol):
 
     A loss whose gradient does not pass through the signal may say so by an attribute
     ``detaches_signal = True``, which saves the compiled step a backward pass of the teacher.
+
+    A loss that does not read the inner batch in every step may say so by a method
+    ``reads_inner(step: int) -> bool``. A fit of a :class:`metapl.LossTrainer` makes no inner batch
+    in a step in which none of its losses reads one, and ``inner`` is None there. It makes that of
+    step 0 in any case.
     """
 
     @property
@@ -61,10 +66,17 @@ def only_where_declared(subclass: type) -> None:
     """Let a subclass of a loss say for itself whether it detaches the signal, and is a mean.
 
     It does not inherit these attributes: what it adds may have a gradient through the signal, and
-    need not be a mean over rows.
+    need not be a mean over rows. Nor does it inherit when it reads the inner batch.
     """
     for name in ("detaches_signal", "is_mean_over_rows"):
         setattr(subclass, name, vars(subclass).get(name, False))
+    subclass.reads_inner = vars(subclass).get("reads_inner")  # type: ignore[attr-defined]
+
+
+def reads_inner_at(loss: TeacherLoss, step: int) -> bool:
+    """Return whether a loss reads the inner batch of a step; one that does not say so may."""
+    declared = getattr(loss, "reads_inner", None)
+    return True if declared is None else bool(declared(step))
 
 
 @dataclass(frozen=True)
@@ -121,6 +133,10 @@ class CrossEntropy:
     def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
         """Return what the teacher makes of the outer batch."""
         return teacher(outer[0])
+
+    def reads_inner(self, step: int) -> bool:
+        """Return whether the loss reads the inner batch of a step: it never does."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -198,6 +214,10 @@ class UDA:
                 "threshold_on='prediction', or a temperature above 0."
             )
 
+    def reads_inner(self, step: int) -> bool:
+        """Return whether the loss reads the inner batch of a step: from its start on."""
+        return step >= self.start
+
     @property
     def of_micro_batches(self) -> bool:
         """Whether a micro-batch is aligned by its own mean.
@@ -252,6 +272,9 @@ class UDA:
         signal: Signal,
         step: int | Tensor,
     ) -> Tensor:
+        # A fit makes no batch that is not read. It makes that of step 0, which is looked at here.
+        if inner is None and not isinstance(step, Tensor) and 0 < step < self.start:
+            return _zero_like(signal)
         pair = views(inner)
         if len(pair) != 2:
             raise MetaplError(
@@ -259,8 +282,7 @@ class UDA:
             )
         weak, strong = pair
         if not isinstance(step, Tensor) and step < self.start:
-            some_tensor = next(iter(signal.fields().values()))
-            return torch.zeros((), device=some_tensor.device)
+            return _zero_like(signal)
         weak_logits = signal.outputs
         if weak_logits is None:
             with torch.no_grad():
@@ -282,6 +304,12 @@ class UDA:
         if self.ramp:
             weight = self.weight * min(1.0, (step - self.start) / self.ramp)
         return weight * losses_B.mean()
+
+
+def _zero_like(signal: Signal) -> Tensor:
+    """Return 0 on the device of a signal."""
+    some_tensor = next(iter(signal.fields().values()))
+    return torch.zeros((), device=some_tensor.device)
 
 
 def sum_of_terms(

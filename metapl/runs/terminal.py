@@ -175,3 +175,8 @@ def stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in former_handlers.items():
             signal.signal(number, handler)
+
+
+def exit_code(stopped: KeyboardInterrupt) -> int:
+    """Return the exit code of a process that the signal has ended."""
+    return 128 + int(getattr(stopped, "signal_number", signal.SIGINT))

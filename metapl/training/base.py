@@ -104,6 +104,11 @@ class Trainer(ABC):
         optimizers = self.optimizers.values()
         return [part for part in optimizers if isinstance(part, torch.optim.Optimizer)]
 
+    @property
+    def reads_inner(self) -> bool:
+        """Whether the next step reads an inner batch; a fit makes none that is not read."""
+        return True
+
     @abstractmethod
     def _choices(self) -> str:
         """Return what decides a step beside networks and optimizers, in a few words."""

@@ -315,7 +315,9 @@ class Fit:
         student_is_alone = options.wait <= self.step < self.teacher_begins
         # Nobody looks ahead where the student waits, or learns alone.
         looks_ahead = not student_waits and not student_is_alone
-        outer, inner = self.sources.next_batches(lookahead=trainer.lookahead if looks_ahead else 1)
+        outer, inner = self.sources.next_batches(
+            lookahead=trainer.lookahead if looks_ahead else 1, reads_inner=trainer.reads_inner
+        )
         self.rates.move(self.step)
         if options.warm_start and self.step == options.wait and trainer.teacher is not None:
             self.selection.start_student_from_teacher()

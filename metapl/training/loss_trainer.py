@@ -23,7 +23,13 @@ from metapl.feedback.teacher import NOT_FINITE, mean_scalars
 from metapl.functional import compiled
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
-from metapl.problems.losses import CrossEntropy, TeacherLoss, check_losses, sum_of_terms
+from metapl.problems.losses import (
+    CrossEntropy,
+    TeacherLoss,
+    check_losses,
+    reads_inner_at,
+    sum_of_terms,
+)
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training import Trainer
@@ -118,6 +124,10 @@ class LossTrainer(Trainer):
     @property
     def optimizers(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer}
+
+    @property
+    def reads_inner(self) -> bool:
+        return any(reads_inner_at(loss, self.steps_done) for loss in self.losses)
 
     def _choices(self) -> str:
         return f"losses {' + '.join(type(loss).__name__ for loss in self.losses)}"

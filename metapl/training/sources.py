@@ -69,13 +69,19 @@ class Sources:
             self.facts[name] = facts_of(self.sources[name], batch)
         return batch
 
-    def next_batches(self, lookahead: int) -> tuple[Any, Any]:
+    def next_batches(self, lookahead: int, *, reads_inner: bool) -> tuple[Any, Any]:
         """Return the outer batch of a step and its inner one.
 
-        Of several, the second is a :class:`Lookahead`; without an inner source it is None.
+        Of several, the second is a :class:`Lookahead`; without an inner source it is None, and also
+        where the step does not read it.
         """
         outer = self.draw("outer")
         if "inner" not in self._feeds:
+            return outer, None
+        # The first batch is made in any case, for the facts by which a resumed fit knows its data.
+        if not reads_inner and "inner" in self.facts:
+            for _ in range(lookahead):
+                self._feeds["inner"].skip()
             return outer, None
         earlier = []
         for _ in range(lookahead - 1):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.data.feed import Source
-from metapl.errors import MetaplError
+from metapl.errors import FieldError, MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, require_batches
 from metapl.execution.layout import layouts
@@ -330,9 +330,12 @@ class BilevelTrainer(Trainer):
                 '"cpu" or None.'
             )
         if mode.keep_graph and self.accumulate > 1:
-            raise MetaplError(
+            raise FieldError(
                 f"accumulate={self.accumulate} was given with mode 'unrolled'; expected 1, or mode "
-                "'forward'."
+                "'forward'.",
+                "accumulate",
+                value=self.accumulate,
+                expected="1 with mode 'unrolled', or mode 'forward'",
             )
         if getattr(mode, "truncate", None) == 0:
             raise MetaplError(

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from metapl.apps.main import main
-from metapl.apps.run_folder import RunFolder
+from metapl.run_folder import RunFolder
 
 
 def metapl(*arguments: str | Path, code: int | None = 0) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,9 @@ from PIL import Image
 from test_bits import one_thread
 from tiny_runs import colors, digit, run, ten_digits, three_colors, tiny
 
-from metapl.apps import export, report
-from metapl.apps.export import ONNX, PROGRAM
+from metapl.apps import report
+from metapl.networks import exports
+from metapl.networks.exports import ONNX, PROGRAM
 
 __all__ = ["as_scripts", "colors", "digit", "run", "ten_digits", "three_colors", "tiny"]  # fixtures
 
@@ -50,7 +51,7 @@ def blank_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put files in the place of an export's programs, which take some seconds."""
     files = {PROGRAM: b"a program", ONNX: b"for others"}
     monkeypatch.setattr(
-        export,
+        exports,
         "programs",
         lambda module, shape, onnx=False: {
             name: files[name] for name in files if onnx or name == PROGRAM

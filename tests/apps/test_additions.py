@@ -105,7 +105,7 @@ def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) ->
             '"supervised": methods.Supervised(),\n',
             '    "heavier": Heavier(),\n',
         ),
-        *("from metapl.apps.network_weights import", "from metapl.apps.heavier import Heavier"),
+        *("from metapl.networks.weights import", "from metapl.apps.heavier import Heavier"),
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(

@@ -21,9 +21,9 @@ from torch.func import functional_call
 
 import metapl
 from metapl.apps import attribute as command
-from metapl.apps.pictures.folders import scan_labeled
-from metapl.apps.run_folder import EndedRun
 from metapl.errors import MetaplError
+from metapl.pictures.folders import scan_labeled
+from metapl.run_folder import EndedRun
 
 SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "8", "--seed", "3")
 NETWORK = ("--image-size", "8", "--network", "small_cnn", "--steps", "2", "--finetune-steps", "1")

@@ -26,13 +26,13 @@ from torchvision.transforms.functional import pil_to_tensor
 from metapl.apps import backbone
 from metapl.apps.images import METHODS, Images, Pictures
 from metapl.apps.look import choose_settings
-from metapl.apps.networks import create
-from metapl.apps.pictures import MemoryImages
-from metapl.apps.run_folder import WEIGHTS, EndedRun
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import Fitting
-from metapl.apps.tuned_networks import Normalized, Tuned, begin_as, merged
 from metapl.errors import MetaplError
+from metapl.networks.architectures import create
+from metapl.networks.tuned import Normalized, Tuned, begin_as, merged
+from metapl.pictures import MemoryImages
+from metapl.run_folder import WEIGHTS, EndedRun
 from metapl.training.trainer import BilevelTrainer
 
 SIDE = 32

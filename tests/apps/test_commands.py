@@ -26,14 +26,14 @@ from tiny_runs import TINY, color_folders
 
 from metapl.apps import look
 from metapl.apps.digits import Digits
-from metapl.apps.label_store import LabelStore
 from metapl.apps.main import COMMANDS, parsed
-from metapl.apps.pictures import load_digits_split
-from metapl.apps.robustness import CORRUPTIONS
-from metapl.apps.run_folder import EndedRun, RunFolder
 from metapl.apps.settings import flag_values
 from metapl.errors import MetaplError
+from metapl.labels.store import LabelStore
 from metapl.metrics import predict_logits
+from metapl.pictures import load_digits_split
+from metapl.robustness import CORRUPTIONS
+from metapl.run_folder import EndedRun, RunFolder
 
 ROOT = Path(__file__).parents[2]
 

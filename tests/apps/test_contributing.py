@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from metapl.apps.network_weights import read_weights
 from metapl.errors import MetaplError
+from metapl.networks.weights import read_weights
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import metapl
-from metapl.apps.pictures import load_digits_split
+from metapl.pictures import load_digits_split
 
 pytestmark = pytest.mark.docs
 

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from metapl.apps.export import CARD, ONNX, PROGRAM, WEIGHTS, export, programs
-from metapl.apps.networks import Architecture, create
-from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
+from metapl.networks.architectures import Architecture, create
+from metapl.networks.exports import CARD, ONNX, PROGRAM, WEIGHTS, export, programs
+from metapl.networks.tuned import Normalized
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SMALL = Architecture(name="small_cnn", num_classes=2)
@@ -38,7 +38,7 @@ def run(
     blocks = re.findall(r"```python\n(.*?)```", (out / CARD).read_text(), flags=re.DOTALL)
     (code,) = (block for block in blocks if file in block)
     # In this process metapl is imported already, so the code would run without saying so.
-    assert ("\nimport metapl.apps.networks\n" in f"\n{code}") == ("metapl" in code) == own
+    assert ("\nimport metapl.networks\n" in f"\n{code}") == ("metapl" in code) == own
     exec(code, scope)
     return scope
 

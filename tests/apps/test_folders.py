@@ -29,7 +29,10 @@ from tiny_runs import color_folders, images_command
 from metapl.apps.images import METHODS, Images, Pictures, apart
 from metapl.apps.look import choose_settings
 from metapl.apps.main import main
-from metapl.apps.pictures import (
+from metapl.apps.printing import CsvRows
+from metapl.apps.settings import Fitting
+from metapl.errors import MetaplError, few
+from metapl.pictures import (
     FileImages,
     Files,
     Finding,
@@ -42,11 +45,8 @@ from metapl.apps.pictures import (
     stratified_split,
     verify_files,
 )
-from metapl.apps.pictures.folders import hash_files, without_copies
-from metapl.apps.pictures.reader import open_picture
-from metapl.apps.printing import CsvRows
-from metapl.apps.settings import Fitting
-from metapl.errors import MetaplError, few
+from metapl.pictures.folders import hash_files, without_copies
+from metapl.pictures.reader import open_picture
 from metapl.words import TURNS, shown
 
 SMALL: dict[str, Any] = {

@@ -131,8 +131,11 @@ def test_flags_are_in_groups_with_ten_that_are_used_most_first(name: str) -> Non
 
 def test_the_help_of_a_method_has_its_flags() -> None:
     usual = page_of("train images")
-    assert "--uda-weight" in usual
-    assert "--wait" not in usual
+    assert "--trial-share" in usual
+    assert "--uda-weight" not in usual
+    own = page_of("train images", method="uda")
+    assert "--uda-weight" in own
+    assert "--wait" not in own
     chosen = page_of("train images", method="mpl")
     assert "method mpl:" in chosen
     assert "--wait" in chosen

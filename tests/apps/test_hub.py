@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from test_bits import one_thread
 
 from metapl import MetaplError
-from metapl.apps.run_folder import EndedRun, RunFolder
+from metapl.run_folder import EndedRun, RunFolder
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")

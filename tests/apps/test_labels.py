@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 
 from metapl import MetaplError
 from metapl.apps.images import Images
-from metapl.apps.label_selection import select, statistics
-from metapl.apps.label_store import DESCRIPTION, LabelStore, LabelWriter
 from metapl.apps.labeling import stored_labels
 from metapl.apps.methods import ReducedMpl
-from metapl.apps.pictures.folders import scan_unlabeled
+from metapl.labels.selection import select, statistics
+from metapl.labels.store import DESCRIPTION, LabelStore, LabelWriter
+from metapl.pictures.folders import scan_unlabeled
 
 CLASSES = ("ant", "bee", "cat", "dog", "eel")
 

@@ -19,17 +19,17 @@ from torch import nn
 from torchvision.models import ResNet18_Weights
 from torchvision.ops import StochasticDepth
 
-from metapl.apps import networks
-from metapl.apps.network_weights import (
+from metapl.errors import MetaplError
+from metapl.models import mlp, wide_resnet
+from metapl.networks import architectures as networks
+from metapl.networks.architectures import Architecture, create
+from metapl.networks.tuned import Normalized
+from metapl.networks.weights import (
     fetch_imagenet_weights,
     load_weights,
     parameter_groups,
     read_weights,
 )
-from metapl.apps.networks import Architecture, create
-from metapl.apps.tuned_networks import Normalized
-from metapl.errors import MetaplError
-from metapl.models import mlp, wide_resnet
 from metapl.training.hypergradient import hypergradient
 
 COUNTS = [

@@ -24,28 +24,24 @@ from metapl import MetaplError
 from metapl.apps import digits, noisy_student
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
 from metapl.apps.look import choose_settings
-from metapl.apps.networks import Architecture
 from metapl.apps.noisy_student import (
-    Chosen,
     ImagesOfRounds,
-    LossesApart,
-    Noised,
     NoisyStudent,
     PicturesOfRounds,
-    PseudoLabeledBatches,
     configs_of,
-    end_matched,
     optimizer,
     standard_view,
     threshold_of,
 )
-from metapl.apps.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
+from metapl.networks.architectures import Architecture
+from metapl.noisy_student import Chosen, LossesApart, Noised, PseudoLabeledBatches, end_matched
+from metapl.pictures import Identity, LabeledBatches, ShiftNoiseCutout
 from metapl.problems.base import Signal
 from metapl.problems.model_noise import NoisyStudentLoss, model_noise
 from metapl.training import FitOptions

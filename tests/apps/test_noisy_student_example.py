@@ -19,11 +19,11 @@ from tiny_runs import color_folders
 from torch import nn
 
 from metapl import MetaplError
-from metapl.apps import networks
-from metapl.apps.label_selection import select
-from metapl.apps.label_store import LabelStore, LabelWriter
-from metapl.apps.pictures import Identity, scan_unlabeled
-from metapl.apps.run_folder import EndedRun
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
+from metapl.networks import architectures as networks
+from metapl.pictures import Identity, scan_unlabeled
+from metapl.run_folder import EndedRun
 from metapl.training import FitOptions
 
 pytestmark = pytest.mark.docs

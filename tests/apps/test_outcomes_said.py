@@ -17,13 +17,13 @@ from sklearn.linear_model import LogisticRegression
 
 from metapl.apps.digits import METHODS
 from metapl.apps.methods import with_settings_of
-from metapl.apps.pictures import load_digits_split
 from metapl.apps.report_picture import panels_of
-from metapl.apps.run_folder import guessing
 from metapl.apps.run_summary import linear_baseline, summary
 from metapl.apps.settings import with_flags
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare
+from metapl.pictures import load_digits_split
+from metapl.run_folder import guessing
 
 DIGITS = ("train", "digits", "--finetune-steps", "20")
 SHORT = (*DIGITS, "--steps", "200", "--validate-every", "50")

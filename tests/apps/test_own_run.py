@@ -11,7 +11,7 @@ import pytest
 from command import metapl, rows
 from tiny_runs import COLORS
 
-from metapl.apps.label_store import LabelStore
+from metapl.labels.store import LabelStore
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "own_run.py"
 FACTORY = ("--factory", f"{SCRIPT}:network")

@@ -38,8 +38,8 @@ from test_protocol_examples import (
 from test_robustness import save
 from tiny_runs import color_folders
 
-from metapl.apps.export import WEIGHTS, export
-from metapl.apps.networks import Architecture
+from metapl.networks.architectures import Architecture
+from metapl.networks.exports import WEIGHTS, export
 
 pytestmark = pytest.mark.docs
 
@@ -481,7 +481,7 @@ def run_noisy_student(words: list[str], processes: int) -> None:
 def run_robustness(words: list[str], processes: int) -> None:
     """Measure a network of a thousand classes, like the page's, in the place of the page's run."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr("metapl.apps.export.programs", lambda *given, **more: {})
+        patch.setattr("metapl.networks.exports.programs", lambda *given, **more: {})
         weights = Path("a network of ImageNet", WEIGHTS)
         if not weights.exists():
             write_imagenet_network(weights.parent)

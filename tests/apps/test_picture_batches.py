@@ -22,8 +22,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.apps.launch import Share
-from metapl.apps.pictures import (
+from metapl.data import StepBatches, StepSampler, loader
+from metapl.errors import MetaplError
+from metapl.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
     Chain,
@@ -42,9 +43,8 @@ from metapl.apps.pictures import (
     read_image,
     replaced_files,
 )
-from metapl.apps.pictures.batches import record_files
-from metapl.data import StepBatches, StepSampler, loader
-from metapl.errors import MetaplError
+from metapl.pictures.batches import record_files
+from metapl.processes import Share
 
 COUNT, BROKEN = 12, (3, 4, 11)
 SOUND = [number for number in range(COUNT) if number not in BROKEN]
@@ -235,7 +235,7 @@ def test_a_kept_picture_is_decoded_once_by_whichever_process(
         counts[names.index(path)] += 1  # by all processes together
         return read_image(path, **how)
 
-    monkeypatch.setattr("metapl.apps.pictures.batches.read_image", counted)
+    monkeypatch.setattr("metapl.pictures.batches.read_image", counted)
     images = FileImages(paths, size=(8, 8), log=log).cached()
     batches = UnlabeledBatches(images, StepSampler(COUNT, 4, seed=0), Weak(pad=1), None, seed=0)
     for _ in loader(batches, 0, 30, workers):

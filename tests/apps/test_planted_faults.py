@@ -18,10 +18,10 @@ from tiny_runs import TINY, colored_pictures
 
 from metapl.apps import images, labeling, train
 from metapl.apps.images import Pictures
-from metapl.apps.launch import Processes
 from metapl.apps.methods import Training
 from metapl.apps.settings import Fitting
 from metapl.execution.shards import weights_of
+from metapl.processes import Processes
 from metapl.training import FitResult, Trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -27,14 +27,14 @@ from tiny_runs import color_folders
 from torchvision import datasets
 from torchvision.datasets import imagenet
 
-from metapl.apps.label_store import LabelWriter
-from metapl.apps.pictures import EvaluationBatches, scan_unlabeled
-from metapl.apps.run_folder import EndedRun
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.feedback import Reinforce
+from metapl.labels.store import LabelWriter
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
+from metapl.pictures import EvaluationBatches, scan_unlabeled
+from metapl.run_folder import EndedRun
 
 pytestmark = pytest.mark.docs
 
@@ -608,7 +608,7 @@ def test_the_rows_of_imagenet_stay_finite_in_miniature(
 
     The network's width and depth and the side are cut.
     """
-    monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
+    monkeypatch.setattr("metapl.networks.architectures._SCALES", NARROW)
     row = protocols.PROTOCOLS[name][1]
     kept = (
         "wait",
@@ -643,7 +643,7 @@ def test_a_plan_takes_a_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Reduced MPL, narrow, on eight ranks of which four share the statistics of batch norms."""
-    monkeypatch.setattr("metapl.apps.networks._SCALES", NARROW)
+    monkeypatch.setattr("metapl.networks.architectures._SCALES", NARROW)
     words = ["plan.py", "imagenet-b7-reduced", "--size", "32", "--replicate", "2", "--shard", "4"]
     monkeypatch.setattr(
         "sys.argv", [*words, "--batch-norm-ranks", "4", "--labeled", "8", "--unlabeled", "16"]

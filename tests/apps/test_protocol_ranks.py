@@ -21,8 +21,8 @@ from ranks import Ranks
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from metapl.apps.launch import joined
 from metapl.distributed import Mesh
+from metapl.processes import joined
 
 pytestmark = [pytest.mark.docs, pytest.mark.long]
 

@@ -17,16 +17,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from command import metapl
+from command import edited, metapl
 from ranks import Ranks
 from safetensors.torch import load_file
 from tiny_runs import TINY, color_folders, images_command
 
-from metapl.apps.label_store import LabelStore, LabelWriter
-from metapl.apps.launch import PATIENCE
-from metapl.apps.machine import default_threads
-from metapl.apps.pictures import scan_unlabeled
-from metapl.apps.run_folder import WEIGHTS
+from metapl.labels.store import LabelStore, LabelWriter
+from metapl.machine import default_threads
+from metapl.pictures import scan_unlabeled
+from metapl.processes import PATIENCE
+from metapl.run_folder import WEIGHTS
 
 SECONDS = 240.0
 
@@ -183,6 +183,22 @@ def test_an_error_in_the_first_process_while_it_labels_ends_the_others_at_once(
     assert "Test accuracy" in trained(two, words, tmp_path / "again")
 
 
+def test_changed_data_which_the_first_process_sees_end_the_others_at_once(
+    two: Ranks, tmp_path: Path
+) -> None:
+    words = [*TINY, "--method", "supervised", "--mesh.replicate", "2"]
+    run = tmp_path / "run"
+    trained(two, words, run)
+    (run / "result.json").unlink()
+    edited(run / "data.json", "hash", labeled="another")
+    started = time.monotonic()
+    first, second = two.run("command", arguments=[*words, "--out", str(run), "--resume"])
+    assert time.monotonic() - started < PATIENCE.total_seconds() / 4
+    assert (first[0], second[0]) == (2, 2)
+    assert "the data have changed since the run" in first[2]
+    assert "the first process has failed: the data have changed" in second[2]
+
+
 @pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="kills as Linux has them")
 def test_torchrun_starts_a_killed_process_again(two: Ranks, tmp_path: Path) -> None:
@@ -226,7 +242,7 @@ def test_threads_are_as_many_as_the_cores_that_the_process_may_use(
         assert default_threads() == 1
     finally:
         os.sched_setaffinity(0, allowed)
-    monkeypatch.setattr("metapl.apps.machine.cpu_count", lambda: 8)
+    monkeypatch.setattr("metapl.machine.cpu_count", lambda: 8)
     for given, expected in (("3", 3), ("4,2", 4), ("0", 8), ("many", 8), ("", 8)):
         monkeypatch.setenv("OMP_NUM_THREADS", given)
         assert default_threads() == expected

@@ -26,10 +26,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from metapl.apps.digits import Digits
-from metapl.apps.pictures import UnreadableImage, read_image, reader, scan_unlabeled, verify_files
-from metapl.apps.pictures.reader import gray_image, read_crops
-from metapl.apps.run_folder import RunFolder
 from metapl.errors import MetaplError
+from metapl.pictures import UnreadableImage, read_image, reader, scan_unlabeled, verify_files
+from metapl.pictures.reader import gray_image, read_crops
+from metapl.run_folder import RunFolder
 
 READERS: dict[str, Callable[[Path], Tensor]] = {
     "whole": read_image,

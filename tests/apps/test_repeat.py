@@ -14,8 +14,8 @@ from command import edited, metapl
 from test_bits import one_thread
 from tiny_runs import IMAGES, NOISY_STUDENT, TINY, color_folders
 
-from metapl.apps.networks import create
-from metapl.apps.run_folder import WEIGHTS, RunFolder
+from metapl.networks.architectures import create
+from metapl.run_folder import WEIGHTS, RunFolder
 
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,9 +15,9 @@ from PIL import Image
 from tiny_runs import color_folders, images_command
 
 from metapl.apps.report import mistakes, write_report
-from metapl.apps.run_folder import EndedRun
 from metapl.execution.numerics import float32_products
 from metapl.metrics import Evaluation
+from metapl.run_folder import EndedRun
 
 HOSTILE = "<script>alert('x')<&\"<img src=x>"
 

@@ -20,8 +20,8 @@ from test_bits import one_thread
 from test_goldens import words_of
 from tiny_runs import TINY, built_once
 
-from metapl.apps.run_folder import WEIGHTS, RunFolder
 from metapl.errors import MetaplError
+from metapl.run_folder import WEIGHTS, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,13 +40,13 @@ POINTS = (
     ("metapl.training.trainer:BilevelTrainer", "teacher_step"),
     ("metapl.training.loss_trainer:LossTrainer", "step"),
     ("metapl.runs.checkpoint:CheckpointFolder", "write"),
-    ("metapl.apps.label_store:LabelWriter", "add"),
-    ("metapl.apps.label_store:LabelWriter", "_describe"),
+    ("metapl.labels.store:LabelWriter", "add"),
+    ("metapl.labels.store:LabelWriter", "_describe"),
     ("metapl.apps.noisy_student", "select"),  # between two phases
     ("metapl.apps.train", "evaluated"),
     ("metapl.apps.train", "measured"),
-    ("metapl.apps.run_folder:RunFolder", "write_weights"),
-    ("metapl.apps.run_folder:RunFolder", "write_json"),
+    ("metapl.run_folder:RunFolder", "write_weights"),
+    ("metapl.run_folder:RunFolder", "write_json"),
     ("metapl.apps.train", "write_report"),
 )
 

@@ -35,14 +35,14 @@ from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
-from metapl.apps import robustness as kinds
+from metapl import robustness as kinds
 from metapl.apps.evaluate import GROUPS, robustness_curves
-from metapl.apps.export import WEIGHTS, export
-from metapl.apps.networks import Architecture
-from metapl.apps.robustness import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
-from metapl.apps.tuned_networks import Normalized
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
+from metapl.networks.architectures import Architecture
+from metapl.networks.exports import WEIGHTS, export
+from metapl.networks.tuned import Normalized
+from metapl.robustness import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
 
 
 @pytest.fixture(scope="module")

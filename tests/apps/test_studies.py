@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import metapl
 from metapl.ablation import Altered
-from metapl.apps.pictures.views import base
 from metapl.feedback import Forward, Reinforce
 from metapl.models import mlp
+from metapl.pictures.views import base
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training.loss_trainer import LossTrainer
 

@@ -24,7 +24,9 @@ from torch.nn.functional import pad
 from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
-from metapl.apps.pictures import (
+from metapl.data import draws
+from metapl.errors import MetaplError
+from metapl.pictures import (
     CIFAR_OPERATIONS,
     SVHN_OPERATIONS,
     Affine,
@@ -42,9 +44,7 @@ from metapl.apps.pictures import (
     View,
     Weak,
 )
-from metapl.apps.pictures.views import base
-from metapl.data import draws
-from metapl.errors import MetaplError
+from metapl.pictures.views import base
 
 FLOWER = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
 STRONG = Chain(

@@ -171,9 +171,11 @@ IMAGES = (
 
 
 def images_command(root: Path, *more: str) -> list[str]:
-    """Return the command that trains on :func:`color_folders`."""
+    """Return the command that trains on :func:`color_folders`, by UDA where no method is named."""
     folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
-    return ["train", "images", *folders, *IMAGES, *more]
+    is_named = any(word.startswith("--method") for word in more)
+    method = [] if is_named else ["--method", "uda"]
+    return ["train", "images", *folders, *IMAGES, *method, *more]
 
 
 @pytest.fixture(scope="session")

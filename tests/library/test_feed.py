@@ -110,6 +110,19 @@ def test_goes_on_exactly_and_leaves_the_default_generators_alone(source: Callabl
     assert same(checkpoint.rng_state(), outside_state)
 
 
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES.keys())
+def test_a_batch_that_is_skipped_changes_no_other_one(source: Callable[[], Any]) -> None:
+    whole_run = feed_from(source())
+    batches = take(whole_run, 8)
+    stream = feed_from(source())
+    served = take(stream, 2)
+    for _ in range(3):
+        stream.skip()
+    served += take(stream, 3)
+    assert same(served, batches[:2] + batches[5:])
+    assert same(stream.state(), whole_run.state())
+
+
 @pytest.mark.parametrize(
     "source",
     [pytest.param(s, marks=[pytest.mark.long] * ("persistent" not in s)) for s in WITH_WORKERS],
@@ -372,6 +385,24 @@ def test_bits_are_the_nested_hash(seed: int) -> None:
     key = draws.fold_in(draws.fold_in(seed, 2), 17)
     for (row, example), draw in product(enumerate(examples), range(3)):
         assert int(got[row, draw]) % 2**64 == draws.fold_in(draws.fold_in(key, example), draw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_on_the_host_are_those_on_a_device(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the operations that a device takes, here taken on the CPU."""
+    examples = draws.bits(5, 0, torch.arange(30), n=1)[:, 0]
+    for chosen in (examples, examples[::3], examples[:0], torch.arange(30, dtype=torch.int32)):
+        on_host = draws.uniform(-7, 3, chosen, n=4, stream=2, dtype=dtype)
+        bits_on_host = draws.bits(-7, 3, chosen, n=4, stream=2)
+        with monkeypatch.context() as patch:
+            patch.setattr(draws, "_is_on_host", lambda examples: False)
+            as_on_device = draws.uniform(-7, 3, chosen.long(), n=4, stream=2, dtype=dtype)
+            bits_as_on_device = draws.bits(-7, 3, chosen.long(), n=4, stream=2)
+        assert on_host.dtype == as_on_device.dtype
+        assert torch.equal(on_host, as_on_device)
+        assert torch.equal(bits_on_host, bits_as_on_device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import UDA
+from metapl.data import StepBatches
 from metapl.problems.base import Signal
 from metapl.problems.losses import log_of_shares
 
@@ -208,6 +210,67 @@ def test_before_the_start_there_is_no_pass_and_nothing_moves() -> None:
     assert passes == [False, True]
     assert not torch.equal(torch.get_rng_state(), random)
     assert not torch.equal(model.state_dict()["1.running_mean"], first_state["1.running_mean"])
+
+
+class Noted(StepBatches[Any]):
+    """Pairs of views, which note for which steps they were made."""
+
+    steps = None
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        self.made.append(step)
+        weak, strong = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(step))
+        return weak, strong
+
+
+class UndeclaredUDA(UDA):
+    """A loss of a user's own, which does not say when it reads the inner batch."""
+
+
+def fitted(uda: UDA, source: Noted, folder: Path, *, resumes: bool) -> dict[str, Tensor]:
+    """Return the weights after seven steps of a fit, which may be resumed after two."""
+    x, y = labeled()
+    model = network(torch.float32)
+    trainer = metapl.LossTrainer(
+        model,
+        (metapl.CrossEntropy(), uda),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    options: Any = {"schedule": "constant", "progress": False, "out": folder}
+    if resumes:
+        trainer.fit([(x.float(), y)], source, steps=2, **options)
+    trainer.fit([(x.float(), y)], source, steps=7, resume=resumes, **options)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_fit_makes_no_inner_batch_before_the_start(resumes: bool, tmp_path: Path) -> None:
+    """The weights are those of a fit that makes all of them."""
+    sparing = Noted()
+    weights = fitted(UDA(start=4), sparing, tmp_path / "sparing", resumes=resumes)
+    making_all = Noted()
+    expected = fitted(UndeclaredUDA(start=4), making_all, tmp_path / "all", resumes=resumes)
+    assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+    # The first one is made in any case, and once more where the fit is resumed.
+    resumed = [0] if resumes else []
+    assert sparing.made == [0, *resumed, 4, 5, 6]
+    assert making_all.made == [0, 1, *resumed, 2, 3, 4, 5, 6]
+
+
+def test_a_fit_without_pairs_is_refused_in_its_first_step() -> None:
+    x, y = labeled()
+    model = network()
+    trainer = metapl.LossTrainer(
+        model,
+        (metapl.CrossEntropy(), UDA(start=4)),
+        optimizer=torch.optim.SGD(model.parameters(), lr=0.1),
+    )
+    for inner in (None, [x]):
+        with pytest.raises(metapl.MetaplError, match=r"^step 1: .*expected .*\(weak, strong\)"):
+            trainer.fit([(x, y)], inner, steps=7, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,307 @@
+"""What a network is called with, read as a batch of examples, and the numbers of its examples.
+
+A hook on the network sees the arguments of a call: a tensor, or a dict of columns with or without
+labels. Each row of it is an example. Its number is its place in the data set where that is known
+(:class:`NumbersInData`), or else the order in which it was first seen (:class:`NumbersBySight`).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import (
+    LABEL_KEYS,
+    Batch,
+    inputs_of,
+    labeled_pair,
+    leaves_of,
+    length,
+    map_tensors,
+    plain,
+    row_digests,
+)
+from metapl.problems.doubtful import EqualWeights
+from metapl.training.examples import Examples
+
+# What transformers.Trainer gives to a model beside a batch, for the loss alone.
+LEFT_OUT = ("num_items_in_batch",)
+
+# The types of what else a network may be called with by name.
+CONSTANTS = (bool, int, float, str)
+
+# So many examples of a data set are read at a time where all of them are.
+READ_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """What the calls of a network have in common.
+
+    Args:
+        keys: the names of its inputs where they are a dict; None for a tensor or a tuple.
+        has_labels: whether a call has the labels too.
+        constants: what else the network is called with by name, such as ``use_cache=False``.
+    """
+
+    keys: tuple[str, ...] | None
+    has_labels: bool
+    constants: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(batch: Batch) -> CallForm:
+        """Return the form of a call that :func:`batch_of_call` has read."""
+        if not isinstance(batch, dict):
+            return CallForm(keys=None, has_labels=False)
+        columns = inputs_of(batch)
+        constants = {key: value for key, value in columns.items() if type(value) in CONSTANTS}
+        return CallForm(
+            keys=tuple(key for key in columns if key not in constants),
+            has_labels=any(key in batch for key in LABEL_KEYS),
+            constants=constants,
+        )
+
+    def selected(self, batch: Batch) -> Batch:
+        """Return a batch of data with those columns alone that the network is called with.
+
+        Labels stay. A data set may have more columns, which a Trainer leaves out, and has no
+        constants.
+        """
+        if self.keys is None:
+            return batch
+        if isinstance(batch, dict):
+            columns = [*self.keys, *LABEL_KEYS]
+            selected = {key: t for key, t in batch.items() if key in columns}
+            return {**selected, **self.constants}
+        if isinstance(batch, tuple) and batch and isinstance(batch[0], dict):
+            return (self.selected(batch[0]), *batch[1:])
+        return batch
+
+
+def batch_of_call(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Batch:
+    """Return the arguments of a call of a network as a batch.
+
+    One argument is the batch itself, and several are a tuple. Named ones are a dict by name, as are
+    those of which one is named as labels are. What is None, or for the loss alone, is left out.
+    """
+    if len(args) == 1 and not kwargs:
+        return plain(args[0])
+    names = [*inspect.signature(network.forward).parameters]
+    arguments = dict(zip(names, args, strict=False))
+    arguments.update(kwargs)
+    if not kwargs and not any(key in arguments for key in LABEL_KEYS):
+        return plain(tuple(args))
+    columns: dict[str, Any] = {}
+    for name, value in plain(arguments).items():
+        if value is not None and name not in LEFT_OUT:
+            columns[name] = value
+    return columns
+
+
+def refuse_other_rows(batch: Batch) -> None:
+    """Refuse a batch with a tensor that has no row for each example."""
+    rows = length(batch)
+    for t in leaves_of(batch):
+        if isinstance(t, Tensor) and (t.ndim == 0 or len(t) != rows):
+            raise MetaplError(
+                f"the network is called with a tensor {tuple(t.shape)} in a batch of {rows} "
+                "examples; expected tensors with a row for each example."
+            )
+
+
+class Data:
+    """The examples of a training, read as the network is called with them.
+
+    Args:
+        examples: by number.
+        problem: reads batches of them.
+        form: of the network's calls.
+    """
+
+    def __init__(self, examples: Examples, problem: EqualWeights, form: CallForm) -> None:
+        self.examples = examples
+        self.problem = problem
+        self.form = form
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def batch(self, numbers: Tensor) -> Batch:
+        """Return the examples with these numbers as the problem reads them."""
+        return as_read(self.examples[numbers], self.problem, self.form, self.examples.name)
+
+    def digests(self) -> tuple[Tensor, Tensor]:
+        """Return two numbers of each example, both (N,): of its inputs, and of all of it.
+
+        Cost: each example is read once.
+        """
+        of_inputs: list[Tensor] = []
+        of_all: list[Tensor] = []
+        for first in range(0, len(self), READ_AT_ONCE):
+            numbers = torch.arange(first, min(first + READ_AT_ONCE, len(self)))
+            batch = self.batch(numbers)
+            inputs = self.problem.student_input(batch)
+            if self.form.keys is not None and isinstance(inputs, dict):
+                missing = [key for key in self.form.keys if key not in inputs]
+                if missing:
+                    raise MetaplError(
+                        f"{self.examples.name} has no column {few(missing)}, which the network is "
+                        "called with; expected the data set that the loop reads, or a DataLoader "
+                        "with its collate_fn."
+                    )
+                # In the order of the call, by which tensors are told from each other.
+                inputs = {key: inputs[key] for key in self.form.keys}
+            digests = row_digests(inputs)
+            of_inputs.append(digests)
+            of_all.append(digests + 3 * row_digests(labels_of(batch, digests)))
+        return torch.cat(of_inputs), torch.cat(of_all)
+
+
+def as_read(batch: Batch, problem: EqualWeights, form: CallForm, name: str) -> Batch:
+    """Return a batch as a problem reads it: (inputs, labels), unless the problem says otherwise.
+
+    Args:
+        form: of the network's calls, which the inputs are reduced to.
+        name: of the data, for errors.
+    """
+    batch = form.selected(batch)
+    if type(problem).student_input is not EqualWeights.student_input:
+        return batch
+    return labeled_pair(
+        batch, name, " For other batches, give the problem a method student_input(batch)."
+    )
+
+
+def labels_of(batch: Batch, like: Tensor) -> Any:
+    """Return what a batch has besides its inputs, with a row for each example.
+
+    That is ``like`` itself where it has nothing besides them.
+    """
+    if isinstance(batch, tuple) and len(batch) > 1:
+        return batch[1:]
+    return like
+
+
+class NumbersInData:
+    """The numbers of examples in a data set, found by the bits of their inputs.
+
+    Examples with equal inputs have the number of the first of them, and are refused where their
+    labels differ.
+
+    Attributes:
+        of_all: a number of each example, by which the data set is known again, (N,).
+    """
+
+    def __init__(self, data: Data) -> None:
+        of_inputs, self.of_all = data.digests()
+        self._sorted, self._places = of_inputs.sort(stable=True)
+        is_equal = self._sorted[1:] == self._sorted[:-1]
+        all_sorted = self.of_all[self._places]
+        is_other = is_equal & (all_sorted[1:] != all_sorted[:-1])
+        if bool(is_other.any()):
+            place = int(is_other.nonzero()[0])
+            first = int(self._places[place])
+            second = int(self._places[place + 1])
+            raise MetaplError(
+                f"{data.examples.name} has equal inputs with different labels, examples {first} "
+                f"and {second}, which the network's inputs do not tell apart; expected each input "
+                "once."
+            )
+
+    def find(self, digests: Tensor) -> Tensor:
+        """Return the number of each row with these digests, and −1 for rows of no example."""
+        places = torch.searchsorted(self._sorted, digests).clamp_max(len(self._sorted) - 1)
+        is_example = self._sorted[places] == digests
+        return torch.where(is_example, self._places[places], -1)
+
+
+class NumbersBySight:
+    """The numbers of examples in the order in which they were first seen, by their bits.
+
+    Attributes:
+        new_rows: the rows that were seen first since :meth:`take_new_rows`, as parts of batches.
+        bytes: of all rows that were seen first.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+        self.new_rows: list[Batch] = []
+        self.bytes = 0
+
+    def find(self, batch: Batch) -> Tensor:
+        """Return the number of each row, (B,), and keep a copy of each row that is new."""
+        numbers: list[int] = []
+        new_places: list[int] = []
+        for place, digest in enumerate(row_digests(batch).tolist()):
+            if digest not in self._numbers:
+                self._numbers[digest] = len(self._numbers)
+                new_places.append(place)
+            numbers.append(self._numbers[digest])
+        if new_places:
+            rows = batch
+            if isinstance(batch, dict):
+                rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
+            # A list as an index makes a copy.
+            rows = map_tensors(lambda t: t[new_places].detach(), rows)
+            self.new_rows.append(rows)
+            self.bytes += sum(t.nbytes for t in leaves_of(rows) if isinstance(t, Tensor))
+        return torch.tensor(numbers)
+
+    def take_new_rows(self) -> list[Batch]:
+        """Return the rows that are new since the last call."""
+        rows = self.new_rows
+        self.new_rows = []
+        return rows
+
+
+class RecordedRows(Examples):
+    """Examples that a recording has itself, by their number.
+
+    Args:
+        parts: of batches, with the rows in the order of their numbers.
+    """
+
+    def __init__(self, parts: Sequence[Batch], device: torch.device) -> None:
+        super().__init__("the recording", device)
+        self._parts = parts
+        self._place: list[tuple[int, int]] = []
+        for part_number, part in enumerate(parts):
+            self._place += [(part_number, row) for row in range(length(part))]
+
+    def __len__(self) -> int:
+        return len(self._place)
+
+    def read(self, numbers: Tensor) -> Any:
+        rows: list[Any] = []
+        for number in numbers.tolist():
+            part_number, row = self._place[number]
+            rows.append(row_of(self._parts[part_number], row))
+        try:
+            return torch.utils.data.default_collate(rows)
+        except RuntimeError as error:
+            # Rows of different batches may be padded to different lengths.
+            raise MetaplError(
+                f"recorded rows do not go together into a batch ({str(error).splitlines()[0]})."
+            ) from error
+
+
+def row_of(part: Batch, row: int) -> Any:
+    """Return one row of a part of a batch."""
+    return map_tensors(lambda t: t[row], part)
+
+
+def refuse_unknown(numbers: Tensor) -> None:
+    """Refuse rows that are none of the examples of the data set."""
+    unknown = int((numbers < 0).sum())
+    if unknown:
+        raise MetaplError(
+            f"record: {unknown} of {len(numbers)} rows that the network is called with are none "
+            "of the examples of train; expected the examples as the network gets them, always the "
+            "same: scaled, and without random augmentation."
+        )

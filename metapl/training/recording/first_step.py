@@ -1,0 +1,205 @@
+"""The first step of a recording: whether the problem's loss and gradient are those of the loop.
+
+A recording is differentiated through the losses ℓ_i that the problem gives. In the first step their
+mean is compared with the loss that the loop has backpropagated, which may be a multiple of it, and
+the gradient of that multiple with ``p.grad``. What differs is refused there, and not after a night
+of training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError, few
+from metapl.execution.numerics import WHOLE, Tree
+from metapl.problems.base import kind_of
+from metapl.training.recording.folder import KeptState
+from metapl.training.recording.network import Call, RecordedNetwork
+from metapl.updates import TorchUpdate, update_of
+from metapl.updates.several import Several
+
+
+@dataclass(frozen=True)
+class SeenStep:
+    """What was seen of a step, with all that its gradient is computed from.
+
+    Args:
+        state: before the step.
+        calls: of the network, one for each micro-batch.
+        loss: the sum of the losses that were backpropagated; NaN where none was seen.
+        clip_norm: the greatest norm of the gradient; None: it was not clipped.
+        gradients: those that the optimizer has used, by name.
+        sizes: how many examples each call has.
+    """
+
+    state: KeptState
+    calls: Sequence[Call]
+    loss: float
+    clip_norm: float | None
+    gradients: Tree
+    sizes: Sequence[int]
+
+
+def tolerance_of(network: RecordedNetwork) -> float:
+    """Return the relative difference that rounding may cause: the root of the type's precision."""
+    dtypes = [p.dtype for p in network.parameters.values()]
+    if network.autocast is not None:
+        dtypes.append(network.autocast)
+    return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def weightings(sizes: Sequence[int], first_sizes: Sequence[int]) -> list[list[float]]:
+    """Return the factors that loops give to the mean losses of a step's micro-batches.
+
+    They are those of the mean over all examples; of the mean over the micro-batches; of the sum
+    over the usual number of micro-batches, which the last step of an epoch may not have; and of the
+    sum over the examples. Usually they are equal.
+
+    Args:
+        sizes: how many examples each micro-batch has.
+        first_sizes: the same of the first step.
+
+    >>> weightings([4, 4], [4, 4]), weightings([4], [4, 4])
+    ([[0.5, 0.5]], [[1.0], [0.5]])
+    """
+    candidates = [
+        [size / sum(sizes) for size in sizes],
+        [1 / len(sizes)] * len(sizes),
+        [1 / len(first_sizes)] * len(sizes),
+        [size / sum(first_sizes) for size in sizes],
+    ]
+    distinct: list[list[float]] = []
+    for candidate in candidates:
+        if candidate not in distinct:
+            distinct.append(candidate)
+    return distinct
+
+
+def closest_weighting(
+    candidates: Sequence[Sequence[float]], means: Tensor, loss: float
+) -> Sequence[float]:
+    """Return the weighting of mean losses, (J,), that comes closest to a loss.
+
+    It is the first one for an unknown loss.
+    """
+    if math.isnan(loss):
+        return candidates[0]
+    gaps = [abs(weighted_sum(candidate, means) - loss) for candidate in candidates]
+    return candidates[gaps.index(min(gaps))]
+
+
+def factor_of_loop(loss: float, mean: float, tolerance: float) -> float:
+    """Return by which number a loop multiplies the mean loss before it is backpropagated.
+
+    A sum over a batch has the batch's size, and transformers divides the loss of a GPT-2 by the
+    number of its tokens and not of those that are predicted. A quotient of numbers up to 1,000 is
+    taken for that quotient, without the rounding of the two losses.
+    """
+    if math.isnan(loss) or mean == 0:
+        return 1.0
+    factor = loss / mean
+    quotient = Fraction(factor).limit_denominator(1000)
+    if abs(float(quotient) - factor) <= tolerance**2 * 100 * abs(factor):
+        return float(quotient)
+    return factor
+
+
+def weighted_sum(factors: Sequence[float], means: Tensor) -> float:
+    """Return Σ factor_j mean_j."""
+    return math.fsum(f * mean for f, mean in zip(factors, means.tolist(), strict=True))
+
+
+def followed_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> TorchUpdate:
+    """Return the rule of an optimizer over a network's weights, or refuse one without a rule."""
+    if getattr(optimizer, "grad_scale", None) is not None:
+        raise MetaplError(
+            "record: the optimizer is stepped by a GradScaler, whose skipped steps have no "
+            "derivative; expected bfloat16, which needs none."
+        )
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    update = update_of(optimizer, parameters, name="record: the optimizer")
+    if not isinstance(update, TorchUpdate) or isinstance(optimizer, Several):
+        raise MetaplError(
+            f"record: the optimizer is {type(optimizer).__name__}; expected one of torch.optim."
+        )
+    return update
+
+
+def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
+    """Return the factor of the loop's loss; refuse a problem whose gradient is not the loop's.
+
+    Cost: a forward and a backward pass on the step's batch.
+    """
+    tolerance = tolerance_of(network)
+    means: list[Tensor] = []
+    gradients: list[Tree] = []
+    buffers = step.state.buffers
+    for call in step.calls:
+        result = network.gradient(step.state.params, buffers, call, None)
+        buffers = {**buffers, **result.buffers}
+        means.append(result.loss)
+        gradients.append(result.gradient)
+    mean_losses = torch.stack(means)
+    # Each may be the loop's up to a factor, and the gradient decides.
+    gaps: list[tuple[float, float, float]] = []
+    for weighting in weightings(step.sizes, step.sizes):
+        mean = weighted_sum(weighting, mean_losses)
+        factor = factor_of_loop(step.loss, mean, tolerance)
+        gradient = weighted_trees([factor * f for f in weighting], gradients)
+        if step.clip_norm is not None:
+            scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
+            gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
+        refuse_other_weights(gradient, step.gradients, kind_of(network.problem))
+        gaps.append((relative_gap(gradient, step.gradients), factor, mean))
+    gap, factor, mean = min(gaps)
+    if gap <= tolerance:
+        return factor
+    in_losses = ""
+    if not math.isnan(step.loss):
+        in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"
+    raise MetaplError(
+        f"record: the gradient of the mean of {kind_of(network.problem)}'s losses in the first "
+        f"step differs from p.grad by {gap:.2g} of its size, {tolerance:.1g} at most is rounding"
+        f"{in_losses}, in {len(step.calls)} calls of the network; expected problem= with the "
+        "loop's loss, no gradients from before, and torch.nn.utils.clip_grad_norm_ or clip_norm=."
+    )
+
+
+def weighted_trees(factors: Sequence[float], trees: Sequence[Tree]) -> Tree:
+    """Return Σ factor_j tree_j; a weight that is missing in a tree counts as zero there."""
+    total: Tree = {}
+    for factor, tree in zip(factors, trees, strict=True):
+        for name, t in tree.items():
+            total[name] = total[name] + factor * t if name in total else factor * t
+    return total
+
+
+def relative_gap(gradient: Tree, gradient_of_loop: Tree) -> float:
+    """Return how far two gradients are apart, in the size of the loop's; infinite where NaN."""
+    difference = {name: gradient_of_loop[name] - g for name, g in gradient.items()}
+    size = float(WHOLE.norm(gradient_of_loop))
+    gap = float(WHOLE.norm(difference)) / max(size, 1e-300)
+    return math.inf if math.isnan(gap) else gap
+
+
+def refuse_other_weights(gradient: Tree, gradient_of_loop: Tree, kind: str) -> None:
+    """Refuse a gradient that reaches other weights than the loop's."""
+    names = sorted(gradient.keys() ^ gradient_of_loop.keys())
+    if not names:
+        return
+    has_zeros = all(
+        name in gradient_of_loop and not bool(gradient_of_loop[name].any()) for name in names
+    )
+    mend = "problem= with the loop's loss"
+    if has_zeros:
+        mend = "zero_grad(set_to_none=True), or requires_grad=False for these weights"
+    raise MetaplError(
+        f"record: {few(names, 3)} has a gradient by one of the loop's loss and {kind}, and none "
+        f"by the other; expected {mend}."
+    )

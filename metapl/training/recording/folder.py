@@ -1,0 +1,217 @@
+"""The files of a recording, each of which is the old one or the whole new one.
+
+    recording.ckpt       what was recorded: network, optimizer, versions; written at the first step
+    state-00000000.ckpt  weights, optimizer state and moving buffers before step 0, and so on
+    steps-00000000.ckpt  what is known of the steps from 0 on to the next state
+    rows-00000000.ckpt   examples that were first seen in these steps, where no data set was given
+
+A training that is killed leaves a recording of the steps up to its last state. Every file has a
+checksum, and none can run code (:mod:`metapl.runs.checkpoint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import Batch
+from metapl.execution.numerics import Tree
+from metapl.feedback.replays import state_digest
+from metapl.runs import checkpoint
+
+DESCRIPTION = "recording.ckpt"
+
+
+@dataclass
+class StepRow:
+    """What is known of one step.
+
+    Attributes:
+        numbers: of the examples in each call of the network, (B,) each.
+        draws: the generators before each call, as :meth:`RandomState.values` has them; None where
+            the call drew nothing.
+        loss: the sum of the losses that were backpropagated; NaN where none was seen.
+        clip_norm: the greatest norm of the gradient; None: it was not clipped.
+        options: of the optimizer's param groups.
+    """
+
+    numbers: list[Tensor]
+    draws: list[dict[str, Any] | None]
+    loss: float
+    clip_norm: float | None
+    options: list[dict[str, Any]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Return how many examples each call has."""
+        return [len(numbers) for numbers in self.numbers]
+
+
+@dataclass
+class KeptState:
+    """A state of the training before a step.
+
+    Attributes:
+        params: θ by name.
+        optimizer: its state, by parameter and entry.
+        buffers: those that a step moves, by name.
+    """
+
+    params: Tree
+    optimizer: dict[str, dict[str, Any]]
+    buffers: Tree = field(default_factory=dict)
+
+    def digest(self) -> Tensor:
+        """Return the digest of weights and optimizer, (2, 256)."""
+        return state_digest(self.params, self.optimizer)
+
+
+class RecordingFolder:
+    """Reads and writes the files of a recording.
+
+    Args:
+        path: the folder, which is made with the first file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def refuse_existing(self) -> None:
+        """Refuse a folder that has a recording already."""
+        if (self.path / DESCRIPTION).exists():
+            raise MetaplError(
+                f"{self.path} has a recording already; expected another folder for out, or "
+                "metapl.Recording.open to read it."
+            )
+
+    def write_description(self, description: Mapping[str, Any]) -> None:
+        checkpoint.save(self.path / DESCRIPTION, description)
+
+    def read_description(self) -> dict[str, Any]:
+        """Return what was recorded, or refuse a folder without a recording."""
+        if not (self.path / DESCRIPTION).is_file():
+            raise MetaplError(
+                f"{self.path} has no {DESCRIPTION}; expected a folder that metapl.record wrote, "
+                "after a first step."
+            )
+        return checkpoint.load(self.path / DESCRIPTION)
+
+    def write_state(self, number: int, state: KeptState) -> None:
+        """Write the state before a step."""
+        contents = {
+            "number": number,
+            "params": state.params,
+            "optimizer": state.optimizer,
+            "buffers": state.buffers,
+            "digest": state.digest(),
+        }
+        checkpoint.save(self._file("state", number), contents)
+
+    def read_state(self, number: int, device: torch.device) -> tuple[KeptState, Tensor]:
+        """Return the state before a step, on a device, and its digest; refuse another one."""
+        contents = checkpoint.load(self._file("state", number))
+        state = KeptState(
+            params={name: t.to(device) for name, t in contents["params"].items()},
+            optimizer=on_device(contents["optimizer"], device),
+            buffers={name: t.to(device) for name, t in contents["buffers"].items()},
+        )
+        digest = contents["digest"].to(device)
+        if contents["number"] != number:
+            raise MetaplError(
+                f"{self._file('state', number)} has the state before step {contents['number']}; "
+                f"expected that before step {number}."
+            )
+        return state, digest
+
+    def write_steps(self, first: int, rows: Sequence[StepRow]) -> None:
+        """Write what is known of the steps from ``first`` on.
+
+        The numbers of all examples are one tensor, and so are the states of torch's generator.
+        """
+        numbers = [t for row in rows for t in row.numbers]
+        draws = [values for row in rows for values in row.draws if values is not None]
+        others = [{key: v for key, v in values.items() if key != "cpu"} for values in draws]
+        contents = {
+            "numbers": torch.cat(numbers),
+            "sizes": [row.sizes for row in rows],
+            "has_draws": [[values is not None for values in row.draws] for row in rows],
+            "cpu": torch.stack([values["cpu"] for values in draws]) if draws else None,
+            "other_generators": others,
+            "losses": [row.loss for row in rows],
+            "clip_norms": [row.clip_norm for row in rows],
+            "options": [row.options for row in rows],
+        }
+        checkpoint.save(self._file("steps", first), contents)
+
+    def write_examples(self, first: int, parts: Sequence[Batch]) -> None:
+        """Write the examples that were first seen in the steps from ``first`` on."""
+        checkpoint.save(self._file("rows", first), {"parts": [*parts]})
+
+    def read_steps(self) -> list[StepRow]:
+        """Return the steps up to the first one that is missing."""
+        rows: list[StepRow] = []
+        while self._file("steps", len(rows)).is_file():
+            rows += rows_of(checkpoint.load(self._file("steps", len(rows))))
+        return rows
+
+    def read_examples(self) -> list[Batch]:
+        """Return the examples that the recording has itself, as parts of batches."""
+        parts: list[Batch] = []
+        for path in sorted(self.path.glob("rows-*.ckpt")):
+            parts += checkpoint.load(path)["parts"]
+        return parts
+
+    def states(self) -> list[int]:
+        """Return before which steps there are states."""
+        numbers = []
+        for path in self.path.glob("state-*.ckpt"):
+            number = path.stem.partition("-")[2]
+            if number.isdecimal():
+                numbers.append(int(number))
+        return sorted(numbers)
+
+    def _file(self, kind: str, number: int) -> Path:
+        return self.path / f"{kind}-{number:08d}.ckpt"
+
+
+def rows_of(contents: Mapping[str, Any]) -> list[StepRow]:
+    """Return the steps that :meth:`RecordingFolder.write_steps` has written."""
+    sizes = [size for sizes_of_step in contents["sizes"] for size in sizes_of_step]
+    numbers = iter(contents["numbers"].split(sizes))
+    cpu_states = iter(() if contents["cpu"] is None else contents["cpu"])
+    other_generators = iter(contents["other_generators"])
+    rows: list[StepRow] = []
+    for step, sizes_of_step in enumerate(contents["sizes"]):
+        draws: list[dict[str, Any] | None] = []
+        for has_draws in contents["has_draws"][step]:
+            values = None
+            if has_draws:
+                # A generator reads its state from the beginning of a tensor's memory.
+                values = {"cpu": next(cpu_states).clone(), **next(other_generators)}
+            draws.append(values)
+        row = StepRow(
+            numbers=[next(numbers) for _ in sizes_of_step],
+            draws=draws,
+            loss=contents["losses"][step],
+            clip_norm=contents["clip_norms"][step],
+            options=contents["options"][step],
+        )
+        rows.append(row)
+    return rows
+
+
+def on_device(states: Mapping[str, Mapping[str, Any]], device: torch.device) -> Any:
+    """Return an optimizer's state on a device; its counts stay on the host, as torch has them."""
+    moved: dict[str, dict[str, Any]] = {}
+    for name, entries in states.items():
+        moved[name] = {}
+        for key, value in entries.items():
+            is_of_weights = isinstance(value, Tensor) and value.ndim > 0
+            moved[name][key] = value.to(device) if is_of_weights else value
+    return moved

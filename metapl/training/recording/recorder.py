@@ -1,0 +1,556 @@
+"""Writes a recording while another loop trains: hooks on the network and on its optimizer.
+
+A step of the loop is one or more calls of the network with a gradient, and then a step of the
+optimizer; in Lightning the calls lie within the optimizer's step. Everything is therefore read in
+four places:
+
+- before a call: its arguments, and the generators; before the first call of a step that keeps its
+  state, the buffers too;
+- after a call: whether the generators have moved;
+- before the optimizer's step: the weights and its state, where they are kept;
+- after it: the settings, the losses and the clipping that were seen, and, in the first step, the
+  gradient.
+
+The loop's bits are what they are without a recording: nothing is drawn, and nothing is written to.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import Batch, map_tensors, row_digests
+from metapl.execution.numerics import Tree
+from metapl.execution.state import RandomState, one_at_a_time, trainable
+from metapl.problems.base import kind_of
+from metapl.problems.doubtful import EqualWeights
+from metapl.training.examples import examples_of
+from metapl.training.recording.calls import (
+    CallForm,
+    Data,
+    NumbersBySight,
+    NumbersInData,
+    as_read,
+    batch_of_call,
+    refuse_other_rows,
+    refuse_unknown,
+)
+from metapl.training.recording.first_step import (
+    SeenStep,
+    compared_factor,
+    followed_update,
+)
+from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
+from metapl.training.recording.network import Call, RecordedNetwork, parts_in_training
+from metapl.training.recording.watching import StepWatch, refuse_clipping, watching
+from metapl.updates import TorchUpdate
+from metapl.updates.optimizers import parameters_of
+
+
+@dataclass
+class SeenRow:
+    """A step that is not written yet. What a device has is read when it is written.
+
+    Attributes:
+        examples: of each call, (B,): their numbers, or, with a data set, digests of the rows.
+        draws: as of :class:`StepRow`.
+        losses: that were backpropagated.
+        clip_norm, options: as of :class:`StepRow`.
+    """
+
+    examples: list[Tensor]
+    draws: list[dict[str, Any] | None]
+    losses: list[Tensor]
+    clip_norm: float | None
+    options: list[dict[str, Any]]
+
+
+# Entries of a param group that no rule reads.
+NO_SETTINGS = ("params", "param_names", "initial_lr")
+
+NO_CALL = (
+    "record: the optimizer took a step, and the network was not called with a gradient before it; "
+    "expected the network that the loop calls."
+)
+
+
+class Recorder:
+    """Follows the training of a network by hooks, from :meth:`begin` to :meth:`end`.
+
+    Args:
+        model: the network that the loop calls and trains.
+        optimizer: that of the loop; None: the first that steps over the network's weights.
+        folder: where the recording is written.
+        problem: gives the losses of the examples.
+        train: the examples; None: they are recorded as the network is called with them.
+        states_every: steps from one state that is kept to the next.
+        max_bytes: of recorded examples.
+        clip_norm: of a clipping that is not PyTorch's; None: what is seen.
+
+    Attributes:
+        steps: how many steps were followed.
+        ended_by: why the recording ended before the training did; "" where it did not.
+        is_following: whether the context is open.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        folder: RecordingFolder,
+        *,
+        problem: EqualWeights,
+        train: Any,
+        states_every: int,
+        max_bytes: int,
+        clip_norm: float | None,
+    ) -> None:
+        self.model = model
+        # That of accelerate has PyTorch's own inside.
+        self.optimizer: torch.optim.Optimizer | None = getattr(optimizer, "optimizer", optimizer)
+        self.folder = folder
+        self.problem = problem
+        self.train = train
+        self.states_every = states_every
+        self.max_bytes = max_bytes
+        self.clip_norm = clip_norm
+        self.steps = 0
+        self.ended_by = ""
+        self.is_following = False
+        self._device = next(model.parameters()).device
+        self._watch = StepWatch()
+        self._hooks = ExitStack()
+        # Hooks on parts of the network, in its first call alone.
+        self._looks = ExitStack()
+        self._form: CallForm | None = None
+        self._autocast: torch.dtype | None = None
+        self._training_parts: list[str] = []
+        self._data: Data | None = None
+        self._in_data: NumbersInData | None = None
+        self._by_sight: NumbersBySight | None = None
+        self._update: TorchUpdate | None = None
+        # Python's and NumPy's generators are read in the first step, and later if they moved in it.
+        self._draws_outside = True
+        self._has_drawn_outside = False
+        # A comparison calls the network too, and that call is none of the loop's.
+        self._is_comparing = False
+        # The steps since the last state that was kept, and the number of the first of them.
+        self._rows: list[SeenRow] = []
+        self._first_row = 0
+        self._moving_buffers: tuple[str, ...] = ()
+        self._versions: list[int] = []
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        """Forget what was seen of the step before."""
+        self._examples: list[Tensor] = []
+        self._draws: list[dict[str, Any] | None] = []
+        self._batches: list[Batch] = []
+        self._random_states: list[RandomState | None] = []
+        self._before_call: RandomState | None = None
+        self._params: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
+        self._optimizer_state: dict[str, dict[str, Any]] | None = None
+        self._options: list[dict[str, Any]] = []
+        self._watch.begin()
+
+    @property
+    def _is_first_step(self) -> bool:
+        return self.steps == 0
+
+    @property
+    def _keeps_state(self) -> bool:
+        """Whether the state before the step under way is kept."""
+        return self.steps % self.states_every == 0
+
+    # ---------------------------------------------------------------------------- beginning and end
+
+    def begin(self) -> None:
+        """Register the hooks."""
+        hooks = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward),
+            register_optimizer_step_pre_hook(self._before_step),
+            register_optimizer_step_post_hook(self._after_step),
+        ]
+        for hook in hooks:
+            self._hooks.callback(hook.remove)
+        self._hooks.enter_context(watching(self._watch))
+        self.is_following = True
+
+    def end(self) -> None:
+        """Remove the hooks, and write what was followed since the last state."""
+        is_whole = self.ended_by == ""
+        self._hooks.close()
+        self.is_following = False
+        if not is_whole or not self._rows:
+            return
+        try:
+            self._write_rows()
+            # A loop may have put other weights into the network, such as its best ones. The last
+            # state is then found by a replay.
+            if self._weight_versions() == self._versions and self._update is not None:
+                state = self._state(
+                    self._current_params(), self._update.read_state(), self._current_buffers()
+                )
+                self.folder.write_state(self.steps, state)
+        except MetaplError as error:
+            self._stop(str(error))
+
+    def _state(
+        self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
+    ) -> KeptState:
+        """Return a state with those buffers alone that a step moves."""
+        moving = {name: buffers[name] for name in self._moving_buffers}
+        return KeptState(params, optimizer_state, buffers=moving)
+
+    def _stop(self, reason: str) -> None:
+        """End the recording and let the training go on; what was saved stays."""
+        self.ended_by = reason.removeprefix("record: ").rstrip(".")
+        self._hooks.close()
+        warnings.warn(
+            f"the recording in {self.folder.path} ended before step {self._first_row:,}: "
+            f"{self.ended_by}. The training goes on without it.",
+            stacklevel=2,
+        )
+
+    # ------------------------------------------------------------------------------ the four places
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._is_comparing or not torch.is_grad_enabled():
+            return
+        if self._is_first_step and not self._batches:
+            self._look_at_modes()
+        if self._keeps_state and not self._params:
+            self._params = self._current_params()
+            self._buffers = self._current_buffers()
+        batch = batch_of_call(module, args, kwargs)
+        if self._form is None:
+            self._read_data(batch)
+        self._examples.append(self._examples_of(batch))
+        if self._is_first_step:
+            # The loop may write into its batch after the call.
+            self._batches.append(map_tensors(lambda t: t.detach().clone(), batch))
+        self._before_call = RandomState.now(self._device, outside=self._draws_outside)
+
+    def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        before = self._before_call
+        if self._is_comparing or before is None:
+            return
+        self._before_call = None
+        self._looks.close()
+        after = RandomState.now(self._device, outside=self._draws_outside)
+        if self._draws_outside and after.has_drawn_outside(before):
+            self._has_drawn_outside = True
+        elif self._draws_outside:
+            # Their states are long, and the network leaves them alone.
+            before = before._replace(python=None, numpy=None)
+        has_drawn = not after.equals(before) or self._has_drawn_outside
+        self._draws.append(before.values() if has_drawn else None)
+        self._random_states.append(before if has_drawn else None)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_followed(optimizer):
+            return
+        if self._update is None:
+            with self._ending_on_error():
+                self._update = followed_update(self.model, optimizer)
+        self._options = settings_of(optimizer)
+        if self._keeps_state:
+            # The first call of Lightning's step is within it, and has not come yet.
+            self._params = self._params or self._current_params()
+            self._buffers = self._buffers or self._current_buffers()
+            self._optimizer_state = copied(self._update.read_state())
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._is_followed(optimizer):
+            return
+        if self._is_first_step:
+            with self._ending_on_error():
+                self._finish_first_step(optimizer)
+        try:
+            self._note_step(optimizer)
+        except MetaplError as error:
+            self._stop(str(error))
+            return
+        self.steps += 1
+        self._draws_outside = self._has_drawn_outside
+        self._versions = self._weight_versions()
+        self._begin_step()
+
+    # ------------------------------------------------------------------------------- the first step
+
+    def _look_at_modes(self) -> None:
+        """Note which parts train, and in what type their products are taken.
+
+        A Trainer may begin autocast within the call of the network, so that only a part sees it.
+        """
+        self._device = next(self.model.parameters()).device
+        self._training_parts = parts_in_training(self.model)
+        self._look_at_autocast(self.model, ())
+        for part in self.model.modules():
+            is_leaf = next(part.children(), None) is None
+            if is_leaf and part is not self.model:
+                hook = part.register_forward_pre_hook(self._look_at_autocast)
+                self._looks.callback(hook.remove)
+
+    def _look_at_autocast(self, part: nn.Module, args: Any) -> None:
+        """Note in what type products are taken where a part of the network is called."""
+        if torch.is_autocast_enabled(self._device.type):
+            self._autocast = torch.get_autocast_dtype(self._device.type)
+
+    def _read_data(self, batch: Batch) -> None:
+        """Learn the form of the calls, and read the data set once where there is one."""
+        with self._ending_on_error():
+            refuse_other_rows(batch)
+            self._form = CallForm.of(batch)
+            if self.train is not None:
+                first = next(self.model.parameters())
+                examples = examples_of(self.train, "train", first)
+                self._data = Data(examples, self.problem, self._form)
+                self._in_data = NumbersInData(self._data)
+                return
+            self._by_sight = NumbersBySight()
+            reads_inputs_alone = type(self.problem).student_input is not EqualWeights.student_input
+            if not self._form.has_labels and not reads_inputs_alone:
+                raise MetaplError(
+                    "record: the network is called without labels, so that the loss of an example "
+                    "is not known; expected train= with (inputs, labels) or the loop's data set."
+                )
+
+    def _examples_of(self, batch: Batch) -> Tensor:
+        """Return the numbers of the examples in a batch, or digests of its rows."""
+        if self._by_sight is not None:
+            return self._by_sight.find(batch)
+        assert self._form is not None, "the form is known since the first call"
+        inputs = batch
+        if self._form.keys is not None:
+            inputs = {key: batch[key] for key in self._form.keys}
+        return row_digests(inputs)
+
+    def _numbers_of(self, examples: Tensor) -> Tensor:
+        """Return the numbers of examples in the data set, or refuse what is none of them."""
+        if self._in_data is None:
+            return examples
+        numbers = self._in_data.find(examples).cpu()
+        refuse_unknown(numbers)
+        return numbers
+
+    def _finish_first_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Compare the problem's loss with the loop's, and write what is recorded."""
+        if not self._examples:
+            raise MetaplError(NO_CALL)
+        if self._autocast == torch.float16:
+            raise MetaplError(
+                "record: the loop trains in float16, whose scaled steps have no derivative here; "
+                "expected bfloat16 or float32."
+            )
+        refuse_clipping(self._watch, parameters_of(optimizer))
+        network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
+        after = self._current_buffers()
+        self._moving_buffers = tuple(
+            name for name, b in self._buffers.items() if not torch.equal(b, after[name])
+        )
+        step = SeenStep(
+            state=self._state(self._params, self._optimizer_state or {}, self._buffers),
+            calls=self._first_calls(),
+            loss=sum_of(self._watch.losses),
+            clip_norm=self._norm(),
+            gradients={
+                name: p.grad.detach().clone()
+                for name, p in trainable(self.model).items()
+                if p.grad is not None
+            },
+            sizes=[len(examples) for examples in self._examples],
+        )
+        factor = self._compare(step, network)
+        self.folder.write_description({**self._description(optimizer, network), "factor": factor})
+
+    def _first_calls(self) -> list[Call]:
+        """Return the calls of the first step, with the examples as the problem reads them."""
+        calls: list[Call] = []
+        for batch, examples, draws in zip(
+            self._batches, self._examples, self._random_states, strict=True
+        ):
+            if self._data is not None:
+                calls.append(Call(self._data.batch(self._numbers_of(examples)), draws))
+            else:
+                assert self._form is not None, "the form is known since the first call"
+                read = as_read(batch, self.problem, self._form, "the call of the network")
+                calls.append(Call(read, draws))
+        return calls
+
+    @one_at_a_time
+    def _compare(self, step: SeenStep, network: RecordedNetwork) -> float:
+        """Compare the problem's loss with the loop's, and return the factor of the loop's."""
+        self._is_comparing = True
+        try:
+            with torch.enable_grad():
+                return compared_factor(step, network)
+        finally:
+            self._is_comparing = False
+
+    def _description(
+        self, optimizer: torch.optim.Optimizer, network: RecordedNetwork
+    ) -> dict[str, Any]:
+        """Return what was recorded, as plain values."""
+        assert self._form is not None, "the form is known since the first call"
+        names = {id(p): name for name, p in trainable(self.model).items()}
+        groups = []
+        for group in optimizer.param_groups:
+            groups.append([names[id(p)] for p in group["params"] if id(p) in names])
+        digests = None if self._in_data is None else self._in_data.of_all
+        keys = None if self._form.keys is None else [*self._form.keys]
+        return {
+            "torch": str(torch.__version__),
+            "device": self._device.type,
+            "network": type(self.model).__qualname__,
+            "weights": {name: shape_of(p) for name, p in trainable(self.model).items()},
+            "fixed": network.fixed_digest(self._moving_buffers),
+            "training_parts": self._training_parts,
+            "autocast": None if self._autocast is None else str(self._autocast),
+            "optimizer": type(optimizer).__name__,
+            "groups": groups,
+            "problem": kind_of(self.problem),
+            "keys": keys,
+            "has_labels": self._form.has_labels,
+            "constants": dict(self._form.constants),
+            "first_sizes": [len(examples) for examples in self._examples],
+            "states_every": self.states_every,
+            "examples": digests,
+        }
+
+    @contextmanager
+    def _ending_on_error(self) -> Iterator[None]:
+        """Remove all hooks where this block refuses the loop, which may then go on without them."""
+        try:
+            yield
+        except BaseException as error:
+            self.ended_by = str(error)
+            self._hooks.close()
+            raise
+
+    # ------------------------------------------------------------------------------------ each step
+
+    def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Note a step; where its state is kept, write it and what was noted before it."""
+        refuse_clipping(self._watch, parameters_of(optimizer))
+        if not self._examples:
+            raise MetaplError(NO_CALL)
+        if self._keeps_state:
+            self._write_rows()
+            assert self._optimizer_state is not None, "it was read before the step"
+            state = self._state(self._params, self._optimizer_state, self._buffers)
+            self.folder.write_state(self.steps, state)
+        self._rows.append(
+            SeenRow(
+                examples=self._examples,
+                draws=self._draws,
+                losses=self._watch.losses,
+                clip_norm=self._norm(),
+                options=self._options,
+            )
+        )
+
+    def _write_rows(self) -> None:
+        """Write the rows that are not written yet, and the examples in them."""
+        if not self._rows:
+            return
+        examples = [t for row in self._rows for t in row.examples]
+        numbers = iter(self._numbers_of(torch.cat(examples)).split([*map(len, examples)]))
+        rows: list[StepRow] = []
+        for row in self._rows:
+            rows.append(
+                StepRow(
+                    numbers=[next(numbers) for _ in row.examples],
+                    draws=row.draws,
+                    loss=sum_of(row.losses),
+                    clip_norm=row.clip_norm,
+                    options=row.options,
+                )
+            )
+        if self._by_sight is not None:
+            if self._by_sight.bytes > self.max_bytes:
+                raise MetaplError(
+                    f"its examples take {self._by_sight.bytes:,} bytes; expected max_bytes= of "
+                    "more, or train= with the data set"
+                )
+            self.folder.write_examples(self._first_row, self._by_sight.take_new_rows())
+        self.folder.write_steps(self._first_row, rows)
+        self._first_row += len(rows)
+        self._rows = []
+
+    def _norm(self) -> float | None:
+        """Return the norm that the gradient is clipped to."""
+        return self._watch.clip_norm if self.clip_norm is None else self.clip_norm
+
+    def _is_followed(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Return whether an optimizer is that of the network."""
+        if self.optimizer is None:
+            weights = {id(p) for p in self.model.parameters()}
+            if not any(id(p) in weights for p in parameters_of(optimizer)):
+                return False
+            self.optimizer = optimizer
+        return optimizer is self.optimizer
+
+    def _current_params(self) -> dict[str, Tensor]:
+        """Return copies of the weights, by name."""
+        return {name: p.detach().clone() for name, p in trainable(self.model).items()}
+
+    def _current_buffers(self) -> dict[str, Tensor]:
+        """Return copies of the buffers, by name."""
+        return {name: b.detach().clone() for name, b in self.model.named_buffers()}
+
+    def _weight_versions(self) -> list[int]:
+        """Return a number of each weight that changes when it is written to."""
+        return [p._version for p in self.model.parameters()]
+
+
+def sum_of(losses: list[Tensor]) -> float:
+    """Return the sum of the losses that were backpropagated in a step; NaN where none was seen."""
+    return float(torch.stack(losses).sum()) if losses else math.nan
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return the options of the param groups that a rule may read, as plain values."""
+    settings: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        of_group: dict[str, Any] = {}
+        for name, value in group.items():
+            if name in NO_SETTINGS:
+                continue
+            if isinstance(value, Tensor):
+                value = value.detach().clone()
+            elif isinstance(value, float):
+                # A scheduler may leave a number of NumPy.
+                value = float(value)
+            of_group[name] = value
+        settings.append(of_group)
+    return settings
+
+
+def copied(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return copies of the tensors in an optimizer's state, which its step writes to."""
+    copies: dict[str, dict[str, Any]] = {}
+    for name, entries in states.items():
+        copies[name] = {
+            key: t.detach().clone() if isinstance(t, Tensor) else t for key, t in entries.items()
+        }
+    return copies
+
+
+def shape_of(p: Tensor) -> list[Any]:
+    """Return the shape and the type of a weight, by which a network is known again."""
+    return [list(p.shape), str(p.dtype)]

@@ -1,0 +1,593 @@
+"""What a user holds of a followed training: its recording, and the scores that it leads to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError, few, needed_for
+from metapl.execution.numerics import deterministic, float32_products
+from metapl.execution.state import one_at_a_time, trainable
+from metapl.feedback.replays import Tolerance
+from metapl.problems.base import BilevelProblem, kind_of
+from metapl.problems.doubtful import EqualWeights
+from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
+from metapl.training.attribution import (
+    EQUAL_WEIGHTS,
+    Attribution,
+    judged_by_example,
+    with_weights_of_one,
+)
+from metapl.training.examples import examples_of
+from metapl.training.recording.calls import CallForm, Data, RecordedRows
+from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
+from metapl.training.recording.network import RecordedNetwork
+from metapl.training.recording.recorder import Recorder, shape_of
+from metapl.training.recording.replay import (
+    Cotangents,
+    Replay,
+    feedback_of,
+    missing_state,
+    order_of,
+    summed_scores,
+)
+from metapl.updates import TorchUpdate, update_of
+from metapl.words import summary
+
+# A state costs about as much as a few steps, and a replay rounds on its own between two of them.
+STATES_EVERY = 100
+# Of recorded examples.
+MAX_BYTES = 2**30
+
+
+def record(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    *,
+    out: str | Path,
+    problem: EqualWeights | None = None,
+    train: Any = None,
+    states_every: AtLeastOne = STATES_EVERY,
+    max_bytes: AtLeastOne = MAX_BYTES,
+    clip_norm: AboveZero | None = None,
+) -> Recording:
+    r"""Follow the training of a network by a loop that is not metapl's, for its attribution.
+
+    The loop may be anybody's: plain PyTorch, ``transformers.Trainer``, Lightning or accelerate. It
+    runs within the context, unchanged and with the same bits:
+
+    .. code-block:: python
+
+        with metapl.record(model, out="recording") as recording:
+            trainer.train()
+        scores = recording.attribute(outer).scores
+
+    A step of the loop is one or more calls of the network with a gradient, the micro-batches, and
+    then a step of its optimizer. Recorded are the numbers of the examples in each call, the
+    generators before it where it draws, the settings and the clipping of each step, and every
+    m-th state with its digest. In the first step the mean of the problem's losses,
+
+    .. math:: c \sum_j c_j \frac1{B_j} \sum_{i} \ell_i(\theta_0), \qquad c_j = \frac{B_j}{\sum B}
+              \text{ or } \frac1J,
+
+    is compared with the loss that the loop has backpropagated, which gives the factor c, usually 1,
+    and its gradient with ``p.grad``. A difference beyond rounding, the root of the type's
+    precision, is refused there. (transformers divides the loss of a GPT-2 by the number of tokens
+    and not of predictions, so that c = (T − 1)/T; :attr:`Recording.loss_factor`.)
+
+    Args:
+        model: the network that the loop calls, in one process on one device, as it is and not
+            wrapped: of a Lightning module the network in it.
+        optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the network's weights. None: the
+            first optimizer that steps over them, since Trainers make theirs late.
+        out: a folder for the recording; it is made if need be, and may have no recording.
+        problem: gives the losses ℓ_i, as for :func:`metapl.attribute`. Default
+            :class:`metapl.problems.EqualWeights`, cross-entropy;
+            :class:`metapl.problems.NextToken` for causal language models.
+        train: the examples, in a form that :func:`metapl.attribute` takes, as the network is called
+            with them. Their numbers are then those of this data set, and each call's rows are found
+            in it by their bits. None: the network has to be called with the labels, as
+            transformers does; examples are recorded as they are, and numbered in the order in which
+            they were first seen.
+        states_every: m, steps from one kept state to the next. A state has the size of the weights
+            and the optimizer's state.
+        max_bytes: of recorded examples. Beyond them the recording ends with a warning, and the
+            training goes on.
+        clip_norm: the greatest norm of the gradient, for a loop that clips by a function of its
+            own; that of ``torch.nn.utils.clip_grad_norm_`` is seen.
+
+    Returns: a :class:`Recording`, a context around the training. Cost: a forward and a backward
+    pass in the first step, and in each step two reads of the generators and three operations on
+    the batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first
+    step by name: other optimizers, GradScaler and float16, weights in half precision, several
+    processes, networks under ``torch.compile``, random augmentation with ``train=``. Raises:
+    :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
+    what cannot be followed or whose loss is another one.
+
+    >>> import tempfile
+    >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
+    >>> model = nn.Linear(4, 3)
+    >>> optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    >>> with tempfile.TemporaryDirectory() as out:
+    ...     with record(model, optimizer, out=out, train=(x, y)) as recording:
+    ...         for rows in torch.arange(12).split(4):
+    ...             optimizer.zero_grad()
+    ...             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+    ...             optimizer.step()
+    ...     found = recording.attribute((x, y), progress=False)
+    >>> recording.steps, found.scores.shape
+    (3, torch.Size([12]))
+
+    Source: MAGIC (Ilyas and Engstrom, 2025), whose trainings are its own.
+    """
+    check_arguments(record, locals())
+    if not isinstance(model, nn.Module):
+        raise MetaplError(f"record: model is of type {type(model).__name__}; expected a module.")
+    folder = RecordingFolder(out)
+    folder.refuse_existing()
+    problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
+    recorder = Recorder(
+        model,
+        optimizer,
+        folder,
+        problem=problem,
+        train=train,
+        states_every=states_every,
+        max_bytes=max_bytes,
+        clip_norm=clip_norm,
+    )
+    return Recording(folder, model, problem=problem, train=train, recorder=recorder)
+
+
+class Recording:
+    """A followed training: a context while it runs, and its attribution afterwards.
+
+    :func:`metapl.record` makes one, and :meth:`open` reads one that another process wrote.
+    """
+
+    def __init__(
+        self,
+        folder: RecordingFolder,
+        model: nn.Module,
+        *,
+        problem: EqualWeights,
+        train: Any,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._folder = folder
+        self._model = model
+        self._problem = problem
+        self._train = train
+        self._recorder = recorder
+        self._opened: OpenedRecording | None = None
+
+    @classmethod
+    def open(
+        cls,
+        out: str | Path,
+        model: nn.Module,
+        *,
+        problem: EqualWeights | None = None,
+        train: Any = None,
+    ) -> Recording:
+        """Read a recording, also one whose process was killed: then of the steps until it was.
+
+        Args:
+            out: the folder.
+            model: the network, built as for the recording; its weights may be any. Frozen weights
+                have to be those of the recording.
+            problem: of the same class as for the recording. Its fields may differ, such as
+                ``NextToken(per="token")`` for the scores of tokens.
+            train: the data set, where the recording was given one.
+
+        Raises: :class:`metapl.MetaplError`, in one line, for a folder without a recording, a
+        network with other weights, another version of torch, another problem, other data or
+        another order of them, and a state that is missing.
+        """
+        problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
+        recording = cls(RecordingFolder(out), model, problem=problem, train=train)
+        recording._read()
+        return recording
+
+    def __enter__(self) -> Recording:
+        if self._recorder is None:
+            raise MetaplError("the recording was opened to be read; expected metapl.record.")
+        self._recorder.begin()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._recorder is not None, "the context was entered with one"
+        self._recorder.end()
+
+    def __repr__(self) -> str:
+        return summary("Recording", out=str(self._folder.path), steps=self.steps)
+
+    @property
+    def steps(self) -> int:
+        """How many steps of the training were followed."""
+        if self._opened is not None:
+            return len(self._opened.rows)
+        return 0 if self._recorder is None else self._recorder.steps
+
+    @property
+    def order(self) -> Tensor:
+        """The examples of each step, (K, B), with −1 behind those of a smaller step."""
+        return order_of(self._read().rows)
+
+    @property
+    def loss_factor(self) -> float:
+        """By which number the loop multiplies the mean of the problem's losses; usually 1."""
+        return self._read().factor
+
+    @one_at_a_time
+    def attribute(
+        self,
+        outer: Any,
+        *,
+        each: bool = False,
+        progress: bool = True,
+        replay_tolerance: Tolerance | None = None,
+    ) -> RecordedAttribution:
+        r"""Return what each example of the training did to an outer loss after it.
+
+        .. math:: \mathrm{score}_i = -\frac{\partial L(\theta_K)}{\partial w_i} \text{ at } w = 1
+
+        as :func:`metapl.attribute` has it, through the steps that were recorded. They are taken
+        again from the kept states, backwards, and each kept state is compared with where the steps
+        before it lead.
+
+        Args:
+            outer: what the trained network is judged on, in a form that :func:`metapl.attribute`
+                takes; one batch. The network evaluates, without dropout and by the running
+                statistics of batch norm, which count as constants.
+            each: the scores of each outer example's loss, (M, N).
+            progress: show on a terminal how far it is.
+            replay_tolerance: the most by which a state may differ from the recorded one, as a share
+                of the way from the kept state before it; None: ten roots of the type's precision,
+                3e-3 in float32.
+
+        Returns: a :class:`RecordedAttribution`, with ``scores`` (N,), or (N, T) of tokens.
+        Cost: some four plain trainings, and of each further outer example two. Memory: m states
+        and gradients where they fit into half of what is free, else some √m of them, for one more
+        training. Bias: none, as a derivative, but for batch norm's running statistics in the outer
+        loss. Nothing of the network moves. Raises: :class:`metapl.MetaplError` before the replay
+        for an outer set that cannot be read, other data, another network or version of torch and a
+        missing state; in it, for steps that lead elsewhere.
+        """
+        check_arguments(Recording.attribute, locals())
+        opened = self._read()
+        replay = opened.replay(replay_tolerance)
+        first = next(self._model.parameters())
+        judged = examples_of(outer, "outer", first)
+        batch = opened.outer_batch(judged[torch.arange(len(judged))])
+        network = opened.network
+        judges: list[BilevelProblem] = [self._problem]
+        if each:
+            ranks = network.ranks
+            judges = [
+                judged_by_example(self._problem, number, ranks) for number in range(len(judged))
+            ]
+        with torch.enable_grad(), deterministic(network.device):
+            # What cannot be read is refused here, and not after the replay.
+            replay.refuse_other_start(batch)
+            start, _ = replay.read_state(replay.kept[-1])
+            network.outer_losses(start.params, start.buffers, batch, judges[:1])
+
+            end = replay.last_state(progress=progress)
+            losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
+            ends = [Cotangents(gradient) for gradient in gradients]
+            feedback = feedback_of(replay, ends, progress=progress)
+        scores = summed_scores(feedback, len(opened.data), first.dtype)
+
+        def losses_with(weights: Tensor) -> Tensor:
+            with torch.enable_grad(), deterministic(network.device):
+                trained: KeptState = replay.trained(weights)
+                with_weights, _ = network.outer_losses(
+                    trained.params, trained.buffers, batch, judges
+                )
+            return with_weights.reshape(losses.shape if each else ())
+
+        return RecordedAttribution(
+            scores=scores if each else scores[0],
+            order=order_of(opened.rows),
+            outer_loss=losses if each else losses[0],
+            student_params=end.params,
+            kept=f"one step in {opened.states_every:,}, of {len(opened.rows):,}",
+            _losses_with=losses_with,
+            replay_error=replay.error,
+            float32_products=float32_products(network.device),
+        )
+
+    def _read(self) -> OpenedRecording:
+        """Return what the folder has, which is read once and compared with network and data."""
+        if self._recorder is not None and self._recorder.is_following:
+            raise MetaplError("the training is being recorded; expected the end of the context.")
+        if self._opened is None:
+            self._opened = OpenedRecording.of(self._folder, self._model, self._problem, self._train)
+        return self._opened
+
+
+@dataclass(frozen=True)
+class OpenedRecording:
+    """The contents of a recording, which fit the network and the data.
+
+    Attributes:
+        rows: of all steps.
+        network: at any weights.
+        update: the rule of the optimizer.
+        data: the examples.
+        states_every: steps from one kept state to the next.
+        first_sizes: how many examples each micro-batch of the first step had.
+        factor: by which the loop multiplies the mean loss.
+    """
+
+    folder: RecordingFolder
+    rows: list[StepRow]
+    network: RecordedNetwork
+    update: TorchUpdate
+    data: Data
+    states_every: int
+    first_sizes: list[int]
+    factor: float
+
+    @staticmethod
+    def of(
+        folder: RecordingFolder, model: nn.Module, problem: EqualWeights, train: Any
+    ) -> OpenedRecording:
+        """Read a recording, or refuse it where it is of another network, problem or data set."""
+        description = folder.read_description()
+        rows = folder.read_steps()
+        if not rows:
+            raise MetaplError(
+                f"the recording in {folder.path} has no step whose end was saved; expected a "
+                "training that came to its second kept state, or to its end."
+            )
+        refuse_other_network(description, model, problem)
+        autocast = description["autocast"]
+        network = RecordedNetwork(
+            model,
+            problem,
+            None if autocast is None else getattr(torch, autocast.removeprefix("torch.")),
+            description["training_parts"],
+        )
+        state, _ = folder.read_state(0, network.device)
+        fixed = network.fixed_digest([*state.buffers])
+        if not torch.equal(fixed.cpu(), description["fixed"]):
+            raise MetaplError(
+                f"the recording in {folder.path} is of a network with other frozen weights or "
+                "buffers; expected those of the recording."
+            )
+        keys = description["keys"]
+        form = CallForm(
+            keys=None if keys is None else tuple(keys),
+            has_labels=description["has_labels"],
+            constants=description["constants"],
+        )
+        opened = OpenedRecording(
+            folder=folder,
+            rows=rows,
+            network=network,
+            update=rule_of(description, rows[0], model),
+            data=data_of(description, folder, problem, train, form, next(model.parameters())),
+            states_every=description["states_every"],
+            first_sizes=description["first_sizes"],
+            factor=description["factor"],
+        )
+        missing = missing_state(opened.replay(None), opened.states_every)
+        if missing is not None:
+            raise MetaplError(
+                f"{folder.path} has no state before step {missing}; expected the folder as the "
+                "recording left it."
+            )
+        return opened
+
+    def replay(self, tolerance: float | None) -> Replay:
+        """Return the training as one that can be taken again."""
+        return Replay(
+            self.folder,
+            self.rows,
+            self.network,
+            self.update,
+            self.data,
+            first_sizes=self.first_sizes,
+            factor=self.factor,
+            tolerance=tolerance,
+        )
+
+    def outer_batch(self, batch: Any) -> Any:
+        """Return an outer batch as the problem reads it."""
+        return self.network.problem.outer_batch(self.data.form.selected(batch))
+
+
+def refuse_other_network(
+    description: dict[str, Any], model: nn.Module, problem: BilevelProblem
+) -> None:
+    """Refuse a network, a problem or a version of torch that is not the recording's."""
+    if description["torch"] != str(torch.__version__):
+        raise MetaplError(
+            f"the recording was made by torch {description['torch']}, and this is "
+            f"{torch.__version__}; expected the same, for another may round otherwise."
+        )
+    weights = {name: shape_of(p) for name, p in trainable(model).items()}
+    recorded = description["weights"]
+    if weights != recorded:
+        names = [
+            name for name in {**recorded, **weights} if weights.get(name) != recorded.get(name)
+        ]
+        raise MetaplError(
+            f"the recording is of a {description['network']} with other weights than this "
+            f"{type(model).__qualname__}, such as {few(names, 3)}; expected the network that was "
+            "recorded."
+        )
+    if kind_of(problem) != description["problem"]:
+        raise MetaplError(
+            f"the recording was made with {description['problem']}, and problem is "
+            f"{kind_of(problem)}; expected that of the recording."
+        )
+    device = next(model.parameters()).device.type
+    if device != description["device"]:
+        raise MetaplError(
+            f"the recording was made on {description['device']}, and the network is on {device}; "
+            "expected the same, for dropout draws from its generator."
+        )
+
+
+def rule_of(description: dict[str, Any], row: StepRow, model: nn.Module) -> TorchUpdate:
+    """Return the rule of the recorded optimizer, over the weights of a network."""
+    parameters = trainable(model)
+    kind: Any = getattr(torch.optim, description["optimizer"])
+    groups: list[dict[str, Any]] = []
+    for names, options in zip(description["groups"], row.options, strict=True):
+        groups.append({**options, "params": [parameters[name] for name in names]})
+    update = update_of(kind(groups), parameters)
+    assert isinstance(update, TorchUpdate), "the optimizer is one of torch.optim"
+    return update
+
+
+def data_of(
+    description: dict[str, Any],
+    folder: RecordingFolder,
+    problem: EqualWeights,
+    train: Any,
+    form: CallForm,
+    first: Tensor,
+) -> Data:
+    """Return the examples of a recording: those of a data set, or its own."""
+    digests = description["examples"]
+    if digests is None:
+        if train is not None:
+            raise MetaplError(
+                "train was given, and the recording has its examples itself; expected none."
+            )
+        return Data(RecordedRows(folder.read_examples(), first.device), problem, form)
+    if train is None:
+        raise MetaplError(
+            f"the recording in {folder.path} has numbers of examples alone; expected train= with "
+            "the data set of the recording."
+        )
+    data = Data(examples_of(train, "train", first), problem, form)
+    if len(data) != len(digests):
+        raise MetaplError(
+            f"train has {len(data):,} examples, and the recording was of {len(digests):,}; "
+            "expected the data set of the recording."
+        )
+    _, of_all = data.digests()
+    is_other = of_all.cpu() != digests
+    if bool(is_other.any()):
+        number = int(is_other.nonzero()[0])
+        raise MetaplError(
+            f"train has other examples than the recording, or another order: example {number} is "
+            "the first that differs; expected the data set of the recording."
+        )
+    return data
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RecordedAttribution(Attribution):
+    """The result of :meth:`Recording.attribute`: an Attribution, with weights for a next training.
+
+    ``order`` is (K, B), with −1 behind the examples of a smaller step. :meth:`validate` trains by
+    the recorded steps with other weights, as the loop did.
+    """
+
+    def weights(self, rate: AboveZero = 1.0) -> Tensor:
+        r"""Return weights of the examples that are a step of descent away from 1, (N,) or (N, T).
+
+        .. math:: a_i = N\, \frac{\max(0,\, 1 + \mathrm{rate}\cdot s_i / \mathrm{rms}(s))}
+                  {\sum_j \max(0,\, 1 + \mathrm{rate}\cdot s_j / \mathrm{rms}(s))}
+
+        for the scores s, of M outer losses their means. They have the mean 1, so that a weighted
+        mean loss keeps its size. Examples that no step has drawn have the weight of a score of 0.
+        It is one step along a derivative: small rates lower the outer loss where scores predict
+        removals, and large ones may not.
+
+        Args:
+            rate: 1 leaves out what is as harmful as the typical size of a score.
+        """
+        check_arguments(RecordedAttribution.weights, {"rate": rate})
+        scores = self._mean_scores()
+        size = scores.square().mean().sqrt()
+        if not bool(size > 0):
+            return torch.ones_like(scores)
+        weights = (1 + rate * scores / size).clamp_min(0)
+        return weights * (weights.numel() / weights.sum())
+
+    def columns(self, rate: AboveZero = 1.0) -> dict[str, list[Any]]:
+        """Return a table with a row for each example, as columns by name.
+
+        ``example`` is its number, ``score`` its score, which of tokens is the sum, ``weight`` as
+        :meth:`weights` has it, and ``draws`` how often it was drawn. Of tokens, ``token_score`` and
+        ``token_weight`` are lists, and ``weight`` is the mean of the example's.
+
+        Args:
+            rate: as for :meth:`weights`.
+        """
+        scores = self._mean_scores()
+        weights = self.weights(rate)
+        drawn = self.order[self.order >= 0]
+        columns: dict[str, list[Any]] = {
+            "example": list(range(len(scores))),
+            "score": scores.reshape(len(scores), -1).sum(1).tolist(),
+            "weight": weights.reshape(len(scores), -1).mean(1).tolist(),
+            "draws": torch.bincount(drawn, minlength=len(scores)).tolist(),
+        }
+        if scores.ndim > 1:
+            columns["token_score"] = scores.tolist()
+            columns["token_weight"] = weights.tolist()
+        return columns
+
+    def save_table(self, file: str | Path, rate: AboveZero = 1.0) -> None:
+        """Write :meth:`columns` to a Parquet file, which ``datasets`` and pandas read.
+
+        Args:
+            file: its path, which ends in ``.parquet``.
+            rate: as for :meth:`weights`.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and without pyarrow.
+        """
+        path = Path(file)
+        if path.suffix != ".parquet":
+            raise MetaplError(f"{path} would be written as Parquet; expected a name.parquet.")
+        with needed_for("a table of scores"):
+            import pyarrow
+            import pyarrow.parquet
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.table(self.columns(rate)), path)
+
+    def add_to(self, dataset: Any, rate: AboveZero = 1.0) -> Any:
+        """Return a ``datasets.Dataset`` with the columns ``score`` and ``weight`` beside its own.
+
+        Args:
+            dataset: that of the recording, with N rows.
+            rate: as for :meth:`weights`.
+
+        Raises: :class:`metapl.MetaplError` for another number of rows, and what is no such data
+        set.
+        """
+        if not hasattr(dataset, "add_column"):
+            raise MetaplError(
+                f"dataset is of type {type(dataset).__name__}; expected a datasets.Dataset."
+            )
+        columns = self.columns(rate)
+        if len(dataset) != len(columns["weight"]):
+            raise MetaplError(
+                f"dataset has {len(dataset):,} rows, and there are scores of "
+                f"{len(columns['weight']):,} examples; expected the data set of the recording."
+            )
+        for name in ("score", "weight"):
+            dataset = dataset.add_column(name, columns[name])
+        return dataset
+
+    def _mean_scores(self) -> Tensor:
+        """Return the scores, (N,) or (N, T); of M outer losses the means of theirs."""
+        return self.scores.mean(0) if self.outer_loss.ndim else self.scores

@@ -1,0 +1,415 @@
+r"""The steps of a recording once more, forward and back.
+
+Step k of the loop had the micro-batches j, with the factors c_j, whose sum is usually 1:
+
+.. math:: g_k = \nabla_\theta \sum_j c_j \frac1{B_j} \sum_i w_i\, \ell_i(\theta_k), \qquad
+          (\theta_{k+1}, s_{k+1}) = U_k(\theta_k, g_k, s_k)
+
+with the clipping in U_k. From λ_K = ∇L(θ_K) the adjoint runs backwards,
+
+.. math:: (\omega_k, \bar\theta_k, \bar s_k) =
+          \Big(\frac{\partial U_k}{\partial (g, \theta, s)}\Big)^{\!\top}
+          (\lambda_{k+1}, \bar s_{k+1}), \qquad
+          \lambda_k = \bar\theta_k + \frac{\partial \langle g_k, \omega_k\rangle}{\partial\theta},
+          \qquad h_{k,i} = -\frac{\partial \langle g_k, \omega_k\rangle}{\partial w_i}
+
+Every m-th state is the loop's own. From each the next m steps are taken again, and where they end
+is compared with the state that the loop had there. So the rounding of a replay does not grow beyond
+m steps, and what the loop did unseen, such as weights that it averaged, is noticed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metapl.errors import MetaplError
+from metapl.execution.batch import Batch
+from metapl.execution.numerics import WHOLE, Tree
+from metapl.execution.state import RandomState
+from metapl.feedback.keeping import Keeping, keeping
+from metapl.runs.terminal import step_bar
+from metapl.training.recording.calls import Data
+from metapl.training.recording.first_step import (
+    closest_weighting,
+    tolerance_of,
+    weighted_sum,
+    weightings,
+)
+from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
+from metapl.training.recording.network import Call, RecordedNetwork
+from metapl.updates import Clipped, TorchUpdate, Update
+from metapl.updates.base import OptimizerState
+
+
+@dataclass
+class Cotangents:
+    """The derivatives of an outer loss in the state before a step.
+
+    Attributes:
+        params: λ, by name.
+        optimizer: of the optimizer's state; None: there are none.
+    """
+
+    params: Tree
+    optimizer: OptimizerState = None
+
+
+@dataclass(frozen=True)
+class TakenStep:
+    """A step that was taken again.
+
+    Attributes:
+        state: before it.
+        gradient: g, before the clipping.
+        factors: c_j of its micro-batches.
+        losses: the mean loss of each micro-batch, (J,).
+    """
+
+    state: KeptState
+    gradient: Tree
+    factors: Sequence[float]
+    losses: Tensor
+
+
+class Replay:
+    """The training of a recording, which can be taken again from its kept states.
+
+    Args:
+        folder: with the states.
+        rows: of all steps.
+        network: at any weights.
+        update: the rule of the optimizer.
+        data: the examples.
+        first_sizes: how many examples each micro-batch of the first step had.
+        factor: by which the loop multiplies the mean loss.
+        tolerance: the greatest difference of a replayed state from a kept one, in the length of the
+            way between two kept states; None: that which rounding may cause.
+
+    Attributes:
+        error: the greatest such difference so far.
+        kept: the numbers of the steps whose states are kept.
+    """
+
+    def __init__(
+        self,
+        folder: RecordingFolder,
+        rows: Sequence[StepRow],
+        network: RecordedNetwork,
+        update: TorchUpdate,
+        data: Data,
+        *,
+        first_sizes: Sequence[int],
+        factor: float,
+        tolerance: float | None,
+    ) -> None:
+        self.folder = folder
+        self.rows = rows
+        self.network = network
+        self.update = update
+        self.data = data
+        self.first_sizes = first_sizes
+        self.factor = factor
+        self.tolerance = tolerance
+        self.error = 0.0
+        self.kept = [number for number in folder.states() if number <= len(rows)]
+
+    # ------------------------------------------------------------------------------------- one step
+
+    def calls(self, number: int) -> list[Call]:
+        """Return the calls of the network in a step."""
+        row = self.rows[number]
+        calls: list[Call] = []
+        for numbers, values in zip(row.numbers, row.draws, strict=True):
+            draws = None
+            if values is not None:
+                draws = RandomState(self.network.device, **values)
+            calls.append(Call(self.data.batch(numbers), draws))
+        return calls
+
+    def update_in(self, number: int) -> Update:
+        """Return U of a step, with its settings and its clipping."""
+        row = self.rows[number]
+        update: Update = self.update.with_options(row.options)
+        if row.clip_norm is None:
+            return update
+        return Clipped(update, row.clip_norm, WHOLE)
+
+    def factors(self, number: int, state: KeptState, calls: Sequence[Call]) -> list[float]:
+        """Return c_j of a step, by the loss that was backpropagated where there is a choice."""
+        row = self.rows[number]
+        candidates: list[list[float]] = []
+        for weighting in weightings(row.sizes, self.first_sizes):
+            candidates.append([self.factor * f for f in weighting])
+        if len(candidates) == 1 or math.isnan(row.loss):
+            return candidates[0]
+        # Only the sizes of the calls' batches leave a choice, so this pass is rare.
+        means = [self.network.loss(state.params, state.buffers, call) for call in calls]
+        return [*closest_weighting(candidates, torch.stack(means), row.loss)]
+
+    def gradient(
+        self, number: int, state: KeptState, weights: Tensor | None = None
+    ) -> tuple[TakenStep, Tree]:
+        """Return a step without its end, and the buffers after it.
+
+        Args:
+            weights: of all examples, (N,), or as the problem's; None: 1 each.
+        """
+        calls = self.calls(number)
+        factors = self.factors(number, state, calls)
+        gradient: Tree = {}
+        buffers = state.buffers
+        losses: list[Tensor] = []
+        for call, factor, numbers in zip(calls, factors, self.rows[number].numbers, strict=True):
+            own_weights = None if weights is None else weights[numbers]
+            result = self.network.gradient(state.params, buffers, call, own_weights)
+            buffers = {**buffers, **result.buffers}
+            losses.append(result.loss)
+            for name, g in result.gradient.items():
+                term = g if factor == 1.0 else factor * g
+                gradient[name] = gradient[name] + term if name in gradient else term
+        if weights is None:
+            self._refuse_other_loss(number, factors, torch.stack(losses))
+        return TakenStep(state, gradient, factors, torch.stack(losses)), buffers
+
+    def _refuse_other_loss(self, number: int, factors: Sequence[float], means: Tensor) -> None:
+        """Refuse a step whose loss is not the one that the loop has backpropagated in it."""
+        recorded = self.rows[number].loss
+        if math.isnan(recorded):
+            return
+        loss = weighted_sum(factors, means)
+        tolerance = self._tolerance()
+        if not abs(loss - recorded) <= tolerance * max(abs(loss), abs(recorded)):
+            raise MetaplError(
+                f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded; "
+                "expected the network and the data of the recording, and a loop whose loss is the "
+                "same multiple of the examples' mean in each step."
+            )
+
+    def _tolerance(self) -> float:
+        """Return the relative difference from what was recorded that is allowed."""
+        if self.tolerance is None:
+            return 10 * tolerance_of(self.network)
+        return self.tolerance
+
+    def step(
+        self, number: int, state: KeptState, weights: Tensor | None = None
+    ) -> tuple[TakenStep, KeptState]:
+        """Return a step, and the state after it."""
+        taken, buffers = self.gradient(number, state, weights)
+        params, optimizer = self.update_in(number).stepped(
+            state.params, taken.gradient, state.optimizer
+        )
+        return taken, KeptState(params, optimizer, buffers)
+
+    def adjoint(
+        self, number: int, taken: TakenStep, after: Cotangents
+    ) -> tuple[Cotangents, list[Tensor]]:
+        """Return the cotangents before a step, and h of the examples in each of its calls."""
+        state = taken.state
+        bars = self.update_in(number).vjp(
+            state.params, taken.gradient, state.optimizer, after.params, after.optimizer
+        )
+        params = dict(bars.params)
+        feedback: list[Tensor] = []
+        buffers = state.buffers
+        for call, factor, loss in zip(self.calls(number), taken.factors, taken.losses, strict=True):
+            w = {name: factor * t for name, t in bars.gradient.items()}
+            result = self.network.derivatives(state.params, buffers, call, w)
+            buffers = {**buffers, **result.buffers}
+            self._refuse_other_pass(number, result.loss, loss)
+            for name, t in result.hessian_product.items():
+                params[name] = params[name] + t
+            feedback.append(-result.in_weights)
+        return Cotangents(params, bars.state), feedback
+
+    def _refuse_other_pass(self, number: int, loss: Tensor, first_loss: Tensor) -> None:
+        """Refuse a pass for the second derivative whose loss is not that of the first pass."""
+        gap = float((loss - first_loss).abs())
+        if not gap <= tolerance_of(self.network) * max(1.0, float(first_loss.abs())):
+            raise MetaplError(
+                f"the loss in step {number} is {float(first_loss):.6g} in a plain pass and "
+                f"{float(loss):.6g} in the pass that is differentiated twice, as where fused "
+                "attention draws another dropout mask; expected attn_implementation='eager'."
+            )
+
+    # ---------------------------------------------------------------------------------------- walks
+
+    def refuse_other_start(self, outer: Batch) -> None:
+        """Refuse a network or data whose loss in the first step is not the recorded one.
+
+        Args:
+            outer: an outer batch, which is refused where it does not fit the network's outputs.
+        """
+        state, _ = self.read_state(0)
+        calls = self.calls(0)
+        factors = self.factors(0, state, calls)
+        means = [self.network.loss(state.params, state.buffers, call, outer) for call in calls]
+        self._refuse_other_loss(0, factors, torch.stack(means))
+
+    def last_state(self, *, progress: bool) -> KeptState:
+        """Return the state after all steps, which is computed where it was not kept."""
+        number = self.kept[-1]
+        state, _ = self.read_state(number)
+        steps = range(number, len(self.rows))
+        with step_bar(progress and bool(steps), len(steps), "steps", 0) as advance:
+            for step in steps:
+                _, state = self.step(step, state)
+                advance()
+        return state
+
+    def trained(self, weights: Tensor) -> KeptState:
+        """Return the state after all steps with other weights of the examples."""
+        state, _ = self.read_state(0)
+        for number in range(len(self.rows)):
+            _, state = self.step(number, state, weights)
+        return state
+
+    def backwards(self, *, progress: bool) -> Iterator[tuple[int, TakenStep]]:
+        """Yield the steps from the last to the first, each taken again from a kept state.
+
+        Where the steps from one kept state to the next lead is compared with that one.
+        """
+        ends = [*self.kept[1:], len(self.rows)]
+        segments = [(a, b) for a, b in zip(self.kept, ends, strict=True) if a < b]
+        with step_bar(progress, len(self.rows), "steps back", 0) as advance:
+            for begin, end in reversed(segments):
+                state, digest = self.read_state(begin)
+                for number, taken in self._block(begin, end, state, digest):
+                    yield number, taken
+                    advance()
+
+    def _block(
+        self, begin: int, end: int, state: KeptState, digest: Tensor | None
+    ) -> Iterator[tuple[int, TakenStep]]:
+        """Yield the steps of a block from its last to its first.
+
+        Memory does not always hold all of its states; then a few are held, and the blocks between
+        them are taken once more.
+
+        Args:
+            state: before the first step.
+            digest: of that state, where the block ends at a kept state; else None.
+        """
+        spacing = self._spacing(end - begin, state)
+        states: dict[int, KeptState] = {}
+        steps: dict[int, TakenStep] = {}
+        compares_end = digest is not None and end in self.kept
+        for number in range(begin, end):
+            if (number - begin) % spacing == 0:
+                states[number] = state
+            is_needed = spacing == 1 or compares_end or number < end - 1
+            if not is_needed:
+                break
+            taken, state = self.step(number, state)
+            if spacing == 1:
+                steps[number] = taken
+        if digest is not None and compares_end:
+            self._compare(end, state, digest)
+        if spacing == 1:
+            for number in reversed(range(begin, end)):
+                yield number, steps.pop(number)
+            return
+        for first in reversed(range(begin, end, spacing)):
+            yield from self._block(first, min(first + spacing, end), states.pop(first), None)
+
+    def _spacing(self, steps: int, state: KeptState) -> int:
+        """Return which states of so many steps are held: 1 for all, or every so many."""
+        if steps == 1:
+            return 1
+        weights = sum(t.nbytes for t in state.params.values())
+        # The gradient of a step is held with its state, whose size is that of the weights.
+        size = 2 * weights + self.update.state_bytes()
+        way: Keeping = keeping(steps, size, self.network.device, spacing=None, on=None)
+        return way.spacings[0] if way.spacings else 1
+
+    def read_state(self, number: int) -> tuple[KeptState, Tensor]:
+        """Return a kept state and its digest; refuse one that does not have it."""
+        state, digest = self.folder.read_state(number, self.network.device)
+        if not torch.equal(state.digest(), digest):
+            raise MetaplError(
+                f"the state before step {number} in {self.folder.path} is not the one that was "
+                "recorded; expected the folder as the recording left it."
+            )
+        return state, digest
+
+    def _compare(self, number: int, state: KeptState, digest_before: Tensor) -> None:
+        """Compare a state that was reached with the kept one, and refuse another one.
+
+        The difference is relative to the way from the kept state before it, of weights and of the
+        optimizer's state apart.
+        """
+        _, digest = self.folder.read_state(number, self.network.device)
+        differences = torch.linalg.vector_norm(state.digest() - digest, dim=1)
+        lengths = torch.linalg.vector_norm(digest - digest_before, dim=1)
+        relative = torch.where(lengths > 0, differences / lengths, differences)
+        error = float(relative.max())
+        self.error = max(self.error, error)
+        tolerance = self._tolerance()
+        if not error <= tolerance:
+            raise MetaplError(
+                f"the steps before step {number} were taken again, and lead to a state that "
+                f"differs from the recorded one by {error:.1e} of the way there; expected "
+                f"{tolerance:.1e} at most. The loop did something that was not seen, such as "
+                "changing weights between steps, or the steps round otherwise: then "
+                "replay_tolerance= with what is allowed, or a smaller states_every."
+            )
+
+
+def feedback_of(
+    replay: Replay, ends: Sequence[Cotangents], *, progress: bool
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """Return the numbers of the examples in each call, and h on them by each outer loss.
+
+    Args:
+        ends: the cotangents after all steps, by outer loss.
+    """
+    bars = [*ends]
+    feedback: list[tuple[Tensor, list[Tensor]]] = []
+    for number, taken in replay.backwards(progress=progress):
+        by_loss: list[list[Tensor]] = []
+        for place, bar in enumerate(bars):
+            bars[place], h = replay.adjoint(number, taken, bar)
+            by_loss.append(h)
+        for call, numbers in enumerate(replay.rows[number].numbers):
+            feedback.append((numbers, [h[call].cpu() for h in by_loss]))
+    return feedback
+
+
+def summed_scores(
+    feedback: Sequence[tuple[Tensor, list[Tensor]]], examples: int, dtype: torch.dtype
+) -> Tensor:
+    """Return the sum of each example's feedback over the steps, (M, N, ...).
+
+    Scores of parts, such as tokens, are as many as the longest example of a batch has.
+    """
+    _, first = feedback[0]
+    parts: tuple[int, ...] = first[0].shape[1:]
+    if parts:
+        parts = (max(h[0].shape[1] for _, h in feedback), *parts[1:])
+    scores = torch.zeros(len(first), examples, *parts, dtype=dtype)
+    for numbers, by_loss in feedback:
+        for place, h in enumerate(by_loss):
+            target = scores[place]
+            if parts:
+                target = target[:, : h.shape[1]]
+            target.index_add_(0, numbers, h.to(dtype))
+    return scores
+
+
+def order_of(rows: Sequence[StepRow]) -> Tensor:
+    """Return the examples of each step, (K, B), with −1 behind those of a smaller step."""
+    by_step = [torch.cat(row.numbers) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(by_step, batch_first=True, padding_value=-1)
+
+
+def missing_state(replay: Replay, states_every: int) -> int | None:
+    """Return before which step a state is missing that should be there; None: before none."""
+    for number in range(0, len(replay.rows), states_every):
+        if number not in replay.kept:
+            return number
+    return None

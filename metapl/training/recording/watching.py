@@ -1,0 +1,136 @@
+"""What a loop does between two steps, seen at the functions of PyTorch that it calls.
+
+Hooks see the calls of a network and the steps of an optimizer. Two things have no hook: which loss
+was backpropagated, and how gradients were clipped. Both are seen where every loop goes through,
+``torch.autograd.backward``, which ``Tensor.backward`` calls, and the two functions that
+``torch.nn.utils.clip_grad_norm_`` is made of. They are put back when the recording ends, and do
+what they did meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad
+
+from metapl.errors import MetaplError
+
+# A module whose two parts of clip_grad_norm_ are private to a type checker.
+_CLIP: Any = clip_grad
+_UTILS: Any = torch.nn.utils
+_AUTOGRAD: Any = torch.autograd
+
+
+class StepWatch:
+    """What was seen since the last step.
+
+    Attributes:
+        losses: scalars that were backpropagated, without their graphs.
+        clip_norm: the greatest norm that gradients were clipped to; None: they were not.
+        clipped: the parameters whose gradients were clipped, by identity.
+        refusal: why the clipping cannot be followed; "" where it can.
+    """
+
+    def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen, before a next step."""
+        self.losses: list[Tensor] = []
+        self.clip_norm: float | None = None
+        self.clipped: frozenset[int] = frozenset()
+        self.refusal = ""
+        self._norm_type = 2.0
+
+    def note_loss(self, tensors: Any) -> None:
+        """Note a scalar that is backpropagated."""
+        if isinstance(tensors, Tensor):
+            tensors = [tensors]
+        for t in tensors:
+            if isinstance(t, Tensor) and t.numel() == 1:
+                self.losses.append(t.detach().reshape(()))
+
+    def note_norm(self, norm_type: Any) -> None:
+        """Note which norm of the gradients is taken."""
+        self._norm_type = float(norm_type)
+
+    def note_clipping(self, parameters: Any, max_norm: Any) -> None:
+        """Note that gradients are clipped to a norm."""
+        if self.clip_norm is not None:
+            self.refusal = "gradients that are clipped twice in a step; expected once"
+        if self._norm_type != 2.0:
+            self.refusal = (
+                f"gradients clipped by their {self._norm_type:g}-norm; expected the 2-norm"
+            )
+        self.clip_norm = float(max_norm)
+        self.clipped = frozenset(id(p) for p in parameters if p.grad is not None)
+
+    def note_clipped_values(self) -> None:
+        """Note that each entry of the gradients is clipped."""
+        self.refusal = "clip_grad_value_, which clips each entry; expected clip_grad_norm_"
+
+
+@contextmanager
+def watching(watch: StepWatch) -> Iterator[None]:
+    """Let a watch see losses and clipping in this block."""
+    backward: Callable[..., Any] = _AUTOGRAD.backward
+    get_total_norm: Callable[..., Any] = _CLIP._get_total_norm
+    clip_grads: Callable[..., Any] = _CLIP._clip_grads_with_norm_
+    clip_values: Callable[..., Any] = _UTILS.clip_grad_value_
+
+    def watched_backward(tensors: Any, *args: Any, **options: Any) -> Any:
+        watch.note_loss(tensors)
+        return backward(tensors, *args, **options)
+
+    def watched_norm(tensors: Any, norm_type: float = 2.0, *args: Any, **options: Any) -> Any:
+        watch.note_norm(norm_type)
+        return get_total_norm(tensors, norm_type, *args, **options)
+
+    def watched_clipping(
+        parameters: Any, max_norm: float, total_norm: Tensor, *args: Any, **options: Any
+    ) -> Any:
+        if isinstance(parameters, Tensor):
+            parameters = [parameters]
+        parameters = [*parameters]
+        watch.note_clipping(parameters, max_norm)
+        return clip_grads(parameters, max_norm, total_norm, *args, **options)
+
+    def watched_values(*args: Any, **options: Any) -> Any:
+        watch.note_clipped_values()
+        return clip_values(*args, **options)
+
+    replacements = [
+        (_AUTOGRAD, "backward", watched_backward),
+        (_CLIP, "_get_total_norm", watched_norm),
+        (_CLIP, "_clip_grads_with_norm_", watched_clipping),
+        (_UTILS, "clip_grads_with_norm_", watched_clipping),
+        (_UTILS, "clip_grad_value_", watched_values),
+    ]
+    originals = [(module, name, getattr(module, name)) for module, name, _ in replacements]
+    try:
+        for module, name, replacement in replacements:
+            setattr(module, name, replacement)
+        yield
+    finally:
+        for module, name, original in originals:
+            setattr(module, name, original)
+
+
+def refuse_clipping(watch: StepWatch, parameters: list[Tensor]) -> None:
+    """Refuse clipping that the rule of the steps does not have.
+
+    Args:
+        parameters: those that the optimizer moves.
+    """
+    if watch.refusal:
+        raise MetaplError(f"record: the loop has {watch.refusal}.")
+    with_gradient = frozenset(id(p) for p in parameters if p.grad is not None)
+    if watch.clip_norm is not None and not with_gradient <= watch.clipped:
+        raise MetaplError(
+            f"record: the loop clips the gradients of {len(watch.clipped & with_gradient)} of "
+            f"{len(with_gradient)} parameters together; expected those of all of them."
+        )

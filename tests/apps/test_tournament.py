@@ -1,0 +1,206 @@
+"""``--method auto``: the folds, who is ahead, and a run that tries recipes and can be repeated."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from command import metapl
+from safetensors.torch import load_file
+from tiny_runs import images_command
+from torch import Tensor
+
+from metapl.apps import tournament
+from metapl.apps.methods import Supervised
+from metapl.apps.self_training import SelfTraining, balanced
+from metapl.apps.tournament import FOLDS, RECIPES, TRIALS, Auto, Standing, folds_of, points_of
+from metapl.errors import MetaplError
+
+# ------------------------------------------------------------------------------------------- folds
+
+
+def test_folds_divide_each_class_evenly_and_keep_a_single_picture() -> None:
+    labels = torch.tensor([0] * 7 + [1] * 3 + [2] * 2 + [3])
+    folds = folds_of(labels, seed=4)
+    for label, counts in ((0, [3, 2, 2]), (1, [1, 1, 1]), (2, [1, 1, 0])):
+        assert torch.bincount(folds[labels == label], minlength=FOLDS).tolist() == counts
+    assert folds[labels == 3].tolist() == [-1]
+    assert torch.equal(folds, folds_of(labels, seed=4))
+    assert not torch.equal(folds, folds_of(labels, seed=5))
+
+
+# ----------------------------------------------------------------------------------- who is ahead
+
+
+def standing(name: str, right: int, pictures: int) -> Standing:
+    recipe = next(recipe for recipe in RECIPES if recipe.name == name)
+    return Standing(recipe=recipe, is_right=torch.arange(pictures) < right)
+
+
+def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
+    mild = standing("mild", right=60, pictures=100)
+    strong = standing("strong", right=40, pictures=100)
+    points = points_of([mild, strong])
+    share = 60.5 / 101
+    variance = 100**2 * share * (1 - share) / 100
+    weight = tournament.SPREAD**2 / (tournament.SPREAD**2 + variance)
+    assert points["mild"] == pytest.approx(weight * 10)
+    head_start = strong.recipe.head_start
+    assert points["strong"] == pytest.approx(head_start - weight * 10, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("mild", "strong", "pictures", "best"),
+    [
+        # Few pictures say little, and many say much.
+        (5, 4, 10, "strong"),
+        (400, 300, 700, "mild"),
+        (0, 0, 0, "strong"),
+    ],
+)
+def test_few_pictures_leave_it_to_the_head_start(
+    mild: int, strong: int, pictures: int, best: str
+) -> None:
+    standings = [standing("mild", mild, pictures), standing("strong", strong, pictures)]
+    assert tournament.ordered(standings)[0].recipe.name == best
+
+
+def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
+    mild = RECIPES[0]
+    assert isinstance(mild.method(labels=199, classes=10), SelfTraining)
+    assert isinstance(mild.method(labels=200, classes=10), Supervised)
+
+
+# -------------------------------------------------------------------------------------- the labels
+
+
+def test_balanced_labels_have_the_shares_and_the_odds_of_before() -> None:
+    torch.manual_seed(0)
+    p = (3 * torch.randn(500, 4)).softmax(1)
+    shares = (0.1, 0.2, 0.3, 0.4)
+    q = balanced(p, shares)
+    torch.testing.assert_close(q.mean(0), torch.tensor(shares), atol=2e-3, rtol=0)
+    torch.testing.assert_close(q.sum(1), torch.ones(500))
+
+    def odds(distribution: Tensor) -> Tensor:
+        return distribution[:, 1] / distribution[:, 0]
+
+    # The odds of all examples are multiplied by the same number.
+    ratio = odds(q) / odds(p)
+    torch.testing.assert_close(ratio, ratio[:1].expand(500), rtol=1e-3, atol=0)
+
+
+def test_a_class_that_no_label_names_stays_impossible() -> None:
+    p = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0]])
+    assert balanced(p, None)[:, 2].tolist() == [0.0, 0.0]
+    assert balanced(p, None).isfinite().all()
+
+
+# -------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def auto_run(three_colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("auto") / "run"
+    command = images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out))
+    assert "method: " in metapl(*command).stdout
+    return out
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    return load_file(run / "student.safetensors")
+
+
+def test_a_run_says_what_it_tried_and_delivers_the_best(auto_run: Path) -> None:
+    result = json.loads((auto_run / "result.json").read_text())
+    chosen = result["chosen"]
+    assert result["method"] == "auto"
+    assert set(chosen["first_fold"]) == {recipe.name for recipe in RECIPES}
+    assert len(chosen["all_folds"]) == tournament.FINALISTS
+    assert chosen["recipe"] in chosen["all_folds"]
+    # All labels are learned in the last training, so that none is left to validate on.
+    assert result["validation_size"] == 0
+    assert result["delivered"] == "student"
+    assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_the_steps_of_all_trials_are_the_share_that_was_asked_for() -> None:
+    auto = Auto().scheduled(4_000)
+    assert auto.trial_steps is not None
+    assert auto.final_steps is not None
+    assert auto.trial_steps[0] == round(0.25 * 4_000 / TRIALS)
+    assert auto.final_steps[0] + TRIALS * auto.trial_steps[0] == 4_000
+    # What a run has stored stays.
+    assert auto.scheduled(10) == auto
+
+
+def test_a_run_from_its_recipe_has_the_same_bits(auto_run: Path, tmp_path: Path) -> None:
+    metapl("train", "--config", str(auto_run / "recipe.json"), "--out", str(tmp_path / "again"))
+    again = weights(tmp_path / "again")
+    for name, value in weights(auto_run).items():
+        assert torch.equal(value, again[name]), name
+
+
+def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
+    auto_run: Path, three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    command = images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out))
+    measured = tournament.Race.measured
+    calls = 0
+
+    def stopped(*args: object, **options: object) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return measured(*args, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tournament.Race, "measured", stopped)
+        metapl(*command, code=130)
+    metapl(*command, "--resume")
+    resumed = weights(out)
+    for name, value in weights(auto_run).items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
+    three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    linear = next(recipe for recipe in RECIPES if recipe.name == "linear")
+    far_ahead = tuple(
+        tournament.dataclasses.replace(
+            recipe, head_start=math.copysign(1000, 1 if recipe is linear else -1)
+        )
+        for recipe in RECIPES
+    )
+    monkeypatch.setattr(tournament, "RECIPES", far_ahead)
+    out = tmp_path / "run"
+    metapl(*images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out)))
+    result = json.loads((out / "result.json").read_text())
+    assert result["chosen"]["recipe"] == "linear"
+    # The network is right on the pictures that the regression is right on.
+    assert result["test_accuracy"] == pytest.approx(result["control_accuracy"])
+    predicted = tmp_path / "predictions.csv"
+    test = three_colors / "test"
+    metapl("predict", str(out), str(test), "--out", str(predicted))
+    assert predicted.exists()
+
+
+def test_several_processes_are_refused_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    folders = ("--labeled", "few", "--unlabeled", "many")
+    said = metapl("train", "images", *folders, "--mesh.replicate", "2", code=2).stderr
+    assert "--method auto tries recipes in one process, and 2 were started" in said
+
+
+def test_a_share_of_nothing_or_of_all_is_refused() -> None:
+    for share in (0.0, 1.0):
+        with pytest.raises(MetaplError, match="trial_share"):
+            Auto(trial_share=share)

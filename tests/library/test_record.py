@@ -1,0 +1,776 @@
+"""``metapl.record``: the scores of a followed loop are those of double backward through all of it.
+
+The reference is a loop of plain PyTorch that keeps the graph of the whole training.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import metapl
+from metapl import MetaplError, Recording, record
+from metapl.problems import EqualWeights
+from metapl.runs import checkpoint
+
+EXAMPLES = 30
+STEPS = 11
+CLASSES = 3
+CLIP = 0.6
+DECAY = 0.02
+
+draw = torch.Generator().manual_seed(0)
+X = torch.randn(EXAMPLES, 5, generator=draw, dtype=torch.float64)
+Y = torch.randint(CLASSES, (EXAMPLES,), generator=draw)
+OUTER = torch.randn(7, 5, generator=draw, dtype=torch.float64), torch.arange(7) % CLASSES
+
+Optimizer = Callable[[nn.Module], torch.optim.Optimizer]
+OPTIMIZERS: dict[str, Optimizer] = {
+    "SGD": lambda model: torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=DECAY),
+    "AdamW": lambda model: torch.optim.AdamW(
+        model.parameters(), 0.05, eps=1e-3, weight_decay=DECAY
+    ),
+}
+
+
+def network(dropout: float = 0.2) -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = [nn.Linear(5, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+def batches(steps: int = STEPS, parts: int = 2) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the examples of each step, in micro-batches; the last of an epoch is smaller."""
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        rows = torch.randperm(EXAMPLES, generator=generator)[:8]
+        yield rows.chunk(parts)
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int = STEPS,
+    divide: bool = True,
+    clip: bool = True,
+    after: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Train as somebody else would: accumulation, clipping, a schedule, and draws in between."""
+    torch.manual_seed(7)
+    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (2 * STEPS))
+    for step, parts in enumerate(batches(steps)):
+        optimizer.zero_grad()
+        for rows in parts:
+            loss = F.cross_entropy(model(X[rows].to(dtype_of(model))), Y[rows])
+            (loss / len(parts) if divide else loss).backward()
+            # Such as a loader that shuffles, or an evaluation.
+            torch.randn(3)
+        with torch.no_grad():
+            model(X[:2].to(dtype_of(model)))
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        falling.step()
+        after(step)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    return next(model.parameters()).dtype
+
+
+def by_hand(name: str, steps: int = STEPS) -> tuple[Tensor, Tensor]:
+    """Return the scores and the outer loss by double backward through :func:`train`."""
+    model = network()
+    theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    weights = torch.ones(EXAMPLES, dtype=torch.float64, requires_grad=True)
+    first = {n: torch.zeros_like(t) for n, t in theta.items()}
+    second = {n: torch.zeros_like(t) for n, t in theta.items()}
+    torch.manual_seed(7)
+    for step, parts in enumerate(batches(steps)):
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in parts:
+            outputs = torch.func.functional_call(model, theta, (X[rows],))
+            losses = F.cross_entropy(outputs, Y[rows], reduction="none")
+            total = total + (weights[rows] * losses).mean() / len(parts)
+            torch.randn(3)
+        # The evaluation has dropout too, for this loop forgets model.eval().
+        torch.func.functional_call(model, theta, (X[:2],))
+        gradients = torch.autograd.grad(total, [*theta.values()], create_graph=True)
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        scale = (CLIP / (norm + 1e-6)).clamp(max=1.0)
+        shrunk = 1 - step / (2 * STEPS)
+        moved = {}
+        for (n, t), gradient in zip(theta.items(), gradients, strict=True):
+            g = scale * gradient
+            if name == "SGD":
+                g = g + DECAY * t
+                first[n] = 0.9 * first[n] + g
+                moved[n] = t - 0.3 * shrunk * first[n]
+                continue
+            rate = 0.05 * shrunk
+            first[n] = 0.9 * first[n] + 0.1 * g
+            second[n] = 0.999 * second[n] + 0.001 * g * g
+            root = (second[n] / (1 - 0.999 ** (step + 1))).sqrt()
+            step_of_adam = first[n] / (1 - 0.9 ** (step + 1)) / (root + 1e-3)
+            moved[n] = t * (1 - rate * DECAY) - rate * step_of_adam
+        theta = moved
+    model.eval()
+    loss = F.cross_entropy(torch.func.functional_call(model, theta, (OUTER[0],)), OUTER[1])
+    (slope,) = torch.autograd.grad(loss, weights)
+    return -slope, loss.detach()
+
+
+def recorded(out: Path, name: str = "SGD", **options: Any) -> tuple[Recording, nn.Module]:
+    """Return a recording of the usual training, and the trained network."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model)
+    usual: dict[str, Any] = {"train": (X, Y), "states_every": 4}
+    with record(model, optimizer, out=out / "recording", **{**usual, **options}) as recording:
+        train(model, optimizer)
+    return recording, model
+
+
+# --------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
+@pytest.mark.parametrize("states_every", [1, 4, 100])
+def test_scores_are_those_of_double_backward(name: str, states_every: int, tmp_path: Path) -> None:
+    recording, model = recorded(tmp_path, name, states_every=states_every)
+    scores, loss = by_hand(name)
+    attribution = recording.attribute(OUTER, progress=False)
+    size = scores.abs().max()
+    assert (attribution.scores - scores).abs().max() < 1e-9 * size
+    assert abs(attribution.outer_loss - loss) < 1e-12
+    assert attribution.replay_error < 1e-12
+    assert recording.order.equal(torch.stack([torch.cat(parts) for parts in batches()]))
+    assert recording.loss_factor == 1.0
+    for parameter_name, p in model.named_parameters():
+        assert (attribution.student_params[parameter_name] - p).abs().max() < 1e-13
+
+
+def test_the_loop_has_the_bits_that_it_has_without_a_recording(tmp_path: Path) -> None:
+    for dtype in (torch.float32, torch.float64):
+        plain = network().to(dtype)
+        train(plain, OPTIMIZERS["AdamW"](plain))
+        draws = torch.randn(3)
+        python_draw = random.random
+        model = network().to(dtype)
+        optimizer = OPTIMIZERS["AdamW"](model)
+        backward = torch.autograd.backward
+        with record(model, optimizer, out=tmp_path / str(dtype), train=(X.to(dtype), Y)):
+            train(model, optimizer)
+            assert torch.autograd.backward is not backward
+        assert torch.autograd.backward is backward
+        assert torch.randn(3).equal(draws)
+        assert random.random is python_draw
+        for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+            assert p.equal(q)
+        assert not model._forward_pre_hooks
+        assert not model._forward_hooks
+
+
+def test_it_is_read_in_another_process_and_nothing_of_the_network_moves(tmp_path: Path) -> None:
+    recording, _ = recorded(tmp_path)
+    scores = recording.attribute(OUTER, progress=False).scores
+    model = network()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(2)
+    model.eval()
+    weights = [p.clone() for p in model.parameters()]
+    opened = Recording.open(tmp_path / "recording", model, train=(X, Y))
+    state = torch.get_rng_state()
+    assert opened.attribute(OUTER, progress=False).scores.equal(scores)
+    assert torch.get_rng_state().equal(state)
+    assert not model.training
+    assert not model[2].training
+    for p, before in zip(model.parameters(), weights, strict=True):
+        assert p.equal(before)
+    with pytest.raises(MetaplError, match="opened to be read; expected metapl.record"), opened:
+        pass
+
+
+def test_scores_of_each_outer_example_add_up(tmp_path: Path) -> None:
+    recording, _ = recorded(tmp_path)
+    attribution = recording.attribute(OUTER, each=True, progress=False)
+    whole = recording.attribute(OUTER, progress=False)
+    assert attribution.scores.shape == (7, EXAMPLES)
+    assert (attribution.scores.mean(0) - whole.scores).abs().max() < 1e-12
+
+
+def test_predictions_are_those_of_trainings_with_other_weights(tmp_path: Path) -> None:
+    """By central differences of the replayed training, and of the loop itself."""
+    recording, _ = recorded(tmp_path)
+    attribution = recording.attribute(OUTER, progress=False)
+    small = 1e-5
+    for number in (0, 11):
+        change = torch.zeros(EXAMPLES, dtype=torch.float64)
+        change[number] = small
+        above = attribution._losses_with(1 + change)
+        below = attribution._losses_with(1 - change)
+        slope = (above - below) / (2 * small)
+        assert abs(-slope - attribution.scores[number]) < 1e-7 * attribution.scores.abs().max()
+    agreement = attribution.validate([[i] for i in range(6)], progress=False)
+    assert agreement.spearman > 0.5
+
+
+def test_without_a_data_set_examples_are_recorded_as_they_are_called(tmp_path: Path) -> None:
+    class Labeled(nn.Module):
+        """A network that is called with labels, as those of transformers."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            outputs: Tensor = self.body(x)
+            return outputs
+
+    model = Labeled()
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r", states_every=4) as recording:
+        torch.manual_seed(7)
+        for parts in batches():
+            optimizer.zero_grad()
+            for rows in parts:
+                outputs = model(x=X[rows], labels=Y[rows])
+                (F.cross_entropy(outputs, Y[rows]) / 2).backward()
+            optimizer.step()
+    rows = torch.cat([torch.cat(parts) for parts in batches()])
+    # The examples in the order in which they were first seen.
+    seen = [*dict.fromkeys(rows.tolist())]
+    assert [seen[i] for i in recording.order.flatten().tolist()] == rows.tolist()
+    scores = recording.attribute({"x": OUTER[0], "labels": OUTER[1]}, progress=False).scores
+
+    second = Labeled()
+    optimizer = OPTIMIZERS["SGD"](second)
+    data = {"x": X, "labels": Y}
+    with record(second, optimizer, out=tmp_path / "data", train=data) as with_data:
+        torch.manual_seed(7)
+        for parts in batches():
+            optimizer.zero_grad()
+            for rows in parts:
+                outputs = second(x=X[rows], labels=Y[rows])
+                (F.cross_entropy(outputs, Y[rows]) / 2).backward()
+            optimizer.step()
+    by_number = with_data.attribute({"x": OUTER[0], "labels": OUTER[1]}, progress=False).scores
+    assert (by_number[seen] - scores).abs().max() < 1e-12 * scores.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["sum", "not divided", "smaller last part"])
+def test_loops_that_weigh_micro_batches_otherwise(kind: str, tmp_path: Path) -> None:
+    """Scores are derivatives of what the loop did, by central differences of the loop itself."""
+
+    def loop(weights: Tensor, context: Any = None) -> Tensor:
+        model = network(dropout=0.0)
+        optimizer = OPTIMIZERS["SGD"](model)
+        with context(model, optimizer) if context else torch.enable_grad():
+            for parts in batches(4):
+                optimizer.zero_grad()
+                sizes = (5, 3) if kind == "smaller last part" else (4, 4)
+                for rows in torch.cat(parts).split(sizes):
+                    losses = weights[rows] * F.cross_entropy(
+                        model(X[rows]), Y[rows], reduction="none"
+                    )
+                    if kind == "sum":
+                        losses.sum().backward()
+                    elif kind == "not divided":
+                        losses.mean().backward()
+                    else:
+                        (losses.sum() / 8).backward()
+                optimizer.step()
+        return F.cross_entropy(model(OUTER[0]), OUTER[1]).detach()
+
+    recordings: list[Recording] = []
+
+    def context(model: nn.Module, optimizer: torch.optim.Optimizer) -> Recording:
+        recordings.append(record(model, optimizer, out=tmp_path / "r", train=(X, Y)))
+        return recordings[0]
+
+    ones = torch.ones(EXAMPLES, dtype=torch.float64)
+    loop(ones, context)
+    (recording,) = recordings
+    assert recording.loss_factor == {"sum": 8, "not divided": 2, "smaller last part": 1}[kind]
+    scores = recording.attribute(OUTER, progress=False).scores
+    for number in recording.order[0, :2].tolist():
+        change = torch.zeros_like(ones)
+        change[number] = 1e-5
+        slope = (loop(ones + change) - loop(ones - change)) / 2e-5
+        assert abs(-slope - scores[number]) < 1e-6 * scores.abs().max()
+
+
+class Closure:
+    """What an optimizer calls within its step, as in Lightning."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Tensor) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.rows = rows
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.model(X[self.rows]), Y[self.rows])
+        loss.backward()
+        return loss
+
+
+def test_steps_with_a_closure_and_an_optimizer_that_comes_late(tmp_path: Path) -> None:
+    scores = []
+    for is_within_step in (False, True):
+        model = network()
+        out = tmp_path / str(is_within_step)
+        with record(model, out=out, train=(X, Y), states_every=3) as recording:
+            optimizer = OPTIMIZERS["AdamW"](model)
+            torch.manual_seed(7)
+            for parts in batches():
+                closure = Closure(model, optimizer, torch.cat(parts))
+                if is_within_step:
+                    optimizer.step(closure)
+                else:
+                    closure()
+                    optimizer.step()
+        assert recording.steps == STEPS
+        attribution = recording.attribute(OUTER, progress=False)
+        assert attribution.replay_error < 1e-12
+        scores.append(attribution.scores)
+    assert scores[0].equal(scores[1])
+
+
+def test_batch_norm_and_draws_of_python_are_replayed(tmp_path: Path) -> None:
+    class Skipping(nn.Module):
+        """Leaves a layer out now and then, by Python's generator."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.first = nn.Linear(5, 6).double()
+            self.norm = nn.BatchNorm1d(6).double()
+            self.last = nn.Linear(6, CLASSES).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.norm(self.first(x))
+            if self.training and random.random() < 0.5:
+                hidden = hidden.tanh()
+            outputs: Tensor = self.last(hidden)
+            return outputs
+
+    def loop(weights: Tensor, context: Any) -> nn.Module:
+        model = Skipping()
+        optimizer = OPTIMIZERS["SGD"](model)
+        random.seed(4)
+        with context(model, optimizer):
+            for parts in batches(6):
+                optimizer.zero_grad()
+                rows = torch.cat(parts)
+                losses = F.cross_entropy(model(X[rows]), Y[rows], reduction="none")
+                (weights[rows] * losses).mean().backward()
+                optimizer.step()
+        return model
+
+    recordings: list[Recording] = []
+
+    def context(model: nn.Module, optimizer: torch.optim.Optimizer) -> Recording:
+        out = tmp_path / "r"
+        recordings.append(record(model, optimizer, out=out, train=(X, Y), states_every=2))
+        return recordings[0]
+
+    ones = torch.ones(EXAMPLES, dtype=torch.float64)
+    model = loop(ones, context)
+    attribution = recordings[0].attribute(OUTER, progress=False)
+    assert attribution.replay_error < 1e-12
+    model.eval()
+    with torch.no_grad():
+        assert abs(attribution.outer_loss - F.cross_entropy(model(OUTER[0]), OUTER[1])) < 1e-12
+    # The weights of the next training lower the loss that they were found for.
+    better = attribution._losses_with(attribution.weights(rate=0.05))
+    assert better < attribution.outer_loss
+
+
+def test_blocks_of_steps_are_taken_once_more_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording, _ = recorded(tmp_path, "AdamW", states_every=100)
+    scores = recording.attribute(OUTER, progress=False).scores
+    from metapl.training.recording.replay import Replay
+
+    def few_states(self: Replay, steps: int, state: Any) -> int:
+        return 1 if steps <= 2 else max(2, steps // 2)
+
+    monkeypatch.setattr(Replay, "_spacing", few_states)
+    assert recording.attribute(OUTER, progress=False).scores.equal(scores)
+
+
+# ------------------------------------------------------------------------------ kills and bad input
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at_step", [4, 6, 9])
+def test_a_killed_training_leaves_what_was_saved(at_step: int, tmp_path: Path) -> None:
+    """A process that is killed never comes to the end of the context."""
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model)
+    recording = record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4)
+    recording.__enter__()
+
+    def kill(step: int) -> None:
+        if step == at_step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(model, optimizer, after=kill)
+    assert recording._recorder is not None
+    recording._recorder._hooks.close()
+
+    saved = at_step // 4 * 4
+    opened = Recording.open(tmp_path / "r", network(), train=(X, Y))
+    assert opened.steps == saved
+    scores, _ = by_hand("SGD", steps=saved)
+    attribution = opened.attribute(OUTER, progress=False)
+    assert (attribution.scores - scores).abs().max() < 1e-9 * scores.abs().max()
+
+
+def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model)
+
+    def fail(step: int) -> None:
+        if step == 5:
+            raise Killed
+
+    with (
+        pytest.raises(Killed),
+        record(model, optimizer, out=tmp_path / "r", train=(X, Y)) as recording,
+    ):
+        train(model, optimizer, after=fail)
+    assert recording.steps == 6
+    scores, _ = by_hand("SGD", steps=6)
+    found = recording.attribute(OUTER, progress=False).scores
+    assert (found - scores).abs().max() < 1e-9 * scores.abs().max()
+
+
+def test_weights_that_are_moved_after_the_training_are_not_its_end(tmp_path: Path) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4) as recording:
+        train(model, optimizer)
+        # As load_best_model_at_end.
+        model.load_state_dict(network().state_dict())
+    scores, loss = by_hand("SGD")
+    attribution = recording.attribute(OUTER, progress=False)
+    assert abs(attribution.outer_loss - loss) < 1e-12
+    assert (attribution.scores - scores).abs().max() < 1e-9 * scores.abs().max()
+
+
+def test_what_a_loop_does_unseen_is_noticed_at_the_next_state(tmp_path: Path) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model)
+
+    def shrink(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                model[0].weight.mul_(0.999)
+
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4) as recording:
+        train(model, optimizer, after=shrink)
+    with pytest.raises(MetaplError, match=r"the loss in step 6 is|the steps before step 8 were"):
+        recording.attribute(OUTER, progress=False)
+    assert recording.attribute(OUTER, progress=False, replay_tolerance=0.5).replay_error > 1e-4
+
+
+def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
+    recording, _ = recorded(tmp_path)
+    folder = tmp_path / "recording"
+
+    def refused(expected: str, **options: Any) -> None:
+        usual: dict[str, Any] = {"train": (X, Y)}
+        model = options.pop("model", network())
+        with pytest.raises(MetaplError, match=expected) as caught:
+            Recording.open(options.pop("out", folder), model, **{**usual, **options})
+        assert "\n" not in str(caught.value)
+
+    refused("has no recording.ckpt; expected a folder", out=tmp_path)
+    wider = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
+    refused("is of a Sequential with other weights than this Sequential, such as", model=wider)
+    refused("with other weights", model=network().float())
+    refused("numbers of examples alone; expected train=", train=None)
+    refused("has 29 examples, and the recording was of 30", train=(X[1:], Y[1:]))
+    swapped = torch.cat([X[:2].flip(0), X[2:]])
+    refused("another order: example 0 is the first that differs", train=(swapped, Y))
+    other_labels = torch.cat([Y[:4], (Y[4:5] + 1) % CLASSES, Y[5:]])
+    refused("example 4 is the first that differs", train=(X, other_labels))
+    refused("made with EqualWeights, and problem is NextToken", problem=metapl.problems.NextToken())
+    with pytest.raises(MetaplError, match="expected another folder for out, or metapl.Recording"):
+        record(network(), out=folder, train=(X, Y))
+    with pytest.raises(MetaplError, match="outer is"):
+        recording.attribute(3, progress=False)
+    with pytest.raises(MetaplError, match="labels"):
+        recording.attribute((OUTER[0], OUTER[1] + CLASSES), progress=False)
+
+    # A network with the same weights and another formula.
+    other = network()
+    other[1] = nn.ReLU()
+    opened = Recording.open(folder, other, train=(X, Y))
+    with pytest.raises(MetaplError, match=r"the loss in step 0 is .* was recorded; expected the"):
+        opened.attribute(OUTER, progress=False)
+
+    description = checkpoint.load(folder / "recording.ckpt")
+    checkpoint.save(folder / "recording.ckpt", {**description, "torch": "2.0.0"})
+    refused(r"made by torch 2.0.0, and this is .*; expected the same")
+    checkpoint.save(folder / "recording.ckpt", description)
+
+    # The state before another step, under the name of this one.
+    state = (folder / "state-00000004.ckpt").read_bytes()
+    (folder / "state-00000004.ckpt").write_bytes((folder / "state-00000008.ckpt").read_bytes())
+    with pytest.raises(MetaplError, match="has the state before step 8; expected that before"):
+        Recording.open(folder, network(), train=(X, Y)).attribute(OUTER, progress=False)
+    (folder / "state-00000004.ckpt").write_bytes(state[:-1] + bytes([state[-1] ^ 1]))
+    with pytest.raises(MetaplError, match="is damaged"):
+        Recording.open(folder, network(), train=(X, Y)).attribute(OUTER, progress=False)
+    (folder / "state-00000004.ckpt").unlink()
+    refused("has no state before step 4; expected the folder")
+
+
+def test_frozen_weights_have_to_be_those_of_the_recording(tmp_path: Path) -> None:
+    def frozen() -> nn.Sequential:
+        model = network()
+        model[0].requires_grad_(requires_grad=False)
+        return model
+
+    model = frozen()
+    optimizer = torch.optim.SGD(model[3].parameters(), 0.3)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y)) as recording:
+        train(model, optimizer)
+    assert recording.attribute(OUTER, progress=False).scores.abs().max() > 0
+    other = frozen()
+    with torch.no_grad():
+        other[0].weight[0, 0] += 1e-3
+    with pytest.raises(MetaplError, match="other frozen weights or buffers"):
+        Recording.open(tmp_path / "r", other, train=(X, Y))
+
+
+# ----------------------------------------------------------------------------- what is not followed
+
+
+def first_step(
+    out: Path,
+    *,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    before_step: Callable[[nn.Module], object] = lambda model: None,
+    inputs: Tensor = X,
+    **options: Any,
+) -> None:
+    """Take one step of a loop that is recorded."""
+    model = model or network()
+    optimizer = (optimizer or OPTIMIZERS["SGD"])(model)
+    usual: dict[str, Any] = {"train": (X, Y)}
+    with record(model, optimizer, out=out / "r", **{**usual, **options}):
+        loss(model(inputs[:6]), Y[:6]).backward()
+        before_step(model)
+        optimizer.step()
+
+
+class Doubled(EqualWeights):
+    """Cross-entropy of sharper logits, which is another loss."""
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return super().inner_loss(2 * outputs, signal, batch, params)
+
+
+def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(outputs, labels, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"loss": smoothed}, r"differs from p.grad by 0\.\d+ of its size.* was backpropagated"),
+        ({"problem": Doubled()}, r"mean of Doubled's losses .* differs from p.grad"),
+        (
+            {"optimizer": lambda model: torch.optim.Adagrad(model.parameters())},
+            "the optimizer is Adagrad; expected torch.optim",
+        ),
+        (
+            {"before_step": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3)},
+            "clip_grad_value_, which clips each entry",
+        ),
+        (
+            {"before_step": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 1.0, 1.0)},
+            "clipped by their 1-norm; expected the 2-norm",
+        ),
+        (
+            {"before_step": lambda model: nn.utils.clip_grad_norm_(model[0].parameters(), 1.0)},
+            "clips the gradients of 2 of 4 parameters",
+        ),
+        (
+            {"before_step": lambda model: model[0].weight.grad.mul_(0.5)},
+            "differs from p.grad by",
+        ),
+        (
+            {"inputs": X + 0.1},
+            "6 of 6 rows that the network is called with are none of the examples",
+        ),
+        ({"train": None}, "called without labels.*expected train="),
+        ({"train": (torch.cat([X, X[:1]]), torch.cat([Y, Y[:1] + 1]))}, "equal inputs with differ"),
+        ({"model": network().bfloat16(), "inputs": X.bfloat16()}, "in torch.bfloat16; expected"),
+    ],
+)
+def test_what_cannot_be_followed_is_said_at_the_first_step(
+    options: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MetaplError, match=expected) as caught:
+        first_step(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+    assert torch.autograd.backward.__name__ == "backward"
+
+
+def test_float16_and_a_scaler_are_refused_by_name(tmp_path: Path) -> None:
+    model = network().float()
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y)):
+        with torch.autocast("cpu", torch.float16):
+            loss = F.cross_entropy(model(X[:6].float()).float(), Y[:6])
+        loss.backward()
+        with pytest.raises(MetaplError, match="trains in float16, whose scaled steps"):
+            optimizer.step()
+
+
+def test_autocast_to_bfloat16_is_followed(tmp_path: Path) -> None:
+    model = network().float()
+    optimizer = OPTIMIZERS["SGD"](model)
+    x = X.float()
+    with record(model, optimizer, out=tmp_path / "r", train=(x, Y), states_every=3) as recording:
+        for parts in batches():
+            rows = torch.cat(parts)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(x[rows]), Y[rows])
+            loss.backward()
+            optimizer.step()
+    attribution = recording.attribute((OUTER[0].float(), OUTER[1]), progress=False)
+    assert attribution.replay_error < 1e-5
+    assert attribution.scores.abs().max() > 0
+
+
+def test_a_clipping_of_its_own_is_told_by_its_norm(tmp_path: Path) -> None:
+    def clip(model: nn.Module) -> None:
+        norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+        for p in model.parameters():
+            p.grad.mul_((0.1 / (norm + 1e-6)).clamp(max=1.0))
+
+    with pytest.raises(MetaplError, match=r"clip_grad_norm_ or clip_norm="):
+        first_step(tmp_path / "seen", before_step=clip)
+    first_step(tmp_path / "told", before_step=clip, clip_norm=0.1)
+
+
+def test_more_bytes_than_allowed_end_the_recording_and_not_the_training(tmp_path: Path) -> None:
+    class Labeled(nn.Linear):
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Labeled(5, CLASSES).double()
+    optimizer = OPTIMIZERS["SGD"](model)
+
+    def loop() -> None:
+        for parts in batches():
+            rows = torch.cat(parts)
+            optimizer.zero_grad()
+            F.cross_entropy(model(X[rows], Y[rows]), Y[rows]).backward()
+            optimizer.step()
+
+    expected = r"ended before step 1: .* bytes; expected max_bytes="
+    with record(model, optimizer, out=tmp_path / "r", max_bytes=700, states_every=1) as recording:
+        with pytest.warns(UserWarning, match=expected):
+            loop()
+    assert recording.steps < STEPS
+    outer = {"x": OUTER[0], "labels": OUTER[1]}
+    found = recording.attribute(outer, progress=False)
+    assert found.scores.abs().max() > 0
+
+
+def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(MetaplError, match="states_every=0: expected"):
+        record(network(), out=tmp_path / "r", states_every=0)
+    with pytest.raises(MetaplError, match="model is of type int; expected a module"):
+        record(3, out=tmp_path / "r")  # type: ignore[arg-type]
+    with pytest.raises(MetaplError, match="expected an EqualWeights with its signal"):
+        record(network(), out=tmp_path / "r", problem=metapl.PseudoLabels())  # type: ignore[arg-type]
+    assert not (tmp_path / "r").exists()
+
+
+# ------------------------------------------------------------------------------- what it leads to
+
+
+def test_a_table_has_scores_weights_and_draws(tmp_path: Path) -> None:
+    recording, _ = recorded(tmp_path)
+    attribution = recording.attribute(OUTER, progress=False)
+    weights = attribution.weights()
+    assert abs(weights.mean() - 1) < 1e-12
+    assert (weights >= 0).all()
+    assert weights.argmax() == attribution.scores.argmax()
+    columns = attribution.columns()
+    assert columns["score"] == attribution.scores.tolist()
+    assert columns["weight"] == weights.tolist()
+    assert sum(columns["draws"]) == 8 * STEPS
+    # A small step of descent lowers the loss.
+    better = attribution._losses_with(attribution.weights(rate=0.1))
+    assert better < attribution.outer_loss
+    with pytest.raises(MetaplError, match="expected a name.parquet"):
+        attribution.save_table(tmp_path / "scores.csv")
+    with pytest.raises(MetaplError, match="expected a datasets.Dataset"):
+        attribution.add_to([1, 2])
+    attribution.save(tmp_path / "scores.safetensors")
+
+
+def test_a_table_is_read_as_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
+    recording, _ = recorded(tmp_path)
+    attribution = recording.attribute(OUTER, progress=False)
+    attribution.save_table(tmp_path / "tables" / "scores.parquet")
+    table = parquet.read_table(tmp_path / "tables" / "scores.parquet")
+    assert table.column_names == ["example", "score", "weight", "draws"]
+    assert table["weight"].to_pylist() == attribution.weights().tolist()
+
+
+def test_a_data_set_of_hugging_face_gets_the_columns(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    recording, _ = recorded(tmp_path)
+    attribution = recording.attribute(OUTER, progress=False)
+    data = datasets.Dataset.from_dict({"x": X.tolist(), "label": Y.tolist()})
+    weighted = attribution.add_to(data)
+    assert weighted["weight"][:] == attribution.weights().tolist()
+    with pytest.raises(MetaplError, match="dataset has 29 rows"):
+        attribution.add_to(data.select(range(29)))
+
+
+def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:
+    from metapl.execution.batch import row_digests
+
+    ids = torch.randint(0, 50, (6, 9))
+    mask = torch.ones(6, 9, dtype=torch.int64)
+    mask[:3, 6:] = 0
+    digests = row_digests({"input_ids": ids, "attention_mask": mask})
+    longer = {
+        "input_ids": F.pad(ids, (0, 4), value=7),
+        "attention_mask": F.pad(mask, (0, 4)),
+    }
+    assert row_digests(longer).equal(digests)
+    shuffled = torch.randperm(6)
+    assert row_digests({"a": ids[shuffled]}).equal(row_digests({"a": ids})[shuffled])
+    # Small whole numbers in floating point differ in their leading bits alone.
+    grid = torch.cartesian_prod(*[torch.arange(12.0)] * 4) / 16
+    assert len(row_digests(grid).unique()) == len(grid)
