@@ -522,7 +522,7 @@ class Removals:
 
     Args:
         alone: the outer losses of a single training with weights of the examples.
-        stacks: of the same training; None where there are none.
+        stacks: of the same training; None of a recorded one, which its recording takes again.
         at_once: how many trainings a stack has at most.
         compile: whether a stack's steps are compiled; None: from :data:`COMPILED_FROM` on.
     """
@@ -553,6 +553,8 @@ class Removals:
         stacks = self.stacks
         at_once = self.at_once
         if stacks is None or not stacks.training.can_be_repeated or at_once == 1:
+            if self.compile:
+                raise refused_compile("at_once is 1, or the training is a recorded one")
             return self._one_by_one(weights, progress=progress)
         if reason := stacks.why_not():
             return self._one_by_one(weights, progress=progress, reason=reason)

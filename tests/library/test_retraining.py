@@ -235,6 +235,8 @@ def test_what_cannot_be_stacked_is_trained_alone_and_says_so() -> None:
     assert score.trained.startswith("one by one: ")
     with pytest.raises(MetaplError, match="cannot be compiled in stacks: .*; leave compile out"):
         attribution.validate(SETS, compile=True)
+    with pytest.raises(MetaplError, match="at_once is 1"):
+        attribution.validate(SETS, compile=True, at_once=1)
 
     network = student("mlp").float()
     with torch.autocast("cpu", torch.bfloat16):
