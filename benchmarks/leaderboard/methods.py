@@ -161,7 +161,7 @@ def by_influence(task: Task, seed: int, damping: float = 1e-2, iterations: int =
     return along
 
 
-def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 512) -> Tensor:
+def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 256) -> Tensor:
     r"""Return TRAK's scores, an implementation of our own, (N,).
 
     With f = log(p / (1 − p)) of the right answer, of a sequence the mean over its words, and φ = Pᵀ
@@ -265,7 +265,7 @@ CHOICES: dict[str, list[Options]] = {
     "trak": [{"dimensions": dimensions} for dimensions in (64, 256, 512)],
 }
 # What it chose.
-CHOSEN: dict[str, Options] = {"influence": {"damping": 1e-2}}
+CHOSEN: dict[str, Options] = {"influence": {"damping": 1e-2}, "trak": {"dimensions": 256}}
 
 
 def bergsons(task: Task, seed: int, python: Path) -> Tensor:
