@@ -418,8 +418,8 @@ def points_of(standings: Sequence[Standing], linear_advantage: float) -> dict[st
 
     a are the accuracies on the same n pictures, e is the standard error of an accuracy on n
     pictures, and s is :data:`SPREAD`. h is the head start, and c·l what is taken from it because a
-    linear layer is l points above chance. It is the mean of a normal distribution whose prior is the
-    head start: on few pictures the head start decides, and on many the accuracies do.
+    linear layer is l points above chance. It is the mean of a normal distribution whose prior is
+    the head start: on few pictures the head start decides, and on many the accuracies do.
     """
     mean_accuracy = sum(standing.accuracy for standing in standings) / len(standings)
     scores = {}
