@@ -418,10 +418,14 @@ def command_line(
         methods: the methods of ``--method`` by name; empty where there is one.
         words: those behind the name.
     """
-    flags_of_methods: dict[str, list[str]] = {}
-    for method in methods:
-        flags = help_pages.flags_of(kind.with_method(method))
-        flags_of_methods[method] = [flag.name for flag in flags]
+
+    def flags_of_methods() -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for method in methods:
+            flags = help_pages.flags_of(kind.with_method(method))
+            names[method] = [flag.name for flag in flags]
+        return names
+
     return CommandLine(
         command=f"metapl {name}",
         words=words,

@@ -7,9 +7,9 @@ an error that says what was typed, what was expected, and which name was meant.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
@@ -42,7 +42,7 @@ class CommandLine:
         words: those behind it.
         flags: its flags.
         method: the name of the method that the flags belong to; None: the command has no methods.
-        flags_of_methods: the names of the flags of each method.
+        flags_of_methods: returns the names of the flags of each method, where they are asked for.
         longer_commands: commands that begin with the words of this one, such as "ablate digits".
     """
 
@@ -50,7 +50,7 @@ class CommandLine:
     words: Sequence[str]
     flags: Sequence[Flag]
     method: str | None = None
-    flags_of_methods: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flags_of_methods: Callable[[], Mapping[str, Sequence[str]]] = dict
     longer_commands: Sequence[str] = ()
 
     # -------------------------------------------------------------------------- what is to be said
@@ -144,7 +144,7 @@ class CommandLine:
     def unknown_flag(self, word: str) -> str:
         """Return that there is no such flag, and which one was meant."""
         name = word.replace("_", "-")
-        owners = [method for method, names in self.flags_of_methods.items() if name in names]
+        owners = [method for method, names in self.flags_of_methods().items() if name in names]
         if owners:
             return (
                 f"{name} is no flag of --method {self.method}; it is one of {', '.join(owners)}. "

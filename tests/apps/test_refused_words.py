@@ -44,7 +44,7 @@ WRONG = {
     # A word that is none of those that a flag takes.
     "train digits --mode forwrd": ("--mode forwrd; did you mean forward?", "Expected unrolled, "),
     "train digits --mode implicit": ("--mode implicit takes", "expected --mode forward"),
-    f"{IMAGES} --method mlp": ("--method mlp; did you mean mpl?", "Expected uda, "),
+    f"{IMAGES} --method mlp": ("--method mlp; did you mean mpl?", "Expected ", "uda, "),
     f"{IMAGES} --method": ("--method was given without a value; expected --method NAME",),
     f"{IMAGES} --grey maybe": ("--grey maybe. Expected True or False.",),
     f"{IMAGES} --grey None": ("--grey None. Expected True or False.",),
