@@ -29,7 +29,7 @@ import torch
 import tyro
 
 from metapl.apps import help_pages
-from metapl.apps.printing import tell
+from metapl.apps.printing import as_flags, tell
 from metapl.apps.refused_words import CommandLine, refuse_empty_values, refused_in_a_line
 from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
@@ -190,7 +190,7 @@ def tell_error(error: Exception, command: Any) -> int | None:
     error = called_by_flag(error, command)
     lacking = out_of_memory(error)
     if lacking is not None or isinstance(error, MetaplError):
-        text = str(error)
+        text = as_flags(str(error))
         if lacking is not None:
             text = f"the memory {lacking} does not suffice; {LESS}."
         rank = os.environ.get("RANK", "0")
