@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def by_influence(task: Task, seed: int, damping: float = 1e-2, iterations: int =
     return along
 
 
-def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 512) -> Tensor:
+def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 256) -> Tensor:
     r"""Return TRAK's scores, an implementation of our own, (N,).
 
     With f = log(p / (1 − p)) of the right answer, of a sequence the mean over its words, and φ = Pᵀ
@@ -265,11 +266,11 @@ CHOICES: dict[str, list[Options]] = {
     "trak": [{"dimensions": dimensions} for dimensions in (64, 256, 512)],
 }
 # What it chose.
-CHOSEN: dict[str, Options] = {}
+CHOSEN: dict[str, Options] = {"influence": {"damping": 1e-2}, "trak": {"dimensions": 256}}
 
 
-def bergsons(task: Task, seed: int, python: Path) -> Tensor:
-    """Return bergson's scores, by its own trainer in a process of its own environment."""
+def by_bergson(task: Task, seed: int, python: Path) -> tuple[Tensor, float]:
+    """Return bergson's scores, by its own trainer in its own environment, and its seconds."""
     train, outer = task.data()
     inputs = {
         "task": task.name,
@@ -286,7 +287,7 @@ def bergsons(task: Task, seed: int, python: Path) -> Tensor:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"error: bergson stops: {done.stderr.strip().splitlines()[-1]}")
-        return torch.tensor(np.load(target))
+        return torch.tensor(np.load(target)), float(done.stdout.split()[-1])
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -308,24 +309,19 @@ def make(method: str, python: Path | None) -> None:
         task = TASKS[name]
         ratios = []
         for seed in SEEDS:
-            scores = torch.zeros(0)
-
-            def score(seed: int = seed, task: Task = task) -> None:
-                nonlocal scores
-                if method == "bergson":
-                    assert python is not None
-                    scores = bergsons(task, seed, python)
-                else:
-                    scores = METHODS[method](task, seed, **options)
-
+            # What a first call loads is not measured.
             plain(task, seed)
-            of_plain = seconds(lambda task=task, seed=seed: plain(task, seed))
-            ratios.append(seconds(score) / of_plain)
+            seconds_of_plain = seconds(partial(plain, task, seed))
+            if python is not None:
+                scores, taken = by_bergson(task, seed, python)
+            else:
+                begin = time.process_time()
+                scores = METHODS[method](task, seed, **options)
+                taken = time.process_time() - begin
+            ratios.append(taken / seconds_of_plain)
             np.save(folder / f"{name}-{seed}.npy", scores.numpy().astype(np.float32))
-        # A process of its own is not measured from here.
-        if method != "bergson":
-            about["cost"][name] = f"{statistics.median(ratios):.1f}"
-        print(method, name, about["cost"].get(name), file=sys.stderr, flush=True)
+        about["cost"][name] = f"{statistics.median(ratios):.1f}"
+        print(method, name, about["cost"][name], file=sys.stderr, flush=True)
     (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
@@ -359,7 +355,7 @@ def main() -> None:
         if args.tune:
             tune(method)
         else:
-            make(method, args.python)
+            make(method, args.python if method == "bergson" else None)
 
 
 if __name__ == "__main__":

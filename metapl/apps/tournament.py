@@ -65,6 +65,7 @@ class Recipe:
         name: what it is called in the run's files and messages.
         augment: how pictures are augmented.
         mirror: whether half of them are mirrored, even where the settings do not ask for that.
+        network: the network, where none was asked for; None: that of the settings.
         tried_by: the method on a fold.
         few_labels: the method of the training, where classes have fewer than
             :data:`FEW_LABELS` labeled pictures.
@@ -76,6 +77,7 @@ class Recipe:
     name: str
     augment: Augment
     mirror: bool = False
+    network: str | None = None
     tried_by: Method
     few_labels: Method
     many_labels: Method
@@ -85,10 +87,13 @@ class Recipe:
         """Return the method of the training on so many labeled pictures of so many classes."""
         return self.few_labels if labels < FEW_LABELS * classes else self.many_labels
 
-    def settings(self, config: Any) -> Any:
-        """Return the settings of a training with this recipe's augmentation."""
-        mirror = config.pictures.mirror or self.mirror
-        return with_flags(config, augment=self.augment, mirror=mirror)
+    def settings(self, config: Any, open_settings: Sequence[str]) -> Any:
+        """Return the settings of a training by this recipe; those that were asked for stay."""
+        if "augment" in open_settings:
+            config = with_flags(config, augment=self.augment)
+        if "network" in open_settings and self.network is not None:
+            config = config.with_network(self.network)
+        return with_flags(config, mirror=config.pictures.mirror or self.mirror)
 
     def train(
         self,
@@ -97,34 +102,49 @@ class Recipe:
         method: Method,
         *,
         steps: int,
-        prior: tuple[float, ...] | None,
+        auto: Auto,
     ) -> Trained:
-        """Train by a method on pictures that are augmented as the recipe says.
+        """Train fresh networks by a method, on pictures that are augmented as the recipe says.
 
         Args:
-            t: the training, whose settings are those of another recipe.
+            t: the training, whose settings and networks are those of another recipe.
             labeled: what has ``images`` and ``labels``: the labeled pictures to learn.
             method: the method.
             steps: of all phases together.
-            prior: shares of the classes.
+            auto: says which settings are open, and the shares of the classes.
         """
         # What is a share of the steps is the same share of these.
         fitting = t.config.fitting
         warmup = round((fitting.warmup or 0) * steps / fitting.chosen_steps)
         lengths = {"steps": steps, "warmup": warmup}
-        config = with_flags(self.settings(t.config), **lengths)
+        config = with_flags(self.settings(t.config, auto.open_settings or ()), **lengths)
         batches = config.batches(labeled.images, labeled.labels, t.data.unlabeled.images)
+        data = dataclasses.replace(t.data, **batches)
+        torch.manual_seed(fitting.seed)
+        teacher = config.network().to(t.place)
+        student = config.network().to(t.place)
+        if isinstance(teacher, Tuned):
+            # As every training from a backbone: the head is the regression on its features.
+            Control.of(teacher, data).start(teacher)
+            begin_as(teacher, student)
         training = dataclasses.replace(
             t,
             config=config,
-            data=dataclasses.replace(t.data, **batches),
+            data=data,
+            teacher=teacher,
+            student=student,
             fit=partial(t.fit, **lengths),
         )
-        method = with_flags(method, uda_prior=prior).scheduled(steps)
+        method = with_flags(method, uda_prior=auto.uda_prior).scheduled(steps)
         trained = method.train(training)
         # Finetuning would be on the pictures of another recipe.
-        return dataclasses.replace(trained, finetunes=False)
+        configs = {"student": config, "teacher": config, **trained.configs}
+        return dataclasses.replace(trained, finetunes=False, configs=configs)
 
+
+# Of 400 pictures of Fashion-MNIST it learned 0.4 and 0.5 points more than pooled_cnn, in 80 seconds
+# each, on two draws.
+MILD_NETWORK = "strided_cnn"
 
 MIXED_UP = Supervised(mixup=0.4, label_smoothing=0.1)
 
@@ -132,6 +152,7 @@ RECIPES = (
     Recipe(
         name="mild",
         augment="mild",
+        network=MILD_NETWORK,
         tried_by=MIXED_UP,
         few_labels=SelfTraining(),
         many_labels=MIXED_UP,
@@ -140,6 +161,7 @@ RECIPES = (
         name="mild, mirrored",
         augment="mild",
         mirror=True,
+        network=MILD_NETWORK,
         tried_by=MIXED_UP,
         few_labels=SelfTraining(),
         many_labels=MIXED_UP,
@@ -197,12 +219,15 @@ class Auto(Method):
         trial_steps: of each recipe, the steps on a fold; None: they follow from the steps.
         final_steps: of each recipe, the steps of the training by it, if it is the best.
         uda_prior: shares of the classes among the labeled pictures; None: equal ones.
+        open_settings: those that were not asked for, of "augment" and "network": each recipe has
+            its own.
     """
 
     trial_share: Annotated[float, Range(above=0, below=1)] = 0.25
     trial_steps: Hidden[tuple[int, ...] | None] = None
     final_steps: Hidden[tuple[int, ...] | None] = None
     uda_prior: Hidden[tuple[float, ...] | None] = None
+    open_settings: Hidden[tuple[str, ...] | None] = None
 
     name: ClassVar[str] = "auto"
     title: ClassVar[str] = "the best of several recipes"
@@ -226,14 +251,14 @@ class Auto(Method):
         """Hold the race, and train by the recipe that wins it."""
         assert self.trial_steps is not None, "the steps were chosen"
         assert self.final_steps is not None, "the steps were chosen"
-        race = Race(t=t, trial_steps=self.trial_steps, prior=self.uda_prior)
+        race = Race(t=t, auto=self, trial_steps=self.trial_steps)
         all_recipes, finalists = race.run()
         best = ordered(finalists)[0].recipe
         t.say(f"method: {best.name}; {sentence(all_recipes, finalists)}")
         steps = self.final_steps[RECIPES.index(best)]
         labeled = t.data.labeled
         method = best.method(len(labeled.labels), len(t.data.classes))
-        trained = best.train(t, labeled, method, steps=steps, prior=self.uda_prior)
+        trained = best.train(t, labeled, method, steps=steps, auto=self)
         return dataclasses.replace(
             trained,
             chosen={
@@ -255,13 +280,13 @@ class Race:
 
     Args:
         t: the training, on all labeled pictures.
+        auto: the settings of the method.
         trial_steps: of each recipe, its steps on a fold.
-        prior: shares of the classes among the labeled pictures; None: equal ones.
     """
 
     t: Training
+    auto: Auto
     trial_steps: Sequence[int]
-    prior: tuple[float, ...] | None
 
     def run(self) -> tuple[list[Standing], list[Standing]]:
         """Return what all recipes reach on the first fold, and the finalists on all folds."""
@@ -289,31 +314,17 @@ class Race:
         labeled = t.data.labeled
         learned = (fold_N != fold).nonzero()[:, 0]
         number = RECIPES.index(recipe)
-        learned_labels = labeled.labels[learned]
-        learned_images = labeled.images.select(learned)
-        torch.manual_seed(t.config.fitting.seed)
-        teacher = t.config.network().to(t.place)
-        student = t.config.network().to(t.place)
-        if isinstance(teacher, Tuned):
-            # As the training itself begins: the head is the regression on the features.
-            seen = dataclasses.replace(
-                t.data, labeled=LabeledPart(images=learned_images, labels=learned_labels)
-            )
-            Control.of(teacher, seen).start(teacher)
-            begin_as(teacher, student)
         trial = dataclasses.replace(
             t,
-            teacher=teacher,
-            student=student,
             fit=TrialFit(fit=t.fit, name=f"trial-{number}-{fold}"),
             say=lambda text: None,
         )
         trained = recipe.train(
             trial,
-            LabeledPart(images=learned_images, labels=learned_labels),
+            LabeledPart(labeled.images.select(learned), labeled.labels[learned]),
             recipe.tried_by,
             steps=self.trial_steps[number],
-            prior=self.prior,
+            auto=self.auto,
         )
         network = trained.trainer.student
         network.load_state_dict(dict(trained.result.weights))

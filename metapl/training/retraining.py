@@ -19,6 +19,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
-from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path, wide
+from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.functional.adjoint import Carry, Settings, make_training
@@ -448,7 +449,8 @@ class StackedTrainings:
         members: Members = pytree.tree_map(
             lambda t: t.expand(len(weights), *t.shape).clone(), plan.start
         )
-        weights_of_dtype = weights.to(wide(next(iter(plan.start.params.values()))).dtype)
+        first_parameter = next(iter(plan.start.params.values()))
+        weights_of_dtype = weights.to(as_real(wide(first_parameter)).dtype)
         with (
             # A loss may read ``student.parameters()`` by a closure.
             with_contents_of(plan.network, training.layout.network),
@@ -457,7 +459,7 @@ class StackedTrainings:
             no_fast_path(math=True),
             deterministic(training.start.device),
             without_warnings_of_tracing(),
-            capturing(),
+            capturing() if compile else nullcontext(),
         ):
             for number, numbers in enumerate(training.order[:steps]):
                 members = step(
@@ -520,7 +522,7 @@ class Removals:
 
     Args:
         alone: the outer losses of a single training with weights of the examples.
-        stacks: of the same training; None where there are none.
+        stacks: of the same training; None of a recorded one, which its recording takes again.
         at_once: how many trainings a stack has at most.
         compile: whether a stack's steps are compiled; None: from :data:`COMPILED_FROM` on.
     """
@@ -551,6 +553,8 @@ class Removals:
         stacks = self.stacks
         at_once = self.at_once
         if stacks is None or not stacks.training.can_be_repeated or at_once == 1:
+            if self.compile:
+                raise refused_compile("at_once is 1, or the training is a recorded one")
             return self._one_by_one(weights, progress=progress)
         if reason := stacks.why_not():
             return self._one_by_one(weights, progress=progress, reason=reason)
@@ -564,25 +568,28 @@ class Removals:
         if compiles is None:
             compiles = steps * len(weights) >= COMPILED_FROM
         # Stacks of equal sizes, for a graph serves one size.
-        number_of_stacks = math.ceil(len(weights) / at_once)
-        size = math.ceil(len(weights) / number_of_stacks)
-        try:
-            stacks.compare(weights[:size], compile=compiles)
-        except Exception as error:
-            if self.compile:
-                raise refused_compile(first_line(error)) from error
-            return self._one_by_one(weights, progress=progress, reason=first_line(error))
+        size = math.ceil(len(weights) / math.ceil(len(weights) / at_once))
+        reason = why_refused(stacks, weights[:size], compile=compiles)
+        if not reason:
+            self.trained = f"in stacks of {size}{', compiled' if compiles else ''}"
+        elif compiles and self.compile is None:
+            compiles = False
+            why_not_compiled = reason
+            reason = why_refused(stacks, weights[:size], compile=False)
+            self.trained = f"in stacks of {size}, not compiled: {why_not_compiled}"
+        if reason:
+            return self._one_by_one(weights, progress=progress, reason=reason)
 
         losses = list[Tensor]()
         name = f"steps of {size} trainings without examples"
-        with step_bar(progress, number_of_stacks * steps, name, 0) as advance:
+        with step_bar(progress, math.ceil(len(weights) / size) * steps, name, 0) as advance:
             for rows in weights.split(size):
+                stack = rows
                 missing = size - len(rows)
                 if missing and compiles:
-                    rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-                of_stack = stacks.losses(rows, compile=compiles, advance=advance)
-                losses.append(of_stack[: size - missing])
-        self.trained = f"in stacks of {size}{', compiled' if compiles else ''}"
+                    stack = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+                of_stack = stacks.losses(stack, compile=compiles, advance=advance)
+                losses.append(of_stack[: len(rows)])
         return torch.cat(losses).reshape(len(weights), *shape)
 
     def _one_by_one(self, weights: Tensor, *, progress: bool, reason: str = "") -> Tensor:
@@ -601,6 +608,17 @@ class Removals:
                 losses.append(self.alone(row))
                 advance()
         return torch.stack(losses)
+
+
+def why_refused(stacks: StackedTrainings, weights: Tensor, *, compile: bool) -> str:
+    """Return why a stack is not taken, by its first steps; "" where they are those alone."""
+    try:
+        stacks.compare(weights, compile=compile)
+    except Exception as error:
+        # A student may raise anything where vmap runs it, and each training alone may be right. An
+        # error that it raises alone too is raised there.
+        return first_line(error)
+    return ""
 
 
 def refused_compile(reason: str) -> MetaplError:

@@ -209,6 +209,23 @@ def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPat
     assert len(compiled) == 1
 
 
+def test_what_cannot_be_compiled_is_stacked_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def captured(function: Any, device: torch.device) -> Any:
+        def refuse(*arguments: Any) -> Any:
+            raise RuntimeError("no compiler here")
+
+        return refuse
+
+    monkeypatch.setattr(retraining, "captured", captured)
+    monkeypatch.setattr(retraining, "COMPILED_FROM", 1)
+    attribution = scored(student("mlp"))
+    assert attribution.validate(SETS).trained == "in stacks of 5, not compiled: no compiler here"
+    with pytest.raises(MetaplError, match="compiled in stacks: no compiler here; leave compile"):
+        attribution.validate(SETS, compile=True)
+
+
 def test_what_cannot_be_stacked_is_trained_alone_and_says_so() -> None:
     attribution = scored(student("branching"))
     alone = attribution.validate(SETS, at_once=1)
@@ -218,6 +235,8 @@ def test_what_cannot_be_stacked_is_trained_alone_and_says_so() -> None:
     assert score.trained.startswith("one by one: ")
     with pytest.raises(MetaplError, match="cannot be compiled in stacks: .*; leave compile out"):
         attribution.validate(SETS, compile=True)
+    with pytest.raises(MetaplError, match="at_once is 1"):
+        attribution.validate(SETS, compile=True, at_once=1)
 
     network = student("mlp").float()
     with torch.autocast("cpu", torch.bfloat16):

@@ -150,6 +150,7 @@ class Recorder:
         self._rows: list[SeenRow] = []
         self._first_row = 0
         self._moving_buffers: tuple[str, ...] = ()
+        self._weights: list[nn.Parameter] = []
         self._versions: list[int] = []
         self._begin_step()
 
@@ -357,7 +358,7 @@ class Recorder:
                 "record: the loop trains in float16, whose scaled steps have no derivative here; "
                 "expected bfloat16 or float32."
             )
-        refuse_clipping(self._watch, parameters_of(optimizer))
+        refuse_clipping(self._watch, optimizer)
         network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
         after = self._current_buffers()
         self._moving_buffers = tuple(
@@ -446,7 +447,7 @@ class Recorder:
 
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step; where its state is kept, write it and what was noted before it."""
-        refuse_clipping(self._watch, parameters_of(optimizer))
+        refuse_clipping(self._watch, optimizer)
         if not self._examples:
             raise MetaplError(NO_CALL)
         if self._keeps_state:
@@ -515,7 +516,9 @@ class Recorder:
 
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
-        return [p._version for p in self.model.parameters()]
+        if not self._weights:
+            self._weights = [*self.model.parameters()]
+        return [p._version for p in self._weights]
 
 
 def sum_of(losses: list[Tensor]) -> float:
