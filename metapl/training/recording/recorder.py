@@ -339,7 +339,7 @@ class Recorder:
         inputs = batch
         if self._form.keys is not None:
             inputs = {key: batch[key] for key in self._form.keys}
-        return row_digests(inputs)
+        return row_digests(inputs, ignores_padding=True)
 
     def _numbers_of(self, examples: Tensor) -> Tensor:
         """Return the numbers of examples in the data set, or refuse what is none of them."""
@@ -364,9 +364,10 @@ class Recorder:
         self._moving_buffers = tuple(
             name for name, b in self._buffers.items() if not torch.equal(b, after[name])
         )
+        calls = self._first_calls()
         step = SeenStep(
             state=self._state(self._params, self._optimizer_state or {}, self._buffers),
-            calls=self._first_calls(),
+            calls=calls,
             loss=sum_of(self._watch.losses),
             clip_norm=self._norm(),
             gradients={
@@ -374,10 +375,14 @@ class Recorder:
                 for name, p in trainable(self.model).items()
                 if p.grad is not None
             },
-            sizes=[len(examples) for examples in self._examples],
+            sizes=[self.problem.batch_weight(call.batch) for call in calls],
         )
-        factor = self._compare(step, network)
-        self.folder.write_description({**self._description(optimizer, network), "factor": factor})
+        description = {
+            **self._description(optimizer, network),
+            "factor": self._compare(step, network),
+            "first_sizes": [*step.sizes],
+        }
+        self.folder.write_description(description)
 
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
@@ -428,7 +433,6 @@ class Recorder:
             "keys": keys,
             "has_labels": self._form.has_labels,
             "constants": dict(self._form.constants),
-            "first_sizes": [len(examples) for examples in self._examples],
             "states_every": self.states_every,
             "examples": digests,
         }
