@@ -71,7 +71,14 @@ RESAMPLES = 500
 
 
 class DatamodelingScore(NamedTuple):
-    """How predictions agree with trainings without the examples.
+    r"""How predictions agree with trainings without the examples.
+
+    With L_m(R) the m-th outer loss after a training without the examples R, ρ Spearman's
+    correlation over the removed sets, s the scores, and T_m the examples with the highest ones,
+
+    .. math:: \mathrm{LDS} = \frac1M \sum_m
+              \rho_R\Big(\sum_{i \in R} s_{mi},\ L_m(R) - L_m(\varnothing)\Big), \qquad
+              \mathrm{QLD} = \frac1M \sum_m \big(L_m(T_m) - L_m(\varnothing)\big)
 
     Attributes:
         spearman, pearson: the correlations; of M outer losses, the means of theirs. The first is
@@ -85,6 +92,9 @@ class DatamodelingScore(NamedTuple):
         qld_interval: the ends of its 95 % interval, by a bootstrap over M outer losses; None of a
             single one.
         execution: how the trainings were taken, in words.
+
+    Source: LDS: Park et al., "TRAK" (2023), after Ilyas et al., "Datamodels" (2022); QLD: the
+    leaderboard of bergson (2026).
     """
 
     spearman: float
