@@ -166,15 +166,15 @@ class Attribution:
         losses = trainings.losses(weights, self.outer_loss.shape, progress=progress)
         # (R,) or (R, M), and behind them those without the highest scores of each outer loss.
         changes = losses - self.outer_loss
-        without_top = None
+        changes_without_top = None
         if highest:
             of_highest = changes[len(sets) :]
-            without_top = of_highest.diagonal() if of_highest.ndim == 2 else of_highest[0]
+            changes_without_top = of_highest.diagonal() if of_highest.ndim == 2 else of_highest[0]
         return datamodeling_score(
             predicted=torch.stack([self.predict(is_removed) for is_removed in sets]),
             retrained=changes[: len(sets)],
-            without_top=without_top,
-            trained=trainings.trained,
+            changes_without_top=changes_without_top,
+            execution=trainings.execution,
         )
 
     def _highest(self, share: float) -> list[Tensor]:
