@@ -181,9 +181,7 @@ def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
 
     def far_ahead(*args: object, **options: object) -> dict[str, float]:
         scores = points(*args, **options)  # type: ignore[arg-type]
-        return {
-            name: -100.0 if name in everything_else else score for name, score in scores.items()
-        }
+        return {name: -100.0 if name in others else score for name, score in scores.items()}
 
     monkeypatch.setattr(tournament, "points_of", far_ahead)
     out = tmp_path / "run"
