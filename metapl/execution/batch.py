@@ -237,6 +237,8 @@ def to_device(batch: Batch, device: torch.device | str) -> Any:
             t = torch.empty_like(t, pin_memory=True).copy_(t)
         return t.to(device, non_blocking=is_queued)
 
+    if isinstance(batch, Tensor):
+        return moved(batch)
     return map_tensors(moved, plain(batch))
 
 

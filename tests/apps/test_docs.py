@@ -142,7 +142,9 @@ def test_the_reference_documents_nothing_of_the_application() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_links_lead_somewhere(page: Path) -> None:
     prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+    references = dict(re.findall(r"^\[(\w+)\]: (\S+)$", prose, re.MULTILINE))
+    assert {*re.findall(r"\]\[(\w+)\]", prose)} == references.keys()
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", prose), *references.values()]:
         if target.startswith(("http://", "https://")):
             continue
         file, _, anchor = target.partition("#")
@@ -213,6 +215,13 @@ def test_the_examples_run_and_print_what_stands_beside_them(tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     pages.check_printed(code, done.stdout)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_first_parts_of_the_readme_are_one_screen() -> None:
+    """What it is, the call, where to start, what was measured and the limits, in a terminal."""
+    lines = README.partition("## Install")[0].splitlines()
+    assert len(lines) <= 52
+    assert max(map(len, lines)) <= 100
 
 
 def table(text: str) -> dict[str, dict[str, str]]:
