@@ -707,6 +707,13 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
             "the optimizer is Adagrad; expected torch.optim",
         ),
         (
+            {
+                "model": nn.Linear(5, CLASSES, bias=False).double(),
+                "optimizer": lambda model: torch.optim.Muon(model.parameters()),
+            },
+            "the optimizer is Muon, whose own steps round products",
+        ),
+        (
             {"before_step": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3)},
             "clip_grad_value_, which clips each entry",
         ),

@@ -83,8 +83,8 @@ def record(
     Args:
         model: the network that the loop calls, in one process on one device, as it is and not
             wrapped: of a Lightning module the network in it.
-        optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the network's weights. None: the
-            first optimizer that steps over them, since Trainers make theirs late.
+        optimizer: ``torch.optim`` SGD, Adam or AdamW over the network's weights. None: the first
+            optimizer that steps over them, since Trainers make theirs late.
         out: a folder for the recording; it is made if need be, and may have no recording.
         problem: gives the losses ℓ_i, as for :func:`metapl.attribute`. Default
             :class:`metapl.problems.EqualWeights`, cross-entropy;
