@@ -316,7 +316,9 @@ class Recording:
         if self._recorder is not None and self._recorder.is_following:
             raise MetaplError("the training is being recorded; expected the end of the context.")
         if self._contents is None:
-            self._contents = OpenedRecording.of(self._folder, self._model, self._problem, self._train)
+            self._contents = OpenedRecording.of(
+                self._folder, self._model, self._problem, self._train
+            )
         return self._contents
 
 
