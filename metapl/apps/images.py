@@ -105,6 +105,7 @@ FINETUNED_ON_CHANGED = 0.5
 RATES = {
     "pooled_cnn": 1e-2,
     "small_cnn": 4e-3,
+    "strided_cnn": 4e-3,
     "wide_resnet": 1e-3,
     "resnet": 1e-3,
     "efficientnet": 3e-4,

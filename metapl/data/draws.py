@@ -14,12 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# 64-bit words without a sign.
+# 64-bit words without a sign, and numbers in float64.
 Words = np.ndarray[Any, np.dtype[np.uint64]]
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
+
+# How many of the 64 bits a uniform draw keeps.
+_PRECISIONS = {torch.float32: 24, torch.float64: 53}
 
 
 def fold_in(seed: int, data: int) -> int:
@@ -118,14 +122,32 @@ def uniform(
     The draws are ⌊bits / 2^(64−p)⌋ / 2^p with p = 24 in float32 and 53 in float64. For the
     arguments see :func:`bits`.
     """
-    precision = {torch.float32: 24, torch.float64: 53}[dtype]
+    precision = _PRECISIONS[dtype]
     if _is_on_host(examples):
-        # The same numbers, without a sign that has to be masked.
-        key = fold_in(fold_in(seed, stream), step)
-        kept_bits = _bits_on_host(key, examples, n) >> np.uint64(64 - precision)
         type_on_host = np.float32 if dtype == torch.float32 else np.float64
-        numbers: np.ndarray[Any, Any] = kept_bits.astype(type_on_host)
-        np.multiply(numbers, 2.0**-precision, out=numbers)
-        return torch.from_numpy(numbers)
+        return torch.from_numpy(
+            _uniform_on_host(seed, step, examples, n, stream, precision).astype(
+                type_on_host, copy=False
+            )
+        )
     random_bits = bits(seed, step, examples, n=n, stream=stream)
     return _shift_right(random_bits, 64 - precision).to(dtype) * 2.0**-precision
+
+
+def uniform_on_host(seed: int, step: int, examples: Tensor, n: int, stream: int = 0) -> Numbers:
+    """Return the draws of :func:`uniform` in float64 as an array of NumPy, (B, n).
+
+    Examples on a device are copied, which waits for it.
+    """
+    precision = _PRECISIONS[torch.float64]
+    return _uniform_on_host(seed, step, examples.cpu(), n, stream, precision)
+
+
+def _uniform_on_host(
+    seed: int, step: int, examples: Tensor, n: int, stream: int, precision: int
+) -> Numbers:
+    """Return draws with so many bits, which float64 holds without rounding."""
+    key = fold_in(fold_in(seed, stream), step)
+    # Words have no sign that would have to be masked.
+    kept_bits = _bits_on_host(key, examples, n) >> np.uint64(64 - precision)
+    return kept_bits.astype(np.float64) * 2.0**-precision

@@ -87,6 +87,41 @@ def pooled_cnn(
     return PooledFeatures(nn.Sequential(*stages), channels, num_classes, dropout)
 
 
+def strided_cnn(
+    num_classes: AtLeastOne = 10,
+    in_channels: AtLeastOne = 3,
+    dropout: Noise = 0.0,
+    image_size: AtLeastOne | None = None,
+) -> nn.Module:
+    """Build a network that halves the side at once, for pictures of 16 to 96 pixels.
+
+    ``image_size`` is their side; None: 32. A 4x4 convolution of stride 2 makes 32 channels. Then
+    3x3 convolutions of 64 channels, each with pooling by the greatest of 2x2 values, until the side
+    is 6 to 11 pixels; then one of 64 and one of 128 channels without pooling. Batch norm and ReLU
+    follow each. Then the mean over positions, dropout and a linear layer.
+    """
+    check_arguments(strided_cnn, locals())
+    side = (32 if image_size is None else image_size) // 2
+    stem = nn.Conv2d(in_channels, 32, 4, stride=2, padding=1, bias=False)
+    stages = [nn.Sequential(stem, nn.BatchNorm2d(32), nn.ReLU())]
+    plan = []
+    while side >= 12:
+        plan.append((64, True))
+        side //= 2
+    plan += [(64, False), (128, False)]
+    channels = 32
+    for width, pools in plan:
+        stage = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1, bias=False),
+            nn.MaxPool2d(2) if pools else nn.Identity(),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+        stages.append(stage)
+        channels = width
+    return PooledFeatures(nn.Sequential(*stages), channels, num_classes, dropout)
+
+
 class Pixels(nn.Module):
     """Pixels of pictures, shrunk to a side of at most 16, as features (B, F)."""
 
@@ -139,6 +174,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "linear": linear,
     "pooled_cnn": pooled_cnn,
     "small_cnn": small_cnn,
+    "strided_cnn": strided_cnn,
     "wide_resnet10_1": partial(wide_resnet, 10, 1),
     "wide_resnet28_2": partial(wide_resnet, 28, 2),
     "wide_resnet28_10": partial(wide_resnet, 28, 10),
@@ -226,7 +262,7 @@ class Architecture:
         module: nn.Module
         if self.library == "metapl":
             sized: dict[str, int | None] = {}
-            if self.name in ("linear", "pooled_cnn"):
+            if self.name in ("linear", "pooled_cnn", "strided_cnn"):
                 sized["image_size"] = self.image_size
             module = OWN[self.name](
                 in_channels=self.in_channels,

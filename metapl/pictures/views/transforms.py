@@ -5,7 +5,8 @@ They are the paper's beside RandAugment, ImageNet's, the digits', and those of f
 What a picture becomes depends on (seed, step, example) alone, to the last bit on one device: angles
 come from :func:`~metapl.pictures.views.base.cosine_and_sine`, sums over a picture are exact,
 and everything else is elementwise or works on one picture at a time. Products of batched matrices
-would depend on the batch.
+would depend on the batch. What is drawn for a picture is planned on the host, by NumPy: there are
+few numbers, and a call of torch takes longer than they do.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from metapl.data import draws
-from metapl.errors import MetaplError, needed_for
+from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
 from metapl.pictures.reader import LUMA
 from metapl.pictures.views import base
@@ -32,9 +34,6 @@ from metapl.pictures.views.base import (
     below,
 )
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range
-
-with needed_for("metapl.pictures"):
-    from einops import rearrange
 
 Share = Annotated[float, Range(above=0, most=1)]
 
@@ -211,16 +210,16 @@ class Affine(PictureView):
     shear: Annotated[float, Range(0, 90)] = 0.0
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        if self == Affine():
+        if self == _UNMOVED:
             return images
         height, width = images.shape[2:]
-        u_B5 = draws.uniform(seed, step, examples, 5, stream=base.AFFINE, dtype=torch.float64)
+        u_B5 = draws.uniform_on_host(seed, step, examples, 5, stream=base.AFFINE)
         v_B5 = 2.0 * u_B5 - 1.0
         cos_B2, sin_B2 = base.cosine_and_sine(
-            v_B5[:, :2] * u_B5.new_tensor([self.degrees / 180, self.shear / 180])
+            v_B5[:, :2] * np.array([self.degrees / 180, self.shear / 180])
         )
-        cos, cos_shear = cos_B2.unbind(1)
-        sin, sin_shear = sin_B2.unbind(1)
+        cos, cos_shear = cos_B2.T
+        sin, sin_shear = sin_B2.T
         slope = sin_shear / cos_shear
         low, high = self.scale
         scale = low + (high - low) * u_B5[:, 2]
@@ -233,16 +232,15 @@ class Affine(PictureView):
         rows = [a, b, -(a * right + b * down), c, d, -(c * right + d * down)]
         # The maps lead from pixels about the center to where they come from, in units of half the
         # sides.
-        maps_B23 = torch.stack(rows, dim=1).view(-1, 2, 3) / (
-            u_B5.new_tensor([width, height])[:, None] / 2.0
-        )
-        maps_B23 = to_device(maps_B23, images.device).to(images.dtype)
+        half_sides = np.array([width, height])[:, None] / 2.0
+        planned_B23 = np.stack(rows, axis=1).reshape(-1, 2, 3) / half_sides
+        maps_B23 = to_device(torch.from_numpy(planned_B23).to(images.dtype), images.device)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x = _centered(width, images)
         y = _centered(height, images)[:, None]
         # This is not one fused operation, which may round differently at the end of a tensor than
         # in its middle.
-        grid_BHW2 = rearrange(along_x * x + (along_y * y + offset), "b xy h w -> b h w xy")
+        grid_BHW2 = (along_x * x + (along_y * y + offset)).permute(0, 2, 3, 1)
         moved = F.grid_sample(images, grid_BHW2, padding_mode="border", align_corners=False)
         # Weights may add up to a rounding more than 1.
         return moved.clamp_(0, 1)
@@ -271,33 +269,34 @@ class Color(PictureView):
     hue: Annotated[float, Range(0, most=0.5)] = 0.0
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
-        if self == Color():
+        if self == _UNCHANGED:
             return images
-        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.COLOR, dtype=torch.float64)
+        u_B4 = draws.uniform_on_host(seed, step, examples, 4, stream=base.COLOR)
         ranges = [self.brightness, self.contrast, self.saturation]
-        low, high = u_B4.new_tensor(
-            [[max(0.0, 1.0 - r) for r in ranges], [1.0 + r for r in ranges]]
-        )
-        b, c, s = (low + (high - low) * u_B4[:, :3]).unbind(1)
+        low = np.array([max(0.0, 1.0 - r) for r in ranges])
+        high = np.array([1.0 + r for r in ranges])
+        b, c, s = (low + (high - low) * u_B4[:, :3]).T
         cos, sin = base.cosine_and_sine((2.0 * u_B4[:, 3] - 1.0) * (2.0 * self.hue))
         # Rodrigues' rotation about (1, 1, 1): a channel becomes a mean of itself, the next and the
         # last one.
         turn = (1.0 - cos) / 3.0
         tilt = sin / math.sqrt(3.0)
         # Weights of the turned picture, of its luma and of the mean luma, and two of the turn.
-        plan_B5 = torch.stack(
-            [s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], dim=1
+        plan_B5 = np.stack(
+            [s * c * b, (1.0 - s) * c * b, (1.0 - c) * b, turn - tilt, turn + tilt], axis=1
         )
-        weights = to_device(plan_B5, images.device)[:, :, None, None, None]
+        weights = to_device(torch.from_numpy(plan_B5), images.device)[:, :, None, None, None]
         turned, luma, mean, following, last = weights.unbind(1)
         grey = _luma(images)
-        if images.shape[1] == 1:
-            turned = turned + luma
-            luma = torch.zeros_like(luma)
         level = (mean * _mean(grey)).to(images.dtype)
+        if images.shape[1] == 1:
+            # Such a picture is its own luma, and has no hue.
+            lit: Tensor = images * (turned + luma).to(images.dtype)
+            lit += level
+            return lit.clamp_(0, 1)
         turned = turned.to(images.dtype)
         luma = luma.to(images.dtype)
-        if images.shape[1] == 1 or self.hue == 0:
+        if self.hue == 0:
             changed: Tensor = images * turned
         else:
             following = following.to(images.dtype)
@@ -328,15 +327,16 @@ class Hole(PictureView):
         if self.side[1] == 0:
             return images
         height, width = images.shape[2:]
-        u_B4 = draws.uniform(seed, step, examples, 4, stream=base.HOLE, dtype=torch.float64)
+        u_B4 = draws.uniform_on_host(seed, step, examples, 4, stream=base.HOLE)
         low, high = self.side
         half = (low + (high - low) * u_B4[:, :1]) * (min(height, width) / 2.0)
-        centers = (u_B4[:, 1:3] - 0.5) * u_B4.new_tensor([height, width])
-        plan_B4 = to_device(torch.cat([centers - half, centers + half], dim=1), images.device)
-        top, left, bottom, right = plan_B4.to(images.dtype)[:, :, None, None, None].unbind(1)
+        centers = (u_B4[:, 1:3] - 0.5) * np.array([height, width])
+        planned_B4 = np.concatenate([centers - half, centers + half], axis=1)
+        plan_B4 = to_device(torch.from_numpy(planned_B4).to(images.dtype), images.device)
+        top, left, bottom, right = plan_B4[:, :, None, None, None].unbind(1)
         y = _centered(height, images)[:, None]
         x = _centered(width, images)
-        hole = (y >= top) & (y < bottom) & (x >= left) & (x < right)
+        hole = ((y >= top) & (y < bottom)) & ((x >= left) & (x < right))
         return torch.where(hole, _mean(images).to(images.dtype), images)
 
 
@@ -398,6 +398,11 @@ class Sometimes(PictureView):
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
         return base.rows_needed(self.view, rows, seed=seed, step=step, examples=examples)
+
+
+# The views that change nothing, made once: to make one looks at its fields.
+_UNMOVED = Affine()
+_UNCHANGED = Color()
 
 
 def _centered(side: int, like: Tensor) -> Tensor:
