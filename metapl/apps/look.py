@@ -132,6 +132,8 @@ def choose_settings(
         return resumed_settings(config, method, stored)
 
     # 3. What the folders and some of their pictures show.
+    if isinstance(method, Auto) and method.open_settings is None:
+        method = dataclasses.replace(method, open_settings=open_settings(config.pictures))
     config.check_first()
     tell_copies(config, len(few), say)
     seen = look(
@@ -162,6 +164,17 @@ def choose_settings(
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
     return config, method
+
+
+def open_settings(pictures: Pictures) -> tuple[str, ...]:
+    """Return the settings that recipes may choose, because none was asked for."""
+    names = []
+    if pictures.augment is None:
+        names.append("augment")
+    has_weights = pictures.weights is not None or pictures.backbone != "none"
+    if pictures.network is None and not has_weights:
+        names.append("network")
+    return tuple(names)
 
 
 def found_weights(pictures: Pictures) -> str | Path | None:
@@ -411,7 +424,7 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     trial_steps = []
     final_steps = []
     for recipe in RECIPES:
-        settings = recipe.settings(config)
+        settings = recipe.settings(config, method.open_settings or ())
         final_method = recipe.method(labels, len(config.classes))
         trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
         final_steps.append(steps_in(final_minutes, quick_seconds(settings, final_method, clock)))

@@ -44,7 +44,7 @@ WRONG = {
     # A word that is none of those that a flag takes.
     "train digits --mode forwrd": ("--mode forwrd; did you mean forward?", "Expected unrolled, "),
     "train digits --mode implicit": ("--mode implicit takes", "expected --mode forward"),
-    f"{IMAGES} --method mlp": ("--method mlp; did you mean mpl?", "Expected uda, "),
+    f"{IMAGES} --method mlp": ("--method mlp; did you mean mpl?", "Expected ", "uda, "),
     f"{IMAGES} --method": ("--method was given without a value; expected --method NAME",),
     f"{IMAGES} --grey maybe": ("--grey maybe. Expected True or False.",),
     f"{IMAGES} --grey None": ("--grey None. Expected True or False.",),
@@ -101,6 +101,13 @@ WRONG = {
     "ablate digts": ("'digts' is one argument too many; did you mean ablate digits",),
     "train digit": ("there is no command 'train digit'; did you mean train digits?",),
     "labels": ("labels alone is no command; expected one of labels stats, labels select",),
+    "train --config .": ("--config . is a folder; expected the recipe.json of a run, such as",),
+    "help train digit": ("there is no command 'train digit'; did you mean train digits?",),
+    "--version more": ("--version takes no value; leave out 'more'.",),
+    "--verison": ("there is no command '--verison'; did you mean --version?",),
+    "train digits --steps 'a\nb'": ("--steps a\\nb: expected a whole number",),
+    "train digits 'a\x1bb'": ("'a\\x1bb' is one argument too many",),
+    f"runs --{'x' * 5000}": ("there is no flag --xxxx",),
     "--print-completion": ("--print-completion SHELL, one of bash, zsh, fish",),
     "--print-completion ksh": ("--print-completion ksh", "one of bash, zsh, fish"),
 }
@@ -152,6 +159,11 @@ def test_what_an_error_proposes_is_taken(line: str, wrong: str) -> None:
             words += proposal.split() if word == wrong else [word]
         name, _ = parsed(words)
         assert line.startswith(name)
+
+
+def test_help_takes_a_command_behind_it() -> None:
+    assert metapl("help", "train", "digits").stdout == metapl("train", "digits", "--help").stdout
+    assert metapl("--help", "runs").stdout == metapl("runs", "-h").stdout
 
 
 def test_each_command_refuses_a_flag_that_there_is_not() -> None:

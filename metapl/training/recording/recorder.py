@@ -150,6 +150,7 @@ class Recorder:
         self._rows: list[SeenRow] = []
         self._first_row = 0
         self._moving_buffers: tuple[str, ...] = ()
+        self._weights: list[nn.Parameter] = []
         self._versions: list[int] = []
         self._begin_step()
 
@@ -338,7 +339,7 @@ class Recorder:
         inputs = batch
         if self._form.keys is not None:
             inputs = {key: batch[key] for key in self._form.keys}
-        return row_digests(inputs)
+        return row_digests(inputs, ignores_padding=True)
 
     def _numbers_of(self, examples: Tensor) -> Tensor:
         """Return the numbers of examples in the data set, or refuse what is none of them."""
@@ -357,15 +358,16 @@ class Recorder:
                 "record: the loop trains in float16, whose scaled steps have no derivative here; "
                 "expected bfloat16 or float32."
             )
-        refuse_clipping(self._watch, parameters_of(optimizer))
+        refuse_clipping(self._watch, optimizer)
         network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
         after = self._current_buffers()
         self._moving_buffers = tuple(
             name for name, b in self._buffers.items() if not torch.equal(b, after[name])
         )
+        calls = self._first_calls()
         step = SeenStep(
             state=self._state(self._params, self._optimizer_state or {}, self._buffers),
-            calls=self._first_calls(),
+            calls=calls,
             loss=sum_of(self._watch.losses),
             clip_norm=self._norm(),
             gradients={
@@ -373,10 +375,14 @@ class Recorder:
                 for name, p in trainable(self.model).items()
                 if p.grad is not None
             },
-            sizes=[len(examples) for examples in self._examples],
+            sizes=[self.problem.batch_weight(call.batch) for call in calls],
         )
-        factor = self._compare(step, network)
-        self.folder.write_description({**self._description(optimizer, network), "factor": factor})
+        description = {
+            **self._description(optimizer, network),
+            "factor": self._compare(step, network),
+            "first_sizes": [*step.sizes],
+        }
+        self.folder.write_description(description)
 
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
@@ -427,7 +433,6 @@ class Recorder:
             "keys": keys,
             "has_labels": self._form.has_labels,
             "constants": dict(self._form.constants),
-            "first_sizes": [len(examples) for examples in self._examples],
             "states_every": self.states_every,
             "examples": digests,
         }
@@ -446,7 +451,7 @@ class Recorder:
 
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step; where its state is kept, write it and what was noted before it."""
-        refuse_clipping(self._watch, parameters_of(optimizer))
+        refuse_clipping(self._watch, optimizer)
         if not self._examples:
             raise MetaplError(NO_CALL)
         if self._keeps_state:
@@ -515,7 +520,9 @@ class Recorder:
 
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
-        return [p._version for p in self.model.parameters()]
+        if not self._weights:
+            self._weights = [*self.model.parameters()]
+        return [p._version for p in self._weights]
 
 
 def sum_of(losses: list[Tensor]) -> float:

@@ -327,7 +327,7 @@ class OpenedRecording:
         update: the rule of the optimizer.
         data: the examples.
         states_every: steps from one kept state to the next.
-        first_sizes: how many examples each micro-batch of the first step had.
+        first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
     """
 
@@ -337,7 +337,7 @@ class OpenedRecording:
     update: TorchUpdate
     data: Data
     states_every: int
-    first_sizes: list[int]
+    first_sizes: list[float]
     factor: float
 
     @staticmethod

@@ -85,7 +85,7 @@ class Replay:
         network: at any weights.
         update: the rule of the optimizer.
         data: the examples.
-        first_sizes: how many examples each micro-batch of the first step had.
+        first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
             way between two kept states; None: that which rounding may cause.
@@ -103,7 +103,7 @@ class Replay:
         update: TorchUpdate,
         data: Data,
         *,
-        first_sizes: Sequence[int],
+        first_sizes: Sequence[float],
         factor: float,
         tolerance: float | None,
     ) -> None:
@@ -142,8 +142,9 @@ class Replay:
     def factors(self, number: int, state: KeptState, calls: Sequence[Call]) -> list[float]:
         """Return c_j of a step, by the loss that was backpropagated where there is a choice."""
         row = self.rows[number]
+        sizes = [self.network.problem.batch_weight(call.batch) for call in calls]
         candidates: list[list[float]] = []
-        for weighting in weightings(row.sizes, self.first_sizes):
+        for weighting in weightings(sizes, self.first_sizes):
             candidates.append([self.factor * f for f in weighting])
         if len(candidates) == 1 or math.isnan(row.loss):
             return candidates[0]
