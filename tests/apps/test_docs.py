@@ -291,9 +291,7 @@ def test_pseudo_labels_stay_below_the_default_whatever_the_problems_not_run_woul
         for row in read(RESULTS / "pictures_unseen_pseudo.jsonl")
         if (row["method"], row["minutes"]) == ("pseudo_labels", 10)
     }
-    whole = table((ROOT / "docs" / "pictures.md").read_text())[
-        "UDA, half aligned, 10 min"
-    ]
+    whole = table((ROOT / "docs" / "pictures.md").read_text())["UDA, half aligned, 10 min"]
     problems = [name for name in found if name in whole]
     most = (sum(found.values()) + 100 * (9 - len(problems))) / 9
     assert most < float(whole["mean"])
