@@ -250,6 +250,60 @@ def table(rows: Sequence[Row]) -> str:
     return tables
 
 
+# ----------------------------------------------------------------------------- the finding in words
+
+# The share of a training's steps before UDA begins, as the command has it by default.
+ALONE = 0.4
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Return what docs/pictures.md says of the rows: of each capability, and of the ways."""
+    said: list[str] = []
+    for capability in dict.fromkeys(row["capability"] for row in rows if "phase" in row):
+        commits = dict.fromkeys(
+            row["commit"] for row in rows if "phase" in row and row["capability"] == capability
+        )
+        of_version: list[dict[str, Row]] = []
+        for commit in commits:
+            of_version.append(
+                {
+                    row["phase"]: row
+                    for row in rows
+                    if "phase" in row and (row["capability"], row["commit"]) == (capability, commit)
+                }
+            )
+        before, after = of_version[0], of_version[-1]
+        gain = mean_step(before) / mean_step(after)
+        with_uda = f"{after['labels and UDA']['whole']:.0f} ms"
+        ratio = f"{after['labels and UDA']['ratio']:.2f}"
+        alone = f"{after['labels alone']['whole']:.0f} ms"
+        alone_ratio = f"{after['labels alone']['ratio']:.2f}"
+        said.append(
+            f"On one thread with {capability} a step with UDA takes {with_uda} of the processor, "
+            f"{ratio} times what its convolutions take alone, and one on labels alone {alone}, "
+            f"{alone_ratio} times: {gain:.2f} times as many steps as before."
+        )
+    ways = {row["way"]: f"{row['over_as_it_is']:.2f}" for row in rows if "way" in row}
+    if ways:
+        said.append(
+            "Loss and gradient take "
+            f"{ways['contiguous']} times as long with tensors that are not channels-last, "
+            f"{ways['compiled']} times with a compiled network, "
+            f"{ways['labeled and strong in one pass']} times with labeled and strong pictures in "
+            f"one pass, {ways['all in one pass']} times with the weak ones in it too, "
+            f"{ways['one backward pass for each loss']} times with a backward pass for each loss, "
+            f"and {ways['ReLU in place']} times with ReLU in place."
+        )
+    return said
+
+
+def mean_step(phases: dict[str, Row]) -> float:
+    """Return the mean time of a step over a training."""
+    alone = phases["labels alone"]["whole"]
+    with_uda = phases["labels and UDA"]["whole"]
+    return float(ALONE * alone + (1 - ALONE) * with_uda)
+
+
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument(
