@@ -41,7 +41,8 @@ class Stream:
         rows = self.order[step]
         return {
             "input_ids": self.inputs[rows],
-            "labels": self.labels[rows],
+            # bergson reads what is called "labels" as those of tokens.
+            "y": self.labels[rows],
             "weights": self.weights[rows],
         }
 
@@ -53,8 +54,8 @@ class Weighted(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, input_ids: Tensor, labels: Tensor, weights: Tensor | float = 1.0) -> Tensor:
-        return (weights * example_losses(self.network(input_ids), labels)).mean()
+    def forward(self, input_ids: Tensor, y: Tensor, weights: Tensor | float = 1.0) -> Tensor:
+        return (weights * example_losses(self.network(input_ids), y)).mean()
 
 
 def in_double(examples: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

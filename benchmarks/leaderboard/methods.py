@@ -40,7 +40,7 @@ from tasks import (
     Weights,
     example_losses,
     pieces_of_text,
-    trained,
+    weights_by_step,
 )
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp, vmap
@@ -51,7 +51,7 @@ Options = dict[str, Any]
 
 def trained_weights(task: Task, seed: int) -> Weights:
     """Return the weights after a training on all examples, without a dimension of a stack."""
-    *_, theta = trained(task, seed, task.weights_without([]))
+    *_, theta = weights_by_step(task, seed, task.weights_without([]))
     return {name: t[0] for name, t in theta.items()}
 
 
@@ -181,7 +181,7 @@ def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 256) -> Te
     halves = torch.zeros(models, len(train))
     for row in halves:
         row[torch.randperm(len(train), generator=random)[: len(train) // 2]] = 1
-    *_, stacked = trained(task, seed, halves)
+    *_, stacked = weights_by_step(task, seed, halves)
 
     def margin(theta: Weights, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return f of an example, and 1 − p beside it."""
@@ -190,8 +190,8 @@ def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 256) -> Te
             z = z[:-1]
             labels = labels[1:]
         log_p = -F.cross_entropy(z, labels, reduction="none")
-        rest = (1 - log_p.exp()).clamp_min(1e-6)
-        return (log_p - rest.log()).mean(), rest.detach().mean()
+        doubt = (1 - log_p.exp()).clamp_min(1e-6)
+        return (log_p - doubt.log()).mean(), doubt.detach().mean()
 
     weights = sum(p.numel() for p in network.parameters())
     projection = torch.randn(weights, dimensions, generator=random) / math.sqrt(dimensions)
@@ -200,26 +200,26 @@ def by_trak(task: Task, seed: int, models: int = 5, dimensions: int = 256) -> Te
         """Return φ, (N, dimensions), and 1 − p, (N,)."""
         gradient = vmap(grad(margin, has_aux=True), in_dims=(None, 0, 0))
         projected = []
-        rests = []
+        doubts = []
         for rows in torch.arange(len(examples)).split(100):
-            g, rest = gradient(theta, examples.inputs[rows], examples.labels[rows])
+            g, doubt = gradient(theta, examples.inputs[rows], examples.labels[rows])
             projected.append(torch.cat([t.flatten(1) for t in g.values()], 1) @ projection)
-            rests.append(rest)
-        return torch.cat(projected), torch.cat(rests)
+            doubts.append(doubt)
+        return torch.cat(projected), torch.cat(doubts)
 
     kernel = torch.zeros(len(train))
-    rests = torch.zeros(len(train))
+    doubts = torch.zeros(len(train))
     for number in range(models):
         theta = {name: t[number] for name, t in stacked.items()}
-        phi, rest = features(theta, train)
-        phi_outer, rest_outer = features(theta, outer)
-        of_outer = (rest_outer[:, None] * phi_outer).mean(0)
+        phi, doubt = features(theta, train)
+        phi_outer, doubt_outer = features(theta, outer)
+        of_outer = (doubt_outer[:, None] * phi_outer).mean(0)
         gram = (phi.mT @ phi).double()
         # So that what has no size at all can be divided by.
         gram += 1e-6 * gram.diagonal().mean() * torch.eye(dimensions)
         kernel += phi @ torch.linalg.solve(gram, of_outer.double()).float()
-        rests += rest
-    return kernel / models * (rests / models)
+        doubts += doubt
+    return kernel / models * (doubts / models)
 
 
 def by_bm25(task: Task, seed: int, k: float = 1.5, b: float = 0.75) -> Tensor:
@@ -313,12 +313,12 @@ def make(method: str, python: Path | None) -> None:
             plain(task, seed)
             seconds_of_plain = seconds(partial(plain, task, seed))
             if python is not None:
-                scores, taken = by_bergson(task, seed, python)
+                scores, seconds_of_method = by_bergson(task, seed, python)
             else:
                 begin = time.process_time()
                 scores = METHODS[method](task, seed, **options)
-                taken = time.process_time() - begin
-            ratios.append(taken / seconds_of_plain)
+                seconds_of_method = time.process_time() - begin
+            ratios.append(seconds_of_method / seconds_of_plain)
             np.save(folder / f"{name}-{seed}.npy", scores.numpy().astype(np.float32))
         about["cost"][name] = f"{statistics.median(ratios):.1f}"
         print(method, name, about["cost"][name], file=sys.stderr, flush=True)

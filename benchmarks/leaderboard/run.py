@@ -30,9 +30,9 @@ from tasks import (
     TUNING_SEED,
     TUNING_TASK,
     Task,
-    judged,
+    judging_losses,
     outer_losses,
-    trained,
+    weights_by_step,
 )
 
 TRUTH = HERE / "truth"
@@ -169,10 +169,10 @@ def take_in(method: str, source: Path) -> None:
         raise LeaderboardError(f"{source} does not exist; expected a file or a folder of scores.")
     wrong = [file.name for file in files if file.stem not in names]
     if wrong or not files:
-        found = ", ".join(wrong) or "no file"
+        listed = ", ".join(wrong) or "no file"
         raise LeaderboardError(
-            f"{source} has {found}; expected files such as {min(names)}.npy, <task>-<seed>, of the "
-            f"tasks {', '.join(TASKS)} and the seeds {', '.join(map(str, SEEDS))}."
+            f"{source} has {listed}; expected files such as {min(names)}.npy, <task>-<seed>, of "
+            f"the tasks {', '.join(TASKS)} and the seeds {', '.join(map(str, SEEDS))}."
         )
     for file in files:
         read_scores(file, TASKS[file.stem.rpartition("-")[0]])
@@ -242,8 +242,8 @@ def without_highest(task: Task, scores: np.ndarray) -> Row:
     for seed, of_seed in zip(SEEDS, scores, strict=True):
         size = len(task.removed_sets()[0])
         highest = torch.tensor(np.argsort(-of_seed, kind="stable")[:size].copy())
-        *_, theta = trained(task, seed, task.weights_without([highest]))
-        with_all, without = judged(task, seed, theta)
+        *_, theta = weights_by_step(task, seed, task.weights_without([highest]))
+        with_all, without = judging_losses(task, seed, theta)
         differences.append((without - with_all).double().numpy())
     by_example = np.mean(differences, axis=0)
     draws = np.random.default_rng(0).integers(len(by_example), size=(RESAMPLES, len(by_example)))
@@ -300,18 +300,18 @@ def table(rows: Sequence[Row]) -> str:
         ]
         of_task = [row for row in rows if row["task"] == name]
         for row in sorted(of_task, key=lambda row: -row["lds"]):
-            said = about(row["method"])
-            cost = said.get("cost", {}).get(name, "–")
+            description = about(row["method"])
+            cost = description.get("cost", {}).get(name, "–")
             cells = [cell(row, "lds", ".2f"), cell(row, "lds_of_other_seeds", ".2f")]
             cells += [cell(row, "qld", ".3f"), str(cost)]
-            lines.append(f"| {said.get('title', row['method'])} | {' | '.join(cells)} |")
+            lines.append(f"| {description.get('title', row['method'])} | {' | '.join(cells)} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
 
 def write_table(rows: Sequence[Row], page: Path) -> None:
-    head, rest = page.read_text().split(BEGIN)
-    _, tail = rest.split(END)
+    head, after_begin = page.read_text().split(BEGIN)
+    _, tail = after_begin.split(END)
     page.write_text(f"{head}{BEGIN}\n{table(rows)}\n{END}{tail}")
 
 
@@ -359,12 +359,12 @@ def run(args: argparse.Namespace) -> None:
     for method in methods:
         rows += evaluate(method)
         if args.title or args.cost:
-            said = about(method)
+            description = about(method)
             if args.title:
-                said["title"] = args.title
+                description["title"] = args.title
             if args.cost:
-                said["cost"] = dict.fromkeys(scores_files(method), args.cost)
-            (SCORES / method / "about.json").write_text(json.dumps(said, indent=1) + "\n")
+                description["cost"] = dict.fromkeys(scores_files(method), args.cost)
+            (SCORES / method / "about.json").write_text(json.dumps(description, indent=1) + "\n")
     rows.sort(key=lambda row: (row["task"], row["method"]))
     ROWS.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_table(rows, PAGE)

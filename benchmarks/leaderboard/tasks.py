@@ -121,7 +121,7 @@ def example_losses(outputs: Tensor, labels: Tensor) -> Tensor:
     return losses.view(len(losses), -1).mean(1)
 
 
-def trained(task: Task, seed: int, weights: Tensor) -> Iterator[Weights]:
+def weights_by_step(task: Task, seed: int, weights: Tensor) -> Iterator[Weights]:
     """Yield the weights of a stack of networks before each step, and at the end.
 
     Args:
@@ -158,7 +158,7 @@ def trained(task: Task, seed: int, weights: Tensor) -> Iterator[Weights]:
     yield theta
 
 
-def judged(task: Task, seed: int, theta: Weights) -> Tensor:
+def judging_losses(task: Task, seed: int, theta: Weights) -> Tensor:
     """Return the losses of the examples that judge, (S, M), of a stack of networks."""
     network = task.initial(seed)
     _, outer = task.data()
@@ -178,8 +178,8 @@ def outer_losses(task: Task, seed: int, weights: Tensor, stack: int = 25) -> Ten
     """
     losses = []
     for rows in weights.split(stack):
-        *_, theta = trained(task, seed, rows)
-        losses.append(judged(task, seed, theta))
+        *_, theta = weights_by_step(task, seed, rows)
+        losses.append(judging_losses(task, seed, theta))
     return torch.cat(losses)
 
 
@@ -280,8 +280,8 @@ def docstrings() -> tuple[Examples, Examples]:
     """Return the sequences with the ids of the 256 most frequent pieces, and 0 for the others."""
     parts = []
     for ids in pieces_of_text():
-        known = ids.where(ids < WORDS, 0)
-        parts.append(Examples(known, known))
+        words = ids.where(ids < WORDS, 0)
+        parts.append(Examples(words, words))
     return parts[0], parts[1]
 
 

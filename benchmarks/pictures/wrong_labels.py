@@ -75,6 +75,7 @@ from metapl.apps.noisy_labels import METHODS, Noisy
 from metapl.apps.settings import with_flags
 from metapl.apps.several_runs import Job
 from metapl.data import draws
+from metapl.errors import MetaplError
 
 RAW = RESULTS / "wrong_labels.jsonl"
 DOUBTS = RESULTS / "fashion_doubts.json"
@@ -323,7 +324,8 @@ def set_rate(optimizer: torch.optim.Optimizer, share: float) -> None:
 def probabilities(network: nn.Module, x: Tensor) -> Tensor:
     """Return the class probabilities of pictures, (n, classes)."""
     network.eval()
-    parts = [network(part).softmax(1) for part in x.split(500)]
+    # With 50 pictures at a time, what lies between two layers stays in the processor's cache.
+    parts = [network(part).softmax(1) for part in x.split(50)]
     network.train()
     return torch.cat(parts)
 
@@ -493,14 +495,18 @@ def ask_cleanlab(
     labels: Tensor, predicted: Tensor, python: Path
 ) -> tuple[str, list[bool], list[float]]:
     """Return cleanlab's version, which labels it calls issues, and the quality of each label."""
+    expected = "expected an interpreter that has cleanlab, which `pip install cleanlab` installs."
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "arrays.npz"
         np.savez(file, labels=labels.numpy(), predicted=predicted.double().numpy())
-        ended = subprocess.run(
-            [str(python), "-c", CLEANLAB, str(file)], capture_output=True, text=True, check=False
-        )
+        words = [str(python), "-c", CLEANLAB, str(file)]
+        try:
+            ended = subprocess.run(words, capture_output=True, text=True, check=False)
+        except OSError as error:
+            raise MetaplError(f"--cleanlab-python {python}: {error}; {expected}") from error
     if ended.returncode:
-        raise RuntimeError(f"{python} with cleanlab: {ended.stderr}")
+        lines = ended.stderr.splitlines() or ["it said nothing"]
+        raise MetaplError(f"--cleanlab-python {python}: {lines[-1]}; {expected}")
     version, is_issue, quality = json.loads(ended.stdout.splitlines()[-1])
     return version, is_issue, quality
 
@@ -661,14 +667,14 @@ COTEACHING = "script, co-teaching"
 CLEAN_LAB = "script, cleanlab"
 ARMS = (
     OURS,
+    SKLEARN,
     PLAIN,
-    GCE,
     COTEACHING,
     CLEAN_LAB,
-    FINETUNED,
-    CLEAN,
-    SKLEARN,
+    GCE,
     ATTRIBUTE,
+    CLEAN,
+    FINETUNED,
     NOISY_PLAIN,
     TRANSITION,
     SKLEARN_CONVOLUTIONS,

@@ -166,15 +166,15 @@ class Attribution:
         losses = trainings.losses(weights, self.outer_loss.shape, progress=progress)
         # (R,) or (R, M), and behind them those without the highest scores of each outer loss.
         changes = losses - self.outer_loss
-        without_top = None
+        changes_without_top = None
         if highest:
             of_highest = changes[len(sets) :]
-            without_top = of_highest.diagonal() if of_highest.ndim == 2 else of_highest[0]
+            changes_without_top = of_highest.diagonal() if of_highest.ndim == 2 else of_highest[0]
         return datamodeling_score(
             predicted=torch.stack([self.predict(is_removed) for is_removed in sets]),
             retrained=changes[: len(sets)],
-            without_top=without_top,
-            trained=trainings.trained,
+            changes_without_top=changes_without_top,
+            execution=trainings.execution,
         )
 
     def _highest(self, share: float) -> list[Tensor]:
@@ -652,6 +652,20 @@ class WeightedTraining:
         Args:
             v: as ``direction`` of :func:`metasmoothness`.
         """
+        trained, losses = self.trained_along(h, v, steps, progress=progress)
+        agreement, total = agreement_of_signs(*trained)
+        return Metasmoothness(agreement, losses), total
+
+    def trained_along(
+        self, h: float, v: Tensor | None, steps: int, *, progress: bool
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+        """Return the weights of three trainings as vectors, and their outer losses, (3,).
+
+        The weights of the examples are 1, 1 + h v and 1 + 2 h v.
+
+        Args:
+            v: as ``direction`` of :func:`metasmoothness`.
+        """
         if v is None:
             v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
         trained = list[Tensor]()
@@ -663,12 +677,7 @@ class WeightedTraining:
                 losses.append(loss)
                 advance()
         theta_0, theta_h, theta_2h = trained
-        moved = (theta_2h - theta_0).abs().double()
-        total = float(moved.sum())
-        signs = (theta_h - theta_0).sign() * (theta_2h - theta_h).sign()
-        in_same_direction = float((moved * signs).sum())
-        agreement = in_same_direction / total if total else math.nan
-        return Metasmoothness(agreement, torch.stack(losses)), total
+        return (theta_0, theta_h, theta_2h), torch.stack(losses)
 
     def repeated(
         self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
@@ -716,24 +725,28 @@ class WeightedTraining:
         numbers: Tensor,
     ) -> None:
         """Take one step of a repeated training, on the examples with these numbers."""
-        problem = self.problem
         ranks = self.layout.ranks
         params = rule.parameters
-        own_numbers = ranks.own_rows(numbers)
-        batch = self.batch(own_numbers)
         optimizer.zero_grad()
         # Of weights before the step.
         torch.clear_autocast_cache()
-        outputs = wide(network(problem.student_input(batch)))
-        own_weights = weights.to(outputs)[own_numbers]
-        signal = signal_of_weights(problem, outputs, own_weights)
-        losses = problem.inner_loss(outputs, signal, batch, dict(network.named_parameters()))
-        losses.mean().backward()
+        self.mean_loss(network, weights, numbers).backward()
         for name, gradient in ranks.mean_tree(gradients_of(params), {**params}).items():
             params[name].grad = gradient
         if self.clip_norm is not None:
             nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
         rule.take_differentiated_step(params, gradients_of(params))
+
+    def mean_loss(self, network: nn.Module, weights: Tensor, numbers: Tensor) -> Tensor:
+        """Return the mean loss of this rank's examples among these numbers, with their weights."""
+        problem = self.problem
+        own_numbers = self.layout.ranks.own_rows(numbers)
+        batch = self.batch(own_numbers)
+        outputs = wide(network(problem.student_input(batch)))
+        own_weights = weights.to(outputs)[own_numbers]
+        signal = signal_of_weights(problem, outputs, own_weights)
+        losses = problem.inner_loss(outputs, signal, batch, dict(network.named_parameters()))
+        return losses.mean()
 
     def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""
@@ -748,6 +761,16 @@ class WeightedTraining:
                 sums_and_weights.append(torch.stack([total, torch.as_tensor(weight).to(total)]))
             totals, counts = ranks.mean(torch.stack(sums_and_weights)).unbind(1)
         return totals / counts
+
+
+def agreement_of_signs(theta_0: Tensor, theta_h: Tensor, theta_2h: Tensor) -> tuple[float, float]:
+    """Return Ŝ of :func:`metasmoothness`, and how far all weights move, ‖θ_2h − θ_0‖_1."""
+    moved = (theta_2h - theta_0).abs().double()
+    total = float(moved.sum())
+    signs = (theta_h - theta_0).sign() * (theta_2h - theta_h).sign()
+    in_same_direction = float((moved * signs).sum())
+    agreement = in_same_direction / total if total else math.nan
+    return agreement, total
 
 
 def with_weights_of_one(problem: BilevelProblem) -> EqualWeights:

@@ -71,7 +71,14 @@ RESAMPLES = 500
 
 
 class DatamodelingScore(NamedTuple):
-    """How predictions agree with trainings without the examples.
+    r"""How predictions agree with trainings without the examples.
+
+    With L_m(R) the m-th outer loss after a training without the examples R, ρ Spearman's
+    correlation over the removed sets, s the scores, and T_m the examples with the highest ones,
+
+    .. math:: \mathrm{LDS} = \frac1M \sum_m
+              \rho_R\Big(\sum_{i \in R} s_{mi},\ L_m(R) - L_m(\varnothing)\Big), \qquad
+              \mathrm{QLD} = \frac1M \sum_m \big(L_m(T_m) - L_m(\varnothing)\big)
 
     Attributes:
         spearman, pearson: the correlations; of M outer losses, the means of theirs. The first is
@@ -84,7 +91,10 @@ class DatamodelingScore(NamedTuple):
             the mean of theirs, each without its own. None where no ``top`` was asked for.
         qld_interval: the ends of its 95 % interval, by a bootstrap over M outer losses; None of a
             single one.
-        trained: how the trainings were taken, in words.
+        execution: how the trainings were taken, in words.
+
+    Source: LDS: Park et al., "TRAK" (2023), after Ilyas et al., "Datamodels" (2022); QLD: the
+    leaderboard of bergson (2026).
     """
 
     spearman: float
@@ -94,18 +104,21 @@ class DatamodelingScore(NamedTuple):
     interval: tuple[float, float] = (math.nan, math.nan)
     qld: float | None = None
     qld_interval: tuple[float, float] | None = None
-    trained: str = ""
+    execution: str = ""
 
 
 def datamodeling_score(
-    predicted: Tensor, retrained: Tensor, without_top: Tensor | None = None, trained: str = ""
+    predicted: Tensor,
+    retrained: Tensor,
+    changes_without_top: Tensor | None = None,
+    execution: str = "",
 ) -> DatamodelingScore:
     """Return how predicted changes of outer losses agree with those of trainings.
 
     Args:
         predicted, retrained: (R,), or (R, M) of M outer losses; R is three or more.
-        without_top: the changes without the highest scores, a scalar or (M,).
-        trained: how the trainings were taken.
+        changes_without_top: the changes without the highest scores, a scalar or (M,).
+        execution: how the trainings were taken.
 
     Cost: 500 rankings of R numbers for each outer loss.
 
@@ -118,10 +131,10 @@ def datamodeling_score(
     retrained_MR = retrained.double().cpu().reshape(len(retrained), -1).T.numpy()
     qld = None
     qld_interval = None
-    if without_top is not None:
-        qld = float(without_top.double().mean())
-        if without_top.ndim:
-            qld_interval = bootstrap_interval(without_top.double().cpu().numpy())
+    if changes_without_top is not None:
+        qld = float(changes_without_top.double().mean())
+        if changes_without_top.ndim:
+            qld_interval = bootstrap_interval(changes_without_top.double().cpu().numpy())
     return DatamodelingScore(
         spearman=float(rank_correlations(predicted_MR, retrained_MR).mean()),
         pearson=float(correlations(predicted_MR, retrained_MR).mean()),
@@ -130,7 +143,7 @@ def datamodeling_score(
         interval=spearman_interval(predicted_MR, retrained_MR),
         qld=qld,
         qld_interval=qld_interval,
-        trained=trained,
+        execution=execution,
     )
 
 
@@ -444,7 +457,7 @@ class StackedTrainings:
         training = self.training
         plan = self._plan
         if compile not in self._steps:
-            self._steps[compile] = self._made_step(compile=compile)
+            self._steps[compile] = self._new_step(compile=compile)
         step = self._steps[compile]
         members: Members = pytree.tree_map(
             lambda t: t.expand(len(weights), *t.shape).clone(), plan.start
@@ -482,7 +495,7 @@ class StackedTrainings:
             buffer.copy_(members.buffers[name][place])
         return self.training.outer_losses(network, self.judges)
 
-    def _made_step(self, *, compile: bool) -> Callable[..., Members]:
+    def _new_step(self, *, compile: bool) -> Callable[..., Members]:
         """Return one step of a stack as a function of its members, compiled or not."""
         training = self.training
         plan = self._plan
@@ -539,7 +552,7 @@ class Removals:
         self.stacks = stacks
         self.at_once = at_once
         self.compile = compile
-        self.trained = "one by one"
+        self.execution = "one by one"
 
     def losses(self, weights: Tensor, shape: Sequence[int], *, progress: bool) -> Tensor:
         """Return the outer losses of R trainings, (R, *shape).
@@ -571,12 +584,12 @@ class Removals:
         size = math.ceil(len(weights) / math.ceil(len(weights) / at_once))
         reason = why_refused(stacks, weights[:size], compile=compiles)
         if not reason:
-            self.trained = f"in stacks of {size}{', compiled' if compiles else ''}"
+            self.execution = f"in stacks of {size}{', compiled' if compiles else ''}"
         elif compiles and self.compile is None:
             compiles = False
             why_not_compiled = reason
             reason = why_refused(stacks, weights[:size], compile=False)
-            self.trained = f"in stacks of {size}, not compiled: {why_not_compiled}"
+            self.execution = f"in stacks of {size}, not compiled: {why_not_compiled}"
         if reason:
             return self._one_by_one(weights, progress=progress, reason=reason)
 
@@ -596,7 +609,7 @@ class Removals:
         if reason and self.compile:
             raise refused_compile(reason)
         if reason:
-            self.trained = f"one by one: {reason}"
+            self.execution = f"one by one: {reason}"
             warnings.warn(
                 f"the trainings without examples cannot be stacked, and are taken one by one: "
                 f"{reason}. at_once=1 asks for that.",

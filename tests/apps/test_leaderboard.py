@@ -177,7 +177,7 @@ def test_metapls_trainings_without_examples_are_those_of_the_leaderboard(
     losses = small["tasks"].outer_losses(task, 0, task.weights_without(sets)).mean(1)
     changes = (losses[1:] - losses[0]).double()
     score = attribution.validate(sets, progress=False)
-    assert score.trained.startswith("in stacks")
+    assert score.execution.startswith("in stacks")
     assert float((score.retrained - changes).abs().max()) < 2e-6
 
 
