@@ -272,16 +272,22 @@ def sentences(rows: Sequence[Row]) -> list[str]:
                     if "phase" in row and (row["capability"], row["commit"]) == (capability, commit)
                 }
             )
-        before, after = of_version[0], of_version[-1]
+        before = of_version[0]
+        after = of_version[-1]
+        with_uda_before = before["labels and UDA"]
         gain = mean_step(before) / mean_step(after)
-        with_uda = f"{after['labels and UDA']['whole']:.0f} ms"
-        ratio = f"{after['labels and UDA']['ratio']:.2f}"
-        alone = f"{after['labels alone']['whole']:.0f} ms"
-        alone_ratio = f"{after['labels alone']['ratio']:.2f}"
+        with_uda = after["labels and UDA"]
+        alone = after["labels alone"]
+        # Pooling, norms, activations and losses.
+        in_network = with_uda["network"] - with_uda["limit"]
         said.append(
-            f"On one thread with {capability} a step with UDA takes {with_uda} of the processor, "
-            f"{ratio} times what its convolutions take alone, and one on labels alone {alone}, "
-            f"{alone_ratio} times: {gain:.2f} times as many steps as before."
+            f"On one thread with {capability} a step with UDA takes {with_uda['whole']:.0f} ms of "
+            f"the processor, {with_uda['ratio']:.2f} times what its convolutions take alone "
+            f"({with_uda_before['ratio']:.2f} times at {with_uda_before['commit'][:8]}), "
+            f"and one on labels alone {alone['whole']:.0f} ms, {alone['ratio']:.2f} times "
+            f"({before['labels alone']['ratio']:.2f}): {gain:.2f} times as many steps. Beyond the "
+            f"convolutions, {in_network:.0f} ms of a step with UDA are pooling, norms, ReLU and "
+            f"losses, and {with_uda['views']:.0f} ms views."
         )
     ways = {row["way"]: f"{row['over_as_it_is']:.2f}" for row in rows if "way" in row}
     if ways:
