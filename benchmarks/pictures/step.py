@@ -317,13 +317,13 @@ def main() -> None:
     )
     parser.add_argument("--capabilities", nargs="+", choices=CAPABILITIES, default=["default"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--steps", type=int, default=4, help="of each version in a round")
     parser.add_argument("--ways", action="store_true", help="of computing loss and gradient, too")
     options = parsed(parser)
     if options.runs:
-        steps = 10
         if options.miniature:
-            steps = 1
+            options.steps = 1
             options.rounds = 2
         for threads in options.threads:
             for capability in options.capabilities:
@@ -331,7 +331,7 @@ def main() -> None:
                     options.trees,
                     capability,
                     threads=threads,
-                    steps=steps,
+                    steps=options.steps,
                     rounds=options.rounds,
                     measures_ways=options.ways,
                 )
