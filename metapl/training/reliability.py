@@ -176,11 +176,21 @@ def predicted(bend: float, agreement: float, calibration: Calibration) -> Reliab
     return Reliability(
         correlation=math.tanh(z),
         low=math.tanh(z - calibration.half_width),
-        high=math.tanh(z + calibration.half_width),
+        high=upper_end(z + calibration.half_width, calibration.highest),
         bend=bend,
         agreement=agreement,
         is_extrapolated=nearest != bend,
     )
+
+
+def upper_end(z: float, highest: float) -> float:
+    """Return the correlation at the upper end of an interval of Fisher's z.
+
+    It is 1 from ``highest`` on: the line was fitted to correlations that counted as that where they
+    were above it, so that it cannot tell them apart.
+    """
+    end = math.tanh(z)
+    return 1.0 if end >= highest else end
 
 
 def refuse_half_precision(student: nn.Module) -> None:
