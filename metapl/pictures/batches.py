@@ -125,6 +125,8 @@ class FileImages:
         center: float = 1.0,
         log: Path | None = None,
     ) -> None:
+        if isinstance(size, int):
+            raise MetaplError(f"FileImages got size={size}; expected (height, width) in pixels.")
         # Not a list: forked workers copy Python's own objects bit by bit, as their counts of
         # references change.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
