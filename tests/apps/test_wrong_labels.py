@@ -164,6 +164,14 @@ def test_a_miniature_leaves_a_row_of_each_arm_and_goes_on_with_them(
     torch.set_num_threads(threads)
 
 
+def test_the_page_has_the_table_of_the_committed_rows() -> None:
+    page = (wrong_labels.RESULTS.parents[1] / "docs" / "label-noise.md").read_text()
+    begin = page.partition("<!-- wrong_labels:begin -->\n")[2]
+    assert begin.partition("\n<!-- wrong_labels:end -->")[0] == wrong_labels.table(
+        read(wrong_labels.RAW, having="arm")
+    )
+
+
 def test_cleanlabs_interpreter_is_asked_and_its_error_said(tmp_path: Path) -> None:
     interpreter = tmp_path / "python"
     interpreter.write_text(
