@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
     from metapl.training.recording import Recording, record
+    from metapl.training.reliability import reliability
 
 __version__ = "0.3.0"
 
@@ -64,6 +65,7 @@ __all__ = [
     "models",
     "problems",
     "record",
+    "reliability",
     "scheduled_settings",
 ]
 
@@ -90,6 +92,7 @@ _MODULES_OF_LAZY_FUNCTIONS = {
     "attribute": "metapl.training.attribution",
     "metasmoothness": "metapl.training.attribution",
     "record": "metapl.training.recording",
+    "reliability": "metapl.training.reliability",
 }
 
 

@@ -250,6 +250,66 @@ def table(rows: Sequence[Row]) -> str:
     return tables
 
 
+# ----------------------------------------------------------------------------- the finding in words
+
+# The share of a training's steps before UDA begins, as the command has it by default.
+ALONE = 0.4
+
+
+def sentences(rows: Sequence[Row]) -> list[str]:
+    """Return what docs/pictures.md says of the rows: of each capability, and of the ways."""
+    said: list[str] = []
+    for capability in dict.fromkeys(row["capability"] for row in rows if "phase" in row):
+        commits = dict.fromkeys(
+            row["commit"] for row in rows if "phase" in row and row["capability"] == capability
+        )
+        of_version: list[dict[str, Row]] = []
+        for commit in commits:
+            of_version.append(
+                {
+                    row["phase"]: row
+                    for row in rows
+                    if "phase" in row and (row["capability"], row["commit"]) == (capability, commit)
+                }
+            )
+        before = of_version[0]
+        after = of_version[-1]
+        with_uda_before = before["labels and UDA"]
+        gain = mean_step(before) / mean_step(after)
+        with_uda = after["labels and UDA"]
+        alone = after["labels alone"]
+        # Pooling, norms, activations and losses.
+        in_network = with_uda["network"] - with_uda["limit"]
+        said.append(
+            f"On one thread with {capability} a step with UDA takes {with_uda['whole']:.0f} ms of "
+            f"the processor, {with_uda['ratio']:.2f} times what its convolutions take alone "
+            f"({with_uda_before['ratio']:.2f} times at {with_uda_before['commit'][:8]}), "
+            f"and one on labels alone {alone['whole']:.0f} ms, {alone['ratio']:.2f} times "
+            f"({before['labels alone']['ratio']:.2f}): {gain:.2f} times as many steps. Beyond the "
+            f"convolutions, {in_network:.0f} ms of a step with UDA are pooling, norms, ReLU and "
+            f"losses, and {with_uda['views']:.0f} ms views."
+        )
+    ways = {row["way"]: f"{row['over_as_it_is']:.2f}" for row in rows if "way" in row}
+    if ways:
+        said.append(
+            "Loss and gradient take "
+            f"{ways['contiguous']} times as long with tensors that are not channels-last, "
+            f"{ways['compiled']} times with a compiled network, "
+            f"{ways['labeled and strong in one pass']} times with labeled and strong pictures in "
+            f"one pass, {ways['all in one pass']} times with the weak ones in it too, "
+            f"{ways['one backward pass for each loss']} times with a backward pass for each loss, "
+            f"and {ways['ReLU in place']} times with ReLU in place."
+        )
+    return said
+
+
+def mean_step(phases: dict[str, Row]) -> float:
+    """Return the mean time of a step over a training."""
+    alone = phases["labels alone"]["whole"]
+    with_uda = phases["labels and UDA"]["whole"]
+    return float(ALONE * alone + (1 - ALONE) * with_uda)
+
+
 def main() -> None:
     parser = arguments(__doc__, RAW)
     parser.add_argument(
@@ -257,13 +317,13 @@ def main() -> None:
     )
     parser.add_argument("--capabilities", nargs="+", choices=CAPABILITIES, default=["default"])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--steps", type=int, default=4, help="of each version in a round")
     parser.add_argument("--ways", action="store_true", help="of computing loss and gradient, too")
     options = parsed(parser)
     if options.runs:
-        steps = 10
         if options.miniature:
-            steps = 1
+            options.steps = 1
             options.rounds = 2
         for threads in options.threads:
             for capability in options.capabilities:
@@ -271,7 +331,7 @@ def main() -> None:
                     options.trees,
                     capability,
                     threads=threads,
-                    steps=steps,
+                    steps=options.steps,
                     rounds=options.rounds,
                     measures_ways=options.ways,
                 )

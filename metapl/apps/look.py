@@ -22,7 +22,7 @@ from metapl.apps.images import Images, Pictures
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.settings import flag_values, with_flags, with_stored
-from metapl.apps.tournament import RECIPES, TRIALS, Auto
+from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -315,10 +315,34 @@ def tell_choices(config: Images | Noisy, method: Any, seen: Look, say: Say) -> N
     if stochastic_depth:
         noise += f", stochastic depth {stochastic_depth:g}"
     losses = f" ({', '.join(lost)})" if lost else ""
+    seen_as = f"{size}x{size} {kind} pictures{losses}"
+    if isinstance(method, Auto):
+        say(f"chosen: {seen_as}, {fitting.precision}; {steps_of_race(method)}")
+        return
     say(
-        f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
-        f"{mirrored}; adamw at {fitting.lr:g}, {fitting.precision}, "
-        f"{fitting.chosen_steps:,} steps"
+        f"chosen: {networks}{noise} on {seen_as}, {colors}, {mirrored}; adamw at {fitting.lr:g}, "
+        f"{fitting.precision}, {fitting.chosen_steps:,} steps"
+    )
+
+
+def steps_of_race(method: Auto) -> str:
+    """Return in words how many steps recipes are tried for, and how many the best one gets."""
+    trial_steps = {}
+    final_steps = {}
+    for number, recipe in enumerate(RECIPES):
+        if recipe is not LINEAR:
+            assert method.trial_steps is not None, "the steps were chosen"
+            assert method.final_steps is not None, "the steps were chosen"
+            trial_steps[recipe.name] = method.trial_steps[number]
+            final_steps[recipe.name] = method.final_steps[number]
+
+    def span(steps: Mapping[str, int]) -> str:
+        least, most = min(steps.values()), max(steps.values())
+        return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+    return (
+        f"{len(RECIPES)} recipes are tried on the labels, for {span(trial_steps)} steps at a time, "
+        f"and the best one gets {span(final_steps)} steps"
     )
 
 

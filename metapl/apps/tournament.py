@@ -11,6 +11,7 @@ the run. So a run that is resumed, or repeated from its recipe, holds the same r
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +43,9 @@ _FOLDS_STREAM = 0xF01D
 # Labeled pictures of a class below which unlabeled ones are learned beside mildly augmented ones.
 # On Fashion-MNIST this brought 1.8 points at 10 a class, and cost 0.4 at 40.
 FEW_LABELS = 20
+
+# What the names of the folders begin with in which a run keeps its trials.
+TRIAL = "trial"
 
 # Pictures in a batch of a measurement.
 MEASURED_AT_ONCE = 256
@@ -267,6 +271,9 @@ class Auto(Method):
         labeled = t.data.labeled
         method = best.method(len(labeled.labels), len(t.data.classes))
         trained = best.train(t, labeled, method, steps=steps, auto=self)
+        # A run that is stopped goes on with them. Of one that has ended nobody reads them.
+        for folder in sorted(t.folder.glob(f"{TRIAL}-*")):
+            shutil.rmtree(folder)
         return dataclasses.replace(
             trained,
             chosen={
@@ -331,7 +338,7 @@ class Race:
         number = RECIPES.index(recipe)
         trial = dataclasses.replace(
             t,
-            fit=TrialFit(fit=t.fit, name=f"trial-{number}-{fold}"),
+            fit=TrialFit(fit=t.fit, name=f"{TRIAL}-{number}-{fold}"),
             say=lambda text: None,
         )
         trained = recipe.train(
@@ -460,5 +467,5 @@ def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing]) -> 
     for standing in by_accuracy(all_recipes):
         if standing.recipe.name not in names:
             first_fold = len(standing.is_right)
-            tried.append(f"{standing.recipe.name} {standing.accuracy:.0%} of {first_fold:,}")
+            tried.append(f"{standing.recipe.name} {standing.accuracy:.0%} (on {first_fold:,})")
     return f"tried shortly on {pictures:,} held-out labels: {', '.join(tried)}"

@@ -46,10 +46,11 @@ from metapl.updates import TorchUpdate, update_of
 
 vmap = torch.func.vmap
 
-COMPILED_FROM = 100_000
+COMPILED_FROM = 50_000
 """From so many steps times trainings on a stack is compiled, where nobody says otherwise.
 
-Measured by ``benchmarks/retraining.py``.
+To compile took 8 and 12 s on perceptrons of 64 and 256 hidden units, and was paid for by 40,000 and
+29,000 steps times trainings (``benchmarks/retraining.py``).
 """
 
 BYTES_OF_MEMBER = 6
@@ -351,8 +352,8 @@ class StackPlan:
 class StackedTrainings:
     """Trainings of one student with several weights of its examples, taken in steps together.
 
-    Cost: that of the trainings, without what PyTorch does between operations: of networks whose
-    steps take a millisecond, a third to a half of the time, and less once compiled
+    Cost: that of the trainings, without what PyTorch does between operations: of perceptrons whose
+    steps take a millisecond, 0.25 to 0.4 of the time alone, and 0.1 to 0.2 once compiled
     (docs/whole-trainings.md). Memory: that of S trainings at once, for S of them in a stack, with
     what S passes hold.
 

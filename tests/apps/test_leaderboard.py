@@ -306,6 +306,26 @@ def test_the_committed_table_follows_from_scores_and_trainings(board: Any) -> No
             assert row[name] == pytest.approx(measured[name], abs=2e-3)
 
 
+def test_the_page_says_what_the_rows_say(board: Any) -> None:
+    text = " ".join((FOLDER.parents[1] / "docs" / "whole-trainings.md").read_text().split())
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for name in board["tasks"].TASKS:
+        for row in board["run"].stored_rows():
+            if row["task"] == name:
+                for column in ("lds", "lds_of_other_seeds"):
+                    numbers.setdefault((row["method"], column), []).append(f"{row[column]:.2f}")
+    mine = numbers["attribute", "lds"]
+    assert (
+        f"an LDS of {mine[0]} on a perceptron, {mine[1]} on convolutions and {mine[2]} on a small"
+        in text
+    )
+    for method, column in (("influence", "lds"), ("attribute", "lds_of_other_seeds")):
+        first, second, third = numbers[method, column]
+        assert f"{first}, {second} and {third}" in text
+    first, second, third = numbers["influence", "lds_of_other_seeds"]
+    assert f"influence functions have {first}, {second} and {third}: **a score" in text
+
+
 def test_the_leaderboard_needs_nothing_of_metapl() -> None:
     code = "import sys, run; assert 'metapl' not in sys.modules, 'metapl is loaded'"
     subprocess.run([sys.executable, "-c", code], cwd=FOLDER, check=True)

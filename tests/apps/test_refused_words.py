@@ -180,9 +180,10 @@ def of_method(name: str) -> str:
     return "" if method is None else f" --method {method}"
 
 
+@pytest.mark.long
 def test_each_flag_of_a_number_refuses_a_word() -> None:
-    """Every flag of every command that takes a number says so, with its name and the word."""
-    count = 0
+    """Every flag that takes a number says so, with its name and the word, in the first command."""
+    tried: set[str] = set()
     for name in COMMANDS:
         kind = command_type(name)
         flags = flags_of(kind)
@@ -192,13 +193,13 @@ def test_each_flag_of_a_number_refuses_a_word() -> None:
                 needed += [flag.name, "x"]
         needed += ["x" for flag in flags if flag.is_positional and flag.is_required]
         for flag in flags:
-            if flag.metavar in ("INT", "FLOAT"):
+            if flag.metavar in ("INT", "FLOAT") and flag.name not in tried:
                 said = metapl(*name.split(), *needed, flag.name, "qqqq", code=2).stderr
                 assert said.startswith(f"metapl: {flag.name} qqqq: expected "), (name, flag)
                 assert "number" in said
                 assert said.count("\n") == 1
-                count += 1
-    assert count > 100
+                tried.add(flag.name)
+    assert len(tried) > 40
 
 
 def test_a_release_of_tyro_without_the_hook_ends_with_the_same_code(

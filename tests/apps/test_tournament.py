@@ -130,6 +130,8 @@ def test_a_run_says_what_it_tried_and_delivers_the_best(auto_run: Path) -> None:
     assert result["validation_size"] == 0
     assert result["delivered"] == "student"
     assert 0 <= result["test_accuracy"] <= 1
+    # What the trials left is not kept.
+    assert not [*auto_run.glob("trial-*")]
 
 
 def test_the_steps_of_all_trials_are_the_share_that_was_asked_for() -> None:

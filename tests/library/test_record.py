@@ -405,6 +405,15 @@ def test_sequences_whose_tokens_count_alike(per: Any, tmp_path: Path) -> None:
         score = scores[number]
     slope = (loop(ones + change) - loop(ones - change)).detach() / 2e-5
     assert abs(-slope - score) < 1e-6 * scores.abs().max()
+    # By the replayed training with other weights, too.
+    replayed: list[Tensor] = []
+    for weights in (ones + change, ones - change):
+        if per == "token":
+            replayed.append(attribution._losses_with(weights[:, : scores.shape[1]]))
+        else:
+            replayed.append(attribution._losses_with(weights[:, 0]))
+    slope = (replayed[0] - replayed[1]) / 2e-5
+    assert abs(-slope - score) < 1e-6 * scores.abs().max()
 
     # Where each sequence counts alike, the gradient is another one.
     other = Model()
@@ -698,6 +707,13 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
             "the optimizer is Adagrad; expected torch.optim",
         ),
         (
+            {
+                "model": nn.Linear(5, CLASSES, bias=False).double(),
+                "optimizer": lambda model: torch.optim.Muon(model.parameters()),
+            },
+            "the optimizer is Muon, whose own steps round products",
+        ),
+        (
             {"before_step": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3)},
             "clip_grad_value_, which clips each entry",
         ),
@@ -794,6 +810,57 @@ def test_more_bytes_than_allowed_end_the_recording_and_not_the_training(tmp_path
     outer = {"x": OUTER[0], "labels": OUTER[1]}
     found = recording.attribute(outer, progress=False)
     assert found.scores.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["clipped values", "other inputs", "no call"])
+def test_what_a_later_step_does_ends_the_recording_and_not_the_training(
+    kind: str, tmp_path: Path
+) -> None:
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for step, rows in enumerate(torch.arange(EXAMPLES).split(6)):
+            optimizer.zero_grad()
+            x = X[rows] + 0.5 if kind == "other inputs" and step == 3 else X[rows]
+            if kind == "no call" and step == 3:
+                model[0].weight.square().sum().backward()
+            else:
+                F.cross_entropy(model(x), Y[rows]).backward()
+            if kind == "clipped values" and step == 3:
+                nn.utils.clip_grad_value_(model.parameters(), 0.01)
+            optimizer.step()
+
+    plain = network(dropout=0.0)
+    loop(plain, OPTIMIZERS["SGD"](plain))
+    model = network(dropout=0.0)
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=2) as recording:
+        with pytest.warns(UserWarning, match="ended before step 2: .* goes on without it"):
+            loop(model, optimizer)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert p.equal(q)
+    # The two steps that were saved.
+    assert len(recording.order) == 2
+    assert recording.attribute(OUTER, progress=False).scores[:12].abs().min() > 0
+
+
+def test_what_a_network_is_called_with_beside_rows_is_recorded(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network(dropout=0.0)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            outputs: Tensor = scale * self.body(x)
+            return outputs
+
+    model = Scaled()
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r") as recording:
+        F.cross_entropy(model(X[:6], labels=Y[:6], scale=2.0), Y[:6]).backward()
+        optimizer.step()
+    outer = {"x": OUTER[0], "labels": OUTER[1]}
+    with torch.no_grad():
+        loss = F.cross_entropy(model(OUTER[0], scale=2.0), OUTER[1])
+    assert abs(recording.attribute(outer, progress=False).outer_loss - loss) < 1e-12
 
 
 def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:

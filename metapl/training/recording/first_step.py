@@ -128,6 +128,11 @@ def followed_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Torch
         raise MetaplError(
             f"record: the optimizer is {type(optimizer).__name__}; expected one of torch.optim."
         )
+    if update.is_rounded:
+        raise MetaplError(
+            f"record: the optimizer is {type(optimizer).__name__}, whose own steps round products "
+            "to bfloat16, and the rule does not; expected torch.optim SGD, Adam or AdamW."
+        )
     return update
 
 
