@@ -1005,7 +1005,9 @@ def write_labels(
     }
     shares = processes.mesh.shares
     passes = -(-len(positions) // LABELED_AT_ONCE)
-    is_whole = (folder / "store.json").exists() and LabelStore(folder, whole=False).complete
+    is_whole = False
+    if (folder / "store.json").exists():
+        is_whole = LabelStore(folder, must_be_complete=False).complete
     parts = [folder.with_name(f"{folder.name}-{number}-of-{shares}") for number in range(shares)]
     ranges = [
         range(number * passes // shares, (number + 1) * passes // shares)

@@ -165,10 +165,12 @@ def end_matched(steps: int, usual: int) -> float:
 
 def freeze_first_layers(network: nn.Module, share: float) -> None:
     """Freeze the first share of the layers with weights, and the statistics of their norms."""
-    layers = [
-        part for part in network.modules() if any(True for _ in part.parameters(recurse=False))
-    ]
+    layers: list[nn.Module] = []
+    for module in network.modules():
+        weights = list(module.parameters(recurse=False))
+        if weights:
+            layers.append(module)
     for layer in layers[: int(share * len(layers))]:
         layer.eval()
-        for p in layer.parameters(recurse=False):
-            p.requires_grad = False
+        for weight in layer.parameters(recurse=False):
+            weight.requires_grad = False

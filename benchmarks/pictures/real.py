@@ -407,7 +407,7 @@ def run(
             pictures.write(Path(folder) / "pictures")
             begin = time.process_time()
             measured = train_within(
-                Path(folder), method="uda", minutes=minutes, settings={"seed": draw, **settings}
+                Path(folder), method="auto", minutes=minutes, settings={"seed": draw, **settings}
             )
             # Of the processor too, and beside the budget of that name.
             del measured["seconds"]

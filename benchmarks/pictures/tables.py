@@ -18,7 +18,7 @@ from metapl.metrics import chance_level
 
 RAW, BACKBONE = RESULTS / "pictures_unseen.jsonl", RESULTS / "pictures_backbone.jsonl"
 TITLES = {
-    "uda": "UDA, half aligned (the default)",
+    "uda": "UDA, half aligned",
     "fixmatch": "FixMatch",
     "pseudo_labels": "pseudo labels of a fixed teacher",
     "supervised": "supervised, the same views",

@@ -22,7 +22,7 @@ from metapl.apps.images import Images, Pictures
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.settings import flag_values, with_flags, with_stored
-from metapl.apps.tournament import RECIPES, TRIALS, Auto
+from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -132,6 +132,8 @@ def choose_settings(
         return resumed_settings(config, method, stored)
 
     # 3. What the folders and some of their pictures show.
+    if isinstance(method, Auto) and method.open_settings is None:
+        method = dataclasses.replace(method, open_settings=open_settings(config.pictures))
     config.check_first()
     tell_copies(config, len(few), say)
     seen = look(
@@ -162,6 +164,17 @@ def choose_settings(
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
     return config, method
+
+
+def open_settings(pictures: Pictures) -> tuple[str, ...]:
+    """Return the settings that recipes may choose, because none was asked for."""
+    names = []
+    if pictures.augment is None:
+        names.append("augment")
+    has_weights = pictures.weights is not None or pictures.backbone != "none"
+    if pictures.network is None and not has_weights:
+        names.append("network")
+    return tuple(names)
 
 
 def found_weights(pictures: Pictures) -> str | Path | None:
@@ -302,10 +315,34 @@ def tell_choices(config: Images | Noisy, method: Any, seen: Look, say: Say) -> N
     if stochastic_depth:
         noise += f", stochastic depth {stochastic_depth:g}"
     losses = f" ({', '.join(lost)})" if lost else ""
+    seen_as = f"{size}x{size} {kind} pictures{losses}"
+    if isinstance(method, Auto):
+        say(f"chosen: {seen_as}, {fitting.precision}; {steps_of_race(method)}")
+        return
     say(
-        f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
-        f"{mirrored}; adamw at {fitting.lr:g}, {fitting.precision}, "
-        f"{fitting.chosen_steps:,} steps"
+        f"chosen: {networks}{noise} on {seen_as}, {colors}, {mirrored}; adamw at {fitting.lr:g}, "
+        f"{fitting.precision}, {fitting.chosen_steps:,} steps"
+    )
+
+
+def steps_of_race(method: Auto) -> str:
+    """Return in words how many steps recipes are tried for, and how many the best one gets."""
+    trial_steps = {}
+    final_steps = {}
+    for number, recipe in enumerate(RECIPES):
+        if recipe is not LINEAR:
+            assert method.trial_steps is not None, "the steps were chosen"
+            assert method.final_steps is not None, "the steps were chosen"
+            trial_steps[recipe.name] = method.trial_steps[number]
+            final_steps[recipe.name] = method.final_steps[number]
+
+    def span(steps: Mapping[str, int]) -> str:
+        least, most = min(steps.values()), max(steps.values())
+        return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+
+    return (
+        f"{len(RECIPES)} recipes are tried on the labels, for {span(trial_steps)} steps at a time, "
+        f"and the best one gets {span(final_steps)} steps"
     )
 
 
@@ -411,7 +448,7 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     trial_steps = []
     final_steps = []
     for recipe in RECIPES:
-        settings = recipe.settings(config)
+        settings = recipe.settings(config, method.open_settings or ())
         final_method = recipe.method(labels, len(config.classes))
         trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
         final_steps.append(steps_in(final_minutes, quick_seconds(settings, final_method, clock)))

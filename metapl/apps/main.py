@@ -29,7 +29,7 @@ import torch
 import tyro
 
 from metapl.apps import help_pages
-from metapl.apps.printing import tell
+from metapl.apps.printing import as_flags, tell
 from metapl.apps.refused_words import CommandLine, refuse_empty_values, refused_in_a_line
 from metapl.apps.settings import flag_values
 from metapl.errors import FieldError, MetaplError, needed_for
@@ -190,7 +190,7 @@ def tell_error(error: Exception, command: Any) -> int | None:
     error = called_by_flag(error, command)
     lacking = out_of_memory(error)
     if lacking is not None or isinstance(error, MetaplError):
-        text = str(error)
+        text = as_flags(str(error))
         if lacking is not None:
             text = f"the memory {lacking} does not suffice; {LESS}."
         rank = os.environ.get("RANK", "0")
@@ -266,6 +266,9 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
         MetaplError: the words name no command, or a flag of a method that was not asked for.
     """
     recipe = None
+    if words[1:] and words[0] in ("help", *help_pages.HELP_FLAGS):
+        # As it is asked of git: help train digits.
+        words = [*words[1:], help_pages.HELP_FLAGS[-1]]
     if words[:1] and words[0] in ("train", "noisy-student"):
         # Behind this import are the trainings on pictures.
         from metapl.apps.stored_recipe import StoredRecipe, flag_value
@@ -325,7 +328,7 @@ def words_by_recipe(recipe: StoredRecipe, words: Sequence[str]) -> list[str]:
     asked = " ".join(words[:count])
     if not f"{name} ".startswith(f"{asked} "):
         raise MetaplError(
-            f"metapl {shown(asked)} was asked for, and {recipe.path} is the recipe of {name}; "
+            f"{shown(asked)} was asked for, and {recipe.path} is the recipe of {name}; "
             f"expected metapl {name} --config {recipe.path}."
         )
     return [*name.split(), *words[count:]]
@@ -357,6 +360,8 @@ def print_what_needs_no_command(words: Sequence[str]) -> None:
     """
     first = words[0] if words else "help"
     if first == "--version":
+        if words[1:]:
+            raise MetaplError(f"--version takes no value; leave out {shown(words[1])!r}.")
         print(f"metapl {version('metapl')}")
         return
     if first == "--print-completion":
@@ -383,7 +388,8 @@ def print_what_needs_no_command(words: Sequence[str]) -> None:
             raise MetaplError(f"{first} alone is no command; expected one of {', '.join(group)}.")
         asked = f"{first} {words[1]}"
     expected = group or [*dict.fromkeys(name.split()[0] for name in COMMANDS)]
-    meant = did_you_mean(asked, expected) or "."
+    flags = ["--version", "--print-completion", help_pages.HELP_FLAGS[-1]]
+    meant = did_you_mean(asked, [*expected, *flags]) or "."
     raise MetaplError(
         f"there is no command {shown(asked)!r}{meant} Expected {', '.join(expected)}."
     )
@@ -412,10 +418,14 @@ def command_line(
         methods: the methods of ``--method`` by name; empty where there is one.
         words: those behind the name.
     """
-    flags_of_methods: dict[str, list[str]] = {}
-    for method in methods:
-        flags = help_pages.flags_of(kind.with_method(method))
-        flags_of_methods[method] = [flag.name for flag in flags]
+
+    def flags_of_methods() -> dict[str, list[str]]:
+        names: dict[str, list[str]] = {}
+        for method in methods:
+            flags = help_pages.flags_of(kind.with_method(method))
+            names[method] = [flag.name for flag in flags]
+        return names
+
     return CommandLine(
         command=f"metapl {name}",
         words=words,

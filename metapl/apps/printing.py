@@ -79,7 +79,11 @@ def as_flags(text: str) -> str:
 
     >>> as_flags("leave out feedback_weight, or give feedback_bound=0.1")
     'leave out --feedback-weight, or give --feedback-bound 0.1'
+    >>> as_flags("step-4 was begun otherwise (lr was 0.1, now 0.2); or give resume='anyway'.")
+    'step-4 was begun otherwise (lr was 0.1, now 0.2); put it back, or take another --out.'
     """
+    # The command compares whatever is resumed.
+    text = text.replace("or give resume='anyway'", "put it back, or take another --out")
     # The optimizer is no flag.
     text = re.sub(r", as by outer_optimizer=.*", "", text)
     named = re.sub(r"\bfeedback_(weight|ratio|bound)=", r"--feedback-\1 ", text)

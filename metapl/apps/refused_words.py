@@ -7,9 +7,9 @@ an error that says what was typed, what was expected, and which name was meant.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tyro
@@ -18,7 +18,7 @@ from metapl.apps.help_pages import HELP_FLAGS, Flag, typed_command
 from metapl.apps.settings import Unavailable
 from metapl.errors import MetaplError, reason_of
 from metapl.runs.fields import unmet
-from metapl.words import did_you_mean, names_like, question_for
+from metapl.words import did_you_mean, names_like, question_for, shown
 
 # As much of a wrong value as a line shows.
 LONGEST_VALUE = 60
@@ -42,7 +42,7 @@ class CommandLine:
         words: those behind it.
         flags: its flags.
         method: the name of the method that the flags belong to; None: the command has no methods.
-        flags_of_methods: the names of the flags of each method.
+        flags_of_methods: returns the names of the flags of each method, where they are asked for.
         longer_commands: commands that begin with the words of this one, such as "ablate digits".
     """
 
@@ -50,7 +50,7 @@ class CommandLine:
     words: Sequence[str]
     flags: Sequence[Flag]
     method: str | None = None
-    flags_of_methods: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flags_of_methods: Callable[[], Mapping[str, Sequence[str]]] = dict
     longer_commands: Sequence[str] = ()
 
     # -------------------------------------------------------------------------- what is to be said
@@ -59,14 +59,13 @@ class CommandLine:
         """Return in a line what an event of tyro refuses; None for a fault that is left to tyro."""
         kind = type(event).__name__
         if kind == "UnrecognizedArgs":
-            return self.unknown_words(event.tokens)
+            return self.unknown_word(event.tokens[0])
         if kind == "MissingArgs":
-            # The flag that is missing may be there, with an error in its name.
-            if any(token.startswith("-") for token in event.unrecognized_tokens):
-                return self.unknown_words(event.unrecognized_tokens)
-            words = event.unrecognized_tokens[:1]
-            if words and self.longer_command_meant(words[0]):
-                return self.stray_word(words[0])
+            for word in event.unrecognized_tokens:
+                # The flag that is missing may be there, with an error in its name. And where a
+                # command is missing, what it needs is not what this one does.
+                if word.startswith("-") or self.longer_command_meant(word):
+                    return self.unknown_word(word)
             return self.missing([self.flag_of(context.arg) for context in event.missing_arguments])
         if kind == "BadValue" and event.reason == "too_few_values":
             return self.missing_value(self.flag_of(event.argument))
@@ -113,7 +112,9 @@ class CommandLine:
             if isinstance(entry, Unavailable) and entry.word == value:
                 return entry.reason
         meant = did_you_mean(value, flag.choices) or "."
-        expected = " or ".join(filter(None, (", ".join(flag.choices[:-1]), flag.choices[-1])))
+        expected = flag.choices[-1]
+        if flag.choices[1:]:
+            expected = f"{', '.join(flag.choices[:-1])} or {expected}"
         return f"{flag.name} {value[:LONGEST_VALUE]}{meant} Expected {expected}."
 
     def wrong_value(self, flag: Flag, message: str) -> str:
@@ -134,17 +135,16 @@ class CommandLine:
             return f"{flag.name} {value[:LONGEST_VALUE]}: expected {expected}."
         return f"{flag.name} {value[:LONGEST_VALUE]}: {reason_of(ValueError(message))}."
 
-    def unknown_words(self, words: Sequence[str]) -> str:
-        """Return that the first of these words is no flag of the command, or one too many."""
-        word = words[0]
+    def unknown_word(self, word: str) -> str:
+        """Return that a word is no flag of the command, or one argument too many."""
         if word.startswith("-") and word not in ("-", "--"):
-            return self.unknown_flag(word.partition("=")[0])
+            return self.unknown_flag(word.partition("=")[0][:LONGEST_VALUE])
         return self.stray_word(word)
 
     def unknown_flag(self, word: str) -> str:
         """Return that there is no such flag, and which one was meant."""
         name = word.replace("_", "-")
-        owners = [method for method, names in self.flags_of_methods.items() if name in names]
+        owners = [method for method, names in self.flags_of_methods().items() if name in names]
         if owners:
             return (
                 f"{name} is no flag of --method {self.method}; it is one of {', '.join(owners)}. "
@@ -173,14 +173,15 @@ class CommandLine:
                 words_in_front = self.words[: number + 1]
             elif candidate == word:
                 words_in_front = self.words[:number]
+        shown_word = repr(word[:LONGEST_VALUE])
         switch = self.named(words_in_front[-1]) if words_in_front else None
         if switch is not None and switch.is_switch:
-            return f"{switch.name} takes no value; leave out {word!r}."
+            return f"{switch.name} takes no value; leave out {shown_word}."
         filled = self.named(words_in_front[-2]) if words_in_front[1:] else None
         if filled is not None and not filled.is_switch:
-            return f"{filled.name} takes one value, and {word!r} is another; leave it out."
+            return f"{filled.name} takes one value, and {shown_word} is another; leave it out."
         meant = self.longer_command_meant(word) or self.meant(f"--{word}") or "."
-        return f"{word!r} is one argument too many{meant} Expected {self.usage}."
+        return f"{shown_word} is one argument too many{meant} Expected {self.usage}."
 
     @property
     def name(self) -> str:
@@ -267,7 +268,8 @@ def refused_in_a_line(line: CommandLine) -> Iterator[None]:
         with suppress(AttributeError):
             text = line.refusal(event)
         if text is not None:
-            raise MetaplError(text)
+            # A word may have a line's end in it.
+            raise MetaplError(shown(text))
 
     with errors_of_tyro.on_parse_error(raise_in_a_line):
         yield

@@ -62,7 +62,12 @@ class StoredRecipe:
 
         Its SHA-256 is compared and not insisted on, for a copy may be edited.
         """
-        content = read_json(path, mend="Expected the recipe.json of a run")
+        if path.is_dir():
+            raise MetaplError(
+                f"--config {path} is a folder; expected the recipe.json of a run, such as "
+                f"{path / 'recipe.json'}."
+            )
+        content = read_json(path, mend="Expected the recipe.json of a run.")
         # Another version may have other keys, so its number is looked at first. A file without the
         # number is refused below, with all that it lacks.
         if content.get("format", FORMAT) != FORMAT:

@@ -390,18 +390,24 @@ def digest(batch: Batch) -> Tensor:
     return total
 
 
-def row_digests(inputs: Inputs) -> Tensor:
+def row_digests(inputs: Inputs, *, ignores_padding: bool = False) -> Tensor:
     """Return a whole number for each row of a network's inputs, (B,) int64.
 
-    Rows with equal bits have equal numbers, wherever they stand in a batch and on any device. With
-    an ``attention_mask`` of tokens in a dict, what it masks does not count, so that a row is known
-    again however far it is padded on its right.
+    Rows with equal bits have equal numbers, wherever they stand in a batch and on any device.
+
+    Args:
+        ignores_padding: whether what the ``attention_mask`` of a dict masks does not count, so that
+            a row is known again however far it is padded on its right.
 
     Cost: three operations on every entry.
     """
-    mask = inputs.get("attention_mask") if isinstance(inputs, dict) else None
+    mask = None
+    if ignores_padding and isinstance(inputs, dict):
+        mask = inputs.get("attention_mask")
     total: Tensor | None = None
-    for number, t in enumerate(leaves_of(inputs)):
+    # Most networks are called with one tensor, whose tree takes longer than its digest.
+    leaves = [inputs] if isinstance(inputs, Tensor) else leaves_of(inputs)
+    for number, t in enumerate(leaves):
         if not isinstance(t, Tensor) or t.ndim == 0:
             continue
         bits = t.detach().contiguous().reshape(len(t), -1)

@@ -101,6 +101,7 @@ class LabelStore:
 
     Args:
         folder: of the store.
+        must_be_complete: whether a store that is still being written is refused.
 
     Cost: all parts are checked by their SHA-256 when something is first read (about 1 ms a MB);
     then numbers are read from memory maps: 2 K bytes a row (6 K with classes), in any order. To
@@ -119,7 +120,7 @@ class LabelStore:
     (array([ 1, -1]), [7, 9], 2)
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, whole: bool = True) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, must_be_complete: bool = True) -> None:
         require()
         self.folder = Path(folder)
         file = self.folder / DESCRIPTION
@@ -128,7 +129,7 @@ class LabelStore:
             raise MetaplError(
                 f"{file} is damaged, or its format is not {FORMAT}, that of this version. {AGAIN}"
             )
-        if whole and not content["complete"]:
+        if must_be_complete and not content["complete"]:
             raise MetaplError(
                 f"the store in {folder} is not whole: go on with resume=True (--resume)."
             )
@@ -416,7 +417,7 @@ class LabelWriter:
 
     def _go_on(self) -> None:
         """Take over the store that is there, if it was begun as this one."""
-        there = LabelStore(self.folder, whole=False)
+        there = LabelStore(self.folder, must_be_complete=False)
         self.there = there
         if not self.resume:
             if there.complete:
@@ -424,13 +425,14 @@ class LabelWriter:
             else:
                 mend = "go on with resume=True (--resume)"
             raise MetaplError(f"{self.folder} holds a store of labels already; {mend}.")
-        then = _settings_of(there)
-        now = _settings_of(self)
-        differing = [
-            f"{name} {then.get(name)!r}, now {now.get(name)!r}"
-            for name in sorted(then | now)
-            if then.get(name) != now.get(name)
-        ]
+        stored_settings = _settings_of(there)
+        settings = _settings_of(self)
+        differing: list[str] = []
+        for name in sorted(stored_settings | settings):
+            stored_value = stored_settings.get(name)
+            value = settings.get(name)
+            if stored_value != value:
+                differing.append(f"{name} {stored_value!r}, now {value!r}")
         if differing:
             raise MetaplError(
                 f"the store in {self.folder} was begun with {few(differing, longest=160)}; go on "

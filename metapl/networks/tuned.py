@@ -220,10 +220,10 @@ def _are_same(
     kept_weights: Sequence[tuple[nn.Parameter, int]], weights: Sequence[nn.Parameter]
 ) -> bool:
     """Return whether weights are those that were kept, with their versions, or copies of them."""
-    for (kept, version), weight in zip(kept_weights, weights, strict=True):
-        if kept._version != version:
+    for (kept_weight, version), weight in zip(kept_weights, weights, strict=True):
+        if kept_weight._version != version:
             return False
-        if kept is not weight and not torch.equal(kept, weight):
+        if kept_weight is not weight and not torch.equal(kept_weight, weight):
             return False
     return True
 

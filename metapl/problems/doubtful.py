@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, holds_tensors
+from metapl.execution.batch import Batch, Inputs, holds_tensors, length
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -125,6 +125,13 @@ class EqualWeights(Weighted):
         That is (B,), or (B, T) for weights of parts of each example.
         """
         return (len(outputs),)
+
+    def batch_weight(self, batch: Batch) -> float:
+        """Return by what the mean loss of a micro-batch is weighted in a mean over all of a step.
+
+        That is the number of its examples. :func:`metapl.record` asks for it.
+        """
+        return float(length(batch))
 
     def signal(
         self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random

@@ -143,6 +143,8 @@ class NextToken(EqualWeights):
     r"""Training sequences, or their tokens, whose weights are 1: for :func:`metapl.attribute`.
 
     .. math:: \ell_i = \frac1{n_i} \sum_t w_{it} \big(-\log S(x_{i,<t}; \theta)_{y_{it}}\big)
+              \ \text{ or }\ \frac{B}{\sum_j n_j} \sum_t w_{it}
+              \big(-\log S(x_{i,<t}; \theta)_{y_{it}}\big)
 
     A batch is (ids, labels): ids (B, T), int64, or the dict of them that the network takes, and
     labels (B, T), the ids themselves with -100 where none is to be predicted; n_i is the number of
@@ -153,6 +155,8 @@ class NextToken(EqualWeights):
         per: ``"sequence"``: w_it = w_i, (B,), and scores (N,). ``"token"``: (B, T), and scores (N,
             T), at the place of the token that is predicted, so that the first column is 0; by the
             chain rule their sums over T are the scores of the sequences.
+        mean: ``"sequence"``: each sequence counts alike in the loss of a batch. ``"token"``: each
+            predicted token does, by the second formula, as in transformers.
 
     >>> import metapl
     >>> student = torch.nn.Sequential(torch.nn.Embedding(20, 8), torch.nn.Linear(8, 20))
@@ -171,6 +175,7 @@ class NextToken(EqualWeights):
     """
 
     per: Literal["sequence", "token"] = "sequence"
+    mean: Literal["sequence", "token"] = "sequence"
     classifies: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -193,7 +198,15 @@ class NextToken(EqualWeights):
         # (B, 1) by sequence, and (B, T) by token.
         weights = signal.value.reshape(len(losses_BT), -1)
         sums_B = (weights * losses_at_tokens_BT).sum(1)
+        if self.mean == "token":
+            return len(sums_B) * sums_B / is_predicted_BT.sum().clamp_min(1)
         return sums_B / is_predicted_BT.sum(1).clamp_min(1)
+
+    def batch_weight(self, batch: Batch) -> float:
+        """Return the number of sequences, or, where each token counts alike, of predictions."""
+        if self.mean == "token":
+            return float((batch[1][:, 1:] != IGNORED).sum())
+        return super().batch_weight(batch)
 
     def outer_loss(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the cross-entropy over all tokens, and their number."""

@@ -19,6 +19,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
@@ -31,7 +32,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
-from metapl.execution.numerics import HALF, Tree, deterministic, no_fast_path, wide
+from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.functional.adjoint import Carry, Settings, make_training
@@ -45,10 +46,11 @@ from metapl.updates import TorchUpdate, update_of
 
 vmap = torch.func.vmap
 
-COMPILED_FROM = 100_000
+COMPILED_FROM = 50_000
 """From so many steps times trainings on a stack is compiled, where nobody says otherwise.
 
-Measured by ``benchmarks/retraining.py``.
+To compile took 8 and 12 s on perceptrons of 64 and 256 hidden units, and was paid for by 40,000 and
+29,000 steps times trainings (``benchmarks/retraining.py``).
 """
 
 BYTES_OF_MEMBER = 6
@@ -70,7 +72,14 @@ RESAMPLES = 500
 
 
 class DatamodelingScore(NamedTuple):
-    """How predictions agree with trainings without the examples.
+    r"""How predictions agree with trainings without the examples.
+
+    With L_m(R) the m-th outer loss after a training without the examples R, ρ Spearman's
+    correlation over the removed sets, s the scores, and T_m the examples with the highest ones,
+
+    .. math:: \mathrm{LDS} = \frac1M \sum_m
+              \rho_R\Big(\sum_{i \in R} s_{mi},\ L_m(R) - L_m(\varnothing)\Big), \qquad
+              \mathrm{QLD} = \frac1M \sum_m \big(L_m(T_m) - L_m(\varnothing)\big)
 
     Attributes:
         spearman, pearson: the correlations; of M outer losses, the means of theirs. The first is
@@ -83,7 +92,10 @@ class DatamodelingScore(NamedTuple):
             the mean of theirs, each without its own. None where no ``top`` was asked for.
         qld_interval: the ends of its 95 % interval, by a bootstrap over M outer losses; None of a
             single one.
-        trained: how the trainings were taken, in words.
+        execution: how the trainings were taken, in words.
+
+    Source: LDS: Park et al., "TRAK" (2023), after Ilyas et al., "Datamodels" (2022); QLD: the
+    leaderboard of bergson (2026).
     """
 
     spearman: float
@@ -93,18 +105,21 @@ class DatamodelingScore(NamedTuple):
     interval: tuple[float, float] = (math.nan, math.nan)
     qld: float | None = None
     qld_interval: tuple[float, float] | None = None
-    trained: str = ""
+    execution: str = ""
 
 
 def datamodeling_score(
-    predicted: Tensor, retrained: Tensor, without_top: Tensor | None = None, trained: str = ""
+    predicted: Tensor,
+    retrained: Tensor,
+    changes_without_top: Tensor | None = None,
+    execution: str = "",
 ) -> DatamodelingScore:
     """Return how predicted changes of outer losses agree with those of trainings.
 
     Args:
         predicted, retrained: (R,), or (R, M) of M outer losses; R is three or more.
-        without_top: the changes without the highest scores, a scalar or (M,).
-        trained: how the trainings were taken.
+        changes_without_top: the changes without the highest scores, a scalar or (M,).
+        execution: how the trainings were taken.
 
     Cost: 500 rankings of R numbers for each outer loss.
 
@@ -117,10 +132,10 @@ def datamodeling_score(
     retrained_MR = retrained.double().cpu().reshape(len(retrained), -1).T.numpy()
     qld = None
     qld_interval = None
-    if without_top is not None:
-        qld = float(without_top.double().mean())
-        if without_top.ndim:
-            qld_interval = bootstrap_interval(without_top.double().cpu().numpy())
+    if changes_without_top is not None:
+        qld = float(changes_without_top.double().mean())
+        if changes_without_top.ndim:
+            qld_interval = bootstrap_interval(changes_without_top.double().cpu().numpy())
     return DatamodelingScore(
         spearman=float(rank_correlations(predicted_MR, retrained_MR).mean()),
         pearson=float(correlations(predicted_MR, retrained_MR).mean()),
@@ -129,7 +144,7 @@ def datamodeling_score(
         interval=spearman_interval(predicted_MR, retrained_MR),
         qld=qld,
         qld_interval=qld_interval,
-        trained=trained,
+        execution=execution,
     )
 
 
@@ -337,8 +352,8 @@ class StackPlan:
 class StackedTrainings:
     """Trainings of one student with several weights of its examples, taken in steps together.
 
-    Cost: that of the trainings, without what PyTorch does between operations: of networks whose
-    steps take a millisecond, a third to a half of the time, and less once compiled
+    Cost: that of the trainings, without what PyTorch does between operations: of perceptrons whose
+    steps take a millisecond, 0.25 to 0.4 of the time alone, and 0.1 to 0.2 once compiled
     (docs/whole-trainings.md). Memory: that of S trainings at once, for S of them in a stack, with
     what S passes hold.
 
@@ -443,12 +458,13 @@ class StackedTrainings:
         training = self.training
         plan = self._plan
         if compile not in self._steps:
-            self._steps[compile] = self._made_step(compile=compile)
+            self._steps[compile] = self._new_step(compile=compile)
         step = self._steps[compile]
         members: Members = pytree.tree_map(
             lambda t: t.expand(len(weights), *t.shape).clone(), plan.start
         )
-        weights_of_dtype = weights.to(wide(next(iter(plan.start.params.values()))).dtype)
+        first_parameter = next(iter(plan.start.params.values()))
+        weights_of_dtype = weights.to(as_real(wide(first_parameter)).dtype)
         with (
             # A loss may read ``student.parameters()`` by a closure.
             with_contents_of(plan.network, training.layout.network),
@@ -457,7 +473,7 @@ class StackedTrainings:
             no_fast_path(math=True),
             deterministic(training.start.device),
             without_warnings_of_tracing(),
-            capturing(),
+            capturing() if compile else nullcontext(),
         ):
             for number, numbers in enumerate(training.order[:steps]):
                 members = step(
@@ -480,7 +496,7 @@ class StackedTrainings:
             buffer.copy_(members.buffers[name][place])
         return self.training.outer_losses(network, self.judges)
 
-    def _made_step(self, *, compile: bool) -> Callable[..., Members]:
+    def _new_step(self, *, compile: bool) -> Callable[..., Members]:
         """Return one step of a stack as a function of its members, compiled or not."""
         training = self.training
         plan = self._plan
@@ -520,7 +536,7 @@ class Removals:
 
     Args:
         alone: the outer losses of a single training with weights of the examples.
-        stacks: of the same training; None where there are none.
+        stacks: of the same training; None of a recorded one, which its recording takes again.
         at_once: how many trainings a stack has at most.
         compile: whether a stack's steps are compiled; None: from :data:`COMPILED_FROM` on.
     """
@@ -537,7 +553,7 @@ class Removals:
         self.stacks = stacks
         self.at_once = at_once
         self.compile = compile
-        self.trained = "one by one"
+        self.execution = "one by one"
 
     def losses(self, weights: Tensor, shape: Sequence[int], *, progress: bool) -> Tensor:
         """Return the outer losses of R trainings, (R, *shape).
@@ -551,6 +567,8 @@ class Removals:
         stacks = self.stacks
         at_once = self.at_once
         if stacks is None or not stacks.training.can_be_repeated or at_once == 1:
+            if self.compile:
+                raise refused_compile("at_once is 1, or the training is a recorded one")
             return self._one_by_one(weights, progress=progress)
         if reason := stacks.why_not():
             return self._one_by_one(weights, progress=progress, reason=reason)
@@ -564,32 +582,35 @@ class Removals:
         if compiles is None:
             compiles = steps * len(weights) >= COMPILED_FROM
         # Stacks of equal sizes, for a graph serves one size.
-        number_of_stacks = math.ceil(len(weights) / at_once)
-        size = math.ceil(len(weights) / number_of_stacks)
-        try:
-            stacks.compare(weights[:size], compile=compiles)
-        except Exception as error:
-            if self.compile:
-                raise refused_compile(first_line(error)) from error
-            return self._one_by_one(weights, progress=progress, reason=first_line(error))
+        size = math.ceil(len(weights) / math.ceil(len(weights) / at_once))
+        reason = why_refused(stacks, weights[:size], compile=compiles)
+        if not reason:
+            self.execution = f"in stacks of {size}{', compiled' if compiles else ''}"
+        elif compiles and self.compile is None:
+            compiles = False
+            why_not_compiled = reason
+            reason = why_refused(stacks, weights[:size], compile=False)
+            self.execution = f"in stacks of {size}, not compiled: {why_not_compiled}"
+        if reason:
+            return self._one_by_one(weights, progress=progress, reason=reason)
 
         losses = list[Tensor]()
         name = f"steps of {size} trainings without examples"
-        with step_bar(progress, number_of_stacks * steps, name, 0) as advance:
+        with step_bar(progress, math.ceil(len(weights) / size) * steps, name, 0) as advance:
             for rows in weights.split(size):
+                stack = rows
                 missing = size - len(rows)
                 if missing and compiles:
-                    rows = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
-                of_stack = stacks.losses(rows, compile=compiles, advance=advance)
-                losses.append(of_stack[: size - missing])
-        self.trained = f"in stacks of {size}{', compiled' if compiles else ''}"
+                    stack = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
+                of_stack = stacks.losses(stack, compile=compiles, advance=advance)
+                losses.append(of_stack[: len(rows)])
         return torch.cat(losses).reshape(len(weights), *shape)
 
     def _one_by_one(self, weights: Tensor, *, progress: bool, reason: str = "") -> Tensor:
         if reason and self.compile:
             raise refused_compile(reason)
         if reason:
-            self.trained = f"one by one: {reason}"
+            self.execution = f"one by one: {reason}"
             warnings.warn(
                 f"the trainings without examples cannot be stacked, and are taken one by one: "
                 f"{reason}. at_once=1 asks for that.",
@@ -601,6 +622,17 @@ class Removals:
                 losses.append(self.alone(row))
                 advance()
         return torch.stack(losses)
+
+
+def why_refused(stacks: StackedTrainings, weights: Tensor, *, compile: bool) -> str:
+    """Return why a stack is not taken, by its first steps; "" where they are those alone."""
+    try:
+        stacks.compare(weights, compile=compile)
+    except Exception as error:
+        # A student may raise anything where vmap runs it, and each training alone may be right. An
+        # error that it raises alone too is raised there.
+        return first_line(error)
+    return ""
 
 
 def refused_compile(reason: str) -> MetaplError:

@@ -42,6 +42,7 @@ SECOND = (
     "overhead",
     "peers",
     "protocol_rows",
+    "recording",
     "reduced",
     "reliability",
     "retraining",

@@ -237,7 +237,16 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
 ) -> None:
     said: list[str] = []
     found, method = choose_settings(given(root), images.METHODS["mpl"], said.append)
-    open_ = ("val", "test", "minutes", "weights", "tuning", "weights_sha256", "ema_decay")
+    open_ = (
+        "val",
+        "test",
+        "minutes",
+        "weights",
+        "tuning",
+        "weights_sha256",
+        "ema_decay",
+        "patience",
+    )
     assert [
         name for name, value in flag_values(found).items() if value is None and name not in open_
     ] == []

@@ -254,7 +254,7 @@ def test_a_file_that_is_no_recipe_ends_in_one_line(fault: str, tiny: Path, tmp_p
     [
         (("train", "--config"), "--config was given without a value"),
         (("train", "--config", "{tmp}/none.json"), "cannot be read: No such file"),
-        (("train", "--config", "{tmp}"), "cannot be read: it is no plain file"),
+        (("train", "--config", "{tmp}"), "is a folder; expected the recipe.json of a run"),
         (("train", "images", "--config", "{run}/recipe.json"), "is the recipe of train digits"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -43,7 +42,7 @@ def standing(name: str, right: int, pictures: int) -> Standing:
 def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
     mild = standing("mild", right=60, pictures=100)
     strong = standing("strong", right=40, pictures=100)
-    points = points_of([mild, strong])
+    points = points_of([mild, strong], linear_advantage=0.0)
     share = 60.5 / 101
     variance = 100**2 * share * (1 - share) / 100
     weight = tournament.SPREAD**2 / (tournament.SPREAD**2 + variance)
@@ -65,7 +64,13 @@ def test_few_pictures_leave_it_to_the_head_start(
     mild: int, strong: int, pictures: int, best: str
 ) -> None:
     standings = [standing("mild", mild, pictures), standing("strong", strong, pictures)]
-    assert tournament.ordered(standings)[0].recipe.name == best
+    assert tournament.ordered(standings, linear_advantage=0.0)[0].recipe.name == best
+
+
+def test_strong_changes_lose_their_head_start_where_a_linear_layer_is_right() -> None:
+    standings = [standing("mild", 20, 40), standing("strong", 20, 40)]
+    assert tournament.ordered(standings, linear_advantage=20.0)[0].recipe.name == "strong"
+    assert tournament.ordered(standings, linear_advantage=30.0)[0].recipe.name == "mild"
 
 
 def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
@@ -125,6 +130,8 @@ def test_a_run_says_what_it_tried_and_delivers_the_best(auto_run: Path) -> None:
     assert result["validation_size"] == 0
     assert result["delivered"] == "student"
     assert 0 <= result["test_accuracy"] <= 1
+    # What the trials left is not kept.
+    assert not [*auto_run.glob("trial-*")]
 
 
 def test_the_steps_of_all_trials_are_the_share_that_was_asked_for() -> None:
@@ -171,14 +178,14 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
 def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linear = next(recipe for recipe in RECIPES if recipe.name == "linear")
-    far_ahead = tuple(
-        tournament.dataclasses.replace(
-            recipe, head_start=math.copysign(1000, 1 if recipe is linear else -1)
-        )
-        for recipe in RECIPES
-    )
-    monkeypatch.setattr(tournament, "RECIPES", far_ahead)
+    others = {"mild", "mild, mirrored", "strong"}
+    points = tournament.points_of
+
+    def far_ahead(*args: object, **options: object) -> dict[str, float]:
+        scores = points(*args, **options)  # type: ignore[arg-type]
+        return {name: -100.0 if name in others else score for name, score in scores.items()}
+
+    monkeypatch.setattr(tournament, "points_of", far_ahead)
     out = tmp_path / "run"
     metapl(*images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out)))
     result = json.loads((out / "result.json").read_text())

@@ -115,6 +115,30 @@ def call(
     )
 
 
+# Pixels of the strong view, and the mean of each picture, as version 0.3.0 first had them.
+FIRST_VIEWS = {
+    1: (
+        [0.6594914, 0.1259751, 0.3615691, 0.5028706, 0.3043721, 0.2142657],
+        [0.5640311, 0.3846514],
+    ),
+    3: (
+        [0.6042307, 1.0, 0.9971055, 0.2213605, 0.395758, 0.2881144],
+        [0.5424427, 0.3478890],
+    ),
+}
+
+
+@pytest.mark.parametrize("channels", FIRST_VIEWS)
+def test_views_stay_as_they_were(channels: int) -> None:
+    """A run that is resumed goes on with the views that it began with."""
+    places = torch.arange(2 * channels * 20 * 20).view(2, channels, 20, 20)
+    images = (places * 37 % 256) / 255
+    seen = call(STRONG, images, seed=2**63 + 5, step=77, examples=torch.tensor([3, 7919]))
+    pixels, means = FIRST_VIEWS[channels]
+    assert seen[:, -1, 4, 5::5].flatten().tolist() == pytest.approx(pixels, abs=1e-5)
+    assert seen.mean((1, 2, 3)).tolist() == pytest.approx(means, abs=1e-5)
+
+
 @pytest.mark.parametrize(("name", "dtype"), KINDS)
 def test_a_view_depends_on_seed_step_and_example_alone(name: str, dtype: torch.dtype) -> None:
     view = VIEWS[name]

@@ -323,6 +323,109 @@ class Closure:
         return loss
 
 
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_sequences_whose_tokens_count_alike(per: Any, tmp_path: Path) -> None:
+    """Batches are padded to their longest sequence, and tokens of two are accumulated."""
+    generator = torch.Generator().manual_seed(8)
+    lengths = torch.randint(3, 8, (EXAMPLES,), generator=generator).tolist()
+    texts = [torch.randint(11, (n,), generator=generator) for n in lengths]
+
+    def padded(numbers: list[int]) -> dict[str, Tensor]:
+        ids = nn.utils.rnn.pad_sequence([texts[i] for i in numbers], batch_first=True)
+        masks = [torch.ones_like(texts[i]) for i in numbers]
+        mask = nn.utils.rnn.pad_sequence(masks, batch_first=True)
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(mask > 0, -100)}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.words = nn.Embedding(11, 5).double()
+            self.mix = nn.GRU(5, 5, batch_first=True).double()
+            self.head = nn.Linear(5, 11).double()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            hidden, _ = self.mix(self.words(input_ids))
+            outputs: Tensor = self.head(hidden)
+            return outputs
+
+    outer = padded([27, 28, 29])
+
+    def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        outputs = model(batch["input_ids"], batch["attention_mask"])
+        return F.cross_entropy(
+            outputs[:, :-1].transpose(1, 2), batch["labels"][:, 1:], reduction="none"
+        )
+
+    def loop(weights: Tensor, context: Any = None) -> Tensor:
+        model = Model()
+        optimizer = OPTIMIZERS["SGD"](model)
+        with context(model, optimizer) if context else torch.enable_grad():
+            for parts in batches(5):
+                optimizer.zero_grad()
+                micro_batches = [padded(rows.tolist()) for rows in parts]
+                count = sum((batch["labels"][:, 1:] >= 0).sum() for batch in micro_batches)
+                for rows, batch in zip(parts, micro_batches, strict=True):
+                    losses = token_losses(model, batch)
+                    w = weights[rows][:, 1 : 1 + losses.shape[1]]
+                    ((w * losses).sum() / count).backward()
+                optimizer.step()
+            return token_losses(model, outer).sum() / (outer["labels"][:, 1:] >= 0).sum()
+
+    class Texts(torch.utils.data.Dataset[int]):
+        def __len__(self) -> int:
+            return EXAMPLES
+
+        def __getitem__(self, number: int) -> int:
+            return number
+
+    recordings: list[Recording] = []
+    problem = metapl.problems.NextToken(per=per, mean="token")
+
+    def context(model: nn.Module, optimizer: torch.optim.Optimizer) -> Recording:
+        data = torch.utils.data.DataLoader(Texts(), collate_fn=padded)
+        recordings.append(record(model, optimizer, out=tmp_path / "r", problem=problem, train=data))
+        return recordings[0]
+
+    ones = torch.ones(EXAMPLES, 8, dtype=torch.float64)
+    loss = loop(ones, context).detach()
+    (recording,) = recordings
+    assert recording.loss_factor == 1.0
+    assert recording.order.equal(torch.stack([torch.cat(parts) for parts in batches(5)]))
+    attribution = recording.attribute(outer, progress=False)
+    assert abs(attribution.outer_loss - loss) < 1e-12
+    scores = attribution.scores
+    number = int(recording.order[0, 0])
+    change = torch.zeros_like(ones)
+    if per == "token":
+        change[number, 2] = 1e-5
+        score = scores[number, 2]
+    else:
+        change[number] = 1e-5
+        score = scores[number]
+    slope = (loop(ones + change) - loop(ones - change)).detach() / 2e-5
+    assert abs(-slope - score) < 1e-6 * scores.abs().max()
+    # By the replayed training with other weights, too.
+    replayed: list[Tensor] = []
+    for weights in (ones + change, ones - change):
+        if per == "token":
+            replayed.append(attribution._losses_with(weights[:, : scores.shape[1]]))
+        else:
+            replayed.append(attribution._losses_with(weights[:, 0]))
+    slope = (replayed[0] - replayed[1]) / 2e-5
+    assert abs(-slope - score) < 1e-6 * scores.abs().max()
+
+    # Where each sequence counts alike, the gradient is another one.
+    other = Model()
+    optimizer = OPTIMIZERS["SGD"](other)
+    data = torch.utils.data.DataLoader(Texts(), collate_fn=padded)
+    by_sequence = metapl.problems.NextToken()
+    with record(other, optimizer, out=tmp_path / "s", problem=by_sequence, train=data):
+        token_losses(other, padded([0, 1, 2, 3])).sum().backward()
+        with pytest.raises(MetaplError, match="differs from p.grad"):
+            optimizer.step()
+
+
 def test_steps_with_a_closure_and_an_optimizer_that_comes_late(tmp_path: Path) -> None:
     scores = []
     for is_within_step in (False, True):
@@ -604,6 +707,13 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
             "the optimizer is Adagrad; expected torch.optim",
         ),
         (
+            {
+                "model": nn.Linear(5, CLASSES, bias=False).double(),
+                "optimizer": lambda model: torch.optim.Muon(model.parameters()),
+            },
+            "the optimizer is Muon, whose own steps round products",
+        ),
+        (
             {"before_step": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3)},
             "clip_grad_value_, which clips each entry",
         ),
@@ -702,6 +812,57 @@ def test_more_bytes_than_allowed_end_the_recording_and_not_the_training(tmp_path
     assert found.scores.abs().max() > 0
 
 
+@pytest.mark.parametrize("kind", ["clipped values", "other inputs", "no call"])
+def test_what_a_later_step_does_ends_the_recording_and_not_the_training(
+    kind: str, tmp_path: Path
+) -> None:
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        for step, rows in enumerate(torch.arange(EXAMPLES).split(6)):
+            optimizer.zero_grad()
+            x = X[rows] + 0.5 if kind == "other inputs" and step == 3 else X[rows]
+            if kind == "no call" and step == 3:
+                model[0].weight.square().sum().backward()
+            else:
+                F.cross_entropy(model(x), Y[rows]).backward()
+            if kind == "clipped values" and step == 3:
+                nn.utils.clip_grad_value_(model.parameters(), 0.01)
+            optimizer.step()
+
+    plain = network(dropout=0.0)
+    loop(plain, OPTIMIZERS["SGD"](plain))
+    model = network(dropout=0.0)
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=2) as recording:
+        with pytest.warns(UserWarning, match="ended before step 2: .* goes on without it"):
+            loop(model, optimizer)
+    for p, q in zip(plain.parameters(), model.parameters(), strict=True):
+        assert p.equal(q)
+    # The two steps that were saved.
+    assert len(recording.order) == 2
+    assert recording.attribute(OUTER, progress=False).scores[:12].abs().min() > 0
+
+
+def test_what_a_network_is_called_with_beside_rows_is_recorded(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network(dropout=0.0)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None, scale: float = 1.0) -> Tensor:
+            outputs: Tensor = scale * self.body(x)
+            return outputs
+
+    model = Scaled()
+    optimizer = OPTIMIZERS["SGD"](model)
+    with record(model, optimizer, out=tmp_path / "r") as recording:
+        F.cross_entropy(model(X[:6], labels=Y[:6], scale=2.0), Y[:6]).backward()
+        optimizer.step()
+    outer = {"x": OUTER[0], "labels": OUTER[1]}
+    with torch.no_grad():
+        loss = F.cross_entropy(model(OUTER[0], scale=2.0), OUTER[1])
+    assert abs(recording.attribute(outer, progress=False).outer_loss - loss) < 1e-12
+
+
 def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(MetaplError, match="states_every=0: expected"):
         record(network(), out=tmp_path / "r", states_every=0)
@@ -763,12 +924,13 @@ def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:
     ids = torch.randint(0, 50, (6, 9))
     mask = torch.ones(6, 9, dtype=torch.int64)
     mask[:3, 6:] = 0
-    digests = row_digests({"input_ids": ids, "attention_mask": mask})
+    digests = row_digests({"input_ids": ids, "attention_mask": mask}, ignores_padding=True)
     longer = {
         "input_ids": F.pad(ids, (0, 4), value=7),
         "attention_mask": F.pad(mask, (0, 4)),
     }
-    assert row_digests(longer).equal(digests)
+    assert row_digests(longer, ignores_padding=True).equal(digests)
+    assert not row_digests(longer).equal(digests)
     shuffled = torch.randperm(6)
     assert row_digests({"a": ids[shuffled]}).equal(row_digests({"a": ids})[shuffled])
     # Small whole numbers in floating point differ in their leading bits alone.

@@ -7,6 +7,8 @@ They are given the batches and the generators that the trainer had.
 from __future__ import annotations
 
 import ast
+import re
+import runpy
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,8 @@ from metapl.problems import NextToken
 
 # Those of other libraries.
 pytestmark = pytest.mark.filterwarnings("ignore::Warning")
+
+ROOT = Path(__file__).parents[2]
 
 LENGTH = 24
 EXAMPLES = 24
@@ -188,18 +192,26 @@ def by_hand(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 2e-4)], ids=["64", "32"]
+    ("dtype", "tolerance", "has_data"),
+    [(torch.float64, 1e-8, False), (torch.float32, 2e-4, True)],
+    ids=["64", "32"],
 )
 def test_scores_of_a_transformers_trainer_are_those_of_a_loop_by_hand(
-    dtype: torch.dtype, tolerance: float, tmp_path: Path
+    dtype: torch.dtype, tolerance: float, has_data: bool, tmp_path: Path
 ) -> None:
-    """AdamW, a linear warm-up, clipping, dropout, and accumulation of two."""
+    """AdamW, a linear warm-up, clipping, dropout, and accumulation of two.
+
+    The examples are numbered by the data set, or as they were first seen.
+    """
     network = gpt2(dtype, dropout=0.1)
     trainer = trainer_of(network, tmp_path)
     seen = Seen()
     seen.watch(trainer)
     out = tmp_path / "recording"
-    with metapl.record(network, out=out, problem=NextToken(), states_every=3) as recording:
+    data = TRAIN if has_data else None
+    with metapl.record(
+        network, out=out, problem=NextToken(), train=data, states_every=3
+    ) as recording:
         trainer.train()
     assert len(seen.batches) == 2 * STEPS
     assert recording.steps == STEPS
@@ -211,26 +223,40 @@ def test_scores_of_a_transformers_trainer_are_those_of_a_loop_by_hand(
     for name, p in network.named_parameters():
         assert (p - theta[name]).abs().max() < tolerance
     assert abs(attribution.outer_loss - loss) < tolerance
-    # Examples are numbered as they were first seen.
-    in_order = torch.empty(EXAMPLES, dtype=torch.int64)
     rows = torch.cat([batch["input_ids"] for batch in seen.batches])
-    numbers = recording.order.flatten().tolist()
-    for number, row in zip(numbers, rows, strict=True):
-        in_order[number] = number_of(row)
-    by_recording = torch.zeros_like(attribution.scores)
-    by_recording[in_order] = attribution.scores
+    numbers = [number_of(row) for row in rows]
+    place = torch.arange(EXAMPLES)
+    if not has_data:
+        place = torch.tensor([*dict.fromkeys(numbers)])
+    assert place[recording.order.flatten()].tolist() == numbers
     size = scores.abs().max()
-    assert (by_recording - scores).abs().max() <= tolerance * size
+    assert (attribution.scores - scores[place]).abs().max() <= tolerance * size
     # They are no rounding, and the largest is not the only one.
     assert scores.abs().median() > 1e-2 * size
 
-    opened = metapl.Recording.open(out, gpt2(dtype, dropout=0.1), problem=NextToken(per="token"))
+    by_token = NextToken(per="token")
+    opened = metapl.Recording.open(out, gpt2(dtype, dropout=0.1), problem=by_token, train=data)
     tokens = opened.attribute(OUTER, progress=False).scores
     assert tokens.shape == (EXAMPLES, LENGTH)
     by_hand_tokens, _, _ = by_hand(gpt2(dtype, dropout=0.1), seen, per_token=True)
-    in_data = torch.zeros_like(tokens)
-    in_data[in_order] = tokens
-    assert (in_data[:, 1:] - by_hand_tokens).abs().max() <= tolerance * size
+    assert (tokens[:, 1:] - by_hand_tokens[place]).abs().max() <= tolerance * size
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="the examples are not installed")
+def test_the_example_finds_random_bytes_among_documentation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    main = runpy.run_path(str(ROOT / "examples" / "record_a_trainer.py"))["main"]
+    main(60, tmp_path)
+    printed = capsys.readouterr().out
+    share = re.search(r"of the 16 lowest scores, (\d+) % are random bytes", printed)
+    assert share is not None
+    # 15 of 16 on the machine of the page.
+    assert int(share[1]) >= 75
+    assert (tmp_path / "scores.parquet").is_file()
 
 
 # ------------------------------------------------------------------------- Lightning and accelerate

@@ -106,8 +106,8 @@ def compare_with_alone(
     """Return the score of trainings in stacks of two at most; they are those alone."""
     alone = attribution.validate(sets, at_once=1)
     stacked = attribution.validate(sets, at_once=2, **options)
-    assert alone.trained == "one by one"
-    assert stacked.trained.startswith("in stacks of 2")
+    assert alone.execution == "one by one"
+    assert stacked.execution.startswith("in stacks of 2")
     assert error(stacked.retrained, alone.retrained) < 1e-6
     assert stacked.spearman == pytest.approx(alone.spearman)
     return stacked
@@ -188,7 +188,7 @@ def test_a_training_goes_on_from_the_optimizer_s_state_and_moves_nothing() -> No
 def test_compiled_stacks_are_trainings_alone(kind: str, rule: str) -> None:
     # Five trainings are three stacks, of which the last one is filled up.
     score = compare_with_alone(scored(student(kind), rule), compile=True)
-    assert score.trained == "in stacks of 2, compiled"
+    assert score.execution == "in stacks of 2, compiled"
 
 
 def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +201,29 @@ def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(retraining, "captured", captured)
     attribution = scored(student("mlp"))
     monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS + 1)
-    assert attribution.validate(SETS).trained == "in stacks of 5"
+    assert attribution.validate(SETS).execution == "in stacks of 5"
     assert not compiled
     monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS)
-    assert attribution.validate(SETS).trained == "in stacks of 5, compiled"
-    assert attribution.validate(SETS, compile=False).trained == "in stacks of 5"
+    assert attribution.validate(SETS).execution == "in stacks of 5, compiled"
+    assert attribution.validate(SETS, compile=False).execution == "in stacks of 5"
     assert len(compiled) == 1
+
+
+def test_what_cannot_be_compiled_is_stacked_unless_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def captured(function: Any, device: torch.device) -> Any:
+        def refuse(*arguments: Any) -> Any:
+            raise RuntimeError("no compiler here")
+
+        return refuse
+
+    monkeypatch.setattr(retraining, "captured", captured)
+    monkeypatch.setattr(retraining, "COMPILED_FROM", 1)
+    attribution = scored(student("mlp"))
+    assert attribution.validate(SETS).execution == "in stacks of 5, not compiled: no compiler here"
+    with pytest.raises(MetaplError, match="compiled in stacks: no compiler here; leave compile"):
+        attribution.validate(SETS, compile=True)
 
 
 def test_what_cannot_be_stacked_is_trained_alone_and_says_so() -> None:
@@ -215,9 +232,11 @@ def test_what_cannot_be_stacked_is_trained_alone_and_says_so() -> None:
     with pytest.warns(UserWarning, match="cannot be stacked, and are taken one by one: .*vmap"):
         score = attribution.validate(SETS)
     assert torch.equal(score.retrained, alone.retrained)
-    assert score.trained.startswith("one by one: ")
+    assert score.execution.startswith("one by one: ")
     with pytest.raises(MetaplError, match="cannot be compiled in stacks: .*; leave compile out"):
         attribution.validate(SETS, compile=True)
+    with pytest.raises(MetaplError, match="at_once is 1"):
+        attribution.validate(SETS, compile=True, at_once=1)
 
     network = student("mlp").float()
     with torch.autocast("cpu", torch.bfloat16):
@@ -247,7 +266,7 @@ def test_a_stack_that_leads_elsewhere_is_not_believed(monkeypatch: pytest.Monkey
     # The first batches of the training have to lose an example.
     first = [[int(number)] for number in attribution.order[0][:3]]
     with pytest.warns(UserWarning, match="2 steps in a stack lead elsewhere than alone"):
-        assert attribution.validate(first).trained.startswith("one by one")
+        assert attribution.validate(first).execution.startswith("one by one")
 
 
 def test_stacks_are_as_large_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +274,7 @@ def test_stacks_are_as_large_as_memory_holds(monkeypatch: pytest.MonkeyPatch) ->
     weights = sum(p.nbytes for p in network.parameters())
     attribution = scored(network)
     monkeypatch.setattr(retraining, "free_bytes", lambda device: 2 * 6 * weights * 3)
-    assert attribution.validate(SETS).trained == "in stacks of 3"
+    assert attribution.validate(SETS).execution == "in stacks of 3"
     monkeypatch.setattr(retraining, "free_bytes", lambda device: 2 * 6 * weights)
     with pytest.warns(UserWarning, match="holds no two of them"):
         attribution.validate(SETS)

@@ -157,7 +157,7 @@ class Data:
                     )
                 # In the order of the call, by which tensors are told from each other.
                 inputs = {key: inputs[key] for key in self.form.keys}
-            digests = row_digests(inputs)
+            digests = row_digests(inputs, ignores_padding=True)
             of_inputs.append(digests)
             of_all.append(digests + 3 * row_digests(labels_of(batch, digests)))
         return torch.cat(of_inputs), torch.cat(of_all)

@@ -35,7 +35,7 @@ class SeenStep:
         loss: the sum of the losses that were backpropagated; NaN where none was seen.
         clip_norm: the greatest norm of the gradient; None: it was not clipped.
         gradients: those that the optimizer has used, by name.
-        sizes: how many examples each call has.
+        sizes: how many examples each call has, or tokens, as the problem counts.
     """
 
     state: KeptState
@@ -43,7 +43,7 @@ class SeenStep:
     loss: float
     clip_norm: float | None
     gradients: Tree
-    sizes: Sequence[int]
+    sizes: Sequence[float]
 
 
 def tolerance_of(network: RecordedNetwork) -> float:
@@ -54,7 +54,7 @@ def tolerance_of(network: RecordedNetwork) -> float:
     return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
-def weightings(sizes: Sequence[int], first_sizes: Sequence[int]) -> list[list[float]]:
+def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[list[float]]:
     """Return the factors that loops give to the mean losses of a step's micro-batches.
 
     They are those of the mean over all examples; of the mean over the micro-batches; of the sum
@@ -62,7 +62,7 @@ def weightings(sizes: Sequence[int], first_sizes: Sequence[int]) -> list[list[fl
     sum over the examples. Usually they are equal.
 
     Args:
-        sizes: how many examples each micro-batch has.
+        sizes: how many examples each micro-batch has, or tokens where each of them counts alike.
         first_sizes: the same of the first step.
 
     >>> weightings([4, 4], [4, 4]), weightings([4], [4, 4])
@@ -127,6 +127,11 @@ def followed_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Torch
     if not isinstance(update, TorchUpdate) or isinstance(optimizer, Several):
         raise MetaplError(
             f"record: the optimizer is {type(optimizer).__name__}; expected one of torch.optim."
+        )
+    if update.is_rounded:
+        raise MetaplError(
+            f"record: the optimizer is {type(optimizer).__name__}, whose own steps round products "
+            "to bfloat16, and the rule does not; expected torch.optim SGD, Adam or AdamW."
         )
     return update
 

@@ -205,10 +205,6 @@ class RecordedNetwork:
                 self._buffer_places,
             )
 
-    def buffers(self) -> Tree:
-        """Return copies of the network's buffers, by name."""
-        return {name: table[key].detach().clone() for table, key, name in self._buffer_places}
-
     def fixed_digest(self, moving: Sequence[str]) -> Tensor:
         """Return a digest of what a training does not move: frozen weights and other buffers.
 
@@ -237,6 +233,9 @@ class RecordedNetwork:
         if weights is None:
             weights = outputs.new_ones(shape).requires_grad_()
         else:
+            if weights.ndim > 1:
+                # Examples of another batch may have had more parts.
+                weights = weights[:, : shape[1]]
             # Weights of examples are those of all their parts.
             further_dimensions = [1] * (len(shape) - weights.ndim)
             weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions).expand(shape)

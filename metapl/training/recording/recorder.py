@@ -30,7 +30,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, one_at_a_time, trainable
@@ -58,6 +58,14 @@ from metapl.training.recording.watching import StepWatch, refuse_clipping, watch
 from metapl.updates import TorchUpdate
 from metapl.updates.optimizers import parameters_of
 
+# Entries of a param group that no rule reads.
+NO_SETTINGS = ("params", "param_names", "initial_lr")
+
+NO_CALL = (
+    "record: the optimizer took a step, and the network was not called with a gradient before it; "
+    "expected the network that the loop calls."
+)
+
 
 @dataclass
 class SeenRow:
@@ -75,15 +83,6 @@ class SeenRow:
     losses: list[Tensor]
     clip_norm: float | None
     options: list[dict[str, Any]]
-
-
-# Entries of a param group that no rule reads.
-NO_SETTINGS = ("params", "param_names", "initial_lr")
-
-NO_CALL = (
-    "record: the optimizer took a step, and the network was not called with a gradient before it; "
-    "expected the network that the loop calls."
-)
 
 
 class Recorder:
@@ -150,6 +149,7 @@ class Recorder:
         self._rows: list[SeenRow] = []
         self._first_row = 0
         self._moving_buffers: tuple[str, ...] = ()
+        self._weights: list[nn.Parameter] = []
         self._versions: list[int] = []
         self._begin_step()
 
@@ -217,9 +217,8 @@ class Recorder:
         return KeptState(params, optimizer_state, buffers=moving)
 
     def _stop(self, reason: str) -> None:
-        """End the recording and let the training go on; what was saved stays."""
+        """End the recording, and let the training go on; what was saved stays."""
         self.ended_by = reason.removeprefix("record: ").rstrip(".")
-        self._hooks.close()
         warnings.warn(
             f"the recording in {self.folder.path} ended before step {self._first_row:,}: "
             f"{self.ended_by}. The training goes on without it.",
@@ -229,66 +228,84 @@ class Recorder:
     # ------------------------------------------------------------------------------ the four places
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self._is_comparing or not torch.is_grad_enabled():
+        if not self._is_active or not torch.is_grad_enabled():
             return
-        if self._is_first_step and not self._batches:
-            self._look_at_modes()
-        if self._keeps_state and not self._params:
-            self._params = self._current_params()
-            self._buffers = self._current_buffers()
-        batch = batch_of_call(module, args, kwargs)
-        if self._form is None:
-            self._read_data(batch)
-        self._examples.append(self._examples_of(batch))
-        if self._is_first_step:
-            # The loop may write into its batch after the call.
-            self._batches.append(map_tensors(lambda t: t.detach().clone(), batch))
-        self._before_call = RandomState.now(self._device, outside=self._draws_outside)
+        with self._guarded():
+            if self._is_first_step and not self._batches:
+                self._look_at_modes()
+            if self._keeps_state and not self._params:
+                self._params = self._current_params()
+                self._buffers = self._current_buffers()
+            batch = batch_of_call(module, args, kwargs)
+            if self._form is None:
+                self._read_data(batch)
+            self._examples.append(self._examples_of(batch))
+            if self._is_first_step:
+                # The loop may write into its batch after the call.
+                self._batches.append(map_tensors(lambda t: t.detach().clone(), batch))
+            self._before_call = RandomState.now(self._device, outside=self._draws_outside)
 
     def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        before = self._before_call
-        if self._is_comparing or before is None:
+        start = self._before_call
+        if not self._is_active or start is None:
             return
         self._before_call = None
         self._looks.close()
-        after = RandomState.now(self._device, outside=self._draws_outside)
-        if self._draws_outside and after.has_drawn_outside(before):
+        end = RandomState.now(self._device, outside=self._draws_outside)
+        if self._draws_outside and end.has_drawn_outside(start):
             self._has_drawn_outside = True
         elif self._draws_outside:
             # Their states are long, and the network leaves them alone.
-            before = before._replace(python=None, numpy=None)
-        has_drawn = not after.equals(before) or self._has_drawn_outside
-        self._draws.append(before.values() if has_drawn else None)
-        self._random_states.append(before if has_drawn else None)
+            start = start._replace(python=None, numpy=None)
+        has_drawn = not end.equals(start) or self._has_drawn_outside
+        self._draws.append(start.values() if has_drawn else None)
+        self._random_states.append(start if has_drawn else None)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_followed(optimizer):
+        if not self._is_active or not self._is_followed(optimizer):
             return
-        if self._update is None:
-            with self._ending_on_error():
+        with self._guarded():
+            if self._update is None:
                 self._update = followed_update(self.model, optimizer)
-        self._options = settings_of(optimizer)
-        if self._keeps_state:
-            # The first call of Lightning's step is within it, and has not come yet.
-            self._params = self._params or self._current_params()
-            self._buffers = self._buffers or self._current_buffers()
-            self._optimizer_state = copied(self._update.read_state())
+            self._options = settings_of(optimizer)
+            if self._keeps_state:
+                # The first call of Lightning's step is within it, and has not come yet.
+                self._params = self._params or self._current_params()
+                self._buffers = self._buffers or self._current_buffers()
+                self._optimizer_state = copied(self._update.read_state())
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_followed(optimizer):
+        if not self._is_active or not self._is_followed(optimizer):
             return
-        if self._is_first_step:
-            with self._ending_on_error():
+        with self._guarded():
+            if self._is_first_step:
                 self._finish_first_step(optimizer)
-        try:
             self._note_step(optimizer)
-        except MetaplError as error:
-            self._stop(str(error))
-            return
-        self.steps += 1
-        self._draws_outside = self._has_drawn_outside
-        self._versions = self._weight_versions()
-        self._begin_step()
+            self.steps += 1
+            self._draws_outside = self._has_drawn_outside
+            self._versions = self._weight_versions()
+            self._begin_step()
+
+    @property
+    def _is_active(self) -> bool:
+        """Whether calls and steps are those of a loop that is followed."""
+        return not self.ended_by and not self._is_comparing
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Refuse a loop in its first step where this block fails; later, end the recording alone.
+
+        Hooks stay until the end of the context, and do nothing from then on: PyTorch may be going
+        through them now.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self._is_first_step:
+                self._stop(reason_of(error))
+                return
+            self.ended_by = reason_of(error)
+            raise
 
     # ------------------------------------------------------------------------------- the first step
 
@@ -313,22 +330,21 @@ class Recorder:
 
     def _read_data(self, batch: Batch) -> None:
         """Learn the form of the calls, and read the data set once where there is one."""
-        with self._ending_on_error():
-            refuse_other_rows(batch)
-            self._form = CallForm.of(batch)
-            if self.train is not None:
-                first = next(self.model.parameters())
-                examples = examples_of(self.train, "train", first)
-                self._data = Data(examples, self.problem, self._form)
-                self._in_data = NumbersInData(self._data)
-                return
-            self._by_sight = NumbersBySight()
-            reads_inputs_alone = type(self.problem).student_input is not EqualWeights.student_input
-            if not self._form.has_labels and not reads_inputs_alone:
-                raise MetaplError(
-                    "record: the network is called without labels, so that the loss of an example "
-                    "is not known; expected train= with (inputs, labels) or the loop's data set."
-                )
+        refuse_other_rows(batch)
+        self._form = CallForm.of(batch)
+        if self.train is not None:
+            first = next(self.model.parameters())
+            examples = examples_of(self.train, "train", first)
+            self._data = Data(examples, self.problem, self._form)
+            self._in_data = NumbersInData(self._data)
+            return
+        self._by_sight = NumbersBySight()
+        reads_inputs_alone = type(self.problem).student_input is not EqualWeights.student_input
+        if not self._form.has_labels and not reads_inputs_alone:
+            raise MetaplError(
+                "record: the network is called without labels, so that the loss of an example is "
+                "not known; expected train= with (inputs, labels) or the loop's data set."
+            )
 
     def _examples_of(self, batch: Batch) -> Tensor:
         """Return the numbers of the examples in a batch, or digests of its rows."""
@@ -338,7 +354,7 @@ class Recorder:
         inputs = batch
         if self._form.keys is not None:
             inputs = {key: batch[key] for key in self._form.keys}
-        return row_digests(inputs)
+        return row_digests(inputs, ignores_padding=True)
 
     def _numbers_of(self, examples: Tensor) -> Tensor:
         """Return the numbers of examples in the data set, or refuse what is none of them."""
@@ -357,15 +373,16 @@ class Recorder:
                 "record: the loop trains in float16, whose scaled steps have no derivative here; "
                 "expected bfloat16 or float32."
             )
-        refuse_clipping(self._watch, parameters_of(optimizer))
+        refuse_clipping(self._watch, optimizer)
         network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
-        after = self._current_buffers()
+        buffers_after = self._current_buffers()
         self._moving_buffers = tuple(
-            name for name, b in self._buffers.items() if not torch.equal(b, after[name])
+            name for name, b in self._buffers.items() if not torch.equal(b, buffers_after[name])
         )
+        calls = self._first_calls()
         step = SeenStep(
             state=self._state(self._params, self._optimizer_state or {}, self._buffers),
-            calls=self._first_calls(),
+            calls=calls,
             loss=sum_of(self._watch.losses),
             clip_norm=self._norm(),
             gradients={
@@ -373,10 +390,14 @@ class Recorder:
                 for name, p in trainable(self.model).items()
                 if p.grad is not None
             },
-            sizes=[len(examples) for examples in self._examples],
+            sizes=[self.problem.batch_weight(call.batch) for call in calls],
         )
-        factor = self._compare(step, network)
-        self.folder.write_description({**self._description(optimizer, network), "factor": factor})
+        description = {
+            **self._description(optimizer, network),
+            "factor": self._compare(step, network),
+            "first_sizes": [*step.sizes],
+        }
+        self.folder.write_description(description)
 
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
@@ -427,26 +448,15 @@ class Recorder:
             "keys": keys,
             "has_labels": self._form.has_labels,
             "constants": dict(self._form.constants),
-            "first_sizes": [len(examples) for examples in self._examples],
             "states_every": self.states_every,
             "examples": digests,
         }
-
-    @contextmanager
-    def _ending_on_error(self) -> Iterator[None]:
-        """Remove all hooks where this block refuses the loop, which may then go on without them."""
-        try:
-            yield
-        except BaseException as error:
-            self.ended_by = str(error)
-            self._hooks.close()
-            raise
 
     # ------------------------------------------------------------------------------------ each step
 
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step; where its state is kept, write it and what was noted before it."""
-        refuse_clipping(self._watch, parameters_of(optimizer))
+        refuse_clipping(self._watch, optimizer)
         if not self._examples:
             raise MetaplError(NO_CALL)
         if self._keeps_state:
@@ -515,7 +525,9 @@ class Recorder:
 
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
-        return [p._version for p in self.model.parameters()]
+        if not self._weights:
+            self._weights = [*self.model.parameters()]
+        return [p._version for p in self._weights]
 
 
 def sum_of(losses: list[Tensor]) -> float:

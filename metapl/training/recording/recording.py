@@ -83,8 +83,8 @@ def record(
     Args:
         model: the network that the loop calls, in one process on one device, as it is and not
             wrapped: of a Lightning module the network in it.
-        optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the network's weights. None: the
-            first optimizer that steps over them, since Trainers make theirs late.
+        optimizer: ``torch.optim`` SGD, Adam or AdamW over the network's weights. None: the first
+            optimizer that steps over them, since Trainers make theirs late.
         out: a folder for the recording; it is made if need be, and may have no recording.
         problem: gives the losses ℓ_i, as for :func:`metapl.attribute`. Default
             :class:`metapl.problems.EqualWeights`, cross-entropy;
@@ -105,7 +105,9 @@ def record(
     pass in the first step, and in each step two reads of the generators and three operations on
     the batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first
     step by name: other optimizers, GradScaler and float16, weights in half precision, several
-    processes, networks under ``torch.compile``, random augmentation with ``train=``. Raises:
+    processes, networks under ``torch.compile``, random augmentation with ``train=``. What a later
+    step does that cannot be followed ends the recording with a ``UserWarning``, and the training
+    goes on. Hooks that the loop has on the network run in the comparison too. Raises:
     :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
     what cannot be followed or whose loss is another one.
 
@@ -119,8 +121,8 @@ def record(
     ...             optimizer.zero_grad()
     ...             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
     ...             optimizer.step()
-    ...     found = recording.attribute((x, y), progress=False)
-    >>> recording.steps, found.scores.shape
+    ...     attribution = recording.attribute((x, y), progress=False)
+    >>> recording.steps, attribution.scores.shape
     (3, torch.Size([12]))
 
     Source: MAGIC (Ilyas and Engstrom, 2025), whose trainings are its own.
@@ -216,7 +218,7 @@ class Recording:
     def steps(self) -> int:
         """How many steps of the training were followed."""
         if self._opened is not None:
-            return len(self._opened.rows)
+            return len(self._contents.rows)
         return 0 if self._recorder is None else self._recorder.steps
 
     @property
@@ -265,29 +267,30 @@ class Recording:
         missing state; in it, for steps that lead elsewhere.
         """
         check_arguments(Recording.attribute, locals())
-        opened = self._read()
-        replay = opened.replay(replay_tolerance)
+        contents = self._read()
+        replay = contents.replay(replay_tolerance)
         first = next(self._model.parameters())
-        judged = examples_of(outer, "outer", first)
-        batch = opened.outer_batch(judged[torch.arange(len(judged))])
-        network = opened.network
+        outer_examples = examples_of(outer, "outer", first)
+        batch = contents.outer_batch(outer_examples[torch.arange(len(outer_examples))])
+        network = contents.network
         judges: list[BilevelProblem] = [self._problem]
         if each:
             ranks = network.ranks
             judges = [
-                judged_by_example(self._problem, number, ranks) for number in range(len(judged))
+                judged_by_example(self._problem, number, ranks)
+                for number in range(len(outer_examples))
             ]
         with torch.enable_grad(), deterministic(network.device):
             # What cannot be read is refused here, and not after the replay.
             replay.refuse_other_start(batch)
-            start, _ = replay.read_state(replay.kept[-1])
+            start, _ = replay.read_state(replay.state_numbers[-1])
             network.outer_losses(start.params, start.buffers, batch, judges[:1])
 
             end = replay.last_state(progress=progress)
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
             ends = [Cotangents(gradient) for gradient in gradients]
             feedback = feedback_of(replay, ends, progress=progress)
-        scores = summed_scores(feedback, len(opened.data), first.dtype)
+        scores = summed_scores(feedback, len(contents.data), first.dtype)
 
         def losses_with(weights: Tensor) -> Tensor:
             with torch.enable_grad(), deterministic(network.device):
@@ -299,10 +302,10 @@ class Recording:
 
         return RecordedAttribution(
             scores=scores if each else scores[0],
-            order=order_of(opened.rows),
+            order=order_of(contents.rows),
             outer_loss=losses if each else losses[0],
             student_params=end.params,
-            kept=f"one step in {opened.states_every:,}, of {len(opened.rows):,}",
+            kept=f"one step in {contents.states_every:,}, of {len(contents.rows):,}",
             _losses_with=losses_with,
             replay_error=replay.error,
             float32_products=float32_products(network.device),
@@ -327,7 +330,7 @@ class OpenedRecording:
         update: the rule of the optimizer.
         data: the examples.
         states_every: steps from one kept state to the next.
-        first_sizes: how many examples each micro-batch of the first step had.
+        first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
     """
 
@@ -337,7 +340,7 @@ class OpenedRecording:
     update: TorchUpdate
     data: Data
     states_every: int
-    first_sizes: list[int]
+    first_sizes: list[float]
     factor: float
 
     @staticmethod
@@ -373,7 +376,7 @@ class OpenedRecording:
             has_labels=description["has_labels"],
             constants=description["constants"],
         )
-        opened = OpenedRecording(
+        contents = OpenedRecording(
             folder=folder,
             rows=rows,
             network=network,
@@ -383,13 +386,13 @@ class OpenedRecording:
             first_sizes=description["first_sizes"],
             factor=description["factor"],
         )
-        missing = missing_state(opened.replay(None), opened.states_every)
+        missing = missing_state(contents.replay(None), contents.states_every)
         if missing is not None:
             raise MetaplError(
                 f"{folder.path} has no state before step {missing}; expected the folder as the "
                 "recording left it."
             )
-        return opened
+        return contents
 
     def replay(self, tolerance: float | None) -> Replay:
         """Return the training as one that can be taken again."""

@@ -60,7 +60,7 @@ class Cotangents:
 
 
 @dataclass(frozen=True)
-class TakenStep:
+class ReplayedStep:
     """A step that was taken again.
 
     Attributes:
@@ -85,14 +85,14 @@ class Replay:
         network: at any weights.
         update: the rule of the optimizer.
         data: the examples.
-        first_sizes: how many examples each micro-batch of the first step had.
+        first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
             way between two kept states; None: that which rounding may cause.
 
     Attributes:
         error: the greatest such difference so far.
-        kept: the numbers of the steps whose states are kept.
+        state_numbers: of the steps whose states are kept.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Replay:
         update: TorchUpdate,
         data: Data,
         *,
-        first_sizes: Sequence[int],
+        first_sizes: Sequence[float],
         factor: float,
         tolerance: float | None,
     ) -> None:
@@ -116,7 +116,8 @@ class Replay:
         self.factor = factor
         self.tolerance = tolerance
         self.error = 0.0
-        self.kept = [number for number in folder.states() if number <= len(rows)]
+        self._factors: dict[int, list[float]] = {}
+        self.state_numbers = [number for number in folder.states() if number <= len(rows)]
 
     # ------------------------------------------------------------------------------------- one step
 
@@ -140,20 +141,29 @@ class Replay:
         return Clipped(update, row.clip_norm, WHOLE)
 
     def factors(self, number: int, state: KeptState, calls: Sequence[Call]) -> list[float]:
-        """Return c_j of a step, by the loss that was backpropagated where there is a choice."""
+        """Return c_j of a step, by the loss that was backpropagated where there is a choice.
+
+        The choice is made at the recorded weights, and kept for trainings with other weights of the
+        examples.
+        """
+        if number in self._factors:
+            return self._factors[number]
         row = self.rows[number]
+        sizes = [self.network.problem.batch_weight(call.batch) for call in calls]
         candidates: list[list[float]] = []
-        for weighting in weightings(row.sizes, self.first_sizes):
+        for weighting in weightings(sizes, self.first_sizes):
             candidates.append([self.factor * f for f in weighting])
-        if len(candidates) == 1 or math.isnan(row.loss):
-            return candidates[0]
-        # Only the sizes of the calls' batches leave a choice, so this pass is rare.
-        means = [self.network.loss(state.params, state.buffers, call) for call in calls]
-        return [*closest_weighting(candidates, torch.stack(means), row.loss)]
+        factors = candidates[0]
+        if len(candidates) > 1 and not math.isnan(row.loss):
+            # Only the sizes of the calls' batches leave a choice, so this pass is rare.
+            means = [self.network.loss(state.params, state.buffers, call) for call in calls]
+            factors = [*closest_weighting(candidates, torch.stack(means), row.loss)]
+        self._factors[number] = factors
+        return factors
 
     def gradient(
         self, number: int, state: KeptState, weights: Tensor | None = None
-    ) -> tuple[TakenStep, Tree]:
+    ) -> tuple[ReplayedStep, Tree]:
         """Return a step without its end, and the buffers after it.
 
         Args:
@@ -165,8 +175,8 @@ class Replay:
         buffers = state.buffers
         losses: list[Tensor] = []
         for call, factor, numbers in zip(calls, factors, self.rows[number].numbers, strict=True):
-            own_weights = None if weights is None else weights[numbers]
-            result = self.network.gradient(state.params, buffers, call, own_weights)
+            call_weights = None if weights is None else weights[numbers]
+            result = self.network.gradient(state.params, buffers, call, call_weights)
             buffers = {**buffers, **result.buffers}
             losses.append(result.loss)
             for name, g in result.gradient.items():
@@ -174,7 +184,7 @@ class Replay:
                 gradient[name] = gradient[name] + term if name in gradient else term
         if weights is None:
             self._refuse_other_loss(number, factors, torch.stack(losses))
-        return TakenStep(state, gradient, factors, torch.stack(losses)), buffers
+        return ReplayedStep(state, gradient, factors, torch.stack(losses)), buffers
 
     def _refuse_other_loss(self, number: int, factors: Sequence[float], means: Tensor) -> None:
         """Refuse a step whose loss is not the one that the loop has backpropagated in it."""
@@ -198,26 +208,28 @@ class Replay:
 
     def step(
         self, number: int, state: KeptState, weights: Tensor | None = None
-    ) -> tuple[TakenStep, KeptState]:
+    ) -> tuple[ReplayedStep, KeptState]:
         """Return a step, and the state after it."""
-        taken, buffers = self.gradient(number, state, weights)
+        replayed_step, buffers = self.gradient(number, state, weights)
         params, optimizer = self.update_in(number).stepped(
-            state.params, taken.gradient, state.optimizer
+            state.params, replayed_step.gradient, state.optimizer
         )
-        return taken, KeptState(params, optimizer, buffers)
+        return replayed_step, KeptState(params, optimizer, buffers)
 
     def adjoint(
-        self, number: int, taken: TakenStep, after: Cotangents
+        self, number: int, replayed_step: ReplayedStep, end: Cotangents
     ) -> tuple[Cotangents, list[Tensor]]:
         """Return the cotangents before a step, and h of the examples in each of its calls."""
-        state = taken.state
+        state = replayed_step.state
         bars = self.update_in(number).vjp(
-            state.params, taken.gradient, state.optimizer, after.params, after.optimizer
+            state.params, replayed_step.gradient, state.optimizer, end.params, end.optimizer
         )
         params = dict(bars.params)
         feedback: list[Tensor] = []
         buffers = state.buffers
-        for call, factor, loss in zip(self.calls(number), taken.factors, taken.losses, strict=True):
+        for call, factor, loss in zip(
+            self.calls(number), replayed_step.factors, replayed_step.losses, strict=True
+        ):
             w = {name: factor * t for name, t in bars.gradient.items()}
             result = self.network.derivatives(state.params, buffers, call, w)
             buffers = {**buffers, **result.buffers}
@@ -253,7 +265,7 @@ class Replay:
 
     def last_state(self, *, progress: bool) -> KeptState:
         """Return the state after all steps, which is computed where it was not kept."""
-        number = self.kept[-1]
+        number = self.state_numbers[-1]
         state, _ = self.read_state(number)
         steps = range(number, len(self.rows))
         with step_bar(progress and bool(steps), len(steps), "steps", 0) as advance:
@@ -269,23 +281,23 @@ class Replay:
             _, state = self.step(number, state, weights)
         return state
 
-    def backwards(self, *, progress: bool) -> Iterator[tuple[int, TakenStep]]:
+    def backwards(self, *, progress: bool) -> Iterator[tuple[int, ReplayedStep]]:
         """Yield the steps from the last to the first, each taken again from a kept state.
 
         Where the steps from one kept state to the next lead is compared with that one.
         """
-        ends = [*self.kept[1:], len(self.rows)]
-        segments = [(a, b) for a, b in zip(self.kept, ends, strict=True) if a < b]
+        ends = [*self.state_numbers[1:], len(self.rows)]
+        segments = [(a, b) for a, b in zip(self.state_numbers, ends, strict=True) if a < b]
         with step_bar(progress, len(self.rows), "steps back", 0) as advance:
             for begin, end in reversed(segments):
                 state, digest = self.read_state(begin)
-                for number, taken in self._block(begin, end, state, digest):
-                    yield number, taken
+                for number, replayed_step in self._block(begin, end, state, digest):
+                    yield number, replayed_step
                     advance()
 
     def _block(
         self, begin: int, end: int, state: KeptState, digest: Tensor | None
-    ) -> Iterator[tuple[int, TakenStep]]:
+    ) -> Iterator[tuple[int, ReplayedStep]]:
         """Yield the steps of a block from its last to its first.
 
         Memory does not always hold all of its states; then a few are held, and the blocks between
@@ -297,17 +309,17 @@ class Replay:
         """
         spacing = self._spacing(end - begin, state)
         states: dict[int, KeptState] = {}
-        steps: dict[int, TakenStep] = {}
-        compares_end = digest is not None and end in self.kept
+        steps: dict[int, ReplayedStep] = {}
+        compares_end = digest is not None and end in self.state_numbers
         for number in range(begin, end):
             if (number - begin) % spacing == 0:
                 states[number] = state
             is_needed = spacing == 1 or compares_end or number < end - 1
             if not is_needed:
                 break
-            taken, state = self.step(number, state)
+            replayed_step, state = self.step(number, state)
             if spacing == 1:
-                steps[number] = taken
+                steps[number] = replayed_step
         if digest is not None and compares_end:
             self._compare(end, state, digest)
         if spacing == 1:
@@ -370,10 +382,10 @@ def feedback_of(
     """
     bars = [*ends]
     feedback: list[tuple[Tensor, list[Tensor]]] = []
-    for number, taken in replay.backwards(progress=progress):
+    for number, replayed_step in replay.backwards(progress=progress):
         by_loss: list[list[Tensor]] = []
         for place, bar in enumerate(bars):
-            bars[place], h = replay.adjoint(number, taken, bar)
+            bars[place], h = replay.adjoint(number, replayed_step, bar)
             by_loss.append(h)
         for call, numbers in enumerate(replay.rows[number].numbers):
             feedback.append((numbers, [h[call].cpu() for h in by_loss]))
@@ -410,6 +422,6 @@ def order_of(rows: Sequence[StepRow]) -> Tensor:
 def missing_state(replay: Replay, states_every: int) -> int | None:
     """Return before which step a state is missing that should be there; None: before none."""
     for number in range(0, len(replay.rows), states_every):
-        if number not in replay.kept:
+        if number not in replay.state_numbers:
             return number
     return None

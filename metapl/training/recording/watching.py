@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from metapl.errors import MetaplError
+from metapl.updates import parameters_of
 
 # A module whose two parts of clip_grad_norm_ are private to a type checker.
 _CLIP: Any = clip_grad
@@ -120,16 +121,14 @@ def watching(watch: StepWatch) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def refuse_clipping(watch: StepWatch, parameters: list[Tensor]) -> None:
-    """Refuse clipping that the rule of the steps does not have.
-
-    Args:
-        parameters: those that the optimizer moves.
-    """
+def refuse_clipping(watch: StepWatch, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse clipping that the rule of the steps does not have."""
     if watch.refusal:
         raise MetaplError(f"record: the loop has {watch.refusal}.")
-    with_gradient = frozenset(id(p) for p in parameters if p.grad is not None)
-    if watch.clip_norm is not None and not with_gradient <= watch.clipped:
+    if watch.clip_norm is None:
+        return
+    with_gradient = frozenset(id(p) for p in parameters_of(optimizer) if p.grad is not None)
+    if not with_gradient <= watch.clipped:
         raise MetaplError(
             f"record: the loop clips the gradients of {len(watch.clipped & with_gradient)} of "
             f"{len(with_gradient)} parameters together; expected those of all of them."
