@@ -629,7 +629,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t). The draws
     of the two are independent.
 
-    Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files
+    Without a strong view, items are the weak one alone. With ``stored``, (n, C) stored class
+    distributions, they are (weak, stored), as :class:`metapl.problems.MixUp` learns them. A ``crop`` draws a box for each view; files
     are decoded once.
 
     >>> from metapl.pictures import Identity, ShiftNoiseCutout
