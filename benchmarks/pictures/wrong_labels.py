@@ -19,7 +19,8 @@ entropy and co-teaching are written out here; cleanlab runs in an interpreter th
 nothing was tuned.
 
 With ``--doubts`` nothing is made wrong: `metapl train noisy` learns 6,000 pictures with the labels
-of the set, and the hundred labels that it finds least probable are drawn on one sheet.
+of the set, in twice the seconds of an arm, and the hundred labels that it finds least probable are
+drawn on one sheet.
 """
 
 from __future__ import annotations
@@ -937,7 +938,7 @@ def doubts(options: Any) -> None:
     file = DOUBTS if options.out == RAW else options.out
     whole = set_of("fashion", options.source)
     if options.runs and not file.exists():
-        write_json(file, find_doubts(whole, 3 * options.seconds, DOUBTS_SIZE, settings={}))
+        write_json(file, find_doubts(whole, 2 * options.seconds, DOUBTS_SIZE, settings={}))
     if options.sheet is not None:
         draw_sheet(whole, loaded(file)["doubts"], options.sheet)
 

@@ -145,7 +145,7 @@ ATTRIBUTE = ("--val", "{test}", "--steps", "12", "--batch", "4", "--lr", "0.03",
         (f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 0", r"metapl: steps: 7 of 12"),
         (
             f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 8",
-            r"metapl: trainings without examples: 8 of 8",
+            r"metapl: steps of 8 trainings without examples: 12 of 12",
         ),
     ],
 )

@@ -933,6 +933,12 @@ def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:
     assert not row_digests(longer).equal(digests)
     shuffled = torch.randperm(6)
     assert row_digests({"a": ids[shuffled]}).equal(row_digests({"a": ids})[shuffled])
+    # A part of a tensor that begins at an odd place, and rows that fill no words.
+    values = torch.randn(7, 3)
+    assert row_digests(values.flatten()[1:19].view(3, 6)).equal(
+        row_digests(values.flatten()[1:19].clone().view(3, 6))
+    )
+    assert row_digests(values[2:]).equal(row_digests(values)[2:])
     # Small whole numbers in floating point differ in their leading bits alone.
     grid = torch.cartesian_prod(*[torch.arange(12.0)] * 4) / 16
     assert len(row_digests(grid).unique()) == len(grid)

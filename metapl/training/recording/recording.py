@@ -102,7 +102,7 @@ def record(
             own; that of ``torch.nn.utils.clip_grad_norm_`` is seen.
 
     Returns: a :class:`Recording`, a context around the training. Cost: a forward and a backward
-    pass in the first step, and in each step two reads of the generators and three operations on
+    pass in the first step, and in each call two reads of the generators and four operations on
     the batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first
     step by name: other optimizers, GradScaler and float16, weights in half precision, several
     processes, networks under ``torch.compile``, random augmentation with ``train=``. What a later
@@ -166,7 +166,7 @@ class Recording:
         self._problem = problem
         self._train = train
         self._recorder = recorder
-        self._opened: OpenedRecording | None = None
+        self._contents: OpenedRecording | None = None
 
     @classmethod
     def open(
@@ -217,7 +217,7 @@ class Recording:
     @property
     def steps(self) -> int:
         """How many steps of the training were followed."""
-        if self._opened is not None:
+        if self._contents is not None:
             return len(self._contents.rows)
         return 0 if self._recorder is None else self._recorder.steps
 
@@ -315,9 +315,11 @@ class Recording:
         """Return what the folder has, which is read once and compared with network and data."""
         if self._recorder is not None and self._recorder.is_following:
             raise MetaplError("the training is being recorded; expected the end of the context.")
-        if self._opened is None:
-            self._opened = OpenedRecording.of(self._folder, self._model, self._problem, self._train)
-        return self._opened
+        if self._contents is None:
+            self._contents = OpenedRecording.of(
+                self._folder, self._model, self._problem, self._train
+            )
+        return self._contents
 
 
 @dataclass(frozen=True)
