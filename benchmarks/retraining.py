@@ -132,6 +132,14 @@ CASES = {
         batch_size=100,
         removals=100,
     ),
+    "two convolutions, SGD, batch 50": Case(
+        network=convolutions,
+        optimizer=sgd,
+        data=pictures,
+        steps=50,
+        batch_size=50,
+        removals=25,
+    ),
     "GPT-2 of 36,000 weights, AdamW, batch 16": Case(
         network=transformer,
         optimizer=adamw,
@@ -140,14 +148,6 @@ CASES = {
         batch_size=16,
         removals=25,
         problem=NextToken(),
-    ),
-    "two convolutions, SGD, batch 50": Case(
-        network=convolutions,
-        optimizer=sgd,
-        data=pictures,
-        steps=50,
-        batch_size=50,
-        removals=25,
     ),
 }
 MINIATURE = Case(

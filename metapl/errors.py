@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import json
+import urllib.parse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from metapl.words import shown
 
@@ -65,16 +69,31 @@ class MissingPackage(MetaplError, ImportError):
         need: what needs the package, such as "a figure".
         module: the name that the package is imported by.
 
-    >>> print(MissingPackage("a figure", "matplotlib"))
-    a figure: expected the package matplotlib, which `pip install 'metapl[apps]'` installs.
+    >>> print(MissingPackage("a figure", "matplotlib"))  # doctest: +ELLIPSIS
+    a figure: expected the package matplotlib, which `pip install '...[apps]'` installs.
     """
 
     def __init__(self, need: str, module: str) -> None:
         package, extra = OPTIONAL_PACKAGES[module]
         super().__init__(
-            f"{need}: expected the package {package}, which `pip install 'metapl[{extra}]'` "
+            f"{need}: expected the package {package}, which `pip install '{origin()}[{extra}]'` "
             "installs."
         )
+        self.module = module
+
+
+def origin() -> str:
+    """Return what metapl was installed from: a checkout or a wheel file that is there still.
+
+    pip notes it (PEP 610). "metapl" stands for what nothing is known of.
+    """
+    try:
+        note = importlib.metadata.distribution("metapl").read_text("direct_url.json")
+        address = urllib.parse.urlparse(json.loads(note or "{}")["url"])
+    except (importlib.metadata.PackageNotFoundError, KeyError, ValueError, OSError):
+        return "metapl"
+    path = Path(urllib.parse.unquote(address.path))
+    return str(path) if address.scheme == "file" and path.exists() else "metapl"
 
 
 @contextmanager
@@ -82,10 +101,13 @@ def needed_for(need: str) -> Iterator[None]:
     """Give the import of an optional package that fails in this block as :class:`MissingPackage`.
 
     Args:
-        need: what needs the package, such as "a figure".
+        need: what needs the package, such as "a figure". Of blocks within one another the outer one
+            says it: what was asked for, and not what that imports.
     """
     try:
         yield
+    except MissingPackage as error:
+        raise MissingPackage(need, error.module) from error
     except ModuleNotFoundError as error:
         module, _, _ = (error.name or "").partition(".")
         if module not in OPTIONAL_PACKAGES:

@@ -292,13 +292,15 @@ def table(rows: Sequence[Row]) -> str:
     """Return a table for each task, the best LDS first."""
     tables = []
     for name in TASKS:
+        of_task = [row for row in rows if row["task"] == name]
+        if not of_task:
+            continue
         lines = [
             f"**{name}**",
             "",
             "| method | LDS | LDS, other seeds | QLD | cost |",
             "|---|---:|---:|---:|---:|",
         ]
-        of_task = [row for row in rows if row["task"] == name]
         for row in sorted(of_task, key=lambda row: -row["lds"]):
             description = about(row["method"])
             cost = description.get("cost", {}).get(name, "–")

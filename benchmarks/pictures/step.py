@@ -274,7 +274,6 @@ def sentences(rows: Sequence[Row]) -> list[str]:
             )
         before = of_version[0]
         after = of_version[-1]
-        with_uda_before = before["labels and UDA"]
         gain = mean_step(before) / mean_step(after)
         with_uda = after["labels and UDA"]
         alone = after["labels alone"]
@@ -283,11 +282,11 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         said.append(
             f"On one thread with {capability} a step with UDA takes {with_uda['whole']:.0f} ms of "
             f"the processor, {with_uda['ratio']:.2f} times what its convolutions take alone "
-            f"({with_uda_before['ratio']:.2f} times at {with_uda_before['commit'][:8]}), "
-            f"and one on labels alone {alone['whole']:.0f} ms, {alone['ratio']:.2f} times "
-            f"({before['labels alone']['ratio']:.2f}): {gain:.2f} times as many steps. Beyond the "
-            f"convolutions, {in_network:.0f} ms of a step with UDA are pooling, norms, ReLU and "
-            f"losses, and {with_uda['views']:.0f} ms views."
+            f"({before['labels and UDA']['ratio']:.2f} before), and one on labels alone "
+            f"{alone['whole']:.0f} ms, {alone['ratio']:.2f} times "
+            f"({before['labels alone']['ratio']:.2f} before): {gain:.2f} times as many steps. "
+            f"Beyond the convolutions, {in_network:.0f} ms of a step with UDA are pooling, norms, "
+            f"ReLU and losses, and {with_uda['views']:.0f} ms views."
         )
     ways = {row["way"]: f"{row['over_as_it_is']:.2f}" for row in rows if "way" in row}
     if ways:

@@ -178,8 +178,8 @@ class Pictures:
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
         augment: how pictures are augmented: mild shifts them a little, and strong moves them much
-            more, changes their colors and covers a part of each. By default it is strong, and what
-            --method auto finds.
+            more, changes their colors and covers a part of each. By default it is strong; --method
+            auto tries both.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -524,7 +524,9 @@ class Images(OfPictures):
     unlabeled_batch: Batch = 32
     minutes: Minutes = None
     pictures: Flat[Pictures] = field(default_factory=Pictures)
-    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
+    fitting: Flat[Fitting] = field(
+        default_factory=lambda: Fitting(ema_decay=0.99, finetune_steps=None)
+    )
     val_fraction: Hidden[float | None] = None
     classes: Hidden[tuple[str, ...]] = ()
 
@@ -598,7 +600,7 @@ class Images(OfPictures):
                 f"--finetune-size {size}: expected more pixels than the {self.pictures.image_size} "
                 "of --image-size, which the student is trained on."
             )
-        if self.fitting.finetune_steps < 1:
+        if not self.fitting.finetune_steps:
             raise MetaplError(
                 f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or "
                 "more."

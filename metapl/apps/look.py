@@ -21,7 +21,7 @@ from metapl.apps.backbone import Backbone
 from metapl.apps.images import Images, Pictures
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy
-from metapl.apps.settings import flag_values, with_flags, with_stored
+from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
 from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
@@ -132,6 +132,11 @@ def choose_settings(
         return resumed_settings(config, method, stored)
 
     # 3. What the folders and some of their pictures show.
+    if isinstance(method, Auto) and config.fitting.finetune_steps:
+        raise MetaplError(
+            f"--finetune-steps {config.fitting.finetune_steps} goes with a method that is named, "
+            "such as --method uda: what --method auto trains is not finetuned."
+        )
     if isinstance(method, Auto) and method.open_settings is None:
         method = dataclasses.replace(method, open_settings=open_settings(config.pictures))
     config.check_first()
@@ -150,6 +155,8 @@ def choose_settings(
     # on folds of them.
     aside = 0 if config.val or isinstance(method, Auto) else round(SET_ASIDE * len(few))
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
+    finetune_steps = 0 if isinstance(method, Auto) else FINETUNE_STEPS
+    config = with_stored(config, {"finetune_steps": finetune_steps})
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,

@@ -18,6 +18,9 @@ from metapl.training.options import MOST_WORKERS
 MOST_STEPS = 10**9
 MOST_IN_A_BATCH = 2**20
 
+# Steps of finetuning where none were asked for.
+FINETUNE_STEPS = 200
+
 Steps = Annotated[int, Range(1, most=MOST_STEPS)]
 SomeSteps = Annotated[int, Range(0, most=MOST_STEPS)]
 Batch = Annotated[int, Range(1, most=MOST_IN_A_BATCH)]
@@ -89,7 +92,8 @@ class Fitting:
             is 5 % of the steps by default.
         ema_decay: decay of the running average of the weights, such as 0.99. If it is given, the
             average is the network that is kept.
-        finetune_steps: number of steps on labeled examples alone at the end.
+        finetune_steps: number of steps on labeled examples alone at the end. By default it is 200,
+            and 0 with --method auto.
         validate_every: number of steps between two measurements on the validation examples. Of your
             own pictures there are 20 measurements by default.
         patience: stop after so many of these measurements in a row that were no better than the
@@ -111,7 +115,7 @@ class Fitting:
     ] = "cosine"
     warmup: SomeSteps | None = None
     ema_decay: Share | None = None
-    finetune_steps: SomeSteps = 200
+    finetune_steps: Annotated[SomeSteps | None, unset()] = FINETUNE_STEPS
     validate_every: Steps | None = None
     patience: Annotated[AtLeastOne | None, unset()] = None
     log_every: Steps = 20
@@ -151,10 +155,10 @@ class Fitting:
         """Return the options of the fit that finetunes."""
         return {
             **self.options(),
-            "steps": self.finetune_steps,
+            "steps": self.finetune_steps or 0,
             "ema_decay": None,
             "warmup": 0,
-            "validate_every": max(1, self.finetune_steps // 10),
+            "validate_every": max(1, (self.finetune_steps or 0) // 10),
             # It is short, and the better network is kept in any case.
             "patience": None,
             "schedule": schedule,

@@ -174,7 +174,7 @@ RECIPES = (
         many_labels=MIXED_UP,
     ),
     Recipe(
-        name="mild, mirrored",
+        name="mild and mirrored",
         augment="mild",
         mirror=True,
         network=MILD_NETWORK,

@@ -125,6 +125,8 @@ class FileImages:
         center: float = 1.0,
         log: Path | None = None,
     ) -> None:
+        if isinstance(size, int):
+            raise MetaplError(f"FileImages got size={size}; expected (height, width) in pixels.")
         # Not a list: forked workers copy Python's own objects bit by bit, as their counts of
         # references change.
         self._paths = np.array([os.fsencode(path) for path in paths], dtype=np.bytes_)
@@ -627,8 +629,9 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     weak = weak_view(images[i]), strong = strong_view(images[i]), i = sampler.indices(t). The draws
     of the two are independent.
 
-    Without a strong view, items are the weak one alone. A ``crop`` draws a box for each view; files
-    are decoded once.
+    Without a strong view, items are the weak one alone. With ``stored``, (n, C) stored class
+    distributions, they are (weak, stored), as :class:`metapl.problems.MixUp` learns them. A
+    ``crop`` draws a box for each view; files are decoded once.
 
     >>> from metapl.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler

@@ -139,7 +139,7 @@ class Attribution:
                 scores, for ``qld`` of the result.
             at_once: how many trainings are stacked at most; 1: each is taken alone.
             compile: take the steps of a stack by one compiled graph. None: where there are so many
-                steps times trainings, 50,000, that it pays on perceptrons.
+                steps times trainings, 50,000, that it pays on small networks.
             progress: as for :func:`attribute`.
 
         Returns: a :class:`metapl.training.retraining.DatamodelingScore`. Trainings in stacks are

@@ -41,8 +41,9 @@ def test_every_command_is_run_here() -> None:
     marked = [
         mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())
     ]
-    # In tests/apps/test_picture_problems.py, test_protocol_examples.py and test_wrong_labels.py.
-    elsewhere = ["unseen", "backbone", "protocol_sources", "wrong_labels"]
+    # In tests/apps/test_picture_problems.py, test_protocol_examples.py, test_wrong_labels.py and
+    # test_real_pictures.py.
+    elsewhere = ["unseen", "backbone", "protocol_sources", "wrong_labels", "real"]
     assert sorted(marked) == sorted(
         elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])]
     )

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from command import metapl
 
-from metapl.errors import OPTIONAL_PACKAGES
+from metapl.errors import OPTIONAL_PACKAGES, origin
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -147,19 +147,41 @@ for module in ("sklearn", "pictures", "labels", "networks"):
 """
 
 
+@pytest.mark.parametrize(
+    ("note", "expected"),
+    [
+        ('{"url": "file://FOLDER", "dir_info": {}}', "FOLDER"),
+        ('{"url": "file://FOLDER/gone.whl", "archive_info": {}}', "metapl"),
+        ('{"url": "https://example.com/metapl.whl", "archive_info": {}}', "metapl"),
+        ("{}", "metapl"),
+        (None, "metapl"),
+    ],
+)
+def test_the_way_out_of_a_missing_package_is_where_metapl_came_from(
+    note: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Installed:
+        def read_text(self, name: str) -> str | None:
+            assert name == "direct_url.json"
+            return None if note is None else note.replace("FOLDER", str(tmp_path))
+
+    monkeypatch.setattr("importlib.metadata.distribution", lambda name: Installed())
+    assert origin() == expected.replace("FOLDER", str(tmp_path))
+
+
 def test_without_the_extra_of_the_command_a_line_names_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_APPS], capture_output=True, text=True, check=True
     )
     command = "the command metapl: expected the package tyro"
-    end = "which `pip install 'metapl[apps]'` installs.\n"
+    end = f"which `pip install '{origin()}[apps]'` installs.\n"
     assert done.stderr == f"metapl: {command}, {end}"
     missing = [
         "metapl.sklearn: expected the package scikit-learn",
         "metapl.pictures: expected the package einops",
         # Stored labels are of pictures in files, and so is what networks take.
-        "metapl.pictures: expected the package einops",
-        "metapl.pictures: expected the package einops",
+        "metapl.labels: expected the package einops",
+        "metapl.networks: expected the package einops",
     ]
     lines = done.stdout.splitlines()
     for line, start in zip(lines, missing, strict=True):
@@ -174,7 +196,7 @@ def test_a_package_that_a_command_imports_late_is_named_in_a_line(
     refused = metapl("train", "digits", "--steps", "2", "--out", tmp_path / "run", code=2)
     assert refused.stderr == (
         "metapl: metapl train: expected the package scikit-learn, which "
-        "`pip install 'metapl[apps]'` installs.\n"
+        f"`pip install '{origin()}[apps]'` installs.\n"
     )
 
 
@@ -341,8 +363,8 @@ def test_the_wheel_installs_into_an_empty_environment_and_runs(
         fitted = run(python, "-c", LIBRARY)
         assert 0 <= float(fitted.stdout) <= 1
         # The only thing that a fit does without, and says.
-        assert "tensorboard, which `pip install 'metapl[apps]'` installs" in fitted.stderr
-        assert "pip install 'metapl[apps]'" in run(command, "--version", code=2).stderr
+        assert f"tensorboard, which `pip install '{wheel}[apps]'` installs" in fitted.stderr
+        assert f"pip install '{wheel}[apps]'" in run(command, "--version", code=2).stderr
 
         run(*pip, f"metapl[apps] @ {wheel.as_uri()}")
         assert run(command, "--version").stdout == f"metapl {PROJECT['version']}\n"
@@ -350,7 +372,7 @@ def test_the_wheel_installs_into_an_empty_environment_and_runs(
         assert json.loads((tmp_path / "run" / "result.json").read_text())["test_accuracy"] > 0
         assert run(python, "-c", CLASSIFIER).stdout == "(60,)\n"
         labels = run(command, "label", "run", "digits", "--out", "labels", code=2)
-        assert "pip install 'metapl[labels]'" in labels.stderr
+        assert f"pip install '{wheel}[labels]'" in labels.stderr
 
 
 def test_the_citation_is_of_this_version() -> None:

@@ -110,3 +110,10 @@ def test_a_miniature_leaves_rows_and_goes_on_with_them(
 def test_a_folder_without_the_four_files_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MetaplError, match="expected Fashion-MNIST's four files there"):
         real.fashion(str(tmp_path))
+
+
+def test_the_page_has_the_table_of_the_committed_rows() -> None:
+    page = (real.RESULTS.parents[1] / "docs" / "pictures.md").read_text()
+    begin = page.partition("<!-- real:begin -->\n")[2]
+    table = real.table(read(real.RAW, having="draw"))
+    assert begin.partition("\n<!-- real:end -->")[0] == table

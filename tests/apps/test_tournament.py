@@ -106,11 +106,13 @@ def test_a_class_that_no_label_names_stays_impossible() -> None:
 
 # -------------------------------------------------------------------------------------------- runs
 
+AUTO = ("--method", "auto", "--steps", "40", "--finetune-steps", "0")
+
 
 @pytest.fixture(scope="module")
 def auto_run(three_colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("auto") / "run"
-    command = images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out))
+    command = images_command(three_colors, *AUTO, "--out", str(out))
     assert "method: " in metapl(*command).stdout
     return out
 
@@ -155,7 +157,7 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
     auto_run: Path, three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    command = images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out))
+    command = images_command(three_colors, *AUTO, "--out", str(out))
     measured = tournament.Race.measured
     calls = 0
 
@@ -178,7 +180,7 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
 def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    others = {"mild", "mild, mirrored", "strong"}
+    others = {"mild", "mild and mirrored", "strong"}
     points = tournament.points_of
 
     def far_ahead(*args: object, **options: object) -> dict[str, float]:
@@ -187,7 +189,7 @@ def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
 
     monkeypatch.setattr(tournament, "points_of", far_ahead)
     out = tmp_path / "run"
-    metapl(*images_command(three_colors, "--method", "auto", "--steps", "40", "--out", str(out)))
+    metapl(*images_command(three_colors, *AUTO, "--out", str(out)))
     result = json.loads((out / "result.json").read_text())
     assert result["chosen"]["recipe"] == "linear"
     # The network is right on the pictures that the regression is right on.
@@ -196,6 +198,11 @@ def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
     test = three_colors / "test"
     metapl("predict", str(out), str(test), "--out", str(predicted))
     assert predicted.exists()
+
+
+def test_steps_of_finetuning_are_refused_beside_the_race(three_colors: Path) -> None:
+    said = metapl(*images_command(three_colors, *AUTO, "--finetune-steps", "3"), code=2).stderr
+    assert "--finetune-steps 3 goes with a method that is named, such as --method uda" in said
 
 
 def test_several_processes_are_refused_before_anything_is_read(

@@ -18,7 +18,15 @@ from metapl.training.reliability import Reliability, bend_of, predicted
 
 N = 24
 STEPS = 10
-LINE = Calibration(intercept=0.0, slope=-1.0, least=0.01, most=1.0, half_width=0.5, trainings=3)
+LINE = Calibration(
+    intercept=0.0,
+    slope=-1.0,
+    least=0.01,
+    most=1.0,
+    half_width=0.5,
+    highest=0.98,
+    trainings=3,
+)
 
 
 def data(seed: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +106,13 @@ def test_the_line_says_the_correlation_and_its_interval() -> None:
     assert str(estimate) == "expect a rank correlation of about 0.76 (0.46 to 0.91) with retraining"
     near_zero = str(predicted(1.0, 0.0, LINE))
     assert near_zero == "expect a rank correlation of about 0.00 (-0.46 to 0.46) with retraining"
+
+
+def test_an_interval_ends_at_one_where_the_line_cannot_tell_correlations_apart() -> None:
+    assert predicted(0.01, 0.9, LINE).high == 1.0
+    assert str(predicted(0.01, 0.9, LINE)).endswith("0.96 (0.91 to 1.00) with retraining")
+    just_below = LINE._replace(half_width=math.atanh(0.979) - 1)
+    assert predicted(0.1, 0.9, just_below).high == pytest.approx(0.979)
 
 
 @pytest.mark.parametrize(("bend", "nearest"), [(0.0, 0.01), (0.001, 0.01), (1.7, 1.0)])
