@@ -26,7 +26,7 @@ from metapl.pictures.folders import scan_labeled
 from metapl.run_folder import EndedRun
 
 SOME = ("--steps", "20", "--batch", "16", "--lr", "0.05", "--removals", "8", "--seed", "3")
-NETWORK = ("--image-size", "8", "--network", "small_cnn", "--steps", "2", "--finetune-steps", "1")
+NETWORK = ("--image-size", "8", "--network", "small_cnn", "--steps", "2")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
     )
     folders = ["--labeled", str(root / "clean"), "--unlabeled", str(root / "noisy")]
     shown("train", "noisy", *given(root), *flags, "--out", root / "run")
-    shown("train", "images", *folders, *NETWORK, "--out", root / "images")
+    shown("train", "images", "--method", "uda", *folders, *NETWORK, "--out", root / "images")
     return root, wrong
 
 
