@@ -119,7 +119,7 @@ def test_pretrained_weights_have_to_be_the_ones_of_the_run(colors: Path, tmp_pat
     folders = [f"--{part}={colors / part}" for part in ("labeled", "unlabeled", "test")]
     shutil.copy(colors / "run" / "student.safetensors", begun)
     metapl(
-        *("train", "images", *folders, *IMAGES),
+        *("train", "images", *folders, *IMAGES, "--method", "uda"),
         *("--weights", begun, "--out", tmp_path / "second"),
     )
     repeat = ("train", "--config", tmp_path / "second" / "recipe.json")
@@ -140,7 +140,8 @@ def test_a_backbone_is_looked_for_again_and_has_to_be_the_same(
     torch.save(create("pooled_cnn", 10, image_size=32).state_dict(), file)
     folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled", "test")]
     flags = (*folders, *IMAGES, "--image-size", "32", "--network", "pooled_cnn")
-    metapl("train", "images", *flags, "--backbone", file, "--out", tmp_path / "run")
+    named = ("--method", "uda", "--backbone", file)
+    metapl("train", "images", *flags, *named, "--out", tmp_path / "run")
     repeat = ("train", "--config", tmp_path / "run" / "recipe.json")
     metapl(*repeat, "--out", tmp_path / "again")
     assert_same_run(tmp_path / "run", tmp_path / "again")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command import metapl
 from safetensors.torch import load_file
-from tiny_runs import images_command
+from tiny_runs import color_folders, images_command
 from torch import Tensor
 
 from metapl.apps import tournament
@@ -17,6 +17,7 @@ from metapl.apps.methods import Supervised
 from metapl.apps.self_training import SelfTraining, balanced
 from metapl.apps.tournament import FOLDS, RECIPES, TRIALS, Auto, Standing, folds_of, points_of
 from metapl.errors import MetaplError
+from metapl.networks import create
 
 # ------------------------------------------------------------------------------------------- folds
 
@@ -218,3 +219,17 @@ def test_a_share_of_nothing_or_of_all_is_refused() -> None:
     for share in (0.0, 1.0):
         with pytest.raises(MetaplError, match="trial_share"):
             Auto(trial_share=share)
+
+
+def test_recipes_race_from_a_backbone_too(tmp_path: Path) -> None:
+    root = color_folders(tmp_path / "pictures", few=4, many=4, side=32)
+    file = tmp_path / "weights.pt"
+    torch.manual_seed(3)
+    torch.save(create("pooled_cnn", 10, image_size=32).state_dict(), file)
+    backbone = ("--image-size", "32", "--network", "pooled_cnn", "--backbone", str(file))
+    out = tmp_path / "run"
+    metapl(*images_command(root, *AUTO, *backbone, "--out", str(out)))
+    result = json.loads((out / "result.json").read_text())
+    # No recipe has another network than the one that was asked for.
+    assert '"name": "pooled_cnn"' in (out / "network.json").read_text()
+    assert 0 <= result["test_accuracy"] <= 1

@@ -108,7 +108,10 @@ def test_dir_shows_the_public_names_alone() -> None:
         "labels",
         "metrics",
         "networks",
+        "noisy_student",
         "pictures",
+        "robustness",
+        "run_folder",
         "sklearn",
         "__version__",
     }

@@ -175,8 +175,13 @@ def test_a_metric_or_data_that_cannot_be_measured_is_refused(reason: str) -> Non
 
 def test_arrays_are_served_in_shuffled_epochs() -> None:
     """Floats in the type of the weights, whole numbers as labels, and what the rest of a row is."""
+
+    class MayReadInner(metapl.CrossEntropy):
+        """A loss that does not say when it reads the inner batch, so that there always is one."""
+
     served: list[Any] = []
     trainer = single(dropout=0.0)
+    trainer.losses = (MayReadInner(),)
     real = trainer.step
 
     def step(outer: Any, inner: Any = None) -> Any:
