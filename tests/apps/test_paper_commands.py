@@ -38,6 +38,7 @@ from test_protocol_examples import (
 from test_robustness import save
 from tiny_runs import color_folders
 
+from metapl.errors import MetaplError
 from metapl.networks.architectures import Architecture
 from metapl.networks.exports import WEIGHTS, export
 
@@ -582,7 +583,7 @@ def spoiled() -> list[str]:
 
 @pytest.mark.parametrize("command", spoiled(), ids=short)
 def test_a_flag_that_is_gone_fails(command: str, bench: Bench) -> None:
-    refused = pytest.raises((SystemExit, AssertionError))
+    refused = pytest.raises((SystemExit, AssertionError, MetaplError))
     with (
         contextlib.chdir(bench.folder),
         contextlib.redirect_stderr(io.StringIO()) as said,
