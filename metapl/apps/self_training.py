@@ -49,7 +49,9 @@ class SelfTraining(Method):
         """Train the teacher, label, and train the student."""
         fitting = t.config.fitting
         steps = fitting.chosen_steps
-        teacher_steps = min(max(1, round(self.teacher_share * steps)), steps - 1)
+        # Each of the two networks takes one step at least, also where one step was asked for.
+        teacher_steps = max(1, round(self.teacher_share * steps))
+        student_steps = max(1, steps - teacher_steps)
         warmup = fitting.warmup or 0
         loss = labeled_loss(self.label_smoothing, self.mixup)
         taught = t.alone(
@@ -72,7 +74,6 @@ class SelfTraining(Method):
             optimizer=t.config.optimizer("student", t.student),
             **t.options,
         )
-        student_steps = steps - teacher_steps
         result = t.fit(
             trainer,
             t.data.labeled,

@@ -233,3 +233,12 @@ def test_recipes_race_from_a_backbone_too(tmp_path: Path) -> None:
     # No recipe has another network than the one that was asked for.
     assert '"name": "pooled_cnn"' in (out / "network.json").read_text()
     assert 0 <= result["test_accuracy"] <= 1
+
+
+def test_self_training_takes_a_step_of_both_networks_where_one_was_asked_for(
+    three_colors: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    named = ("--method", "self_training", "--steps", "1", "--finetune-steps", "0")
+    metapl(*images_command(three_colors, *named, "--warmup", "0", "--out", str(out)))
+    assert json.loads((out / "result.json").read_text())["best_step"] == 1
