@@ -905,8 +905,6 @@ class Study:
         """Append rows to the file."""
         if not self.environment_is_written:
             about = {"made_with": harness.environment(), "weights": weights_of_network()}
-            if self.size.device.type == "cuda":
-                about["gpu"] = torch.cuda.get_device_name()
             append(self.file, about)
             self.environment_is_written = True
         append(self.file, *rows)
@@ -1040,9 +1038,13 @@ class Plan:
 
 
 def plan_of(rows: Sequence[Row], *, size: Size | None) -> Plan:
-    """Return the number of seeds, by the standard deviation of the pilot's differences."""
+    """Return the number of seeds, by the standard deviation of the pilot's differences.
+
+    Raises: :class:`metapl.MetaplError` where the pilot has not ended; without a size it is not
+        asked for more than two seeds.
+    """
     first, second = paired(rows, "pilot")
-    expected = len(SEEDS["pilot"] if size is None else size.seeds("pilot"))
+    expected = 2 if size is None else len(size.seeds("pilot"))
     if len(first) < expected:
         raise MetaplError(
             f"the pilot has {len(first)} seeds of both arms; expected {expected}: run --parts "
@@ -1321,20 +1323,22 @@ def main() -> None:
         device=device,
         deadline=None if args.seconds is None else began + args.seconds,
     )
-    pictures = read_pictures(args.source, miniature=args.miniature, device=device)
-    study = Study(args.out, pictures, size)
-    work: dict[Part, Callable[[], None]] = {
-        "tuning": study.tune,
-        "pilot": study.pilot,
-        "final": study.final,
-        "measurements": study.measure,
-    }
     try:
+        pictures = read_pictures(args.source, miniature=args.miniature, device=device)
+        study = Study(args.out, pictures, size)
+        work: dict[Part, Callable[[], None]] = {
+            "tuning": study.tune,
+            "pilot": study.pilot,
+            "final": study.final,
+            "measurements": study.measure,
+        }
         with torch.no_grad():
             for part in args.parts:
                 work[part]()
     except TimeIsOver:
         print(f"stopped after --seconds {args.seconds:g}; the same command goes on", flush=True)
+    except MetaplError as error:
+        raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
