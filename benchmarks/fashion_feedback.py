@@ -6,7 +6,7 @@
     python benchmarks/fashion_feedback.py --write docs/when.md    # put the tables there
 
 Each part goes on where it was stopped: a row is a seed of an arm, and rows that are there are not
-run again. ``--seconds`` ends the script before a stack of seeds that would not fit.
+run again. ``--seconds`` ends the script; a stack of seeds that has not ended leaves no row.
 
 **The declared test**, written down before any row of the part ``final`` was run:
 
@@ -91,7 +91,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
-from when_tables import sign_flip
 
 import metapl
 from metapl.errors import MetaplError
@@ -980,16 +979,15 @@ class Study:
 def chosen(rows: Sequence[Row], method: Method, *, size: Size | None) -> tuple[Settings, str]:
     """Return the settings and the read-out with the best mean over the tuning seeds.
 
-    Raises: :class:`metapl.MetaplError` where tuning has not ended; without a size it is not asked.
+    Raises: :class:`metapl.MetaplError` where tuning has not ended; without a size a row is enough.
     """
     tuning = [row for row in rows if row["part"] == "tuning" and row["method"] == method]
-    if size is not None:
-        expected = len(size.grid(method)) * len(size.seeds("tuning"))
-        if len(tuning) < expected:
-            raise MetaplError(
-                f"{method} has {len(tuning)} rows of tuning; expected {expected}: run --parts "
-                "tuning to its end first."
-            )
+    expected = 1 if size is None else len(size.grid(method)) * len(size.seeds("tuning"))
+    if len(tuning) < expected:
+        raise MetaplError(
+            f"{method} has {len(tuning)} rows of tuning; expected at least {expected}: run --parts "
+            "tuning to its end first."
+        )
     means: dict[tuple[Settings, str], float] = {}
     for settings in GRIDS[method]:
         of_settings = [row for row in tuning if row["settings"] == asdict(settings)]
@@ -1172,6 +1170,9 @@ NAMES: dict[str, str] = {"mpl": "Meta Pseudo Labels", "uda_aligned": "aligned UD
 
 def verdict(rows: Sequence[Row]) -> str:
     """Return the row of the table of verdicts, or that it has not been run."""
+    # Here, so that a machine that trains needs none of the packages of when.py.
+    from when_tables import sign_flip
+
     head = ["labels a class, steps", "the other", "MPL / other", "difference", "shown?"]
     place = f"Fashion-MNIST, 4 labels, {STEPS:,} steps"
     first, second = paired(rows, "final") if has_tuning(rows) else ([], [])
@@ -1292,7 +1293,7 @@ def parsed_arguments() -> argparse.Namespace:
         "--parts", nargs="+", default=PARTS, choices=PARTS, help="what is run, in this order"
     )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--seconds", type=float, help="begin nothing that would not fit into them")
+    parser.add_argument("--seconds", type=float, help="stop after so many; what has ended is kept")
     parser.add_argument("--stack", type=int, help="seeds at once: 64 on a GPU, 4 on a CPU")
     parser.add_argument(
         "--costs", action="store_true", help="print the operations of a step of each arm, and end"
