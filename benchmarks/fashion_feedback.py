@@ -84,7 +84,19 @@ from typing import Any, Literal
 import harness
 import numpy as np
 import torch
-from harness import NONE, RESULTS, Row, append, arguments, between, grid, parsed, points, show
+from harness import (
+    NONE,
+    RESULTS,
+    Row,
+    append,
+    arguments,
+    between,
+    grid,
+    interval,
+    parsed,
+    points,
+    show,
+)
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -1212,30 +1224,70 @@ def has_tuning(rows: Sequence[Row]) -> bool:
 
 def arms_table(rows: Sequence[Row]) -> str:
     """Return what tuning chose, and how the arms of the final part differ besides."""
-    head = ["arm", "steps", "chosen", "read-out", "test, %", "class shares off, %", "labels right"]
-    head[-1] += ", %"
+    head = [
+        "arm",
+        "steps",
+        "chosen",
+        "read-out",
+        "average, %",
+        "finetuned, %",
+        "class shares off, %",
+        "labels right, %",
+        "seconds a seed",
+    ]
     lines = []
     for method in METHODS:
         if not has_tuning(rows):
-            lines.append([NAMES[method], *[NONE] * 6])
+            lines.append([NAMES[method], *[NONE] * 8])
             continue
         settings, read_out = chosen(rows, method, size=None)
-        final = []
-        for row in rows:
-            if row["part"] == "final" and row["settings"] == asdict(settings):
-                final.append(row)
+        final = final_rows(rows, settings)
         texts = [f"rate {settings.teacher_lr:g}", f"temperature {settings.temperature:g}"]
         if method == "mpl":
             texts.append(f"student's rate {settings.student_lr:g}")
             texts.append(f"weight {settings.feedback_weight:g}")
-        cells: list[Any] = [NAMES[method], NONE, ", ".join(texts), read_out, NONE, NONE, NONE]
+        cells = [NAMES[method], NONE, ", ".join(texts), read_out, *[NONE] * 5]
         if final:
             cells[1] = f"{final[0]['steps']:,}"
-            cells[4] = harness.spread([row[read_out] for row in final])
-            cells[5] = f"{points([row[f'{read_out}_class_share_error'] for row in final]):.1f}"
-            cells[6] = f"{points([row['pseudo_labels_right'] for row in final]):.1f}"
+            cells[4] = harness.spread([row["average"] for row in final])
+            cells[5] = harness.spread([row["finetuned"] for row in final])
+            cells[6] = f"{points([row[f'{read_out}_class_share_error'] for row in final]):.1f}"
+            cells[7] = f"{points([row['pseudo_labels_right'] for row in final]):.1f}"
+            cells[8] = f"{statistics.fmean(row['seconds'] for row in final):.2f}"
         lines.append(cells)
-    return grid(head, lines, "lrllrrr")
+    table = grid(head, lines, "lrllrrrrr")
+    sentence = same_read_outs(rows) if has_tuning(rows) else ""
+    return f"{table}\n\n{sentence}" if sentence else table
+
+
+def final_rows(rows: Sequence[Row], settings: Settings) -> list[Row]:
+    """Return the rows of the final part that have these settings."""
+    matches = []
+    for row in rows:
+        if row["part"] == "final" and row["settings"] == asdict(settings):
+            matches.append(row)
+    return matches
+
+
+def same_read_outs(rows: Sequence[Row]) -> str:
+    """Return a sentence with the differences at one read-out for both arms, or an empty text."""
+    rows_by_seed: dict[Method, dict[int, Row]] = {}
+    for method in METHODS:
+        settings, _ = chosen(rows, method, size=None)
+        rows_by_seed[method] = {row["seed"]: row for row in final_rows(rows, settings)}
+    seeds = sorted(rows_by_seed["mpl"].keys() & rows_by_seed["uda_aligned"].keys())
+    if len(seeds) < 2:
+        return ""
+    texts = []
+    for read_out in READ_OUTS:
+        of_mpl = [rows_by_seed["mpl"][seed][read_out] for seed in seeds]
+        of_uda = [rows_by_seed["uda_aligned"][seed][read_out] for seed in seeds]
+        gap = points(of_mpl) - points(of_uda)
+        texts.append(f"{gap:+.1f} ({between(of_mpl, of_uda)}) between the {read_out} networks")
+    return (
+        f"At one read-out for both arms, which was not declared, the difference is "
+        f"{' and '.join(texts)}."
+    )
 
 
 def measurements_table(rows: Sequence[Row]) -> str:
@@ -1244,10 +1296,10 @@ def measurements_table(rows: Sequence[Row]) -> str:
         "labels a class",
         "step",
         "labels right, %",
-        "sign right: of right ones, %",
-        "of wrong ones, %",
-        "mean, %",
-        "mean with 6,400 labels, %",
+        "sign right, of right labels, %",
+        "of wrong labels, %",
+        "mean of both, %",
+        "mean of both with 6,400 labels, %",
         "agreement, %",
         "signal / noise",
     ]
@@ -1258,15 +1310,13 @@ def measurements_table(rows: Sequence[Row]) -> str:
                 groups.setdefault((row["labels"], point["step"]), []).append(point)
     lines: list[list[Any]] = []
     for (labels, step), measured in sorted(groups.items()):
-        right = mean_percent(measured, "sign_right_of_right")
-        wrong = mean_percent(measured, "sign_right_of_wrong")
-        many_right = mean_percent(measured, "many_sign_right_of_right")
-        many_wrong = mean_percent(measured, "many_sign_right_of_wrong")
         ratios = [point["signal_to_noise"] for point in measured]
         cells: list[Any] = [labels, f"{step:,}"]
         cells.append(f"{mean_percent(measured, 'pseudo_labels_right'):.1f}")
-        cells += [f"{right:.1f}", f"{wrong:.1f}", f"{(right + wrong) / 2:.1f}"]
-        cells.append(f"{(many_right + many_wrong) / 2:.1f}")
+        cells.append(f"{mean_percent(measured, 'sign_right_of_right'):.1f}")
+        cells.append(f"{mean_percent(measured, 'sign_right_of_wrong'):.1f}")
+        cells.append(mean_of_both(measured, "sign_right"))
+        cells.append(mean_of_both(measured, "many_sign_right"))
         cells.append(f"{mean_percent(measured, 'agreement'):.1f}")
         cells.append(f"{statistics.fmean(ratios):.2f}")
         lines.append(cells)
@@ -1279,6 +1329,20 @@ def mean_percent(measured: Sequence[Row], name: str) -> float:
     """Return the mean of a share in %, over the seeds that have it."""
     values = [point[name] for point in measured if point[name] is not None]
     return 100 * statistics.fmean(values) if values else math.nan
+
+
+def mean_of_both(measured: Sequence[Row], name: str) -> str:
+    """Return the mean of a share among right and among wrong labels in %, with its interval.
+
+    The interval is of 95 %, over the seeds that have labels of both kinds.
+    """
+    percents = []
+    for point in measured:
+        of_right = point[f"{name}_of_right"]
+        of_wrong = point[f"{name}_of_wrong"]
+        if of_right is not None and of_wrong is not None:
+            percents.append(50 * (of_right + of_wrong))
+    return interval(percents, form=".1f") if percents else NONE
 
 
 # ------------------------------------------------------------------------------------- the command
