@@ -5,8 +5,9 @@
     python benchmarks/fashion_feedback.py --device cuda --parts final --seconds 150
     python benchmarks/fashion_feedback.py --write docs/when.md    # put the tables there
 
-Each part goes on where it was stopped: a row is a seed of an arm, and rows that are there are not
-run again. ``--seconds`` ends the script; a stack of seeds that has not ended leaves no row.
+A row is the training of one seed of one arm. Each part goes on where it was stopped, and does not
+run a row again that is in the file. ``--seconds`` ends the script; a stack of seeds that has not
+ended leaves no row.
 
 **The declared test**, written down before any row of the part ``final`` was run:
 
@@ -40,10 +41,10 @@ run again. ``--seconds`` ends the script; a stack of seeds that has not ended le
 - *If nothing is shown*, the row says "no" and has the interval. It is not said that there is no
   difference. If ``uda_aligned`` is shown to be above, the row says "below".
 
-All else is descriptive. The part ``measurements`` is about why, on 16 seeds of its own, trained
-with 4, 40 and 400 labels a class by the settings of ``mpl`` and by its schedule, at the steps
-:data:`MEASURED_STEPS`. With h (B, C) the feedback on the teacher's probabilities q (B, C) of a
-batch of unlabeled pictures:
+All else is descriptive. The part ``measurements`` is about why. It trains 16 seeds of its own with
+4, 40 and 400 labels a class, by the settings of ``mpl`` and by its schedule, and measures at the
+steps :data:`MEASURED_STEPS`. A step takes 40 labeled pictures, however many the run has. With h
+(B, C) the feedback of a step on the teacher's probabilities q (B, C) of its unlabeled pictures:
 
 - *The sign* of an example is that of s_i = h_{i,c} - sum_k q_ik h_ik, with c the teacher's most
   probable class: whether the feedback raises or lowers the teacher's logit of c. It is right if it
@@ -58,13 +59,14 @@ batch of unlabeled pictures:
   the deviations d_r from it, noise^2 = sum_r |d_r|^2 / (R - 1), and
   signal^2 = |mean|^2 - noise^2 / R, or 0 where that is negative. The feedback is a mean over the
   labeled pictures, so that m labels a class have 40 / m times this noise^2. The ratio is signal /
-  noise of as many labels as the run has.
+  noise of a set of all labels of the run.
 
-All seeds and settings of a stack take the pure step of :class:`metapl.BilevelTrainer` at once. What
-a seed sees does not depend on the others of its stack, but it does depend on the kind of device.
-Convolutions are written as products of matrices, which a stack makes batched products; torch's own
-would become one of many groups, whose second derivative is a loop. On a GPU the step is repeated as
-a CUDA graph; the column ``execution`` says how it was run.
+*How the script runs them.* A stack is several runs, of other seeds or settings, which take the pure
+step of :class:`metapl.BilevelTrainer` at once by ``vmap``. The batches of a seed do not depend on
+the others of its stack, but they do depend on the kind of device. Convolutions are written as
+products of matrices, which ``vmap`` turns into batched products. Those of torch would become one
+convolution of many groups, whose second derivative is a loop over the groups. On a GPU the step is
+repeated as a CUDA graph; the column ``execution`` says how it was run.
 """
 
 from __future__ import annotations
@@ -129,10 +131,11 @@ SIDE = 14
 PIXELS = SIDE * SIDE
 
 STEPS = 2_000
-"""Steps of ``mpl``."""
+"""Steps of ``mpl`` in a training."""
 COST: dict[Method, float] = {"mpl": 1.0, "uda_aligned": 0.4002}
 """Operations of a step, relative to one of ``mpl``, as :func:`operations_of_step` counts them."""
 FINETUNING_STEPS = 200
+"""Steps on the labels alone, behind which the read-out ``finetuned`` is."""
 FINETUNING_RATE = 0.02
 AVERAGE_DECAY = 0.995
 MOMENTUM = 0.9
@@ -143,11 +146,12 @@ SEEDS: dict[Part, range] = {
     "measurements": range(300, 316),
     "final": range(1000, 1320),
 }
+"""The seeds of each part; of the part ``final`` the first ones, as many as the pilot says."""
 LEAST_SEEDS = 64
 SEEDS_MULTIPLE = 32
-"""The number of seeds is a multiple of it, so that stacks are full."""
+"""The number of seeds of the test is a multiple of it, so that stacks are full."""
 POINTS_TO_SEE = 1.0
-"""A difference of so many points is to be seen with a power of 80 %."""
+"""The difference that the test shall see with a power of 80 %."""
 # The quantiles of the normal distribution at 97.5 % and at 80 %.
 Z_OF_LEVEL = 1.96
 Z_OF_POWER = 0.84
@@ -161,7 +165,7 @@ LABELS_OF_FRESH_SET = 40
 
 @dataclass(frozen=True)
 class Settings:
-    """What is tuned.
+    """The settings of an arm that are tuned.
 
     Attributes:
         teacher_lr: the rate of the teacher, or of the one network of UDA: SGD with momentum.
@@ -179,19 +183,19 @@ class Settings:
 
 def grids() -> dict[Method, tuple[Settings, ...]]:
     """Return the eight settings of each arm."""
-    of_mpl = harness.every(
+    mpl_settings = harness.every(
         method="mpl",
         temperature=(1.0, 0.5),
         teacher_lr=(0.02, 0.04),
         student_lr=0.3,
         feedback_weight=(1.0, 3.0),
     )
-    of_uda = harness.every(
+    uda_settings = harness.every(
         method="uda_aligned", temperature=(1.0, 0.5), teacher_lr=(0.01, 0.02, 0.04, 0.08)
     )
     return {
-        "mpl": tuple(Settings(**settings) for settings in of_mpl),
-        "uda_aligned": tuple(Settings(**settings) for settings in of_uda),
+        "mpl": tuple(Settings(**settings) for settings in mpl_settings),
+        "uda_aligned": tuple(Settings(**settings) for settings in uda_settings),
     }
 
 
@@ -200,10 +204,10 @@ GRIDS = grids()
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run: all, or a miniature of it.
+    """How much is run: the declared test, or a miniature of it that takes seconds.
 
     Attributes:
-        stack: seeds that are trained at once by the final part.
+        stack: the most seeds that train at once.
         deadline: the value of ``time.monotonic()`` at which nothing more is begun, or None.
     """
 
@@ -258,8 +262,8 @@ class Pictures:
     def rows_of_class(self) -> Tensor:
         """Return the rows of the training pictures of each class, equally many: (C, n)."""
         rows = [(self.training_labels == c).nonzero()[:, 0] for c in range(CLASSES)]
-        shortest = min(len(rows_of_one) for rows_of_one in rows)
-        return torch.stack([rows_of_one[:shortest] for rows_of_one in rows])
+        shortest = min(len(class_rows) for class_rows in rows)
+        return torch.stack([class_rows[:shortest] for class_rows in rows])
 
 
 def read_pictures(source: Path, *, miniature: bool, device: torch.device) -> Pictures:
@@ -270,15 +274,15 @@ def read_pictures(source: Path, *, miniature: bool, device: torch.device) -> Pic
         digits = load_digits()
         pixels = F.pad(torch.tensor(digits.images, dtype=torch.float32) / 16, [3, 3, 3, 3])
         labels = torch.tensor(digits.target)
-        parts = [pixels[:1400], labels[:1400], pixels[1400:], labels[1400:]]
+        training = pixels[:1400]
+        training_labels = labels[:1400]
+        test = pixels[1400:]
+        test_labels = labels[1400:]
     else:
-        parts = []
-        for name in ("train", "t10k"):
-            pixels = bytes_of(source / f"{name}-images-idx3-ubyte.gz", offset=16)
-            halved = F.avg_pool2d(pixels.view(-1, 1, 28, 28).float() / 255, 2)
-            labels = bytes_of(source / f"{name}-labels-idx1-ubyte.gz", offset=8)
-            parts += [halved, labels.long()]
-    training, training_labels, test, test_labels = parts
+        training = halved_pictures(source / "train-images-idx3-ubyte.gz")
+        training_labels = bytes_of(source / "train-labels-idx1-ubyte.gz", offset=8).long()
+        test = halved_pictures(source / "t10k-images-idx3-ubyte.gz")
+        test_labels = bytes_of(source / "t10k-labels-idx1-ubyte.gz", offset=8).long()
     mean = training.mean()
     deviation = training.std()
     return Pictures(
@@ -287,6 +291,12 @@ def read_pictures(source: Path, *, miniature: bool, device: torch.device) -> Pic
         ((test.flatten(1) - mean) / deviation).to(device),
         test_labels.to(device),
     )
+
+
+def halved_pictures(file: Path) -> Tensor:
+    """Return the pictures of a file, (n, 1, 14, 14) with pixels from 0 to 1."""
+    pixels = bytes_of(file, offset=16)
+    return F.avg_pool2d(pixels.view(-1, 1, 28, 28).float() / 255, 2)
 
 
 def bytes_of(file: Path, *, offset: int) -> Tensor:
@@ -325,9 +335,16 @@ class Run:
 
 
 def split(pictures: Pictures, runs: Sequence[Run], *, validation: int) -> Splits:
-    """Return the splits of the runs' seeds; of fewer labels the rounds are repeated."""
+    """Return the splits of the runs' seeds.
+
+    A run with fewer labels than others of its stack has its rounds repeated.
+
+    Args:
+        validation: how many unlabeled pictures are set aside for validation.
+    """
     labels = pictures.training_labels.cpu()
     most_rounds = max(run.labels_per_class for run in runs) // LABELS_PER_CLASS
+    # As many pictures as the run with the most labels has.
     most_labeled = most_rounds * LABELED_BATCH
     labeled = []
     unlabeled = []
@@ -369,18 +386,18 @@ class Views:
     """Changed pictures by looking up: which pixel goes where, and which are left out."""
 
     def __init__(self, device: torch.device) -> None:
-        place = torch.arange(SIDE)
+        coordinates = torch.arange(SIDE)
         moves = []
         for down, right in itertools.product(range(-SHIFT, SHIFT + 1), repeat=2):
-            rows = (place + down).clamp(0, SIDE - 1)[:, None] * SIDE
-            columns = (place + right).clamp(0, SIDE - 1)
+            rows = (coordinates + down).clamp(0, SIDE - 1)[:, None] * SIDE
+            columns = (coordinates + right).clamp(0, SIDE - 1)
             moves.append((rows + columns).flatten())
             moves.append((rows + columns.flip(0)).flatten())
         holes = []
         for top, left in itertools.product(range(SIDE - HOLE + 1), repeat=2):
-            is_kept = torch.ones(SIDE, SIDE)
-            is_kept[top : top + HOLE, left : left + HOLE] = 0
-            holes.append(is_kept.flatten())
+            mask = torch.ones(SIDE, SIDE)
+            mask[top : top + HOLE, left : left + HOLE] = 0
+            holes.append(mask.flatten())
         self.moves = torch.stack(moves).to(device)
         self.holes = torch.stack(holes).to(device)
 
@@ -388,7 +405,7 @@ class Views:
         """Return views (S, B, 196) of pictures (S, B, 196).
 
         Args:
-            choice: (S, B) whole numbers, of which the remainders choose a move and a hole.
+            choice: (S, B) whole numbers, whose remainders choose a move and a hole.
             noise: (S, B, 196), of variance 1.
         """
         moves = self.moves[choice % len(self.moves)]
@@ -398,14 +415,14 @@ class Views:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """What all runs of a stack see in a step.
+    """The batch of a step, for all runs of a stack.
 
     Attributes:
         labeled: views of the labeled pictures, (S, 40, 196).
         labels: their classes, (S, 40).
         weak: unlabeled pictures as they are, (S, 64, 196).
         strong: views of them, (S, 64, 196).
-        truth: their classes, (S, 64), which measurements alone read.
+        truth: their classes, (S, 64), which only measurements read.
     """
 
     labeled: Tensor
@@ -420,8 +437,8 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the batches of a stack, which are drawn on the device.
 
-    A seed has a generator of its own, so that what it sees does not depend on the stack, and both
-    arms of a seed see the same pictures as long as both go on.
+    Each seed has its own generator. So its batches do not depend on the stack, and both arms of a
+    seed have the same batches until the shorter arm ends.
     """
     device = pictures.training.device
     views = Views(device)
@@ -433,19 +450,21 @@ def batches(
     rounds = splits.labeled.shape[1]
     unlabeled_count = splits.unlabeled.shape[1]
     for step in range(steps):
-        place = step % CHUNK
-        if place == 0:
+        step_of_chunk = step % CHUNK
+        if step_of_chunk == 0:
             for choices_of_seed, noise_of_seed, generator in zip(
                 choices, noise, generators, strict=True
             ):
                 choices_of_seed.random_(0, 2**31 - 1, generator=generator)
                 noise_of_seed.normal_(generator=generator)
-        which, strong_choice, labeled_choice = choices[:, place].split(
+        unlabeled_choice, strong_choice, labeled_choice = choices[:, step_of_chunk].split(
             [UNLABELED_BATCH, UNLABELED_BATCH, LABELED_BATCH], 1
         )
-        strong_noise, labeled_noise = noise[:, place].split([UNLABELED_BATCH, LABELED_BATCH], 1)
+        strong_noise, labeled_noise = noise[:, step_of_chunk].split(
+            [UNLABELED_BATCH, LABELED_BATCH], 1
+        )
         labeled_rows = splits.labeled[:, step % rounds]
-        unlabeled_rows = splits.unlabeled.gather(1, which % unlabeled_count)
+        unlabeled_rows = splits.unlabeled.gather(1, unlabeled_choice % unlabeled_count)
         weak = pictures.training[unlabeled_rows]
         yield Batch(
             labeled=views(pictures.training[labeled_rows], labeled_choice, labeled_noise),
@@ -475,15 +494,15 @@ class Convolution(nn.Module):
         """Return (B, h, h, new_channels) of (B, H, H, channels)."""
         x = F.pad(x, (0, 0, *self.padding, *self.padding))
         B, H, W, C = x.shape
-        # Squares of 2 x 2 pixels, (B, H / 2, W / 2, 4 C); four of them are what a kernel sees.
+        # Squares of 2 x 2 pixels, (B, H / 2, W / 2, 4 C). A kernel covers four of them.
         squares = x.view(B, H // 2, 2, W // 2, 2, C).permute(0, 1, 3, 2, 4, 5)
         squares = squares.reshape(B, H // 2, W // 2, 4 * C)
         upper = [squares[:, :-1, :-1], squares[:, :-1, 1:]]
         lower = [squares[:, 1:, :-1], squares[:, 1:, 1:]]
-        seen = torch.cat([*upper, *lower], -1)
+        patches = torch.cat([*upper, *lower], -1)
         # As a matrix, so that a stack of weights gives one batched product.
-        outputs: Tensor = self.linear(seen.flatten(0, 2))
-        return outputs.unflatten(0, seen.shape[:3])
+        outputs: Tensor = self.linear(patches.flatten(0, 2)).unflatten(0, patches.shape[:3])
+        return outputs
 
 
 class Classifier(nn.Module):
@@ -511,24 +530,25 @@ def weights_of_network() -> int:
 class WeightedFeedback(metapl.PseudoLabels):
     """Meta Pseudo Labels whose outer batch is (x, y, weight of the feedback).
 
-    The feedback is linear in the outer loss. As a tensor of the batch, its weight may be another
-    one for each run of a stack.
+    The feedback is linear in the outer loss, so that a factor of this loss is a weight of the
+    feedback. Because the factor is a tensor of the batch, each run of a stack can have its own.
     """
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        loss: Tensor = super().outer_loss(outputs, batch)
-        return batch[2] * loss
+        weighted_loss: Tensor = batch[2] * super().outer_loss(outputs, batch)
+        return weighted_loss
 
 
 @dataclass(frozen=True, eq=False)
 class NetworkAlone(EqualWeights):
     """A network without a teacher: cross-entropy of (x, y), and UDA of (x, y, weak, strong).
 
-    The targets are predictions on the weak view by a pass without a gradient.
+    The targets are predictions on the weak view, by a pass without a gradient. A batch of two is
+    (x, y) alone.
 
     Args:
-        network: the module whose weights come as ``params``.
-        uda: makes the targets.
+        network: the module whose weights :meth:`inner_loss` has as ``params``.
+        uda: makes the targets of the predictions.
     """
 
     network: nn.Module
@@ -576,7 +596,7 @@ def trainer_of(settings: Settings, teacher: nn.Module, student: nn.Module) -> me
         problem=WeightedFeedback(kind="soft"),
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=settings.student_lr),
         outer_optimizer=teacher_optimizer,
-        # The weight is in the outer loss; 1 is here in the place of the default, a bound.
+        # The weight is in the outer loss. Without this 1 the default, a bound, would hold.
         feedback_weight=1.0,
         teacher_losses=[metapl.CrossEntropy(), metapl.UDA(temperature=settings.temperature)],
     )
@@ -605,13 +625,13 @@ class Stack:
     """Runs of one method and one temperature that train at once.
 
     Args:
-        steps: after which the cosine of the rates is 0.
-        constant_rates: whether the rates stay as they are.
+        steps: the length of the cosine schedule, at whose end the rates are 0.
+        constant_rates: whether the rates have no schedule.
 
     Attributes:
         state: the stacked state of the trainers.
         average: the moving average of the trained network's weights.
-        execution: how steps are run, after the first one.
+        execution: how steps are run, known after the first one.
     """
 
     def __init__(
@@ -632,10 +652,10 @@ class Stack:
         weights = [run.settings.feedback_weight for run in runs]
         self.feedback_weights = torch.tensor(weights, dtype=torch.float32).to(device)
         self.execution = ""
-        self.repeat: RepeatedStep | None = None
+        self.repeated_step: RepeatedStep | None = None
 
     def kind(self, *, labels_alone: bool) -> tuple[Any, ...]:
-        """Return what steps have in common that may be the same operations."""
+        """Return a key that is equal for stacks whose steps are the same operations."""
         temperature = self.runs[0].settings.temperature
         schedule = (self.steps, self.constant_rates)
         return (self.method, temperature, schedule, len(self.runs), labels_alone, self.device)
@@ -649,7 +669,7 @@ class Stack:
             return labeled, (*labeled, batch.weak, batch.strong)
         return (*labeled, self.feedback_weights), (batch.weak, batch.strong)
 
-    def moved(self, state: Any, average: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
+    def next_values(self, state: Any, average: Any, outer: Any, inner: Any) -> tuple[Any, Any]:
         """Return state and average after a step of all runs."""
         step = state.step.double()
         factors = torch.ones_like(step)
@@ -673,14 +693,14 @@ class Stack:
         """Take a step of all runs."""
         arguments = self.outer_and_inner(batch, labels_alone=labels_alone)
         values = (self.state, self.average)
-        if self.repeat is None:
+        if self.repeated_step is None:
             kind = self.kind(labels_alone=labels_alone)
             if kind not in REPEATED_STEPS:
-                REPEATED_STEPS[kind] = RepeatedStep(self.moved, values, arguments)
-            self.repeat = REPEATED_STEPS[kind]
-            self.repeat.begin(values)
-            self.execution = self.repeat.execution
-        self.state, self.average = self.repeat(arguments)
+                REPEATED_STEPS[kind] = RepeatedStep(self.next_values, values, arguments)
+            self.repeated_step = REPEATED_STEPS[kind]
+            self.repeated_step.begin(values)
+            self.execution = self.repeated_step.execution
+        self.state, self.average = self.repeated_step(arguments)
 
     def feedback(self, outer: Any, inner: Any) -> tuple[Tensor, Tensor]:
         """Return h and q, (S, B, C) each, of a step that is not taken."""
@@ -697,19 +717,19 @@ def with_rates(optimizer: Any, factors: Tensor) -> Any:
 
 
 REPEATED_STEPS: dict[tuple[Any, ...], RepeatedStep] = {}
-"""The steps that have been written down, by their kind; later stacks use them again."""
+"""The steps that have been traced, by their kind; later stacks of the kind use them again."""
 
 
 class RepeatedStep:
     """A function of (values, batch) that returns new values, run many times.
 
-    The function is written down once as operations on the tensors of all runs, because of networks
-    this small most of a step would be the dispatch of ``vmap``. On a GPU these operations are then
-    recorded as a CUDA graph, which reads and writes the same memory at each step.
+    The function is traced once into operations on the tensors of all runs: with networks this small
+    most of a step's time would be the dispatch of ``vmap``. On a GPU these operations are recorded
+    as a CUDA graph, which reads and writes the same memory at each step.
 
     Attributes:
-        execution: ``"CUDA graph"``; or ``"operations"``, behind it in parentheses why no graph
-            could be recorded.
+        execution: ``"CUDA graph"`` or ``"operations"``. Where recording has failed, the reason
+            follows in parentheses.
     """
 
     def __init__(self, function: Callable[..., Any], values: Any, batch: Any) -> None:
@@ -720,7 +740,9 @@ class RepeatedStep:
         self.replay: Callable[[], Any] | None = None
         self.execution = "operations"
         device = pytree.tree_leaves(batch)[0].device
-        recorder = cuda_graphs.RECORDERS.get(device.type)
+        # Any, because a recorder is typed for a step that returns a state and a report. It reads no
+        # result of a step.
+        recorder: Any = cuda_graphs.RECORDERS.get(device.type)
         if recorder is None:
             return
         self.values = pytree.tree_map(torch.clone, values)
@@ -750,7 +772,7 @@ class RepeatedStep:
         torch._foreach_copy_(self.memory, new_values)
 
     def __call__(self, batch: Any) -> Any:
-        """Return the values after one more step; of a graph they lie where they lay."""
+        """Return the values after one more step; a graph writes them into the same tensors."""
         if self.replay is None:
             self.values = self.operations(self.values, batch)
             return self.values
@@ -771,23 +793,23 @@ def train(pictures: Pictures, splits: Splits, stacked: Stack, steps: int, size: 
     wait_for(size.device)
 
 
-def finetuned(pictures: Pictures, splits: Splits, stacked: Stack, size: Size) -> Any:
-    """Return the averages after some steps on the labels alone."""
+def finetune(pictures: Pictures, splits: Splits, stacked: Stack, size: Size) -> Any:
+    """Return the averaged weights after some steps on the labels alone."""
     settings = Settings("uda_aligned", teacher_lr=FINETUNING_RATE, temperature=1.0)
     runs = [Run(settings, run.seed) for run in stacked.runs]
     steps = size.finetuning_steps
-    tuned = Stack(runs, steps, size.device, constant_rates=True)
-    student = tuned.state.student._replace(params=stacked.average)
-    tuned.state = tuned.state._replace(student=student)
-    # Other views than those of the training.
+    finetuning = Stack(runs, steps, size.device, constant_rates=True)
+    student = finetuning.state.student._replace(params=stacked.average)
+    finetuning.state = finetuning.state._replace(student=student)
+    # Other seeds, so that the views are not those of the training again.
     seeds = [run.seed + 1_000_000 for run in runs]
     for batch in batches(pictures, splits, seeds, steps):
-        tuned.step(batch, labels_alone=True)
-    return tuned.state.student.params
+        finetuning.step(batch, labels_alone=True)
+    return finetuning.state.student.params
 
 
 def wait_for(device: torch.device) -> None:
-    """Wait until a device has done all that it was asked."""
+    """Wait until the device has ended all work."""
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -814,12 +836,15 @@ def operations_of_step(method: Method) -> int:
 
 @torch.no_grad()
 def logits_of(network: nn.Module, weights: Any, inputs: Tensor) -> Tensor:
-    """Return all runs' outputs, (S, n, C), in pieces of the inputs, (S, n, 196) or (n, 196)."""
+    """Return all runs' outputs (S, n, C) for inputs of theirs, (S, n, 196), or for all, (n, 196).
+
+    Inputs are taken in pieces of 500, which bounds the memory.
+    """
     is_shared = inputs.dim() == 2
-    over = (None, 0, None if is_shared else 0)
+    dims = (None, 0, None if is_shared else 0)
     pieces = []
     for piece in inputs.split(500, dim=0 if is_shared else 1):
-        pieces.append(vmap(functional_call, over)(network, weights, piece))
+        pieces.append(vmap(functional_call, dims)(network, weights, piece))
     return torch.cat(pieces, 1)
 
 
@@ -838,7 +863,7 @@ def trained_rows(part: Part, runs: Sequence[Run], pictures: Pictures, size: Size
     train(pictures, splits, stacked, steps, size)
     weights_by_read_out = {
         "average": stacked.average,
-        "finetuned": finetuned(pictures, splits, stacked, size),
+        "finetuned": finetune(pictures, splits, stacked, size),
     }
     if is_final:
         inputs = pictures.test
@@ -851,14 +876,14 @@ def trained_rows(part: Part, runs: Sequence[Run], pictures: Pictures, size: Size
         classes = logits_of(stacked.network, weights, inputs).argmax(-1)
         columns[name] = (classes == truth).double().mean(1).tolist()
         shares_off = class_counts(classes) - class_counts(truth)
-        # Total variation of the class shares.
+        # The total variation distance between the class shares of answers and truth.
         errors = shares_off.abs().sum(1).double() / (2 * truth.shape[1])
         columns[f"{name}_class_share_error"] = errors.tolist()
-    # The network that labels the unlabeled pictures, on some of them.
+    # How many of the unlabeled pictures are labeled rightly, by the network that labels them.
     labeler = stacked.state.teacher.params if method == "mpl" else stacked.state.student.params
-    some_rows = splits.unlabeled[:, : 100 if size.miniature else VALIDATION]
-    classes = logits_of(stacked.network, labeler, pictures.training[some_rows]).argmax(-1)
-    is_right = classes == pictures.training_labels[some_rows]
+    rows_to_label = splits.unlabeled[:, : 100 if size.miniature else VALIDATION]
+    classes = logits_of(stacked.network, labeler, pictures.training[rows_to_label]).argmax(-1)
+    is_right = classes == pictures.training_labels[rows_to_label]
     columns["pseudo_labels_right"] = is_right.double().mean(1).tolist()
     seconds = round((time.monotonic() - began) / len(runs), 3)
     processor_seconds = round((time.process_time() - processor_began) / len(runs), 3)
@@ -877,12 +902,12 @@ def trained_rows(part: Part, runs: Sequence[Run], pictures: Pictures, size: Size
 
 
 def class_counts(classes: Tensor) -> Tensor:
-    """Return how often each class is there, (S, C), of classes (S, n)."""
+    """Return the counts of the classes, (S, C), in classes (S, n)."""
     return F.one_hot(classes, CLASSES).sum(1)
 
 
 def identity(part: Part, run: Run, steps: int) -> Row:
-    """Return the columns by which a row is found again."""
+    """Return the columns that tell a row from all others."""
     return {
         "part": part,
         "method": run.settings.method,
@@ -894,7 +919,7 @@ def identity(part: Part, run: Run, steps: int) -> Row:
 
 
 class Study:
-    """The rows so far, and what is still to be run."""
+    """The file of rows, and the runs that it still lacks."""
 
     def __init__(self, file: Path, pictures: Pictures, size: Size) -> None:
         self.file = file
@@ -903,8 +928,8 @@ class Study:
         self.rows = harness.read(file, "part")
         self.environment_is_written = False
 
-    def missing(self, part: Part, runs: Sequence[Run]) -> list[Run]:
-        """Return the runs that no row is of."""
+    def missing_runs(self, part: Part, runs: Sequence[Run]) -> list[Run]:
+        """Return those of the runs that have no row."""
         without_row = []
         for run in runs:
             columns = identity(part, run, self.size.steps(run.settings.method))
@@ -915,8 +940,8 @@ class Study:
     def add(self, rows: Sequence[Row], label: str) -> None:
         """Append rows to the file."""
         if not self.environment_is_written:
-            about = {"made_with": harness.environment(), "weights": weights_of_network()}
-            append(self.file, about)
+            environment = {"made_with": harness.environment(), "weights": weights_of_network()}
+            append(self.file, environment)
             self.environment_is_written = True
         append(self.file, *rows)
         self.rows.extend(rows)
@@ -933,25 +958,25 @@ class Study:
         return seconds
 
     def tune(self) -> None:
-        """Run every setting on the tuning seeds; one stack has one temperature."""
+        """Run all settings on the tuning seeds; the runs of a stack have one temperature."""
         for method in METHODS:
             runs = []
             for settings in self.size.grid(method):
                 for seed in self.size.seeds("tuning"):
                     runs.append(Run(settings, seed))
             by_temperature: dict[float, list[Run]] = {}
-            for run in self.missing("tuning", runs):
+            for run in self.missing_runs("tuning", runs):
                 by_temperature.setdefault(run.settings.temperature, []).append(run)
-            for of_one_temperature in by_temperature.values():
-                for first in range(0, len(of_one_temperature), self.size.stack):
-                    self.run_stack("tuning", of_one_temperature[first : first + self.size.stack])
+            for alike_runs in by_temperature.values():
+                for first in range(0, len(alike_runs), self.size.stack):
+                    self.run_stack("tuning", alike_runs[first : first + self.size.stack])
 
     def pilot(self) -> None:
         """Run both arms on the seeds of the pilot, and say how many seeds the test has."""
         for method in METHODS:
-            settings, _ = chosen(self.rows, method, size=self.size)
+            settings, _ = best_settings(self.rows, method, size=self.size)
             runs = [Run(settings, seed) for seed in self.size.seeds("pilot")]
-            missing = self.missing("pilot", runs)
+            missing = self.missing_runs("pilot", runs)
             if missing:
                 self.run_stack("pilot", missing)
         print(plan_of(self.rows, size=self.size).sentence, file=sys.stderr, flush=True)
@@ -960,38 +985,46 @@ class Study:
         """Run both arms of a stack of seeds before the next stack, as far as time reaches."""
         plan = plan_of(self.rows, size=self.size)
         seeds = SEEDS["final"][: 4 if self.size.miniature else plan.seeds]
-        longest = 0.0
+        longest_seconds = 0.0
         for first in range(0, len(seeds), self.size.stack):
             seeds_of_stack = seeds[first : first + self.size.stack]
-            if longest > self.size.seconds_left():
+            # Where the second arm of a stack does not end, the rows of the first have no pair.
+            if longest_seconds > self.size.seconds_left():
                 raise TimeIsOver
             seconds = 0.0
             for method in METHODS:
-                settings, _ = chosen(self.rows, method, size=self.size)
-                missing = self.missing("final", [Run(settings, seed) for seed in seeds_of_stack])
+                settings, _ = best_settings(self.rows, method, size=self.size)
+                runs = [Run(settings, seed) for seed in seeds_of_stack]
+                missing = self.missing_runs("final", runs)
                 if missing:
                     seconds += self.run_stack("final", missing)
-            longest = max(longest, seconds)
+            longest_seconds = max(longest_seconds, seconds)
 
     def measure(self) -> None:
         """Measure the feedback of runs with few and many labels."""
-        settings, _ = chosen(self.rows, "mpl", size=self.size)
+        settings, _ = best_settings(self.rows, "mpl", size=self.size)
         runs = []
         for seed in self.size.seeds("measurements"):
             for labels in self.size.labels_measured:
                 runs.append(Run(settings, seed, labels))
-        missing = self.missing("measurements", runs)
-        # All numbers of labels of some seeds make a stack.
-        most = max(1, self.size.stack // len(LABELS_MEASURED)) * len(self.size.labels_measured)
-        for first in range(0, len(missing), most):
-            rows = measured_rows(missing[first : first + most], self.pictures, self.size)
+        missing = self.missing_runs("measurements", runs)
+        # A stack has some seeds, and all numbers of labels of each.
+        seeds_per_stack = max(1, self.size.stack // len(LABELS_MEASURED))
+        runs_per_stack = seeds_per_stack * len(self.size.labels_measured)
+        for first in range(0, len(missing), runs_per_stack):
+            rows = measured_rows(missing[first : first + runs_per_stack], self.pictures, self.size)
             self.add(rows, "measurements")
 
 
-def chosen(rows: Sequence[Row], method: Method, *, size: Size | None) -> tuple[Settings, str]:
+def best_settings(
+    rows: Sequence[Row], method: Method, *, size: Size | None
+) -> tuple[Settings, str]:
     """Return the settings and the read-out with the best mean over the tuning seeds.
 
-    Raises: :class:`metapl.MetaplError` where tuning has not ended; without a size a row is enough.
+    Args:
+        size: how many rows tuning has at its end; without a size one row is enough.
+
+    Raises: :class:`metapl.MetaplError` where tuning has not ended.
     """
     tuning = [row for row in rows if row["part"] == "tuning" and row["method"] == method]
     expected = 1 if size is None else len(size.grid(method)) * len(size.seeds("tuning"))
@@ -1002,36 +1035,49 @@ def chosen(rows: Sequence[Row], method: Method, *, size: Size | None) -> tuple[S
         )
     means: dict[tuple[Settings, str], float] = {}
     for settings in GRIDS[method]:
-        of_settings = [row for row in tuning if row["settings"] == asdict(settings)]
+        settings_rows = [row for row in tuning if row["settings"] == asdict(settings)]
         for read_out in READ_OUTS:
-            if of_settings:
-                mean = statistics.fmean(row[read_out] for row in of_settings)
+            if settings_rows:
+                mean = statistics.fmean(row[read_out] for row in settings_rows)
                 means[settings, read_out] = mean
     return max(means, key=lambda choice: means[choice])
 
 
-def paired(rows: Sequence[Row], part: Part) -> tuple[list[float], list[float]]:
-    """Return the accuracies of both arms at their read-outs, of the seeds that both have."""
-    columns = []
+def paired_accuracies(
+    rows: Sequence[Row], part: Part, *, read_out: str | None = None
+) -> tuple[list[float], list[float]]:
+    """Return the accuracies of ``mpl`` and of ``uda_aligned`` on the seeds that both have.
+
+    Args:
+        read_out: of both arms; without it each arm has the one that tuning chose.
+    """
+    accuracies = []
     for method in METHODS:
-        settings, read_out = chosen(rows, method, size=None)
-        of_arm = {}
-        for row in rows:
-            if row["part"] == part and row["settings"] == asdict(settings):
-                of_arm[row["seed"]] = row[read_out]
-        columns.append(of_arm)
-    seeds = sorted(columns[0].keys() & columns[1].keys())
-    return [columns[0][seed] for seed in seeds], [columns[1][seed] for seed in seeds]
+        settings, tuned_read_out = best_settings(rows, method, size=None)
+        column = read_out or tuned_read_out
+        accuracy_by_seed = {}
+        for row in rows_with(rows, part, settings):
+            accuracy_by_seed[row["seed"]] = row[column]
+        accuracies.append(accuracy_by_seed)
+    mpl_by_seed, uda_by_seed = accuracies
+    seeds = sorted(mpl_by_seed.keys() & uda_by_seed.keys())
+    return [mpl_by_seed[seed] for seed in seeds], [uda_by_seed[seed] for seed in seeds]
+
+
+def rows_with(rows: Sequence[Row], part: Part, settings: Settings) -> list[Row]:
+    """Return the rows of a part that have these settings."""
+    values = asdict(settings)
+    return [row for row in rows if row["part"] == part and row["settings"] == values]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the pilot says about the number of seeds.
+    """The number of seeds of the test, as it follows from the pilot.
 
     Attributes:
-        deviation: of the paired difference, in points.
-        computed: the number that the power asks for.
-        seeds: that number between the bounds, for full stacks.
+        deviation: the standard deviation of the paired difference, in points.
+        computed: the number of seeds that the power asks for.
+        seeds: that number within the bounds, rounded up to full stacks.
     """
 
     deviation: float
@@ -1050,17 +1096,19 @@ class Plan:
 def plan_of(rows: Sequence[Row], *, size: Size | None) -> Plan:
     """Return the number of seeds, by the standard deviation of the pilot's differences.
 
-    Raises: :class:`metapl.MetaplError` where the pilot has not ended; without a size it is not
-        asked for more than two seeds.
+    Args:
+        size: how many seeds the pilot has at its end; without a size two are enough.
+
+    Raises: :class:`metapl.MetaplError` where the pilot has not ended.
     """
-    first, second = paired(rows, "pilot")
+    mpl_accuracies, uda_accuracies = paired_accuracies(rows, "pilot")
     expected = 2 if size is None else len(size.seeds("pilot"))
-    if len(first) < expected:
+    if len(mpl_accuracies) < expected:
         raise MetaplError(
-            f"the pilot has {len(first)} seeds of both arms; expected {expected}: run --parts "
-            "pilot first."
+            f"the pilot has {len(mpl_accuracies)} seeds of both arms; expected {expected}: run "
+            "--parts pilot first."
         )
-    differences = [a - b for a, b in zip(first, second, strict=True)]
+    differences = [a - b for a, b in zip(mpl_accuracies, uda_accuracies, strict=True)]
     deviation = 100 * statistics.stdev(differences)
     computed = math.ceil(((Z_OF_LEVEL + Z_OF_POWER) * deviation / POINTS_TO_SEE) ** 2)
     full_stacks = SEEDS_MULTIPLE * math.ceil(max(computed, LEAST_SEEDS) / SEEDS_MULTIPLE)
@@ -1107,8 +1155,8 @@ def fresh_set(pictures: Pictures, runs: int, generator: torch.Generator) -> tupl
     """Return labeled pictures (S, n, 196) and classes (S, n), the same for every run."""
     rows_of_class = pictures.rows_of_class
     keys = torch.rand(rows_of_class.shape, generator=generator)
-    drawn = keys.argsort(1)[:, :LABELS_OF_FRESH_SET].to(rows_of_class.device)
-    rows = rows_of_class.gather(1, drawn).flatten()
+    columns = keys.argsort(1)[:, :LABELS_OF_FRESH_SET].to(rows_of_class.device)
+    rows = rows_of_class.gather(1, columns).flatten()
     return (
         pictures.training[rows].expand(runs, -1, -1),
         pictures.training_labels[rows].expand(runs, -1),
@@ -1118,7 +1166,7 @@ def fresh_set(pictures: Pictures, runs: int, generator: torch.Generator) -> tupl
 def measured_point(
     stacked: Stack, batch: Batch, pictures: Pictures, generator: torch.Generator
 ) -> list[Row]:
-    """Return for each run the shares and the ratio of the docstring's three measurements."""
+    """Return for each run the shares and the ratio that the head of this file defines."""
     outer, inner = stacked.outer_and_inner(batch)
     feedback, q = stacked.feedback(outer, inner)
     top_class = q.argmax(-1, keepdim=True)
@@ -1163,9 +1211,14 @@ def is_raised(h: Tensor, q: Tensor, top_class: Tensor) -> Tensor:
     return relative.gather(-1, top_class)[..., 0] > 0
 
 
-def share(is_so: Tensor, among: Tensor) -> Tensor:
-    """Return the share of examples that are so among some, (S,); NaN where there are none."""
-    return (is_so & among).sum(1).double() / among.sum(1)
+def share(condition: Tensor, examples: Tensor) -> Tensor:
+    """Return the share of the examples that meet a condition, (S,); NaN where there are none.
+
+    Args:
+        condition: (S, B), of bools.
+        examples: (S, B), of bools: those that count.
+    """
+    return (condition & examples).sum(1).double() / examples.sum(1)
 
 
 def rounded(value: Tensor) -> float | None:
@@ -1186,24 +1239,27 @@ def verdict(rows: Sequence[Row]) -> str:
     from when_tables import sign_flip
 
     head = ["labels a class, steps", "the other", "MPL / other", "difference", "shown?"]
-    place = f"Fashion-MNIST, 4 labels, {STEPS:,} steps"
-    first, second = paired(rows, "final") if has_tuning(rows) else ([], [])
-    if len(first) < 2:
-        cells = [place, "aligned UDA (*declared*)", NONE, NONE, "declared, not run yet"]
+    setting = f"Fashion-MNIST, 4 labels, {STEPS:,} steps"
+    mpl: list[float] = []
+    uda: list[float] = []
+    if has_tuning(rows):
+        mpl, uda = paired_accuracies(rows, "final")
+    if len(mpl) < 2:
+        cells = [setting, "aligned UDA (*declared*)", NONE, NONE, "declared, not run yet"]
         return grid(head, [cells], "llrrl")
-    gap = points(first) - points(second)
-    p = sign_flip(first, second)
+    gap = points(mpl) - points(uda)
+    p = sign_flip(mpl, uda)
     shown = "no"
     if p < 0.05:
-        shown = "yes" if statistics.fmean(first) > statistics.fmean(second) else "below"
+        shown = "yes" if statistics.fmean(mpl) > statistics.fmean(uda) else "below"
     cells = [
-        place,
+        setting,
         "aligned UDA (*declared*)",
-        f"{points(first):.1f} / {points(second):.1f}",
-        f"{gap:+.1f} ({between(first, second)})",
+        f"{points(mpl):.1f} / {points(uda):.1f}",
+        f"{gap:+.1f} ({between(mpl, uda)})",
         shown,
     ]
-    test = paired_test(first, second)
+    test = paired_test(mpl, uda)
     deviation = 100 * (test.std or 0.0)
     least = (Z_OF_LEVEL + Z_OF_POWER) * deviation / math.sqrt(test.n)
     plan = plan_of(rows, size=None)
@@ -1223,7 +1279,7 @@ def has_tuning(rows: Sequence[Row]) -> bool:
 
 
 def arms_table(rows: Sequence[Row]) -> str:
-    """Return what tuning chose, and how the arms of the final part differ besides."""
+    """Return the settings that tuning chose, and means of the final part for both read-outs."""
     head = [
         "arm",
         "steps",
@@ -1240,13 +1296,13 @@ def arms_table(rows: Sequence[Row]) -> str:
         if not has_tuning(rows):
             lines.append([NAMES[method], *[NONE] * 8])
             continue
-        settings, read_out = chosen(rows, method, size=None)
-        final = final_rows(rows, settings)
-        texts = [f"rate {settings.teacher_lr:g}", f"temperature {settings.temperature:g}"]
+        settings, read_out = best_settings(rows, method, size=None)
+        final = rows_with(rows, "final", settings)
+        values = [f"rate {settings.teacher_lr:g}", f"temperature {settings.temperature:g}"]
         if method == "mpl":
-            texts.append(f"student's rate {settings.student_lr:g}")
-            texts.append(f"weight {settings.feedback_weight:g}")
-        cells = [NAMES[method], NONE, ", ".join(texts), read_out, *[NONE] * 5]
+            values.append(f"student's rate {settings.student_lr:g}")
+            values.append(f"weight {settings.feedback_weight:g}")
+        cells = [NAMES[method], NONE, ", ".join(values), read_out, *[NONE] * 5]
         if final:
             cells[1] = f"{final[0]['steps']:,}"
             cells[4] = harness.spread([row["average"] for row in final])
@@ -1260,33 +1316,18 @@ def arms_table(rows: Sequence[Row]) -> str:
     return f"{table}\n\n{sentence}" if sentence else table
 
 
-def final_rows(rows: Sequence[Row], settings: Settings) -> list[Row]:
-    """Return the rows of the final part that have these settings."""
-    matches = []
-    for row in rows:
-        if row["part"] == "final" and row["settings"] == asdict(settings):
-            matches.append(row)
-    return matches
-
-
 def same_read_outs(rows: Sequence[Row]) -> str:
     """Return a sentence with the differences at one read-out for both arms, or an empty text."""
-    rows_by_seed: dict[Method, dict[int, Row]] = {}
-    for method in METHODS:
-        settings, _ = chosen(rows, method, size=None)
-        rows_by_seed[method] = {row["seed"]: row for row in final_rows(rows, settings)}
-    seeds = sorted(rows_by_seed["mpl"].keys() & rows_by_seed["uda_aligned"].keys())
-    if len(seeds) < 2:
-        return ""
-    texts = []
+    differences = []
     for read_out in READ_OUTS:
-        of_mpl = [rows_by_seed["mpl"][seed][read_out] for seed in seeds]
-        of_uda = [rows_by_seed["uda_aligned"][seed][read_out] for seed in seeds]
-        gap = points(of_mpl) - points(of_uda)
-        texts.append(f"{gap:+.1f} ({between(of_mpl, of_uda)}) between the {read_out} networks")
+        mpl, uda = paired_accuracies(rows, "final", read_out=read_out)
+        if len(mpl) < 2:
+            return ""
+        gap = points(mpl) - points(uda)
+        differences.append(f"{gap:+.1f} ({between(mpl, uda)}) between the {read_out} networks")
     return (
-        f"At one read-out for both arms, which was not declared, the difference is "
-        f"{' and '.join(texts)}."
+        "At one read-out for both arms, which was not declared, the difference is "
+        f"{' and '.join(differences)}."
     )
 
 
