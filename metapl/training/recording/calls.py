@@ -8,6 +8,7 @@ labels. Each row of it is an example. Its number is its place in the data set wh
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -199,6 +200,7 @@ class NumbersInData:
     """
 
     def __init__(self, data: Data) -> None:
+        self._name = data.examples.name
         of_inputs, self.of_all = data.digests()
         self._sorted, self._places = of_inputs.sort(stable=True)
         is_equal = self._sorted[1:] == self._sorted[:-1]
@@ -213,6 +215,22 @@ class NumbersInData:
                 f"and {second}, which the network's inputs do not tell apart; expected each input "
                 "once."
             )
+
+    def warn_of_equal_examples(self) -> None:
+        """Warn where several examples are one to the recording."""
+        is_equal = self._sorted[1:] == self._sorted[:-1]
+        equal = int(is_equal.sum())
+        if not equal:
+            return
+        place = int(is_equal.nonzero()[0])
+        first = int(self._places[place])
+        second = int(self._places[place + 1])
+        warnings.warn(
+            f"{equal:,} of the {len(self.of_all):,} examples of {self._name} equal an earlier one, "
+            f"such as example {second} example {first}. Which of them the network is called with "
+            "is not seen: the first has the score of all of them, and the others have 0.",
+            stacklevel=2,
+        )
 
     def find(self, digests: Tensor) -> Tensor:
         """Return the number of each row with these digests, and −1 for rows of no example."""

@@ -36,6 +36,8 @@ class StepRow:
         numbers: of the examples in each call of the network, (B,) each.
         draws: the generators before each call, as :meth:`RandomState.values` has them; None where
             the call drew nothing.
+        training_parts: the names of the parts that were in training mode in each call; None where
+            they are those of the recording's first call.
         loss: the sum of the losses that were backpropagated; NaN where none was seen.
         clip_norm: the greatest norm of the gradient; None: it was not clipped.
         options: of the optimizer's param groups.
@@ -43,6 +45,7 @@ class StepRow:
 
     numbers: list[Tensor]
     draws: list[dict[str, Any] | None]
+    training_parts: list[list[str] | None]
     loss: float
     clip_norm: float | None
     options: list[dict[str, Any]]
@@ -143,6 +146,7 @@ class RecordingFolder:
             "has_draws": [[values is not None for values in row.draws] for row in rows],
             "cpu": torch.stack([values["cpu"] for values in draws]) if draws else None,
             "other_generators": others,
+            "training_parts": [row.training_parts for row in rows],
             "losses": [row.loss for row in rows],
             "clip_norms": [row.clip_norm for row in rows],
             "options": [row.options for row in rows],
@@ -198,6 +202,7 @@ def rows_of(contents: Mapping[str, Any]) -> list[StepRow]:
         row = StepRow(
             numbers=[next(numbers) for _ in sizes_of_step],
             draws=draws,
+            training_parts=contents["training_parts"][step],
             loss=contents["losses"][step],
             clip_norm=contents["clip_norms"][step],
             options=contents["options"][step],

@@ -67,8 +67,8 @@ def record(
             trainer.train()
         scores = recording.attribute(outer).scores
 
-    A step of the loop is one or more calls of the network with a gradient, the micro-batches, and
-    then a step of its optimizer. Recorded are the numbers of the examples in each call, the
+    A step of the loop is one or more calls of the network that are backpropagated, the
+    micro-batches, and then a step of its optimizer. Recorded are the numbers of the examples in each call, the
     generators before it where it draws, the settings and the clipping of each step, and every
     m-th state with its digest. In the first step the mean of the problem's losses,
 
@@ -105,7 +105,9 @@ def record(
     pass in the first step, and in each call two reads of the generators and four operations on
     the batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first
     step by name: other optimizers, GradScaler and float16, weights in half precision, several
-    processes, networks under ``torch.compile``, random augmentation with ``train=``. What a later
+    processes, networks under ``torch.compile`` or whose forward writes to weights, random
+    augmentation with ``train=``. Of examples that are equal the first has the score of all, which a
+    warning says. What a later
     step does that cannot be followed ends the recording with a ``UserWarning``, and the training
     goes on. Hooks that the loop has on the network run in the comparison too. Raises:
     :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
@@ -256,15 +258,16 @@ class Recording:
             progress: show on a terminal how far it is.
             replay_tolerance: the most by which a state may differ from the recorded one, as a share
                 of the way from the kept state before it; None: ten roots of the type's precision,
-                3e-3 in float32.
+                3e-3 in float32, and 1.6e-2 under autocast to bfloat16.
 
         Returns: a :class:`RecordedAttribution`, with ``scores`` (N,), or (N, T) of tokens.
         Cost: some four plain trainings, and of each further outer example two. Memory: m states
         and gradients where they fit into half of what is free, else some √m of them, for one more
-        training. Bias: none, as a derivative, but for batch norm's running statistics in the outer
-        loss. Nothing of the network moves. Raises: :class:`metapl.MetaplError` before the replay
-        for an outer set that cannot be read, other data, another network or version of torch and a
-        missing state; in it, for steps that lead elsewhere.
+        training. Bias: none, as a derivative, where constants are constants: the settings of each
+        step, batch norm's running statistics in the outer loss, and other buffers that passes move.
+        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers. Raises: :class:`metapl.MetaplError` before the replay
+        for an outer set that cannot be read, other data, another network or version of torch, a
+        missing state and operations without a second derivative; in it, for steps that lead elsewhere.
         """
         check_arguments(Recording.attribute, locals())
         contents = self._read()
@@ -332,6 +335,7 @@ class OpenedRecording:
         update: the rule of the optimizer.
         data: the examples.
         states_every: steps from one kept state to the next.
+        training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
     """
@@ -342,6 +346,7 @@ class OpenedRecording:
     update: TorchUpdate
     data: Data
     states_every: int
+    training_parts: list[str]
     first_sizes: list[float]
     factor: float
 
@@ -363,7 +368,6 @@ class OpenedRecording:
             model,
             problem,
             None if autocast is None else getattr(torch, autocast.removeprefix("torch.")),
-            description["training_parts"],
         )
         state, _ = folder.read_state(0, network.device)
         fixed = network.fixed_digest([*state.buffers])
@@ -385,6 +389,7 @@ class OpenedRecording:
             update=rule_of(description, rows[0], model),
             data=data_of(description, folder, problem, train, form, next(model.parameters())),
             states_every=description["states_every"],
+            training_parts=description["training_parts"],
             first_sizes=description["first_sizes"],
             factor=description["factor"],
         )
@@ -404,6 +409,7 @@ class OpenedRecording:
             self.network,
             self.update,
             self.data,
+            training_parts=self.training_parts,
             first_sizes=self.first_sizes,
             factor=self.factor,
             tolerance=tolerance,

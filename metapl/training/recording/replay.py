@@ -21,13 +21,14 @@ m steps, and what the loop did unseen, such as weights that it averaged, is noti
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
@@ -37,6 +38,7 @@ from metapl.training.recording.calls import Data
 from metapl.training.recording.first_step import (
     closest_weighting,
     tolerance_of,
+    tolerance_of_replay,
     weighted_sum,
     weightings,
 )
@@ -85,6 +87,7 @@ class Replay:
         network: at any weights.
         update: the rule of the optimizer.
         data: the examples.
+        training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
@@ -103,6 +106,7 @@ class Replay:
         update: TorchUpdate,
         data: Data,
         *,
+        training_parts: Sequence[str],
         first_sizes: Sequence[float],
         factor: float,
         tolerance: float | None,
@@ -112,6 +116,7 @@ class Replay:
         self.network = network
         self.update = update
         self.data = data
+        self.training_parts = frozenset(training_parts)
         self.first_sizes = first_sizes
         self.factor = factor
         self.tolerance = tolerance
@@ -125,11 +130,12 @@ class Replay:
         """Return the calls of the network in a step."""
         row = self.rows[number]
         calls: list[Call] = []
-        for numbers, values in zip(row.numbers, row.draws, strict=True):
+        for numbers, values, names in zip(row.numbers, row.draws, row.training_parts, strict=True):
             draws = None
             if values is not None:
                 draws = RandomState(self.network.device, **values)
-            calls.append(Call(self.data.batch(numbers), draws))
+            parts = self.training_parts if names is None else frozenset(names)
+            calls.append(Call(self.data.batch(numbers), draws, parts))
         return calls
 
     def update_in(self, number: int) -> Update:
@@ -193,17 +199,20 @@ class Replay:
             return
         loss = weighted_sum(factors, means)
         tolerance = self._tolerance()
-        if not abs(loss - recorded) <= tolerance * max(abs(loss), abs(recorded)):
+        size = max(abs(loss), abs(recorded))
+        gap = abs(loss - recorded)
+        if not gap <= tolerance * size:
             raise MetaplError(
-                f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded; "
-                "expected the network and the data of the recording, and a loop whose loss is the "
-                "same multiple of the examples' mean in each step."
+                f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded, "
+                f"{gap / size:.1g} of it apart; expected the network and the data of the "
+                "recording, and a loop whose loss is the same multiple of the examples' mean in "
+                "each step."
             )
 
     def _tolerance(self) -> float:
         """Return the relative difference from what was recorded that is allowed."""
         if self.tolerance is None:
-            return 10 * tolerance_of(self.network)
+            return tolerance_of_replay(self.network)
         return self.tolerance
 
     def step(
@@ -262,6 +271,33 @@ class Replay:
         factors = self.factors(0, state, calls)
         means = [self.network.loss(state.params, state.buffers, call, outer) for call in calls]
         self._refuse_other_loss(0, factors, torch.stack(means))
+        derivatives = self.network.refuse_wrong_derivative(state.params, state.buffers, calls[0])
+        self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
+
+    def _warn_of_moved_buffers(self, state: KeptState, buffers_after: Tree, call: Call) -> None:
+        """Warn of buffers through which a step acts on later ones, in any modes of the recording.
+
+        Args:
+            state: before a call.
+            buffers_after: it.
+        """
+        modes = {call.training_parts}
+        for row in self.rows:
+            modes |= {frozenset(names) for names in row.training_parts if names is not None}
+        read: dict[str, None] = {}
+        for training_parts in modes:
+            in_modes = Call(call.batch, call.draws, training_parts)
+            names = self.network.moved_buffers_read(
+                state.params, state.buffers, buffers_after, in_modes
+            )
+            read.update(dict.fromkeys(names))
+        if read:
+            warnings.warn(
+                f"the losses read {few([*read], 3)}, which the passes before have moved. A "
+                "derivative counts them as constants, as torch does in each pass, so that scores "
+                "leave out what acts by them.",
+                stacklevel=2,
+            )
 
     def last_state(self, *, progress: bool) -> KeptState:
         """Return the state after all steps, which is computed where it was not kept."""
