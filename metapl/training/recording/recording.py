@@ -68,9 +68,9 @@ def record(
         scores = recording.attribute(outer).scores
 
     A step of the loop is one or more calls of the network that are backpropagated, the
-    micro-batches, and then a step of its optimizer. Recorded are the numbers of the examples in each call, the
-    generators before it where it draws, the settings and the clipping of each step, and every
-    m-th state with its digest. In the first step the mean of the problem's losses,
+    micro-batches, and then a step of its optimizer. Recorded are the numbers of the examples in
+    each call, the generators before it where it draws, the settings and the clipping of each step,
+    and every m-th state with its digest. In the first step the mean of the problem's losses,
 
     .. math:: c \sum_j c_j \frac1{B_j} \sum_{i} \ell_i(\theta_0), \qquad c_j = \frac{B_j}{\sum B}
               \text{ or } \frac1J,
@@ -102,14 +102,13 @@ def record(
             own; that of ``torch.nn.utils.clip_grad_norm_`` is seen.
 
     Returns: a :class:`Recording`, a context around the training. Cost: a forward and a backward
-    pass in the first step, and in each call two reads of the generators and four operations on
-    the batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first
-    step by name: other optimizers, GradScaler and float16, weights in half precision, several
-    processes, networks under ``torch.compile`` or whose forward writes to weights, random
-    augmentation with ``train=``. Of examples that are equal the first has the score of all, which a
-    warning says. What a later
-    step does that cannot be followed ends the recording with a ``UserWarning``, and the training
-    goes on. Hooks that the loop has on the network run in the comparison too. Raises:
+    pass in the first step, and in each call two reads of the generators and four operations on the
+    batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first step
+    by name: other optimizers, GradScaler and float16, weights in half precision, several processes,
+    networks under ``torch.compile`` or whose forward writes to weights, random augmentation with
+    ``train=``. Of examples that are equal the first has the score of all, which a warning says.
+    What a later step does that cannot be followed ends the recording with a ``UserWarning``, and
+    the training goes on. Hooks that the loop has on the network run in the comparison too. Raises:
     :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
     what cannot be followed or whose loss is another one.
 
@@ -260,14 +259,15 @@ class Recording:
                 of the way from the kept state before it; None: ten roots of the type's precision,
                 3e-3 in float32, and 1.6e-2 under autocast to bfloat16.
 
-        Returns: a :class:`RecordedAttribution`, with ``scores`` (N,), or (N, T) of tokens.
-        Cost: some four plain trainings, and of each further outer example two. Memory: m states
-        and gradients where they fit into half of what is free, else some √m of them, for one more
+        Returns: a :class:`RecordedAttribution`, with ``scores`` (N,), or (N, T) of tokens. Cost:
+        some four plain trainings, and of each further outer example two. Memory: m states and
+        gradients where they fit into half of what is free, else some √m of them, for one more
         training. Bias: none, as a derivative, where constants are constants: the settings of each
         step, batch norm's running statistics in the outer loss, and other buffers that passes move.
-        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers. Raises: :class:`metapl.MetaplError` before the replay
-        for an outer set that cannot be read, other data, another network or version of torch, a
-        missing state and operations without a second derivative; in it, for steps that lead elsewhere.
+        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers. Raises:
+        :class:`metapl.MetaplError` before the replay for an outer set that cannot be read, other
+        data, another network or version of torch, a missing state and operations without a second
+        derivative; in it, for steps that lead elsewhere.
         """
         check_arguments(Recording.attribute, locals())
         contents = self._read()
