@@ -563,13 +563,21 @@ def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:
     assert (found - scores).abs().max() < 1e-9 * scores.abs().max()
 
 
-def test_weights_that_are_moved_after_the_training_are_not_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["best weights", "average by .data"])
+def test_weights_that_are_moved_after_the_training_are_not_its_end(
+    way: str, tmp_path: Path
+) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD"](model)
     with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4) as recording:
         train(model, optimizer)
-        # As load_best_model_at_end.
-        model.load_state_dict(network().state_dict())
+        if way == "best weights":
+            # As load_best_model_at_end.
+            model.load_state_dict(network().state_dict())
+        else:
+            # As Lightning's EMAWeightAveraging, past the versions of the weights.
+            for p in model.parameters():
+                p.data.mul_(0.5)
     scores, loss = by_hand("SGD")
     attribution = recording.attribute(OUTER, progress=False)
     assert abs(attribution.outer_loss - loss) < 1e-12

@@ -207,6 +207,10 @@ class Recorder:
         self._is_comparing = False
         self._weights = [*model.parameters()]
         self._versions: list[int] = []
+        # The smallest weight, and its values after the last step: what writes past the versions, as
+        # an average of weights does by ``.data``, writes to all weights.
+        self._smallest: nn.Parameter | None = None
+        self._smallest_after_step = torch.empty(0)
         # The steps since the last state that was kept, and the number of the first of them.
         self._rows: list[SeenRow] = []
         self._first_row = 0
@@ -263,13 +267,19 @@ class Recorder:
             self._write_rows()
             # A loop may have put other weights into the network, such as its best ones. The last
             # state is then found by a replay.
-            if self._weight_versions() == self._versions and self._update is not None:
+            if self._update is not None and self._has_weights_of_last_step():
                 state = self._state(
                     self._current_params(), self._update.read_state(), self._current_buffers()
                 )
                 self.folder.write_state(self.steps, state)
         except MetaplError as error:
             self._stop(str(error))
+
+    def _has_weights_of_last_step(self) -> bool:
+        """Return whether the network holds the weights that the last step has led to."""
+        if self._smallest is None or self._weight_versions() != self._versions:
+            return False
+        return torch.equal(self._smallest, self._smallest_after_step)
 
     def _state(
         self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
@@ -383,6 +393,9 @@ class Recorder:
             self.steps += 1
             self._draws_outside = self._has_drawn_outside
             self._versions = self._weight_versions()
+            if self._smallest is None:
+                self._smallest = min(trainable(self.model).values(), key=Tensor.numel)
+            self._smallest_after_step = self._smallest.detach().clone()
             self._begin_step()
 
     @property
