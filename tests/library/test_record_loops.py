@@ -47,6 +47,19 @@ def with_batch_norm() -> nn.Sequential:
     return nn.Sequential(*layers).double()
 
 
+class Words(nn.Module):
+    """A bag of words, with some options of the embedding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(6, 4, dtype=torch.float64, **options)
+        self.head = nn.Linear(4, CLASSES, dtype=torch.float64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).mean(1))
+
+
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=0.01)
 
@@ -202,6 +215,29 @@ def test_a_penalty_that_is_backpropagated_alone_is_seen(tmp_path: Path) -> None:
         recording.attribute(OUTER, progress=False)
 
 
+def test_the_last_steps_are_compared_where_their_state_was_not_there_any_more(
+    tmp_path: Path,
+) -> None:
+    def shrink_in_the_end(model: nn.Module, step: int) -> None:
+        if step == STEPS - 1:
+            for p in model.parameters():
+                p.grad.mul_(0.5)
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            optimizer.zero_grad()
+            loss_of(model, rows, weights).backward()
+            shrink_in_the_end(model, step)
+            optimizer.step()
+        # As load_best_model_at_end.
+        model.load_state_dict(network().state_dict())
+
+    recording = recorded(loop, tmp_path)
+    with pytest.raises(MetaplError, match="the steps before step 9 were taken again, and lead to"):
+        recording.attribute(OUTER, progress=False)
+
+
 def test_a_step_at_moved_weights_is_refused_at_once(tmp_path: Path) -> None:
     """As sharpness-aware minimization takes it."""
 
@@ -254,6 +290,58 @@ def test_weights_that_are_frozen_later_end_the_recording(tmp_path: Path) -> None
     with pytest.warns(UserWarning, match="ended before step 4: the loop learns other weights"):
         recording = recorded(loop_with(before=freeze), tmp_path)
     assert recording.attribute(OUTER, progress=False).order.shape == (STATES_EVERY, 8)
+
+
+class Padded(Words):
+    """A classifier of padded sequences, which is called with the labels."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+        mask = attention_mask.unsqueeze(2).double()
+        mean = (self.embedding(input_ids) * mask).sum(1) / mask.sum(1)
+        return self.head(torch.tanh(mean))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_sequence_is_one_example_however_it_is_padded(padding: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    sequences = []
+    for number in range(EXAMPLES):
+        ids = torch.randint(6, (2 + number % 4,), generator=generator)
+        sequences.append({"input_ids": ids, "labels": Y[number]})
+
+    def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding),
+            "attention_mask": nn.utils.rnn.pad_sequence(
+                [torch.ones_like(t) for t in ids], batch_first=True
+            ),
+            "labels": torch.stack([row["labels"] for row in rows]),
+        }
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            optimizer.zero_grad()
+            batch = padded([sequences[number] for number in rows[:3].tolist()])
+            F.cross_entropy(model(**batch), batch["labels"]).backward()
+            optimizer.step()
+
+    outer = padded(sequences[:5])
+    loader = torch.utils.data.DataLoader(sequences, collate_fn=padded)  # type: ignore[arg-type]
+    in_data = recorded(loop, tmp_path / "data", Padded, train=loader)
+    by_sight = recorded(loop, tmp_path / "sight", Padded, train=None)
+    seen = [*dict.fromkeys(torch.stack(batches())[:, :3].flatten().tolist())]
+    expected = in_data.attribute(outer, progress=False)
+    attribution = by_sight.attribute(outer, progress=False)
+    assert attribution.scores.shape == (len(seen),)
+    assert (attribution.scores - expected.scores[seen]).abs().max() < 1e-14
+    assert torch.tensor(seen)[by_sight.order].equal(in_data.order)
+    removals = [[0], [1, 2], [3]]
+    retrained = attribution.validate(removals, progress=False).retrained
+    in_numbers_of_data = [[seen[place] for place in places] for places in removals]
+    expected_changes = expected.validate(in_numbers_of_data, progress=False).retrained
+    assert (retrained - expected_changes).abs().max() < 1e-12
 
 
 # ----------------------------------------------------------------------------- what is warned about
@@ -316,19 +404,6 @@ def test_running_statistics_that_no_step_reads_are_not_warned_of(tmp_path: Path)
 
 
 # -------------------------------------------------------------------------------- what is refused
-
-
-class Words(nn.Module):
-    """A bag of words, with some options of the embedding."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.embedding = nn.Embedding(6, 4, dtype=torch.float64, **options)
-        self.head = nn.Linear(4, CLASSES, dtype=torch.float64)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.head(self.embedding(ids).mean(1))
 
 
 IDS = torch.randint(6, (EXAMPLES, 5), generator=torch.Generator().manual_seed(1))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,7 +240,10 @@ class NumbersInData:
 
 
 class NumbersBySight:
-    """The numbers of examples in the order in which they were first seen, by their bits.
+    """The numbers of rows and of examples in the order in which they were first seen.
+
+    Both are known by their bits. The same sequence may be padded to other lengths in other batches.
+    It is then another row, which a replay needs as it was, and the same example.
 
     Attributes:
         new_rows: the rows that were seen first since :meth:`take_new_rows`, as parts of batches.
@@ -248,34 +251,46 @@ class NumbersBySight:
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._example_numbers: dict[Hashable, int] = {}
         self.new_rows: list[Batch] = []
+        self._new_examples: list[int] = []
         self.bytes = 0
 
     def find(self, batch: Batch) -> Tensor:
         """Return the number of each row, (B,), and keep a copy of each row that is new."""
+        shapes = tuple(t.shape[1:] for t in leaves_of(batch) if isinstance(t, Tensor))
+        digests = row_digests(batch).tolist()
+        rows: list[Hashable] = [(digest, shapes) for digest in digests]
+        examples = rows
+        if isinstance(batch, dict) and isinstance(batch.get("attention_mask"), Tensor):
+            examples = row_digests(batch, ignores_padding=True).tolist()
         numbers: list[int] = []
         new_places: list[int] = []
-        for place, digest in enumerate(row_digests(batch).tolist()):
-            if digest not in self._numbers:
-                self._numbers[digest] = len(self._numbers)
+        for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
+            if row not in self._numbers:
+                self._numbers[row] = len(self._numbers)
+                number = self._example_numbers.setdefault(example, len(self._example_numbers))
+                self._new_examples.append(number)
                 new_places.append(place)
-            numbers.append(self._numbers[digest])
+            numbers.append(self._numbers[row])
         if new_places:
-            rows = batch
+            new_rows = batch
             if isinstance(batch, dict):
-                rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
+                new_rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
             # A list as an index makes a copy.
-            rows = map_tensors(lambda t: t[new_places].detach(), rows)
-            self.new_rows.append(rows)
-            self.bytes += sum(t.nbytes for t in leaves_of(rows) if isinstance(t, Tensor))
+            new_rows = map_tensors(lambda t: t[new_places].detach(), new_rows)
+            self.new_rows.append(new_rows)
+            self.bytes += sum(t.nbytes for t in leaves_of(new_rows) if isinstance(t, Tensor))
         return torch.tensor(numbers)
 
-    def take_new_rows(self) -> list[Batch]:
-        """Return the rows that are new since the last call."""
-        rows = self.new_rows
+    def take_new_rows(self) -> tuple[list[Batch], list[int]]:
+        """Return the rows that are new since the last call, and the numbers of their examples."""
+        new_rows = self.new_rows
+        new_examples = self._new_examples
         self.new_rows = []
-        return rows
+        self._new_examples = []
+        return new_rows, new_examples
 
 
 class RecordedRows(Examples):

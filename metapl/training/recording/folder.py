@@ -4,6 +4,7 @@
     state-00000000.ckpt  weights, optimizer state and moving buffers before step 0, and so on
     steps-00000000.ckpt  what is known of the steps from 0 on to the next state
     rows-00000000.ckpt   examples that were first seen in these steps, where no data set was given
+    end-00000000.ckpt    one weight after the last step, where no state could be written any more
 
 A training that is killed leaves a recording of the steps up to its last state. Every file has a
 checksum, and none can run code (:mod:`metapl.runs.checkpoint`).
@@ -132,6 +133,17 @@ class RecordingFolder:
             )
         return state, digest
 
+    def write_end(self, number: int, name: str, weight: Tensor) -> None:
+        """Write one weight as it was before a step that did not come."""
+        checkpoint.save(self._file("end", number), {"name": name, "weight": weight})
+
+    def read_end(self, number: int) -> tuple[str, Tensor] | None:
+        """Return the name and the values that :meth:`write_end` has written; None for none."""
+        if not self._file("end", number).is_file():
+            return None
+        contents = checkpoint.load(self._file("end", number))
+        return contents["name"], contents["weight"]
+
     def write_steps(self, first: int, rows: Sequence[StepRow]) -> None:
         """Write what is known of the steps from ``first`` on.
 
@@ -153,9 +165,15 @@ class RecordingFolder:
         }
         checkpoint.save(self._file("steps", first), contents)
 
-    def write_examples(self, first: int, parts: Sequence[Batch]) -> None:
-        """Write the examples that were first seen in the steps from ``first`` on."""
-        checkpoint.save(self._file("rows", first), {"parts": [*parts]})
+    def write_examples(self, first: int, parts: Sequence[Batch], examples: Sequence[int]) -> None:
+        """Write the rows that were first seen in the steps from ``first`` on.
+
+        Args:
+            parts: of batches, with these rows.
+            examples: the number of the example that each row is.
+        """
+        contents = {"parts": [*parts], "examples": [*examples]}
+        checkpoint.save(self._file("rows", first), contents)
 
     def read_steps(self) -> list[StepRow]:
         """Return the steps up to the first one that is missing."""
@@ -164,12 +182,15 @@ class RecordingFolder:
             rows += rows_of(checkpoint.load(self._file("steps", len(rows))))
         return rows
 
-    def read_examples(self) -> list[Batch]:
-        """Return the examples that the recording has itself, as parts of batches."""
+    def read_examples(self) -> tuple[list[Batch], list[int]]:
+        """Return the rows that the recording has itself, and the number of each one's example."""
         parts: list[Batch] = []
+        examples: list[int] = []
         for path in sorted(self.path.glob("rows-*.ckpt")):
-            parts += checkpoint.load(path)["parts"]
-        return parts
+            contents = checkpoint.load(path)
+            parts += contents["parts"]
+            examples += contents["examples"]
+        return parts, examples
 
     def states(self) -> list[int]:
         """Return before which steps there are states."""

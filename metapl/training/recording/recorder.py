@@ -266,12 +266,16 @@ class Recorder:
         try:
             self._write_rows()
             # A loop may have put other weights into the network, such as its best ones. The last
-            # state is then found by a replay.
+            # state is then found by a replay, and compared with one weight of it.
             if self._update is not None and self._has_weights_of_last_step():
                 state = self._state(
                     self._current_params(), self._update.read_state(), self._current_buffers()
                 )
                 self.folder.write_state(self.steps, state)
+            elif self._smallest is not None:
+                names = {id(p): name for name, p in self.model.named_parameters()}
+                name = names.get(id(self._smallest), "")
+                self.folder.write_end(self.steps, name, self._smallest_after_step)
         except MetaplError as error:
             self._stop(str(error))
 
@@ -634,7 +638,7 @@ class Recorder:
                     f"its examples take {self._by_sight.bytes:,} bytes; expected max_bytes= of "
                     "more, or train= with the data set"
                 )
-            self.folder.write_examples(self._first_row, self._by_sight.take_new_rows())
+            self.folder.write_examples(self._first_row, *self._by_sight.take_new_rows())
         self.folder.write_steps(self._first_row, rows)
         self._first_row += len(rows)
         self._rows = []

@@ -225,7 +225,8 @@ class Recording:
     @property
     def order(self) -> Tensor:
         """The examples of each step, (K, B), with −1 behind those of a smaller step."""
-        return order_of(self._read().rows)
+        contents = self._read()
+        return order_of([contents.examples_of(row) for row in contents.rows])
 
     @property
     def loss_factor(self) -> float:
@@ -293,11 +294,12 @@ class Recording:
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
             ends = [Cotangents(gradient) for gradient in gradients]
             feedback = feedback_of(replay, ends, progress=progress)
-        scores = summed_scores(feedback, len(contents.data), first.dtype)
+        by_example = [(contents.example_numbers[numbers], by_loss) for numbers, by_loss in feedback]
+        scores = summed_scores(by_example, contents.example_count, first.dtype)
 
         def losses_with(weights: Tensor) -> Tensor:
             with torch.enable_grad(), deterministic(network.device):
-                trained: KeptState = replay.trained(weights)
+                trained: KeptState = replay.trained(weights[contents.example_numbers])
                 with_weights, _ = network.outer_losses(
                     trained.params, trained.buffers, batch, judges
                 )
@@ -305,7 +307,7 @@ class Recording:
 
         return RecordedAttribution(
             scores=scores if each else scores[0],
-            order=order_of(contents.rows),
+            order=self.order,
             outer_loss=losses if each else losses[0],
             student_params=end.params,
             kept=f"one step in {contents.states_every:,}, of {len(contents.rows):,}",
@@ -333,7 +335,8 @@ class OpenedRecording:
         rows: of all steps.
         network: at any weights.
         update: the rule of the optimizer.
-        data: the examples.
+        data: the examples, or the rows that the recording has itself.
+        example_numbers: the number of the example that each of these is, (rows,).
         states_every: steps from one kept state to the next.
         training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
@@ -345,6 +348,7 @@ class OpenedRecording:
     network: RecordedNetwork
     update: TorchUpdate
     data: Data
+    example_numbers: Tensor
     states_every: int
     training_parts: list[str]
     first_sizes: list[float]
@@ -382,12 +386,16 @@ class OpenedRecording:
             has_labels=description["has_labels"],
             constants=description["constants"],
         )
+        data, example_numbers = data_of(
+            description, folder, problem, train, form, next(model.parameters())
+        )
         contents = OpenedRecording(
             folder=folder,
             rows=rows,
             network=network,
             update=rule_of(description, rows[0], model),
-            data=data_of(description, folder, problem, train, form, next(model.parameters())),
+            data=data,
+            example_numbers=example_numbers,
             states_every=description["states_every"],
             training_parts=description["training_parts"],
             first_sizes=description["first_sizes"],
@@ -414,6 +422,15 @@ class OpenedRecording:
             factor=self.factor,
             tolerance=tolerance,
         )
+
+    @property
+    def example_count(self) -> int:
+        """Return how many examples there are."""
+        return int(self.example_numbers.max()) + 1
+
+    def examples_of(self, row: StepRow) -> Tensor:
+        """Return the numbers of the examples of a step, (B,)."""
+        return self.example_numbers[torch.cat(row.numbers)]
 
     def outer_batch(self, batch: Any) -> Any:
         """Return an outer batch as the problem reads it."""
@@ -472,15 +489,20 @@ def data_of(
     train: Any,
     form: CallForm,
     first: Tensor,
-) -> Data:
-    """Return the examples of a recording: those of a data set, or its own."""
+) -> tuple[Data, Tensor]:
+    """Return the examples of a recording, those of a data set or its own, and their numbers.
+
+    Of its own, several rows may be one example that was padded to several lengths.
+    """
     digests = description["examples"]
     if digests is None:
         if train is not None:
             raise MetaplError(
                 "train was given, and the recording has its examples itself; expected none."
             )
-        return Data(RecordedRows(folder.read_examples(), first.device), problem, form)
+        parts, example_numbers = folder.read_examples()
+        rows = Data(RecordedRows(parts, first.device), problem, form)
+        return rows, torch.tensor(example_numbers)
     if train is None:
         raise MetaplError(
             f"the recording in {folder.path} has numbers of examples alone; expected train= with "
@@ -500,7 +522,7 @@ def data_of(
             f"train has other examples than the recording, or another order: example {number} is "
             "the first that differs; expected the data set of the recording."
         )
-    return data
+    return data, torch.arange(len(data))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -173,7 +173,7 @@ class Replay:
         """Return a step without its end, and the buffers after it.
 
         Args:
-            weights: of all examples, (N,), or as the problem's; None: 1 each.
+            weights: of all examples, or rows, (N,), or as the problem's; None: 1 each.
         """
         calls = self.calls(number)
         factors = self.factors(number, state, calls)
@@ -302,12 +302,14 @@ class Replay:
     def last_state(self, *, progress: bool) -> KeptState:
         """Return the state after all steps, which is computed where it was not kept."""
         number = self.state_numbers[-1]
-        state, _ = self.read_state(number)
+        kept_state, _ = self.read_state(number)
+        state = kept_state
         steps = range(number, len(self.rows))
         with step_bar(progress and bool(steps), len(steps), "steps", 0) as advance:
             for step in steps:
                 _, state = self.step(step, state)
                 advance()
+        self._compare_end(state, kept_state)
         return state
 
     def trained(self, weights: Tensor) -> KeptState:
@@ -385,6 +387,22 @@ class Replay:
             )
         return state, digest
 
+    def _compare_end(self, state: KeptState, state_before: KeptState) -> None:
+        """Compare the end of the training with the one weight that is known of it, if one is.
+
+        Args:
+            state_before: the last kept state.
+        """
+        end = self.folder.read_end(len(self.rows))
+        if end is None or end[0] not in state.params:
+            return
+        name, recorded = end
+        weight = recorded.to(state.params[name])
+        difference = torch.linalg.vector_norm(state.params[name] - weight)
+        length = torch.linalg.vector_norm(weight - state_before.params[name])
+        relative = torch.where(length > 0, difference / length, difference)
+        self._refuse_other_state(len(self.rows), float(relative))
+
     def _compare(self, number: int, state: KeptState, digest_before: Tensor) -> None:
         """Compare a state that was reached with the kept one, and refuse another one.
 
@@ -395,7 +413,10 @@ class Replay:
         differences = torch.linalg.vector_norm(state.digest() - digest, dim=1)
         lengths = torch.linalg.vector_norm(digest - digest_before, dim=1)
         relative = torch.where(lengths > 0, differences / lengths, differences)
-        error = float(relative.max())
+        self._refuse_other_state(number, float(relative.max()))
+
+    def _refuse_other_state(self, number: int, error: float) -> None:
+        """Refuse a state whose difference from the recorded one is more than rounding."""
         self.error = max(self.error, error)
         tolerance = self._tolerance()
         if not error <= tolerance:
@@ -449,10 +470,9 @@ def summed_scores(
     return scores
 
 
-def order_of(rows: Sequence[StepRow]) -> Tensor:
+def order_of(by_step: Sequence[Tensor]) -> Tensor:
     """Return the examples of each step, (K, B), with −1 behind those of a smaller step."""
-    by_step = [torch.cat(row.numbers) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(by_step, batch_first=True, padding_value=-1)
+    return torch.nn.utils.rnn.pad_sequence([*by_step], batch_first=True, padding_value=-1)
 
 
 def missing_state(replay: Replay, states_every: int) -> int | None:
