@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
 from metapl.feedback import Reinforce
-from metapl.functional import compiled, cuda_graphs
+from metapl.functional import attention, compiled, cuda_graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -420,6 +420,101 @@ def test_a_region_of_autocast_is_followed() -> None:
         ends.append(torch.cat([t.flatten() for t in tensors_of(trainer)]))
     assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 2e-2
     assert graphs_of(pair[1]).recordings_made == 2
+
+
+class AttentionLayer(nn.Module):
+    """One of PyTorch's attention layers over the rows of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(24, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embed(x.transpose(1, 2).flatten(2))
+        attended, _ = self.attention(rows, rows, rows, need_weights=False)
+        return self.head(attended.mean(1))
+
+
+class LearnedBias(Attention):
+    """Attention with a number for each pair of places, which is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.transpose(1, 2).flatten(2))[:, None].chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return self.head(attended[:, 0].mean(1))
+
+
+class CausalAttention(Attention):
+    """Attention to the rows above, with a scale of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.transpose(1, 2).flatten(2))[:, None].chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+        return self.head(attended[:, 0].mean(1))
+
+
+@pytest.fixture
+def calls_of_fused_attention(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Return a list that grows with each call of attention by PyTorch's choice of a kernel."""
+    calls: list[tuple[Any, ...]] = []
+    fused = attention.fused
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return fused(*arguments)
+
+    monkeypatch.setattr(attention, "fused", counted)
+    return calls
+
+
+@pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
+def test_attention_runs_by_its_fused_kernels(
+    network: Any, mode: str, calls_of_fused_attention: list[Any]
+) -> None:
+    """Where it is derived once; a mode that derives it twice takes its formula."""
+    pair = trainers(mode, network=network, noisy_teacher=network)
+    for number in range(2):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert calls_of_fused_attention
+    is_derived_twice = mode == "unrolled"
+    assert students_passes(pair[1]) == [not is_derived_twice]
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_a_learned_bias_of_attention_has_its_gradient(
+    mode: str, calls_of_fused_attention: list[Any]
+) -> None:
+    pair = trainers(mode, network=LearnedBias)
+    bias = pair[1].student.bias
+    start = bias.detach().clone()
+    for number in range(2):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert not torch.equal(bias, start)
+    assert not calls_of_fused_attention
+
+
+@pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
+def test_attention_in_a_region_of_autocast(network: Any) -> None:
+    """Its arguments are cast as a whole, so that no derivative mixes two types."""
+    pair = trainers(network=network, noisy_teacher=network)
+    for trainer in pair:
+        for part in (trainer.teacher, trainer.student):
+            part.float()
+        for number in range(3):
+            labeled, unlabeled = batch(number)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                trainer.step((labeled[0].float(), labeled[1]), unlabeled.float())
+    ends = [torch.cat([t.flatten() for t in tensors_of(trainer)]) for trainer in pair]
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 2e-2
 
 
 def test_the_first_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
