@@ -221,24 +221,24 @@ class RecordedNetwork:
             buffers, buffers_after: before and after a call, of which the loss is taken once more
                 with each.
         """
-        moved: list[str] = []
+        moved_names: list[str] = []
         for name, b in buffers.items():
             if b.is_floating_point() and not torch.equal(b, buffers_after[name]):
-                moved.append(name)
-        if not moved:
+                moved_names.append(name)
+        if not moved_names:
             return []
         loss = self.loss(params, buffers, call)
-        with_all = {**buffers, **{name: buffers_after[name] for name in moved}}
+        with_all = {**buffers, **{name: buffers_after[name] for name in moved_names}}
         if self.loss(params, with_all, call) == loss:
             return []
-        read: list[str] = []
+        names_that_count: list[str] = []
         rounding = 100 * precision_of_weights(self) + 2 * precision_of_products(self)
-        for name in moved:
+        for name in moved_names:
             with_one = {**buffers, name: buffers_after[name]}
             gap = (self.loss(params, with_one, call) - loss).abs()
             if bool(gap > rounding * loss.abs()):
-                read.append(name)
-        return read
+                names_that_count.append(name)
+        return names_that_count
 
     def outer_losses(
         self, params: Tree, buffers: Tree, batch: Batch, judges: Sequence[BilevelProblem]

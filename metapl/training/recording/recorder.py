@@ -544,14 +544,16 @@ class Recorder:
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
         calls: list[Call] = []
-        for seen in self._calls:
+        for seen_call in self._calls:
             if self._data is not None:
-                batch = self._data.batch(self._numbers_of(seen.examples))
+                batch = self._data.batch(self._numbers_of(seen_call.examples))
             else:
                 assert self._form is not None, "the form is known since the first call"
-                batch = as_read(seen.batch, self.problem, self._form, "the call of the network")
-            calls.append(Call(batch, seen.random_state, frozenset(seen.training_parts)))
-            seen.batch = None
+                batch = as_read(
+                    seen_call.batch, self.problem, self._form, "the call of the network"
+                )
+            calls.append(Call(batch, seen_call.random_state, frozenset(seen_call.training_parts)))
+            seen_call.batch = None
         return calls
 
     @one_at_a_time

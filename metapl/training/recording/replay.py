@@ -284,16 +284,16 @@ class Replay:
         modes = {call.training_parts}
         for row in self.rows:
             modes |= {frozenset(names) for names in row.training_parts if names is not None}
-        read: dict[str, None] = {}
+        buffer_names: dict[str, None] = {}
         for training_parts in modes:
-            in_modes = Call(call.batch, call.draws, training_parts)
+            call_in_modes = Call(call.batch, call.draws, training_parts)
             names = self.network.moved_buffers_read(
-                state.params, state.buffers, buffers_after, in_modes
+                state.params, state.buffers, buffers_after, call_in_modes
             )
-            read.update(dict.fromkeys(names))
-        if read:
+            buffer_names.update(dict.fromkeys(names))
+        if buffer_names:
             warnings.warn(
-                f"the losses read {few([*read], 3)}, which the passes before have moved. A "
+                f"the losses read {few([*buffer_names], 3)}, which the passes before have moved. A "
                 "derivative counts them as constants, as torch does in each pass, so that scores "
                 "leave out what acts by them.",
                 stacklevel=2,
