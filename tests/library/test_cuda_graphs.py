@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
 from metapl.feedback import Reinforce
-from metapl.functional import attention, compiled, cuda_graphs
+from metapl.functional import compiled, cuda_graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -459,39 +459,59 @@ class CausalAttention(Attention):
         return self.head(attended[:, 0].mean(1))
 
 
-@pytest.fixture
-def calls_of_fused_attention(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Return a list that grows with each call of attention by PyTorch's choice of a kernel."""
-    calls: list[tuple[Any, ...]] = []
-    fused = attention.fused
+def kernels_of_attention(step: Any) -> set[str]:
+    """Return the names of the kernels of attention that run in a step."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        step()
+    names = {event.key for event in profile.key_averages()}
+    return {name for name in names if name.startswith("aten::_scaled_dot_product_")}
 
-    def counted(*arguments: Any) -> Tensor:
-        calls.append(arguments)
-        return fused(*arguments)
 
-    monkeypatch.setattr(attention, "fused", counted)
-    return calls
+BY_FORMULA = "aten::_scaled_dot_product_attention_math"
 
 
 @pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
-def test_attention_runs_by_its_fused_kernels(
-    network: Any, mode: str, calls_of_fused_attention: list[Any]
-) -> None:
-    """Where it is derived once; a mode that derives it twice takes its formula."""
+def test_attention_runs_by_its_fused_kernels(network: Any, mode: str) -> None:
+    """Where it is derived once; where it is derived forward or twice it runs by its formula."""
     pair = trainers(mode, network=network, noisy_teacher=network)
     for number in range(2):
         take(pair, number, batch(number))
         compare(pair[1], pair[0])
-    assert calls_of_fused_attention
     is_derived_twice = mode == "unrolled"
     assert students_passes(pair[1]) == [not is_derived_twice]
 
 
-@pytest.mark.parametrize("mode", ["forward", "reinforce"])
-def test_a_learned_bias_of_attention_has_its_gradient(
-    mode: str, calls_of_fused_attention: list[Any]
+@pytest.mark.skipif(DEVICE == "cuda", reason="on CUDA no fused kernel takes float64")
+@pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
+@pytest.mark.parametrize(
+    ("mode", "by_formula"), [("forward", True), ("reinforce", False), ("none", False)]
+)
+def test_the_formula_of_attention_is_for_the_pass_in_forward_mode(
+    network: Any, mode: str, *, by_formula: bool
 ) -> None:
+    _, trainer = trainers(mode, network=network, noisy_teacher=network)
+    recorded: list[set[str]] = []
+    record = cuda_graphs.RECORDERS[DEVICE]
+
+    def record_and_look(function: Any, device: Any, pool: Any) -> Any:
+        recorded.append(kernels_of_attention(function))
+        return record(function, device, pool)
+
+    cuda_graphs.RECORDERS[DEVICE] = record_and_look
+    try:
+        trainer.step(*batch(0))
+    finally:
+        cuda_graphs.RECORDERS[DEVICE] = record
+    (kernels,) = recorded
+    assert (BY_FORMULA in kernels) == by_formula
+    assert kernels - {BY_FORMULA}
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_a_learned_bias_of_attention_has_its_gradient(mode: str) -> None:
     pair = trainers(mode, network=LearnedBias)
     bias = pair[1].student.bias
     start = bias.detach().clone()
@@ -499,7 +519,6 @@ def test_a_learned_bias_of_attention_has_its_gradient(
         take(pair, number, batch(number))
         compare(pair[1], pair[0])
     assert not torch.equal(bias, start)
-    assert not calls_of_fused_attention
 
 
 @pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
