@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
+from metapl.execution import checks
 from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
@@ -318,8 +319,11 @@ def attribute(
     removals and for trainings that are not smooth in the weights, such as those with large rates or
     many steps. A removed example stays in its batch, with the weight 0: it counts in B and in the
     statistics of a batch norm. Warns: ``UserWarning`` where the metasmoothness of the first steps
-    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate.
-    Raises: :class:`metapl.MetaplError` for other data, and as :func:`metapl.hypergradient`.
+    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate,
+    and where the student reads buffers that its passes move, as spectral norm does.
+    Raises: :class:`metapl.MetaplError` for other data, for a student whose forward writes to its
+    weights, and as :func:`metapl.hypergradient`. A sharded student is not looked at for the last
+    two.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)
@@ -357,6 +361,8 @@ def attribute(
         raise MetaplError(
             f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it."
         )
+    if training.can_be_repeated:
+        look_at_passes(training)
     if steps >= 100 and training.can_be_repeated:
         warn_of_roughness(training, steps)
 
@@ -429,6 +435,59 @@ def attribute(
         replay_error=replay_error,
         float32_products=result.float32_products,
     )
+
+
+def look_at_passes(training: WeightedTraining) -> None:
+    """Look at two passes of the first step for what no derivative through the training sees.
+
+    A forward that writes to weights is refused. Of buffers that a pass moves and the next one
+    reads, such as the vectors of spectral norm, a derivative makes constants: that is warned of.
+
+    Raises: :class:`metapl.MetaplError`.
+    """
+    # Nothing of the student itself moves.
+    network = copy.deepcopy(training.begun[0])
+    inputs = training.problem.student_input(training.batch(training.order[0]))
+    weights_before = [p.detach().clone() for p in network.parameters()]
+    buffers_before = [b.detach().clone() for b in network.buffers()]
+    versions_before = [b._version for b in network.buffers()]
+    # A forward may ask for a gradient.
+    with torch.enable_grad(), replayed(training.start):
+        first_outputs = checks.logits(network(inputs), "student").detach()
+    written: list[str] = []
+    for (name, p), weight in zip(network.named_parameters(), weights_before, strict=True):
+        if not torch.equal(p, weight):
+            written.append(name)
+    if written:
+        raise MetaplError(
+            f"attribute: the student's forward writes to {few(written, 3)}, as an nn.Embedding "
+            "with max_norm does, and a derivative does not see that; expected weights that the "
+            "optimizer alone moves."
+        )
+    moved: list[str] = []
+    places = zip(network.named_buffers(), buffers_before, versions_before, strict=False)
+    for (name, b), buffer, version in places:
+        is_written = b._version != version or not torch.equal(b, buffer)
+        if b.is_floating_point() and is_written:
+            moved.append(name)
+            # Half away from where it was: what the pass itself did may be too little to be seen in
+            # the first step, and not in a later one.
+            alternating = 1 - 2 * (torch.arange(b.numel(), device=b.device) % 2)
+            with torch.no_grad():
+                b.copy_(buffer * (1 + 0.5 * alternating.view_as(buffer)))
+    if not moved:
+        return
+    with torch.enable_grad(), replayed(training.start):
+        next_outputs = checks.logits(network(inputs), "student").detach()
+    # Both passes round alike, so that what differs was read from a buffer.
+    gap = (next_outputs - first_outputs).abs().max()
+    if bool(gap > 100 * torch.finfo(gap.dtype).eps * first_outputs.abs().max()):
+        warnings.warn(
+            f"the student reads {few(moved, 3)}, which its passes move. A derivative counts them "
+            "as constants, as torch does in each pass, so that scores leave out what acts by "
+            "them.",
+            stacklevel=3,
+        )
 
 
 def warn_of_roughness(training: WeightedTraining, steps: int) -> None:

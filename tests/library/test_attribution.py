@@ -6,6 +6,7 @@ Against double backward by hand, and against trainings without the examples.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -459,3 +460,55 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_wrong_data_are_refused(case: str) -> None:
     with pytest.raises(MetaplError):
         scored(student(), "sgd", **REFUSED[case])
+
+
+class ShortEmbeddings(nn.Module):
+    """Embeddings that the forward shortens where they are too long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8, max_norm=0.5)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids).mean(1))
+
+
+class ByData(nn.Linear):
+    """A layer whose forward shrinks its weights past autograd and past their versions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = 0.99 * self.weight.data
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "name"),
+    [
+        (ShortEmbeddings, torch.arange(5 * N).view(N, 5) % 20, "embed.weight"),
+        (lambda: nn.Sequential(ByData(6, 3)), TRAIN[0].float(), "0.weight"),
+    ],
+)
+def test_a_forward_that_writes_to_weights_is_refused(
+    network: Callable[[], nn.Module], inputs: Tensor, name: str
+) -> None:
+    torch.manual_seed(0)
+    student = network()
+    weights_before = [p.detach().clone() for p in student.parameters()]
+    examples = inputs, TRAIN[1]
+    with pytest.raises(MetaplError, match=f"writes to {name}"):
+        scored(student, train=examples, outer=examples)
+    for p, weight in zip(student.parameters(), weights_before, strict=True):
+        assert torch.equal(p, weight)
+
+
+def test_buffers_that_passes_move_and_read_are_warned_of() -> None:
+    """Spectral norm's vectors are; running statistics are not, where the batch's own count."""
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+    network = nn.Sequential(layer, nn.GELU(), nn.Linear(8, 3)).double()
+    with pytest.warns(UserWarning, match="_u, .*_v, which its passes move"):
+        scored(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scored(student("batch_norm"))
