@@ -221,6 +221,21 @@ class NumbersInData:
         return torch.where(is_example, self._places[places], -1)
 
 
+@dataclass(frozen=True)
+class SeenRows:
+    """The rows of a call by their bits.
+
+    Attributes:
+        digests: of each row.
+        new: the digests of those that had no number when the network was called, each once.
+        copies: of the new rows, as a part of a batch; None where there are none.
+    """
+
+    digests: Sequence[int]
+    new: Sequence[int] = ()
+    copies: Batch = None
+
+
 class NumbersBySight:
     """The numbers of examples in the order in which they were first seen, by their bits.
 
@@ -234,24 +249,34 @@ class NumbersBySight:
         self.new_rows: list[Batch] = []
         self.bytes = 0
 
-    def find(self, batch: Batch) -> Tensor:
-        """Return the number of each row, (B,), and keep a copy of each row that is new."""
-        numbers: list[int] = []
-        new_places: list[int] = []
-        for place, digest in enumerate(row_digests(batch).tolist()):
+    def look_at(self, batch: Batch) -> SeenRows:
+        """Return the digest of each row, and a copy of those that have no number yet."""
+        digests = row_digests(batch).tolist()
+        new_places: dict[int, int] = {}
+        for place, digest in enumerate(digests):
             if digest not in self._numbers:
-                self._numbers[digest] = len(self._numbers)
-                new_places.append(place)
-            numbers.append(self._numbers[digest])
-        if new_places:
-            rows = batch
-            if isinstance(batch, dict):
-                rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
-            # A list as an index makes a copy.
-            rows = map_tensors(lambda t: t[new_places].detach(), rows)
+                new_places.setdefault(digest, place)
+        if not new_places:
+            return SeenRows(digests)
+        rows = batch
+        if isinstance(batch, dict):
+            rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
+        # A list as an index makes a copy.
+        places = [*new_places.values()]
+        copies = map_tensors(lambda t: t[places].detach(), rows)
+        return SeenRows(digests, [*new_places], copies)
+
+    def number(self, seen: SeenRows) -> Tensor:
+        """Return the number of each row, (B,); new rows get the next ones, and are kept."""
+        # Another micro-batch of the step may have had the same rows.
+        places = [i for i, digest in enumerate(seen.new) if digest not in self._numbers]
+        if places:
+            for place in places:
+                self._numbers[seen.new[place]] = len(self._numbers)
+            rows = map_tensors(lambda t: t[places], seen.copies)
             self.new_rows.append(rows)
             self.bytes += sum(t.nbytes for t in leaves_of(rows) if isinstance(t, Tensor))
-        return torch.tensor(numbers)
+        return torch.tensor([self._numbers[digest] for digest in seen.digests])
 
     def take_new_rows(self) -> list[Batch]:
         """Return the rows that are new since the last call."""

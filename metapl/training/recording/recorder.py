@@ -6,7 +6,9 @@ four places:
 
 - before a call: its arguments, and the generators; before the first call of a step that keeps its
   state, the buffers too;
-- after a call: whether the generators have moved;
+- after a call: whether the generators have moved, and later whether a gradient came back to its
+  outputs. A call whose outputs are not backpropagated, such as an evaluation without
+  ``torch.no_grad``, does not count;
 - before the optimizer's step: the weights and its state, where they are kept;
 - after it: the settings, the losses and the clipping that were seen, and, in the first step, the
   gradient.
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +33,7 @@ from torch.optim.optimizer import (
 )
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import Batch, map_tensors, row_digests
+from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, one_at_a_time, trainable
 from metapl.problems.base import kind_of
@@ -42,6 +44,7 @@ from metapl.training.recording.calls import (
     Data,
     NumbersBySight,
     NumbersInData,
+    SeenRows,
     as_read,
     batch_of_call,
     refuse_other_rows,
@@ -65,6 +68,39 @@ NO_CALL = (
     "record: the optimizer took a step, and the network was not called with a gradient before it; "
     "expected the network that the loop calls."
 )
+
+
+@dataclass
+class SeenCall:
+    """A call of the network with a gradient, which counts where it is backpropagated.
+
+    Attributes:
+        examples: a digest of each row, (B,), or what is new among rows that are known by sight.
+        start: the generators before it, and None from its end on where it has not drawn.
+        batch: a copy, in the first step.
+        training_parts: the parts of the network that trained, in the first step.
+        autocast: the type that products were rounded to, in the first step; None: there was none.
+        is_backpropagated: whether a gradient came back to its outputs.
+    """
+
+    examples: Tensor | SeenRows
+    start: RandomState | None
+    batch: Batch = None
+    training_parts: Sequence[str] = ()
+    autocast: torch.dtype | None = None
+    is_backpropagated: bool = False
+
+    def note_gradient(self, gradient: Tensor) -> None:
+        """Note that a gradient came back; it stays as it is."""
+        self.is_backpropagated = True
+
+    def watch(self, outputs: Any) -> None:
+        """Let the outputs of the call say whether they are backpropagated."""
+        with_graph = [t for t in leaves_of(outputs) if isinstance(t, Tensor) and t.requires_grad]
+        for t in with_graph:
+            t.register_hook(self.note_gradient)
+        # Outputs in an object that is not known cannot say it.
+        self.is_backpropagated = not with_graph
 
 
 @dataclass
@@ -134,8 +170,6 @@ class Recorder:
         # Hooks on parts of the network, in its first call alone.
         self._looks = ExitStack()
         self._form: CallForm | None = None
-        self._autocast: torch.dtype | None = None
-        self._training_parts: list[str] = []
         self._data: Data | None = None
         self._in_data: NumbersInData | None = None
         self._by_sight: NumbersBySight | None = None
@@ -155,11 +189,8 @@ class Recorder:
 
     def _begin_step(self) -> None:
         """Forget what was seen of the step before."""
-        self._examples: list[Tensor] = []
-        self._draws: list[dict[str, Any] | None] = []
-        self._batches: list[Batch] = []
-        self._random_states: list[RandomState | None] = []
-        self._before_call: RandomState | None = None
+        self._calls: list[SeenCall] = []
+        self._call_under_way: SeenCall | None = None
         self._params: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._optimizer_state: dict[str, dict[str, Any]] | None = None
@@ -209,6 +240,22 @@ class Recorder:
         except MetaplError as error:
             self._stop(str(error))
 
+    def refuse_nothing(self) -> None:
+        """Refuse to read a recording that has no step, and say why it has none."""
+        if self._first_row > 0:
+            return
+        if self.ended_by:
+            raise MetaplError(
+                f"the recording in {self.folder.path} has no step, for it ended before the second "
+                f"state that is kept: {self.ended_by}"
+            )
+        if self.steps == 0:
+            raise MetaplError(
+                f"the recording in {self.folder.path} has no step; expected the training inside "
+                "`with metapl.record(...) as recording:`, and in it a step of an optimizer over "
+                "the network's weights."
+            )
+
     def _state(
         self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
     ) -> KeptState:
@@ -231,26 +278,29 @@ class Recorder:
         if not self._is_active or not torch.is_grad_enabled():
             return
         with self._guarded():
-            if self._is_first_step and not self._batches:
-                self._look_at_modes()
             if self._keeps_state and not self._params:
                 self._params = self._current_params()
                 self._buffers = self._current_buffers()
             batch = batch_of_call(module, args, kwargs)
             if self._form is None:
                 self._read_data(batch)
-            self._examples.append(self._examples_of(batch))
+            call = SeenCall(
+                examples=self._examples_of(batch),
+                start=RandomState.now(self._device, outside=self._draws_outside),
+            )
+            self._call_under_way = call
             if self._is_first_step:
                 # The loop may write into its batch after the call.
-                self._batches.append(map_tensors(lambda t: t.detach().clone(), batch))
-            self._before_call = RandomState.now(self._device, outside=self._draws_outside)
+                call.batch = map_tensors(lambda t: t.detach().clone(), batch)
+                self._look_at_modes(call)
 
     def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        start = self._before_call
-        if not self._is_active or start is None:
+        call = self._call_under_way
+        if not self._is_active or call is None or call.start is None:
             return
-        self._before_call = None
+        self._call_under_way = None
         self._looks.close()
+        start = call.start
         end = RandomState.now(self._device, outside=self._draws_outside)
         if self._draws_outside and end.has_drawn_outside(start):
             self._has_drawn_outside = True
@@ -258,8 +308,9 @@ class Recorder:
             # Their states are long, and the network leaves them alone.
             start = start._replace(python=None, numpy=None)
         has_drawn = not end.equals(start) or self._has_drawn_outside
-        self._draws.append(start.values() if has_drawn else None)
-        self._random_states.append(start if has_drawn else None)
+        call.start = start if has_drawn else None
+        call.watch(outputs)
+        self._calls.append(call)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_active or not self._is_followed(optimizer):
@@ -287,6 +338,14 @@ class Recorder:
             self._begin_step()
 
     @property
+    def _counted_calls(self) -> list[SeenCall]:
+        """The calls of the step that the loop has backpropagated, or an error without one."""
+        calls = [call for call in self._calls if call.is_backpropagated]
+        if not calls:
+            raise MetaplError(NO_CALL)
+        return calls
+
+    @property
     def _is_active(self) -> bool:
         """Whether calls and steps are those of a loop that is followed."""
         return not self.ended_by and not self._is_comparing
@@ -309,13 +368,13 @@ class Recorder:
 
     # ------------------------------------------------------------------------------- the first step
 
-    def _look_at_modes(self) -> None:
-        """Note which parts train, and in what type their products are taken.
+    def _look_at_modes(self, call: SeenCall) -> None:
+        """Note which parts train in a call, and in what type their products are taken.
 
         A Trainer may begin autocast within the call of the network, so that only a part sees it.
         """
         self._device = next(self.model.parameters()).device
-        self._training_parts = parts_in_training(self.model)
+        call.training_parts = parts_in_training(self.model)
         self._look_at_autocast(self.model, ())
         for part in self.model.modules():
             is_leaf = next(part.children(), None) is None
@@ -325,8 +384,9 @@ class Recorder:
 
     def _look_at_autocast(self, part: nn.Module, args: Any) -> None:
         """Note in what type products are taken where a part of the network is called."""
-        if torch.is_autocast_enabled(self._device.type):
-            self._autocast = torch.get_autocast_dtype(self._device.type)
+        call = self._call_under_way
+        if call is not None and torch.is_autocast_enabled(self._device.type):
+            call.autocast = torch.get_autocast_dtype(self._device.type)
 
     def _read_data(self, batch: Batch) -> None:
         """Learn the form of the calls, and read the data set once where there is one."""
@@ -346,10 +406,10 @@ class Recorder:
                 "not known; expected train= with (inputs, labels) or the loop's data set."
             )
 
-    def _examples_of(self, batch: Batch) -> Tensor:
-        """Return the numbers of the examples in a batch, or digests of its rows."""
+    def _examples_of(self, batch: Batch) -> Tensor | SeenRows:
+        """Return digests of the rows in a batch, or rows that are known by sight."""
         if self._by_sight is not None:
-            return self._by_sight.find(batch)
+            return self._by_sight.look_at(batch)
         assert self._form is not None, "the form is known since the first call"
         inputs = batch
         if self._form.keys is not None:
@@ -366,20 +426,21 @@ class Recorder:
 
     def _finish_first_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Compare the problem's loss with the loop's, and write what is recorded."""
-        if not self._examples:
-            raise MetaplError(NO_CALL)
-        if self._autocast == torch.float16:
+        seen = self._counted_calls
+        if seen[0].autocast == torch.float16:
             raise MetaplError(
                 "record: the loop trains in float16, whose scaled steps have no derivative here; "
                 "expected bfloat16 or float32."
             )
         refuse_clipping(self._watch, optimizer)
-        network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
+        network = RecordedNetwork(
+            self.model, self.problem, seen[0].autocast, seen[0].training_parts
+        )
         buffers_after = self._current_buffers()
         self._moving_buffers = tuple(
             name for name, b in self._buffers.items() if not torch.equal(b, buffers_after[name])
         )
-        calls = self._first_calls()
+        calls = [self._first_call(call) for call in seen]
         step = SeenStep(
             state=self._state(self._params, self._optimizer_state or {}, self._buffers),
             calls=calls,
@@ -399,19 +460,14 @@ class Recorder:
         }
         self.folder.write_description(description)
 
-    def _first_calls(self) -> list[Call]:
-        """Return the calls of the first step, with the examples as the problem reads them."""
-        calls: list[Call] = []
-        for batch, examples, draws in zip(
-            self._batches, self._examples, self._random_states, strict=True
-        ):
-            if self._data is not None:
-                calls.append(Call(self._data.batch(self._numbers_of(examples)), draws))
-            else:
-                assert self._form is not None, "the form is known since the first call"
-                read = as_read(batch, self.problem, self._form, "the call of the network")
-                calls.append(Call(read, draws))
-        return calls
+    def _first_call(self, seen: SeenCall) -> Call:
+        """Return a call of the first step, with the examples as the problem reads them."""
+        if self._data is not None:
+            assert isinstance(seen.examples, Tensor), "digests of the rows of a data set"
+            return Call(self._data.batch(self._numbers_of(seen.examples)), seen.start)
+        assert self._form is not None, "the form is known since the first call"
+        batch = as_read(seen.batch, self.problem, self._form, "the call of the network")
+        return Call(batch, seen.start)
 
     @one_at_a_time
     def _compare(self, step: SeenStep, network: RecordedNetwork) -> float:
@@ -440,8 +496,8 @@ class Recorder:
             "network": type(self.model).__qualname__,
             "weights": {name: shape_of(p) for name, p in trainable(self.model).items()},
             "fixed": network.fixed_digest(self._moving_buffers),
-            "training_parts": self._training_parts,
-            "autocast": None if self._autocast is None else str(self._autocast),
+            "training_parts": sorted(network.training_parts),
+            "autocast": None if network.autocast is None else str(network.autocast),
             "optimizer": type(optimizer).__name__,
             "groups": groups,
             "problem": kind_of(self.problem),
@@ -457,8 +513,7 @@ class Recorder:
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step; where its state is kept, write it and what was noted before it."""
         refuse_clipping(self._watch, optimizer)
-        if not self._examples:
-            raise MetaplError(NO_CALL)
+        calls = self._counted_calls
         if self._keeps_state:
             self._write_rows()
             assert self._optimizer_state is not None, "it was read before the step"
@@ -466,13 +521,20 @@ class Recorder:
             self.folder.write_state(self.steps, state)
         self._rows.append(
             SeenRow(
-                examples=self._examples,
-                draws=self._draws,
+                examples=[self._examples_to_write(call) for call in calls],
+                draws=[None if call.start is None else call.start.values() for call in calls],
                 losses=self._watch.losses,
                 clip_norm=self._norm(),
                 options=self._options,
             )
         )
+
+    def _examples_to_write(self, call: SeenCall) -> Tensor:
+        """Return what a row has of a call's examples, (B,), as :class:`SeenRow` says."""
+        if isinstance(call.examples, Tensor):
+            return call.examples
+        assert self._by_sight is not None, "the rows are known by it"
+        return self._by_sight.number(call.examples)
 
     def _write_rows(self) -> None:
         """Write the rows that are not written yet, and the examples in them."""

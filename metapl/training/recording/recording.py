@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few, needed_for
+from metapl.errors import MetaplError, few, needed_for, reason_of
 from metapl.execution.numerics import deterministic, float32_products
 from metapl.execution.state import one_at_a_time, trainable
 from metapl.feedback.replays import Tolerance
@@ -282,9 +282,18 @@ class Recording:
             ]
         with torch.enable_grad(), deterministic(network.device):
             # What cannot be read is refused here, and not after the replay.
-            replay.refuse_other_start(batch)
-            start, _ = replay.read_state(replay.state_numbers[-1])
-            network.outer_losses(start.params, start.buffers, batch, judges[:1])
+            try:
+                replay.refuse_other_start(batch)
+                start, _ = replay.read_state(replay.state_numbers[-1])
+                network.outer_losses(start.params, start.buffers, batch, judges[:1])
+            except MetaplError:
+                raise
+            except Exception as error:
+                raise MetaplError(
+                    f"the network or the loss of {kind_of(self._problem)} cannot take outer "
+                    f"({reason_of(error)}); expected examples in the form, the shape and the type "
+                    "of those of the training."
+                ) from error
 
             end = replay.last_state(progress=progress)
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
@@ -315,6 +324,8 @@ class Recording:
         """Return what the folder has, which is read once and compared with network and data."""
         if self._recorder is not None and self._recorder.is_following:
             raise MetaplError("the training is being recorded; expected the end of the context.")
+        if self._recorder is not None and self._contents is None:
+            self._recorder.refuse_nothing()
         if self._contents is None:
             self._contents = OpenedRecording.of(
                 self._folder, self._model, self._problem, self._train

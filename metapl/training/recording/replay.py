@@ -196,8 +196,9 @@ class Replay:
         if not abs(loss - recorded) <= tolerance * max(abs(loss), abs(recorded)):
             raise MetaplError(
                 f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded; "
-                "expected the network and the data of the recording, and a loop whose loss is the "
-                "same multiple of the examples' mean in each step."
+                "expected the network and the data of the recording, a loop whose loss is the same "
+                "multiple of the examples' mean in each step, gradients that begin at zero in each "
+                "step, and weights that nothing but its optimizer moves."
             )
 
     def _tolerance(self) -> float:
