@@ -211,7 +211,8 @@ class NumbersInData:
             raise MetaplError(
                 f"{data.examples.name} has equal inputs with different labels, examples {first} "
                 f"and {second}, which the network's inputs do not tell apart; expected each input "
-                "once."
+                "once, as without one of these two in the loop's data, or a network that is called "
+                "with the labels, without train=."
             )
 
     def find(self, digests: Tensor) -> Tensor:

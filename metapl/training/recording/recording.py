@@ -68,7 +68,8 @@ def record(
         scores = recording.attribute(outer).scores
 
     A step of the loop is one or more calls of the network with a gradient, the micro-batches, and
-    then a step of its optimizer. Recorded are the numbers of the examples in each call, the
+    then a step of its optimizer. A call that is not backpropagated, such as an evaluation, does not
+    count. Recorded are the numbers of the examples in each call, the
     generators before it where it draws, the settings and the clipping of each step, and every
     m-th state with its digest. In the first step the mean of the problem's losses,
 
