@@ -17,6 +17,7 @@ import math
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -332,11 +333,15 @@ def measured(name: str, *, is_miniature: bool = False) -> Row:
     }
     begin = time.process_time()
     estimate = metapl.reliability(student, data.train, data.judging, **options)
-    found = metapl.attribute(student, data.train, data.judging, **options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = metapl.attribute(student, data.train, data.judging, **options)
     training = Training(program, data, found.order)
     network = training.trained()
     # The library's training is that of the loop.
-    gaps = [float((p - found.student_params[n]).detach().abs().max()) for n, p in named(network)]
+    gaps: list[float] = []
+    for path, p in network.named_parameters():
+        gaps.append(float((p.detach() - found.student_params[path]).abs().max()))
     assert max(gaps) < 1e-3, f"{name}: the trained weights differ by {max(gaps):.1g}"
 
     with torch.no_grad():
@@ -369,14 +374,20 @@ def measured(name: str, *, is_miniature: bool = False) -> Row:
         "bend": estimate.bend,
         "correlation": float(spearmanr(expected, of_sets)[0]),
         "changes": changes,
+        "predicted without harmful": float(found.predict(sets["harmful"])) + judged,
+        "warned of": sorted(subject_of(str(warning.message)) for warning in caught),
         "area of scores": area(data.is_wrong, -found.scores),
         "area of losses": area(data.is_wrong, losses),
         "seconds": time.process_time() - begin,
     }
 
 
-def named(network: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [*network.named_parameters()]
+def subject_of(warning: str) -> str:
+    """Return which of the two warnings of `metapl.attribute` it is, or its text."""
+    for subject in ("metasmoothness", "below 0"):
+        if subject in warning:
+            return subject
+    return warning
 
 
 # ----------------------------------------------------------------------------------------- tables
@@ -401,15 +412,16 @@ def table_of_programs(rows: Sequence[Row]) -> str:
                 f"{row['bend']:.2f}",
                 f"{middle:.2f} ({low:.2f} to {high:.2f})",
                 f"{row['correlation']:.2f}",
+                ", ".join(row["warned of"]),
                 f"{row['loss']:.2f}",
                 *(f"{changes[title]:+.3f}" for title in ("harmful", "largest loss", "random")),
                 f"{row['area of scores']:.2f}",
                 f"{row['area of losses']:.2f}",
             ]
         )
-    head = ["training", "steps", "bend", "expected", "measured", "loss"]
+    head = ["training", "steps", "bend", "expected", "measured", "warned of", "loss"]
     head += ["− harmful", "− largest loss", "− random", "AUC of scores", "AUC of losses"]
-    return f"{grid(head, lines)}\n\n{summary(rows)}"
+    return f"{grid(head, lines, 'lrrrrlrrrrrr')}\n\n{summary(rows)}"
 
 
 def summary(rows: Sequence[Row]) -> str:

@@ -21,6 +21,7 @@ from metapl.training.attribution import (
     EQUAL_WEIGHTS,
     Attribution,
     judged_by_example,
+    warn_of_negative_loss,
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
@@ -263,9 +264,10 @@ class Recording:
         Cost: some four plain trainings, and of each further outer example two. Memory: m states
         and gradients where they fit into half of what is free, else some √m of them, for one more
         training. Bias: none, as a derivative, but for batch norm's running statistics in the outer
-        loss. Nothing of the network moves. Raises: :class:`metapl.MetaplError` before the replay
-        for an outer set that cannot be read, other data, another network or version of torch and a
-        missing state; in it, for steps that lead elsewhere.
+        loss. Nothing of the network moves. Warns: ``UserWarning`` where the scores predict a
+        cross-entropy below 0 without the most harmful tenth. Raises: :class:`metapl.MetaplError`
+        before the replay for an outer set that cannot be read, other data, another network or
+        version of torch and a missing state; in it, for steps that lead elsewhere.
         """
         check_arguments(Recording.attribute, locals())
         contents = self._read()
@@ -310,7 +312,7 @@ class Recording:
                 )
             return with_weights.reshape(losses.shape if each else ())
 
-        return RecordedAttribution(
+        attribution = RecordedAttribution(
             scores=scores if each else scores[0],
             order=order_of(contents.rows),
             outer_loss=losses if each else losses[0],
@@ -320,6 +322,8 @@ class Recording:
             replay_error=replay.error,
             float32_products=float32_products(network.device),
         )
+        warn_of_negative_loss(attribution, self._problem)
+        return attribution
 
     def _read(self) -> OpenedRecording:
         """Return what the folder has, which is read once and compared with network and data."""
