@@ -432,13 +432,22 @@ def summary(rows: Sequence[Row]) -> str:
     median = statistics.median(row["correlation"] for row in rows)
     lower = sum(row["changes"]["harmful"] < 0 for row in rows)
     ahead = sum(row["changes"]["harmful"] < row["changes"]["largest loss"] for row in rows)
-    better = sum(row["area of scores"] > row["area of losses"] for row in rows)
+    better = sum(row["area of losses"] > row["area of scores"] for row in rows)
+    of_rough = [row["correlation"] for row in rows if "metasmoothness" in row["warned of"]]
+    of_negative = [row["correlation"] for row in rows if "below 0" in row["warned of"]]
     return (
         f"Of {len(rows)} trainings, the measured correlation of {inside} is inside the interval, "
         f"of {above} above it and of {below} below it. Its median is {median:.2f}. Without the "
         f"most harmful tenth the test loss is lower in {lower}, and lower than without the largest "
-        f"losses in {ahead}. The scores find the wrong examples better than the losses in {better}."
+        f"losses in {ahead}. Losses find the wrong examples better than scores in {better}. "
+        f"Metasmoothness warned of {len(of_rough)}, with correlations of {listed(of_rough)}, and a "
+        f"loss below 0 of {len(of_negative)}, with {listed(of_negative)}."
     )
+
+
+def listed(correlations: Sequence[float]) -> str:
+    """Return correlations in their order, or a word where there is none."""
+    return ", ".join(f"{value:.2f}" for value in sorted(correlations)) or "none"
 
 
 def main() -> None:

@@ -210,7 +210,7 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     if type(loader.batch_sampler) is not BatchSampler or not takes_each_once:
         kind = type(loader.batch_sampler if takes_each_once else sampler).__name__
         raise MetaplError(
-            f"{name} is a DataLoader that draws by a {kind}, and attribute has an order of its "
-            "own; expected a DataLoader without one, over torch.utils.data.Subset(dataset, "
-            "numbers) for some of the examples."
+            f"{name} is a DataLoader that draws by a {kind}, and its examples are read by number; "
+            "expected DataLoader(loader.dataset, collate_fn=loader.collate_fn), over "
+            "torch.utils.data.Subset(dataset, numbers) for some of the examples."
         )
