@@ -8,7 +8,7 @@ the head tied to the embedding. The text is Python's own documentation, the docs
 standard library, in words; every tenth file is held out. It is trained by 200 steps of AdamW on 8
 sequences of 256 words, with weights in float32 and passes in bfloat16, and ``metapl.attribute``
 says what each sequence did to the loss on the files that were held out. The states before every
-eighth step lie on the host, and the steps of one block of eight on the card.
+fourth step lie on the host, and the steps of one block of four on the card.
 
 The rows, in this order: plain steps, by torch.optim in a loop; a tenth of the training; the whole
 training; a tenth in float32, and the rank correlation of its scores with those in bfloat16; and
@@ -222,7 +222,7 @@ class Setting:
     warmup: int = 20
     rate: float = 3e-4
     eps: float = 1e-6
-    keep_every: int = 8
+    keep_every: int = 4
     files: int | None = None
 
     @property

@@ -8,10 +8,11 @@
 The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
 CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; what share of the card's rate a
 step reaches, beside the plain training step of the same network (``card.py``); the gradient
-through a whole training of GPT-2 (``gpt2_training.py``); the papers' protocol on Fashion-MNIST,
-five arms at once (``fashion_protocol.py``; ``--source`` names the folder of its four files); larger
-networks, and those that fill a card (``gpu_large.py``); other libraries, one step and ten ahead;
-the same in float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
+through a whole training of GPT-2 (``gpt2_training.py``); how much of a bare step's rate the papers'
+protocol has on Fashion-MNIST (``end_to_end.py``), and its five arms at once
+(``fashion_protocol.py``; ``--source`` names the folder of the four files); larger networks, and
+those that fill a card (``gpu_large.py``); other libraries, one step and ten ahead; the same in
+float32, and WRN-28-2 compiled. Later work inserts its parts where they belong.
 
 Each part has a process of its own, which is killed after ``--most`` seconds or when the minutes are
 over, and a file of the folder when it is done. The rows that a killed part had measured stay, and
@@ -40,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import card
+import end_to_end
 import fashion_protocol
 import gpt2_training
 import gpu_large
@@ -229,6 +231,11 @@ def training_of_gpt2(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
     )
 
 
+def training_beside_bare_step(task: Task, done: Sequence[Row]) -> Iterator[list[Row]]:
+    """Yield how much of a bare step's rate the papers' protocol has."""
+    yield from end_to_end.rows(done, device=task.device, source=task.source, is_small=task.is_small)
+
+
 def filling(name: str) -> Part:
     """Return the part of a setting of :mod:`gpu_large`."""
     # The first step of EfficientNet-L2 took 46 s, seven of its later ones.
@@ -253,6 +260,7 @@ TEN_AHEAD = (
 )
 GPT2 = "GPT-2, whole training"
 FASHION = "fashion-4k, five arms"
+END_TO_END = "protocol, end to end"
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
     "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
@@ -262,6 +270,7 @@ PARTS: dict[str, Part] = {
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
     SHARE: Part(30, own_rows=shares_of_card, limit=240),
     GPT2: Part(85, own_rows=training_of_gpt2, limit=gpt2_training.SECONDS),
+    END_TO_END: Part(30, own_rows=training_beside_bare_step, limit=60),
     FASHION: Part(90, own_rows=arms_of_fashion, limit=fashion_protocol.SECONDS),
     **{f"{name}, bf16": Part(45, name, precision="bf16") for name in LARGER},
     **{name: filling(name) for name in (gpu_large.L2, gpu_large.TABLE, gpu_large.PAIR)},
@@ -285,6 +294,7 @@ PARTS: dict[str, Part] = {
 OF_MINIATURE = (
     TESTS,
     SHARE,
+    END_TO_END,
     "compiled mlp",
     "WRN-28-2, bf16",
     GPT2,
@@ -410,6 +420,8 @@ def shown(part: str, row: Row) -> list[str]:
     if part == GPT2:
         what = f"{part}: {gpt2_training.NAMES[row['what']]}"
         return [f"{what}, {gpt2_training.in_words(row)}", gpt2_training.remark(row), ""]
+    if part == END_TO_END:
+        return end_to_end.shown(row)
     if part == FASHION:
         teacher, student, finetuned = fashion_protocol.cells([row])
         result = f"student {student} %, finetuned {finetuned}, teacher {teacher}"

@@ -289,7 +289,7 @@ MINIATURES: dict[str, Setting] = {
     PAIR: replace(SMALL_LANGUAGE, build=partial(two_gpts, **SMALL_GPT)),
 }
 MODES: dict[str, tuple[str, ...]] = {
-    L2: ("reinforce", "none", "forward"),
+    L2: ("reinforce", "forward", "none"),
     TABLE: ("none", "forward", "difference"),
     PAIR: ("none", "forward", "difference"),
 }

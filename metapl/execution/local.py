@@ -53,6 +53,7 @@ from metapl.execution.state import (
     stand_in,
     swapped,
 )
+from metapl.execution.tangents import norms_by_backward_kernels
 
 NOTHING: AbstractContextManager[Any] = nullcontext()
 
@@ -646,7 +647,7 @@ class Pass:
 
         Exact, one pass of about three plain ones, no graph.
         """
-        with dual_numbers():
+        with dual_numbers(), norms_by_backward_kernels(self.student.module):
             try:
                 with self.student.along(
                     self.params, w, random=self._random_state, state=self._state

@@ -78,6 +78,10 @@ from metapl.updates import (
 # How many steps are unrolled in one function at most.
 LONGEST = 3
 
+# Layers of both networks from which on a compiler is advised against: it takes two to eight seconds
+# for each of them on two cores.
+MANY_LAYERS = 100
+
 
 class Updates(NamedTuple):
     """The rules of the two optimizers of a trainer, each behind its clip, if there is one."""
@@ -701,12 +705,33 @@ def compile_step(
             run=by_graphs,
             direct_term=trainer.direct_term,
         )
+    warn_of_many_layers(trainer)
     options = {}
     if trainer.compile == "reduce-overhead":
         # What torch.compile's mode of that name sets, beside the options of backend_of.
         options["triton.cudagraphs"] = True
     run = captured(step, trainer.device, **options)
     return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
+
+
+def warn_of_many_layers(trainer: TwoLevelTrainer) -> None:
+    """Warn where the compiler takes longer than most trainings would gain by it."""
+    layers = 0
+    for network in (trainer.teacher, trainer.student):
+        if network is not None:
+            layers += sum(1 for part in network.modules() if not any(part.children()))
+    if layers < MANY_LAYERS:
+        return
+    instead = "leave compile out"
+    if trainer.device.type == "cuda":
+        instead = 'compile="cudagraphs", which records the step in the time of three steps'
+    warnings.warn(
+        f"compile=True compiles a step of two networks with {layers} layers, several seconds for "
+        "each of them: WRN-28-2, twice 67 layers, took 21 minutes on two cores, and its step "
+        f"was then slower than without; expected networks with less than {MANY_LAYERS}, or "
+        f"{instead}",
+        stacklevel=2,
+    )
 
 
 def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.numerics import Tree, as_real, wide
+from metapl.execution.numerics import Tree, as_real, no_fast_path, wide
+from metapl.execution.tangents import norms_by_backward_kernels
 from metapl.feedback.inner_step import Credited, Move, credited
 from metapl.feedback.roads import Gradients, StudentStep
 from metapl.functional.call import Options, StepCall, StudentPass
@@ -242,7 +243,9 @@ class PureStep(PureTerms):
                 return z
 
             z_dot: Tensor
-            _, z_dot = jvp(outputs, (self.params,), (direction,))
+            norms = norms_by_backward_kernels(call.rules.student.module)
+            with no_fast_path(math=True), norms:
+                _, z_dot = jvp(outputs, (self.params,), (direction,))
             return z_dot
         _, transposed = vjp(lambda c: self.passed.pull(c)[0], torch.zeros_like(self.outputs))
         (z_dot,) = transposed(direction)

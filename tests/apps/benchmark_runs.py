@@ -33,6 +33,7 @@ FIRST = (
 )
 SECOND = (
     "digits_study",
+    "fashion_feedback",
     "hyperparameters",
     "label_noise",
     "long_paths",
@@ -63,6 +64,11 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
     "digits_study": ["digits"],
     "digits_study --forms": ["digits-forms"],
+    "fashion_feedback": [
+        "fashion_feedback",
+        "fashion_feedback-arms",
+        "fashion_feedback-signs",
+    ],
     "hyperparameters": ["hyperparameters", "schedule"],
     "modes": ["modes", "ablation"],
     "moon_weights": ["moon-weights"],

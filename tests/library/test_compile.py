@@ -234,6 +234,27 @@ def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch)
     assert next(comparisons) == 2
 
 
+@pytest.mark.parametrize(("layers", "warns"), [(10, False), (60, True)])
+def test_compiling_many_layers_is_advised_against(
+    monkeypatch: pytest.MonkeyPatch, layers: int, *, warns: bool
+) -> None:
+    """Before the compiler begins; the step is taken."""
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    networks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))) for _ in range(2)]
+    trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
+    batches = (torch.randn(4, 4), torch.arange(4)), torch.randn(4, 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.step(*batches)
+        trainer.step(*batches)
+    texts = [str(warning.message) for warning in caught if "layers" in str(warning.message)]
+    assert len(texts) == (1 if warns else 0)
+    if warns:
+        assert f"two networks with {2 * layers} layers" in texts[0]
+        assert "leave compile out" in texts[0]
+    assert trainer.steps_done == 2
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
     reason: str,

@@ -422,6 +422,120 @@ def test_a_region_of_autocast_is_followed() -> None:
     assert graphs_of(pair[1]).recordings_made == 2
 
 
+class AttentionLayer(nn.Module):
+    """One of PyTorch's attention layers over the rows of a picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(24, 16)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.embed(x.transpose(1, 2).flatten(2))
+        attended, _ = self.attention(rows, rows, rows, need_weights=False)
+        return self.head(attended.mean(1))
+
+
+class LearnedBias(Attention):
+    """Attention with a number for each pair of places, which is learned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.transpose(1, 2).flatten(2))[:, None].chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias)
+        return self.head(attended[:, 0].mean(1))
+
+
+class CausalAttention(Attention):
+    """Attention to the rows above, with a scale of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x.transpose(1, 2).flatten(2))[:, None].chunk(3, -1)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.7)
+        return self.head(attended[:, 0].mean(1))
+
+
+def kernels_of_attention(step: Any) -> set[str]:
+    """Return the names of the kernels of attention that run in a step."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True
+    ) as profile:
+        step()
+    names = {event.key for event in profile.key_averages()}
+    return {name for name in names if name.startswith("aten::_scaled_dot_product_")}
+
+
+BY_FORMULA = "aten::_scaled_dot_product_attention_math"
+
+
+@pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
+@pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
+def test_attention_runs_by_its_fused_kernels(network: Any, mode: str) -> None:
+    """Where it is derived once; where it is derived forward or twice it runs by its formula."""
+    pair = trainers(mode, network=network, noisy_teacher=network)
+    for number in range(2):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    is_derived_twice = mode == "unrolled"
+    assert students_passes(pair[1]) == [not is_derived_twice]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on CUDA no fused kernel takes float64")
+@pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
+@pytest.mark.parametrize(
+    ("mode", "by_formula"), [("forward", True), ("reinforce", False), ("none", False)]
+)
+def test_the_formula_of_attention_is_for_the_pass_in_forward_mode(
+    network: Any, mode: str, *, by_formula: bool
+) -> None:
+    _, trainer = trainers(mode, network=network, noisy_teacher=network)
+    recorded: list[set[str]] = []
+    record = cuda_graphs.RECORDERS[DEVICE]
+
+    def record_and_look(function: Any, device: Any, pool: Any) -> Any:
+        recorded.append(kernels_of_attention(function))
+        return record(function, device, pool)
+
+    cuda_graphs.RECORDERS[DEVICE] = record_and_look
+    try:
+        trainer.step(*batch(0))
+    finally:
+        cuda_graphs.RECORDERS[DEVICE] = record
+    (kernels,) = recorded
+    assert (BY_FORMULA in kernels) == by_formula
+    assert kernels - {BY_FORMULA}
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_a_learned_bias_of_attention_has_its_gradient(mode: str) -> None:
+    pair = trainers(mode, network=LearnedBias)
+    bias = pair[1].student.bias
+    start = bias.detach().clone()
+    for number in range(2):
+        take(pair, number, batch(number))
+        compare(pair[1], pair[0])
+    assert not torch.equal(bias, start)
+
+
+@pytest.mark.parametrize("network", [Attention, AttentionLayer, CausalAttention])
+def test_attention_in_a_region_of_autocast(network: Any) -> None:
+    """Its arguments are cast as a whole, so that no derivative mixes two types."""
+    pair = trainers(network=network, noisy_teacher=network)
+    for trainer in pair:
+        for part in (trainer.teacher, trainer.student):
+            part.float()
+        for number in range(3):
+            labeled, unlabeled = batch(number)
+            with torch.autocast(DEVICE, torch.bfloat16):
+                trainer.step((labeled[0].float(), labeled[1]), unlabeled.float())
+    ends = [torch.cat([t.flatten() for t in tensors_of(trainer)]) for trainer in pair]
+    assert float((ends[0] - ends[1]).norm() / ends[0].norm()) < 2e-2
+
+
 def test_the_first_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph whose results are not the eager step's is refused, and nothing moves."""
     record = cuda_graphs.RECORDERS[DEVICE]
