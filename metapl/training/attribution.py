@@ -136,7 +136,8 @@ class Attribution:
         Cost: a training for each removal, and for ``top`` one for each outer loss. A hundred of a
         perceptron with 64 (256) hidden units take 14 (28) plain trainings in compiled stacks, 38
         (55) without a compiler, and 150 (138) one by one. The first steps of a stack are compared
-        with a single training's. Memory: that of ``at_once`` trainings.
+        with a single training's, and the end of one more training, on all examples, with that of
+        the attribution. Memory: that of ``at_once`` trainings.
 
         Args:
             removals: sets, each as for :meth:`predict`; three or more, for a correlation.
@@ -151,8 +152,8 @@ class Attribution:
         those alone to rounding.
 
         Warns: ``UserWarning`` where the trainings cannot be stacked, and are taken one by one: of a
-        student in several processes, in half precision or under autocast, and of one whose forward
-        :func:`torch.func.vmap` does not take.
+        student in several processes, in half precision or under autocast, of one whose forward
+        :func:`torch.func.vmap` does not take, and where a stack leads elsewhere than alone.
 
         Raises: :class:`metapl.MetaplError` for fewer than three sets, for a share that is not below
         1, and with ``compile=True`` for what cannot be compiled.
@@ -169,7 +170,7 @@ class Attribution:
             highest = self._highest(top)
         weights = 1.0 - torch.stack([*sets, *highest]).float()
         trainings = Removals(self._losses_with, self._stacks, at_once=at_once, compile=compile)
-        losses = trainings.losses(weights, self.outer_loss.shape, progress=progress)
+        losses = trainings.losses(weights, self.outer_loss, progress=progress)
         # (R,) or (R, M), and behind them those without the highest scores of each outer loss.
         changes = losses - self.outer_loss
         changes_without_top = None
@@ -232,6 +233,9 @@ class Attribution:
         """Return which scores of one outer loss are removed, as booleans of their shape."""
         shape = self.scores.shape[self.outer_loss.ndim :]
         is_removed = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
+        if isinstance(removed, Sequence) and len(removed) == 0:
+            # An empty list has no type, and would be one of floating point.
+            return is_removed
         try:
             is_removed[torch.as_tensor(removed, device=is_removed.device)] = True
         except (TypeError, ValueError, IndexError) as error:

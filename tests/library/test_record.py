@@ -613,13 +613,21 @@ def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:
     assert (found - scores).abs().max() < 1e-9 * scores.abs().max()
 
 
-def test_weights_that_are_moved_after_the_training_are_not_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["best weights", "average by .data"])
+def test_weights_that_are_moved_after_the_training_are_not_its_end(
+    way: str, tmp_path: Path
+) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD"](model)
     with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4) as recording:
         train(model, optimizer)
-        # As load_best_model_at_end.
-        model.load_state_dict(network().state_dict())
+        if way == "best weights":
+            # As load_best_model_at_end.
+            model.load_state_dict(network().state_dict())
+        else:
+            # As Lightning's EMAWeightAveraging, past the versions of the weights.
+            for p in model.parameters():
+                p.data.mul_(0.5)
     scores, loss = by_hand("SGD")
     attribution = recording.attribute(OUTER, progress=False)
     assert abs(attribution.outer_loss - loss) < 1e-12
@@ -675,7 +683,9 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
     other = network()
     other[1] = nn.ReLU()
     opened = Recording.open(folder, other, train=(X, Y))
-    with pytest.raises(MetaplError, match=r"the loss in step 0 is .* was recorded; expected the"):
+    with pytest.raises(
+        MetaplError, match=r"the loss in step 0 is .* was recorded, .*; expected the"
+    ):
         opened.attribute(OUTER, progress=False)
 
     description = checkpoint.load(folder / "recording.ckpt")
@@ -729,11 +739,10 @@ def test_a_recording_without_a_step_says_why(tmp_path: Path) -> None:
 
     with record(model, optimizer, out=tmp_path / "ended", train=(X, Y)) as recording:
         F.cross_entropy(model(X[:6]), Y[:6]).backward()
-        optimizer.zero_grad()
-        F.cross_entropy(model(X[:6]), Y[:6]).backward()
-        with pytest.raises(MetaplError, match="differs from p.grad"):
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        with pytest.raises(MetaplError, match="clips each entry"):
             optimizer.step()
-    with pytest.raises(MetaplError, match="ended before the second .* differs from p.grad"):
+    with pytest.raises(MetaplError, match="ended before the second .* clips each entry"):
         recording.attribute(OUTER)
 
 
@@ -917,7 +926,7 @@ def test_more_bytes_than_allowed_end_the_recording_and_not_the_training(tmp_path
             F.cross_entropy(model(X[rows], Y[rows]), Y[rows]).backward()
             optimizer.step()
 
-    expected = r"ended before step 2: .* bytes; expected max_bytes="
+    expected = r"ended before step 1: .* bytes; expected max_bytes="
     with record(model, optimizer, out=tmp_path / "r", max_bytes=700, states_every=1) as recording:
         with pytest.warns(UserWarning, match=expected):
             loop()

@@ -23,7 +23,12 @@ from metapl.problems.base import kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import IGNORED, NextToken
 from metapl.training.recording.folder import KeptState
-from metapl.training.recording.network import Call, RecordedNetwork
+from metapl.training.recording.network import (
+    Call,
+    RecordedNetwork,
+    precision_of_products,
+    precision_of_weights,
+)
 from metapl.updates import TorchUpdate, parameters_of, update_of
 
 # What they do has a rule that gives their own bits.
@@ -52,11 +57,23 @@ class SeenStep:
 
 
 def tolerance_of(network: RecordedNetwork) -> float:
-    """Return the relative difference that rounding may cause: the root of the type's precision."""
-    dtypes = [p.dtype for p in network.parameters.values()]
-    if network.autocast is not None:
-        dtypes.append(network.autocast)
-    return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
+    """Return the relative difference of a loss or a gradient that rounding may cause.
+
+    That is the root of the weights' precision, or twice that of products under autocast if it is
+    more: 3.5e-4 in float32, and 1.6e-2 with autocast to bfloat16. An entry is rounded by half of
+    that precision at most, and most passes are repeated bit for bit. The root of bfloat16's own
+    would be 9 %, which is what label smoothing of 0.1 changes of a gradient.
+    """
+    return max(math.sqrt(precision_of_weights(network)), 2 * precision_of_products(network))
+
+
+def tolerance_of_replay(network: RecordedNetwork) -> float:
+    """Return the relative difference that rounding may cause over many steps.
+
+    It is ten times that of one pass in the type of the weights, or that of one pass under autocast
+    if it is more: the weights that lead from step to step are not rounded to the autocast's type.
+    """
+    return max(10 * math.sqrt(precision_of_weights(network)), tolerance_of(network))
 
 
 def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[list[float]]:
@@ -99,18 +116,21 @@ def closest_weighting(
     return candidates[gaps.index(min(gaps))]
 
 
-def factor_of_loop(loss: float, mean: float, tolerance: float) -> float:
+def factor_of_loop(loss: float, mean: float, precision: float) -> float:
     """Return by which number a loop multiplies the mean loss before it is backpropagated.
 
     A sum over a batch has the batch's size, and transformers divides the loss of a GPT-2 by the
     number of its tokens and not of those that are predicted. A quotient of numbers up to 1,000 is
     taken for that quotient, without the rounding of the two losses.
+
+    Args:
+        precision: of the type that losses are in.
     """
     if math.isnan(loss) or mean == 0:
         return 1.0
     factor = loss / mean
     quotient = Fraction(factor).limit_denominator(1000)
-    if abs(float(quotient) - factor) <= tolerance**2 * 100 * abs(factor):
+    if abs(float(quotient) - factor) <= 100 * precision * abs(factor):
         return float(quotient)
     return factor
 
@@ -175,6 +195,7 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     Cost: a forward and a backward pass on the step's batch.
     """
     tolerance = tolerance_of(network)
+    precision = precision_of_weights(network)
     means: list[Tensor] = []
     gradients: list[Tree] = []
     buffers = step.state.buffers
@@ -199,7 +220,7 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     gaps: list[tuple[float, float, float]] = []
     for weighting in weightings(step.sizes, step.sizes):
         mean = weighted_sum(weighting, mean_losses)
-        factor = factor_of_loop(step.loss, mean, tolerance)
+        factor = factor_of_loop(step.loss, mean, precision)
         gradient = weighted_trees([factor * f for f in weighting], gradients)
         if step.clip_norm is not None:
             scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
