@@ -90,44 +90,47 @@ def batch_norm(
 
     Args: those of ``torch.nn.functional.batch_norm``.
     """
-    if not training:
+    # A channel of one number is refused by PyTorch's own function.
+    if not training or input.dim() < 2 or input.numel() <= input.shape[1]:
         return None
     duals = Duals.of(input, weight, bias)
     if duals is None:
         return None
     x = duals.x
-    y = F.batch_norm(
+    # Which kernels these are, cuDNN's or PyTorch's own, is a part of what they return.
+    y, mean, inverse_sigma, reserve, kind = NORM_OF_BATCH(
         x,
-        running_mean,
-        running_var,
         duals.weight,
         duals.bias,
-        training=True,
-        momentum=momentum,
-        eps=eps,
-    )
-    # Which kernels these are, cuDNN's or PyTorch's own, is a part of what they return. Running
-    # statistics are not given: they have moved already.
-    by_affine, mean, inverse_sigma, reserve, kind = NORM_OF_BATCH(
-        x, *duals.affine_dot, None, None, BY_BATCH, 0.0, eps, torch.backends.cudnn.enabled
-    )
-    if duals.x_dot is None:
-        return duals.dual(y, by_affine)
-    in_input, _, _ = torch.ops.aten._batch_norm_impl_index_backward(
-        kind,
-        x,
-        duals.x_dot,
-        duals.weight,
-        None,
-        None,
-        mean,
-        inverse_sigma,
+        running_mean,
+        running_var,
         BY_BATCH,
+        momentum,
         eps,
-        OF_INPUT,
-        reserve,
+        torch.backends.cudnn.enabled,
     )
-    return duals.dual(y, by_affine, in_input)
+    in_input: Tensor | None = None
+    if duals.x_dot is not None:
+        in_input, _, _ = torch.ops.aten._batch_norm_impl_index_backward(
+            kind,
+            x,
+            duals.x_dot,
+            duals.weight,
+            running_mean,
+            running_var,
+            mean,
+            inverse_sigma,
+            BY_BATCH,
+            eps,
+            OF_INPUT,
+            reserve,
+        )
+    if duals.weight is None:
+        return duals.dual(y, in_input)
+    # By the moments that are known, so that they are not taken from the batch once more.
+    variance = inverse_sigma.pow(-2) - eps
+    by_affine = F.batch_norm(x, mean, variance, *duals.affine_dot, training=False, eps=eps)
+    return duals.dual(y, in_input, by_affine)
 
 
 def layer_norm(
@@ -153,9 +156,9 @@ def layer_norm(
     in_input, _, _ = torch.ops.aten.native_layer_norm_backward(
         x_dot, x, shape, mean, inverse_sigma, None, None, OF_INPUT
     )
-    if duals.weight is not None:
-        in_input = in_input * duals.weight
-    return duals.dual(y, by_affine, in_input)
+    if duals.weight is None:
+        return duals.dual(y, in_input)
+    return duals.dual(y, in_input * duals.weight, by_affine)
 
 
 def group_norm(
@@ -193,9 +196,10 @@ def group_norm(
         num_groups,
         OF_INPUT,
     )
-    if duals.weight is not None:
-        in_input = in_input * duals.weight.view(-1, *[1] * (x.dim() - 2))
-    return duals.dual(y, by_affine, in_input)
+    if duals.weight is None:
+        return duals.dual(y, in_input)
+    weight_in_channels = duals.weight.view(-1, *[1] * (x.dim() - 2))
+    return duals.dual(y, in_input * weight_in_channels, by_affine)
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,9 @@ class Duals:
         """Return the parts of three arguments; None where this module has no rule for them."""
         if any(t is not None and type(t) not in PLAIN_TENSORS for t in (x, weight, bias)):
             return None
+        if weight is None and bias is not None:
+            # Modules have both, or a weight alone.
+            return None
         x_value, x_dot = forward_ad.unpack_dual(x)
         weight_value, weight_dot = unpacked(weight)
         bias_value, bias_dot = unpacked(bias)
@@ -240,17 +247,17 @@ class Duals:
             dtype = torch.promote_types(dtype, self.weight.dtype)
         return self.x.to(dtype), None if self.x_dot is None else self.x_dot.to(dtype)
 
-    def dual(self, y: Tensor, by_affine: Tensor, in_input: Tensor | None = None) -> Tensor:
+    def dual(self, y: Tensor, *parts: Tensor | None) -> Tensor:
         """Return y with its derivative.
 
         Args:
-            by_affine: the norm of x with γ̇ and β̇ for γ and β. Without γ it is x̂, and no part of
-                the derivative.
-            in_input: the product with ẋ; None: the input has no derivative.
+            parts: of the derivative: the product with ẋ, and the norm of x with γ̇ and β̇ for γ
+                and β. What is None is left out. Without γ the latter would be x̂, and is no part.
         """
-        y_dot = by_affine
-        if in_input is not None:
-            y_dot = in_input if self.weight is None else in_input + by_affine
+        terms = [part for part in parts if part is not None]
+        y_dot = terms[0]
+        for term in terms[1:]:
+            y_dot = y_dot + term
         dual: Tensor = forward_ad.make_dual(y, y_dot.to(y.dtype))
         return dual
 

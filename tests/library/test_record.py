@@ -619,15 +619,18 @@ def test_weights_that_are_moved_after_the_training_are_not_its_end(
 ) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD"](model)
-    with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4) as recording:
-        train(model, optimizer)
-        if way == "best weights":
-            # As load_best_model_at_end.
-            model.load_state_dict(network().state_dict())
-        else:
-            # As Lightning's EMAWeightAveraging, past the versions of the weights.
-            for p in model.parameters():
-                p.data.mul_(0.5)
+    recording = record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4)
+    recording.__enter__()
+    train(model, optimizer)
+    if way == "best weights":
+        # As load_best_model_at_end.
+        model.load_state_dict(network().state_dict())
+    else:
+        # As Lightning's EMAWeightAveraging, past the versions of the weights.
+        for p in model.parameters():
+            p.data.mul_(0.5)
+    with pytest.warns(UserWarning, match="the recording ends with those of the last step"):
+        recording.__exit__(None, None, None)
     scores, loss = by_hand("SGD")
     attribution = recording.attribute(OUTER, progress=False)
     assert abs(attribution.outer_loss - loss) < 1e-12

@@ -233,7 +233,8 @@ def test_the_last_steps_are_compared_where_their_state_was_not_there_any_more(
         # As load_best_model_at_end.
         model.load_state_dict(network().state_dict())
 
-    recording = recorded(loop, tmp_path)
+    with pytest.warns(UserWarning, match="the recording ends with those of the last step"):
+        recording = recorded(loop, tmp_path)
     with pytest.raises(MetaplError, match="the steps before step 9 were taken again, and lead to"):
         recording.attribute(OUTER, progress=False)
 
@@ -263,6 +264,19 @@ COPIES: dict[str, Callable[[nn.Module], object]] = {
     "pickle": lambda model: pickle.loads(pickle.dumps(model)),
     "torch.save": lambda model: torch.save(model, io.BytesIO()),
 }
+
+
+def test_weights_that_are_put_back_are_not_warned_of(tmp_path: Path) -> None:
+    """As where an average of the weights is evaluated after each step."""
+
+    def evaluate_average(model: nn.Module, step: int) -> None:
+        weights = copy.deepcopy(model.state_dict())
+        model.load_state_dict({name: 0.5 * t for name, t in weights.items()})
+        model.load_state_dict(weights)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(loop_with(after=evaluate_average), tmp_path)
 
 
 @pytest.mark.parametrize("way", [*COPIES])
@@ -501,8 +515,9 @@ def halve(model: nn.Module, step: int) -> None:
 
 @torch.no_grad()
 def shrink(model: nn.Module, step: int) -> None:
-    for p in model.parameters():
-        p.mul_(0.97)
+    if step < STEPS - 1:
+        for p in model.parameters():
+            p.mul_(0.97)
 
 
 def test_under_autocast_what_is_more_than_rounding_is_refused(tmp_path: Path) -> None:

@@ -33,6 +33,30 @@ def rows(*norms: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), first, nn.Tanh(), nn.Linear(4, 4), second)
 
 
+class BiasAlone(nn.Module):
+    """A norm with β and without γ, which no module of PyTorch has."""
+
+    def __init__(self, norm: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x, self.bias)
+
+
+def batch_norm_by_bias(x: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, None, bias, training=True)
+
+
+def layer_norm_by_bias(x: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, (4,), None, bias)
+
+
+def group_norm_by_bias(x: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, 2, None, bias)
+
+
 PICTURES = (5, 3, 8, 8)
 SEQUENCES = (5, 6, 3)
 # A network with its norms, and the shape of a batch for it.
@@ -69,6 +93,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "group norm": (
         lambda: convolutions(nn.GroupNorm(2, 4), nn.GroupNorm(1, 4, affine=False)),
         PICTURES,
+    ),
+    "a bias alone": (
+        lambda: rows(BiasAlone(batch_norm_by_bias), BiasAlone(layer_norm_by_bias)),
+        (7, 3),
+    ),
+    "a bias alone in groups": (
+        lambda: rows(BiasAlone(group_norm_by_bias), BiasAlone(group_norm_by_bias)),
+        (7, 3),
     ),
     "group norm of rows": (lambda: rows(nn.GroupNorm(1, 4), nn.GroupNorm(1, 4)), (7, 3)),
 }

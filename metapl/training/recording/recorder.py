@@ -283,6 +283,13 @@ class Recorder:
                 names = {id(p): name for name, p in self.model.named_parameters()}
                 name = names.get(id(self._smallest), "")
                 self.folder.write_end(self.steps, name, self._smallest_after_step)
+                if not torch.equal(self._smallest, self._smallest_after_step):
+                    warnings.warn(
+                        "the network holds other weights than after the last step of the training, "
+                        "such as its best or averaged ones; the recording ends with those of the "
+                        "last step, which its scores are about.",
+                        stacklevel=3,
+                    )
         except MetaplError as error:
             self._stop(str(error))
 
