@@ -32,7 +32,8 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, sum_and_weight
-from metapl.problems.doubtful import EqualWeights
+from metapl.problems.doubtful import Classification, EqualWeights
+from metapl.problems.sequences import NextToken
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.terminal import step_bar
@@ -58,6 +59,10 @@ from metapl.words import summary
 # The metasmoothness of the first steps below which scores were unreliable
 # (docs/whole-trainings.md).
 SMOOTH = 0.95
+# So many of the examples are removed, in thought, to see whether scores predict a possible loss.
+HARMFUL_SHARE = 0.1
+# Outer losses that are not below 0.
+CROSS_ENTROPIES = (Classification.outer_loss, NextToken.outer_loss)
 # The problem where none is given: always the same object.
 EQUAL_WEIGHTS = EqualWeights()
 
@@ -319,11 +324,12 @@ def attribute(
     removals and for trainings that are not smooth in the weights, such as those with large rates or
     many steps. A removed example stays in its batch, with the weight 0: it counts in B and in the
     statistics of a batch norm. Warns: ``UserWarning`` where the metasmoothness of the first steps
-    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate,
-    and where the student reads buffers that its passes move, as spectral norm does.
+    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate;
+    where the scores predict a cross-entropy below 0 without the most harmful tenth; and where the
+    student reads buffers that its passes move, as spectral norm does.
     Raises: :class:`metapl.MetaplError` for other data, for a student whose forward writes to its
-    weights, and as :func:`metapl.hypergradient`. A sharded student is not looked at for the last
-    two.
+    weights, and as :func:`metapl.hypergradient`. A sharded student is not looked at for weights and
+    buffers.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)
@@ -424,7 +430,7 @@ def attribute(
         replay_error = max(replay_error, result.replay_error)
 
     L = torch.stack(losses) if each else losses[0]
-    return Attribution(
+    attribution = Attribution(
         scores=torch.stack(scores) if each else scores[0],
         order=training.order,
         outer_loss=L,
@@ -435,6 +441,32 @@ def attribute(
         replay_error=replay_error,
         float32_products=result.float32_products,
     )
+    warn_of_negative_loss(attribution, training.problem)
+    return attribution
+
+
+def warn_of_negative_loss(attribution: Attribution, problem: BilevelProblem) -> None:
+    """Warn where scores predict a cross-entropy below 0 without a tenth of the examples.
+
+    There is no such loss: small changes grew on their way through the training, and a removal is
+    none. Of M outer losses the means count, and of parts of examples the sums.
+    """
+    if type(problem).outer_loss not in CROSS_ENTROPIES:
+        return
+    loss = float(attribution.outer_loss.mean())
+    scores = attribution.scores.reshape(attribution.outer_loss.numel(), -1)
+    parts = attribution.scores.shape[attribution.outer_loss.ndim :]
+    of_examples = scores.mean(0).reshape(parts[0], -1).sum(1)
+    count = max(1, round(HARMFUL_SHARE * len(of_examples)))
+    harm = float(of_examples.sort().values[:count].sum())
+    if -harm > loss:
+        warnings.warn(
+            f"the scores say that the outer loss, {loss:.3g}, would be {loss + harm:.3g} without "
+            f"the {count:,} most harmful examples, and it cannot be below 0: the training makes "
+            "small changes grow, and scores may not say what removals do. Try a lower learning "
+            "rate or momentum.",
+            stacklevel=3,
+        )
 
 
 def look_at_passes(training: WeightedTraining) -> None:

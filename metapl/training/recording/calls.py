@@ -213,7 +213,8 @@ class NumbersInData:
             raise MetaplError(
                 f"{data.examples.name} has equal inputs with different labels, examples {first} "
                 f"and {second}, which the network's inputs do not tell apart; expected each input "
-                "once."
+                "once, as without one of these two in the loop's data, or a network that is called "
+                "with the labels, without train=."
             )
 
     def warn_of_equal_examples(self) -> None:
@@ -239,6 +240,23 @@ class NumbersInData:
         return torch.where(is_example, self._places[places], -1)
 
 
+@dataclass(frozen=True)
+class SeenRows:
+    """The rows of a call, which have numbers once the call counts.
+
+    Attributes:
+        rows: by their bits and shapes.
+        examples: the same without padding.
+        new: those that had no number when the network was called, each once.
+        copies: of the new ones, as a part of a batch; None where there are none.
+    """
+
+    rows: Sequence[Hashable]
+    examples: Sequence[Hashable]
+    new: Sequence[Hashable]
+    copies: Batch
+
+
 class NumbersBySight:
     """The numbers of rows and of examples in the order in which they were first seen.
 
@@ -255,34 +273,46 @@ class NumbersBySight:
         self._example_numbers: dict[Hashable, int] = {}
         self.new_rows: list[Batch] = []
         self._new_examples: list[int] = []
+        # Those that have a number, and whose copies are not among the new rows yet.
+        self._unkept: set[Hashable] = set()
         self.bytes = 0
 
-    def find(self, batch: Batch) -> Tensor:
-        """Return the number of each row, (B,), and keep a copy of each row that is new."""
+    def look_at(self, batch: Batch) -> SeenRows:
+        """Return the rows of a call, with copies of those that have no number yet."""
         shapes = tuple(t.shape[1:] for t in leaves_of(batch) if isinstance(t, Tensor))
         digests = row_digests(batch).tolist()
         rows: list[Hashable] = [(digest, shapes) for digest in digests]
         examples = rows
         if isinstance(batch, dict) and isinstance(batch.get("attention_mask"), Tensor):
             examples = row_digests(batch, ignores_padding=True).tolist()
-        numbers: list[int] = []
-        new_places: list[int] = []
-        for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
+        new_places: dict[Hashable, int] = {}
+        for place, row in enumerate(rows):
+            if row not in self._numbers:
+                new_places.setdefault(row, place)
+        copies = batch
+        if isinstance(batch, dict):
+            copies = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
+        # A list as an index makes a copy.
+        places = [*new_places.values()]
+        copies = map_tensors(lambda t: t[places].detach(), copies) if places else None
+        return SeenRows(rows, examples, [*new_places], copies)
+
+    def number(self, seen: SeenRows) -> Tensor:
+        """Return the number of each row, (B,); new rows get the next ones, and are kept."""
+        for row, example in zip(seen.rows, seen.examples, strict=True):
             if row not in self._numbers:
                 self._numbers[row] = len(self._numbers)
                 number = self._example_numbers.setdefault(example, len(self._example_numbers))
                 self._new_examples.append(number)
-                new_places.append(place)
-            numbers.append(self._numbers[row])
-        if new_places:
-            new_rows = batch
-            if isinstance(batch, dict):
-                new_rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
-            # A list as an index makes a copy.
-            new_rows = map_tensors(lambda t: t[new_places].detach(), new_rows)
+                self._unkept.add(row)
+        # Another micro-batch of the step may have brought the same rows.
+        places = [place for place, row in enumerate(seen.new) if row in self._unkept]
+        if places:
+            self._unkept.clear()
+            new_rows = map_tensors(lambda t: t[places], seen.copies)
             self.new_rows.append(new_rows)
             self.bytes += sum(t.nbytes for t in leaves_of(new_rows) if isinstance(t, Tensor))
-        return torch.tensor(numbers)
+        return torch.tensor([self._numbers[row] for row in seen.rows])
 
     def take_new_rows(self) -> tuple[list[Batch], list[int]]:
         """Return the rows that are new since the last call, and the numbers of their examples."""

@@ -46,6 +46,7 @@ from metapl.training.recording.calls import (
     Data,
     NumbersBySight,
     NumbersInData,
+    SeenRows,
     as_read,
     batch_of_call,
     refuse_other_rows,
@@ -76,7 +77,8 @@ class SeenCall:
     """A call of the network in the step under way.
 
     Attributes:
-        examples: (B,): their numbers, or, with a data set, digests of the rows.
+        examples: (B,): digests of the rows with a data set, or else their numbers, which they get
+            once the call counts.
         random_state: the generators before it; None where it drew nothing.
         training_parts: the names of the parts that were in training mode.
         batch: what the network was called with, in the first step.
@@ -85,12 +87,17 @@ class SeenCall:
             tensor is seen.
     """
 
-    examples: Tensor
+    examples: Tensor | SeenRows
     random_state: RandomState | None
     training_parts: list[str]
     batch: Batch = None
     autocast: torch.dtype | None = None
     is_reached: bool = True
+
+    def numbers(self) -> Tensor:
+        """Return the numbers of the examples, or digests of the rows, (B,)."""
+        assert isinstance(self.examples, Tensor), "it is one once the call counts"
+        return self.examples
 
     def draws(self) -> dict[str, Any] | None:
         """Return the generators before the call as plain values."""
@@ -292,6 +299,22 @@ class Recorder:
             return False
         return torch.equal(self._smallest, self._smallest_after_step)
 
+    def refuse_nothing(self) -> None:
+        """Refuse to read a recording that has no step, and say why it has none."""
+        if self._first_row > 0:
+            return
+        if self.ended_by:
+            raise MetaplError(
+                f"the recording in {self.folder.path} has no step, for it ended before the second "
+                f"state that is kept: {self.ended_by}"
+            )
+        if self.steps == 0:
+            raise MetaplError(
+                f"the recording in {self.folder.path} has no step; expected the training inside "
+                "`with metapl.record(...) as recording:`, and in it a step of an optimizer over "
+                "the network's weights."
+            )
+
     def _state(
         self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
     ) -> KeptState:
@@ -398,6 +421,9 @@ class Recorder:
             return
         with self._guarded():
             self._calls = [call for call in self._calls if call.is_reached]
+            for call in self._calls:
+                if self._by_sight is not None and isinstance(call.examples, SeenRows):
+                    call.examples = self._by_sight.number(call.examples)
             if self._is_first_step:
                 self._finish_first_step(optimizer)
             self._note_step(optimizer)
@@ -493,10 +519,10 @@ class Recorder:
                 "not known; expected train= with (inputs, labels) or the loop's data set."
             )
 
-    def _examples_of(self, batch: Batch) -> Tensor:
-        """Return the numbers of the examples in a batch, or digests of its rows."""
+    def _examples_of(self, batch: Batch) -> Tensor | SeenRows:
+        """Return digests of the rows of a batch, or rows that are known by sight."""
         if self._by_sight is not None:
-            return self._by_sight.find(batch)
+            return self._by_sight.look_at(batch)
         assert self._form is not None, "the form is known since the first call"
         inputs = batch
         if self._form.keys is not None:
@@ -553,7 +579,7 @@ class Recorder:
         calls: list[Call] = []
         for seen_call in self._calls:
             if self._data is not None:
-                batch = self._data.batch(self._numbers_of(seen_call.examples))
+                batch = self._data.batch(self._numbers_of(seen_call.numbers()))
             else:
                 assert self._form is not None, "the form is known since the first call"
                 batch = as_read(
@@ -627,7 +653,9 @@ class Recorder:
         """Write the rows that are not written yet, and the examples in them."""
         if not self._rows:
             return
-        examples = [call.examples for row in self._rows for call in row.calls]
+        examples: list[Tensor] = []
+        for row in self._rows:
+            examples += [call.numbers() for call in row.calls]
         numbers = iter(self._numbers_of(torch.cat(examples)).split([*map(len, examples)]))
         rows: list[StepRow] = []
         for row in self._rows:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few, needed_for
+from metapl.errors import MetaplError, few, needed_for, reason_of
 from metapl.execution.numerics import deterministic, float32_products
 from metapl.execution.state import one_at_a_time, trainable
 from metapl.feedback.replays import Tolerance
@@ -21,6 +21,7 @@ from metapl.training.attribution import (
     EQUAL_WEIGHTS,
     Attribution,
     judged_by_example,
+    warn_of_negative_loss,
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
@@ -265,7 +266,8 @@ class Recording:
         gradients where they fit into half of what is free, else some √m of them, for one more
         training. Bias: none, as a derivative, where constants are constants: the settings of each
         step, batch norm's running statistics in the outer loss, and other buffers that passes move.
-        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers. Raises:
+        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers, and
+        where the scores predict a cross-entropy below 0 without the most harmful tenth. Raises:
         :class:`metapl.MetaplError` before the replay for an outer set that cannot be read, other
         data, another network or version of torch, a missing state and operations without a second
         derivative; in it, for steps that lead elsewhere.
@@ -286,9 +288,18 @@ class Recording:
             ]
         with torch.enable_grad(), deterministic(network.device):
             # What cannot be read is refused here, and not after the replay.
-            replay.refuse_other_start(batch)
-            start, _ = replay.read_state(replay.state_numbers[-1])
-            network.outer_losses(start.params, start.buffers, batch, judges[:1])
+            try:
+                replay.refuse_other_start(batch)
+                start, _ = replay.read_state(replay.state_numbers[-1])
+                network.outer_losses(start.params, start.buffers, batch, judges[:1])
+            except MetaplError:
+                raise
+            except Exception as error:
+                raise MetaplError(
+                    f"the network or the loss of {kind_of(self._problem)} cannot take outer "
+                    f"({reason_of(error)}); expected examples in the form, the shape and the type "
+                    "of those of the training."
+                ) from error
 
             end = replay.last_state(progress=progress)
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
@@ -305,7 +316,7 @@ class Recording:
                 )
             return with_weights.reshape(losses.shape if each else ())
 
-        return RecordedAttribution(
+        attribution = RecordedAttribution(
             scores=scores if each else scores[0],
             order=self.order,
             outer_loss=losses if each else losses[0],
@@ -315,11 +326,15 @@ class Recording:
             replay_error=replay.error,
             float32_products=float32_products(network.device),
         )
+        warn_of_negative_loss(attribution, self._problem)
+        return attribution
 
     def _read(self) -> OpenedRecording:
         """Return what the folder has, which is read once and compared with network and data."""
         if self._recorder is not None and self._recorder.is_following:
             raise MetaplError("the training is being recorded; expected the end of the context.")
+        if self._recorder is not None and self._contents is None:
+            self._recorder.refuse_nothing()
         if self._contents is None:
             self._contents = OpenedRecording.of(
                 self._folder, self._model, self._problem, self._train

@@ -205,8 +205,9 @@ class Replay:
             raise MetaplError(
                 f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded, "
                 f"{gap / size:.1g} of it apart; expected the network and the data of the "
-                "recording, and a loop whose loss is the same multiple of the examples' mean in "
-                "each step."
+                "recording, a loop whose loss is the same multiple of the examples' mean in each "
+                "step, gradients that begin at zero in each step, and weights that nothing but its "
+                "optimizer moves."
             )
 
     def _tolerance(self) -> float:

@@ -86,7 +86,10 @@ class StepWatch:
     def note_clipping(self, parameters: Any, max_norm: Any) -> None:
         """Note that gradients are clipped to a norm."""
         if self.clip_norm is not None:
-            self.refusal = "gradients that are clipped twice in a step; expected once"
+            self.refusal = (
+                "gradients that are clipped twice in a step; expected once, after the last of its "
+                "micro-batches"
+            )
         if self._norm_type != 2.0:
             self.refusal = (
                 f"gradients clipped by their {self._norm_type:g}-norm; expected the 2-norm"
