@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -147,7 +148,8 @@ def scores_files(method: str) -> dict[str, dict[int, Path]]:
         if len(of_task) not in (0, len(SEEDS)):
             missing = [f"{name}-{seed}.npy" for seed in SEEDS if seed not in of_task]
             raise LeaderboardError(
-                f"{method} has scores for some seeds of {name}; missing are {', '.join(missing)}."
+                f"{method} has scores for some seeds of {name}; missing are {', '.join(missing)}, "
+                "to be given in the same way."
             )
         if of_task:
             files[name] = of_task
@@ -337,8 +339,15 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the table; evaluate nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.scores is not None and args.method is None:
-        parser.error("--scores needs the method's name, --method NAME")
+    for option in ("scores", "title", "cost"):
+        if getattr(args, option) is not None and args.method is None:
+            parser.error(f"--{option} needs the method's name, --method NAME")
+    # The name is that of a folder, and of no other one than in scores/.
+    if args.method is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", args.method):
+        parser.error(
+            f"--method {args.method!r} is no name of a folder; expected letters, digits, '_', '-' "
+            "and '.'"
+        )
     try:
         run(args)
     except LeaderboardError as error:
@@ -359,7 +368,14 @@ def run(args: argparse.Namespace) -> None:
     methods = [args.method] if args.method else sorted(path.name for path in SCORES.iterdir())
     rows = [row for row in stored_rows() if row["method"] not in methods]
     for method in methods:
-        rows += evaluate(method)
+        try:
+            rows += evaluate(method)
+        except LeaderboardError as error:
+            if args.method:
+                raise
+            # A method whose scores are not all there yet keeps no other from the table.
+            print(f"{method} is left out: {error}", file=sys.stderr)
+            continue
         if args.title or args.cost:
             description = about(method)
             if args.title:

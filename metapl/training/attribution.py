@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
+from metapl.execution import checks
 from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
@@ -31,7 +32,8 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, sum_and_weight
-from metapl.problems.doubtful import EqualWeights
+from metapl.problems.doubtful import Classification, EqualWeights
+from metapl.problems.sequences import NextToken
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.runs.terminal import step_bar
@@ -57,6 +59,10 @@ from metapl.words import summary
 # The metasmoothness of the first steps below which scores were unreliable
 # (docs/whole-trainings.md).
 SMOOTH = 0.95
+# So many of the examples are removed, in thought, to see whether scores predict a possible loss.
+HARMFUL_SHARE = 0.1
+# Outer losses that are not below 0.
+CROSS_ENTROPIES = (Classification.outer_loss, NextToken.outer_loss)
 # The problem where none is given: always the same object.
 EQUAL_WEIGHTS = EqualWeights()
 
@@ -131,7 +137,8 @@ class Attribution:
         Cost: a training for each removal, and for ``top`` one for each outer loss. A hundred of a
         perceptron with 64 (256) hidden units take 14 (28) plain trainings in compiled stacks, 38
         (55) without a compiler, and 150 (138) one by one. The first steps of a stack are compared
-        with a single training's. Memory: that of ``at_once`` trainings.
+        with a single training's, and the end of one more training, on all examples, with that of
+        the attribution. Memory: that of ``at_once`` trainings.
 
         Args:
             removals: sets, each as for :meth:`predict`; three or more, for a correlation.
@@ -146,8 +153,8 @@ class Attribution:
         those alone to rounding.
 
         Warns: ``UserWarning`` where the trainings cannot be stacked, and are taken one by one: of a
-        student in several processes, in half precision or under autocast, and of one whose forward
-        :func:`torch.func.vmap` does not take.
+        student in several processes, in half precision or under autocast, of one whose forward
+        :func:`torch.func.vmap` does not take, and where a stack leads elsewhere than alone.
 
         Raises: :class:`metapl.MetaplError` for fewer than three sets, for a share that is not below
         1, and with ``compile=True`` for what cannot be compiled.
@@ -164,7 +171,7 @@ class Attribution:
             highest = self._highest(top)
         weights = 1.0 - torch.stack([*sets, *highest]).float()
         trainings = Removals(self._losses_with, self._stacks, at_once=at_once, compile=compile)
-        losses = trainings.losses(weights, self.outer_loss.shape, progress=progress)
+        losses = trainings.losses(weights, self.outer_loss, progress=progress)
         # (R,) or (R, M), and behind them those without the highest scores of each outer loss.
         changes = losses - self.outer_loss
         changes_without_top = None
@@ -227,6 +234,9 @@ class Attribution:
         """Return which scores of one outer loss are removed, as booleans of their shape."""
         shape = self.scores.shape[self.outer_loss.ndim :]
         is_removed = torch.zeros(shape, dtype=torch.bool, device=self.scores.device)
+        if isinstance(removed, Sequence) and len(removed) == 0:
+            # An empty list has no type, and would be one of floating point.
+            return is_removed
         try:
             is_removed[torch.as_tensor(removed, device=is_removed.device)] = True
         except (TypeError, ValueError, IndexError) as error:
@@ -314,8 +324,12 @@ def attribute(
     removals and for trainings that are not smooth in the weights, such as those with large rates or
     many steps. A removed example stays in its batch, with the weight 0: it counts in B and in the
     statistics of a batch norm. Warns: ``UserWarning`` where the metasmoothness of the first steps
-    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate.
-    Raises: :class:`metapl.MetaplError` for other data, and as :func:`metapl.hypergradient`.
+    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate;
+    where the scores predict a cross-entropy below 0 without the most harmful tenth; and where the
+    student reads buffers that its passes move, as spectral norm does.
+    Raises: :class:`metapl.MetaplError` for other data, for a student whose forward writes to its
+    weights, and as :func:`metapl.hypergradient`. A sharded student is not looked at for weights and
+    buffers.
 
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
     >>> student = nn.Linear(4, 3)
@@ -353,6 +367,8 @@ def attribute(
         raise MetaplError(
             f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it."
         )
+    if training.can_be_repeated:
+        look_at_passes(training)
     if steps >= 100 and training.can_be_repeated:
         warn_of_roughness(training, steps)
 
@@ -414,7 +430,7 @@ def attribute(
         replay_error = max(replay_error, result.replay_error)
 
     L = torch.stack(losses) if each else losses[0]
-    return Attribution(
+    attribution = Attribution(
         scores=torch.stack(scores) if each else scores[0],
         order=training.order,
         outer_loss=L,
@@ -425,6 +441,85 @@ def attribute(
         replay_error=replay_error,
         float32_products=result.float32_products,
     )
+    warn_of_negative_loss(attribution, training.problem)
+    return attribution
+
+
+def warn_of_negative_loss(attribution: Attribution, problem: BilevelProblem) -> None:
+    """Warn where scores predict a cross-entropy below 0 without a tenth of the examples.
+
+    There is no such loss: small changes grew on their way through the training, and a removal is
+    none. Of M outer losses the means count, and of parts of examples the sums.
+    """
+    if type(problem).outer_loss not in CROSS_ENTROPIES:
+        return
+    loss = float(attribution.outer_loss.mean())
+    scores = attribution.scores.reshape(attribution.outer_loss.numel(), -1)
+    parts = attribution.scores.shape[attribution.outer_loss.ndim :]
+    of_examples = scores.mean(0).reshape(parts[0], -1).sum(1)
+    count = max(1, round(HARMFUL_SHARE * len(of_examples)))
+    harm = float(of_examples.sort().values[:count].sum())
+    if -harm > loss:
+        warnings.warn(
+            f"the scores say that the outer loss, {loss:.3g}, would be {loss + harm:.3g} without "
+            f"the {count:,} most harmful examples, and it cannot be below 0: the training makes "
+            "small changes grow, and scores may not say what removals do. Try a lower learning "
+            "rate or momentum.",
+            stacklevel=3,
+        )
+
+
+def look_at_passes(training: WeightedTraining) -> None:
+    """Look at two passes of the first step for what no derivative through the training sees.
+
+    A forward that writes to weights is refused. Of buffers that a pass moves and the next one
+    reads, such as the vectors of spectral norm, a derivative makes constants: that is warned of.
+
+    Raises: :class:`metapl.MetaplError`.
+    """
+    # Nothing of the student itself moves.
+    network = copy.deepcopy(training.begun[0])
+    inputs = training.problem.student_input(training.batch(training.order[0]))
+    weights_before = [p.detach().clone() for p in network.parameters()]
+    buffers_before = [b.detach().clone() for b in network.buffers()]
+    versions_before = [b._version for b in network.buffers()]
+    # A forward may ask for a gradient.
+    with torch.enable_grad(), replayed(training.start):
+        first_outputs = checks.logits(network(inputs), "student").detach()
+    written: list[str] = []
+    for (name, p), weight in zip(network.named_parameters(), weights_before, strict=True):
+        if not torch.equal(p, weight):
+            written.append(name)
+    if written:
+        raise MetaplError(
+            f"attribute: the student's forward writes to {few(written, 3)}, as an nn.Embedding "
+            "with max_norm does, and a derivative does not see that; expected weights that the "
+            "optimizer alone moves."
+        )
+    moved: list[str] = []
+    places = zip(network.named_buffers(), buffers_before, versions_before, strict=False)
+    for (name, b), buffer, version in places:
+        is_written = b._version != version or not torch.equal(b, buffer)
+        if b.is_floating_point() and is_written:
+            moved.append(name)
+            # Half away from where it was: what the pass itself did may be too little to be seen in
+            # the first step, and not in a later one.
+            alternating = 1 - 2 * (torch.arange(b.numel(), device=b.device) % 2)
+            with torch.no_grad():
+                b.copy_(buffer * (1 + 0.5 * alternating.view_as(buffer)))
+    if not moved:
+        return
+    with torch.enable_grad(), replayed(training.start):
+        next_outputs = checks.logits(network(inputs), "student").detach()
+    # Both passes round alike, so that what differs was read from a buffer.
+    gap = (next_outputs - first_outputs).abs().max()
+    if bool(gap > 100 * torch.finfo(gap.dtype).eps * first_outputs.abs().max()):
+        warnings.warn(
+            f"the student reads {few(moved, 3)}, which its passes move. A derivative counts them "
+            "as constants, as torch does in each pass, so that scores leave out what acts by "
+            "them.",
+            stacklevel=3,
+        )
 
 
 def warn_of_roughness(training: WeightedTraining, steps: int) -> None:

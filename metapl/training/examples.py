@@ -100,6 +100,8 @@ class Numbered(Examples):
 
     def read(self, numbers: Tensor) -> Any:
         examples = [self.source[i] for i in numbers.tolist()]
+        if self.collate is default_collate:
+            examples = [with_tensors(example) for example in examples]
         try:
             batch = self.collate(examples)
         except (RuntimeError, TypeError) as error:
@@ -112,6 +114,23 @@ class Numbered(Examples):
             ) from error
         batch = plain(batch)
         return tuple(batch) if type(batch) is list else batch
+
+
+def with_tensors(example: Any) -> Any:
+    """Return an example whose lists of numbers, as of a tokenizer, are tensors where it is a dict.
+
+    PyTorch's own collate function would take such a list for a column of several numbers, where
+    those of Trainers make one tensor of all rows.
+    """
+    if not isinstance(example, Mapping):
+        return example
+    entries: dict[str, Any] = {}
+    for name, value in example.items():
+        is_list = isinstance(value, list) and len(value) > 0
+        if is_list and all(isinstance(number, int | float) for number in value):
+            value = torch.tensor(value)
+        entries[name] = value
+    return entries
 
 
 def examples_of(data: Any, name: str, like: Tensor) -> Examples:
@@ -191,7 +210,7 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
     if type(loader.batch_sampler) is not BatchSampler or not takes_each_once:
         kind = type(loader.batch_sampler if takes_each_once else sampler).__name__
         raise MetaplError(
-            f"{name} is a DataLoader that draws by a {kind}, and attribute has an order of its "
-            "own; expected a DataLoader without one, over torch.utils.data.Subset(dataset, "
-            "numbers) for some of the examples."
+            f"{name} is a DataLoader that draws by a {kind}, and its examples are read by number; "
+            "expected DataLoader(loader.dataset, collate_fn=loader.collate_fn), over "
+            "torch.utils.data.Subset(dataset, numbers) for some of the examples."
         )

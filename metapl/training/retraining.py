@@ -64,6 +64,16 @@ Another dropout mask or another division is far above, and rounding far below: A
 gradient that is all rounding by itself.
 """
 
+END_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
+"""How far the outer loss of a whole training in a stack may be from the same one alone.
+
+It is relative to the loss, or to 1 if that is more. Perceptrons on digits are 1e-7 apart or less
+after 300 steps, also where rates are too high for scores to say anything.
+"""
+
+SHARE_OF_CHANGE = 0.01
+"""The same, over how far removals lead: where rounding grows, it may be as far as that."""
+
 RESAMPLES = 500
 """How many times a bootstrap draws."""
 
@@ -555,12 +565,14 @@ class Removals:
         self.compile = compile
         self.execution = "one by one"
 
-    def losses(self, weights: Tensor, shape: Sequence[int], *, progress: bool) -> Tensor:
-        """Return the outer losses of R trainings, (R, *shape).
+    def losses(self, weights: Tensor, outer_loss: Tensor, *, progress: bool) -> Tensor:
+        """Return the outer losses of R trainings, (R, ...).
+
+        Stacks take one more training, on all examples, whose outer losses are known.
 
         Args:
             weights: of the examples, a row for each training, (R, N, ...).
-            shape: of the outer losses.
+            outer_loss: after the training on all examples, a scalar or (M,).
 
         Warns: ``UserWarning`` where stacks were asked for and the training cannot be stacked.
         """
@@ -581,8 +593,11 @@ class Removals:
         compiles = self.compile
         if compiles is None:
             compiles = steps * len(weights) >= COMPILED_FROM
+        # The second row, so that it is in the first stack, and the first training is a removal.
+        all_examples = torch.ones_like(weights[:1])
+        rows_of_stacks = torch.cat([weights[:1], all_examples, weights[1:]])
         # Stacks of equal sizes, for a graph serves one size.
-        size = math.ceil(len(weights) / math.ceil(len(weights) / at_once))
+        size = math.ceil(len(rows_of_stacks) / math.ceil(len(rows_of_stacks) / at_once))
         reason = why_refused(stacks, weights[:size], compile=compiles)
         if not reason:
             self.execution = f"in stacks of {size}{', compiled' if compiles else ''}"
@@ -596,19 +611,29 @@ class Removals:
 
         losses = list[Tensor]()
         name = f"steps of {size} trainings without examples"
-        with step_bar(progress, math.ceil(len(weights) / size) * steps, name, 0) as advance:
-            for rows in weights.split(size):
+        count = math.ceil(len(rows_of_stacks) / size)
+        with step_bar(progress, count * steps, name, 0) as advance:
+            for rows in rows_of_stacks.split(size):
                 stack = rows
                 missing = size - len(rows)
                 if missing and compiles:
                     stack = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])
                 of_stack = stacks.losses(stack, compile=compiles, advance=advance)
+                if not losses:
+                    reason = why_other_end(of_stack, outer_loss)
+                if reason:
+                    break
                 losses.append(of_stack[: len(rows)])
-        return torch.cat(losses).reshape(len(weights), *shape)
+        if reason:
+            return self._one_by_one(weights, progress=progress, reason=reason)
+        all_losses = torch.cat(losses)
+        of_removals = torch.cat([all_losses[:1], all_losses[2:]])
+        return of_removals.reshape(len(weights), *outer_loss.shape)
 
     def _one_by_one(self, weights: Tensor, *, progress: bool, reason: str = "") -> Tensor:
         if reason and self.compile:
             raise refused_compile(reason)
+        self.execution = "one by one"
         if reason:
             self.execution = f"one by one: {reason}"
             warnings.warn(
@@ -633,6 +658,35 @@ def why_refused(stacks: StackedTrainings, weights: Tensor, *, compile: bool) -> 
         # error that it raises alone too is raised there.
         return first_line(error)
     return ""
+
+
+def why_other_end(losses: Tensor, outer_loss: Tensor) -> str:
+    """Return why the first stack is not taken, by where the training on all examples has led.
+
+    The first steps of a stack may be those alone, and later ones not: a layer that is left out in a
+    step at random has no gradient there, and a gradient of zeros in a stack, by which momentum and
+    weight decay move it.
+
+    Args:
+        losses: of the first stack, (S, M), whose second row is the training on all examples.
+        outer_loss: of that training alone, a scalar or (M,).
+
+    Returns: "" where it has led to the same outer losses.
+    """
+    alone = outer_loss.reshape(-1).to(losses)
+    gap = (losses[1] - alone).norm()
+    changes = torch.cat([losses[:1], losses[2:]]) - alone
+    size_of_change = changes.square().sum(1).mean().sqrt()
+    rounding = END_TOLERANCE[losses.dtype] * alone.abs().clamp_min(1).norm()
+    allowed = torch.maximum(rounding, SHARE_OF_CHANGE * size_of_change)
+    # A training that has led to no number says nothing about stacks.
+    if not bool(alone.isfinite().all()) or bool(gap <= allowed):
+        return ""
+    return (
+        f"the training on all examples ends at an outer loss of {float(losses[1].mean()):.6g} in a "
+        f"stack and of {float(alone.mean()):.6g} alone, where removals change it by "
+        f"{float(size_of_change):.2g}"
+    )
 
 
 def refused_compile(reason: str) -> MetaplError:

@@ -40,6 +40,7 @@ SECOND = (
     "mnist",
     "moon_weights",
     "noisy_student_fashion",
+    "ordinary",
     "overhead",
     "peers",
     "protocol_rows",

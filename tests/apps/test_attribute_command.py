@@ -163,6 +163,7 @@ def test_what_is_stopped_leaves_what_was_there(
         assert "not checked yet" in (tmp_path / "attribution.html").read_text()
 
 
+@pytest.mark.filterwarnings("ignore:the scores say that the outer loss")
 def test_a_training_that_learned_nothing_has_no_scores(
     folders: tuple[Path, set[str]], tmp_path: Path
 ) -> None:

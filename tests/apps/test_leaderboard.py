@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -277,6 +278,59 @@ def test_wrong_scores_end_in_one_line(
     assert str(caught.value).startswith("error: ")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--method", "../mine"], "is no name of a folder"),
+        (["--method", ""], "is no name of a folder"),
+        (["--title", "My method"], "--title needs the method's name"),
+        (["--cost", "3"], "--cost needs the method's name"),
+    ],
+)
+def test_a_wrong_command_line_writes_nothing(
+    words: list[str],
+    expected: str,
+    small: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write_scores(tmp_path / "given", PERCEPTRON)
+    if "--method" in words:
+        words = [*words, "--scores", str(tmp_path / "given")]
+    with pytest.raises(SystemExit):
+        call(small, monkeypatch, *words)
+    assert expected in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "given"]
+
+
+def test_a_method_that_is_not_whole_keeps_no_other_from_the_table(
+    small: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    call(small, monkeypatch, "--retrain", "--task", PERCEPTRON)
+    write_scores(tmp_path / "part", PERCEPTRON, seeds=1)
+    write_scores(tmp_path / "mine", PERCEPTRON)
+    with pytest.raises(SystemExit, match="missing are .*-1.npy, .*-2.npy, to be given in the same"):
+        call(small, monkeypatch, "--method", "a", "--scores", tmp_path / "part")
+    call(small, monkeypatch, "--method", "mine", "--scores", tmp_path / "mine")
+    capsys.readouterr()
+    call(small, monkeypatch)
+    printed = capsys.readouterr()
+    assert printed.err.startswith("a is left out: a has scores for some seeds")
+    assert "| mine | " in printed.out
+    assert "| mine | " in (tmp_path / "README.md").read_text()
+
+
+def test_what_the_page_reads_of_a_task(board: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (code,) = re.findall("```python\n(.*?)```", board["run"].PAGE.read_text(), re.DOTALL)
+    exec(code, {})
+    expected = code.strip().rpartition("# ")[2]
+    assert capsys.readouterr().out.strip() == expected
 
 
 def test_ground_truth_of_other_data_is_refused(

@@ -6,7 +6,9 @@ Against double backward by hand, and against trainings without the examples.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -353,10 +355,57 @@ def test_a_rough_training_is_told_before_it_is_differentiated() -> None:
         ).scores
 
     for rate, dtype in ((2.0, torch.float32), (0.02, torch.bfloat16)):
-        with pytest.warns(UserWarning, match="metasmoothness"):
+        tells_more = pytest.warns(match="below 0") if rate == 2.0 else nullcontext()
+        with tells_more, pytest.warns(UserWarning, match="metasmoothness"):
             scores(rate, dtype)
     # Of a smooth training there is no warning, which would be an error here.
     scores(0.02, torch.float32)
+
+
+class Scaled(EqualWeights):
+    """An outer loss of one's own, which may be below zero."""
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Tensor:
+        return super().outer_loss(outputs, batch) - 1
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("kind", ["attribute", "record"])
+def test_scores_that_predict_a_loss_below_zero_are_told(
+    kind: str, each: bool, tmp_path: Path
+) -> None:
+    """A momentum of 0.9 makes what a removal does grow beyond any loss."""
+    network = student()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
+    torch.manual_seed(3)
+    loop = copy.deepcopy((network, optimizer))
+
+    def attributed() -> Attribution:
+        if kind == "attribute":
+            options: dict[str, Any] = {"steps": 30, "batch_size": 8, "each": each}
+            return attribute(network, TRAIN, TRAIN, optimizer=optimizer, **options)
+        model, its_optimizer = loop
+        with metapl.record(model, its_optimizer, out=tmp_path / "r", train=TRAIN) as recording:
+            draw = torch.Generator().manual_seed(0)
+            for _ in range(30):
+                rows = torch.randperm(N, generator=draw)[:8]
+                its_optimizer.zero_grad()
+                F.cross_entropy(model(TRAIN[0][rows]), TRAIN[1][rows]).backward()
+                its_optimizer.step()
+        return recording.attribute(TRAIN, each=each, progress=False)
+
+    with pytest.warns(UserWarning, match=r"would be -.* without the 2 most harmful .* below 0"):
+        found = attributed()
+    harm = found.predict(found.top(2)[1]).mean()
+    assert harm < -found.outer_loss.mean()
+
+
+def test_a_loss_that_may_be_below_zero_is_not_judged_by_it() -> None:
+    network = student()
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0, momentum=0.9)
+    options: dict[str, Any] = {"steps": 30, "batch_size": 8, "problem": Scaled()}
+    found = attribute(network, TRAIN, TRAIN, optimizer=optimizer, **options)
+    assert found.predict(found.top(2)[1]) < -found.outer_loss - 1
 
 
 def test_arrays_and_data_sets_are_taken_as_tensors_are() -> None:
@@ -459,3 +508,55 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_wrong_data_are_refused(case: str) -> None:
     with pytest.raises(MetaplError):
         scored(student(), "sgd", **REFUSED[case])
+
+
+class ShortEmbeddings(nn.Module):
+    """Embeddings that the forward shortens where they are too long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 8, max_norm=0.5)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids).mean(1))
+
+
+class ByData(nn.Linear):
+    """A layer whose forward shrinks its weights past autograd and past their versions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = 0.99 * self.weight.data
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs", "name"),
+    [
+        (ShortEmbeddings, torch.arange(5 * N).view(N, 5) % 20, "embed.weight"),
+        (lambda: nn.Sequential(ByData(6, 3)), TRAIN[0].float(), "0.weight"),
+    ],
+)
+def test_a_forward_that_writes_to_weights_is_refused(
+    network: Callable[[], nn.Module], inputs: Tensor, name: str
+) -> None:
+    torch.manual_seed(0)
+    student = network()
+    weights_before = [p.detach().clone() for p in student.parameters()]
+    examples = inputs, TRAIN[1]
+    with pytest.raises(MetaplError, match=f"writes to {name}"):
+        scored(student, train=examples, outer=examples)
+    for p, weight in zip(student.parameters(), weights_before, strict=True):
+        assert torch.equal(p, weight)
+
+
+def test_buffers_that_passes_move_and_read_are_warned_of() -> None:
+    """Spectral norm's vectors are; running statistics are not, where the batch's own count."""
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8))
+    network = nn.Sequential(layer, nn.GELU(), nn.Linear(8, 3)).double()
+    with pytest.warns(UserWarning, match="_u, .*_v, which its passes move"):
+        scored(network)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scored(student("batch_norm"))

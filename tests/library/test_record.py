@@ -415,6 +415,16 @@ def test_sequences_whose_tokens_count_alike(per: Any, tmp_path: Path) -> None:
     slope = (replayed[0] - replayed[1]) / 2e-5
     assert abs(-slope - score) < 1e-6 * scores.abs().max()
 
+    # A loop that counts the first labels too has another multiple of the mean in each step.
+    counting = Model()
+    optimizer = OPTIMIZERS["SGD"](counting)
+    data = torch.utils.data.DataLoader(Texts(), collate_fn=padded)
+    with record(counting, optimizer, out=tmp_path / "c", problem=problem, train=data):
+        batch = padded([0, 1, 2, 3])
+        (token_losses(counting, batch).sum() / (batch["labels"] >= 0).sum()).backward()
+        with pytest.raises(MetaplError, match="number of labels, .* expected -100 as the first"):
+            optimizer.step()
+
     # Where each sequence counts alike, the gradient is another one.
     other = Model()
     optimizer = OPTIMIZERS["SGD"](other)
@@ -424,6 +434,46 @@ def test_sequences_whose_tokens_count_alike(per: Any, tmp_path: Path) -> None:
         token_losses(other, padded([0, 1, 2, 3])).sum().backward()
         with pytest.raises(MetaplError, match="differs from p.grad"):
             optimizer.step()
+
+
+@pytest.mark.parametrize("has_data", [True, False])
+def test_a_call_that_is_not_backpropagated_does_not_count(has_data: bool, tmp_path: Path) -> None:
+    """Losses are taken of other data in evaluation, and of the own in training, with a graph."""
+
+    class Labeled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = network(dropout=0.0)
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            outputs = self.body(x)
+            loss = None if labels is None else F.cross_entropy(outputs, labels)
+            return {"loss": loss, "logits": outputs}
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer, *, evaluates: bool) -> None:
+        for parts in batches():
+            if evaluates:
+                model.eval()
+                assert model(x=OUTER[0], labels=OUTER[1])["loss"].requires_grad
+                model.train()
+                assert model(x=X[:3], labels=Y[:3])["loss"] > 0
+            rows = torch.cat(parts)
+            optimizer.zero_grad()
+            model(x=X[rows], labels=Y[rows])["loss"].backward()
+            optimizer.step()
+
+    data = {"x": X, "labels": Y} if has_data else None
+    scores: list[Tensor] = []
+    for evaluates in (False, True):
+        model = Labeled()
+        optimizer = OPTIMIZERS["AdamW"](model)
+        out = tmp_path / str(evaluates)
+        with record(model, optimizer, out=out, train=data, states_every=4) as recording:
+            loop(model, optimizer, evaluates=evaluates)
+        outer = {"x": OUTER[0], "labels": OUTER[1]}
+        scores.append(recording.attribute(outer, progress=False).scores)
+    assert scores[0].equal(scores[1])
+    assert scores[0].abs().max() > 0
 
 
 def test_steps_with_a_closure_and_an_optimizer_that_comes_late(tmp_path: Path) -> None:
@@ -563,13 +613,24 @@ def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:
     assert (found - scores).abs().max() < 1e-9 * scores.abs().max()
 
 
-def test_weights_that_are_moved_after_the_training_are_not_its_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["best weights", "average by .data"])
+def test_weights_that_are_moved_after_the_training_are_not_its_end(
+    way: str, tmp_path: Path
+) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD"](model)
-    with record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4) as recording:
-        train(model, optimizer)
+    recording = record(model, optimizer, out=tmp_path / "r", train=(X, Y), states_every=4)
+    recording.__enter__()
+    train(model, optimizer)
+    if way == "best weights":
         # As load_best_model_at_end.
         model.load_state_dict(network().state_dict())
+    else:
+        # As Lightning's EMAWeightAveraging, past the versions of the weights.
+        for p in model.parameters():
+            p.data.mul_(0.5)
+    with pytest.warns(UserWarning, match="the recording ends with those of the last step"):
+        recording.__exit__(None, None, None)
     scores, loss = by_hand("SGD")
     attribution = recording.attribute(OUTER, progress=False)
     assert abs(attribution.outer_loss - loss) < 1e-12
@@ -625,7 +686,9 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
     other = network()
     other[1] = nn.ReLU()
     opened = Recording.open(folder, other, train=(X, Y))
-    with pytest.raises(MetaplError, match=r"the loss in step 0 is .* was recorded; expected the"):
+    with pytest.raises(
+        MetaplError, match=r"the loss in step 0 is .* was recorded, .*; expected the"
+    ):
         opened.attribute(OUTER, progress=False)
 
     description = checkpoint.load(folder / "recording.ckpt")
@@ -643,6 +706,47 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
         Recording.open(folder, network(), train=(X, Y)).attribute(OUTER, progress=False)
     (folder / "state-00000004.ckpt").unlink()
     refused("has no state before step 4; expected the folder")
+
+
+@pytest.mark.parametrize(
+    ("outer", "expected"),
+    [
+        (
+            (OUTER[0][:, :4], OUTER[1]),
+            r"cannot take outer \(.*shapes.*expected examples in the form",
+        ),
+        (
+            (OUTER[0].float(), OUTER[1]),
+            r"cannot take outer \(.*dtype.*expected examples in the for",
+        ),
+        ((OUTER[0], OUTER[1] + 1), "the labels reach outside 0..2"),
+    ],
+)
+def test_an_outer_set_that_cannot_be_read_is_said_before_the_replay(
+    outer: Any, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recording, _ = recorded(tmp_path)
+    monkeypatch.setattr("metapl.training.recording.recording.feedback_of", None)
+    with pytest.raises(MetaplError, match=expected) as caught:
+        recording.attribute(outer, progress=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recording_without_a_step_says_why(tmp_path: Path) -> None:
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model)
+    recording = record(model, optimizer, out=tmp_path / "outside", train=(X, Y))
+    train(model, optimizer)
+    with pytest.raises(MetaplError, match="has no step; expected the training inside"):
+        recording.attribute(OUTER)
+
+    with record(model, optimizer, out=tmp_path / "ended", train=(X, Y)) as recording:
+        F.cross_entropy(model(X[:6]), Y[:6]).backward()
+        nn.utils.clip_grad_value_(model.parameters(), 1e-3)
+        with pytest.raises(MetaplError, match="clips each entry"):
+            optimizer.step()
+    with pytest.raises(MetaplError, match="ended before the second .* clips each entry"):
+        recording.attribute(OUTER)
 
 
 def test_frozen_weights_have_to_be_those_of_the_recording(tmp_path: Path) -> None:
@@ -707,6 +811,26 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
             "the optimizer is Adagrad; expected torch.optim",
         ),
         (
+            {"optimizer": lambda model: torch.optim.SGD(model[3].parameters(), 0.1)},
+            r"is not over 0.weight, 0.bias, which .* requires_grad=False",
+        ),
+        (
+            {
+                "optimizer": lambda model: torch.optim.SGD(
+                    [*model.parameters(), nn.Parameter(torch.ones(2))], 0.1
+                )
+            },
+            "has 1 tensors that the network does not have; expected model= with all",
+        ),
+        (
+            {"problem": metapl.problems.NextToken()},
+            r"NextToken cannot take the losses .*expected problem= with the loop's loss",
+        ),
+        (
+            {"train": (X, Y.double()), "loss": lambda outputs, labels: outputs.square().mean()},
+            r"EqualWeights cannot take the losses of the loop's examples \(.*dtype",
+        ),
+        (
             {
                 "model": nn.Linear(5, CLASSES, bias=False).double(),
                 "optimizer": lambda model: torch.optim.Muon(model.parameters()),
@@ -734,7 +858,10 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
             "6 of 6 rows that the network is called with are none of the examples",
         ),
         ({"train": None}, "called without labels.*expected train="),
-        ({"train": (torch.cat([X, X[:1]]), torch.cat([Y, Y[:1] + 1]))}, "equal inputs with differ"),
+        (
+            {"train": (torch.cat([X, X[:1]]), torch.cat([Y, Y[:1] + 1]))},
+            "equal inputs with differ.*as without one of these two",
+        ),
         ({"model": network().bfloat16(), "inputs": X.bfloat16()}, "in torch.bfloat16; expected"),
     ],
 )
@@ -916,6 +1043,40 @@ def test_a_data_set_of_hugging_face_gets_the_columns(tmp_path: Path) -> None:
     assert weighted["weight"][:] == attribution.weights().tolist()
     with pytest.raises(MetaplError, match="dataset has 29 rows"):
         attribution.add_to(data.select(range(29)))
+
+
+def test_examples_of_a_tokenizer_are_lists_of_numbers(tmp_path: Path) -> None:
+    """As those of a ``datasets.Dataset``, of which a Trainer makes tensors."""
+    ids = torch.randint(7, (EXAMPLES, 4), generator=torch.Generator().manual_seed(2))
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(3)
+            self.body = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+
+        def forward(self, input_ids: Tensor) -> Tensor:
+            outputs: Tensor = self.body(input_ids)
+            return outputs
+
+    scores: list[Tensor] = []
+    for number, data in enumerate((rows, {"input_ids": ids, "labels": ids})):
+        model = Model()
+        optimizer = OPTIMIZERS["SGD"](model)
+        out = tmp_path / str(number)
+        problem = metapl.problems.NextToken()
+        with record(model, optimizer, out=out, problem=problem, train=data) as recording:
+            for parts in batches(3):
+                batch = ids[torch.cat(parts)]
+                optimizer.zero_grad()
+                outputs = model(input_ids=batch)[:, :-1].transpose(1, 2)
+                F.cross_entropy(outputs, batch[:, 1:]).backward()
+                optimizer.step()
+        outer = rows[:5] if number == 0 else {"input_ids": ids[:5], "labels": ids[:5]}
+        scores.append(recording.attribute(outer, progress=False).scores)
+    assert scores[0].equal(scores[1])
+    assert scores[0].abs().max() > 0
 
 
 def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:

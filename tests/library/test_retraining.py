@@ -186,8 +186,8 @@ def test_a_training_goes_on_from_the_optimizer_s_state_and_moves_nothing() -> No
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "rule"), [("dropout", "sgd"), ("batch_norm", "adamw")])
 def test_compiled_stacks_are_trainings_alone(kind: str, rule: str) -> None:
-    # Five trainings are three stacks, of which the last one is filled up.
-    score = compare_with_alone(scored(student(kind), rule), compile=True)
+    # Six trainings and the one on all examples are four stacks, of which the last is filled up.
+    score = compare_with_alone(scored(student(kind), rule), [*SETS, [2]], compile=True)
     assert score.execution == "in stacks of 2, compiled"
 
 
@@ -201,11 +201,11 @@ def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(retraining, "captured", captured)
     attribution = scored(student("mlp"))
     monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS + 1)
-    assert attribution.validate(SETS).execution == "in stacks of 5"
+    assert attribution.validate(SETS).execution == "in stacks of 6"
     assert not compiled
     monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS)
-    assert attribution.validate(SETS).execution == "in stacks of 5, compiled"
-    assert attribution.validate(SETS, compile=False).execution == "in stacks of 5"
+    assert attribution.validate(SETS).execution == "in stacks of 6, compiled"
+    assert attribution.validate(SETS, compile=False).execution == "in stacks of 6"
     assert len(compiled) == 1
 
 
@@ -221,7 +221,7 @@ def test_what_cannot_be_compiled_is_stacked_unless_it_was_asked_for(
     monkeypatch.setattr(retraining, "captured", captured)
     monkeypatch.setattr(retraining, "COMPILED_FROM", 1)
     attribution = scored(student("mlp"))
-    assert attribution.validate(SETS).execution == "in stacks of 5, not compiled: no compiler here"
+    assert attribution.validate(SETS).execution == "in stacks of 6, not compiled: no compiler here"
     with pytest.raises(MetaplError, match="compiled in stacks: no compiler here; leave compile"):
         attribution.validate(SETS, compile=True)
 
@@ -267,6 +267,50 @@ def test_a_stack_that_leads_elsewhere_is_not_believed(monkeypatch: pytest.Monkey
     first = [[int(number)] for number in attribution.order[0][:3]]
     with pytest.warns(UserWarning, match="2 steps in a stack lead elsewhere than alone"):
         assert attribution.validate(first).execution.startswith("one by one")
+
+
+class LayerDrop(nn.Module):
+    """Leaves a layer out at random, whose weights then have no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.middle = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 3)
+        self.left_out: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(x))
+        is_left_out = self.training and float(torch.rand(())) > 0.45
+        self.left_out.append(is_left_out)
+        if not is_left_out:
+            hidden = hidden + torch.tanh(self.middle(hidden))
+        outputs: Tensor = self.last(hidden)
+        return outputs
+
+
+def test_a_stack_whose_later_steps_lead_elsewhere_is_not_believed() -> None:
+    torch.manual_seed(0)
+    network = LayerDrop().double()
+    attribution = scored(network, "adamw")
+    alone = attribution.validate(SETS, at_once=1)
+    # The steps that are compared at first have the layer, and a later one has not.
+    assert not any(network.left_out[:2])
+    assert any(network.left_out)
+    with pytest.warns(UserWarning, match="on all examples ends at an outer loss of .* in a stack"):
+        score = attribution.validate(SETS)
+    assert score.execution.startswith("one by one: the training on all examples")
+    assert torch.equal(score.retrained, alone.retrained)
+    with pytest.raises(MetaplError, match="cannot be compiled in stacks"):
+        attribution.validate(SETS, compile=True)
+
+
+def test_nothing_may_be_removed() -> None:
+    attribution = scored(student("mlp"))
+    assert attribution.predict([]) == 0
+    score = attribution.validate([[], [0], [1, 2]])
+    assert abs(score.retrained[0]) < 1e-12
+    assert score.retrained[1] != 0
 
 
 def test_stacks_are_as_large_as_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ labels. Each row of it is an example. Its number is its place in the data set wh
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,6 +200,7 @@ class NumbersInData:
     """
 
     def __init__(self, data: Data) -> None:
+        self._name = data.examples.name
         of_inputs, self.of_all = data.digests()
         self._sorted, self._places = of_inputs.sort(stable=True)
         is_equal = self._sorted[1:] == self._sorted[:-1]
@@ -211,8 +213,25 @@ class NumbersInData:
             raise MetaplError(
                 f"{data.examples.name} has equal inputs with different labels, examples {first} "
                 f"and {second}, which the network's inputs do not tell apart; expected each input "
-                "once."
+                "once, as without one of these two in the loop's data, or a network that is called "
+                "with the labels, without train=."
             )
+
+    def warn_of_equal_examples(self) -> None:
+        """Warn where several examples are one to the recording."""
+        is_equal = self._sorted[1:] == self._sorted[:-1]
+        equal = int(is_equal.sum())
+        if not equal:
+            return
+        place = int(is_equal.nonzero()[0])
+        first = int(self._places[place])
+        second = int(self._places[place + 1])
+        warnings.warn(
+            f"{equal:,} of the {len(self.of_all):,} examples of {self._name} equal an earlier one, "
+            f"such as example {second} example {first}. Which of them the network is called with "
+            "is not seen: the first has the score of all of them, and the others have 0.",
+            stacklevel=2,
+        )
 
     def find(self, digests: Tensor) -> Tensor:
         """Return the number of each row with these digests, and −1 for rows of no example."""
@@ -221,8 +240,28 @@ class NumbersInData:
         return torch.where(is_example, self._places[places], -1)
 
 
+@dataclass(frozen=True)
+class SeenRows:
+    """The rows of a call, which have numbers once the call counts.
+
+    Attributes:
+        rows: by their bits and shapes.
+        examples: the same without padding.
+        new: those that had no number when the network was called, each once.
+        copies: of the new ones, as a part of a batch; None where there are none.
+    """
+
+    rows: Sequence[Hashable]
+    examples: Sequence[Hashable]
+    new: Sequence[Hashable]
+    copies: Batch
+
+
 class NumbersBySight:
-    """The numbers of examples in the order in which they were first seen, by their bits.
+    """The numbers of rows and of examples in the order in which they were first seen.
+
+    Both are known by their bits. The same sequence may be padded to other lengths in other batches.
+    It is then another row, which a replay needs as it was, and the same example.
 
     Attributes:
         new_rows: the rows that were seen first since :meth:`take_new_rows`, as parts of batches.
@@ -230,34 +269,58 @@ class NumbersBySight:
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[Hashable, int] = {}
+        self._example_numbers: dict[Hashable, int] = {}
         self.new_rows: list[Batch] = []
+        self._new_examples: list[int] = []
+        # Those that have a number, and whose copies are not among the new rows yet.
+        self._unkept: set[Hashable] = set()
         self.bytes = 0
 
-    def find(self, batch: Batch) -> Tensor:
-        """Return the number of each row, (B,), and keep a copy of each row that is new."""
-        numbers: list[int] = []
-        new_places: list[int] = []
-        for place, digest in enumerate(row_digests(batch).tolist()):
-            if digest not in self._numbers:
-                self._numbers[digest] = len(self._numbers)
-                new_places.append(place)
-            numbers.append(self._numbers[digest])
-        if new_places:
-            rows = batch
-            if isinstance(batch, dict):
-                rows = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
-            # A list as an index makes a copy.
-            rows = map_tensors(lambda t: t[new_places].detach(), rows)
-            self.new_rows.append(rows)
-            self.bytes += sum(t.nbytes for t in leaves_of(rows) if isinstance(t, Tensor))
-        return torch.tensor(numbers)
+    def look_at(self, batch: Batch) -> SeenRows:
+        """Return the rows of a call, with copies of those that have no number yet."""
+        shapes = tuple(t.shape[1:] for t in leaves_of(batch) if isinstance(t, Tensor))
+        digests = row_digests(batch).tolist()
+        rows: list[Hashable] = [(digest, shapes) for digest in digests]
+        examples = rows
+        if isinstance(batch, dict) and isinstance(batch.get("attention_mask"), Tensor):
+            examples = row_digests(batch, ignores_padding=True).tolist()
+        new_places: dict[Hashable, int] = {}
+        for place, row in enumerate(rows):
+            if row not in self._numbers:
+                new_places.setdefault(row, place)
+        copies = batch
+        if isinstance(batch, dict):
+            copies = {key: t for key, t in batch.items() if isinstance(t, Tensor)}
+        # A list as an index makes a copy.
+        places = [*new_places.values()]
+        copies = map_tensors(lambda t: t[places].detach(), copies) if places else None
+        return SeenRows(rows, examples, [*new_places], copies)
 
-    def take_new_rows(self) -> list[Batch]:
-        """Return the rows that are new since the last call."""
-        rows = self.new_rows
+    def number(self, seen: SeenRows) -> Tensor:
+        """Return the number of each row, (B,); new rows get the next ones, and are kept."""
+        for row, example in zip(seen.rows, seen.examples, strict=True):
+            if row not in self._numbers:
+                self._numbers[row] = len(self._numbers)
+                number = self._example_numbers.setdefault(example, len(self._example_numbers))
+                self._new_examples.append(number)
+                self._unkept.add(row)
+        # Another micro-batch of the step may have brought the same rows.
+        places = [place for place, row in enumerate(seen.new) if row in self._unkept]
+        if places:
+            self._unkept.clear()
+            new_rows = map_tensors(lambda t: t[places], seen.copies)
+            self.new_rows.append(new_rows)
+            self.bytes += sum(t.nbytes for t in leaves_of(new_rows) if isinstance(t, Tensor))
+        return torch.tensor([self._numbers[row] for row in seen.rows])
+
+    def take_new_rows(self) -> tuple[list[Batch], list[int]]:
+        """Return the rows that are new since the last call, and the numbers of their examples."""
+        new_rows = self.new_rows
+        new_examples = self._new_examples
         self.new_rows = []
-        return rows
+        self._new_examples = []
+        return new_rows, new_examples
 
 
 class RecordedRows(Examples):

@@ -9,20 +9,30 @@ of training.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.problems.base import kind_of
+from metapl.problems.doubtful import EqualWeights
+from metapl.problems.sequences import IGNORED, NextToken
 from metapl.training.recording.folder import KeptState
-from metapl.training.recording.network import Call, RecordedNetwork
-from metapl.updates import TorchUpdate, update_of
-from metapl.updates.several import Several
+from metapl.training.recording.network import (
+    Call,
+    RecordedNetwork,
+    precision_of_products,
+    precision_of_weights,
+)
+from metapl.updates import TorchUpdate, parameters_of, update_of
+
+# What they do has a rule that gives their own bits.
+FOLLOWED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,23 @@ class SeenStep:
 
 
 def tolerance_of(network: RecordedNetwork) -> float:
-    """Return the relative difference that rounding may cause: the root of the type's precision."""
-    dtypes = [p.dtype for p in network.parameters.values()]
-    if network.autocast is not None:
-        dtypes.append(network.autocast)
-    return math.sqrt(max(torch.finfo(dtype).eps for dtype in dtypes))
+    """Return the relative difference of a loss or a gradient that rounding may cause.
+
+    That is the root of the weights' precision, or twice that of products under autocast if it is
+    more: 3.5e-4 in float32, and 1.6e-2 with autocast to bfloat16. An entry is rounded by half of
+    that precision at most, and most passes are repeated bit for bit. The root of bfloat16's own
+    would be 9 %, which is what label smoothing of 0.1 changes of a gradient.
+    """
+    return max(math.sqrt(precision_of_weights(network)), 2 * precision_of_products(network))
+
+
+def tolerance_of_replay(network: RecordedNetwork) -> float:
+    """Return the relative difference that rounding may cause over many steps.
+
+    It is ten times that of one pass in the type of the weights, or that of one pass under autocast
+    if it is more: the weights that lead from step to step are not rounded to the autocast's type.
+    """
+    return max(10 * math.sqrt(precision_of_weights(network)), tolerance_of(network))
 
 
 def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[list[float]]:
@@ -94,18 +116,21 @@ def closest_weighting(
     return candidates[gaps.index(min(gaps))]
 
 
-def factor_of_loop(loss: float, mean: float, tolerance: float) -> float:
+def factor_of_loop(loss: float, mean: float, precision: float) -> float:
     """Return by which number a loop multiplies the mean loss before it is backpropagated.
 
     A sum over a batch has the batch's size, and transformers divides the loss of a GPT-2 by the
     number of its tokens and not of those that are predicted. A quotient of numbers up to 1,000 is
     taken for that quotient, without the rounding of the two losses.
+
+    Args:
+        precision: of the type that losses are in.
     """
     if math.isnan(loss) or mean == 0:
         return 1.0
     factor = loss / mean
     quotient = Fraction(factor).limit_denominator(1000)
-    if abs(float(quotient) - factor) <= tolerance**2 * 100 * abs(factor):
+    if abs(float(quotient) - factor) <= 100 * precision * abs(factor):
         return float(quotient)
     return factor
 
@@ -123,17 +148,45 @@ def followed_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Torch
             "derivative; expected bfloat16, which needs none."
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if type(optimizer) not in FOLLOWED:
+        refuse_optimizer(optimizer)
+    refuse_other_parameters(optimizer, parameters)
     update = update_of(optimizer, parameters, name="record: the optimizer")
-    if not isinstance(update, TorchUpdate) or isinstance(optimizer, Several):
-        raise MetaplError(
-            f"record: the optimizer is {type(optimizer).__name__}; expected one of torch.optim."
-        )
-    if update.is_rounded:
-        raise MetaplError(
-            f"record: the optimizer is {type(optimizer).__name__}, whose own steps round products "
-            "to bfloat16, and the rule does not; expected torch.optim SGD, Adam or AdamW."
-        )
+    assert isinstance(update, TorchUpdate), "the rules of these optimizers are"
     return update
+
+
+def refuse_other_parameters(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> None:
+    """Refuse an optimizer over other weights than those of the network that are trained."""
+    kind = type(optimizer).__name__
+    optimized = {id(p) for p in parameters_of(optimizer) if p.requires_grad}
+    missing = [name for name, p in parameters.items() if id(p) not in optimized]
+    if missing:
+        raise MetaplError(
+            f"record: the {kind} of the loop is not over {few(missing, 3)}, which the network "
+            "would train; expected one optimizer over all weights, and requires_grad=False for "
+            "those that stay as they are."
+        )
+    others = len(optimized) - len(parameters)
+    if others:
+        raise MetaplError(
+            f"record: the {kind} of the loop has {others} tensors that the network does not have; "
+            "expected model= with all that it trains."
+        )
+
+
+def refuse_optimizer(optimizer: torch.optim.Optimizer) -> NoReturn:
+    """Refuse an optimizer whose steps are not followed."""
+    kind = type(optimizer).__name__
+    reason = ""
+    if isinstance(optimizer, torch.optim.Muon):
+        reason = ", whose own steps round products to bfloat16, and a rule does not"
+    raise MetaplError(
+        f"record: the optimizer is {kind}{reason}; expected torch.optim's SGD, Adam or AdamW over "
+        "all weights that are trained."
+    )
 
 
 def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
@@ -142,11 +195,23 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     Cost: a forward and a backward pass on the step's batch.
     """
     tolerance = tolerance_of(network)
+    precision = precision_of_weights(network)
     means: list[Tensor] = []
     gradients: list[Tree] = []
     buffers = step.state.buffers
     for call in step.calls:
-        result = network.gradient(step.state.params, buffers, call, None)
+        try:
+            result = network.gradient(step.state.params, buffers, call, None)
+        except MetaplError:
+            raise
+        except Exception as error:
+            # The network itself has just run on these examples, in the loop.
+            kind = kind_of(network.problem)
+            raise MetaplError(
+                f"record: {kind} cannot take the losses of the loop's examples "
+                f"({reason_of(error)}); expected problem= with the loop's loss: NextToken for "
+                "causal language models, or a subclass of EqualWeights with an inner_loss."
+            ) from error
         buffers = {**buffers, **result.buffers}
         means.append(result.loss)
         gradients.append(result.gradient)
@@ -155,7 +220,7 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     gaps: list[tuple[float, float, float]] = []
     for weighting in weightings(step.sizes, step.sizes):
         mean = weighted_sum(weighting, mean_losses)
-        factor = factor_of_loop(step.loss, mean, tolerance)
+        factor = factor_of_loop(step.loss, mean, precision)
         gradient = weighted_trees([factor * f for f in weighting], gradients)
         if step.clip_norm is not None:
             scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
@@ -164,6 +229,7 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
         gaps.append((relative_gap(gradient, step.gradients), factor, mean))
     gap, factor, mean = min(gaps)
     if gap <= tolerance:
+        refuse_counted_labels(network.problem, step, factor)
         return factor
     in_losses = ""
     if not math.isnan(step.loss):
@@ -173,6 +239,28 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
         f"step differs from p.grad by {gap:.2g} of its size, {tolerance:.1g} at most is rounding"
         f"{in_losses}, in {len(step.calls)} calls of the network; expected problem= with the "
         "loop's loss, no gradients from before, and torch.nn.utils.clip_grad_norm_ or clip_norm=."
+    )
+
+
+def refuse_counted_labels(problem: EqualWeights, step: SeenStep, factor: float) -> None:
+    """Refuse a loop that divides by the number of labels where sequences have different lengths.
+
+    transformers counts the first label of a sequence too where it does not know that the model
+    shifts its labels, as of a GPT-2. The loss is then (n − B) / n of the mean over n − B
+    predictions, another share in each step.
+    """
+    if not isinstance(problem, NextToken) or problem.mean != "token":
+        return
+    is_label = [labels != IGNORED for _, labels in (call.batch for call in step.calls)]
+    lengths = torch.cat([is_one.sum(1) for is_one in is_label])
+    share = sum(step.sizes) / float(lengths.sum().clamp_min(1))
+    counts_labels = share < 1 and abs(factor - share) <= 0.1 * (1 - share)
+    if not counts_labels or len(lengths.unique()) == 1:
+        return
+    raise MetaplError(
+        f"record: the loop divides the loss of {sum(step.sizes):.0f} predicted tokens by "
+        f"{int(lengths.sum())}, the number of labels, so that it is another multiple of their mean "
+        "in each step; expected -100 as the first label of each sequence, which nothing predicts."
     )
 
 

@@ -4,6 +4,7 @@
     state-00000000.ckpt  weights, optimizer state and moving buffers before step 0, and so on
     steps-00000000.ckpt  what is known of the steps from 0 on to the next state
     rows-00000000.ckpt   examples that were first seen in these steps, where no data set was given
+    end-00000000.ckpt    one weight after the last step, where no state could be written any more
 
 A training that is killed leaves a recording of the steps up to its last state. Every file has a
 checksum, and none can run code (:mod:`metapl.runs.checkpoint`).
@@ -36,6 +37,8 @@ class StepRow:
         numbers: of the examples in each call of the network, (B,) each.
         draws: the generators before each call, as :meth:`RandomState.values` has them; None where
             the call drew nothing.
+        training_parts: the names of the parts that were in training mode in each call; None where
+            they are those of the recording's first call.
         loss: the sum of the losses that were backpropagated; NaN where none was seen.
         clip_norm: the greatest norm of the gradient; None: it was not clipped.
         options: of the optimizer's param groups.
@@ -43,6 +46,7 @@ class StepRow:
 
     numbers: list[Tensor]
     draws: list[dict[str, Any] | None]
+    training_parts: list[list[str] | None]
     loss: float
     clip_norm: float | None
     options: list[dict[str, Any]]
@@ -129,6 +133,17 @@ class RecordingFolder:
             )
         return state, digest
 
+    def write_end(self, number: int, name: str, weight: Tensor) -> None:
+        """Write one weight as it was before a step that did not come."""
+        checkpoint.save(self._file("end", number), {"name": name, "weight": weight})
+
+    def read_end(self, number: int) -> tuple[str, Tensor] | None:
+        """Return the name and the values that :meth:`write_end` has written; None for none."""
+        if not self._file("end", number).is_file():
+            return None
+        contents = checkpoint.load(self._file("end", number))
+        return contents["name"], contents["weight"]
+
     def write_steps(self, first: int, rows: Sequence[StepRow]) -> None:
         """Write what is known of the steps from ``first`` on.
 
@@ -143,15 +158,22 @@ class RecordingFolder:
             "has_draws": [[values is not None for values in row.draws] for row in rows],
             "cpu": torch.stack([values["cpu"] for values in draws]) if draws else None,
             "other_generators": others,
+            "training_parts": [row.training_parts for row in rows],
             "losses": [row.loss for row in rows],
             "clip_norms": [row.clip_norm for row in rows],
             "options": [row.options for row in rows],
         }
         checkpoint.save(self._file("steps", first), contents)
 
-    def write_examples(self, first: int, parts: Sequence[Batch]) -> None:
-        """Write the examples that were first seen in the steps from ``first`` on."""
-        checkpoint.save(self._file("rows", first), {"parts": [*parts]})
+    def write_examples(self, first: int, parts: Sequence[Batch], examples: Sequence[int]) -> None:
+        """Write the rows that were first seen in the steps from ``first`` on.
+
+        Args:
+            parts: of batches, with these rows.
+            examples: the number of the example that each row is.
+        """
+        contents = {"parts": [*parts], "examples": [*examples]}
+        checkpoint.save(self._file("rows", first), contents)
 
     def read_steps(self) -> list[StepRow]:
         """Return the steps up to the first one that is missing."""
@@ -160,12 +182,15 @@ class RecordingFolder:
             rows += rows_of(checkpoint.load(self._file("steps", len(rows))))
         return rows
 
-    def read_examples(self) -> list[Batch]:
-        """Return the examples that the recording has itself, as parts of batches."""
+    def read_examples(self) -> tuple[list[Batch], list[int]]:
+        """Return the rows that the recording has itself, and the number of each one's example."""
         parts: list[Batch] = []
+        examples: list[int] = []
         for path in sorted(self.path.glob("rows-*.ckpt")):
-            parts += checkpoint.load(path)["parts"]
-        return parts
+            contents = checkpoint.load(path)
+            parts += contents["parts"]
+            examples += contents["examples"]
+        return parts, examples
 
     def states(self) -> list[int]:
         """Return before which steps there are states."""
@@ -198,6 +223,7 @@ def rows_of(contents: Mapping[str, Any]) -> list[StepRow]:
         row = StepRow(
             numbers=[next(numbers) for _ in sizes_of_step],
             draws=draws,
+            training_parts=contents["training_parts"][step],
             loss=contents["losses"][step],
             clip_norm=contents["clip_norms"][step],
             options=contents["options"][step],

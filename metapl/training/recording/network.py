@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
+from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import layouts
 from metapl.execution.local import LocalStudent
-from metapl.execution.numerics import HALF, Tree, no_fast_path
+from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
 from metapl.execution.state import RandomState, Slot, named_parts, replayed, swapped, trainable
 from metapl.feedback.replays import sketch
 from metapl.models import Logits
@@ -37,10 +38,12 @@ class Call:
     Args:
         batch: as the problem reads it.
         draws: the generators before it; None where it drew nothing.
+        training_parts: the names of the parts that are in training mode in it.
     """
 
     batch: Batch
     draws: RandomState | None
+    training_parts: frozenset[str]
 
 
 class Gradient(NamedTuple):
@@ -75,7 +78,6 @@ class RecordedNetwork:
         model: the network.
         problem: with weights of 1.
         autocast: the type that products were rounded to; None: there was no autocast.
-        training_parts: the names of the parts that were in training mode.
     """
 
     def __init__(
@@ -83,12 +85,10 @@ class RecordedNetwork:
         model: nn.Module,
         problem: EqualWeights,
         autocast: torch.dtype | None,
-        training_parts: Sequence[str],
     ) -> None:
         self.model = model
         self.problem = problem
         self.autocast = autocast
-        self.training_parts = frozenset(training_parts)
         _, layout, self.device = layouts(None, Logits(model))
         self._student = LocalStudent(layout)
         self.ranks = layout.ranks
@@ -115,7 +115,7 @@ class RecordedNetwork:
         Args:
             weights: of its examples, (B,) or as the problem's; None: 1 each.
         """
-        with self.at(params, buffers, call.draws) as (leaves, places):
+        with self.at(params, buffers, call.draws, call.training_parts) as (leaves, places):
             loss, _ = self._loss(leaves, call.batch, weights)
             buffers_after = {name: table[key] for table, key, name in places if name in buffers}
             gradient = gradient_of(loss, leaves)
@@ -128,19 +128,33 @@ class RecordedNetwork:
             outer: an outer batch that is compared with the network's outputs, and refused where its
                 labels do not fit; None: there is nothing to compare.
         """
-        with torch.no_grad(), self.at(params, buffers, call.draws) as (leaves, _):
+        with (
+            torch.no_grad(),
+            self.at(params, buffers, call.draws, call.training_parts) as (leaves, _),
+        ):
             outputs = self._outputs(self.problem.student_input(call.batch))
             if outer is not None:
                 self.problem.check(outputs, outer, call.batch)
             loss, _ = self._loss_of(outputs, leaves, call.batch, None)
         return loss
 
-    def derivatives(self, params: Tree, buffers: Tree, call: Call, w: Tree) -> Derivatives:
-        """Return the derivatives of ⟨g, w⟩ for the gradient g of a call, by double backward."""
-        with no_fast_path(math=True), self.at(params, buffers, call.draws) as (leaves, places):
+    def derivatives(
+        self, params: Tree, buffers: Tree, call: Call, w: Tree, *, inspects_graph: bool = False
+    ) -> Derivatives:
+        """Return the derivatives of ⟨g, w⟩ for the gradient g of a call, by double backward.
+
+        Args:
+            inspects_graph: whether a graph in which derivatives are missing is refused.
+        """
+        with (
+            no_fast_path(math=True),
+            self.at(params, buffers, call.draws, call.training_parts) as (leaves, places),
+        ):
             loss, example_weights = self._loss(leaves, call.batch, None)
             buffers_after = {name: table[key] for table, key, name in places if name in buffers}
             gradient = gradient_of(loss, leaves, create_graph=True)
+            if inspects_graph:
+                refuse_once_differentiable(gradient.values(), loss)
             names = [name for name, g in gradient.items() if g.requires_grad]
             in_leaves = torch.autograd.grad(
                 [gradient[name] for name in names],
@@ -153,6 +167,79 @@ class RecordedNetwork:
         hessian_product = dict(zip(leaves, products, strict=True))
         return Derivatives(loss.detach(), hessian_product, in_weights, buffers_after)
 
+    def refuse_wrong_derivative(self, params: Tree, buffers: Tree, call: Call) -> Derivatives:
+        r"""Refuse a network whose gradient is not differentiated rightly in the examples' weights.
+
+        The gradient g is linear in these weights a. Along signs r, double backward has to give
+
+        .. math:: \Big\langle \frac{\partial \langle g, w\rangle}{\partial a}, r\Big\rangle =
+                  \langle g(1 + r/2) - g(1 - r/2),\ w\rangle, \qquad
+                  w_p = g_p(1) / \|g_p(1)\| \text{ of each parameter } p
+
+        An operation whose second derivative is missing, or another one than its first, does not: so
+        the embeddings of torch with ``scale_grad_by_freq``.
+
+        Returns: the derivatives of ⟨g, w⟩. Cost: three passes with gradients and a double
+        backward.
+        Raises: :class:`metapl.MetaplError`.
+        """
+        gradient = self.gradient(params, buffers, call, None).gradient
+        # Each parameter counts alike, also one whose gradient is small.
+        w = {
+            name: g / g.norm().clamp_min(torch.finfo(g.dtype).tiny) for name, g in gradient.items()
+        }
+        derivatives = self.derivatives(params, buffers, call, w, inspects_graph=True)
+        in_weights = derivatives.in_weights
+        signs = torch.randint(2, in_weights.shape, generator=torch.Generator().manual_seed(0))
+        r = (2 * signs - 1).to(in_weights)
+        above = self.gradient(params, buffers, call, 1 + r / 2).gradient
+        below = self.gradient(params, buffers, call, 1 - r / 2).gradient
+        difference = float(WHOLE.dot(above, w) - WHOLE.dot(below, w))
+        derivative = float((in_weights * r).sum())
+        rounding = 100 * precision_of_weights(self) + 2 * precision_of_products(self)
+        size = float(in_weights.norm() * r.norm())
+        allowed = rounding * float(WHOLE.dot(gradient, w)) + 1e-3 * size
+        if not abs(derivative - difference) <= allowed:
+            raise MetaplError(
+                "the gradient's derivative in the weights of the examples is another one by double "
+                f"backward than by a difference, {derivative:.4g} and {difference:.4g} along a "
+                "random direction, so the scores would be wrong. Likely causes: an embedding with "
+                "scale_grad_by_freq, or a backward of one's own; expected operations with a second "
+                "derivative."
+            )
+        return derivatives
+
+    def moved_buffers_read(
+        self, params: Tree, buffers: Tree, buffers_after: Tree, call: Call
+    ) -> list[str]:
+        """Return the names of the buffers that a training moves and that its losses read.
+
+        Running statistics of batch norm are not among them, unless a part evaluates while the
+        others train.
+
+        Args:
+            buffers, buffers_after: before and after a call, of which the loss is taken once more
+                with each.
+        """
+        moved_names: list[str] = []
+        for name, b in buffers.items():
+            if b.is_floating_point() and not torch.equal(b, buffers_after[name]):
+                moved_names.append(name)
+        if not moved_names:
+            return []
+        loss = self.loss(params, buffers, call)
+        with_all = {**buffers, **{name: buffers_after[name] for name in moved_names}}
+        if self.loss(params, with_all, call) == loss:
+            return []
+        names_that_count: list[str] = []
+        rounding = 100 * precision_of_weights(self) + 2 * precision_of_products(self)
+        for name in moved_names:
+            with_one = {**buffers, name: buffers_after[name]}
+            gap = (self.loss(params, with_one, call) - loss).abs()
+            if bool(gap > rounding * loss.abs()):
+                names_that_count.append(name)
+        return names_that_count
+
     def outer_losses(
         self, params: Tree, buffers: Tree, batch: Batch, judges: Sequence[BilevelProblem]
     ) -> tuple[Tensor, list[Tree]]:
@@ -162,7 +249,7 @@ class RecordedNetwork:
         """
         losses: list[Tensor] = []
         gradients: list[Tree] = []
-        with self.at(params, buffers, None, training=False) as (leaves, _):
+        with self.at(params, buffers, None, frozenset()) as (leaves, _):
             outputs = self._outputs(self.problem.outer_input(batch))
             for judge in judges:
                 total, weight = sum_and_weight(judge.outer_loss(outputs, batch))
@@ -177,7 +264,11 @@ class RecordedNetwork:
 
     @contextmanager
     def at(
-        self, params: Tree, buffers: Tree, draws: RandomState | None, *, training: bool = True
+        self,
+        params: Tree,
+        buffers: Tree,
+        draws: RandomState | None,
+        training_parts: frozenset[str],
     ) -> Iterator[tuple[Tree, list[tuple[dict[str, Any], str, str]]]]:
         """Hold weights as leaves and copies of buffers in this block, and yield the leaves.
 
@@ -185,7 +276,7 @@ class RecordedNetwork:
         the buffers are yielded, where a pass has moved the copies.
 
         Args:
-            training: whether the parts that trained are in training mode; else all evaluate.
+            training_parts: the names of the parts in training mode; the others evaluate.
         """
         start = draws or RandomState.now(self.device)
         student = self._student
@@ -195,11 +286,10 @@ class RecordedNetwork:
         for table, key, name in self._buffer_places:
             if name in copies:
                 slots.append((table, key, copies[name]))
-        parts = self.training_parts if training else frozenset()
         autocast = torch.autocast(
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
         )
-        with in_modes(self.model, parts), replayed(start), swapped(slots), autocast:
+        with in_modes(self.model, training_parts), replayed(start), swapped(slots), autocast:
             yield (
                 {name.removeprefix(PREFIX): leaf for name, leaf in leaves.items()},
                 self._buffer_places,
@@ -246,6 +336,16 @@ class RecordedNetwork:
                 f"({len(outputs)},)."
             )
         return losses.mean(), weights
+
+
+def precision_of_weights(network: RecordedNetwork) -> float:
+    """Return the coarsest precision of a network's weights, 1.2e-7 of float32."""
+    return max(torch.finfo(p.dtype).eps for p in network.parameters.values())
+
+
+def precision_of_products(network: RecordedNetwork) -> float:
+    """Return the precision that products are rounded to under autocast; 0 without it."""
+    return 0.0 if network.autocast is None else torch.finfo(network.autocast).eps
 
 
 def gradient_of(

@@ -4,12 +4,15 @@ A step of the loop is one or more calls of the network with a gradient, and then
 optimizer; in Lightning the calls lie within the optimizer's step. Everything is therefore read in
 four places:
 
-- before a call: its arguments, and the generators; before the first call of a step that keeps its
-  state, the buffers too;
+- before a call: its arguments, the generators, and which parts train; before the first call of a
+  step that keeps its state, the buffers too;
 - after a call: whether the generators have moved;
 - before the optimizer's step: the weights and its state, where they are kept;
 - after it: the settings, the losses and the clipping that were seen, and, in the first step, the
   gradient.
+
+A call counts where a backward pass has come to its outputs. A loop may look at the network with a
+gradient and leave it at that, as an evaluation without ``torch.no_grad()`` does.
 
 The loop's bits are what they are without a recording: nothing is drawn, and nothing is written to.
 """
@@ -18,9 +21,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +34,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import Batch, map_tensors, row_digests
+from metapl.errors import MetaplError, few, reason_of
+from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, one_at_a_time, trainable
 from metapl.problems.base import kind_of
@@ -42,6 +46,7 @@ from metapl.training.recording.calls import (
     Data,
     NumbersBySight,
     NumbersInData,
+    SeenRows,
     as_read,
     batch_of_call,
     refuse_other_rows,
@@ -68,21 +73,77 @@ NO_CALL = (
 
 
 @dataclass
+class SeenCall:
+    """A call of the network in the step under way.
+
+    Attributes:
+        examples: (B,): digests of the rows with a data set, or else their numbers, which they get
+            once the call counts.
+        random_state: the generators before it; None where it drew nothing.
+        training_parts: the names of the parts that were in training mode.
+        batch: what the network was called with, in the first step.
+        autocast: in what type products were taken, in the first step; None: there was no autocast.
+        is_reached: whether a backward pass has come to its outputs. True too of outputs in which no
+            tensor is seen.
+    """
+
+    examples: Tensor | SeenRows
+    random_state: RandomState | None
+    training_parts: list[str]
+    batch: Batch = None
+    autocast: torch.dtype | None = None
+    is_reached: bool = True
+
+    def numbers(self) -> Tensor:
+        """Return the numbers of the examples, or digests of the rows, (B,)."""
+        assert isinstance(self.examples, Tensor), "it is one once the call counts"
+        return self.examples
+
+    def draws(self) -> dict[str, Any] | None:
+        """Return the generators before the call as plain values."""
+        return None if self.random_state is None else self.random_state.values()
+
+
+@dataclass
 class SeenRow:
     """A step that is not written yet. What a device has is read when it is written.
 
     Attributes:
-        examples: of each call, (B,): their numbers, or, with a data set, digests of the rows.
-        draws: as of :class:`StepRow`.
+        calls: those that count, without what the first step alone needs.
         losses: that were backpropagated.
         clip_norm, options: as of :class:`StepRow`.
     """
 
-    examples: list[Tensor]
-    draws: list[dict[str, Any] | None]
+    calls: list[SeenCall]
     losses: list[Tensor]
     clip_norm: float | None
     options: list[dict[str, Any]]
+
+
+class RecordingHook:
+    """A hook on the followed network, and on no copy of it.
+
+    A loop may copy or pickle its network while it trains, for an average of its weights or the best
+    ones so far. The copy has a hook that does nothing in the place of this one.
+    """
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> None:
+        self._hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return hook_of_copy, ()
+
+
+def hook_of_copy() -> Callable[..., None]:
+    """Return the hook that a copy of the followed network has."""
+    return no_hook
+
+
+def no_hook(*args: Any) -> None:
+    """Do nothing, as a hook of a copy."""
 
 
 class Recorder:
@@ -129,13 +190,19 @@ class Recorder:
         self.ended_by = ""
         self.is_following = False
         self._device = next(model.parameters()).device
-        self._watch = StepWatch()
+        self._watch = StepWatch(model.parameters())
         self._hooks = ExitStack()
-        # Hooks on parts of the network, in its first call alone.
+        # Hooks on parts of the network, in the calls of the first step alone.
         self._looks = ExitStack()
         self._form: CallForm | None = None
         self._autocast: torch.dtype | None = None
+        # Those of the first call that counts.
         self._training_parts: list[str] = []
+        # Those of the last call, and the modes by which they are known again.
+        self._parts_now: list[str] = []
+        self._modes: list[bool] = []
+        self._parts = [*model.modules()]
+        self._is_learned: list[bool] = []
         self._data: Data | None = None
         self._in_data: NumbersInData | None = None
         self._by_sight: NumbersBySight | None = None
@@ -145,21 +212,25 @@ class Recorder:
         self._has_drawn_outside = False
         # A comparison calls the network too, and that call is none of the loop's.
         self._is_comparing = False
+        self._weights = [*model.parameters()]
+        self._versions: list[int] = []
+        # The smallest weight, and its values after the last step: what writes past the versions, as
+        # an average of weights does by ``.data``, writes to all weights.
+        self._smallest: nn.Parameter | None = None
+        self._smallest_after_step = torch.empty(0)
         # The steps since the last state that was kept, and the number of the first of them.
         self._rows: list[SeenRow] = []
         self._first_row = 0
         self._moving_buffers: tuple[str, ...] = ()
-        self._weights: list[nn.Parameter] = []
-        self._versions: list[int] = []
         self._begin_step()
 
     def _begin_step(self) -> None:
         """Forget what was seen of the step before."""
-        self._examples: list[Tensor] = []
-        self._draws: list[dict[str, Any] | None] = []
-        self._batches: list[Batch] = []
-        self._random_states: list[RandomState | None] = []
-        self._before_call: RandomState | None = None
+        self._calls: list[SeenCall] = []
+        # The call under way, which counts when it has ended without an error.
+        self._open_call: SeenCall | None = None
+        # Whether the weights were copied right before it.
+        self._has_values_before_call = False
         self._params: dict[str, Tensor] = {}
         self._buffers: dict[str, Tensor] = {}
         self._optimizer_state: dict[str, dict[str, Any]] | None = None
@@ -179,9 +250,11 @@ class Recorder:
 
     def begin(self) -> None:
         """Register the hooks."""
+        before_forward = RecordingHook(self._before_forward)
+        after_forward = RecordingHook(self._after_forward)
         hooks = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward),
+            self.model.register_forward_pre_hook(before_forward, with_kwargs=True),
+            self.model.register_forward_hook(after_forward),
             register_optimizer_step_pre_hook(self._before_step),
             register_optimizer_step_post_hook(self._after_step),
         ]
@@ -200,14 +273,47 @@ class Recorder:
         try:
             self._write_rows()
             # A loop may have put other weights into the network, such as its best ones. The last
-            # state is then found by a replay.
-            if self._weight_versions() == self._versions and self._update is not None:
+            # state is then found by a replay, and compared with one weight of it.
+            if self._update is not None and self._has_weights_of_last_step():
                 state = self._state(
                     self._current_params(), self._update.read_state(), self._current_buffers()
                 )
                 self.folder.write_state(self.steps, state)
+            elif self._smallest is not None:
+                names = {id(p): name for name, p in self.model.named_parameters()}
+                name = names.get(id(self._smallest), "")
+                self.folder.write_end(self.steps, name, self._smallest_after_step)
+                if not torch.equal(self._smallest, self._smallest_after_step):
+                    warnings.warn(
+                        "the network holds other weights than after the last step of the training, "
+                        "such as its best or averaged ones; the recording ends with those of the "
+                        "last step, which its scores are about.",
+                        stacklevel=3,
+                    )
         except MetaplError as error:
             self._stop(str(error))
+
+    def _has_weights_of_last_step(self) -> bool:
+        """Return whether the network holds the weights that the last step has led to."""
+        if self._smallest is None or self._weight_versions() != self._versions:
+            return False
+        return torch.equal(self._smallest, self._smallest_after_step)
+
+    def refuse_nothing(self) -> None:
+        """Refuse to read a recording that has no step, and say why it has none."""
+        if self._first_row > 0:
+            return
+        if self.ended_by:
+            raise MetaplError(
+                f"the recording in {self.folder.path} has no step, for it ended before the second "
+                f"state that is kept: {self.ended_by}"
+            )
+        if self.steps == 0:
+            raise MetaplError(
+                f"the recording in {self.folder.path} has no step; expected the training inside "
+                "`with metapl.record(...) as recording:`, and in it a step of an optimizer over "
+                "the network's weights."
+            )
 
     def _state(
         self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
@@ -231,26 +337,47 @@ class Recorder:
         if not self._is_active or not torch.is_grad_enabled():
             return
         with self._guarded():
-            if self._is_first_step and not self._batches:
-                self._look_at_modes()
-            if self._keeps_state and not self._params:
+            if self._watch.losses and all(p.grad is None for p in self._weights):
+                # What was backpropagated so far was thrown away, as of a loss that is no number.
+                self._calls = []
+                self._watch.begin()
+            self._has_values_before_call = self._keeps_state and not self._params
+            if self._has_values_before_call:
                 self._params = self._current_params()
                 self._buffers = self._current_buffers()
             batch = batch_of_call(module, args, kwargs)
             if self._form is None:
                 self._read_data(batch)
-            self._examples.append(self._examples_of(batch))
+            call = SeenCall(
+                examples=self._examples_of(batch),
+                random_state=RandomState.now(self._device, outside=self._draws_outside),
+                training_parts=self._parts_in_training(),
+            )
             if self._is_first_step:
+                self._device = next(self.model.parameters()).device
                 # The loop may write into its batch after the call.
-                self._batches.append(map_tensors(lambda t: t.detach().clone(), batch))
-            self._before_call = RandomState.now(self._device, outside=self._draws_outside)
+                call.batch = map_tensors(lambda t: t.detach().clone(), batch)
+                self._look_at_autocast(call)
+                self._versions = self._weight_versions()
+            self._open_call = call
 
     def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
-        start = self._before_call
-        if not self._is_active or start is None:
+        call = self._open_call
+        if not self._is_active or call is None:
             return
-        self._before_call = None
+        self._open_call = None
         self._looks.close()
+        with self._guarded():
+            if self._is_first_step:
+                self._refuse_written_weights()
+            self._note_draws(call)
+            self._watch_outputs(call, outputs)
+            self._calls.append(call)
+
+    def _note_draws(self, call: SeenCall) -> None:
+        """Note whether a call that has ended has drawn random numbers."""
+        start = call.random_state
+        assert start is not None, "it was read before the call"
         end = RandomState.now(self._device, outside=self._draws_outside)
         if self._draws_outside and end.has_drawn_outside(start):
             self._has_drawn_outside = True
@@ -258,8 +385,17 @@ class Recorder:
             # Their states are long, and the network leaves them alone.
             start = start._replace(python=None, numpy=None)
         has_drawn = not end.equals(start) or self._has_drawn_outside
-        self._draws.append(start.values() if has_drawn else None)
-        self._random_states.append(start if has_drawn else None)
+        call.random_state = start if has_drawn else None
+
+    def _watch_outputs(self, call: SeenCall, outputs: Any) -> None:
+        """Let a backward pass that comes to the outputs of a call be noted."""
+        leaves = [outputs] if isinstance(outputs, Tensor) else leaves_of(outputs)
+        nodes = [t.grad_fn for t in leaves if isinstance(t, Tensor) and t.grad_fn is not None]
+        if not nodes:
+            return
+        call.is_reached = False
+        for node in nodes:
+            node.register_prehook(partial(note_reached, self._watch, call))
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_active or not self._is_followed(optimizer):
@@ -267,6 +403,12 @@ class Recorder:
         with self._guarded():
             if self._update is None:
                 self._update = followed_update(self.model, optimizer)
+                self._is_learned = [p.requires_grad for p in self._weights]
+            if self._is_learned != [p.requires_grad for p in self._weights]:
+                raise MetaplError(
+                    "the loop learns other weights than in its first step, as where it freezes "
+                    "some; expected the same in all steps"
+                )
             self._options = settings_of(optimizer)
             if self._keeps_state:
                 # The first call of Lightning's step is within it, and has not come yet.
@@ -278,12 +420,19 @@ class Recorder:
         if not self._is_active or not self._is_followed(optimizer):
             return
         with self._guarded():
+            self._calls = [call for call in self._calls if call.is_reached]
+            for call in self._calls:
+                if self._by_sight is not None and isinstance(call.examples, SeenRows):
+                    call.examples = self._by_sight.number(call.examples)
             if self._is_first_step:
                 self._finish_first_step(optimizer)
             self._note_step(optimizer)
             self.steps += 1
             self._draws_outside = self._has_drawn_outside
             self._versions = self._weight_versions()
+            if self._smallest is None:
+                self._smallest = min(trainable(self.model).values(), key=Tensor.numel)
+            self._smallest_after_step = self._smallest.detach().clone()
             self._begin_step()
 
     @property
@@ -309,24 +458,47 @@ class Recorder:
 
     # ------------------------------------------------------------------------------- the first step
 
-    def _look_at_modes(self) -> None:
-        """Note which parts train, and in what type their products are taken.
+    def _parts_in_training(self) -> list[str]:
+        """Return the names of the parts that train; the list of the call before if it is equal."""
+        modes = [part.training for part in self._parts]
+        if modes != self._modes:
+            self._modes = modes
+            self._parts_now = parts_in_training(self.model)
+        return self._parts_now
+
+    def _look_at_autocast(self, call: SeenCall) -> None:
+        """Note in what type the products of a call are taken.
 
         A Trainer may begin autocast within the call of the network, so that only a part sees it.
         """
-        self._device = next(self.model.parameters()).device
-        self._training_parts = parts_in_training(self.model)
-        self._look_at_autocast(self.model, ())
+
+        note_autocast(call, self._device.type, self.model, ())
+        look = RecordingHook(partial(note_autocast, call, self._device.type))
         for part in self.model.modules():
             is_leaf = next(part.children(), None) is None
             if is_leaf and part is not self.model:
-                hook = part.register_forward_pre_hook(self._look_at_autocast)
+                hook = part.register_forward_pre_hook(look)
                 self._looks.callback(hook.remove)
 
-    def _look_at_autocast(self, part: nn.Module, args: Any) -> None:
-        """Note in what type products are taken where a part of the network is called."""
-        if torch.is_autocast_enabled(self._device.type):
-            self._autocast = torch.get_autocast_dtype(self._device.type)
+    def _refuse_written_weights(self) -> None:
+        """Refuse a network whose forward writes to its own weights, in a call of the first step."""
+        written: list[str] = []
+        parameters = self.model.named_parameters()
+        for (name, p), version in zip(parameters, self._versions, strict=True):
+            if p._version != version:
+                written.append(name)
+        if self._has_values_before_call:
+            # What is written past the version is seen in the values.
+            for name, value_before in self._params.items():
+                if not torch.equal(self.model.get_parameter(name), value_before):
+                    written.append(name)
+        if written:
+            names = few([*dict.fromkeys(written)], 3)
+            raise MetaplError(
+                f"record: the network's forward writes to {names}, as an nn.Embedding with "
+                "max_norm does, and a derivative does not see that; expected weights that "
+                "the optimizer alone moves."
+            )
 
     def _read_data(self, batch: Batch) -> None:
         """Learn the form of the calls, and read the data set once where there is one."""
@@ -337,6 +509,7 @@ class Recorder:
             examples = examples_of(self.train, "train", first)
             self._data = Data(examples, self.problem, self._form)
             self._in_data = NumbersInData(self._data)
+            self._in_data.warn_of_equal_examples()
             return
         self._by_sight = NumbersBySight()
         reads_inputs_alone = type(self.problem).student_input is not EqualWeights.student_input
@@ -346,10 +519,10 @@ class Recorder:
                 "not known; expected train= with (inputs, labels) or the loop's data set."
             )
 
-    def _examples_of(self, batch: Batch) -> Tensor:
-        """Return the numbers of the examples in a batch, or digests of its rows."""
+    def _examples_of(self, batch: Batch) -> Tensor | SeenRows:
+        """Return digests of the rows of a batch, or rows that are known by sight."""
         if self._by_sight is not None:
-            return self._by_sight.find(batch)
+            return self._by_sight.look_at(batch)
         assert self._form is not None, "the form is known since the first call"
         inputs = batch
         if self._form.keys is not None:
@@ -366,15 +539,17 @@ class Recorder:
 
     def _finish_first_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Compare the problem's loss with the loop's, and write what is recorded."""
-        if not self._examples:
+        if not self._calls:
             raise MetaplError(NO_CALL)
+        self._training_parts = self._calls[0].training_parts
+        self._autocast = self._calls[0].autocast
         if self._autocast == torch.float16:
             raise MetaplError(
                 "record: the loop trains in float16, whose scaled steps have no derivative here; "
                 "expected bfloat16 or float32."
             )
         refuse_clipping(self._watch, optimizer)
-        network = RecordedNetwork(self.model, self.problem, self._autocast, self._training_parts)
+        network = RecordedNetwork(self.model, self.problem, self._autocast)
         buffers_after = self._current_buffers()
         self._moving_buffers = tuple(
             name for name, b in self._buffers.items() if not torch.equal(b, buffers_after[name])
@@ -402,15 +577,16 @@ class Recorder:
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
         calls: list[Call] = []
-        for batch, examples, draws in zip(
-            self._batches, self._examples, self._random_states, strict=True
-        ):
+        for seen_call in self._calls:
             if self._data is not None:
-                calls.append(Call(self._data.batch(self._numbers_of(examples)), draws))
+                batch = self._data.batch(self._numbers_of(seen_call.numbers()))
             else:
                 assert self._form is not None, "the form is known since the first call"
-                read = as_read(batch, self.problem, self._form, "the call of the network")
-                calls.append(Call(read, draws))
+                batch = as_read(
+                    seen_call.batch, self.problem, self._form, "the call of the network"
+                )
+            calls.append(Call(batch, seen_call.random_state, frozenset(seen_call.training_parts)))
+            seen_call.batch = None
         return calls
 
     @one_at_a_time
@@ -457,7 +633,7 @@ class Recorder:
     def _note_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Note a step; where its state is kept, write it and what was noted before it."""
         refuse_clipping(self._watch, optimizer)
-        if not self._examples:
+        if not self._calls:
             raise MetaplError(NO_CALL)
         if self._keeps_state:
             self._write_rows()
@@ -466,8 +642,7 @@ class Recorder:
             self.folder.write_state(self.steps, state)
         self._rows.append(
             SeenRow(
-                examples=self._examples,
-                draws=self._draws,
+                calls=self._calls,
                 losses=self._watch.losses,
                 clip_norm=self._norm(),
                 options=self._options,
@@ -478,14 +653,17 @@ class Recorder:
         """Write the rows that are not written yet, and the examples in them."""
         if not self._rows:
             return
-        examples = [t for row in self._rows for t in row.examples]
+        examples: list[Tensor] = []
+        for row in self._rows:
+            examples += [call.numbers() for call in row.calls]
         numbers = iter(self._numbers_of(torch.cat(examples)).split([*map(len, examples)]))
         rows: list[StepRow] = []
         for row in self._rows:
             rows.append(
                 StepRow(
-                    numbers=[next(numbers) for _ in row.examples],
-                    draws=row.draws,
+                    numbers=[next(numbers) for _ in row.calls],
+                    draws=[call.draws() for call in row.calls],
+                    training_parts=[self._other_parts(call) for call in row.calls],
                     loss=sum_of(row.losses),
                     clip_norm=row.clip_norm,
                     options=row.options,
@@ -497,10 +675,15 @@ class Recorder:
                     f"its examples take {self._by_sight.bytes:,} bytes; expected max_bytes= of "
                     "more, or train= with the data set"
                 )
-            self.folder.write_examples(self._first_row, self._by_sight.take_new_rows())
+            self.folder.write_examples(self._first_row, *self._by_sight.take_new_rows())
         self.folder.write_steps(self._first_row, rows)
         self._first_row += len(rows)
         self._rows = []
+
+    def _other_parts(self, call: SeenCall) -> list[str] | None:
+        """Return which parts trained in a call, or None where they are those of the first call."""
+        is_usual = call.training_parts == self._training_parts
+        return None if is_usual else call.training_parts
 
     def _norm(self) -> float | None:
         """Return the norm that the gradient is clipped to."""
@@ -525,9 +708,19 @@ class Recorder:
 
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
-        if not self._weights:
-            self._weights = [*self.model.parameters()]
         return [p._version for p in self._weights]
+
+
+def note_autocast(call: SeenCall, device_type: str, part: nn.Module, args: Any) -> None:
+    """Note in what type products are taken where a part of the network is called."""
+    if torch.is_autocast_enabled(device_type):
+        call.autocast = torch.get_autocast_dtype(device_type)
+
+
+def note_reached(watch: StepWatch, call: SeenCall, gradients: Any) -> None:
+    """Note that a backward pass has come to the outputs of a call, as a hook of their node."""
+    watch.has_reached_call = True
+    call.is_reached = True
 
 
 def sum_of(losses: list[Tensor]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few, needed_for
+from metapl.errors import MetaplError, few, needed_for, reason_of
 from metapl.execution.numerics import deterministic, float32_products
 from metapl.execution.state import one_at_a_time, trainable
 from metapl.feedback.replays import Tolerance
@@ -21,6 +21,7 @@ from metapl.training.attribution import (
     EQUAL_WEIGHTS,
     Attribution,
     judged_by_example,
+    warn_of_negative_loss,
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
@@ -67,10 +68,10 @@ def record(
             trainer.train()
         scores = recording.attribute(outer).scores
 
-    A step of the loop is one or more calls of the network with a gradient, the micro-batches, and
-    then a step of its optimizer. Recorded are the numbers of the examples in each call, the
-    generators before it where it draws, the settings and the clipping of each step, and every
-    m-th state with its digest. In the first step the mean of the problem's losses,
+    A step of the loop is one or more calls of the network that are backpropagated, the
+    micro-batches, and then a step of its optimizer. Recorded are the numbers of the examples in
+    each call, the generators before it where it draws, the settings and the clipping of each step,
+    and every m-th state with its digest. In the first step the mean of the problem's losses,
 
     .. math:: c \sum_j c_j \frac1{B_j} \sum_{i} \ell_i(\theta_0), \qquad c_j = \frac{B_j}{\sum B}
               \text{ or } \frac1J,
@@ -102,12 +103,13 @@ def record(
             own; that of ``torch.nn.utils.clip_grad_norm_`` is seen.
 
     Returns: a :class:`Recording`, a context around the training. Cost: a forward and a backward
-    pass in the first step, and in each call two reads of the generators and four operations on
-    the batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first
-    step by name: other optimizers, GradScaler and float16, weights in half precision, several
-    processes, networks under ``torch.compile``, random augmentation with ``train=``. What a later
-    step does that cannot be followed ends the recording with a ``UserWarning``, and the training
-    goes on. Hooks that the loop has on the network run in the comparison too. Raises:
+    pass in the first step, and in each call two reads of the generators and four operations on the
+    batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first step
+    by name: other optimizers, GradScaler and float16, weights in half precision, several processes,
+    networks under ``torch.compile`` or whose forward writes to weights, random augmentation with
+    ``train=``. Of examples that are equal the first has the score of all, which a warning says.
+    What a later step does that cannot be followed ends the recording with a ``UserWarning``, and
+    the training goes on. Hooks that the loop has on the network run in the comparison too. Raises:
     :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
     what cannot be followed or whose loss is another one.
 
@@ -224,7 +226,8 @@ class Recording:
     @property
     def order(self) -> Tensor:
         """The examples of each step, (K, B), with −1 behind those of a smaller step."""
-        return order_of(self._read().rows)
+        contents = self._read()
+        return order_of([contents.examples_of(row) for row in contents.rows])
 
     @property
     def loss_factor(self) -> float:
@@ -256,15 +259,18 @@ class Recording:
             progress: show on a terminal how far it is.
             replay_tolerance: the most by which a state may differ from the recorded one, as a share
                 of the way from the kept state before it; None: ten roots of the type's precision,
-                3e-3 in float32.
+                3e-3 in float32, and 1.6e-2 under autocast to bfloat16.
 
-        Returns: a :class:`RecordedAttribution`, with ``scores`` (N,), or (N, T) of tokens.
-        Cost: some four plain trainings, and of each further outer example two. Memory: m states
-        and gradients where they fit into half of what is free, else some √m of them, for one more
-        training. Bias: none, as a derivative, but for batch norm's running statistics in the outer
-        loss. Nothing of the network moves. Raises: :class:`metapl.MetaplError` before the replay
-        for an outer set that cannot be read, other data, another network or version of torch and a
-        missing state; in it, for steps that lead elsewhere.
+        Returns: a :class:`RecordedAttribution`, with ``scores`` (N,), or (N, T) of tokens. Cost:
+        some four plain trainings, and of each further outer example two. Memory: m states and
+        gradients where they fit into half of what is free, else some √m of them, for one more
+        training. Bias: none, as a derivative, where constants are constants: the settings of each
+        step, batch norm's running statistics in the outer loss, and other buffers that passes move.
+        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers, and
+        where the scores predict a cross-entropy below 0 without the most harmful tenth. Raises:
+        :class:`metapl.MetaplError` before the replay for an outer set that cannot be read, other
+        data, another network or version of torch, a missing state and operations without a second
+        derivative; in it, for steps that lead elsewhere.
         """
         check_arguments(Recording.attribute, locals())
         contents = self._read()
@@ -282,27 +288,37 @@ class Recording:
             ]
         with torch.enable_grad(), deterministic(network.device):
             # What cannot be read is refused here, and not after the replay.
-            replay.refuse_other_start(batch)
-            start, _ = replay.read_state(replay.state_numbers[-1])
-            network.outer_losses(start.params, start.buffers, batch, judges[:1])
+            try:
+                replay.refuse_other_start(batch)
+                start, _ = replay.read_state(replay.state_numbers[-1])
+                network.outer_losses(start.params, start.buffers, batch, judges[:1])
+            except MetaplError:
+                raise
+            except Exception as error:
+                raise MetaplError(
+                    f"the network or the loss of {kind_of(self._problem)} cannot take outer "
+                    f"({reason_of(error)}); expected examples in the form, the shape and the type "
+                    "of those of the training."
+                ) from error
 
             end = replay.last_state(progress=progress)
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
             ends = [Cotangents(gradient) for gradient in gradients]
             feedback = feedback_of(replay, ends, progress=progress)
-        scores = summed_scores(feedback, len(contents.data), first.dtype)
+        by_example = [(contents.example_numbers[numbers], by_loss) for numbers, by_loss in feedback]
+        scores = summed_scores(by_example, contents.example_count, first.dtype)
 
         def losses_with(weights: Tensor) -> Tensor:
             with torch.enable_grad(), deterministic(network.device):
-                trained: KeptState = replay.trained(weights)
+                trained: KeptState = replay.trained(weights[contents.example_numbers])
                 with_weights, _ = network.outer_losses(
                     trained.params, trained.buffers, batch, judges
                 )
             return with_weights.reshape(losses.shape if each else ())
 
-        return RecordedAttribution(
+        attribution = RecordedAttribution(
             scores=scores if each else scores[0],
-            order=order_of(contents.rows),
+            order=self.order,
             outer_loss=losses if each else losses[0],
             student_params=end.params,
             kept=f"one step in {contents.states_every:,}, of {len(contents.rows):,}",
@@ -310,11 +326,15 @@ class Recording:
             replay_error=replay.error,
             float32_products=float32_products(network.device),
         )
+        warn_of_negative_loss(attribution, self._problem)
+        return attribution
 
     def _read(self) -> OpenedRecording:
         """Return what the folder has, which is read once and compared with network and data."""
         if self._recorder is not None and self._recorder.is_following:
             raise MetaplError("the training is being recorded; expected the end of the context.")
+        if self._recorder is not None and self._contents is None:
+            self._recorder.refuse_nothing()
         if self._contents is None:
             self._contents = OpenedRecording.of(
                 self._folder, self._model, self._problem, self._train
@@ -330,8 +350,10 @@ class OpenedRecording:
         rows: of all steps.
         network: at any weights.
         update: the rule of the optimizer.
-        data: the examples.
+        data: the examples, or the rows that the recording has itself.
+        example_numbers: the number of the example that each of these is, (rows,).
         states_every: steps from one kept state to the next.
+        training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
     """
@@ -341,7 +363,9 @@ class OpenedRecording:
     network: RecordedNetwork
     update: TorchUpdate
     data: Data
+    example_numbers: Tensor
     states_every: int
+    training_parts: list[str]
     first_sizes: list[float]
     factor: float
 
@@ -363,7 +387,6 @@ class OpenedRecording:
             model,
             problem,
             None if autocast is None else getattr(torch, autocast.removeprefix("torch.")),
-            description["training_parts"],
         )
         state, _ = folder.read_state(0, network.device)
         fixed = network.fixed_digest([*state.buffers])
@@ -378,13 +401,18 @@ class OpenedRecording:
             has_labels=description["has_labels"],
             constants=description["constants"],
         )
+        data, example_numbers = data_of(
+            description, folder, problem, train, form, next(model.parameters())
+        )
         contents = OpenedRecording(
             folder=folder,
             rows=rows,
             network=network,
             update=rule_of(description, rows[0], model),
-            data=data_of(description, folder, problem, train, form, next(model.parameters())),
+            data=data,
+            example_numbers=example_numbers,
             states_every=description["states_every"],
+            training_parts=description["training_parts"],
             first_sizes=description["first_sizes"],
             factor=description["factor"],
         )
@@ -404,10 +432,20 @@ class OpenedRecording:
             self.network,
             self.update,
             self.data,
+            training_parts=self.training_parts,
             first_sizes=self.first_sizes,
             factor=self.factor,
             tolerance=tolerance,
         )
+
+    @property
+    def example_count(self) -> int:
+        """Return how many examples there are."""
+        return int(self.example_numbers.max()) + 1
+
+    def examples_of(self, row: StepRow) -> Tensor:
+        """Return the numbers of the examples of a step, (B,)."""
+        return self.example_numbers[torch.cat(row.numbers)]
 
     def outer_batch(self, batch: Any) -> Any:
         """Return an outer batch as the problem reads it."""
@@ -466,15 +504,20 @@ def data_of(
     train: Any,
     form: CallForm,
     first: Tensor,
-) -> Data:
-    """Return the examples of a recording: those of a data set, or its own."""
+) -> tuple[Data, Tensor]:
+    """Return the examples of a recording, those of a data set or its own, and their numbers.
+
+    Of its own, several rows may be one example that was padded to several lengths.
+    """
     digests = description["examples"]
     if digests is None:
         if train is not None:
             raise MetaplError(
                 "train was given, and the recording has its examples itself; expected none."
             )
-        return Data(RecordedRows(folder.read_examples(), first.device), problem, form)
+        parts, example_numbers = folder.read_examples()
+        rows = Data(RecordedRows(parts, first.device), problem, form)
+        return rows, torch.tensor(example_numbers)
     if train is None:
         raise MetaplError(
             f"the recording in {folder.path} has numbers of examples alone; expected train= with "
@@ -494,7 +537,7 @@ def data_of(
             f"train has other examples than the recording, or another order: example {number} is "
             "the first that differs; expected the data set of the recording."
         )
-    return data
+    return data, torch.arange(len(data))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

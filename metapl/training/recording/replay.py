@@ -21,13 +21,14 @@ m steps, and what the loop did unseen, such as weights that it averaged, is noti
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
@@ -37,6 +38,7 @@ from metapl.training.recording.calls import Data
 from metapl.training.recording.first_step import (
     closest_weighting,
     tolerance_of,
+    tolerance_of_replay,
     weighted_sum,
     weightings,
 )
@@ -85,6 +87,7 @@ class Replay:
         network: at any weights.
         update: the rule of the optimizer.
         data: the examples.
+        training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
@@ -103,6 +106,7 @@ class Replay:
         update: TorchUpdate,
         data: Data,
         *,
+        training_parts: Sequence[str],
         first_sizes: Sequence[float],
         factor: float,
         tolerance: float | None,
@@ -112,6 +116,7 @@ class Replay:
         self.network = network
         self.update = update
         self.data = data
+        self.training_parts = frozenset(training_parts)
         self.first_sizes = first_sizes
         self.factor = factor
         self.tolerance = tolerance
@@ -125,11 +130,12 @@ class Replay:
         """Return the calls of the network in a step."""
         row = self.rows[number]
         calls: list[Call] = []
-        for numbers, values in zip(row.numbers, row.draws, strict=True):
+        for numbers, values, names in zip(row.numbers, row.draws, row.training_parts, strict=True):
             draws = None
             if values is not None:
                 draws = RandomState(self.network.device, **values)
-            calls.append(Call(self.data.batch(numbers), draws))
+            parts = self.training_parts if names is None else frozenset(names)
+            calls.append(Call(self.data.batch(numbers), draws, parts))
         return calls
 
     def update_in(self, number: int) -> Update:
@@ -167,7 +173,7 @@ class Replay:
         """Return a step without its end, and the buffers after it.
 
         Args:
-            weights: of all examples, (N,), or as the problem's; None: 1 each.
+            weights: of all examples, or rows, (N,), or as the problem's; None: 1 each.
         """
         calls = self.calls(number)
         factors = self.factors(number, state, calls)
@@ -193,17 +199,21 @@ class Replay:
             return
         loss = weighted_sum(factors, means)
         tolerance = self._tolerance()
-        if not abs(loss - recorded) <= tolerance * max(abs(loss), abs(recorded)):
+        size = max(abs(loss), abs(recorded))
+        gap = abs(loss - recorded)
+        if not gap <= tolerance * size:
             raise MetaplError(
-                f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded; "
-                "expected the network and the data of the recording, and a loop whose loss is the "
-                "same multiple of the examples' mean in each step."
+                f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded, "
+                f"{gap / size:.1g} of it apart; expected the network and the data of the "
+                "recording, a loop whose loss is the same multiple of the examples' mean in each "
+                "step, gradients that begin at zero in each step, and weights that nothing but its "
+                "optimizer moves."
             )
 
     def _tolerance(self) -> float:
         """Return the relative difference from what was recorded that is allowed."""
         if self.tolerance is None:
-            return 10 * tolerance_of(self.network)
+            return tolerance_of_replay(self.network)
         return self.tolerance
 
     def step(
@@ -262,16 +272,45 @@ class Replay:
         factors = self.factors(0, state, calls)
         means = [self.network.loss(state.params, state.buffers, call, outer) for call in calls]
         self._refuse_other_loss(0, factors, torch.stack(means))
+        derivatives = self.network.refuse_wrong_derivative(state.params, state.buffers, calls[0])
+        self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
+
+    def _warn_of_moved_buffers(self, state: KeptState, buffers_after: Tree, call: Call) -> None:
+        """Warn of buffers through which a step acts on later ones, in any modes of the recording.
+
+        Args:
+            state: before a call.
+            buffers_after: it.
+        """
+        modes = {call.training_parts}
+        for row in self.rows:
+            modes |= {frozenset(names) for names in row.training_parts if names is not None}
+        buffer_names: dict[str, None] = {}
+        for training_parts in modes:
+            call_in_modes = Call(call.batch, call.draws, training_parts)
+            names = self.network.moved_buffers_read(
+                state.params, state.buffers, buffers_after, call_in_modes
+            )
+            buffer_names.update(dict.fromkeys(names))
+        if buffer_names:
+            warnings.warn(
+                f"the losses read {few([*buffer_names], 3)}, which the passes before have moved. A "
+                "derivative counts them as constants, as torch does in each pass, so that scores "
+                "leave out what acts by them.",
+                stacklevel=2,
+            )
 
     def last_state(self, *, progress: bool) -> KeptState:
         """Return the state after all steps, which is computed where it was not kept."""
         number = self.state_numbers[-1]
-        state, _ = self.read_state(number)
+        kept_state, _ = self.read_state(number)
+        state = kept_state
         steps = range(number, len(self.rows))
         with step_bar(progress and bool(steps), len(steps), "steps", 0) as advance:
             for step in steps:
                 _, state = self.step(step, state)
                 advance()
+        self._compare_end(state, kept_state)
         return state
 
     def trained(self, weights: Tensor) -> KeptState:
@@ -349,6 +388,22 @@ class Replay:
             )
         return state, digest
 
+    def _compare_end(self, state: KeptState, state_before: KeptState) -> None:
+        """Compare the end of the training with the one weight that is known of it, if one is.
+
+        Args:
+            state_before: the last kept state.
+        """
+        end = self.folder.read_end(len(self.rows))
+        if end is None or end[0] not in state.params:
+            return
+        name, recorded = end
+        weight = recorded.to(state.params[name])
+        difference = torch.linalg.vector_norm(state.params[name] - weight)
+        length = torch.linalg.vector_norm(weight - state_before.params[name])
+        relative = torch.where(length > 0, difference / length, difference)
+        self._refuse_other_state(len(self.rows), float(relative))
+
     def _compare(self, number: int, state: KeptState, digest_before: Tensor) -> None:
         """Compare a state that was reached with the kept one, and refuse another one.
 
@@ -359,7 +414,10 @@ class Replay:
         differences = torch.linalg.vector_norm(state.digest() - digest, dim=1)
         lengths = torch.linalg.vector_norm(digest - digest_before, dim=1)
         relative = torch.where(lengths > 0, differences / lengths, differences)
-        error = float(relative.max())
+        self._refuse_other_state(number, float(relative.max()))
+
+    def _refuse_other_state(self, number: int, error: float) -> None:
+        """Refuse a state whose difference from the recorded one is more than rounding."""
         self.error = max(self.error, error)
         tolerance = self._tolerance()
         if not error <= tolerance:
@@ -413,10 +471,9 @@ def summed_scores(
     return scores
 
 
-def order_of(rows: Sequence[StepRow]) -> Tensor:
+def order_of(by_step: Sequence[Tensor]) -> Tensor:
     """Return the examples of each step, (K, B), with −1 behind those of a smaller step."""
-    by_step = [torch.cat(row.numbers) for row in rows]
-    return torch.nn.utils.rnn.pad_sequence(by_step, batch_first=True, padding_value=-1)
+    return torch.nn.utils.rnn.pad_sequence([*by_step], batch_first=True, padding_value=-1)
 
 
 def missing_state(replay: Replay, states_every: int) -> int | None:

@@ -5,11 +5,14 @@ was backpropagated, and how gradients were clipped. Both are seen where every lo
 ``torch.autograd.backward``, which ``Tensor.backward`` calls, and the two functions that
 ``torch.nn.utils.clip_grad_norm_`` is made of. They are put back when the recording ends, and do
 what they did meanwhile.
+
+A loss counts that reaches a call of the network, or its weights. A loop may train another network
+beside it, whose losses are not its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad
 
 from metapl.errors import MetaplError
+from metapl.execution.graphs import nodes_of
 from metapl.updates import parameters_of
 
 # A module whose two parts of clip_grad_norm_ are private to a type checker.
@@ -29,14 +33,21 @@ _AUTOGRAD: Any = torch.autograd
 class StepWatch:
     """What was seen since the last step.
 
+    Args:
+        weights: those of the network that is followed.
+
     Attributes:
-        losses: scalars that were backpropagated, without their graphs.
+        losses: scalars that were backpropagated to the network, without their graphs.
+        has_reached_call: whether a backward pass has come to a call of the network since this was
+            last set to False; the recorder sets it.
         clip_norm: the greatest norm that gradients were clipped to; None: they were not.
         clipped: the parameters whose gradients were clipped, by identity.
         refusal: why the clipping cannot be followed; "" where it can.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        self._weights = {id(p) for p in weights}
+        self.has_reached_call = False
         self.begin()
 
     def begin(self) -> None:
@@ -47,13 +58,26 @@ class StepWatch:
         self.refusal = ""
         self._norm_type = 2.0
 
-    def note_loss(self, tensors: Any) -> None:
-        """Note a scalar that is backpropagated."""
+    def note_losses(self, tensors: Any) -> None:
+        """Note the scalars among tensors whose backward pass has ended.
+
+        Those that have reached neither a call of the network nor its weights are not noted.
+        """
         if isinstance(tensors, Tensor):
             tensors = [tensors]
-        for t in tensors:
-            if isinstance(t, Tensor) and t.numel() == 1:
+        roots = [t for t in tensors if isinstance(t, Tensor)]
+        if not self.has_reached_call and not self._reach_weights(roots):
+            return
+        for t in roots:
+            if t.numel() == 1:
                 self.losses.append(t.detach().reshape(()))
+
+    def _reach_weights(self, roots: Iterable[Tensor]) -> bool:
+        """Return whether the graph of some tensors ends at a weight of the network.
+
+        Cost: a walk over the graph, for losses alone that have reached no call of the network.
+        """
+        return any(id(getattr(node, "variable", None)) in self._weights for node in nodes_of(roots))
 
     def note_norm(self, norm_type: Any) -> None:
         """Note which norm of the gradients is taken."""
@@ -62,7 +86,10 @@ class StepWatch:
     def note_clipping(self, parameters: Any, max_norm: Any) -> None:
         """Note that gradients are clipped to a norm."""
         if self.clip_norm is not None:
-            self.refusal = "gradients that are clipped twice in a step; expected once"
+            self.refusal = (
+                "gradients that are clipped twice in a step; expected once, after the last of its "
+                "micro-batches"
+            )
         if self._norm_type != 2.0:
             self.refusal = (
                 f"gradients clipped by their {self._norm_type:g}-norm; expected the 2-norm"
@@ -84,8 +111,13 @@ def watching(watch: StepWatch) -> Iterator[None]:
     clip_values: Callable[..., Any] = _UTILS.clip_grad_value_
 
     def watched_backward(tensors: Any, *args: Any, **options: Any) -> Any:
-        watch.note_loss(tensors)
-        return backward(tensors, *args, **options)
+        watch.has_reached_call = False
+        if not isinstance(tensors, Tensor):
+            # They may come one by one.
+            tensors = [*tensors]
+        result = backward(tensors, *args, **options)
+        watch.note_losses(tensors)
+        return result
 
     def watched_norm(tensors: Any, norm_type: float = 2.0, *args: Any, **options: Any) -> Any:
         watch.note_norm(norm_type)

@@ -1,0 +1,84 @@
+"""What benchmarks/ordinary.py measures, and what the page says of it."""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return the benchmark as a module, as its command imports it."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("ordinary")
+    for name in ("ordinary", "harness"):
+        sys.modules.pop(name, None)
+
+
+def test_a_removed_example_has_no_weight_in_a_batch_of_the_same_size(script: Any) -> None:
+    data = script.table("wine")
+    program = script.Program(lambda: data, lambda: nn.Linear(13, 3), script.sgd(0.1), 32, 1)
+    order = torch.arange(6).view(2, 3)
+    training = script.Training(program, data, order)
+    torch.manual_seed(0)
+    network = nn.Linear(13, 3)
+    inputs, labels = data.train
+    for numbers in order.tolist():
+        kept = [number for number in numbers if number != 4]
+        network.zero_grad()
+        loss = nn.functional.cross_entropy(network(inputs[kept]), labels[kept], reduction="sum")
+        (loss / 3).backward()
+        with torch.no_grad():
+            for p in network.parameters():
+                p -= 0.1 * p.grad
+    trained = training.trained([4])
+    for p, q in zip(network.parameters(), trained.parameters(), strict=True):
+        assert (p - q).abs().max() < 1e-6
+
+
+def test_the_area_is_the_share_of_pairs(script: Any) -> None:
+    is_wrong = torch.tensor([True, False, True, False, False])
+    suspicion = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])
+    # Of six pairs five are right, and one is even.
+    assert script.area(is_wrong, suspicion) == pytest.approx(5.5 / 6)
+
+
+def test_the_page_says_what_the_rows_say(script: Any) -> None:
+    rows = script.read(script.RAW, "correlation")
+    assert [row["name"] for row in rows] == [*script.PROGRAMS]
+    results = (ROOT / "benchmarks" / "results" / "ordinary.md").read_text()
+    assert script.table_of_programs(rows) in results
+    page = " ".join((ROOT / "docs" / "whole-trainings.md").read_text().split())
+    inside = sum(map(script.is_inside, rows))
+    above = sum(row["correlation"] > row["expected"][2] for row in rows)
+    median = statistics.median(row["correlation"] for row in rows)
+    assert (
+        f"{inside} of the measured correlations are inside the interval, {above} above it and "
+        f"{len(rows) - inside - above} below it; their median is {median:.2f}." in page
+    )
+    changes = [row["changes"] for row in rows]
+    lower = sum(change["harmful"] < 0 for change in changes)
+    ahead = sum(change["harmful"] < change["largest loss"] for change in changes)
+    assert f"In {lower} of the {len(rows)} the test loss was lower without it, and in" in page
+    assert f"in {ahead} lower than without the tenth of the largest loss" in page
+    by_loss = sum(row["area of losses"] > row["area of scores"] for row in rows)
+    assert f"But in {by_loss} the loss found the wrong examples better" in page
+    rough = [row["correlation"] for row in rows if "metasmoothness" in row["warned of"]]
+    assert (
+        f"Metasmoothness warned of {len(rough)} of these {len(rows)}, whose correlations have a "
+        f"median of {statistics.median(rough):.2f}." in page
+    )
+    below = [row for row in rows if "below 0" in row["warned of"]]
+    first, second = sorted(row["correlation"] for row in below)
+    assert all("momentum 0.9" in row["name"] for row in below)
+    assert f"that have a momentum of 0.9 ({first:.2f} and {second:.2f})." in page

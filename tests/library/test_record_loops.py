@@ -1,0 +1,557 @@
+"""``metapl.record`` on loops that do more than a step needs, and on networks that it cannot follow.
+
+The reference is the loop itself: its outer loss after trainings with other weights of the examples,
+by central differences in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from metapl import MetaplError, Recording, record
+
+EXAMPLES = 24
+STEPS = 9
+CLASSES = 3
+STATES_EVERY = 4
+
+draw = torch.Generator().manual_seed(0)
+X = torch.randn(EXAMPLES, 5, generator=draw, dtype=torch.float64)
+Y = torch.randint(CLASSES, (EXAMPLES,), generator=draw)
+OUTER = torch.randn(9, 5, generator=draw, dtype=torch.float64), torch.arange(9) % CLASSES
+
+# A loop, given a network and the weights of the examples; None: its losses are not weighted.
+Loop = Callable[[nn.Module, Tensor | None], object]
+
+
+def network(dropout: float = 0.2) -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = [nn.Linear(5, 6), nn.Tanh(), nn.Dropout(dropout), nn.Linear(6, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+def with_batch_norm() -> nn.Sequential:
+    torch.manual_seed(1)
+    layers = [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)]
+    return nn.Sequential(*layers).double()
+
+
+class Words(nn.Module):
+    """A bag of words, with some options of the embedding."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embedding = nn.Embedding(6, 4, dtype=torch.float64, **options)
+        self.head = nn.Linear(4, CLASSES, dtype=torch.float64)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embedding(ids).mean(1))
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.3, momentum=0.9, weight_decay=0.01)
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randperm(EXAMPLES, generator=generator)[:8] for _ in range(STEPS)]
+
+
+def loss_of(model: nn.Module, rows: Tensor, weights: Tensor | None, data: Tensor = X) -> Tensor:
+    losses = F.cross_entropy(model(data[rows]), Y[rows], reduction="none")
+    return losses.mean() if weights is None else (weights[rows] * losses).mean()
+
+
+def outer_loss(model: nn.Module) -> float:
+    model.eval()
+    with torch.no_grad():
+        return float(F.cross_entropy(model(OUTER[0]), OUTER[1]))
+
+
+def recorded(
+    loop: Loop, out: Path, build: Callable[[], nn.Module] = network, train: Any = (X, Y)
+) -> Recording:
+    model = build()
+    with record(model, out=out / "r", train=train, states_every=STATES_EVERY) as recording:
+        loop(model, None)
+    return recording
+
+
+def assert_right(loop: Loop, out: Path, build: Callable[[], nn.Module] = network) -> None:
+    """Compare the scores with differences of the loop, and the loop's bits with those without."""
+    plain = build()
+    loop(plain, None)
+    recording = recorded(loop, out, build)
+    attribution = recording.attribute(OUTER, progress=False)
+    for name, p in plain.named_parameters():
+        assert attribution.student_params[name].equal(p)
+    buffers = {name: b.clone() for name, b in plain.named_buffers()}
+    assert abs(float(attribution.outer_loss) - outer_loss(plain)) < 1e-12
+
+    def loss_with(weights: Tensor) -> float:
+        model = build()
+        loop(model, weights)
+        for name, b in model.named_buffers():
+            # They count as constants in the outer loss.
+            b.copy_(buffers[name])
+        return outer_loss(model)
+
+    h = 1e-5
+    direction = torch.randn(EXAMPLES, generator=torch.Generator().manual_seed(2)).double()
+    ones = torch.ones(EXAMPLES, dtype=torch.float64)
+    difference = (loss_with(ones + h * direction) - loss_with(ones - h * direction)) / (2 * h)
+    slope = float(-(attribution.scores * direction).sum())
+    assert abs(slope - difference) < 1e-7 * float(attribution.scores.abs().max() + abs(slope))
+
+
+# ------------------------------------------------------------------ what a step does not consist of
+
+
+def loop_with(
+    before: Callable[[nn.Module, int], object] = lambda model, step: None,
+    after: Callable[[nn.Module, int], object] = lambda model, step: None,
+) -> Loop:
+    """Return a loop that does something before and after each step."""
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        torch.manual_seed(3)
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            optimizer.zero_grad()
+            before(model, step)
+            loss_of(model, rows, weights).backward()
+            optimizer.step()
+            after(model, step)
+
+    return loop
+
+
+def evaluate(data: Tensor, *, evaluates: bool) -> Callable[[nn.Module, int], None]:
+    def look(model: nn.Module, step: int) -> None:
+        if step % 3 == 0:
+            model.train(not evaluates)
+            # Somebody forgot torch.no_grad().
+            model(data)
+            model.train()
+
+    return look
+
+
+@pytest.mark.parametrize("evaluates", [True, False])
+@pytest.mark.parametrize("data", ["training", "validation"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_call_that_is_not_backpropagated_is_no_micro_batch(
+    data: str, when: str, evaluates: bool, tmp_path: Path
+) -> None:
+    look = evaluate(X[:7] if data == "training" else OUTER[0], evaluates=evaluates)
+    loop = loop_with(before=look) if when == "before" else loop_with(after=look)
+    assert_right(loop, tmp_path)
+
+
+@pytest.mark.parametrize("is_backpropagated", [True, False])
+def test_a_batch_that_is_skipped_is_no_micro_batch(is_backpropagated: bool, tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        torch.manual_seed(3)
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            optimizer.zero_grad()
+            loss = loss_of(model, rows, weights)
+            if step in (0, 5):
+                # As of a loss that is no number.
+                if is_backpropagated:
+                    loss.backward()
+                continue
+            loss.backward()
+            optimizer.step()
+
+    assert_right(loop, tmp_path)
+
+
+def test_a_forward_that_raises_is_no_micro_batch(tmp_path: Path) -> None:
+    def too_wide(model: nn.Module, step: int) -> None:
+        with pytest.raises(RuntimeError, match="shapes"):
+            model(torch.zeros(3, 4, dtype=torch.float64))
+
+    assert_right(loop_with(before=too_wide), tmp_path)
+
+
+@pytest.mark.parametrize("first_step", [0, 4])
+def test_losses_of_another_network_are_none_of_this_one(first_step: int, tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        torch.manual_seed(3)
+        other = network(dropout=0.0)
+        other_optimizer = torch.optim.AdamW(other.parameters(), 0.1)
+
+        def train_other(_: nn.Module, step: int) -> None:
+            if step >= first_step:
+                other_optimizer.zero_grad()
+                F.cross_entropy(other(X), Y).backward()
+                other_optimizer.step()
+
+        loop_with(before=train_other, after=train_other)(model, weights)
+
+    assert_right(loop, tmp_path)
+
+
+def test_a_penalty_that_is_backpropagated_alone_is_seen(tmp_path: Path) -> None:
+    def penalize(model: nn.Module, step: int) -> None:
+        if step > 4:
+            (0.1 * model[0].weight.square().sum()).backward()
+
+    recording = recorded(loop_with(before=penalize), tmp_path)
+    with pytest.raises(MetaplError, match=r"the loss in step \d is .* was recorded"):
+        recording.attribute(OUTER, progress=False)
+
+
+def test_the_last_steps_are_compared_where_their_state_was_not_there_any_more(
+    tmp_path: Path,
+) -> None:
+    def shrink_in_the_end(model: nn.Module, step: int) -> None:
+        if step == STEPS - 1:
+            for p in model.parameters():
+                p.grad.mul_(0.5)
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            optimizer.zero_grad()
+            loss_of(model, rows, weights).backward()
+            shrink_in_the_end(model, step)
+            optimizer.step()
+        # As load_best_model_at_end.
+        model.load_state_dict(network().state_dict())
+
+    with pytest.warns(UserWarning, match="the recording ends with those of the last step"):
+        recording = recorded(loop, tmp_path)
+    with pytest.raises(MetaplError, match="the steps before step 9 were taken again, and lead to"):
+        recording.attribute(OUTER, progress=False)
+
+
+def test_a_step_at_moved_weights_is_refused_at_once(tmp_path: Path) -> None:
+    """As sharpness-aware minimization takes it."""
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        rows = batches()[0]
+        loss_of(model, rows, weights).backward()
+        with torch.no_grad():
+            model[0].weight.add_(0.1)
+        optimizer.zero_grad()
+        loss_of(model, rows, weights).backward()
+        with torch.no_grad():
+            model[0].weight.sub_(0.1)
+        optimizer.step()
+
+    with pytest.raises(MetaplError, match="differs from p.grad"):
+        recorded(loop, tmp_path)
+
+
+COPIES: dict[str, Callable[[nn.Module], object]] = {
+    "deepcopy": copy.deepcopy,
+    "an average": torch.optim.swa_utils.AveragedModel,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.save(model, io.BytesIO()),
+}
+
+
+def test_weights_that_are_put_back_are_not_warned_of(tmp_path: Path) -> None:
+    """As where an average of the weights is evaluated after each step."""
+
+    def evaluate_average(model: nn.Module, step: int) -> None:
+        weights = copy.deepcopy(model.state_dict())
+        model.load_state_dict({name: 0.5 * t for name, t in weights.items()})
+        model.load_state_dict(weights)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_right(loop_with(after=evaluate_average), tmp_path)
+
+
+@pytest.mark.parametrize("way", [*COPIES])
+def test_a_loop_may_copy_its_network(way: str, tmp_path: Path) -> None:
+    def keep(model: nn.Module, step: int) -> None:
+        twin = COPIES[way](model)
+        if isinstance(twin, nn.Module):
+            # Nobody follows the copy, whose data are no examples.
+            twin(OUTER[0]).sum().backward()
+
+    assert_right(loop_with(before=keep, after=keep), tmp_path)
+
+
+def test_parts_train_and_evaluate_as_they_did_in_each_step(tmp_path: Path) -> None:
+    def switch(model: nn.Module, step: int) -> None:
+        model[2].train(step % 3 == 1)
+
+    assert_right(loop_with(before=switch), tmp_path, lambda: network(dropout=0.5))
+
+
+def test_weights_that_are_frozen_later_end_the_recording(tmp_path: Path) -> None:
+    def freeze(model: nn.Module, step: int) -> None:
+        model[0].requires_grad_(step != 5)
+
+    with pytest.warns(UserWarning, match="ended before step 4: the loop learns other weights"):
+        recording = recorded(loop_with(before=freeze), tmp_path)
+    assert recording.attribute(OUTER, progress=False).order.shape == (STATES_EVERY, 8)
+
+
+class Padded(Words):
+    """A classifier of padded sequences, which is called with the labels."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Tensor:
+        mask = attention_mask.unsqueeze(2).double()
+        mean = (self.embedding(input_ids) * mask).sum(1) / mask.sum(1)
+        return self.head(torch.tanh(mean))
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+def test_a_sequence_is_one_example_however_it_is_padded(padding: int, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(2)
+    sequences = []
+    for number in range(EXAMPLES):
+        ids = torch.randint(6, (2 + number % 4,), generator=generator)
+        sequences.append({"input_ids": ids, "labels": Y[number]})
+
+    def padded(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        ids = [row["input_ids"] for row in rows]
+        return {
+            "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=padding),
+            "attention_mask": nn.utils.rnn.pad_sequence(
+                [torch.ones_like(t) for t in ids], batch_first=True
+            ),
+            "labels": torch.stack([row["labels"] for row in rows]),
+        }
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            optimizer.zero_grad()
+            batch = padded([sequences[number] for number in rows[:3].tolist()])
+            F.cross_entropy(model(**batch), batch["labels"]).backward()
+            optimizer.step()
+
+    outer = padded(sequences[:5])
+    loader = torch.utils.data.DataLoader(sequences, collate_fn=padded)  # type: ignore[arg-type]
+    in_data = recorded(loop, tmp_path / "data", Padded, train=loader)
+    by_sight = recorded(loop, tmp_path / "sight", Padded, train=None)
+    seen = [*dict.fromkeys(torch.stack(batches())[:, :3].flatten().tolist())]
+    expected = in_data.attribute(outer, progress=False)
+    attribution = by_sight.attribute(outer, progress=False)
+    assert attribution.scores.shape == (len(seen),)
+    assert (attribution.scores - expected.scores[seen]).abs().max() < 1e-14
+    assert torch.tensor(seen)[by_sight.order].equal(in_data.order)
+    removals = [[0], [1, 2], [3]]
+    retrained = attribution.validate(removals, progress=False).retrained
+    in_numbers_of_data = [[seen[place] for place in places] for places in removals]
+    expected_changes = expected.validate(in_numbers_of_data, progress=False).retrained
+    assert (retrained - expected_changes).abs().max() < 1e-12
+
+
+# ----------------------------------------------------------------------------- what is warned about
+
+
+def test_equal_examples_are_named(tmp_path: Path) -> None:
+    x = X.clone()
+    y = Y.clone()
+    for number in (7, 15):
+        x[number] = x[3]
+        y[number] = y[3]
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+
+    with pytest.warns(
+        UserWarning, match="2 of the 24 examples of train equal an earlier one, such"
+    ):
+        recording = recorded(loop, tmp_path, train=(x, y))
+    scores = recording.attribute(OUTER, progress=False).scores
+    assert scores[7] == scores[15] == 0
+    assert scores[3] != 0
+
+
+def spectral() -> nn.Sequential:
+    model = network()
+    nn.utils.parametrizations.spectral_norm(model[0])
+    return model
+
+
+def freeze_batch_norm(model: nn.Module, step: int) -> None:
+    if step == 5:
+        model[1].eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "loop", "name"),
+    [
+        (spectral, loop_with(), r"0\.parametrizations\.weight\.0\._"),
+        (with_batch_norm, loop_with(before=freeze_batch_norm), r"1\.running_mean, 1\.running_var"),
+    ],
+)
+def test_moved_buffers_that_the_losses_read_are_named(
+    build: Callable[[], nn.Module], loop: Loop, name: str, tmp_path: Path
+) -> None:
+    recording = recorded(loop, tmp_path, build)
+    with pytest.warns(UserWarning, match=f"the losses read {name}.*counts them as constants"):
+        recording.attribute(OUTER, progress=False)
+
+
+def test_running_statistics_that_no_step_reads_are_not_warned_of(tmp_path: Path) -> None:
+    recording = recorded(loop_with(), tmp_path, with_batch_norm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recording.attribute(OUTER, progress=False)
+
+
+# -------------------------------------------------------------------------------- what is refused
+
+
+IDS = torch.randint(6, (EXAMPLES, 5), generator=torch.Generator().manual_seed(1))
+
+
+def words_loop(model: nn.Module, weights: Tensor | None) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for rows in batches():
+        optimizer.zero_grad()
+        loss_of(model, rows, weights, data=IDS).backward()
+        optimizer.step()
+
+
+class Writing(nn.Linear):
+    """A layer that writes to its weight past its version."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+def test_a_forward_that_writes_to_weights_is_refused_at_once(tmp_path: Path) -> None:
+    # None of these norms is above the largest one: the embedding writes the same values.
+    with pytest.raises(MetaplError, match=r"writes to embedding\.weight, as an nn.Embedding with"):
+        recorded(words_loop, tmp_path / "a", lambda: Words(max_norm=100.0), train=(IDS, Y))
+    torch.manual_seed(1)
+    with pytest.raises(MetaplError, match="writes to weight, as"):
+        recorded(loop_with(), tmp_path / "b", lambda: Writing(5, CLASSES).double())
+
+
+class NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / x.cosh().square()
+
+
+class Marked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[3](NoSecondDerivative.apply(self.layers[0](x)))
+
+
+def test_a_wrong_second_derivative_is_refused_before_the_replay(tmp_path: Path) -> None:
+    recording = recorded(
+        words_loop, tmp_path / "a", lambda: Words(scale_grad_by_freq=True), train=(IDS, Y)
+    )
+    outer = IDS[:9], OUTER[1]
+    with pytest.raises(MetaplError, match=r"another one by double backward .* scale_grad_by_freq"):
+        recording.attribute(outer, progress=False)
+    recorded(words_loop, tmp_path / "b", Words, train=(IDS, Y)).attribute(outer, progress=False)
+
+    recording = recorded(loop_with(), tmp_path / "c", Marked)
+    with pytest.raises(MetaplError, match="NoSecondDerivative lacks a derivative"):
+        recording.attribute(OUTER, progress=False)
+
+
+# ------------------------------------------------------------- how far rounding under autocast goes
+
+
+def autocast_loop(
+    label_smoothing: float = 0.0,
+    before_step: Callable[[nn.Module, int], object] = lambda model, step: None,
+    after_step: Callable[[nn.Module, int], object] = lambda model, step: None,
+) -> Loop:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = model(X[rows].float())
+            F.cross_entropy(outputs.float(), Y[rows], label_smoothing=label_smoothing).backward()
+            before_step(model, step)
+            optimizer.step()
+            after_step(model, step)
+
+    return loop
+
+
+def halve(model: nn.Module, step: int) -> None:
+    if step > 1:
+        for p in model.parameters():
+            p.grad.mul_(0.5)
+
+
+@torch.no_grad()
+def shrink(model: nn.Module, step: int) -> None:
+    if step < STEPS - 1:
+        for p in model.parameters():
+            p.mul_(0.97)
+
+
+def test_under_autocast_what_is_more_than_rounding_is_refused(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return network(dropout=0.0).float()
+
+    data = X.float(), Y
+    outer = OUTER[0].float(), OUTER[1]
+    plain = recorded(autocast_loop(), tmp_path / "plain", build, train=data)
+    attribution = plain.attribute(outer, progress=False)
+    assert attribution.replay_error < 1e-5
+    assert plain.loss_factor == 1.0
+    for smoothing in (0.05, 0.1):
+        with pytest.raises(MetaplError, match="differs from p.grad by 0.0"):
+            recorded(autocast_loop(smoothing), tmp_path / str(smoothing), build, train=data)
+    for name, loop in (
+        ("halved", autocast_loop(before_step=halve)),
+        ("shrunk", autocast_loop(after_step=shrink)),
+    ):
+        recording = recorded(loop, tmp_path / name, build, train=data)
+        with pytest.raises(MetaplError, match="differs from the recorded one|was recorded"):
+            recording.attribute(outer, progress=False)
+
+
+@pytest.mark.parametrize("factor", [0.0006, 1 / 3, 0.5, 4096.0])
+def test_the_factor_under_autocast_is_that_of_the_loop(factor: float, tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+        for rows in batches()[:2]:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = model(X[rows].float())
+            (factor * F.cross_entropy(outputs.float(), Y[rows])).backward()
+            optimizer.step()
+
+    recording = recorded(loop, tmp_path, lambda: network(0.0).float(), train=(X.float(), Y))
+    assert abs(recording.loss_factor / factor - 1) < 1e-5
