@@ -4,15 +4,20 @@
     python benchmarks/reliability.py --write benchmarks/results/reliability.md
     python benchmarks/reliability.py --calibrate metapl/training/calibration.py
 
+The rows of ``benchmarks/ordinary.py`` are read from ordinary.jsonl, beside the file of ``--out``.
+
 ``benchmarks/attribution.py`` has measured, for 31 trainings, the rank correlation between predicted
 and real changes of the loss when 1 % of the examples are removed. Here several measurements are
 taken of the same trainings, on one seed each, and each of them, or two together, predicts Fisher's
 z of the correlation by a ridge regression. A training is always predicted by a line that was fitted
-without it. `metapl.reliability` is the best of them, the bend of the first half.
+without it. `metapl.reliability` reads the best of them, the bend of the first half, and the number
+of steps.
 
-The trainings of ``UNSEEN`` took no part in the first line. They were named, and committed, before
-any of them was run and before the line had coefficients. The line of `metapl.reliability` is fitted
-to them too, and those of ``SECOND``, named before they were run and after that, test it.
+Its first two lines read the bend alone. The trainings of ``UNSEEN`` took no part in the first line.
+They were named, and committed, before any of them was run and before the line had coefficients. The
+second line was fitted to them too, and those of ``SECOND``, named before they were run and after
+that, tested it. The line of today is fitted to all of these and to the 24 trainings of
+``benchmarks/ordinary.py``; what tests it is named there.
 
 The rows of attribution.jsonl are older than these: the data and the weights at the start are the
 same, and the order of the batches is another. They are of 25 removals each, and of 12 where the
@@ -507,8 +512,13 @@ def logarithm_of_roughness(part: str) -> Callable[[Row], float]:
 
 THREE = "three trainings"
 HALF_BEND = "bend of the first half"
+LENGTH = "number of steps"
+# What `metapl.reliability` reads, and what its first two lines read.
+OF_LINE = (HALF_BEND, LENGTH)
+OF_FIRST_LINES = (HALF_BEND,)
 FEATURES: dict[str, Feature] = {
     HALF_BEND: Feature(logarithm_of_bend("half"), {THREE: 0.5}),
+    LENGTH: Feature(lambda row: math.log10(row["steps"]), {}),
     "bend of the first tenth": Feature(logarithm_of_bend("tenth"), {THREE: 0.1}),
     "bend of the whole": Feature(logarithm_of_bend("whole"), {THREE: 1.0}),
     "metasmoothness of the first tenth": Feature(logarithm_of_roughness("tenth"), {THREE: 0.1}),
@@ -617,17 +627,26 @@ def half_width(rows: Sequence[Row], predictions: np.ndarray) -> float:
     return math.inf
 
 
-def calibrated(rows: Sequence[Row]) -> Calibration:
-    """Return the coefficients of `metapl.reliability` from the rows of calibration."""
-    features, targets = matrices(rows, [HALF_BEND])
+def calibrated(rows: Sequence[Row], names: Sequence[str] = OF_LINE) -> Calibration:
+    """Return the coefficients of `metapl.reliability` from the rows of calibration.
+
+    Args:
+        names: :data:`OF_LINE`, or :data:`OF_FIRST_LINES`, which has no slope of the steps.
+    """
+    features, targets = matrices(rows, names)
     line = ridge(features, targets)
+    slopes = dict(zip(names, line.slopes.tolist(), strict=True))
     bends = [row["half"]["bend"] for row in rows]
+    steps = [row["steps"] for row in rows]
     return Calibration(
         intercept=round(line.intercept, 4),
-        slope=round(float(line.slopes[0]), 4),
+        slope=round(slopes[HALF_BEND], 4),
+        slope_of_steps=round(slopes.get(LENGTH, 0.0), 4),
         least=float(f"{min(bends):.4g}"),
         most=float(f"{max(bends):.4g}"),
-        half_width=round(half_width(rows, predicted_without_each(rows, [HALF_BEND])), 4),
+        least_steps=min(steps),
+        most_steps=max(steps),
+        half_width=round(half_width(rows, predicted_without_each(rows, names)), 4),
         highest=HIGHEST,
         trainings=len(rows),
     )
@@ -648,9 +667,28 @@ def of_kind(rows: Sequence[Row], kind: str) -> list[Row]:
     return [row for row in rows if row.get("kind") == kind]
 
 
-def rows_of_line(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows that the line of `metapl.reliability` is fitted to."""
+def rows_of_second_line(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that the second line was fitted to."""
     return [*of_kind(rows, "calibration"), *of_kind(rows, "unseen")]
+
+
+def rows_of_line(rows: Sequence[Row], ordinary_rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that the line of `metapl.reliability` is fitted to."""
+    return [*rows_of_second_line(rows), *of_kind(rows, "second"), *ordinary_rows]
+
+
+def read_ordinary(file: Path) -> list[Row]:
+    """Return the rows of ``benchmarks/ordinary.py`` in the form of this script's own.
+
+    Those of a kind are left out: they test the line.
+    """
+    rows = list[Row]()
+    for row in read(file, "correlation"):
+        if "kind" not in row:
+            half = {"bend": row["bend"]}
+            columns = {name: row[name] for name in ("name", "steps", "correlation")}
+            rows.append({**columns, "kind": "ordinary", "half": half})
+    return rows
 
 
 def expectation(estimate: Reliability) -> str:
@@ -660,7 +698,7 @@ def expectation(estimate: Reliability) -> str:
 
 def table_of_trainings(rows: Sequence[Row]) -> str:
     """Return the trainings of the calibration, each as it is expected without it."""
-    predictions = predicted_without_each(rows, [HALF_BEND])
+    predictions = predicted_without_each(rows, OF_LINE)
     width = half_width(rows, predictions)
     lines = list[list[str]]()
     for row, z in sorted(zip(rows, predictions, strict=True), key=bend_of_pair):
@@ -682,13 +720,13 @@ def bend_of_pair(pair: tuple[Row, Any]) -> float:
 
 
 def table_of_tests(rows: Sequence[Row]) -> str:
-    """Return what was expected of the trainings that took no part, and what came out.
+    """Return what the first two lines expected of trainings that took no part, and what came out.
 
-    The first six, and the recipe, are expected by the line without them, the second six by the
-    line of `metapl.reliability`.
+    The first six are expected by the first line, which was fitted without them, the second six and
+    the recipe by the second line. Both read the bend alone.
     """
-    first_line = calibrated(of_kind(rows, "calibration"))
-    line = calibrated(rows_of_line(rows))
+    first_line = calibrated(of_kind(rows, "calibration"), OF_FIRST_LINES)
+    line = calibrated(rows_of_second_line(rows), OF_FIRST_LINES)
     lines = list[list[str]]()
     for kind, calibration in (("unseen", first_line), ("second", line), ("recipe", line)):
         for row in of_kind(rows, kind):
@@ -717,7 +755,8 @@ TITLES = {"unseen": "first", "second": "second", "recipe": "recipe"}
 
 def expected_of(row: Row, calibration: Calibration) -> Reliability:
     """Return what a calibration expects of the training of a row."""
-    return predicted(row["half"]["bend"], row["half"]["agreement"], calibration)
+    half = row["half"]
+    return predicted(half["bend"], half["agreement"], row["steps"], calibration)
 
 
 def holds(estimate: Reliability, row: Row) -> bool:
@@ -737,30 +776,63 @@ def cost_of(feature: Feature, rows: Sequence[Row]) -> float:
 def error_of(rows: Sequence[Row], names: Sequence[str]) -> float:
     """Return the root of the mean squared error of z, of lines without each training."""
     _, targets = matrices(rows, names)
-    return float(np.sqrt(np.mean((predicted_without_each(rows, names) - targets) ** 2)))
+    return root_mean_square(predicted_without_each(rows, names) - targets)
 
 
 def table_of_measurements(rows: Sequence[Row]) -> str:
     """Return what each measurement says of the correlation, alone and beside the bend."""
-    _, targets = matrices(rows, [HALF_BEND])
     lines = list[list[str]]()
+    _, targets = matrices(rows, [HALF_BEND])
     for name, feature in FEATURES.items():
         values = [feature.read(row) for row in rows]
         beside = "" if name == HALF_BEND else f"{error_of(rows, [HALF_BEND, name]):.2f}"
         cells = [f"{float(spearmanr(values, targets)[0]):.2f}", f"{error_of(rows, [name]):.2f}"]
         lines.append([name, *cells, beside, f"{cost_of(feature, rows):.1f}"])
-    spread = float(np.sqrt(np.mean((targets - targets.mean()) ** 2)))
     head = ["measurement", "rank correlation", "error", "error with the bend", "trainings"]
-    return f"{grid(head, lines)}\n\nWithout any measurement the error is {spread:.2f}."
+    without = f"Without any measurement the error is {spread_of(rows):.2f}."
+    return f"{grid(head, lines)}\n\n{without}"
 
 
-def tables(rows: Sequence[Row]) -> dict[str, str]:
+def spread_of(rows: Sequence[Row]) -> float:
+    """Return the standard deviation of z, the error of a guess that measures nothing."""
+    return float(np.std([target_of(row) for row in rows]))
+
+
+def table_of_errors(fitted: Sequence[Row]) -> str:
+    """Return the error of z of the line and of the bend alone, over all trainings and by bench.
+
+    Each training is predicted by a line that is fitted to all others, whichever bench they are of.
+    """
+    _, targets = matrices(fitted, OF_LINE)
+    is_ordinary = np.array([row["kind"] == "ordinary" for row in fitted])
+    is_any = np.full(len(fitted), fill_value=True)
+    groups = {"all": is_any, "this bench": ~is_ordinary, "ordinary": is_ordinary}
+    # A miniature has no ordinary ones.
+    groups = {name: group for name, group in groups.items() if group.any()}
+    columns = list[list[str]]()
+    for names in (OF_LINE, OF_FIRST_LINES):
+        misses = predicted_without_each(fitted, names) - targets
+        columns.append([f"{root_mean_square(misses[group]):.2f}" for group in groups.values()])
+    counts = [f"{int(group.sum())}" for group in groups.values()]
+    head = ["trainings", "number", "bend and steps", "bend alone"]
+    return grid(head, zip(groups, counts, *columns, strict=True))
+
+
+def root_mean_square(values: np.ndarray) -> float:
+    """Return the root of the mean square."""
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def tables(rows: Sequence[Row], ordinary_rows: Sequence[Row]) -> dict[str, str]:
     """Return the tables by their marks in the page."""
-    fitted = rows_of_line(rows)
+    fitted = rows_of_line(rows, ordinary_rows)
+    # Only the trainings of this bench have all measurements.
+    measured_rows = [*rows_of_second_line(rows), *of_kind(rows, "second")]
     return {
         "reliability": table_of_trainings(fitted),
+        "reliability-errors": table_of_errors(fitted),
         "reliability-tests": table_of_tests(rows),
-        "reliability-measurements": table_of_measurements(fitted),
+        "reliability-measurements": table_of_measurements(measured_rows),
     }
 
 
@@ -772,13 +844,17 @@ def main() -> None:
     )
     args = parsed(parser)
     torch.set_num_threads(1)
+    ordinary_rows = read_ordinary(args.out.with_name("ordinary.jsonl"))
     if args.calibrate:
-        write_calibration(args.calibrate, calibrated(rows_of_line(read(args.out))))
+        if not ordinary_rows:
+            parser.error(f"no rows in {args.out.with_name('ordinary.jsonl')}; the line needs them")
+        fitted = rows_of_line(read(args.out), ordinary_rows)
+        write_calibration(args.calibrate, calibrated(fitted))
         return
     if args.runs:
         asked = jobs(is_miniature=args.miniature)
         go_on(args.out, (job for job in asked if args.kind in ("", job["kind"])), run)
-    for mark, table in tables(read(args.out)).items():
+    for mark, table in tables(read(args.out), ordinary_rows).items():
         show(args.write, mark, table)
 
 

@@ -6,12 +6,16 @@ import importlib
 import statistics
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+
+import metapl
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +50,36 @@ def test_a_removed_example_has_no_weight_in_a_batch_of_the_same_size(script: Any
         assert (p - q).abs().max() < 1e-6
 
 
+def test_a_rate_falls_as_half_a_cosine_in_the_loop_as_in_the_library(script: Any) -> None:
+    data = script.table("wine")
+    hidden = partial(script.two_hidden_layers, 13, 3, nn.GELU, 8)
+    falling = script.Program(lambda: data, hidden, script.adamw(0.02), 32, 1, falls=True, seed=3)
+    rates = falling.rates(6)
+    assert rates.shape == (6, 1)
+    assert rates[0] == pytest.approx(0.02)
+    assert rates[3] == pytest.approx(0.01)
+    assert rates[5] < 0.002
+    constant = replace(falling, falls=False)
+    assert constant.rates(6).flatten().tolist() == pytest.approx([0.02] * 6)
+    student, optimizer = falling.start()
+    found = metapl.attribute(
+        student,
+        data.train,
+        data.judging,
+        optimizer=optimizer,
+        settings={"lr": rates},
+        steps=6,
+        batch_size=32,
+    )
+    trained = script.Training(falling, data, found.order).trained()
+    at_a_constant_rate = script.Training(constant, data, found.order).trained()
+    for name, p in trained.named_parameters():
+        assert (p - found.student_params[name]).abs().max() < 1e-5
+        assert (p - at_a_constant_rate.get_parameter(name)).abs().max() > 1e-3
+    other_start, _ = replace(falling, seed=0).start()
+    assert not torch.equal(other_start[0].weight, student[0].weight)
+
+
 def test_the_area_is_the_share_of_pairs(script: Any) -> None:
     is_wrong = torch.tensor([True, False, True, False, False])
     suspicion = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])
@@ -54,7 +88,7 @@ def test_the_area_is_the_share_of_pairs(script: Any) -> None:
 
 
 def test_the_page_says_what_the_rows_say(script: Any) -> None:
-    rows = script.read(script.RAW, "correlation")
+    rows = script.rows_of_kind(script.read(script.RAW, "correlation"))
     assert [row["name"] for row in rows] == [*script.PROGRAMS]
     results = (ROOT / "benchmarks" / "results" / "ordinary.md").read_text()
     assert script.table_of_programs(rows) in results

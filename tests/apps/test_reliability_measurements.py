@@ -18,7 +18,6 @@ from torch.nn import functional as F
 import metapl
 from metapl.training.attribution import WeightedTraining
 from metapl.training.calibration import CALIBRATION
-from metapl.training.reliability import predicted
 
 pytestmark = pytest.mark.usefixtures("as_scripts")
 
@@ -203,14 +202,37 @@ def test_a_training_is_predicted_by_the_others_and_the_interval_holds_four_of_fi
 
 def test_the_coefficients_are_those_of_the_committed_rows(tmp_path: Path) -> None:
     script = importlib.import_module("reliability")
-    fitted = script.rows_of_line(script.read(RESULTS / "reliability.jsonl"))
+    programs = importlib.import_module("ordinary").PROGRAMS
+    ordinary_rows = script.read_ordinary(RESULTS / "ordinary.jsonl")
+    assert [one_row["name"] for one_row in ordinary_rows] == [*programs]
+    fitted = script.rows_of_line(script.read(RESULTS / "reliability.jsonl"), ordinary_rows)
     assert script.calibrated(fitted) == CALIBRATION
-    assert len(fitted) == CALIBRATION.trainings == len(script.CALIBRATION) + len(script.UNSEEN)
+    of_script = len(script.CALIBRATION) + len(script.UNSEEN) + len(script.SECOND)
+    assert len(fitted) == CALIBRATION.trainings == of_script + len(programs)
     copied = tmp_path / "calibration.py"
     source = Path(importlib.import_module("metapl.training.calibration").__file__ or "")
     copied.write_text(source.read_text().replace(f"{CALIBRATION.slope}", "0.0"))
     script.write_calibration(copied, CALIBRATION)
     assert copied.read_text() == source.read_text()
+
+
+def test_a_calibration_gives_what_its_regression_gives() -> None:
+    script = importlib.import_module("reliability")
+    rows = script.of_kind(script.read(RESULTS / "reliability.jsonl"), "calibration")
+    features, targets = script.matrices(rows, script.OF_LINE)
+    line = script.ridge(features, targets)
+    x, y = (features - features.mean(0)) / features.std(0), targets - targets.mean()
+    # The gradient of the ridge's loss is zero at its slopes.
+    slopes = line.slopes * features.std(0)
+    assert x.T @ (x @ slopes - y) + script.RIDGE * slopes == pytest.approx(np.zeros(2), abs=1e-9)
+    calibration = script.calibrated(rows)
+    for number, one_row in enumerate(rows):
+        estimate = script.expected_of(one_row, calibration)
+        expected = line.at(features[number : number + 1])[0]
+        assert math.atanh(estimate.correlation) == pytest.approx(expected, abs=1e-3)
+    bend_alone = script.calibrated(rows, script.OF_FIRST_LINES)
+    assert bend_alone.slope_of_steps == 0.0
+    assert script.calibrated(rows).slope_of_steps != 0.0
 
 
 def test_the_trainings_that_test_the_line_are_other_ones_and_are_counted_as_they_fell() -> None:
@@ -225,8 +247,11 @@ def test_the_trainings_that_test_the_line_are_other_ones_and_are_counted_as_they
     assert [one_row["name"] for one_row in script.of_kind(rows, "unseen")] == [*script.UNSEEN]
     second = script.of_kind(rows, "second")
     assert {one_row["name"] for one_row in second} == {*script.SECOND}
+    # The coefficients of the second line, as the library had them when these were run.
     inside = 0
     for one_row in second:
-        estimate = predicted(one_row["half"]["bend"], 0.0, CALIBRATION)
-        inside += estimate.low <= one_row["correlation"] <= estimate.high
+        z = 0.3963 - 1.0245 * math.log10(one_row["half"]["bend"])
+        high = math.tanh(z + 0.6084)
+        is_below_end = one_row["correlation"] <= high or high >= script.HIGHEST
+        inside += math.tanh(z - 0.6084) <= one_row["correlation"] and is_below_end
     assert f"Of the second 6, {inside} are inside." in script.table_of_tests(rows)

@@ -21,8 +21,11 @@ STEPS = 10
 LINE = Calibration(
     intercept=0.0,
     slope=-1.0,
+    slope_of_steps=-0.25,
     least=0.01,
     most=1.0,
+    least_steps=1,
+    most_steps=1000,
     half_width=0.5,
     highest=0.98,
     trainings=3,
@@ -99,34 +102,64 @@ def test_a_bend_is_zero_on_a_line_and_the_root_of_three_of_chance() -> None:
 
 
 def test_the_line_says_the_correlation_and_its_interval() -> None:
-    estimate = predicted(0.1, 0.9, LINE)
+    estimate = predicted(0.1, 0.9, 1, LINE)
     assert (estimate.correlation, estimate.low, estimate.high) == pytest.approx(
         (math.tanh(1.0), math.tanh(0.5), math.tanh(1.5))
     )
     assert str(estimate) == "expect a rank correlation of about 0.76 (0.46 to 0.91) with retraining"
-    near_zero = str(predicted(1.0, 0.0, LINE))
+    longer = predicted(0.1, 0.9, 100, LINE)
+    assert (longer.correlation, longer.low, longer.high) == pytest.approx(
+        (math.tanh(0.5), math.tanh(0.0), math.tanh(1.0)), abs=1e-12
+    )
+    near_zero = str(predicted(1.0, 0.0, 1, LINE))
     assert near_zero == "expect a rank correlation of about 0.00 (-0.46 to 0.46) with retraining"
 
 
 def test_an_interval_ends_at_one_where_the_line_cannot_tell_correlations_apart() -> None:
-    assert predicted(0.01, 0.9, LINE).high == 1.0
-    assert str(predicted(0.01, 0.9, LINE)).endswith("0.96 (0.91 to 1.00) with retraining")
+    assert predicted(0.01, 0.9, 1, LINE).high == 1.0
+    assert str(predicted(0.01, 0.9, 1, LINE)).endswith("0.96 (0.91 to 1.00) with retraining")
     just_below = LINE._replace(half_width=math.atanh(0.979) - 1)
-    assert predicted(0.1, 0.9, just_below).high == pytest.approx(0.979)
+    assert predicted(0.1, 0.9, 1, just_below).high == pytest.approx(0.979)
 
 
 @pytest.mark.parametrize(("bend", "nearest"), [(0.0, 0.01), (0.001, 0.01), (1.7, 1.0)])
 def test_a_bend_that_was_not_calibrated_is_said(bend: float, nearest: float) -> None:
-    estimate = predicted(bend, 1.0, LINE)
-    inside = predicted(nearest, 1.0, LINE)
-    assert estimate.is_extrapolated
-    assert not inside.is_extrapolated
+    estimate = predicted(bend, 1.0, 10, LINE)
+    inside = predicted(nearest, 1.0, 10, LINE)
+    assert estimate.is_bend_outside
+    assert not estimate.are_steps_outside
+    assert not inside.is_bend_outside
     assert (estimate.correlation, estimate.low) == (inside.correlation, inside.low)
     assert str(estimate) == f"{inside}; the bend, {bend:.2g}, is outside of what was calibrated"
 
 
-def test_more_is_expected_of_a_smoother_training() -> None:
+def test_a_number_of_steps_that_was_not_calibrated_is_said() -> None:
+    line = LINE._replace(least_steps=5)
+    for steps, nearest in ((2, 5), (40_000, 1000)):
+        estimate = predicted(0.1, 1.0, steps, line)
+        inside = predicted(0.1, 1.0, nearest, line)
+        assert estimate.are_steps_outside
+        assert not estimate.is_bend_outside
+        assert not inside.are_steps_outside
+        assert (estimate.correlation, estimate.low) == (inside.correlation, inside.low)
+        said = f"; the number of steps, {steps:,}, is outside of what was calibrated"
+        assert str(estimate) == f"{inside}{said}"
+    neither = str(predicted(2.0, 1.0, 40_000, line))
+    assert neither.endswith(
+        "retraining; the bend, 2, and the number of steps, 40,000, are outside of what was "
+        "calibrated"
+    )
+
+
+def test_the_estimate_is_of_all_steps() -> None:
+    estimate = estimated(steps=40)
+    assert estimate.steps == 40
+    assert estimate == predicted(estimate.bend, estimate.agreement, 40, CALIBRATION)
+
+
+def test_more_is_expected_of_a_smoother_and_of_a_shorter_training() -> None:
     assert CALIBRATION.slope < 0
+    assert CALIBRATION.slope_of_steps < 0
     smooth = estimated(rate=0.05, steps=40)
     rough = estimated(rate=3.0, steps=40)
     assert rough.bend > 5 * smooth.bend
