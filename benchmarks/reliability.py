@@ -468,8 +468,9 @@ def jobs(*, is_miniature: bool) -> Iterator[Row]:
     A row of rounding is of weights in bfloat16 as they are, which `metapl.reliability` refuses.
     """
     if is_miniature:
-        for name in ("width 64", "ten times the rate", "ReLU", "Adam, ε = 1e-8"):
-            yield {"name": name, "steps": 12, "seed": 100, "kind": "calibration"}
+        names = ("width 64", "ten times the rate", "ReLU", "Adam, ε = 1e-8")
+        for steps, name in enumerate(names, start=10):
+            yield {"name": name, "steps": steps, "seed": 100, "kind": "calibration"}
         yield {"name": [*UNSEEN][0], "steps": 12, "seed": UNSEEN_SEED, "kind": "unseen"}
         yield {"name": [*SECOND][0], "steps": 12, "seed": SECOND_SEED, "kind": "second"}
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 import metapl
+from metapl.training.calibration import CALIBRATION
+from metapl.training.reliability import predicted
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +88,47 @@ def test_the_area_is_the_share_of_pairs(script: Any) -> None:
     suspicion = torch.tensor([3.0, 1.0, 2.0, 2.0, 0.0])
     # Of six pairs five are right, and one is even.
     assert script.area(is_wrong, suspicion) == pytest.approx(5.5 / 6)
+
+
+def test_the_programs_that_test_the_coefficients_are_other_ones(script: Any) -> None:
+    assert len(script.UNSEEN_PROGRAMS) == 10
+    assert not {*script.UNSEEN_PROGRAMS} & {*script.PROGRAMS}
+    assert not {*script.UNSEEN_PROGRAMS.values()} & {*script.PROGRAMS.values()}
+
+    rows = script.rows_of_kind(script.read(script.RAW, "correlation"), script.UNSEEN)
+    assert [row["name"] for row in rows] == [*script.UNSEEN_PROGRAMS]
+    assert sum(row["steps"] > 200 for row in rows) == 4
+    for row in rows:
+        # The agreement takes no part.
+        estimate = predicted(row["bend"], 0.0, row["steps"], CALIBRATION)
+        assert row["expected"] == pytest.approx(
+            [estimate.correlation, estimate.low, estimate.high], abs=1e-9
+        )
+    results = (ROOT / "benchmarks" / "results" / "ordinary.md").read_text()
+    assert script.table_of_unseen(rows) in results
+    inside = sum(map(script.is_inside, rows))
+    page = " ".join((ROOT / "docs" / "whole-trainings.md").read_text().split())
+    assert f"Of these ten, {inside} fell into the interval" in page
+
+    second_line = CALIBRATION._replace(
+        intercept=0.3963, slope=-1.0245, slope_of_steps=0.0, half_width=0.6084, most=1.733
+    )
+    inside_of_second = 0
+    error = 0.0
+    error_of_second = 0.0
+    for row in rows:
+        z = math.atanh(min(row["correlation"], CALIBRATION.highest))
+        estimate = predicted(row["bend"], 0.0, row["steps"], second_line)
+        inside_of_second += estimate.low <= row["correlation"] <= estimate.high
+        error += (math.atanh(row["expected"][0]) - z) ** 2 / len(rows)
+        error_of_second += (math.atanh(estimate.correlation) - z) ** 2 / len(rows)
+    assert (
+        f"The error of z is {math.sqrt(error):.2f}. The line before, of the bend alone, would have "
+        f"held {inside_of_second} of them, with an error of {math.sqrt(error_of_second):.2f}."
+        in page
+    )
+    docstring = " ".join((metapl.reliability.__doc__ or "").split())
+    assert f"Of ten trainings that were named before they were run it held {inside}." in docstring
 
 
 def test_the_page_says_what_the_rows_say(script: Any) -> None:

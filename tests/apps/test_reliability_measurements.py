@@ -235,6 +235,35 @@ def test_a_calibration_gives_what_its_regression_gives() -> None:
     assert script.calibrated(rows).slope_of_steps != 0.0
 
 
+def test_the_page_says_the_line_and_its_errors() -> None:
+    script = importlib.import_module("reliability")
+    page = " ".join((RESULTS.parents[1] / "docs" / "whole-trainings.md").read_text().split())
+    bend = f"{-CALIBRATION.slope:.2f} log10(bend)"
+    steps = f"{-CALIBRATION.slope_of_steps:.2f} log10(K)"
+    assert f"z = {CALIBRATION.intercept:.2f} − {bend} − {steps}" in page
+
+    rows = script.read(RESULTS / "reliability.jsonl")
+    fitted = script.rows_of_line(rows, script.read_ordinary(RESULTS / "ordinary.jsonl"))
+    error = script.error_of(fitted, script.OF_LINE)
+    misses = script.predicted_without_each(fitted, script.OF_LINE)
+    misses -= np.array([script.target_of(one_row) for one_row in fitted])
+    assert error == pytest.approx(math.sqrt((misses**2).mean()))
+    of_study = math.sqrt((misses[:43] ** 2).mean())
+    of_ordinary = math.sqrt((misses[43:] ** 2).mean())
+    assert (
+        f"the error of z is {error:.2f} ({of_study:.2f} on the 43 of the study's kind, "
+        f"{of_ordinary:.2f} on the 24 ordinary ones)" in page
+    )
+    bend_alone = script.error_of(fitted, script.OF_FIRST_LINES)
+    spread = script.spread_of(fitted)
+    assert (
+        f"With the bend alone it is {bend_alone:.2f}, and without any measurement {spread:.2f}."
+        in page
+    )
+    docstring = " ".join((metapl.reliability.__doc__ or "").split())
+    assert f"have an error of {error:.2f} in Fisher's z" in docstring
+
+
 def test_the_trainings_that_test_the_line_are_other_ones_and_are_counted_as_they_fell() -> None:
     script = importlib.import_module("reliability")
     settings = [script.setting_of(name) for name, _, _ in script.CALIBRATION]
