@@ -575,7 +575,10 @@ def main() -> None:
     unseen_names = [*UNSEEN_PROGRAMS]
     if args.miniature:
         names = ["wine, SGD 0.1, batch 32, 5 epochs", names[-1]]
-        unseen_names = unseen_names[-2:]
+        unseen_names = [
+            "wine, seed 1, Nesterov 0.03, decay 0.001, batch 32, 15 epochs",
+            "breast cancer, two layers with ReLU, AdamW 0.003 that falls, batch 32, 10 epochs",
+        ]
     jobs = [{"name": name} for name in names]
     jobs += [{"name": name, "kind": UNSEEN} for name in unseen_names]
     if args.runs:
