@@ -610,7 +610,7 @@ class Removals:
             return self._one_by_one(weights, progress=progress, reason=reason)
 
         losses = list[Tensor]()
-        name = f"steps of {size} trainings without examples"
+        name = f"steps of {size} trainings at once"
         count = math.ceil(len(rows_of_stacks) / size)
         with step_bar(progress, count * steps, name, 0) as advance:
             for rows in rows_of_stacks.split(size):

@@ -143,9 +143,10 @@ ATTRIBUTE = ("--val", "{test}", "--steps", "12", "--batch", "4", "--lr", "0.03",
         (" ".join(ABLATE), r"metapl: modes: 1 of 8, \d+ s left"),
         (" ".join(ABLATE), r"metapl: timings: 1 of 1"),
         (f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 0", r"metapl: steps: 7 of 12"),
+        # Eight without examples, and the one on all of them.
         (
             f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 8",
-            r"metapl: steps of 8 trainings without examples: 12 of 12",
+            r"metapl: steps of 9 trainings at once: 12 of 12",
         ),
     ],
 )
