@@ -198,7 +198,24 @@ def row_of(run: Callable[[], Any], operations: float, card: Card) -> Row:
     row["share"] = None if card.rate is None else rate / card.rate
     if card.device.type == "cuda":
         row["bytes"] = torch.cuda.max_memory_allocated(card.device)
+        row["kernel_ms"] = kernel_milliseconds(run, card)
     return row
+
+
+def kernel_milliseconds(run: Callable[[], Any], card: Card) -> float:
+    """Return how long the kernels of one call take together, by PyTorch's profiler.
+
+    Where a step takes longer than its kernels, the device waits for the host.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        run()
+        card.wait()
+    microseconds = 0.0
+    for event in profile.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            microseconds += event.self_device_time_total
+    return microseconds / 1e3
 
 
 @contextmanager
@@ -317,8 +334,9 @@ def shown(row: Row) -> str:
     """Return the result of a row in words."""
     share = "" if row["share"] is None else f"{100 * row['share']:.1f} % of the card's rate, "
     memory = f", {row['bytes'] / 1e9:.2f} GB" if "bytes" in row else ""
+    kernels = f" ({row['kernel_ms']:.4g} of kernels)" if "kernel_ms" in row else ""
     return (
-        f"{row['ms']:.4g} ms, {row['operations'] / 1e12:.3g} TFLOP, {share}"
+        f"{row['ms']:.4g} ms{kernels}, {row['operations'] / 1e12:.3g} TFLOP, {share}"
         f"{100 * row['share_of_product']:.1f} % of a product's, first step "
         f"{row['first_seconds']:.1f} s{memory}"
     )

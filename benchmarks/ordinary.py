@@ -418,14 +418,14 @@ def measured(name: str, kind: str = "", *, is_miniature: bool = False) -> Row:
     estimate = metapl.reliability(student, data.train, data.judging, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = metapl.attribute(student, data.train, data.judging, **options)
-    training = Training(program, data, found.order)
+        attribution = metapl.attribute(student, data.train, data.judging, **options)
+    training = Training(program, data, attribution.order)
     network = training.trained()
     # The library's training is that of the loop. All weights are compared at once: the gradient of
     # the keys' bias is zero but for rounding, and Adam takes whole steps along its sign.
     paths, parameters = zip(*network.named_parameters(), strict=True)
     looped = nn.utils.parameters_to_vector(parameters).detach()
-    weights = nn.utils.parameters_to_vector([found.student_params[path] for path in paths])
+    weights = nn.utils.parameters_to_vector([attribution.student_params[path] for path in paths])
     gap = float((looped - weights).norm() / looped.norm())
     assert gap < 1e-3, f"{name}: the trained weights differ by {gap:.1g} of their norm"
 
@@ -434,7 +434,7 @@ def measured(name: str, kind: str = "", *, is_miniature: bool = False) -> Row:
     generator = torch.Generator().manual_seed(1)
     tenth = round(WRONG_SHARE * examples)
     sets = {
-        "harmful": found.scores.argsort()[:tenth],
+        "harmful": attribution.scores.argsort()[:tenth],
         "largest loss": losses.argsort(descending=True)[:tenth],
         "random": torch.randperm(examples, generator=generator)[:tenth],
     }
@@ -450,7 +450,7 @@ def measured(name: str, kind: str = "", *, is_miniature: bool = False) -> Row:
     for _ in range(removals):
         numbers = torch.randperm(examples, generator=generator)[:size]
         of_sets.append(mean_loss(training.trained(numbers), data.judging) - judged)
-        expected.append(float(found.predict(numbers)))
+        expected.append(float(attribution.predict(numbers)))
     return {
         "examples": examples,
         "steps": steps,
@@ -459,9 +459,9 @@ def measured(name: str, kind: str = "", *, is_miniature: bool = False) -> Row:
         "bend": estimate.bend,
         "correlation": float(spearmanr(expected, of_sets)[0]),
         "changes": changes,
-        "predicted without harmful": float(found.predict(sets["harmful"])) + judged,
+        "predicted without harmful": float(attribution.predict(sets["harmful"])) + judged,
         "warned of": sorted(subject_of(str(warning.message)) for warning in caught),
-        "area of scores": area(data.is_wrong, -found.scores),
+        "area of scores": area(data.is_wrong, -attribution.scores),
         "area of losses": area(data.is_wrong, losses),
         "seconds": time.process_time() - begin,
     }
