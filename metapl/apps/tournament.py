@@ -51,7 +51,7 @@ TRIAL = "trial"
 MEASURED_AT_ONCE = 256
 
 # The standard deviation, in points, of what recipes reach on a problem that nobody has seen. The
-# measured accuracies count in full where their standard error is small beside it.
+# measured scores count in full where their standard error is small beside it.
 SPREAD = 5.0
 
 Augment = Literal["mild", "strong"]
@@ -207,17 +207,37 @@ class Standing:
 
     Args:
         recipe: the recipe.
-        is_right: bool (n,), of the n held-out pictures that it was measured on, in an order that is
-            the same for all recipes.
+        probabilities: (n, C), of the C classes, that it gives the n held-out pictures that it was
+            measured on. Their order is the same for all recipes.
+        labels: int64 (n,), of these pictures.
     """
 
     recipe: Recipe
-    is_right: Tensor
+    probabilities: Tensor
+    labels: Tensor
 
     @property
     def accuracy(self) -> float:
         """Return the share of the pictures that it was right on; 0 where there were none."""
-        return float(self.is_right.double().mean()) if len(self.is_right) else 0.0
+        is_right = self.probabilities.argmax(1) == self.labels
+        return float(is_right.double().mean()) if len(is_right) else 0.0
+
+    @property
+    def scores(self) -> Tensor:
+        r"""Return the quadratic score of each picture, float64 (n,), from 0 to 1.
+
+        .. math:: 1 - \tfrac12 |p - y|^2
+
+        p are the probabilities of the classes, and y is 1 at the label and 0 elsewhere. Who is sure
+        of one class has 1 where that is right and 0 where it is wrong, so that the mean is the
+        accuracy. What is less than sure counts by how sure it is: on few pictures this tells
+        recipes apart where their accuracies hardly do.
+
+        Source: Brier, "Verification of forecasts expressed in terms of probability" (1950).
+        """
+        p_NC = self.probabilities.double()
+        y_NC = torch.nn.functional.one_hot(self.labels, p_NC.shape[1])
+        return 1 - (p_NC - y_NC).square().sum(1) / 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +255,7 @@ class Auto(Method):
             its own.
     """
 
-    trial_share: Annotated[float, Range(above=0, below=1)] = 0.25
+    trial_share: Annotated[float, Range(above=0, below=1)] = 0.125
     trial_steps: Hidden[tuple[int, ...] | None] = None
     final_steps: Hidden[tuple[int, ...] | None] = None
     uda_prior: Hidden[tuple[float, ...] | None] = None
@@ -307,16 +327,16 @@ class Race:
         """Return what all recipes reach on the first fold, and the finalists on all folds."""
         labels_N = self.t.data.labeled.labels
         fold_N = folds_of(labels_N, self.t.config.fitting.seed)
-        all_recipes = [
-            Standing(recipe=recipe, is_right=self.measured(recipe, fold_N, fold=0))
-            for recipe in RECIPES
-        ]
+        all_recipes = [self.measured(recipe, fold_N, fold=0) for recipe in RECIPES]
         finalists = ordered(all_recipes, self.linear_advantage(all_recipes))[:FINALISTS]
         for fold in range(1, FOLDS):
             for place, standing in enumerate(finalists):
                 more = self.measured(standing.recipe, fold_N, fold=fold)
-                is_right = torch.cat([standing.is_right, more])
-                finalists[place] = Standing(recipe=standing.recipe, is_right=is_right)
+                finalists[place] = Standing(
+                    recipe=standing.recipe,
+                    probabilities=torch.cat([standing.probabilities, more.probabilities]),
+                    labels=torch.cat([standing.labels, more.labels]),
+                )
         return all_recipes, finalists
 
     def linear_advantage(self, standings: Sequence[Standing]) -> float:
@@ -326,13 +346,14 @@ class Race:
         chance = float(counts.max() / counts.sum())
         return max(0.0, 100 * (linear.accuracy - chance))
 
-    def measured(self, recipe: Recipe, fold_N: Tensor, *, fold: int) -> Tensor:
-        """Train without a fold, and return of each picture of it whether the network is right."""
+    def measured(self, recipe: Recipe, fold_N: Tensor, *, fold: int) -> Standing:
+        """Train without a fold, and return what the recipe reaches on its pictures."""
         t = self.t
         held_out = (fold_N == fold).nonzero()[:, 0]
         if not len(held_out):
             # The classes have fewer pictures than there are folds.
-            return torch.zeros(0, dtype=torch.bool)
+            nothing = torch.zeros(0, len(t.data.classes))
+            return Standing(recipe=recipe, probabilities=nothing, labels=held_out)
         labeled = t.data.labeled
         learned = (fold_N != fold).nonzero()[:, 0]
         number = RECIPES.index(recipe)
@@ -354,7 +375,11 @@ class Race:
             labeled.images.select(held_out), labeled.labels[held_out], MEASURED_AT_ONCE
         )
         logits_BC, labels_B = predict_logits(network, batches_of(examples, t.place))
-        return (logits_BC.argmax(1) == labels_B).cpu()
+        return Standing(
+            recipe=recipe,
+            probabilities=logits_BC.float().softmax(1).cpu(),
+            labels=labels_B.cpu(),
+        )
 
 
 class LabeledPart(NamedTuple):
@@ -421,28 +446,32 @@ def ordered(standings: Sequence[Standing], linear_advantage: float) -> list[Stan
 def points_of(standings: Sequence[Standing], linear_advantage: float) -> dict[str, float]:
     r"""Return by how much each recipe is expected to be ahead of the others, in points.
 
-    .. math:: h_i - c_i\, l + \frac{s^2}{s^2 + e^2}\,(a_i - \bar a)
+    .. math:: h_i - c_i\, l + \frac{t^2}{t^2 + e_i^2}\,\bar a_i, \qquad t^2 = \frac{R - 1}{R}\, s^2
 
-    a are the accuracies on the same n pictures, e is the standard error of an accuracy on n
-    pictures, and s is :data:`SPREAD`. h is the head start, and c·l what is taken from it because a
-    linear layer is l points above chance. It is the mean of a normal distribution whose prior is
-    the head start: on few pictures the head start decides, and on many the accuracies do.
+    a are the quadratic scores on n pictures (:attr:`Standing.scores`) minus the mean over the R
+    recipes, picture by picture; ā is their mean, and e its standard error. s is :data:`SPREAD`, and
+    t what it is of a difference to the mean. h is the head start, and c·l what is taken from it
+    because a linear layer is l points above chance.
+
+    It is the mean of a normal distribution whose prior is the head start: on few pictures the head
+    start decides, and on many the scores do.
     """
-    mean_accuracy = sum(standing.accuracy for standing in standings) / len(standings)
-    scores = {}
-    for standing in standings:
-        pictures = len(standing.is_right)
-        weight = 0.0
-        if pictures:
-            # Half a picture more of each kind, so that the error is above 0.
-            right = (float(standing.is_right.sum()) + 0.5) / (pictures + 1)
-            variance = 100**2 * right * (1 - right) / pictures
-            weight = SPREAD**2 / (SPREAD**2 + variance)
-        advantage = 100 * (standing.accuracy - mean_accuracy)
+    scores_RN = torch.stack([standing.scores for standing in standings])
+    advantages_RN = 100 * (scores_RN - scores_RN.mean(0))
+    recipes, pictures = scores_RN.shape
+    spread = SPREAD**2 * (recipes - 1) / recipes
+    points = {}
+    for standing, advantages_N in zip(standings, advantages_RN, strict=True):
         recipe = standing.recipe
-        head_start = recipe.head_start - recipe.less_where_linear * linear_advantage
-        scores[recipe.name] = head_start + weight * advantage
-    return scores
+        expected = recipe.head_start - recipe.less_where_linear * linear_advantage
+        if pictures:
+            mean = advantages_N.mean()
+            # As if one picture more were half a score away from the mean, so that the error of few
+            # pictures is not small by chance.
+            squares = float((advantages_N - mean).square().sum()) + 50**2
+            expected += spread / (spread + squares / pictures**2) * float(mean)
+        points[recipe.name] = expected
+    return points
 
 
 def by_accuracy(standings: Sequence[Standing]) -> list[Standing]:
@@ -457,7 +486,7 @@ def accuracies(standings: Sequence[Standing]) -> dict[str, float]:
 
 def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing]) -> str:
     """Return in words what was tried, and what it reached."""
-    pictures = len(finalists[0].is_right)
+    pictures = len(finalists[0].labels)
     if not pictures:
         return "no class has two labeled pictures, so that nothing could be tried"
     tried = [
@@ -466,6 +495,6 @@ def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing]) -> 
     names = {standing.recipe.name for standing in finalists}
     for standing in by_accuracy(all_recipes):
         if standing.recipe.name not in names:
-            first_fold = len(standing.is_right)
+            first_fold = len(standing.labels)
             tried.append(f"{standing.recipe.name} {standing.accuracy:.0%} (on {first_fold:,})")
     return f"tried shortly on {pictures:,} held-out labels: {', '.join(tried)}"

@@ -35,21 +35,37 @@ def test_folds_divide_each_class_evenly_and_keep_a_single_picture() -> None:
 # ----------------------------------------------------------------------------------- who is ahead
 
 
-def standing(name: str, right: int, pictures: int) -> Standing:
+def standing(name: str, right: int, pictures: int, *, sureness: float = 1.0) -> Standing:
+    """Return what a recipe reaches that is right on so many pictures, of two classes."""
     recipe = next(recipe for recipe in RECIPES if recipe.name == name)
-    return Standing(recipe=recipe, is_right=torch.arange(pictures) < right)
+    labels = torch.arange(pictures) % 2
+    predicted = torch.where(torch.arange(pictures) < right, labels, 1 - labels)
+    given = torch.nn.functional.one_hot(predicted, 2).double()
+    probabilities = sureness * given + (1 - sureness) * (1 - given)
+    return Standing(recipe=recipe, probabilities=probabilities, labels=labels)
+
+
+def test_the_score_of_who_is_sure_is_the_accuracy() -> None:
+    sure = standing("mild", right=3, pictures=4)
+    assert sure.accuracy == 0.75
+    assert float(sure.scores.mean()) == 0.75
+    # Who is half sure of each class has the same score whether it is right or not.
+    unsure = standing("mild", right=3, pictures=4, sureness=0.5)
+    assert unsure.scores.tolist() == [0.75] * 4
 
 
 def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
     mild = standing("mild", right=60, pictures=100)
     strong = standing("strong", right=40, pictures=100)
     points = points_of([mild, strong], linear_advantage=0.0)
-    share = 60.5 / 101
-    variance = 100**2 * share * (1 - share) / 100
-    weight = tournament.SPREAD**2 / (tournament.SPREAD**2 + variance)
+    # On the 20 pictures on which they differ, each is half a score away from their mean.
+    squares = 20 * (50 - 10) ** 2 + 80 * 10**2 + 50**2
+    variance = squares / 100**2
+    # Of a difference to the mean of two.
+    spread = tournament.SPREAD**2 / 2
+    weight = spread / (spread + variance)
     assert points["mild"] == pytest.approx(weight * 10)
-    head_start = strong.recipe.head_start
-    assert points["strong"] == pytest.approx(head_start - weight * 10, abs=0.05)
+    assert points["strong"] == pytest.approx(strong.recipe.head_start - weight * 10)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +82,14 @@ def test_few_pictures_leave_it_to_the_head_start(
 ) -> None:
     standings = [standing("mild", mild, pictures), standing("strong", strong, pictures)]
     assert tournament.ordered(standings, linear_advantage=0.0)[0].recipe.name == best
+
+
+def test_who_is_surely_wrong_is_behind_who_is_unsure() -> None:
+    sure = standing("mild", right=20, pictures=40)
+    unsure = standing("mild and mirrored", right=20, pictures=40, sureness=0.6)
+    assert sure.accuracy == unsure.accuracy
+    best = tournament.ordered([sure, unsure], linear_advantage=0.0)[0]
+    assert best.recipe.name == "mild and mirrored"
 
 
 def test_strong_changes_lose_their_head_start_where_a_linear_layer_is_right() -> None:
@@ -141,7 +165,7 @@ def test_the_steps_of_all_trials_are_the_share_that_was_asked_for() -> None:
     auto = Auto().scheduled(4_000)
     assert auto.trial_steps is not None
     assert auto.final_steps is not None
-    assert auto.trial_steps[0] == round(0.25 * 4_000 / TRIALS)
+    assert auto.trial_steps[0] == round(0.125 * 4_000 / TRIALS)
     assert auto.final_steps[0] + TRIALS * auto.trial_steps[0] == 4_000
     # What a run has stored stays.
     assert auto.scheduled(10) == auto
