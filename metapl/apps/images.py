@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import tyro
@@ -178,8 +178,8 @@ class Pictures:
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
         augment: how pictures are augmented: mild shifts them a little, and strong moves them much
-            more, changes their colors and covers a part of each. By default it is strong; --method
-            auto tries both.
+            more, changes their colors and covers a part of each. By default both are tried by
+            --method auto and by train noisy, and else it is strong.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -453,6 +453,26 @@ class OfPictures:
         """Build the network with fresh or pretrained weights."""
         return self.pictures.build(len(self.classes))
 
+    def with_network(self, name: str) -> Self:
+        """Return the settings with another network, and its usual rate where none was given.
+
+        Its weights are fresh ones, for a file of weights is of one network.
+        """
+        if name == self.pictures.network:
+            return self
+        if self.pictures.backbone != "none":
+            raise MetaplError(
+                f"--backbone is of one network, and {name} is another one; leave --networks out."
+            )
+        pictures = dataclasses.replace(self.pictures, network=name, weights=None)
+        fitting = self.fitting
+        if fitting.lr == self.pictures.rate:
+            fitting = dataclasses.replace(fitting, lr=pictures.rate)
+        # Of this class, whose fields are those of a dataclass in each that is built on it.
+        own: Any = self
+        changed: Self = dataclasses.replace(own, pictures=pictures, fitting=fitting)
+        return changed
+
     def card(self, title: str) -> NetworkCard:
         """Describe the network for network.json."""
         return NetworkCard(
@@ -575,23 +595,6 @@ class Images(OfPictures):
                 crop=views.crop,
             ),
         }
-
-    def with_network(self, name: str) -> Images:
-        """Return the settings with another network, and its usual rate where none was given.
-
-        Its weights are fresh ones, for a file of weights is of one network.
-        """
-        if name == self.pictures.network:
-            return self
-        if self.pictures.backbone != "none":
-            raise MetaplError(
-                f"--backbone is of one network, and {name} is another one; leave --networks out."
-            )
-        pictures = dataclasses.replace(self.pictures, network=name, weights=None)
-        fitting = self.fitting
-        if fitting.lr == self.pictures.rate:
-            fitting = dataclasses.replace(fitting, lr=pictures.rate)
-        return dataclasses.replace(self, pictures=pictures, fitting=fitting)
 
     def at_size(self, size: int) -> Images:
         """Return the settings with larger pictures, where the network takes those."""

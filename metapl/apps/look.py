@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metapl.apps import backbone
+from metapl.apps import backbone, mild_or_strong
 from metapl.apps.backbone import Backbone
 from metapl.apps.images import Images, Pictures
 from metapl.apps.methods import Data, Training
-from metapl.apps.noisy_labels import Noisy
+from metapl.apps.noisy_labels import Noisy, Plain
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
-from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto
+from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto, ordered
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -137,8 +137,9 @@ def choose_settings(
             f"--finetune-steps {config.fitting.finetune_steps} goes with a method that is named, "
             "such as --method uda: what --method auto trains is not finetuned."
         )
+    are_open = open_settings(config.pictures)
     if isinstance(method, Auto) and method.open_settings is None:
-        method = dataclasses.replace(method, open_settings=open_settings(config.pictures))
+        method = dataclasses.replace(method, open_settings=are_open)
     config.check_first()
     tell_copies(config, len(few), say)
     seen = look(
@@ -165,9 +166,15 @@ def choose_settings(
     }
     method = with_stored(method, usual_settings)
 
-    # 4. The steps. Then all that was chosen is said in a line, and what else is to be known.
+    # 4. How pictures are augmented, where clean ones can tell.
+    share_left = 1.0
+    if isinstance(config, Noisy) and "augment" in are_open:
+        config = with_tried_augmentation(config, are_open, say, clock)
+        share_left -= mild_or_strong.TRIAL_SHARE
+
+    # 5. The steps. Then all that was chosen is said in a line, and what else is to be known.
     steps_are_open = config.fitting.steps is None
-    config, method = with_steps(config, method, clock)
+    config, method = with_steps(config, method, clock, share=share_left)
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
     return config, method
@@ -419,10 +426,48 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
     return with_stored(config, {"lr": config.pictures.rate})
 
 
-def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple[Any, Any]:
+def with_tried_augmentation(
+    config: Noisy, are_open: Sequence[str], say: Say, clock: Clock
+) -> Noisy:
+    """Return the settings with the augmentation that was ahead in a short trial of both.
+
+    Each is trained on the labels as they are for a sixteenth of the minutes, or for a sixteenth of
+    the steps that were asked for, and measured on the clean pictures (:mod:`metapl.apps.
+    mild_or_strong`).
+    """
+    share = mild_or_strong.TRIAL_SHARE / len(mild_or_strong.TRIED)
+    minutes = config.minutes or MINUTES
+    configs = []
+    for recipe in mild_or_strong.TRIED:
+        settings = recipe.settings(config, are_open)
+        if config.fitting.steps is None:
+            steps = steps_in(share * minutes, quick_seconds(settings, Plain(), clock))
+        else:
+            steps = max(1, round(share * config.fitting.steps))
+        lengths = {"steps": steps, "warmup": round(WARMUP * steps), "patience": None}
+        configs.append(with_flags(settings, **lengths))
+    standings = mild_or_strong.trials(configs)
+    best = ordered(standings, linear_advantage=0.0)[0]
+    clean = len(best.labels)
+    reached = [
+        f"{standing.recipe.name} is right on {standing.accuracy:.0%} after "
+        f"{trial.fitting.chosen_steps:,} steps"
+        for standing, trial in zip(standings, configs, strict=True)
+    ]
+    say(
+        f"augmentation: {best.recipe.name}; of the {clean:,} clean pictures, which a trial does "
+        f"not learn, {' and '.join(reached)}"
+    )
+    chosen: Noisy = best.recipe.settings(config, are_open)
+    return chosen
+
+
+def with_steps(
+    config: Any, method: Any, clock: Clock = time.monotonic, *, share: float = 1.0
+) -> tuple[Any, Any]:
     """Return the settings and the method with a number of steps.
 
-    Where it is open, it is as many as fit into the minutes.
+    Where it is open, it is as many as fit into a share of the minutes.
     """
     if isinstance(method, Auto) and config.fitting.steps is None:
         return with_steps_of_race(config, method, clock)
@@ -434,10 +479,10 @@ def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple
     phase_steps = max(values.get(name) or 0 for name in ("wait", "uda_start"))
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, 2 * phase_steps or REHEARSED)
-    steps = steps_within(*rehearsal, minutes, clock)
+    steps = steps_within(*rehearsal, share * minutes, clock)
     for _ in range(AGAIN if phase_steps else 0):
         rehearsal = with_number_of_steps(config, method, max(steps, phase_steps + 1))
-        steps = steps_within(*rehearsal, minutes, clock)
+        steps = steps_within(*rehearsal, share * minutes, clock)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
 

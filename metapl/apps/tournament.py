@@ -164,38 +164,30 @@ LINEAR = Recipe(
     head_start=-10.0,
 )
 
-RECIPES = (
-    Recipe(
-        name="mild",
-        augment="mild",
-        network=MILD_NETWORK,
-        tried_by=MIXED_UP,
-        few_labels=SelfTraining(),
-        many_labels=MIXED_UP,
-    ),
-    Recipe(
-        name="mild and mirrored",
-        augment="mild",
-        mirror=True,
-        network=MILD_NETWORK,
-        tried_by=MIXED_UP,
-        few_labels=SelfTraining(),
-        many_labels=MIXED_UP,
-        head_start=-1.0,
-    ),
-    Recipe(
-        name="strong",
-        augment="strong",
-        tried_by=MIXED_UP,
-        few_labels=Uda(),
-        many_labels=Uda(),
-        head_start=3.0,
-        # Where a linear layer on the pixels tells classes apart, things stand at the same places in
-        # all pictures, and strong changes hide what they are told by.
-        less_where_linear=0.12,
-    ),
-    LINEAR,
+MILD = Recipe(
+    name="mild",
+    augment="mild",
+    network=MILD_NETWORK,
+    tried_by=MIXED_UP,
+    few_labels=SelfTraining(),
+    many_labels=MIXED_UP,
 )
+
+MIRRORED = dataclasses.replace(MILD, name="mild and mirrored", mirror=True, head_start=-1.0)
+
+STRONG = Recipe(
+    name="strong",
+    augment="strong",
+    tried_by=MIXED_UP,
+    few_labels=Uda(),
+    many_labels=Uda(),
+    head_start=3.0,
+    # Where a linear layer on the pixels tells classes apart, things stand at the same places in all
+    # pictures, and strong changes hide what they are told by.
+    less_where_linear=0.12,
+)
+
+RECIPES = (MILD, MIRRORED, STRONG, LINEAR)
 
 # Trainings of networks on a fold, all together; the linear one takes no time.
 TRIALS = len(RECIPES) - 1 + FINALISTS * (FOLDS - 1)

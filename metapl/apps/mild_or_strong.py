@@ -1,0 +1,67 @@
+"""How pictures with wrong labels are augmented: mildly or strongly, whichever a trial finds.
+
+One network learns the labels as they are from mildly augmented pictures, and another one from
+strongly augmented ones, both shortly. Neither has learned the clean pictures, on which they are
+measured. ``metapl train images`` has no picture to spare, and tries recipes on folds of its labels
+(:mod:`metapl.apps.tournament`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from metapl.apps.noisy_labels import PLAIN, Noisy
+from metapl.apps.tournament import MEASURED_AT_ONCE, MILD, STRONG, Recipe, Standing
+from metapl.machine import device
+from metapl.metrics import predict_logits
+from metapl.metrics.predictions import batches_of
+from metapl.pictures.batches import EvaluationBatches
+from metapl.training.loss_trainer import LossTrainer
+
+# What is tried, and the share of the time, or of the steps, that both trials take together.
+TRIED = (MILD, STRONG)
+TRIAL_SHARE = 0.125
+
+
+def trials(configs: Sequence[Noisy]) -> tuple[Standing, ...]:
+    """Return what each recipe of :data:`TRIED` reaches on the clean pictures.
+
+    Args:
+        configs: the settings of each recipe, with the steps of its trial. They name the same
+            pictures.
+    """
+    config = configs[0]
+    few, many = (config.scan(name) for name in config.few_and_many)
+    sources = config.sources(few, many, None)
+    return tuple(
+        standing_of(recipe, config, sources) for recipe, config in zip(TRIED, configs, strict=True)
+    )
+
+
+def standing_of(recipe: Recipe, config: Noisy, sources: Mapping[str, Any]) -> Standing:
+    """Train a network on the labels as they are, and measure it on the clean pictures.
+
+    Args:
+        recipe: the recipe.
+        config: its settings, with the steps of the trial.
+        sources: the pictures and their labels. Their files are read once for all recipes.
+    """
+    fitting = config.fitting
+    views = config.pictures.views()
+    given = dataclasses.replace(sources["unlabeled"], view=views.labeled, crop=views.crop)
+    clean = sources["labeled"]
+    place = device(fitting.device)
+    torch.manual_seed(fitting.seed)
+    network = config.network().to(place)
+    trainer = LossTrainer(
+        network, PLAIN, optimizer=config.optimizer("teacher", network), **config.trainer_options()
+    )
+    result = trainer.fit(given, None, steps=fitting.chosen_steps, **fitting.options())
+    network.load_state_dict(dict(result.weights))
+    examples = EvaluationBatches(clean.images, clean.labels, MEASURED_AT_ONCE)
+    logits_NC, labels_N = predict_logits(network, batches_of(examples, place))
+    return Standing(recipe=recipe, probabilities=logits_NC.float().softmax(1), labels=labels_N)
