@@ -468,9 +468,9 @@ class OfPictures:
         fitting = self.fitting
         if fitting.lr == self.pictures.rate:
             fitting = dataclasses.replace(fitting, lr=pictures.rate)
-        # Of this class, whose fields are those of a dataclass in each that is built on it.
-        own: Any = self
-        changed: Self = dataclasses.replace(own, pictures=pictures, fitting=fitting)
+        # This class is no dataclass itself, and all that are built on it are.
+        untyped: Any = self
+        changed: Self = dataclasses.replace(untyped, pictures=pictures, fitting=fitting)
         return changed
 
     def card(self, title: str) -> NetworkCard:

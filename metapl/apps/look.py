@@ -137,9 +137,9 @@ def choose_settings(
             f"--finetune-steps {config.fitting.finetune_steps} goes with a method that is named, "
             "such as --method uda: what --method auto trains is not finetuned."
         )
-    are_open = open_settings(config.pictures)
+    open_names = open_settings(config.pictures)
     if isinstance(method, Auto) and method.open_settings is None:
-        method = dataclasses.replace(method, open_settings=are_open)
+        method = dataclasses.replace(method, open_settings=open_names)
     config.check_first()
     tell_copies(config, len(few), say)
     seen = look(
@@ -168,8 +168,8 @@ def choose_settings(
 
     # 4. How pictures are augmented, where clean ones can tell.
     share_left = 1.0
-    if isinstance(config, Noisy) and "augment" in are_open:
-        config = with_tried_augmentation(config, are_open, say, clock)
+    if isinstance(config, Noisy) and "augment" in open_names:
+        config = with_tried_augmentation(config, open_names, say, clock)
         share_left -= mild_or_strong.TRIAL_SHARE
 
     # 5. The steps. Then all that was chosen is said in a line, and what else is to be known.
@@ -427,7 +427,7 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
 
 
 def with_tried_augmentation(
-    config: Noisy, are_open: Sequence[str], say: Say, clock: Clock
+    config: Noisy, open_names: Sequence[str], say: Say, clock: Clock
 ) -> Noisy:
     """Return the settings with the augmentation that was ahead in a short trial of both.
 
@@ -439,7 +439,7 @@ def with_tried_augmentation(
     minutes = config.minutes or MINUTES
     configs = []
     for recipe in mild_or_strong.TRIED:
-        settings = recipe.settings(config, are_open)
+        settings = recipe.settings(config, open_names)
         if config.fitting.steps is None:
             steps = steps_in(share * minutes, quick_seconds(settings, Plain(), clock))
         else:
@@ -458,7 +458,7 @@ def with_tried_augmentation(
         f"augmentation: {best.recipe.name}; of the {clean:,} clean pictures, which a trial does "
         f"not learn, {' and '.join(reached)}"
     )
-    chosen: Noisy = best.recipe.settings(config, are_open)
+    chosen: Noisy = best.recipe.settings(config, open_names)
     return chosen
 
 

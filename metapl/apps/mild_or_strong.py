@@ -52,7 +52,7 @@ def standing_of(recipe: Recipe, config: Noisy, sources: Mapping[str, Any]) -> St
     """
     fitting = config.fitting
     views = config.pictures.views()
-    given = dataclasses.replace(sources["unlabeled"], view=views.labeled, crop=views.crop)
+    noisy = dataclasses.replace(sources["unlabeled"], view=views.labeled, crop=views.crop)
     clean = sources["labeled"]
     place = device(fitting.device)
     torch.manual_seed(fitting.seed)
@@ -60,7 +60,7 @@ def standing_of(recipe: Recipe, config: Noisy, sources: Mapping[str, Any]) -> St
     trainer = LossTrainer(
         network, PLAIN, optimizer=config.optimizer("teacher", network), **config.trainer_options()
     )
-    result = trainer.fit(given, None, steps=fitting.chosen_steps, **fitting.options())
+    result = trainer.fit(noisy, None, steps=fitting.chosen_steps, **fitting.options())
     network.load_state_dict(dict(result.weights))
     examples = EvaluationBatches(clean.images, clean.labels, MEASURED_AT_ONCE)
     logits_NC, labels_N = predict_logits(network, batches_of(examples, place))
