@@ -1,4 +1,6 @@
-"""The tables and the figure of the runs on the unseen half: by defaults, and from a backbone.
+"""The tables and the figure of the runs on the unseen half: by methods, and from a backbone.
+
+Beside them stands what the race of recipes, the command's default, takes and gives there.
 
     python -m benchmarks.pictures.tables                            # print the tables
     python -m benchmarks.pictures.tables --write docs/pictures.md   # put them there, and the figure
@@ -12,11 +14,24 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import NONE, RESULTS, Row, arguments, figure_of, grid, parsed, read, show
+from benchmarks.harness import (
+    NONE,
+    RESULTS,
+    Row,
+    arguments,
+    figure_of,
+    grid,
+    interval,
+    parsed,
+    read,
+    show,
+)
 from benchmarks.pictures.problems import class_counts, half
 from metapl.metrics import chance_level
 
-RAW, BACKBONE = RESULTS / "pictures_unseen.jsonl", RESULTS / "pictures_backbone.jsonl"
+RAW = RESULTS / "pictures_unseen.jsonl"
+BACKBONE = RESULTS / "pictures_backbone.jsonl"
+RACE = RESULTS / "pictures_unseen_auto.jsonl"
 TITLES = {
     "uda": "UDA, half aligned",
     "fixmatch": "FixMatch",
@@ -112,6 +127,30 @@ def from_backbone(rows: list[Row]) -> str:
     return grid(["from", "time", "method", *names], lines, 3)
 
 
+def race(rows: list[Row]) -> str:
+    """Return a line a problem: the accuracy of the race of recipes, that of UDA, and the recipe.
+
+    The last line has the means, and the mean difference with its 95 % interval over the problems.
+    """
+    accuracies: dict[str, dict[str, float]] = {"auto": {}, "uda": {}}
+    recipes: dict[str, str] = {}
+    for row in rows:
+        accuracies[row["method"]][row["problem"]] = 100 * row["test_accuracy"]
+        if row["method"] == "auto":
+            recipes[row["problem"]] = row["chosen"]["recipe"]
+    names = [name for name in accuracies["auto"] if name in accuracies["uda"]]
+    auto = [accuracies["auto"][name] for name in names]
+    uda = [accuracies["uda"][name] for name in names]
+    lines = []
+    for name, first, second in zip(names, auto, uda, strict=True):
+        difference = f"{first - second:+.1f}"
+        lines.append([name, f"{first:.1f}", f"{second:.1f}", difference, recipes[name]])
+    means = [f"{statistics.fmean(values):.1f}" for values in (auto, uda)]
+    lines.append(["mean", *means, interval(auto, uda, form="+.1f"), ""])
+    head = ["problem", "auto", "UDA", "auto minus UDA", "the recipe that auto took"]
+    return grid(head, lines, "lrrrl")
+
+
 def draw(means: Means, file: Path) -> None:
     """Draw each problem's accuracies on a line, a mark a method and minutes."""
     from matplotlib.figure import Figure
@@ -153,6 +192,7 @@ def main() -> None:
         "backbone",
         from_backbone([row for row in read(BACKBONE) if row["half"] == "unseen"]),
     )
+    show(given.write, "race", race(read(RACE)))
     if given.write is not None:
         draw(reached(rows), figure_of(given.write, "pictures.png"))
 

@@ -43,7 +43,7 @@ def test_every_command_is_run_here() -> None:
     ]
     # In tests/apps/test_picture_problems.py, test_protocol_examples.py, test_wrong_labels.py and
     # test_real_pictures.py.
-    elsewhere = ["unseen", "backbone", "protocol_sources", "wrong_labels", "real"]
+    elsewhere = ["unseen", "race", "backbone", "protocol_sources", "wrong_labels", "real"]
     assert sorted(marked) == sorted(
         elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])]
     )

@@ -193,12 +193,16 @@ def test_the_table_is_of_the_means_over_seeds(tmp_path: Path) -> None:
         assert chance == f"{100 * chance_level(counts):.1f}"
     page = tmp_path / "page.md"
     marked = "before\n<!-- {0}:begin -->\n{1}\n<!-- {0}:end -->\nafter\n"
-    page.write_text("".join(marked.format(name, "old") for name in ("unseen", "backbone")))
+    page.write_text("".join(marked.format(name, "old") for name in ("unseen", "backbone", "race")))
     command(tables, "--write", page)
     of_backbone = tables.from_backbone(
         [row for row in read(tables.BACKBONE) if row["half"] == "unseen"]
     )
-    made = {"unseen": tables.table(read(tables.RAW)), "backbone": of_backbone}
+    made = {
+        "unseen": tables.table(read(tables.RAW)),
+        "backbone": of_backbone,
+        "race": tables.race(read(tables.RACE)),
+    }
     assert page.read_text() == "".join(marked.format(*each) for each in made.items())
     assert all(marked.format(*each)[7:-7] in PAGE.read_text() for each in made.items())
     assert (tmp_path / "pictures.png").read_bytes().startswith(b"\x89PNG")

@@ -119,14 +119,19 @@ def test_all_of_the_first_seed_comes_before_the_second() -> None:
 
 
 def test_differences_are_paired_by_seed_and_one_seed_has_no_interval() -> None:
-    def row(arm: str, seed: int, accuracy: float) -> dict[str, object]:
-        condition = {"kind": "pairs", "share": 0.4}
-        scores = {"test_accuracy": accuracy, "auc": 0.9, "processor_seconds": 61.0}
+    def row(arm: str, seed: int, accuracy: float, seconds: float = 60.0) -> dict[str, object]:
+        condition = {"kind": "pairs", "share": 0.4, "seconds": seconds}
+        scores = {"test_accuracy": accuracy, "auc": 0.9, "processor_seconds": seconds + 1}
         return {**condition, "arm": arm, "seed": seed, **scores}
 
     rows = [row(wrong_labels.OURS, 0, 0.8), row(wrong_labels.PLAIN, 0, 0.7)]
-    line = "| pairs, 40 % | script, plain | 1 | 70.0 | +10.0 | 0.900 | +0.000 | 61 |"
+    line = "| pairs, 40 % | 60 | script, plain | 1 | 70.0 | +10.0 | 0.900 | +0.000 | 61 |"
     assert line in wrong_labels.table(rows)
+    # What had more time is in lines of its own, and nothing is compared with it.
+    longer = [*rows, row(wrong_labels.PLAIN, 0, 0.6, seconds=300.0)]
+    assert line in wrong_labels.table(longer)
+    alone = "| pairs, 40 % | 300 | script, plain | 1 | 60.0 | – | 0.900 | – | 301 |"
+    assert alone in wrong_labels.table(longer)
     rows += [row(wrong_labels.OURS, 1, 0.9), row(wrong_labels.PLAIN, 1, 0.78)]
     # 10 and 12 points, of which a t-interval of one degree of freedom reaches 12.7 to each side.
     assert "| 2 | 74.0 | +11.0 (-1.7 to +23.7) |" in wrong_labels.table(rows)
