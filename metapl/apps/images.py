@@ -116,6 +116,9 @@ OTHER_RATE = 5e-4
 # Learning rates of AdamW for a network with pretrained weights, by what of it is trained.
 TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": 2e-4}
 
+# The rank of the updates by LoRA.
+LORA_RANK = 8
+
 # The learning rate of SGD that finetunes.
 FINETUNING_RATE = 1e-2
 
@@ -192,7 +195,7 @@ class Pictures:
     weights: Annotated[str | None, unset("FILE")] = None
     backbone: Annotated[str, unset("NAME|FILE")] = "none"
     tuning: Annotated[Literal["head", "lora", "all"] | None, unset("HOW")] = None
-    lora_rank: Annotated[int, Range(4, most=16)] = 8
+    lora_rank: Annotated[int, Range(4, most=16)] = LORA_RANK
     image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = (
         None
     )
@@ -212,6 +215,9 @@ class Pictures:
         check_fields(self)
         has_backbone = self.backbone != "none"
         require(self, self.tuning is None or has_backbone, "tuning", "--backbone beside it")
+        has_updates = has_backbone and self.tuning in (None, "lora")
+        is_rank_read = has_updates or self.lora_rank == LORA_RANK
+        require(self, is_rank_read, "lora_rank", "--backbone and --tuning lora beside it")
         has_frozen_layers = has_backbone and self.tuning != "all"
         for noise in ("dropout", "stochastic_depth"):
             fits = not (has_frozen_layers and getattr(self, noise))

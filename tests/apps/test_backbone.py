@@ -116,9 +116,7 @@ def test_a_run_begins_from_a_file_goes_on_from_it_alone_and_is_read_without_it(
 
 
 def tuned(tuning: Any, name: str = "pooled_cnn", **options: Any) -> Tuned:
-    config = Pictures(
-        network=name, weights="", backbone="given", tuning=tuning, lora_rank=4, **options
-    )
+    config = Pictures(network=name, weights="", backbone="given", tuning=tuning, **options)
     module = config.architecture(classes=3).create()
     heads = config.architecture(classes=3).heads(module)
     return Tuned(module, (0.5,) * 3, (0.5,) * 3, heads=heads, tuning=tuning, rank=4)
@@ -276,6 +274,8 @@ def test_what_is_no_backbone_is_refused_in_a_line(
         ("--backbone {root}/weights.pt --dropout 0.5", "noise"),
         ("--backbone {root}/weights.pt --grey True", "takes color pictures"),
         ("--backbone none --tuning lora", "--tuning"),
+        ("--lora-rank 16", "--tuning lora beside it"),
+        ("--backbone {root}/weights.pt --tuning head --lora-rank 4", "--tuning lora beside it"),
         ("--backbone {root}/test/red/red-0.png", "read"),
     ):
         error = metapl(*command(f"{IMAGES} uda {more}", root, tmp_path / "run"), code=2).stderr
