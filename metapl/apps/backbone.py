@@ -44,6 +44,11 @@ LEAST_SIDE = 32
 CONTROL_SIDE = LARGEST_LINEAR_SIDE
 CONTROL_PICTURES = 2000
 CONTROL_BATCH = 64
+CONTROL_ITERATIONS = 1000
+
+# Of the question how well pixels tell classes apart: the folds, and the most pictures.
+PIXEL_FOLDS = 10
+PIXEL_PICTURES = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +257,7 @@ class Control:
         labels = data.labeled.labels
         are_digits = isinstance(images, Tensor)
         scalers = [] if are_digits else [StandardScaler()]
-        pipeline = make_pipeline(*scalers, LogisticRegression(max_iter=1000))
+        pipeline = make_pipeline(*scalers, LogisticRegression(max_iter=CONTROL_ITERATIONS))
         control = cls(network, pipeline)
         # Evenly over the classes, and the first of each class, however rare that is.
         step = max(1, -(-len(images) // CONTROL_PICTURES))
@@ -319,5 +324,52 @@ class Control:
                 if isinstance(network, Tuned):
                     x = network.features(x)
                 else:
-                    x = nn.functional.adaptive_avg_pool2d(x, min(CONTROL_SIDE, x.shape[-1]))
+                    x = shrunk(x)
                 yield x.flatten(1).double().cpu().numpy(), labels.cpu().numpy()
+
+
+def shrunk(x: Tensor) -> Tensor:
+    """Return pictures of 16 pixels at most, (B, channels, side, side)."""
+    return nn.functional.adaptive_avg_pool2d(x, min(CONTROL_SIDE, x.shape[-1]))
+
+
+def accuracy_on_pixels(images: Any, labels: Tensor, *, seed: int) -> float:
+    """Return the share of pictures that regressions on the pixels of others are right about.
+
+    The labeled pictures, some :data:`PIXEL_PICTURES` at most, are divided into
+    :data:`PIXEL_FOLDS` folds, or fewer where all classes have fewer pictures. A logistic
+    regression as that of :class:`Control` is fitted without each of them. Where no class has two
+    pictures, the share is 0.
+
+    Args:
+        images: the pictures, which :class:`~metapl.pictures.batches.EvaluationBatches` reads.
+        labels: int64 (n,).
+        seed: of the folds.
+
+    Cost: a second or so.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    # Evenly over the classes.
+    step = max(1, -(-len(labels) // PIXEL_PICTURES))
+    chosen = labels.argsort(stable=True)[::step]
+    folds = min(PIXEL_FOLDS, int(torch.bincount(labels[chosen]).max()))
+    if folds < 2:
+        return 0.0
+    examples = EvaluationBatches(images.select(chosen), labels[chosen], CONTROL_BATCH)
+    # Of the files that can be read.
+    batches = [*batches_of(examples, torch.device("cpu"))]
+    pixels_NF = torch.cat([shrunk(x).flatten(1) for x, _ in batches]).double().numpy()
+    label_N = torch.cat([y for _, y in batches]).numpy()
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=CONTROL_ITERATIONS))
+    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        # Some classes have fewer pictures than there are folds.
+        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
+        predicted_N = cross_val_predict(pipeline, pixels_NF, label_N, cv=splits)
+    return float((predicted_N == label_N).mean())

@@ -14,13 +14,13 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
-from metapl.apps.backbone import Control
+from metapl.apps.backbone import Control, accuracy_on_pixels
 from metapl.apps.linear import Linear
 from metapl.apps.methods import Method, Supervised, Trained, Training, Uda
 from metapl.apps.self_training import SelfTraining
@@ -181,10 +181,14 @@ STRONG = Recipe(
     tried_by=MIXED_UP,
     few_labels=Uda(),
     many_labels=Uda(),
-    head_start=3.0,
+    # It learns slowly, and most of what UDA learns from unlabeled pictures comes late: on textures
+    # it was behind in 37 steps, and ahead by 53 points in a thousand.
+    head_start=12.0,
     # Where a linear layer on the pixels tells classes apart, things stand at the same places in all
-    # pictures, and strong changes hide what they are told by.
-    less_where_linear=0.12,
+    # pictures, and strong changes hide what they are told by. On textures, arrows, digits on
+    # clutter and tiles, where strong changes are better, it is 0 to 19 points above chance, and on
+    # Fashion-MNIST and on wires of a harness, where they are worse, 27 to 57.
+    less_where_linear=0.4,
 )
 
 RECIPES = (MILD, MIRRORED, STRONG, LINEAR)
@@ -277,7 +281,7 @@ class Auto(Method):
         assert self.final_steps is not None, "the steps were chosen"
         race = Race(t=t, auto=self, trial_steps=self.trial_steps)
         all_recipes, finalists = race.run()
-        best = ordered(finalists, race.linear_advantage(all_recipes))[0].recipe
+        best = ordered(finalists, race.linear_advantage)[0].recipe
         t.say(f"method: {best.name}; {sentence(all_recipes, finalists)}")
         steps = self.final_steps[RECIPES.index(best)]
         labeled = t.data.labeled
@@ -320,7 +324,7 @@ class Race:
         labels_N = self.t.data.labeled.labels
         fold_N = folds_of(labels_N, self.t.config.fitting.seed)
         all_recipes = [self.measured(recipe, fold_N, fold=0) for recipe in RECIPES]
-        finalists = ordered(all_recipes, self.linear_advantage(all_recipes))[:FINALISTS]
+        finalists = ordered(all_recipes, self.linear_advantage)[:FINALISTS]
         for fold in range(1, FOLDS):
             for place, standing in enumerate(finalists):
                 more = self.measured(standing.recipe, fold_N, fold=fold)
@@ -331,12 +335,15 @@ class Race:
                 )
         return all_recipes, finalists
 
-    def linear_advantage(self, standings: Sequence[Standing]) -> float:
-        """Return by how many points a linear layer is above chance on the pictures of a fold."""
-        linear = next(standing for standing in standings if standing.recipe is LINEAR)
-        counts = torch.bincount(self.t.data.labeled.labels)
+    @cached_property
+    def linear_advantage(self) -> float:
+        """Return by how many points a linear layer on the pixels is above chance; 0 at least."""
+        labeled = self.t.data.labeled
+        seed = self.t.config.fitting.seed
+        accuracy = accuracy_on_pixels(labeled.images, labeled.labels, seed=seed)
+        counts = torch.bincount(labeled.labels)
         chance = float(counts.max() / counts.sum())
-        return max(0.0, 100 * (linear.accuracy - chance))
+        return max(0.0, 100 * (accuracy - chance))
 
     def measured(self, recipe: Recipe, fold_N: Tensor, *, fold: int) -> Standing:
         """Train without a fold, and return what the recipe reaches on its pictures."""

@@ -9,15 +9,18 @@ import pytest
 import torch
 from command import metapl
 from safetensors.torch import load_file
+from sklearn.datasets import load_digits
 from tiny_runs import color_folders, images_command
 from torch import Tensor
 
 from metapl.apps import tournament
+from metapl.apps.backbone import accuracy_on_pixels
 from metapl.apps.methods import Supervised
 from metapl.apps.self_training import SelfTraining, balanced
 from metapl.apps.tournament import FOLDS, RECIPES, TRIALS, Auto, Standing, folds_of, points_of
 from metapl.errors import MetaplError
 from metapl.networks import create
+from metapl.pictures import MemoryImages
 
 # ------------------------------------------------------------------------------------------- folds
 
@@ -73,7 +76,8 @@ def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
     [
         # Few pictures say little, and many say much.
         (5, 4, 10, "strong"),
-        (400, 300, 700, "mild"),
+        (12, 8, 20, "strong"),
+        (600, 300, 700, "mild"),
         (0, 0, 0, "strong"),
     ],
 )
@@ -95,7 +99,30 @@ def test_who_is_surely_wrong_is_behind_who_is_unsure() -> None:
 def test_strong_changes_lose_their_head_start_where_a_linear_layer_is_right() -> None:
     standings = [standing("mild", 20, 40), standing("strong", 20, 40)]
     assert tournament.ordered(standings, linear_advantage=20.0)[0].recipe.name == "strong"
-    assert tournament.ordered(standings, linear_advantage=30.0)[0].recipe.name == "mild"
+    assert tournament.ordered(standings, linear_advantage=40.0)[0].recipe.name == "mild"
+
+
+def test_a_linear_layer_is_far_above_chance_on_digits_that_stand_still_alone() -> None:
+    data = load_digits()
+    digits = torch.from_numpy(data.images[:150] * 15).to(torch.uint8)[:, None]
+    labels = torch.from_numpy(data.target[:150]).long()
+    assert accuracy_on_pixels(MemoryImages(digits), labels, seed=0) > 0.8
+    # Each digit somewhere else, around the edges too.
+    torch.manual_seed(0)
+    shifts = torch.randint(0, 8, (150, 2)).tolist()
+    rolled = [
+        digit.roll(tuple(shift), dims=(1, 2)) for digit, shift in zip(digits, shifts, strict=True)
+    ]
+    assert accuracy_on_pixels(MemoryImages(torch.stack(rolled)), labels, seed=0) < 0.35
+
+
+def test_pixels_of_single_pictures_tell_nothing() -> None:
+    assert (
+        accuracy_on_pixels(
+            MemoryImages(torch.zeros(3, 1, 8, 8, dtype=torch.uint8)), torch.arange(3), seed=0
+        )
+        == 0.0
+    )
 
 
 def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
@@ -186,7 +213,7 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
     measured = tournament.Race.measured
     calls = 0
 
-    def stopped(*args: object, **options: object) -> Tensor:
+    def stopped(*args: object, **options: object) -> Standing:
         nonlocal calls
         calls += 1
         if calls == 3:
