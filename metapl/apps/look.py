@@ -135,7 +135,7 @@ def choose_settings(
     if isinstance(method, Auto) and config.fitting.finetune_steps:
         raise MetaplError(
             f"--finetune-steps {config.fitting.finetune_steps} goes with a method that is named, "
-            "such as --method uda: what --method auto trains is not finetuned."
+            "such as --method uda: the recipes of --method auto have their own."
         )
     open_names = open_settings(config.pictures)
     if isinstance(method, Auto) and method.open_settings is None:

@@ -191,6 +191,7 @@ class Trained:
         teacher: a network that is kept beside it, with its weights.
         fallback: a network that is kept where the student is far behind, with its weights.
         finetunes: whether the student is finetuned as usual; or a function that finetunes it.
+        training: whose settings and pictures it is finetuned by; None: those of the run.
         rounds: what result.json says of the rounds of Noisy Student.
         configs: settings of kept networks that are not those of the training.
         chosen: what result.json says of how the method found its recipe.
@@ -201,6 +202,7 @@ class Trained:
     teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None
     fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = None
     finetunes: bool | Callable[[], Any] = True
+    training: Training | None = None
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None

@@ -207,7 +207,7 @@ def train(
     if callable(trained.finetunes):
         networks["finetuned"] = trained.finetunes()
     elif trained.finetunes:
-        finetuned = finetune(trained, training, processes, selects=selects)
+        finetuned = finetune(trained, trained.training or training, processes, selects=selects)
         network = inside(trained.trainer.as_given)
         networks["finetuned"] = measured(
             data, network, finetuned.validation_accuracy, finetuned.weights

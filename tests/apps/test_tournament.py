@@ -229,6 +229,38 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
         assert torch.equal(value, resumed[name]), name
 
 
+def test_strong_changes_are_followed_by_finetuning_that_is_delivered(
+    three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = tournament.points_of
+
+    def strong_ahead(*args: object, **options: object) -> dict[str, float]:
+        return {**points(*args, **options), "strong": 100.0}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tournament, "points_of", strong_ahead)
+    out = tmp_path / "run"
+    metapl(*images_command(three_colors, *AUTO, "--out", str(out)))
+    result = json.loads((out / "result.json").read_text())
+    assert result["chosen"]["recipe"] == "strong"
+    assert result["delivered"] == "finetuned"
+    finetuned = load_file(out / "finetuned_student.safetensors")
+    assert any(not torch.equal(value, finetuned[name]) for name, value in weights(out).items())
+
+
+def test_finetuning_is_a_tenth_of_the_steps_and_200_at_most() -> None:
+    recipes = {recipe.name: recipe for recipe in RECIPES}
+    assert [recipes["strong"].finetune_steps(steps) for steps in (9, 870, 5_000)] == [0, 87, 200]
+    assert recipes["mild"].finetune_steps(5_000) == 0
+
+
+def test_patience_is_of_the_training_and_not_of_the_trials(
+    three_colors: Path, tmp_path: Path
+) -> None:
+    more = ("--patience", "2", "--val", str(three_colors / "test"), "--lr", "1e-9")
+    command = images_command(three_colors, *AUTO, *more, "--out", str(tmp_path / "run"))
+    assert "patience" in metapl(*command).stdout
+
+
 def test_a_linear_layer_that_is_best_is_delivered_as_it_was_fitted(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
