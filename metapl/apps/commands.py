@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import (
@@ -30,7 +31,7 @@ from metapl.apps.images import Images, OfPictures
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
 from metapl.apps.log_to import MetricLog
-from metapl.apps.look import choose_settings
+from metapl.apps.look import choose_settings, open_settings
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
 from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
@@ -239,10 +240,16 @@ class Train:
         )
         return command
 
-    def with_seen_again(self) -> Self:
-        """Return the training with what other pictures than the recipe's show left open."""
+    def with_seen_again(self, names: Collection[str]) -> Self:
+        """Return the training with what other pictures than the recipe's show left open.
+
+        Args:
+            names: of the settings that were asked for beside the recipe.
+        """
         assert self.options.recipe is not None, "it repeats a run"
         config, method = self.options.recipe.with_seen_again(self.config, self.method)
+        if isinstance(method, Auto):
+            method = method.asked(names)
         return dataclasses.replace(self, config=config, method=method)
 
     def run(self) -> int:
@@ -327,7 +334,7 @@ class Train:
                 # Another program that calls this is not told how to start it again.
                 if sys.argv[1:] and sys.argv[1] in TRAINING_COMMANDS:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
-                config, method = self.choose_open_settings(folder)
+                config, method = self.choose_open_settings(folder, comparison)
                 if comparison is None:
                     self.train_one(
                         config, method, folder, processes=processes, others=others, log=log
@@ -351,9 +358,20 @@ class Train:
             others.leave(NOT_STARTED)
         return 0
 
-    def choose_open_settings(self, folder: RunFolder) -> tuple[TrainingConfig, Method]:
-        """Return the settings with a value for each that was left open: those of a resumed run."""
+    def choose_open_settings(
+        self, folder: RunFolder, comparison: ComparisonPlan | None
+    ) -> tuple[TrainingConfig, Method]:
+        """Return the settings with a value for each that was left open: those of a resumed run.
+
+        The settings of a comparison are those of one of its methods, and not of a race of recipes.
+        """
         config = self.config
+        method = self.method
+        if comparison is not None and isinstance(method, Auto):
+            assert self.methods is not None, "there are methods to compare"
+            named = [name for name in comparison.names if name != Auto.name]
+            if named:
+                method = self.methods.METHODS[named[0]]
         stored = None
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
@@ -363,11 +381,11 @@ class Train:
                 say(f"note: {note}")
         torch.set_num_threads(config.threads or self.usual_threads())
         if isinstance(config, OfPictures):
-            config, method = choose_settings(config, self.method, say, stored)
+            config, method = choose_settings(config, method, say, stored)
             if recipe is not None:
                 recipe.check_weights(config.pictures)
         else:
-            method = self.method.scheduled(config.fitting.chosen_steps)
+            method = method.scheduled(config.fitting.chosen_steps)
         if isinstance(method, NoisyStudent):
             # Networks that do not go on are refused before anything is written.
             noisy_student.configs_of(config, method)
@@ -389,6 +407,9 @@ class Train:
         compared = {}
         for name in names:
             like_own = with_settings_of(usual[name], method, usual[method.name])
+            if isinstance(like_own, Auto) and isinstance(self.config, OfPictures):
+                open_names = open_settings(self.config.pictures)
+                like_own = dataclasses.replace(like_own, open_settings=open_names)
             compared[name] = like_own.scheduled(steps)
         return compared
 

@@ -19,10 +19,11 @@ from torch import Tensor
 from metapl.apps import backbone, mild_or_strong
 from metapl.apps.backbone import Backbone
 from metapl.apps.images import Images, Pictures
+from metapl.apps.inputs import plural
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy, Plain
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
-from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto, ordered
+from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -352,11 +353,11 @@ def steps_of_race(method: Auto) -> str:
 
     def span(steps: Mapping[str, int]) -> str:
         least, most = min(steps.values()), max(steps.values())
-        return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        return plural(most, "step") if least == most else f"{least:,} to {plural(most, 'step')}"
 
     return (
-        f"{len(RECIPES)} recipes are tried on the labels, for {span(trial_steps)} steps at a time, "
-        f"and the best one gets {span(final_steps)} steps"
+        f"{len(RECIPES)} recipes are tried on the labels, for {span(trial_steps)} at a time, "
+        f"and the best one gets {span(final_steps)}"
     )
 
 
@@ -432,31 +433,30 @@ def with_tried_augmentation(
     """Return the settings with the augmentation that was ahead in a short trial of both.
 
     Each is trained on the labels as they are for a sixteenth of the minutes, or for a sixteenth of
-    the steps that were asked for, and measured on the clean pictures (:mod:`metapl.apps.
-    mild_or_strong`).
+    the steps that were asked for, which are all for the training that follows. Both are measured on
+    the clean pictures (:mod:`metapl.apps.mild_or_strong`).
     """
     share = mild_or_strong.TRIAL_SHARE / len(mild_or_strong.TRIED)
     minutes = config.minutes or MINUTES
-    configs = []
+    trial_configs: dict[str, Noisy] = {}
     for recipe in mild_or_strong.TRIED:
-        settings = recipe.settings(config, open_names)
+        trial = recipe.settings(config, open_names)
         if config.fitting.steps is None:
-            steps = steps_in(share * minutes, quick_seconds(settings, Plain(), clock))
+            steps = steps_in(share * minutes, quick_seconds(trial, Plain(), clock))
         else:
             steps = max(1, round(share * config.fitting.steps))
         lengths = {"steps": steps, "warmup": round(WARMUP * steps), "patience": None}
-        configs.append(with_flags(settings, **lengths))
-    standings = mild_or_strong.trials(configs)
-    best = ordered(standings, linear_advantage=0.0)[0]
-    clean = len(best.labels)
-    reached = [
+        trial_configs[recipe.name] = with_flags(trial, **lengths)
+    standings = mild_or_strong.trials([*trial_configs.values()])
+    sentences = [
         f"{standing.recipe.name} is right on {standing.accuracy:.0%} after "
-        f"{trial.fitting.chosen_steps:,} steps"
-        for standing, trial in zip(standings, configs, strict=True)
+        f"{trial_configs[standing.recipe.name].fitting.chosen_steps:,} steps"
+        for standing in standings
     ]
+    best = standings[0]
     say(
-        f"augmentation: {best.recipe.name}; of the {clean:,} clean pictures, which a trial does "
-        f"not learn, {' and '.join(reached)}"
+        f"augmentation: {best.recipe.name}; of the {len(best.labels):,} clean pictures, which a "
+        f"trial does not learn, {' and '.join(sentences)}"
     )
     chosen: Noisy = best.recipe.settings(config, open_names)
     return chosen

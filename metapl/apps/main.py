@@ -305,7 +305,8 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
     with refused_in_a_line(command_line(name, kind, methods, flags)):
         command = tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
     if recipe is not None:
-        command = command.with_seen_again()
+        asked = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag[:2] == "--"}
+        command = command.with_seen_again({name.replace("-", "_") for name in asked})
     return name, command
 
 

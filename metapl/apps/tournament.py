@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -296,6 +296,20 @@ class Auto(Method):
             final_steps=(final,) * len(RECIPES),
         )
 
+    def asked(self, names: Collection[str]) -> Self:
+        """Return the method of a repeated run beside which some settings were asked for.
+
+        These are no recipe's own any more, and another number of steps is divided anew.
+
+        Args:
+            names: of the settings.
+        """
+        open_names = tuple(name for name in self.open_settings or () if name not in names)
+        method = dataclasses.replace(self, open_settings=open_names)
+        if "steps" in names or "trial_share" in names:
+            method = dataclasses.replace(method, trial_steps=None, final_steps=None)
+        return method
+
     def train(self, t: Training) -> Trained:
         """Hold the race, and train by the recipe that wins it."""
         assert self.trial_steps is not None, "the steps were chosen"
@@ -303,10 +317,14 @@ class Auto(Method):
         race = Race(t=t, auto=self, trial_steps=self.trial_steps)
         all_recipes, finalists = race.run()
         best = ordered(finalists, race.linear_advantage)[0].recipe
-        t.say(f"method: {best.name}; {sentence(all_recipes, finalists)}")
         steps = self.final_steps[RECIPES.index(best)]
         labeled = t.data.labeled
         method = best.method(len(labeled.labels), len(t.data.classes))
+        settings = best.settings(t.config, self.open_settings or ())
+        t.say(
+            f"method: {best.name}, {settings.pictures.augment} augmentation, {method.title}; "
+            f"{sentence(all_recipes, finalists, best)}"
+        )
         trained = best.train(
             t,
             labeled,
@@ -323,7 +341,12 @@ class Auto(Method):
             chosen={
                 "recipe": best.name,
                 "method": method.name,
+                "augment": settings.pictures.augment,
+                "mirror": settings.pictures.mirror,
+                "network": settings.pictures.network,
+                "lr": settings.fitting.lr,
                 "steps": steps,
+                "finetune_steps": best.finetune_steps(steps),
                 "first_fold": accuracies(all_recipes),
                 "all_folds": accuracies(finalists),
             },
@@ -365,13 +388,9 @@ class Race:
 
     @cached_property
     def linear_advantage(self) -> float:
-        """Return by how many points a linear layer on the pixels is above chance; 0 at least."""
+        """Return :func:`linear_advantage` of the labeled pictures, which is found once."""
         labeled = self.t.data.labeled
-        seed = self.t.config.fitting.seed
-        accuracy = accuracy_on_pixels(labeled.images, labeled.labels, seed=seed)
-        counts = torch.bincount(labeled.labels)
-        chance = float(counts.max() / counts.sum())
-        return max(0.0, 100 * (accuracy - chance))
+        return linear_advantage(labeled.images, labeled.labels, seed=self.t.config.fitting.seed)
 
     def measured(self, recipe: Recipe, fold_N: Tensor, *, fold: int) -> Standing:
         """Train without a fold, and return what the recipe reaches on its pictures."""
@@ -466,6 +485,20 @@ def folds_of(labels_N: Tensor, seed: int) -> Tensor:
     return fold_N
 
 
+def linear_advantage(images: Any, labels: Tensor, *, seed: int) -> float:
+    """Return by how many points a linear layer on the pixels is above chance; 0 at least.
+
+    Args:
+        images: labeled pictures.
+        labels: int64 (n,), of these.
+        seed: of the folds that it is measured on.
+    """
+    accuracy = accuracy_on_pixels(images, labels, seed=seed)
+    counts = torch.bincount(labels)
+    chance = float(counts.max() / counts.sum())
+    return max(0.0, 100 * (accuracy - chance))
+
+
 def ordered(standings: Sequence[Standing], linear_advantage: float) -> list[Standing]:
     """Return recipes that were measured on the same pictures, the most promising one first.
 
@@ -480,12 +513,16 @@ def ordered(standings: Sequence[Standing], linear_advantage: float) -> list[Stan
 def points_of(standings: Sequence[Standing], linear_advantage: float) -> dict[str, float]:
     r"""Return by how much each recipe is expected to be ahead of the others, in points.
 
-    .. math:: h_i - c_i\, l + \frac{t^2}{t^2 + e_i^2}\,\bar a_i, \qquad t^2 = \frac{R - 1}{R}\, s^2
+    .. math:: h_i - c_i\, l + \frac{u^2}{u^2 + e_i^2}\,\bar a_i, \qquad
+              u^2 = \frac{R - 1}{R}\, s^2, \qquad
+              e_i^2 = \frac{1}{n^2} \Big( \sum_k (a_{ik} - \bar a_i)^2 + 50^2 \Big)
 
-    a are the quadratic scores on n pictures (:attr:`Standing.scores`) minus the mean over the R
-    recipes, picture by picture; ā is their mean, and e its standard error. s is :data:`SPREAD`, and
-    t what it is of a difference to the mean. h is the head start, and c·l what is taken from it
-    because a linear layer is l points above chance.
+    a are the quadratic scores on n pictures (:attr:`Standing.scores`), in points, minus the mean
+    over the R recipes, picture by picture; ā is their mean over the pictures. e is the standard
+    error of ā, as if one picture more were half a score away from it, so that the error of few
+    pictures is not small by chance. s is :data:`SPREAD`, and u what it is of a difference to the
+    mean. h is the head start, and c·l what is taken from it because a linear layer is l points
+    above chance.
 
     It is the mean of a normal distribution whose prior is the head start: on few pictures the head
     start decides, and on many the scores do.
@@ -493,18 +530,16 @@ def points_of(standings: Sequence[Standing], linear_advantage: float) -> dict[st
     scores_RN = torch.stack([standing.scores for standing in standings])
     advantages_RN = 100 * (scores_RN - scores_RN.mean(0))
     recipes, pictures = scores_RN.shape
-    spread = SPREAD**2 * (recipes - 1) / recipes
+    squared_spread = SPREAD**2 * (recipes - 1) / recipes
     points = {}
     for standing, advantages_N in zip(standings, advantages_RN, strict=True):
         recipe = standing.recipe
-        expected = recipe.head_start - recipe.less_where_linear * linear_advantage
+        points[recipe.name] = recipe.head_start - recipe.less_where_linear * linear_advantage
         if pictures:
-            mean = advantages_N.mean()
-            # As if one picture more were half a score away from the mean, so that the error of few
-            # pictures is not small by chance.
+            mean = float(advantages_N.mean())
             squares = float((advantages_N - mean).square().sum()) + 50**2
-            expected += spread / (spread + squares / pictures**2) * float(mean)
-        points[recipe.name] = expected
+            squared_error = squares / pictures**2
+            points[recipe.name] += squared_spread / (squared_spread + squared_error) * mean
     return points
 
 
@@ -518,8 +553,8 @@ def accuracies(standings: Sequence[Standing]) -> dict[str, float]:
     return {standing.recipe.name: round(standing.accuracy, 4) for standing in standings}
 
 
-def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing]) -> str:
-    """Return in words what was tried, and what it reached."""
+def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing], best: Recipe) -> str:
+    """Return in words what was tried, what it reached, and why another one was not taken."""
     pictures = len(finalists[0].labels)
     if not pictures:
         return "no class has two labeled pictures, so that nothing could be tried"
@@ -531,4 +566,11 @@ def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing]) -> 
         if standing.recipe.name not in names:
             first_fold = len(standing.labels)
             tried.append(f"{standing.recipe.name} {standing.accuracy:.0%} (on {first_fold:,})")
-    return f"tried shortly on {pictures:,} held-out labels: {', '.join(tried)}"
+    text = f"tried shortly on {pictures:,} held-out labels: {', '.join(tried)}"
+    others = [standing for standing in all_recipes if standing.recipe is not best]
+    own_accuracy = max(
+        standing.accuracy for standing in (*all_recipes, *finalists) if standing.recipe is best
+    )
+    if any(standing.accuracy > own_accuracy for standing in others):
+        text += "; what is taken gains the most by a long training"
+    return text

@@ -234,7 +234,7 @@ def train(
         "title": method.title,
         "networks": words,
         "seed": fitting.seed,
-        "steps": fitting.steps,
+        "steps": (trained.training or training).config.fitting.steps,
         "best_step": trained.result.step,
         "validation_size": len(validation_labels),
         "validation_chance": chance,

@@ -205,6 +205,44 @@ def test_a_run_from_its_recipe_has_the_same_bits(auto_run: Path, tmp_path: Path)
         assert torch.equal(value, again[name]), name
 
 
+def test_flags_beside_a_recipe_are_followed_by_the_race(auto_run: Path, tmp_path: Path) -> None:
+    repeated = ("train", "--config", str(auto_run / "recipe.json"))
+    asked = ("--augment", "strong", "--network", "small_cnn", "--steps", "32")
+    out = tmp_path / "again"
+    metapl(*repeated, *asked, "--out", str(out))
+    chosen = json.loads((out / "result.json").read_text())["chosen"]
+    assert chosen["augment"] == "strong"
+    assert chosen["network"] == "small_cnn"
+    # Of 32 steps each of seven trials has one at least.
+    assert chosen["steps"] == 32 - TRIALS
+    more = tmp_path / "more"
+    metapl(*repeated, "--trial-share", "0.5", "--out", str(more))
+    fields = json.loads((more / "recipe.json").read_text())["recipe"]["fields"]
+    assert fields["trial_steps"] == [round(0.5 * 40 / TRIALS)] * len(RECIPES)
+
+
+def test_the_result_says_what_was_trained_and_for_how_many_steps(auto_run: Path) -> None:
+    result = json.loads((auto_run / "result.json").read_text())
+    chosen = result["chosen"]
+    assert result["steps"] == chosen["steps"] == 40 - TRIALS * round(0.125 * 40 / TRIALS)
+    assert f'"name": "{chosen["network"]}"' in (auto_run / "network.json").read_text()
+    assert {"augment", "mirror", "lr", "finetune_steps"} <= chosen.keys()
+
+
+def test_a_comparison_without_the_race_is_of_the_methods_as_they_are(
+    three_colors: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "compared"
+    methods = ("--compare", "--methods", "supervised", "uda", "--seeds", "0", "--jobs", "1")
+    command = images_command(three_colors, "--method", "auto", "--steps", "12", *methods)
+    said = metapl(*command, "--out", str(out))
+    assert "recipes are tried" not in said.stdout + said.stderr
+    for method in ("supervised", "uda"):
+        recipe = json.loads((out / method / "seed-0" / "recipe.json").read_text())["recipe"]
+        assert recipe["fields"]["finetune_steps"] == 2
+        assert recipe["fields"]["steps"] == 12
+
+
 def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
     auto_run: Path, three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
