@@ -93,7 +93,7 @@ class Fitting:
         ema_decay: decay of the running average of the weights, such as 0.99. If it is given, the
             average is the network that is kept.
         finetune_steps: number of steps on labeled examples alone at the end. By default it is 200,
-            and 0 with --method auto.
+            and 200 at most with --method auto, whose recipes differ.
         validate_every: number of steps between two measurements on the validation examples. Of your
             own pictures there are 20 measurements by default.
         patience: stop after so many of these measurements in a row that were no better than the

@@ -1,8 +1,8 @@
 """The method ``auto``: some recipes are tried on folds of the labeled pictures, and one is taken.
 
 It is a short race by successive halving (Jamieson and Talwalkar, 2016): all recipes are trained
-shortly without a fold of the labeled pictures and measured on that fold; the better half of them
-goes on to the other folds. Then the best is trained for the rest of the time on all labels.
+shortly without a fold of the labeled pictures and measured on that fold; the two most promising
+ones go on to the other folds. Then the best is trained for the rest of the time on all labels.
 
 How many steps each recipe gets is fixed before the race begins, and stands among the settings of
 the run. So a run that is resumed, or repeated from its recipe, holds the same race.
@@ -233,6 +233,14 @@ class Standing:
     probabilities: Tensor
     labels: Tensor
 
+    def joined(self, other: Standing) -> Standing:
+        """Return what the recipe has reached on the pictures of both."""
+        return Standing(
+            recipe=self.recipe,
+            probabilities=torch.cat([self.probabilities, other.probabilities]),
+            labels=torch.cat([self.labels, other.labels]),
+        )
+
     @property
     def accuracy(self) -> float:
         """Return the share of the pictures that it was right on; 0 where there were none."""
@@ -377,13 +385,10 @@ class Race:
         all_recipes = [self.measured(recipe, fold_N, fold=0) for recipe in RECIPES]
         finalists = ordered(all_recipes, self.linear_advantage)[:FINALISTS]
         for fold in range(1, FOLDS):
-            for place, standing in enumerate(finalists):
-                more = self.measured(standing.recipe, fold_N, fold=fold)
-                finalists[place] = Standing(
-                    recipe=standing.recipe,
-                    probabilities=torch.cat([standing.probabilities, more.probabilities]),
-                    labels=torch.cat([standing.labels, more.labels]),
-                )
+            finalists = [
+                standing.joined(self.measured(standing.recipe, fold_N, fold=fold))
+                for standing in finalists
+            ]
         return all_recipes, finalists
 
     @cached_property
@@ -395,13 +400,13 @@ class Race:
     def measured(self, recipe: Recipe, fold_N: Tensor, *, fold: int) -> Standing:
         """Train without a fold, and return what the recipe reaches on its pictures."""
         t = self.t
-        held_out = (fold_N == fold).nonzero()[:, 0]
-        if not len(held_out):
+        held_out_rows = (fold_N == fold).nonzero()[:, 0]
+        if not len(held_out_rows):
             # The classes have fewer pictures than there are folds.
             nothing = torch.zeros(0, len(t.data.classes))
-            return Standing(recipe=recipe, probabilities=nothing, labels=held_out)
+            return Standing(recipe=recipe, probabilities=nothing, labels=held_out_rows)
         labeled = t.data.labeled
-        learned = (fold_N != fold).nonzero()[:, 0]
+        learned_rows = (fold_N != fold).nonzero()[:, 0]
         number = RECIPES.index(recipe)
         trial = dataclasses.replace(
             t,
@@ -410,7 +415,7 @@ class Race:
         )
         trained = recipe.train(
             trial,
-            LabeledPart(labeled.images.select(learned), labeled.labels[learned]),
+            LabeledPart(labeled.images.select(learned_rows), labeled.labels[learned_rows]),
             recipe.tried_by,
             steps=self.trial_steps[number],
             auto=self.auto,
@@ -418,7 +423,7 @@ class Race:
         network = trained.trainer.student
         network.load_state_dict(dict(trained.result.weights))
         examples = EvaluationBatches(
-            labeled.images.select(held_out), labeled.labels[held_out], MEASURED_AT_ONCE
+            labeled.images.select(held_out_rows), labeled.labels[held_out_rows], MEASURED_AT_ONCE
         )
         logits_BC, labels_B = predict_logits(network, batches_of(examples, t.place))
         return Standing(
