@@ -516,8 +516,12 @@ def tell_how_to_resume(stopped: KeyboardInterrupt, path: Path) -> None:
     if not any(word == "--out" or word.startswith("--out=") for word in words):
         words += ["--out", str(path)]
     words.append("--resume")
-    # A fit that was stopped says after which step.
-    reason = str(stopped) if isinstance(stopped, Interrupted) else "stopped"
+    reason = "stopped"
+    if isinstance(stopped, Interrupted):
+        # A fit that was stopped says after which step. A trial of augmentations has no folder.
+        reason = str(stopped)
+        if stopped.saved is None:
+            reason = "stopped before the training, of which nothing is saved yet"
     tell(f"\n{reason}; go on with:\n  {program()} {shlex.join(words)}", file=sys.stderr)
 
 

@@ -300,7 +300,15 @@ class Noisy(OfPictures):
     classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
-        """Refuse folders in each other, of other classes, or with the same pictures."""
+        """Refuse folders in each other, of other classes, or with the same pictures.
+
+        Patience is refused too where there is nothing to measure on, before anything is tried.
+        """
+        if self.fitting.patience is not None and self.val is None:
+            raise MetaplError(
+                f"--patience {self.fitting.patience} was given, and there are no validation "
+                "examples to measure on; leave it out, or give them by --val."
+            )
         labeled_path = Path(self.labeled).expanduser().resolve()
         clean_path = Path(self.clean).expanduser().resolve()
         is_same = labeled_path == clean_path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from metapl.apps import look, mild_or_strong
 from metapl.apps.look import choose_settings
 from metapl.apps.noisy_labels import METHODS, Noisy
 from metapl.apps.settings import with_flags
+from metapl.errors import MetaplError
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +73,26 @@ def test_a_network_that_was_asked_for_stays(digits: Path) -> None:
     assert settings(digits, [], steps=160, network="small_cnn").pictures.network == "small_cnn"
 
 
-def test_other_phases_and_patience_are_no_matter_of_the_trial(digits: Path) -> None:
-    """A warmup longer than the trial, and patience, which needs a validation set."""
-    chosen = settings(digits, [], steps=160, warmup=100, patience=2)
+def test_other_phases_and_patience_are_no_matter_of_the_trial(digits: Path, tmp_path: Path) -> None:
+    """A warmup longer than the trial, and patience, which needs validation pictures."""
+    validation = shutil.copytree(digits / "clean", tmp_path / "val")
+    for file in validation.rglob("*.png"):
+        # Other pictures than the clean ones, which would be refused.
+        Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(file)
+    chosen = settings(digits, [], steps=160, warmup=100, patience=2, val=str(validation))
     assert (chosen.fitting.warmup, chosen.fitting.patience) == (100, 2)
+
+
+def test_patience_without_validation_pictures_is_refused_before_the_trial(digits: Path) -> None:
+    said: list[str] = []
+    with pytest.raises(MetaplError, match="--patience 2 was given, and there are no validation"):
+        settings(digits, said, steps=160, patience=2)
+    assert not said
+
+
+def test_where_neither_trial_has_learned_the_pixels_decide(digits: Path) -> None:
+    """Two steps each, after which both networks guess. A linear layer tells digits apart."""
+    assert settings(digits, [], steps=32).pictures.augment == "mild"
 
 
 def test_the_trial_takes_an_eighth_of_the_minutes(
