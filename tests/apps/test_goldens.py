@@ -53,6 +53,8 @@ PICTURES = (
     *("--labeled-batch", "8", "--log-every", "2", "--save-every", "4", "--precision", "float32"),
 )
 IMAGES = (*PICTURES, "--unlabeled-batch", "8")
+# Without a trial of both augmentations, so that the weights are those of the method alone.
+STRONG = ("--augment", "strong")
 
 RUNS: dict[str, tuple[str, ...]] = {
     "digits forward": (
@@ -96,10 +98,17 @@ RUNS: dict[str, tuple[str, ...]] = {
     "images uda": ("train", "images", *IMAGES, "--method", "uda", "--dropout", "0.1"),
     "images none": ("train", "images", *IMAGES, "--method", "none"),
     "images pseudo labels": ("train", "images", *IMAGES, "--method", "pseudo_labels"),
-    "noisy example weights": ("train", "noisy", *PICTURES, "--method", "example_weights"),
-    "noisy weight net": ("train", "noisy", *PICTURES, "--method", "meta_weight_net"),
-    "noisy label correction": ("train", "noisy", *PICTURES, "--method", "label_correction"),
-    "noisy transition": ("train", "noisy", *PICTURES, "--method", "noise_transition"),
+    "noisy example weights": ("train", "noisy", *PICTURES, *STRONG, "--method", "example_weights"),
+    "noisy weight net": ("train", "noisy", *PICTURES, *STRONG, "--method", "meta_weight_net"),
+    "noisy label correction": (
+        "train",
+        "noisy",
+        *PICTURES,
+        *STRONG,
+        "--method",
+        "label_correction",
+    ),
+    "noisy transition": ("train", "noisy", *PICTURES, *STRONG, "--method", "noise_transition"),
     "noisy student": (
         *(
             "noisy-student",

@@ -43,7 +43,7 @@ FLOORS = (
         "apps.run_summary",
         "apps.suspects",
     ),
-    ("apps.model_card", "apps.hub", "apps.export"),
+    ("apps.mild_or_strong", "apps.model_card", "apps.hub", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.several_runs", "apps.differences", "apps.noisy_student"),
     ("apps.stored_recipe",),
