@@ -249,7 +249,7 @@ class Train:
         assert self.options.recipe is not None, "it repeats a run"
         config, method = self.options.recipe.with_seen_again(self.config, self.method)
         if isinstance(method, Auto):
-            method = method.asked(names)
+            method = method.with_flags_beside(names)
         return dataclasses.replace(self, config=config, method=method)
 
     def run(self) -> int:

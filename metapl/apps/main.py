@@ -305,8 +305,9 @@ def parsed(words: Sequence[str]) -> tuple[str, Any]:
     with refused_in_a_line(command_line(name, kind, methods, flags)):
         command = tyro.cli(kind, prog=f"metapl {name}", args=flags, config=CONFIG)
     if recipe is not None:
-        asked = {flag.partition("=")[0].removeprefix("--") for flag in flags if flag[:2] == "--"}
-        command = command.with_seen_again({name.replace("-", "_") for name in asked})
+        flag_names = {flag.partition("=")[0] for flag in flags if flag.startswith("--")}
+        setting_names = {name.removeprefix("--").replace("-", "_") for name in flag_names}
+        command = command.with_seen_again(setting_names)
     return name, command
 
 

@@ -304,7 +304,7 @@ class Auto(Method):
             final_steps=(final,) * len(RECIPES),
         )
 
-    def asked(self, names: Collection[str]) -> Self:
+    def with_flags_beside(self, names: Collection[str]) -> Self:
         """Return the method of a repeated run beside which some settings were asked for.
 
         These are no recipe's own any more, and another number of steps is divided anew.
