@@ -259,11 +259,7 @@ class Control:
         scalers = [] if are_digits else [StandardScaler()]
         pipeline = make_pipeline(*scalers, LogisticRegression(max_iter=CONTROL_ITERATIONS))
         control = cls(network, pipeline)
-        # Evenly over the classes, and the first of each class, however rare that is.
-        step = max(1, -(-len(images) // CONTROL_PICTURES))
-        evenly = labels.argsort(stable=True)[::step]
-        first = [int((labels == label).nonzero()[0]) for label in labels.unique()]
-        chosen = torch.cat([evenly, torch.tensor(first)]).unique()
+        chosen = some_of_each_class(labels, CONTROL_PICTURES)
         examples: Any
         if are_digits:
             examples = (images[chosen], labels[chosen])
@@ -331,6 +327,22 @@ class Control:
 def shrunk(x: Tensor) -> Tensor:
     """Return pictures of 16 pixels at most, (B, channels, side, side)."""
     return nn.functional.adaptive_avg_pool2d(x, min(CONTROL_SIDE, x.shape[-1]))
+
+
+def some_of_each_class(labels: Tensor, most: int) -> Tensor:
+    """Return the positions of some pictures, (n,), of every class that there is.
+
+    They are spread evenly over the classes, and the first picture of each class is among them,
+    however rare that class is.
+
+    Args:
+        labels: int64 (N,).
+        most: pictures, beside the first ones of the classes.
+    """
+    step = max(1, -(-len(labels) // most))
+    evenly = labels.argsort(stable=True)[::step]
+    first = [int((labels == label).nonzero()[0]) for label in labels.unique()]
+    return torch.cat([evenly, torch.tensor(first)]).unique()
 
 
 def accuracy_on_pixels(images: Any, labels: Tensor, *, seed: int) -> float:

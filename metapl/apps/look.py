@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metapl.apps import backbone, mild_or_strong
-from metapl.apps.backbone import Backbone
+from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.images import Images, Pictures
 from metapl.apps.inputs import plural
 from metapl.apps.methods import Data, Training
@@ -749,7 +749,7 @@ SECONDS = 4.0
 # The same of each recipe that is tried: all of them together take no more than one training.
 TIMED_IN_RACE = 6
 
-# The most pictures that steps are taken on.
+# The most pictures that steps are taken on, beside one of each class.
 PICTURES = 128
 
 
@@ -797,7 +797,8 @@ def seconds_per_step(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         few = config.scan(config.few_and_many[0])
-        few = few.keep(range(min(len(few), PICTURES)))
+        # Some methods cannot learn pictures of one class alone, as the first ones of a folder are.
+        few = few.keep(some_of_each_class(few.targets(config.classes), PICTURES).tolist())
         data = Data(**config.sources(few, few, None), classes=config.classes, record={})
         if not config.pictures.crop:
             # As after the first epoch, which reads the files.

@@ -24,6 +24,7 @@ from metapl.apps.look import (
     with_steps,
 )
 from metapl.apps.settings import flag_values, with_flags
+from metapl.apps.tournament import RECIPES
 from metapl.problems.losses import UDA
 
 LEVELS = np.random.default_rng(0)
@@ -197,6 +198,29 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
             steps_within(settings, method, minutes, lambda s=seconds, t=ticks: s * next(t)) == steps
         )
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_are_timed(
+    tmp_path: Path,
+) -> None:
+    root = color_folders(tmp_path, few=look.PICTURES + 2, side=8)
+    settings = config(
+        labeled=str(root / "labeled"),
+        unlabeled=str(root / "unlabeled"),
+        classes=("blue", "red"),
+        device="cpu",
+        network="small_cnn",
+        labeled_batch=2,
+        unlabeled_batch=2,
+        image_size=8,
+        minutes=0.05,
+    )
+    settings = fitted(settings, seen(), 0.0)
+    _, method = with_steps(settings, images.METHODS["auto"])
+    # A regression has no steps, and is counted as one.
+    steps_of = dict(zip((recipe.name for recipe in RECIPES), method.final_steps, strict=True))
+    assert steps_of["linear"] == 1
+    assert steps_of["mild"] > 1
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
