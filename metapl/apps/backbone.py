@@ -342,7 +342,8 @@ def some_of_each_class(labels: Tensor, most: int) -> Tensor:
     step = max(1, -(-len(labels) // most))
     evenly = labels.argsort(stable=True)[::step]
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()]
-    return torch.cat([evenly, torch.tensor(first)]).unique()
+    chosen: Tensor = torch.cat([evenly, torch.tensor(first)]).unique()
+    return chosen
 
 
 def accuracy_on_pixels(images: Any, labels: Tensor, *, seed: int) -> float:

@@ -26,7 +26,7 @@ from metapl.apps.methods import (
 )
 from metapl.apps.methods import Feedback as Fed
 from metapl.apps.progress import count_bar
-from metapl.apps.self_training import SelfTraining
+from metapl.apps.self_training import SelfTraining, TwoTeachers
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -132,6 +132,7 @@ METHODS: dict[str, Any] = {
     "ent_min": EntMin(),
     "supervised": Supervised(),
     "self_training": SelfTraining(),
+    "two_teachers": TwoTeachers(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
     **{kind: Mpl(feedback=Fed(feedback=kind)) for kind in TITLES if kind != "whole"},

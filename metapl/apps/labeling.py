@@ -259,7 +259,14 @@ def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
 
 
 def stored_labels(
-    teacher: nn.Module | None, config: Any, method: ReducedMpl, folder: Path, data: Data, say: Say
+    teacher: nn.Module | None,
+    config: Any,
+    method: ReducedMpl,
+    folder: Path,
+    data: Data,
+    say: Say,
+    *,
+    name: str = "",
 ) -> dict[str, Tensor]:
     """Return the class distributions of a training's unlabeled, and perhaps labeled, examples.
 
@@ -272,6 +279,7 @@ def stored_labels(
         folder: of the run.
         data: its data.
         say: is told what is missing, and where the labels are.
+        name: of the teacher, where a run has several.
 
     Returns:
         float32 (n, C) by "unlabeled" and "labeled".
@@ -295,10 +303,11 @@ def stored_labels(
         else:
             names = numbers
             to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
-            store = write_labels(teacher, to_label, folder / FOLDER / part, data.classes, say)
+            place = folder / FOLDER / name / part
+            store = write_labels(teacher, to_label, place, data.classes, say)
         labels[part] = _distributions(store, names, say)
     if teacher is not None:
-        say(f"the teacher's labels are in {folder / FOLDER}")
+        say(f"the teacher's labels are in {folder / FOLDER / name}")
     return labels
 
 

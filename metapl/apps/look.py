@@ -499,9 +499,10 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     labels = len(config.scan(config.few_and_many[0]))
     trial_steps = []
     final_steps = []
+    open_names = method.open_settings or ()
     for recipe in RECIPES:
-        settings = recipe.settings(config, method.open_settings or ())
-        final_method = recipe.method(labels, len(config.classes))
+        settings = recipe.settings(config, open_names)
+        final_method = recipe.method(labels, len(config.classes), open_names)
         trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
         final_steps.append(steps_in(final_minutes, quick_seconds(settings, final_method, clock)))
     method = dataclasses.replace(
@@ -808,7 +809,7 @@ def seconds_per_step(
         student = config.network().to(place)
         begin_as(teacher, student)
 
-        def even_labels(network: Any) -> dict[str, Tensor]:
+        def even_labels(network: Any, name: str = "") -> dict[str, Tensor]:
             share = 1 / len(config.classes)
             labels = {}
             for part, source in (("unlabeled", data.unlabeled), ("labeled", data.labeled)):

@@ -219,8 +219,9 @@ class Training:
             that train together.
         fit: ``fit(trainer, labeled, unlabeled, **options)`` runs one phase, which goes on where it
             was stopped.
-        label: return stored class distributions of the unlabeled examples and perhaps of the
-            labeled ones, by a network, or (None) by what a method's settings name.
+        label: ``label(network, name="")`` returns stored class distributions of the unlabeled
+            examples and perhaps of the labeled ones, by a network, or (None) by what a method's
+            settings name. Where several networks label, each has a name.
         lay_out: lay a network out over the processes that train together.
         folder: the run's folder, for a method that stores more; None where a step is timed.
         progress: show bars.
@@ -232,7 +233,7 @@ class Training:
     teacher: nn.Module
     student: nn.Module
     fit: Callable[..., FitResult]
-    label: Callable[[nn.Module | None], dict[str, Tensor]]
+    label: Callable[..., dict[str, Tensor]]
     lay_out: Callable[[nn.Module], nn.Module] = lambda network: network
     folder: Any = None
     progress: bool = False

@@ -1,20 +1,26 @@
-"""Self-training: a network learns labels, and a fresh one the first one's labels beside them."""
+"""Self-training: a network learns labels, and a fresh one learns the first one's labels too.
+
+The labels may be those of one network, or of two that were trained in two ways.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metapl.apps.methods import Method, Trained, Training, labeled_loss
-from metapl.apps.settings import Hidden, Share
+from metapl.apps.methods import Consistency, Method, Trained, Training, labeled_loss
+from metapl.apps.settings import Hidden, Share, with_flags
+from metapl.errors import MetaplError
+from metapl.networks.tuned import begin_as
 from metapl.pictures import UnlabeledBatches
 from metapl.problems.mixup import MixUp
 from metapl.runs.fields import AboveZero, Range
+from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 
 # Rounds of scaling after which the class shares of stored labels are those of the prior to 1e-3 or
@@ -47,27 +53,34 @@ class SelfTraining(Method):
 
     def train(self, t: Training) -> Trained:
         """Train the teacher, label, and train the student."""
-        fitting = t.config.fitting
-        steps = fitting.chosen_steps
+        steps = t.config.fitting.chosen_steps
         # Each of the two networks takes one step at least, also where one step was asked for.
         teacher_steps = max(1, round(self.teacher_share * steps))
-        student_steps = max(1, steps - teacher_steps)
-        warmup = fitting.warmup or 0
-        loss = labeled_loss(self.label_smoothing, self.mixup)
-        taught = t.alone(
-            t.teacher,
-            (loss,),
-            phase="teacher",
-            steps=teacher_steps,
-            warmup=round(warmup * teacher_steps / steps),
-        )
+        taught = self.trained_teacher(t, teacher_steps)
         soft_labels = balanced(t.label(t.teacher)["unlabeled"], self.uda_prior)
+        trainer, result = self.trained_student(t, soft_labels, max(1, steps - teacher_steps))
+        return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
 
+    def trained_teacher(self, t: Training, steps: int) -> Trained:
+        """Train the teacher on the labeled pictures alone, for some of the steps."""
+        loss = labeled_loss(self.label_smoothing, self.mixup)
+        return t.alone(t.teacher, (loss,), phase="teacher", steps=steps, warmup=warmup_of(t, steps))
+
+    def trained_student(
+        self, t: Training, soft_labels_NC: Tensor, steps: int
+    ) -> tuple[LossTrainer, FitResult]:
+        """Train the student on labeled pictures, and on unlabeled ones with labels of a teacher.
+
+        Args:
+            t: the training.
+            soft_labels_NC: (N, C), a distribution over the classes for each unlabeled picture.
+            steps: of the student, some of those of the training.
+        """
         # Labels of every picture are there, so that one view of it is enough.
         unlabeled = t.data.unlabeled
         assert isinstance(unlabeled, UnlabeledBatches)
         view = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
-        examples = dataclasses.replace(unlabeled, weak=view, strong=None, stored=soft_labels)
+        examples = dataclasses.replace(unlabeled, weak=view, strong=None, stored=soft_labels_NC)
         trainer = LossTrainer(
             t.student,
             (MixUp(alpha=self.mixup, label_smoothing=self.label_smoothing),),
@@ -75,14 +88,87 @@ class SelfTraining(Method):
             **t.options,
         )
         result = t.fit(
-            trainer,
-            t.data.labeled,
-            examples,
-            steps=student_steps,
-            warmup=round(warmup * student_steps / steps),
-            truth=None,
+            trainer, t.data.labeled, examples, steps=steps, warmup=warmup_of(t, steps), truth=None
         )
+        return trainer, result
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoTeachers(SelfTraining):
+    """Train two networks in two ways, and a fresh one on labels and on the labels of both.
+
+    The first one learns the labeled pictures with mixup, changed as the settings say. The second
+    one is trained by UDA on strongly changed pictures. They err on different pictures, so that the
+    mean of their soft labels is right more often than either, and whoever does not know which of
+    the two ways suits the pictures need not choose. The mean is balanced as that of one teacher.
+
+    Args:
+        teacher_share: share of the steps in which the first network is trained.
+        second_share: share of the steps in which the second network is trained.
+    """
+
+    teacher_share: Annotated[float, Range(above=0, below=1)] = 0.25
+    second_share: Annotated[float, Range(above=0, below=1)] = 0.3
+
+    name: ClassVar[str] = "two_teachers"
+    title: ClassVar[str] = "self-training on the soft labels of two teachers, with mixup"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shares = self.teacher_share + self.second_share
+        if shares >= 1:
+            raise MetaplError(
+                f"--teacher-share {self.teacher_share:g} and --second-share "
+                f"{self.second_share:g}: the two teachers have {shares:g} of the steps; expected "
+                "less than 1, so that some are left for the student."
+            )
+
+    def train(self, t: Training) -> Trained:
+        """Train both teachers, label by each, and train the student."""
+        steps = t.config.fitting.chosen_steps
+        teacher_steps = max(1, round(self.teacher_share * steps))
+        second_steps = max(1, round(self.second_share * steps))
+        student_steps = max(1, steps - teacher_steps - second_steps)
+
+        # It is built before anything is trained, so that a resumed run has the same fresh weights.
+        second = t.lay_out(t.config.network().to(t.place))
+        begin_as(t.teacher, second)
+
+        taught = self.trained_teacher(t, teacher_steps)
+        first_labels = t.label(t.teacher)["unlabeled"]
+
+        consistency = Consistency(uda_prior=self.uda_prior).scheduled(second_steps)
+        strongly_changed(t).alone(
+            second,
+            consistency.losses(),
+            phase="second-teacher",
+            steps=second_steps,
+            warmup=warmup_of(t, second_steps),
+        )
+        second_labels = t.label(second, name="second-teacher")["unlabeled"]
+
+        soft_labels = balanced((first_labels + second_labels) / 2, self.uda_prior)
+        trainer, result = self.trained_student(t, soft_labels, student_steps)
         return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
+
+    def with_one_teacher(self) -> SelfTraining:
+        """Return the same method without the second teacher."""
+        return SelfTraining(
+            mixup=self.mixup, label_smoothing=self.label_smoothing, uda_prior=self.uda_prior
+        )
+
+
+def warmup_of(t: Training, steps: int) -> int:
+    """Return the steps of warm-up of a phase of a training: the same share as of the whole."""
+    return round((t.config.fitting.warmup or 0) * steps / t.config.fitting.chosen_steps)
+
+
+def strongly_changed(t: Training) -> Training:
+    """Return a training on the same pictures, all of which are changed strongly."""
+    config: Any = with_flags(t.config, augment="strong")
+    labeled = t.data.labeled
+    batches = config.batches(labeled.images, labeled.labels, t.data.unlabeled.images)
+    return dataclasses.replace(t, config=config, data=dataclasses.replace(t.data, **batches))
 
 
 def balanced(distributions_NC: Tensor, shares: Sequence[float] | None) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from metapl.apps.backbone import Control, accuracy_on_pixels
 from metapl.apps.linear import Linear
 from metapl.apps.methods import Method, Supervised, Trained, Training, Uda
-from metapl.apps.self_training import SelfTraining
+from metapl.apps.self_training import TwoTeachers
 from metapl.apps.settings import FINETUNE_STEPS, Hidden, with_flags
 from metapl.data import draws
 from metapl.metrics import predict_logits
@@ -93,9 +93,15 @@ class Recipe:
     less_where_linear: float = 0.0
     finetunes: bool = False
 
-    def method(self, labels: int, classes: int) -> Method:
-        """Return the method of the training on so many labeled pictures of so many classes."""
-        return self.few_labels if labels < FEW_LABELS * classes else self.many_labels
+    def method(self, labels: int, classes: int, open_settings: Sequence[str]) -> Method:
+        """Return the method of the training on so many labeled pictures of so many classes.
+
+        Where an augmentation was asked for, there is no second teacher, which has another one.
+        """
+        method = self.few_labels if labels < FEW_LABELS * classes else self.many_labels
+        if isinstance(method, TwoTeachers) and "augment" not in open_settings:
+            return method.with_one_teacher()
+        return method
 
     def finetune_steps(self, steps: int) -> int:
         """Return the steps of finetuning after so many: as a method that is named has, or fewer."""
@@ -188,7 +194,7 @@ MILD = Recipe(
     augment="mild",
     network=MILD_NETWORK,
     tried_by=MIXED_UP,
-    few_labels=SelfTraining(),
+    few_labels=TwoTeachers(),
     many_labels=MIXED_UP,
 )
 
@@ -327,8 +333,9 @@ class Auto(Method):
         best = ordered(finalists, race.linear_advantage)[0].recipe
         steps = self.final_steps[RECIPES.index(best)]
         labeled = t.data.labeled
-        method = best.method(len(labeled.labels), len(t.data.classes))
-        settings = best.settings(t.config, self.open_settings or ())
+        open_names = self.open_settings or ()
+        method = best.method(len(labeled.labels), len(t.data.classes), open_names)
+        settings = best.settings(t.config, open_names)
         t.say(
             f"method: {best.name}, {settings.pictures.augment} augmentation, {method.title}; "
             f"{sentence(all_recipes, finalists, best)}"
@@ -524,13 +531,14 @@ def points_of(standings: Sequence[Standing], linear_advantage: float) -> dict[st
 
     a are the quadratic scores on n pictures (:attr:`Standing.scores`), in points, minus the mean
     over the R recipes, picture by picture; ā is their mean over the pictures. e is the standard
-    error of ā, as if one picture more were half a score away from it, so that the error of few
-    pictures is not small by chance. s is :data:`SPREAD`, and u what it is of a difference to the
+    error of ā (:func:`squared_error`). s is :data:`SPREAD`, and u what it is of a difference to the
     mean. h is the head start, and c·l what is taken from it because a linear layer is l points
     above chance.
 
     It is the mean of a normal distribution whose prior is the head start: on few pictures the head
-    start decides, and on many the scores do.
+    start decides, and on many the scores do. A head start above 0 is for what a short training does
+    not show, and counts only as long as the pictures leave open who is ahead
+    (:func:`is_surely_behind`).
     """
     scores_RN = torch.stack([standing.scores for standing in standings])
     advantages_RN = 100 * (scores_RN - scores_RN.mean(0))
@@ -539,13 +547,39 @@ def points_of(standings: Sequence[Standing], linear_advantage: float) -> dict[st
     points = {}
     for standing, advantages_N in zip(standings, advantages_RN, strict=True):
         recipe = standing.recipe
-        points[recipe.name] = recipe.head_start - recipe.less_where_linear * linear_advantage
+        head_start = recipe.head_start
+        if head_start > 0 and is_surely_behind(standing, standings):
+            head_start = 0.0
+        points[recipe.name] = head_start - recipe.less_where_linear * linear_advantage
         if pictures:
-            mean = float(advantages_N.mean())
-            squares = float((advantages_N - mean).square().sum()) + 50**2
-            squared_error = squares / pictures**2
-            points[recipe.name] += squared_spread / (squared_spread + squared_error) * mean
+            shrinkage = squared_spread / (squared_spread + squared_error(advantages_N))
+            points[recipe.name] += shrinkage * float(advantages_N.mean())
     return points
+
+
+def is_surely_behind(standing: Standing, standings: Sequence[Standing]) -> bool:
+    """Return whether another network is ahead of a recipe's by more than a standard error.
+
+    A linear layer is not asked: it has all of its accuracy at once.
+    """
+    for rival in standings:
+        is_network = not isinstance(rival.recipe.tried_by, Linear)
+        if rival is standing or not is_network or not len(rival.labels):
+            continue
+        lead_N = 100 * (rival.scores - standing.scores)
+        if float(lead_N.mean()) > squared_error(lead_N) ** 0.5:
+            return True
+    return False
+
+
+def squared_error(points_N: Tensor) -> float:
+    """Return the squared standard error of a mean over n pictures.
+
+    One picture more is taken to be half a score, 50 points, away from the mean, so that the error
+    of few pictures is not small by chance.
+    """
+    squares = float((points_N - points_N.mean()).square().sum()) + 50**2
+    return squares / len(points_N) ** 2
 
 
 def by_accuracy(standings: Sequence[Standing]) -> list[Standing]:

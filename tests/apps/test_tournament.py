@@ -13,12 +13,13 @@ from sklearn.datasets import load_digits
 from tiny_runs import color_folders, images_command
 from torch import Tensor
 
-from metapl.apps import tournament
+from metapl.apps import self_training, tournament
 from metapl.apps.backbone import accuracy_on_pixels
-from metapl.apps.methods import Supervised
-from metapl.apps.self_training import SelfTraining, balanced
+from metapl.apps.methods import Supervised, Training
+from metapl.apps.self_training import SelfTraining, TwoTeachers, balanced
 from metapl.apps.tournament import FOLDS, RECIPES, TRIALS, Auto, Standing, folds_of, points_of
 from metapl.errors import MetaplError
+from metapl.labels import LabelStore
 from metapl.networks import create
 from metapl.pictures import MemoryImages
 
@@ -38,11 +39,19 @@ def test_folds_divide_each_class_evenly_and_keep_a_single_picture() -> None:
 # ----------------------------------------------------------------------------------- who is ahead
 
 
-def standing(name: str, right: int, pictures: int, *, sureness: float = 1.0) -> Standing:
-    """Return what a recipe reaches that is right on so many pictures, of two classes."""
+def standing(
+    name: str, right: int, pictures: int, *, sureness: float = 1.0, of_the_last: bool = False
+) -> Standing:
+    """Return what a recipe reaches that is right on so many of the first pictures, or of the last.
+
+    They are of two classes.
+    """
     recipe = next(recipe for recipe in RECIPES if recipe.name == name)
     labels = torch.arange(pictures) % 2
-    predicted = torch.where(torch.arange(pictures) < right, labels, 1 - labels)
+    is_right = torch.arange(pictures) < right
+    if of_the_last:
+        is_right = is_right.flip(0)
+    predicted = torch.where(is_right, labels, 1 - labels)
     given = torch.nn.functional.one_hot(predicted, 2).double()
     probabilities = sureness * given + (1 - sureness) * (1 - given)
     return Standing(recipe=recipe, probabilities=probabilities, labels=labels)
@@ -58,8 +67,8 @@ def test_the_score_of_who_is_sure_is_the_accuracy() -> None:
 
 
 def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
-    mild = standing("mild", right=60, pictures=100)
-    strong = standing("strong", right=40, pictures=100)
+    mild = standing("mild", right=40, pictures=100)
+    strong = standing("strong", right=60, pictures=100)
     points = points_of([mild, strong], linear_advantage=0.0)
     # On the 20 pictures on which they differ, each is half a score away from their mean.
     squares = 20 * (50 - 10) ** 2 + 80 * 10**2 + 50**2
@@ -67,8 +76,8 @@ def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
     # Of a difference to the mean of two.
     spread = tournament.SPREAD**2 / 2
     weight = spread / (spread + variance)
-    assert points["mild"] == pytest.approx(weight * 10)
-    assert points["strong"] == pytest.approx(strong.recipe.head_start - weight * 10)
+    assert points["mild"] == pytest.approx(-weight * 10)
+    assert points["strong"] == pytest.approx(strong.recipe.head_start + weight * 10)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +85,7 @@ def test_points_are_the_head_start_and_the_shrunken_advantage() -> None:
     [
         # Few pictures say little, and many say much.
         (5, 4, 10, "strong"),
-        (12, 8, 20, "strong"),
+        (12, 8, 20, "mild"),
         (600, 300, 700, "mild"),
         (0, 0, 0, "strong"),
     ],
@@ -100,6 +109,20 @@ def test_strong_changes_lose_their_head_start_where_a_linear_layer_is_right() ->
     standings = [standing("mild", 20, 40), standing("strong", 20, 40)]
     assert tournament.ordered(standings, linear_advantage=20.0)[0].recipe.name == "strong"
     assert tournament.ordered(standings, linear_advantage=40.0)[0].recipe.name == "mild"
+
+
+@pytest.mark.parametrize(("mild", "best"), [(52, "strong"), (55, "strong"), (68, "mild")])
+def test_a_head_start_is_gone_where_the_pictures_leave_nothing_open(mild: int, best: str) -> None:
+    """The standard error of the difference is 10 points or so."""
+    standings = [standing("mild", mild, 100), standing("strong", 50, 100, of_the_last=True)]
+    assert tournament.ordered(standings, linear_advantage=0.0)[0].recipe.name == best
+
+
+def test_a_linear_layer_that_is_ahead_leaves_the_head_start() -> None:
+    strong = standing("strong", 50, 100)
+    assert not tournament.is_surely_behind(strong, [strong, standing("linear", 90, 100)])
+    assert tournament.is_surely_behind(strong, [strong, standing("mild", 90, 100)])
+    assert not tournament.is_surely_behind(standing("strong", 0, 0), [standing("mild", 0, 0)])
 
 
 def test_a_linear_layer_is_far_above_chance_on_digits_that_stand_still_alone() -> None:
@@ -127,8 +150,15 @@ def test_pixels_of_single_pictures_tell_nothing() -> None:
 
 def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
     mild = RECIPES[0]
-    assert isinstance(mild.method(labels=199, classes=10), SelfTraining)
-    assert isinstance(mild.method(labels=200, classes=10), Supervised)
+    nothing_asked = ("augment", "network")
+    assert isinstance(mild.method(199, 10, nothing_asked), TwoTeachers)
+    assert isinstance(mild.method(200, 10, nothing_asked), Supervised)
+
+
+def test_an_augmentation_that_was_asked_for_leaves_one_teacher() -> None:
+    mild = RECIPES[0]
+    method = mild.method(40, 10, open_settings=("network",))
+    assert method == SelfTraining()
 
 
 # -------------------------------------------------------------------------------------- the labels
@@ -361,5 +391,73 @@ def test_self_training_takes_a_step_of_both_networks_where_one_was_asked_for(
 ) -> None:
     out = tmp_path / "run"
     named = ("--method", "self_training", "--steps", "1", "--finetune-steps", "0")
+    metapl(*images_command(three_colors, *named, "--warmup", "0", "--out", str(out)))
+    assert json.loads((out / "result.json").read_text())["best_step"] == 1
+
+
+# ------------------------------------------------------------------------------------ two teachers
+
+TWO_TEACHERS = ("--method", "two_teachers", "--steps", "20", "--finetune-steps", "0")
+
+
+@pytest.fixture(scope="module")
+def taught_by_two(three_colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("two-teachers") / "run"
+    metapl(*images_command(three_colors, *TWO_TEACHERS, "--out", str(out)))
+    return out
+
+
+def test_the_student_learns_the_labels_of_both_teachers(
+    taught_by_two: Path, monkeypatch: pytest.MonkeyPatch, three_colors: Path, tmp_path: Path
+) -> None:
+    first = LabelStore(taught_by_two / "labels" / "unlabeled")
+    second = LabelStore(taught_by_two / "labels" / "second-teacher" / "unlabeled")
+    names = range(len(list((three_colors / "unlabeled").iterdir())))
+    of_first, of_second = (store.at(store.find(names)) for store in (first, second))
+    assert not torch.equal(of_first, of_second)
+
+    learned: list[Tensor] = []
+    trained_student = TwoTeachers.trained_student
+
+    def noted(self: TwoTeachers, t: Training, soft_labels_NC: Tensor, steps: int) -> object:
+        # The timing of steps, before the run, is of fewer pictures.
+        if t.folder is not None:
+            learned.append(soft_labels_NC)
+        return trained_student(self, t, soft_labels_NC, steps)
+
+    monkeypatch.setattr(TwoTeachers, "trained_student", noted)
+    metapl(*images_command(three_colors, *TWO_TEACHERS, "--out", str(tmp_path / "again")))
+    (soft_labels_NC,) = learned
+    torch.testing.assert_close(soft_labels_NC, balanced((of_first + of_second) / 2, None))
+
+
+def test_a_run_that_was_stopped_at_the_second_teacher_ends_with_the_same_bits(
+    taught_by_two: Path, three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    command = images_command(three_colors, *TWO_TEACHERS, "--out", str(out))
+
+    def stopped(t: Training) -> Training:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(self_training, "strongly_changed", stopped)
+        metapl(*command, code=130)
+    metapl(*command, "--resume")
+    resumed = weights(out)
+    for name, value in weights(taught_by_two).items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_teachers_that_leave_the_student_no_step_are_refused() -> None:
+    with pytest.raises(MetaplError, match="--second-share 0.5: the two teachers have 1.1"):
+        TwoTeachers(teacher_share=0.6, second_share=0.5)
+
+
+def test_each_of_three_networks_takes_a_step_where_one_was_asked_for(
+    three_colors: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    named = ("--method", "two_teachers", "--steps", "1", "--finetune-steps", "0")
     metapl(*images_command(three_colors, *named, "--warmup", "0", "--out", str(out)))
     assert json.loads((out / "result.json").read_text())["best_step"] == 1
