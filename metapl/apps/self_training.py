@@ -98,9 +98,11 @@ class TwoTeachers(SelfTraining):
     """Train two networks in two ways, and a fresh one on labels and on the labels of both.
 
     The first one learns the labeled pictures with mixup, changed as the settings say. The second
-    one is trained by UDA on strongly changed pictures. They err on different pictures, so that the
-    mean of their soft labels is right more often than either, and whoever does not know which of
-    the two ways suits the pictures need not choose. The mean is balanced as that of one teacher.
+    one is trained by UDA on strongly changed pictures. They err on different pictures, so that,
+    where labels are few, the mean of their soft labels is right about as often as the better one
+    or more often, and whoever does not know which of the two ways suits the pictures need not
+    choose. The mean is balanced as the labels of one teacher are. docs/pictures.md has what it
+    reaches; the student takes less than half of the steps.
 
     Args:
         teacher_share: share of the steps in which the first network is trained.

@@ -24,7 +24,7 @@ class MixUp:
 
     One share is drawn a step, and each row has another row of the batch as its partner.
 
-    .. math:: \frac1B \sum_i \mathrm{CE}\big(\lambda y_i + (1-\lambda) y_{\pi(i)},\
+    .. math:: \frac1B \sum_i \mathrm{CE}\big(\lambda y_i + (1-\lambda) y_{\pi(i)},\;
               T(\lambda x_i + (1-\lambda) x_{\pi(i)})\big), \quad
               \lambda = \max(\lambda', 1 - \lambda'),\ \lambda' \sim \mathrm{Beta}(a, a)
 
