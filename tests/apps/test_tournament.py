@@ -386,11 +386,12 @@ def test_recipes_race_from_a_backbone_too(tmp_path: Path) -> None:
     assert 0 <= result["test_accuracy"] <= 1
 
 
-def test_self_training_takes_a_step_of_both_networks_where_one_was_asked_for(
-    three_colors: Path, tmp_path: Path
+@pytest.mark.parametrize("method", ["self_training", "two_teachers"])
+def test_each_network_takes_a_step_where_one_was_asked_for(
+    method: str, three_colors: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    named = ("--method", "self_training", "--steps", "1", "--finetune-steps", "0")
+    named = ("--method", method, "--steps", "1", "--finetune-steps", "0")
     metapl(*images_command(three_colors, *named, "--warmup", "0", "--out", str(out)))
     assert json.loads((out / "result.json").read_text())["best_step"] == 1
 
@@ -452,12 +453,3 @@ def test_a_run_that_was_stopped_at_the_second_teacher_ends_with_the_same_bits(
 def test_teachers_that_leave_the_student_no_step_are_refused() -> None:
     with pytest.raises(MetaplError, match="--second-share 0.5: the two teachers have 1.1"):
         TwoTeachers(teacher_share=0.6, second_share=0.5)
-
-
-def test_each_of_three_networks_takes_a_step_where_one_was_asked_for(
-    three_colors: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    named = ("--method", "two_teachers", "--steps", "1", "--finetune-steps", "0")
-    metapl(*images_command(three_colors, *named, "--warmup", "0", "--out", str(out)))
-    assert json.loads((out / "result.json").read_text())["best_step"] == 1
