@@ -502,7 +502,9 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     open_names = method.open_settings or ()
     for recipe in RECIPES:
         settings = recipe.settings(config, open_names)
-        final_method = recipe.method(labels, len(config.classes), open_names)
+        final_method = recipe.method(
+            labels=labels, classes=len(config.classes), open_settings=open_names
+        )
         trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
         final_steps.append(steps_in(final_minutes, quick_seconds(settings, final_method, clock)))
     method = dataclasses.replace(

@@ -334,7 +334,9 @@ class Auto(Method):
         steps = self.final_steps[RECIPES.index(best)]
         labeled = t.data.labeled
         open_names = self.open_settings or ()
-        method = best.method(len(labeled.labels), len(t.data.classes), open_names)
+        method = best.method(
+            labels=len(labeled.labels), classes=len(t.data.classes), open_settings=open_names
+        )
         settings = best.settings(t.config, open_names)
         t.say(
             f"method: {best.name}, {settings.pictures.augment} augmentation, {method.title}; "

@@ -151,13 +151,13 @@ def test_pixels_of_single_pictures_tell_nothing() -> None:
 def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
     mild = RECIPES[0]
     nothing_asked = ("augment", "network")
-    assert isinstance(mild.method(199, 10, nothing_asked), TwoTeachers)
-    assert isinstance(mild.method(200, 10, nothing_asked), Supervised)
+    assert isinstance(mild.method(labels=199, classes=10, open_settings=nothing_asked), TwoTeachers)
+    assert isinstance(mild.method(labels=200, classes=10, open_settings=nothing_asked), Supervised)
 
 
 def test_an_augmentation_that_was_asked_for_leaves_one_teacher() -> None:
     mild = RECIPES[0]
-    method = mild.method(40, 10, open_settings=("network",))
+    method = mild.method(labels=40, classes=10, open_settings=("network",))
     assert method == SelfTraining()
 
 
