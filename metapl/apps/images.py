@@ -96,6 +96,19 @@ WEAK_MOVEMENT = 0.25
 # The greatest shift as a share of the side in pictures that are augmented mildly: 2 of 28 pixels.
 MILD_SHIFT = 1 / 14
 
+# The greatest rotation in degrees and the greatest zoom of a part of these pictures, and the share
+# of that part. A turned picture is interpolated, and finer lines of it are lost.
+MILD_ROTATION = 10.0
+MILD_ZOOM = 1.1
+MILDLY_TURNED = 0.5
+
+# Share of the labeled pictures that are changed strongly where strong augmentation is taken; the
+# others are changed mildly. Strong changes may take away what a class is told by, and then nothing
+# is learned where all are changed: on castings with 20 labels a class UDA reached 39 % with all and
+# 67 % with three quarters. On textures, which need strong changes, both reached 83 %, a half 73 %
+# and none 54 %.
+LABELED_STRONGLY = 0.75
+
 # Share of the pictures that are changed in finetuning; the others are as they will be when they are
 # predicted. Changes may take away what a class is told by: a hole covers one of the things to be
 # counted.
@@ -181,9 +194,10 @@ class Pictures:
         lora_rank: rank of the LoRA updates, from 4 to 16.
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
-        augment: how pictures are augmented: mild shifts them a little, and strong moves them much
-            more, changes their colors and covers a part of each. By default both are tried by
-            --method auto and by train noisy, and else it is strong.
+        augment: how pictures are augmented: mild shifts them a little and turns half of them a
+            little, and strong moves them much more, changes their colors and covers a part of each,
+            but for a quarter of the labeled ones, which are changed mildly. By default both are
+            tried by --method auto and by train noisy, and else it is strong.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -245,17 +259,18 @@ class Pictures:
             return Views(
                 weak=Identity(),
                 strong=changed,
-                labeled=changed,
+                labeled=Sometimes(changed, LABELED_STRONGLY),
                 finetuned=changed,
                 crop=ResizedCrop(self.input.size, flip=self.mirror),
             )
         # Labels are given to what has a quarter of the movement, and nothing else but mirroring.
         weak = Chain(tuple(self._moved(WEAK_MOVEMENT)))
         strong = Chain((*self._moved(1.0), *colored))
+        mild = self._mild_views().labeled
         return Views(
             weak=weak,
             strong=strong,
-            labeled=strong,
+            labeled=Sometimes(strong, LABELED_STRONGLY, otherwise=mild),
             finetuned=Sometimes(strong, FINETUNED_ON_CHANGED),
             crop=None,
         )
@@ -266,10 +281,12 @@ class Pictures:
             crop = ResizedCrop(self.input.size, flip=self.mirror)
             still = Identity()
             return Views(weak=still, strong=still, labeled=still, finetuned=still, crop=crop)
-        shifted: list[View] = [Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0)]
+        shifted = Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0)
+        turned = Affine(MILD_ROTATION, MILD_SHIFT, (1 / MILD_ZOOM, MILD_ZOOM), 0.0)
+        moved: list[View] = [Sometimes(turned, MILDLY_TURNED, otherwise=shifted)]
         if self.mirror:
-            shifted.insert(0, Flip())
-        view = Chain(tuple(shifted))
+            moved.insert(0, Flip())
+        view = Chain(tuple(moved))
         finetuned = Sometimes(view, FINETUNED_ON_CHANGED)
         return Views(weak=view, strong=view, labeled=view, finetuned=finetuned, crop=None)
 

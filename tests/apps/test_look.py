@@ -147,6 +147,20 @@ def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays()
             assert found.recolor == (f"hue={HUE}" in repr(found.views().strong)) == asked
 
 
+@pytest.mark.parametrize("mirror", [False, True])
+def test_a_quarter_of_the_labeled_pictures_is_changed_mildly(*, mirror: bool) -> None:
+    mild = chosen(seen(28), augment="mild", mirror=mirror).views()
+    strong = chosen(seen(28), augment="strong", mirror=mirror).views()
+    count = 400
+    images = torch.rand(1, 3, 28, 28).expand(count, -1, -1, -1)
+    where: dict[str, Any] = {"seed": 7, "step": 3, "examples": torch.arange(count)}
+    is_mild = (strong.labeled(images, **where) == mild.labeled(images, **where)).flatten(1).all(1)
+    # 300 of 400 are expected to be changed strongly, with a standard deviation of 9.
+    assert 70 < int(is_mild.sum()) < 130
+    # Unlabeled pictures are all changed.
+    assert not (strong.strong(images, **where) == images).flatten(1).all(1).any()
+
+
 def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:
     assert [
         chosen(seen(28), network=f"vit_{name}").image_size for name in ("b_16", "b_32", "h_14")

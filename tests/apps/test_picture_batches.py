@@ -93,6 +93,9 @@ SHARED_VIEWS: dict[str, Any] = {
     "Sample Pairing": RandAugment(operations=CIFAR_OPERATIONS, cutout=2),
     "in a chain": Chain((Weak(pad=1), RandAugment(n=3, cutout=2), Weak(pad=1))),
     "sometimes": Sometimes(RandAugment(n=3, cutout=2), 0.5),
+    "sometimes, or another": Sometimes(
+        PAIRED_ALWAYS, 0.5, otherwise=RandAugment(n=3, cutout=2, operations=CIFAR_OPERATIONS)
+    ),
     "twice": Chain((PAIRED_ALWAYS, PAIRED_ALWAYS)),
 }
 

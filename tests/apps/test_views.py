@@ -72,6 +72,7 @@ VIEWS: dict[str, View] = {
     "recolor": Recolor(),
     "strong": STRONG,
     "sometimes": Sometimes(STRONG, 0.8),
+    "sometimes, or another": Sometimes(STRONG, 0.5, otherwise=Chain((Flip(), Affine(25, 0.2)))),
     "torchvision": Seeded(
         v2.Compose([v2.RandomAffine(25, (0.1, 0.1)), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)])
     ),
@@ -525,6 +526,11 @@ def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
     is_changed, stays = ((got == one).flatten(1).all(1) for one in (changed, images))
     assert bool((is_changed | stays).all())
     assert is_changed.double().mean() == pytest.approx(0.25, abs=0.06)
+    # The same pictures are changed where the others do not stay.
+    other = Affine(40, 0.1)
+    got = call(Sometimes(view, 0.25, otherwise=other), images)
+    assert torch.equal(got[is_changed], changed[is_changed])
+    assert torch.equal(got[~is_changed], call(other, images)[~is_changed])
 
 
 SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")

@@ -371,7 +371,7 @@ class Recolor(PictureView):
 
 @dataclass(frozen=True)
 class Sometimes(PictureView):
-    """Change a part of the pictures: x ↦ view(x) with probability ``share``, and x otherwise.
+    """Change a part of the pictures: x ↦ view(x) with probability ``share``, else otherwise(x).
 
     A network that predicts pictures as they are should have seen such pictures: interpolation takes
     away noise and fine lines, and batch norm's statistics are of what was seen.
@@ -379,10 +379,12 @@ class Sometimes(PictureView):
     Args:
         view: changes pictures and keeps their shape.
         share: probability in [0, 1] of changing a picture.
+        otherwise: changes the other pictures; by default they stay as they are.
     """
 
     view: View
     share: Probability
+    otherwise: View = base.Identity()
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         return self.see_in(None, images, seed, step, examples)
@@ -393,11 +395,16 @@ class Sometimes(PictureView):
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
         of_batch: dict[str, Tensor] = {} if batch is None else {"batch": batch}
-        seen = self.view(images, seed=seed, step=step, examples=examples, **of_batch)
-        return torch.where(changed_B, seen, images)
+        changed = self.view(images, seed=seed, step=step, examples=examples, **of_batch)
+        others = self.otherwise(images, seed=seed, step=step, examples=examples, **of_batch)
+        return torch.where(changed_B, changed, others)
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
-        return base.rows_needed(self.view, rows, seed=seed, step=step, examples=examples)
+        first = base.rows_needed(self.view, rows, seed=seed, step=step, examples=examples)
+        second = base.rows_needed(self.otherwise, rows, seed=seed, step=step, examples=examples)
+        if first is None or second is None:
+            return None
+        return torch.cat([first, second[~torch.isin(second, first)]])
 
 
 # The views that change nothing, made once: to make one looks at its fields.
