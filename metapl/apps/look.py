@@ -156,6 +156,7 @@ def choose_settings(
     # Too few pictures to select on are better trained on, and so are all where recipes are compared
     # on folds of them.
     aside = 0 if config.val or isinstance(method, Auto) else round(SET_ASIDE * len(few))
+    config = with_stored(config, {"augment": method.usual_augment})
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
     finetune_steps = 0 if isinstance(method, Auto) else FINETUNE_STEPS
     config = with_stored(config, {"finetune_steps": finetune_steps})
@@ -418,7 +419,6 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
         "image_size": multiple * max(1, round(side / multiple)),
         "network": network,
         "val_fraction": val_fraction,
-        "augment": "strong",
         "recolor": seen.exchangeable,
         "mean": mean,
         "std": std,

@@ -295,6 +295,9 @@ class Training:
 class Method:
     """A method, whose fields are flags."""
 
+    # How pictures are augmented where the method is named and no augmentation was asked for.
+    usual_augment: ClassVar[str] = "strong"
+
     def __post_init__(self) -> None:
         check_fields(self)
 

@@ -1,7 +1,7 @@
 """How pictures with wrong labels are augmented: mildly or strongly, whichever a trial finds.
 
-One network learns the labels as they are from mildly augmented pictures, and another one from
-strongly augmented ones, both shortly. Neither has learned the clean pictures, on which they are
+One network learns the labels as they are with mild augmentation, and another one with strong
+augmentation, both shortly. Neither has learned the clean pictures, on which they are
 measured. ``metapl train images`` has no picture to spare, and tries recipes on folds of its labels
 (:mod:`metapl.apps.tournament`).
 """
@@ -21,7 +21,7 @@ from metapl.apps.tournament import (
     STRONG,
     Recipe,
     Standing,
-    linear_advantage,
+    measure_linear_advantage,
     ordered,
 )
 from metapl.machine import device
@@ -53,7 +53,7 @@ def trials(configs: Sequence[Noisy]) -> list[Standing]:
         standing_of(recipe, config, sources) for recipe, config in zip(TRIED, configs, strict=True)
     ]
     clean = sources["labeled"]
-    advantage = linear_advantage(clean.images, clean.labels, seed=configs[0].fitting.seed)
+    advantage = measure_linear_advantage(clean.images, clean.labels, seed=configs[0].fitting.seed)
     return ordered(standings, advantage)
 
 

@@ -97,8 +97,9 @@ class SelfTraining(Method):
 class TwoTeachers(SelfTraining):
     """Train two networks in two ways, and a fresh one on labels and on the labels of both.
 
-    The first one learns the labeled pictures with mixup, changed as the settings say. The second
-    one is trained by UDA on strongly changed pictures. They err on different pictures, so that,
+    The first one learns the labeled pictures with mixup, augmented as the settings say: mildly,
+    unless they say something else. The second one is trained by UDA with strong augmentation. They
+    err on different pictures, so that,
     where labels are few, the mean of their soft labels is right about as often as the better one
     or more often, and whoever does not know which of the two ways suits the pictures need not
     choose. The mean is balanced as the labels of one teacher are. docs/pictures.md has what it
@@ -114,6 +115,7 @@ class TwoTeachers(SelfTraining):
 
     name: ClassVar[str] = "two_teachers"
     title: ClassVar[str] = "self-training on the soft labels of two teachers, with mixup"
+    usual_augment: ClassVar[str] = "mild"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,7 +142,7 @@ class TwoTeachers(SelfTraining):
         first_labels = t.label(t.teacher)["unlabeled"]
 
         consistency = Consistency(uda_prior=self.uda_prior).scheduled(second_steps)
-        strongly_changed(t).alone(
+        with_strong_augmentation(t).alone(
             second,
             consistency.losses(),
             phase="second-teacher",
@@ -165,8 +167,8 @@ def warmup_of(t: Training, steps: int) -> int:
     return round((t.config.fitting.warmup or 0) * steps / t.config.fitting.chosen_steps)
 
 
-def strongly_changed(t: Training) -> Training:
-    """Return a training on the same pictures, all of which are changed strongly."""
+def with_strong_augmentation(t: Training) -> Training:
+    """Return a training on the same pictures with strong augmentation, whatever was asked for."""
     config: Any = with_flags(t.config, augment="strong")
     labeled = t.data.labeled
     batches = config.batches(labeled.images, labeled.labels, t.data.unlabeled.images)

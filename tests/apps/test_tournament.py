@@ -278,7 +278,7 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
 ) -> None:
     out = tmp_path / "run"
     command = images_command(three_colors, *AUTO, "--out", str(out))
-    measured = tournament.Race.measured
+    measured = tournament.Race.measure_on_fold
     calls = 0
 
     def stopped(*args: object, **options: object) -> Standing:
@@ -289,7 +289,7 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
         return measured(*args, **options)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(tournament.Race, "measured", stopped)
+        patch.setattr(tournament.Race, "measure_on_fold", stopped)
         metapl(*command, code=130)
     metapl(*command, "--resume")
     resumed = weights(out)
@@ -442,7 +442,7 @@ def test_a_run_that_was_stopped_at_the_second_teacher_ends_with_the_same_bits(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(self_training, "strongly_changed", stopped)
+        patch.setattr(self_training, "with_strong_augmentation", stopped)
         metapl(*command, code=130)
     metapl(*command, "--resume")
     resumed = weights(out)

@@ -522,7 +522,8 @@ def test_channels_change_places_and_light_turns_dark() -> None:
 
 def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
     images, view = pictures(8, (3, 16, 16))[4:].repeat(128, 1, 1, 1), Affine(25, 0.2)
-    changed, got = call(view, images), call(Sometimes(view, 0.25), images)
+    changed = call(view, images, seed=draws.fold_in(0, 0))
+    got = call(Sometimes(view, 0.25), images)
     is_changed, stays = ((got == one).flatten(1).all(1) for one in (changed, images))
     assert bool((is_changed | stays).all())
     assert is_changed.double().mean() == pytest.approx(0.25, abs=0.06)
@@ -530,7 +531,22 @@ def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
     other = Affine(40, 0.1)
     got = call(Sometimes(view, 0.25, otherwise=other), images)
     assert torch.equal(got[is_changed], changed[is_changed])
-    assert torch.equal(got[~is_changed], call(other, images)[~is_changed])
+    others = call(other, images, seed=draws.fold_in(0, 1))
+    assert torch.equal(got[~is_changed], others[~is_changed])
+
+
+def test_one_share_within_another_is_drawn_anew() -> None:
+    images = pictures(8, (3, 16, 16))[4:].repeat(128, 1, 1, 1)
+
+    def inverted(images: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor:
+        return 1 - images
+
+    for view, share in (
+        (Sometimes(Sometimes(inverted, 0.5), 0.5), 0.25),
+        (Sometimes(inverted, 0.5, otherwise=Sometimes(inverted, 0.5)), 0.75),
+    ):
+        is_inverted = (call(view, images) != images).flatten(1).any(1)
+        assert is_inverted.double().mean() == pytest.approx(share, abs=0.06)
 
 
 SIGNED = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")

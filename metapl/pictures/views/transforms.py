@@ -373,6 +373,8 @@ class Recolor(PictureView):
 class Sometimes(PictureView):
     """Change a part of the pictures: x ↦ view(x) with probability ``share``, else otherwise(x).
 
+    The two views draw from fold_in(seed, 0) and fold_in(seed, 1).
+
     A network that predicts pictures as they are should have seen such pictures: interpolation takes
     away noise and fine lines, and batch norm's statistics are of what was seen.
 
@@ -394,14 +396,22 @@ class Sometimes(PictureView):
     ) -> Tensor:
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
-        of_batch: dict[str, Tensor] = {} if batch is None else {"batch": batch}
-        changed = self.view(images, seed=seed, step=step, examples=examples, **of_batch)
-        others = self.otherwise(images, seed=seed, step=step, examples=examples, **of_batch)
+        options: dict[str, Tensor] = {} if batch is None else {"batch": batch}
+        changed, others = (
+            view(images, seed=view_seed, step=step, examples=examples, **options)
+            for view, view_seed in self._seeded(seed)
+        )
         return torch.where(changed_B, changed, others)
 
+    def _seeded(self, seed: int) -> tuple[tuple[View, int], tuple[View, int]]:
+        """Return both views with seeds of their own, so that one of this class draws anew."""
+        return (self.view, draws.fold_in(seed, 0)), (self.otherwise, draws.fold_in(seed, 1))
+
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
-        first = base.rows_needed(self.view, rows, seed=seed, step=step, examples=examples)
-        second = base.rows_needed(self.otherwise, rows, seed=seed, step=step, examples=examples)
+        first, second = (
+            base.rows_needed(view, rows, seed=view_seed, step=step, examples=examples)
+            for view, view_seed in self._seeded(seed)
+        )
         if first is None or second is None:
             return None
         return torch.cat([first, second[~torch.isin(second, first)]])
