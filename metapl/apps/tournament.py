@@ -615,7 +615,8 @@ def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing], bes
     rival = more_accurate_than(best, all_recipes, finalists)
     if rival is not None:
         text += (
-            f"; {best.name} is taken by its score and head start, {rival.name} was right more often"
+            f"; {rival.name} was right more often, and {best.name} is ahead by its score and its "
+            "head start"
         )
     return text
 

@@ -155,6 +155,28 @@ def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
     assert isinstance(mild.method(labels=200, classes=10, open_settings=nothing_asked), Supervised)
 
 
+def test_the_line_of_a_race_says_who_was_right_more_often_and_was_not_taken() -> None:
+    mild = standing("mild", right=7, pictures=10)
+    mirrored = standing("mild and mirrored", right=8, pictures=10)
+    strong = standing("strong", right=3, pictures=10)
+    finalists = [mirrored, mild]
+    text = tournament.sentence([*finalists, strong], finalists, mild.recipe)
+    assert text.endswith(
+        "; mild and mirrored was right more often, and mild is ahead by its score and its head "
+        "start"
+    )
+    text = tournament.sentence([*finalists, strong], finalists, mirrored.recipe)
+    assert "right more often" not in text
+
+
+def test_two_teachers_that_are_named_augment_mildly(three_colors: Path, tmp_path: Path) -> None:
+    for asked, augment in (((), "mild"), (("--augment", "strong"), "strong")):
+        out = tmp_path / augment
+        words = ("--method", "two_teachers", "--steps", "8", *asked, "--out", str(out))
+        metapl(*images_command(three_colors, *words))
+        assert f'"augment": "{augment}"' in (out / "recipe.json").read_text()
+
+
 def test_an_augmentation_that_was_asked_for_leaves_one_teacher() -> None:
     mild = RECIPES[0]
     method = mild.method(labels=40, classes=10, open_settings=("network",))
