@@ -170,9 +170,9 @@ def test_the_line_of_a_race_says_who_was_right_more_often_and_was_not_taken() ->
 
 
 def test_two_teachers_that_are_named_augment_mildly(three_colors: Path, tmp_path: Path) -> None:
-    for asked, augment in (((), "mild"), (("--augment", "strong"), "strong")):
+    for flags, augment in (((), "mild"), (("--augment", "strong"), "strong")):
         out = tmp_path / augment
-        words = ("--method", "two_teachers", "--steps", "8", *asked, "--out", str(out))
+        words = ("--method", "two_teachers", "--steps", "8", *flags, "--out", str(out))
         metapl(*images_command(three_colors, *words))
         assert f'"augment": "{augment}"' in (out / "recipe.json").read_text()
 

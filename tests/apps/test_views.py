@@ -528,11 +528,11 @@ def test_a_share_of_the_pictures_is_changed_and_the_others_stay() -> None:
     assert bool((is_changed | stays).all())
     assert is_changed.double().mean() == pytest.approx(0.25, abs=0.06)
     # The same pictures are changed where the others do not stay.
-    other = Affine(40, 0.1)
-    got = call(Sometimes(view, 0.25, otherwise=other), images)
+    second_view = Affine(40, 0.1)
+    got = call(Sometimes(view, 0.25, otherwise=second_view), images)
     assert torch.equal(got[is_changed], changed[is_changed])
-    others = call(other, images, seed=draws.fold_in(0, 1))
-    assert torch.equal(got[~is_changed], others[~is_changed])
+    changed_otherwise = call(second_view, images, seed=draws.fold_in(0, 1))
+    assert torch.equal(got[~is_changed], changed_otherwise[~is_changed])
 
 
 def test_one_share_within_another_is_drawn_anew() -> None:

@@ -397,11 +397,11 @@ class Sometimes(PictureView):
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
         changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
         options: dict[str, Tensor] = {} if batch is None else {"batch": batch}
-        changed, others = (
+        seen, seen_otherwise = (
             view(images, seed=view_seed, step=step, examples=examples, **options)
             for view, view_seed in self._seeded(seed)
         )
-        return torch.where(changed_B, changed, others)
+        return torch.where(changed_B, seen, seen_otherwise)
 
     def _seeded(self, seed: int) -> tuple[tuple[View, int], tuple[View, int]]:
         """Return both views with seeds of their own, so that one of this class draws anew."""
