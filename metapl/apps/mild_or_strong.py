@@ -1,8 +1,8 @@
 """How pictures with wrong labels are augmented: mildly or strongly, whichever a trial finds.
 
 One network learns the labels as they are with mild augmentation, and another one with strong
-augmentation, both shortly. Neither has learned the clean pictures, on which they are
-measured. ``metapl train images`` has no picture to spare, and tries recipes on folds of its labels
+augmentation, both shortly. Neither has learned the clean pictures, on which they are measured.
+``metapl train images`` has no picture to spare, and tries recipes on folds of its labels
 (:mod:`metapl.apps.tournament`).
 """
 

@@ -99,11 +99,10 @@ class TwoTeachers(SelfTraining):
 
     The first one learns the labeled pictures with mixup, augmented as the settings say: mildly,
     unless they say something else. The second one is trained by UDA with strong augmentation. They
-    err on different pictures, so that,
-    where labels are few, the mean of their soft labels is right about as often as the better one
-    or more often, and whoever does not know which of the two ways suits the pictures need not
-    choose. The mean is balanced as the labels of one teacher are. docs/pictures.md has what it
-    reaches; the student takes less than half of the steps.
+    err on different pictures, so that, where labels are few, the mean of their soft labels is right
+    about as often as the better one or more often, and whoever does not know which of the two ways
+    suits the pictures need not choose. The mean is balanced as the labels of one teacher are. The
+    student takes less than half of the steps. docs/images.md has what both and the student reach.
 
     Args:
         teacher_share: share of the steps in which the first network is trained.

@@ -624,13 +624,19 @@ def sentence(all_recipes: Sequence[Standing], finalists: Sequence[Standing], bes
 def more_accurate_than(
     best: Recipe, all_recipes: Sequence[Standing], finalists: Sequence[Standing]
 ) -> Recipe | None:
-    """Return the recipe that was right more often than another on the same pictures, if one was.
+    """Return the recipe that was right most often, if it was so more often than the best one.
 
-    Finalists are compared on all folds, and with the others on the first one.
+    The same pictures are compared: those of all folds among the finalists, and those of the first
+    fold among all recipes.
+
+    Args:
+        best: the recipe that is taken, a finalist.
+        all_recipes: on the first fold.
+        finalists: on all folds.
     """
     for standings in (finalists, all_recipes):
-        first = by_accuracy(standings)[0]
+        most_accurate = by_accuracy(standings)[0]
         accuracy = next(standing.accuracy for standing in standings if standing.recipe is best)
-        if first.accuracy > accuracy:
-            return first.recipe
+        if most_accurate.accuracy > accuracy:
+            return most_accurate.recipe
     return None

@@ -395,16 +395,16 @@ class Sometimes(PictureView):
         self, batch: Tensor | None, images: Tensor, seed: int, step: int, examples: Tensor
     ) -> Tensor:
         u_B = draws.uniform(seed, step, examples, 1, stream=base.SOMETIMES)[:, 0]
-        changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
+        is_changed_B = to_device(u_B < self.share, images.device)[:, None, None, None]
         options: dict[str, Tensor] = {} if batch is None else {"batch": batch}
-        seen, seen_otherwise = (
+        changed, changed_otherwise = (
             view(images, seed=view_seed, step=step, examples=examples, **options)
             for view, view_seed in self._seeded(seed)
         )
-        return torch.where(changed_B, seen, seen_otherwise)
+        return torch.where(is_changed_B, changed, changed_otherwise)
 
     def _seeded(self, seed: int) -> tuple[tuple[View, int], tuple[View, int]]:
-        """Return both views with seeds of their own, so that one of this class draws anew."""
+        """Return both views with a seed for each, so that one of this class draws anew."""
         return (self.view, draws.fold_in(seed, 0)), (self.otherwise, draws.fold_in(seed, 1))
 
     def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
