@@ -22,7 +22,7 @@ from metapl.apps.tournament import (
     Recipe,
     Standing,
     measure_linear_advantage,
-    ordered,
+    most_promising_first,
 )
 from metapl.machine import device
 from metapl.metrics import predict_logits
@@ -54,7 +54,7 @@ def trials(configs: Sequence[Noisy]) -> list[Standing]:
     ]
     clean = sources["labeled"]
     advantage = measure_linear_advantage(clean.images, clean.labels, seed=configs[0].fitting.seed)
-    return ordered(standings, advantage)
+    return most_promising_first(standings, advantage)
 
 
 def standing_of(recipe: Recipe, config: Noisy, sources: Mapping[str, Any]) -> Standing:

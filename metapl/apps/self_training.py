@@ -57,7 +57,7 @@ class SelfTraining(Method):
         # Each of the two networks takes one step at least, also where one step was asked for.
         teacher_steps = max(1, round(self.teacher_share * steps))
         taught = self.trained_teacher(t, teacher_steps)
-        soft_labels = balanced(t.label(t.teacher)["unlabeled"], self.uda_prior)
+        soft_labels = with_class_shares(t.label(t.teacher)["unlabeled"], self.uda_prior)
         trainer, result = self.trained_student(t, soft_labels, max(1, steps - teacher_steps))
         return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
 
@@ -150,7 +150,7 @@ class TwoTeachers(SelfTraining):
         )
         second_labels = t.label(second, name="second-teacher")["unlabeled"]
 
-        soft_labels = balanced((first_labels + second_labels) / 2, self.uda_prior)
+        soft_labels = with_class_shares((first_labels + second_labels) / 2, self.uda_prior)
         trainer, result = self.trained_student(t, soft_labels, student_steps)
         return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
 
@@ -174,7 +174,7 @@ def with_strong_augmentation(t: Training) -> Training:
     return dataclasses.replace(t, config=config, data=dataclasses.replace(t.data, **batches))
 
 
-def balanced(distributions_NC: Tensor, shares: Sequence[float] | None) -> Tensor:
+def with_class_shares(distributions_NC: Tensor, shares: Sequence[float] | None) -> Tensor:
     """Return class distributions whose mean over the examples has given shares of the classes.
 
     Classes are scaled, and rows normalized, in turn (iterative proportional fitting), so that the
@@ -185,7 +185,7 @@ def balanced(distributions_NC: Tensor, shares: Sequence[float] | None) -> Tensor
         shares: of the C classes; None: equal ones.
 
     >>> p = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]])
-    >>> balanced(p, None).mean(0)
+    >>> with_class_shares(p, None).mean(0)
     tensor([0.5000, 0.5000])
     """
     classes = distributions_NC.shape[1]

@@ -241,12 +241,12 @@ class Standing:
     probabilities: Tensor
     labels: Tensor
 
-    def joined(self, other: Standing) -> Standing:
+    def with_pictures_of(self, standing: Standing) -> Standing:
         """Return what the recipe has reached on the pictures of both."""
         return Standing(
             recipe=self.recipe,
-            probabilities=torch.cat([self.probabilities, other.probabilities]),
-            labels=torch.cat([self.labels, other.labels]),
+            probabilities=torch.cat([self.probabilities, standing.probabilities]),
+            labels=torch.cat([self.labels, standing.labels]),
         )
 
     @property
@@ -333,7 +333,7 @@ class Auto(Method):
         assert self.final_steps is not None, "the steps were chosen"
         race = Race(t=t, auto=self, trial_steps=self.trial_steps)
         all_recipes, finalists = race.run()
-        best = ordered(finalists, race.linear_advantage)[0].recipe
+        best = most_promising_first(finalists, race.linear_advantage)[0].recipe
         steps = self.final_steps[RECIPES.index(best)]
         labeled = t.data.labeled
         open_names = self.open_settings or ()
@@ -395,10 +395,10 @@ class Race:
         labels_N = self.t.data.labeled.labels
         fold_N = folds_of(labels_N, self.t.config.fitting.seed)
         all_recipes = [self.measure_on_fold(recipe, fold_N, fold=0) for recipe in RECIPES]
-        finalists = ordered(all_recipes, self.linear_advantage)[:FINALISTS]
+        finalists = most_promising_first(all_recipes, self.linear_advantage)[:FINALISTS]
         for fold in range(1, FOLDS):
             finalists = [
-                standing.joined(self.measure_on_fold(standing.recipe, fold_N, fold=fold))
+                standing.with_pictures_of(self.measure_on_fold(standing.recipe, fold_N, fold=fold))
                 for standing in finalists
             ]
         return all_recipes, finalists
@@ -517,7 +517,7 @@ def measure_linear_advantage(images: Any, labels: Tensor, *, seed: int) -> float
     return max(0.0, 100 * (accuracy - chance))
 
 
-def ordered(standings: Sequence[Standing], linear_advantage: float) -> list[Standing]:
+def most_promising_first(standings: Sequence[Standing], linear_advantage: float) -> list[Standing]:
     """Return recipes that were measured on the same pictures, the most promising one first.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from metapl.apps import self_training, tournament
 from metapl.apps.backbone import accuracy_on_pixels
 from metapl.apps.methods import Supervised, Training
-from metapl.apps.self_training import SelfTraining, TwoTeachers, balanced
+from metapl.apps.self_training import SelfTraining, TwoTeachers, with_class_shares
 from metapl.apps.tournament import FOLDS, RECIPES, TRIALS, Auto, Standing, folds_of, points_of
 from metapl.errors import MetaplError
 from metapl.labels import LabelStore
@@ -57,6 +57,10 @@ def standing(
     return Standing(recipe=recipe, probabilities=probabilities, labels=labels)
 
 
+def winner(standings: list[Standing], linear_advantage: float) -> str:
+    return tournament.most_promising_first(standings, linear_advantage)[0].recipe.name
+
+
 def test_the_score_of_who_is_sure_is_the_accuracy() -> None:
     sure = standing("mild", right=3, pictures=4)
     assert sure.accuracy == 0.75
@@ -94,28 +98,28 @@ def test_few_pictures_leave_it_to_the_head_start(
     mild: int, strong: int, pictures: int, best: str
 ) -> None:
     standings = [standing("mild", mild, pictures), standing("strong", strong, pictures)]
-    assert tournament.ordered(standings, linear_advantage=0.0)[0].recipe.name == best
+    assert winner(standings, linear_advantage=0.0) == best
 
 
 def test_who_is_surely_wrong_is_behind_who_is_unsure() -> None:
     sure = standing("mild", right=20, pictures=40)
     unsure = standing("mild and mirrored", right=20, pictures=40, sureness=0.6)
     assert sure.accuracy == unsure.accuracy
-    best = tournament.ordered([sure, unsure], linear_advantage=0.0)[0]
+    best = tournament.most_promising_first([sure, unsure], linear_advantage=0.0)[0]
     assert best.recipe.name == "mild and mirrored"
 
 
 def test_strong_changes_lose_their_head_start_where_a_linear_layer_is_right() -> None:
     standings = [standing("mild", 20, 40), standing("strong", 20, 40)]
-    assert tournament.ordered(standings, linear_advantage=20.0)[0].recipe.name == "strong"
-    assert tournament.ordered(standings, linear_advantage=40.0)[0].recipe.name == "mild"
+    assert winner(standings, linear_advantage=20.0) == "strong"
+    assert winner(standings, linear_advantage=40.0) == "mild"
 
 
 @pytest.mark.parametrize(("mild", "best"), [(52, "strong"), (55, "strong"), (68, "mild")])
 def test_a_head_start_is_gone_where_the_pictures_leave_nothing_open(mild: int, best: str) -> None:
     """The standard error of the difference is 10 points or so."""
     standings = [standing("mild", mild, 100), standing("strong", 50, 100, of_the_last=True)]
-    assert tournament.ordered(standings, linear_advantage=0.0)[0].recipe.name == best
+    assert winner(standings, linear_advantage=0.0) == best
 
 
 def test_a_linear_layer_that_is_ahead_leaves_the_head_start() -> None:
@@ -190,7 +194,7 @@ def test_balanced_labels_have_the_shares_and_the_odds_of_before() -> None:
     torch.manual_seed(0)
     p = (3 * torch.randn(500, 4)).softmax(1)
     shares = (0.1, 0.2, 0.3, 0.4)
-    q = balanced(p, shares)
+    q = with_class_shares(p, shares)
     torch.testing.assert_close(q.mean(0), torch.tensor(shares), atol=2e-3, rtol=0)
     torch.testing.assert_close(q.sum(1), torch.ones(500))
 
@@ -204,8 +208,8 @@ def test_balanced_labels_have_the_shares_and_the_odds_of_before() -> None:
 
 def test_a_class_that_no_label_names_stays_impossible() -> None:
     p = torch.tensor([[0.7, 0.3, 0.0], [0.4, 0.6, 0.0]])
-    assert balanced(p, None)[:, 2].tolist() == [0.0, 0.0]
-    assert balanced(p, None).isfinite().all()
+    assert with_class_shares(p, None)[:, 2].tolist() == [0.0, 0.0]
+    assert with_class_shares(p, None).isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------- runs
@@ -451,7 +455,7 @@ def test_the_student_learns_the_labels_of_both_teachers(
     monkeypatch.setattr(TwoTeachers, "trained_student", noted)
     metapl(*images_command(three_colors, *TWO_TEACHERS, "--out", str(tmp_path / "again")))
     (soft_labels_NC,) = learned
-    torch.testing.assert_close(soft_labels_NC, balanced((of_first + of_second) / 2, None))
+    torch.testing.assert_close(soft_labels_NC, with_class_shares((of_first + of_second) / 2, None))
 
 
 def test_a_run_that_was_stopped_at_the_second_teacher_ends_with_the_same_bits(
