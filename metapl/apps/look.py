@@ -23,7 +23,7 @@ from metapl.apps.inputs import plural
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy, Plain
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
-from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto
+from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto, are_few
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -490,25 +490,36 @@ def with_steps(
 def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, Any]:
     """Return the settings and the method with the steps of each recipe that is tried.
 
-    Each recipe is timed once, has the same time on a fold, and the rest of the minutes if it is the
-    best. The settings get the steps of the first recipe.
+    Each recipe is timed, has the same time on a fold, and the rest of the minutes if it is the
+    best. Whether that training learns unlabeled pictures too is known after the race alone, so both
+    have their steps, but for where labels are so few that they are learned in any case. The
+    settings get the steps of the first recipe.
     """
     minutes = config.minutes or MINUTES
     trial_minutes = method.trial_share * minutes / TRIALS
     final_minutes = (1 - method.trial_share) * minutes
     labels = len(config.scan(config.few_and_many[0]))
+    labels_are_few = are_few(labels, len(config.classes))
     trial_steps = []
     final_steps = []
+    final_steps_with_unlabeled = []
     open_names = method.open_settings or ()
     for recipe in RECIPES:
         settings = recipe.settings(config, open_names)
-        final_method = recipe.method(
-            labels=labels, classes=len(config.classes), open_settings=open_names
-        )
+        with_unlabeled = recipe.method(open_names, learns_unlabeled=True)
+        # Where labels are few it is the same one.
+        final_method = recipe.method(open_names, learns_unlabeled=labels_are_few)
         trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
-        final_steps.append(steps_in(final_minutes, quick_seconds(settings, final_method, clock)))
+        steps = steps_in(final_minutes, quick_seconds(settings, with_unlabeled, clock))
+        final_steps_with_unlabeled.append(steps)
+        if final_method != with_unlabeled:
+            steps = steps_in(final_minutes, quick_seconds(settings, final_method, clock))
+        final_steps.append(steps)
     method = dataclasses.replace(
-        method, trial_steps=tuple(trial_steps), final_steps=tuple(final_steps)
+        method,
+        trial_steps=tuple(trial_steps),
+        final_steps=tuple(final_steps),
+        final_steps_with_unlabeled=tuple(final_steps_with_unlabeled),
     )
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, final_steps[0])

@@ -1,6 +1,7 @@
 """What pictures show decides settings that were left open; the steps that fit a time, the rest."""
 
 import itertools
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +25,7 @@ from metapl.apps.look import (
     with_steps,
 )
 from metapl.apps.settings import flag_values, with_flags
-from metapl.apps.tournament import RECIPES
+from metapl.apps.tournament import RECIPES, Auto
 from metapl.data import draws
 from metapl.problems.losses import UDA
 
@@ -238,6 +239,32 @@ def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_ar
     steps_of = dict(zip((recipe.name for recipe in RECIPES), method.final_steps, strict=True))
     assert steps_of["linear"] == 1
     assert steps_of["mild"] > 1
+
+
+@pytest.mark.parametrize("labels", [40, 39])
+def test_the_race_is_planned_for_labels_alone_and_with_unlabeled_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: int
+) -> None:
+    root = color_folders(tmp_path, few=20, side=8)
+    if labels < 40:
+        next((root / "labeled" / "red").iterdir()).unlink()
+    seconds = {"supervised": 0.01, "two_teachers": 0.04, "uda": 0.02, "linear": 1.0}
+    monkeypatch.setattr(look, "quick_seconds", lambda config, method, clock: seconds[method.name])
+    settings = config(
+        labeled=str(root / "labeled"), classes=("blue", "red"), network="small_cnn", minutes=1.0
+    )
+    method = Auto(open_settings=("augment", "network"))
+    _, method = look.with_steps_of_race(settings, method, time.monotonic)
+    assert method.final_steps is not None
+    assert method.final_steps_with_unlabeled is not None
+    mild, _, strong, _ = method.final_steps
+    mild_with_unlabeled, _, strong_with_unlabeled, _ = method.final_steps_with_unlabeled
+    assert strong == strong_with_unlabeled
+    # With fewer than 20 labels a class unlabeled pictures are learned in any case.
+    if labels == 40:
+        assert mild == pytest.approx(4 * mild_with_unlabeled, rel=0.05)
+    else:
+        assert mild == mild_with_unlabeled
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:

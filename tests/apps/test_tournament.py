@@ -152,11 +152,17 @@ def test_pixels_of_single_pictures_tell_nothing() -> None:
     )
 
 
-def test_unlabeled_pictures_are_learned_where_labels_are_few() -> None:
+@pytest.mark.parametrize(
+    ("labels", "accuracy", "expected"),
+    [(199, 0.1, True), (200, 0.1, False), (200, 0.89, False), (200, 0.9, True)],
+)
+def test_unlabeled_pictures_are_learned_where_labels_are_few_or_nearly_right(
+    labels: int, accuracy: float, expected: bool
+) -> None:
+    assert tournament.unlabeled_help(labels, classes=10, accuracy=accuracy) is expected
     mild = RECIPES[0]
-    nothing_asked = ("augment", "network")
-    assert isinstance(mild.method(labels=199, classes=10, open_settings=nothing_asked), TwoTeachers)
-    assert isinstance(mild.method(labels=200, classes=10, open_settings=nothing_asked), Supervised)
+    method = mild.method(("augment", "network"), learns_unlabeled=expected)
+    assert isinstance(method, TwoTeachers if expected else Supervised)
 
 
 def test_the_line_of_a_race_says_who_was_right_more_often_and_was_not_taken() -> None:
@@ -183,7 +189,7 @@ def test_two_teachers_that_are_named_augment_mildly(three_colors: Path, tmp_path
 
 def test_an_augmentation_that_was_asked_for_leaves_one_teacher() -> None:
     mild = RECIPES[0]
-    method = mild.method(labels=40, classes=10, open_settings=("network",))
+    method = mild.method(("network",), learns_unlabeled=True)
     assert method == SelfTraining()
 
 
@@ -339,6 +345,29 @@ def test_strong_changes_are_followed_by_finetuning_that_is_delivered(
     assert result["delivered"] == "finetuned"
     finetuned = load_file(out / "finetuned_student.safetensors")
     assert any(not torch.equal(value, finetuned[name]) for name, value in weights(out).items())
+
+
+@pytest.mark.parametrize(("nearly_right", "method"), [(0.0, "two_teachers"), (1.1, "supervised")])
+def test_many_labels_leave_it_to_the_race_whether_unlabeled_pictures_are_learned(
+    three_colors: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nearly_right: float,
+    method: str,
+) -> None:
+    points = tournament.points_of
+
+    def mild_ahead(*args: object, **options: object) -> dict[str, float]:
+        return {**points(*args, **options), "mild": 100.0}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tournament, "points_of", mild_ahead)
+    monkeypatch.setattr(tournament, "FEW_LABELS", 1)
+    monkeypatch.setattr(tournament, "NEARLY_RIGHT", nearly_right)
+    out = tmp_path / "run"
+    metapl(*images_command(three_colors, *AUTO, "--out", str(out)))
+    chosen = json.loads((out / "result.json").read_text())["chosen"]
+    assert chosen["recipe"] == "mild"
+    assert chosen["method"] == method
 
 
 def test_finetuning_is_a_tenth_of_the_steps_and_200_at_most() -> None:
