@@ -59,7 +59,7 @@ def train_within(place: Path, *, method: str, minutes: float, settings: Row) -> 
     result = Job(config, method_, place / "run", resume=False, threads=1).run()
     seconds = time.process_time() - since
     return {
-        "steps": config.fitting.steps,
+        "steps": result["steps"],
         "recolor": config.pictures.recolor,
         "image_size": config.pictures.image_size,
         "chosen": result.get("chosen"),

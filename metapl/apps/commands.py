@@ -408,7 +408,7 @@ class Train:
         for name in names:
             like_own = with_settings_of(usual[name], method, usual[method.name])
             if isinstance(like_own, Auto) and isinstance(self.config, OfPictures):
-                open_names = open_settings(self.config.pictures)
+                open_names = open_settings(self.config)
                 like_own = dataclasses.replace(like_own, open_settings=open_names)
             compared[name] = like_own.scheduled(steps)
         return compared

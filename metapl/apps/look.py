@@ -18,12 +18,12 @@ from torch import Tensor
 
 from metapl.apps import backbone, mild_or_strong
 from metapl.apps.backbone import Backbone, some_of_each_class
-from metapl.apps.images import Images, Pictures
+from metapl.apps.images import Images, OfPictures, Pictures
 from metapl.apps.inputs import plural
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Noisy, Plain
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
-from metapl.apps.tournament import LINEAR, RECIPES, TRIALS, Auto, are_few
+from metapl.apps.tournament import LENGTHS, LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -138,7 +138,7 @@ def choose_settings(
             f"--finetune-steps {config.fitting.finetune_steps} goes with a method that is named, "
             "such as --method uda: the recipes of --method auto have their own."
         )
-    open_names = open_settings(config.pictures)
+    open_names = open_settings(config)
     if isinstance(method, Auto) and method.open_settings is None:
         method = dataclasses.replace(method, open_settings=open_names)
     config.check_first()
@@ -182,9 +182,10 @@ def choose_settings(
     return config, method
 
 
-def open_settings(pictures: Pictures) -> tuple[str, ...]:
+def open_settings(config: OfPictures) -> tuple[str, ...]:
     """Return the settings that recipes may choose, because none was asked for."""
-    names = []
+    pictures = config.pictures
+    names = [name for name in LENGTHS if getattr(config.fitting, name) is None]
     if pictures.augment is None:
         names.append("augment")
     has_weights = pictures.weights is not None or pictures.backbone != "none"
@@ -343,17 +344,18 @@ def tell_choices(config: Images | Noisy, method: Any, seen: Look, say: Say) -> N
 
 def steps_of_race(method: Auto) -> str:
     """Return in words how many steps recipes are tried for, and how many the best one gets."""
-    trial_steps = {}
-    final_steps = {}
+    trial_steps: list[int] = []
+    final_steps: list[int] = []
     for number, recipe in enumerate(RECIPES):
         if recipe is not LINEAR:
             assert method.trial_steps is not None, "the steps were chosen"
             assert method.final_steps is not None, "the steps were chosen"
-            trial_steps[recipe.name] = method.trial_steps[number]
-            final_steps[recipe.name] = method.final_steps[number]
+            assert method.final_steps_with_unlabeled is not None, "the steps were chosen"
+            trial_steps.append(method.trial_steps[number])
+            final_steps += [method.final_steps[number], method.final_steps_with_unlabeled[number]]
 
-    def span(steps: Mapping[str, int]) -> str:
-        least, most = min(steps.values()), max(steps.values())
+    def span(steps: Sequence[int]) -> str:
+        least, most = min(steps), max(steps)
         return plural(most, "step") if least == most else f"{least:,} to {plural(most, 'step')}"
 
     return (
@@ -491,15 +493,12 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     """Return the settings and the method with the steps of each recipe that is tried.
 
     Each recipe is timed, has the same time on a fold, and the rest of the minutes if it is the
-    best. Whether that training learns unlabeled pictures too is known after the race alone, so both
-    have their steps, but for where labels are so few that they are learned in any case. The
-    settings get the steps of the first recipe.
+    best. Whether unlabeled pictures are expected to help is known after the race alone, so there
+    are steps for both. The settings get the steps of the first recipe.
     """
     minutes = config.minutes or MINUTES
     trial_minutes = method.trial_share * minutes / TRIALS
     final_minutes = (1 - method.trial_share) * minutes
-    labels = len(config.scan(config.few_and_many[0]))
-    labels_are_few = are_few(labels, len(config.classes))
     trial_steps = []
     final_steps = []
     final_steps_with_unlabeled = []
@@ -507,14 +506,15 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     for recipe in RECIPES:
         settings = recipe.settings(config, open_names)
         with_unlabeled = recipe.method(open_names, learns_unlabeled=True)
-        # Where labels are few it is the same one.
-        final_method = recipe.method(open_names, learns_unlabeled=labels_are_few)
-        trial_steps.append(steps_in(trial_minutes, quick_seconds(settings, recipe.tried_by, clock)))
-        steps = steps_in(final_minutes, quick_seconds(settings, with_unlabeled, clock))
-        final_steps_with_unlabeled.append(steps)
-        if final_method != with_unlabeled:
-            steps = steps_in(final_minutes, quick_seconds(settings, final_method, clock))
-        final_steps.append(steps)
+        otherwise = recipe.method(open_names, learns_unlabeled=False)
+
+        # A method that stands at two places is timed once.
+        methods = dict.fromkeys([recipe.tried_by, with_unlabeled, otherwise])
+        seconds = {timed: quick_seconds(settings, timed, clock) for timed in methods}
+
+        trial_steps.append(steps_in(trial_minutes, seconds[recipe.tried_by]))
+        final_steps.append(steps_in(final_minutes, seconds[otherwise]))
+        final_steps_with_unlabeled.append(steps_in(final_minutes, seconds[with_unlabeled]))
     method = dataclasses.replace(
         method,
         trial_steps=tuple(trial_steps),
@@ -760,7 +760,7 @@ WARM = 2
 TIMED = 20
 SECONDS = 4.0
 
-# The same of each recipe that is tried: all of them together take no more than one training.
+# The most timed steps of each method of a recipe that is tried; there are seven.
 TIMED_IN_RACE = 6
 
 # The most pictures that steps are taken on, beside one of each class.
@@ -862,7 +862,7 @@ class Stopwatch:
         """Take some steps of each kind, and count them as often as the phase has them."""
         fitting = self.fitting
         # A phase may be shorter than the run.
-        share: float = options.get("steps", fitting.steps) / fitting.steps
+        steps = options.get("steps", fitting.steps)
         with ExitStack() as opened:
             feeds = []
             for number, source in enumerate((labeled, unlabeled)):
@@ -878,10 +878,10 @@ class Stopwatch:
                 opened.callback(batches.close)
                 feeds.append(batches)
             wait = options.get("wait", 0)
-            for first, last, step in kinds_of_steps(trainer, fitting.steps, wait):
+            for first, last, step in kinds_of_steps(trainer, steps, wait):
                 trainer.steps_done = first
                 seconds = self.median_seconds(trainer, step, feeds)
-                self.seconds += share * (last - first) / fitting.steps * seconds
+                self.seconds += (last - first) / fitting.steps * seconds
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 

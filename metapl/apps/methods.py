@@ -195,6 +195,7 @@ class Trained:
         rounds: what result.json says of the rounds of Noisy Student.
         configs: settings of kept networks that are not those of the training.
         chosen: what result.json says of how the method found its recipe.
+        leftovers: folders that a resumed run reads, and that are removed once the run has ended.
     """
 
     trainer: Trainer
@@ -206,6 +207,7 @@ class Trained:
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
     chosen: dict[str, Any] | None = None
+    leftovers: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

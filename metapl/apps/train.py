@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -261,6 +262,9 @@ def train(
         log.end(content)
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
+    if processes.first:
+        for leftover in trained.leftovers:
+            shutil.rmtree(leftover)
     unread = replaced_files(skipped)
     if unread:
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")

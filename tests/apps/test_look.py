@@ -241,15 +241,18 @@ def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_ar
     assert steps_of["mild"] > 1
 
 
-@pytest.mark.parametrize("labels", [40, 39])
-def test_the_race_is_planned_for_labels_alone_and_with_unlabeled_pictures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, labels: int
+def test_the_race_is_planned_with_unlabeled_pictures_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = color_folders(tmp_path, few=20, side=8)
-    if labels < 40:
-        next((root / "labeled" / "red").iterdir()).unlink()
-    seconds = {"supervised": 0.01, "two_teachers": 0.04, "uda": 0.02, "linear": 1.0}
-    monkeypatch.setattr(look, "quick_seconds", lambda config, method, clock: seconds[method.name])
+    seconds = {"supervised": 0.01, "two_teachers": 0.04, "uda": 0.02, "linear": 0.0}
+    timed: list[str] = []
+
+    def quick_seconds(config: Any, method: Any, clock: Any) -> float:
+        timed.append(method.name)
+        return seconds[method.name]
+
+    monkeypatch.setattr(look, "quick_seconds", quick_seconds)
     settings = config(
         labeled=str(root / "labeled"), classes=("blue", "red"), network="small_cnn", minutes=1.0
     )
@@ -260,11 +263,30 @@ def test_the_race_is_planned_for_labels_alone_and_with_unlabeled_pictures(
     mild, _, strong, _ = method.final_steps
     mild_with_unlabeled, _, strong_with_unlabeled, _ = method.final_steps_with_unlabeled
     assert strong == strong_with_unlabeled
-    # With fewer than 20 labels a class unlabeled pictures are learned in any case.
-    if labels == 40:
-        assert mild == pytest.approx(4 * mild_with_unlabeled, rel=0.05)
-    else:
-        assert mild == mild_with_unlabeled
+    assert mild == pytest.approx(4 * mild_with_unlabeled, rel=0.05)
+    # Each method of a recipe is timed once.
+    assert len(timed) == 7
+    # The line names the fewest and the most steps of all that may follow.
+    assert f"gets {mild_with_unlabeled:,} to {mild:,} steps" in look.steps_of_race(method)
+
+
+def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase of 300 of 1,000 steps, of which UDA begins after the first 120."""
+    stopwatch = look.Stopwatch(config(steps=1_000), time.monotonic, timed=1)
+    trainer: Any = SimpleNamespace(
+        teacher=None,
+        losses=(UDA(start=120),),
+        step=None,
+        device=torch.device("cpu"),
+        student=torch.nn.Linear(1, 1),
+    )
+
+    def seconds(trainer: Any, step: Any, feeds: Any) -> float:
+        return 1.0 if trainer.steps_done < 120 else 3.0
+
+    monkeypatch.setattr(stopwatch, "median_seconds", seconds)
+    stopwatch.fit(trainer, None, None, steps=300)
+    assert stopwatch.seconds == pytest.approx((120 * 1.0 + 180 * 3.0) / 1_000)
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
