@@ -249,7 +249,8 @@ class Train:
         assert self.options.recipe is not None, "it repeats a run"
         config, method = self.options.recipe.with_seen_again(self.config, self.method)
         if isinstance(method, Auto):
-            method = method.with_flags_beside(names)
+            repeated_share = self.options.recipe.fields.get("trial_share", method.trial_share)
+            method = method.with_flags_beside(names, repeated_share)
         return dataclasses.replace(self, config=config, method=method)
 
     def run(self) -> int:

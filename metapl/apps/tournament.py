@@ -326,19 +326,37 @@ class Auto(Method):
             final_steps_with_unlabeled=final_steps,
         )
 
-    def with_flags_beside(self, names: Collection[str]) -> Self:
+    def with_flags_beside(self, names: Collection[str], repeated_share: float) -> Self:
         """Return the method of a repeated run beside which some settings were asked for.
 
-        These are no recipe's own any more, and another number of steps is divided anew.
+        These are no recipe's own any more. Another number of steps is divided anew, and so are the
+        steps by another share of them; another share of the time is as many more or fewer steps.
 
         Args:
             names: of the settings.
+            repeated_share: ``trial_share`` of the run that is repeated.
         """
         open_names = tuple(name for name in self.open_settings or () if name not in names)
         method = dataclasses.replace(self, open_settings=open_names)
-        if "steps" in names or "trial_share" in names:
-            method = dataclasses.replace(method, trial_steps=None, final_steps=None)
-        return method
+        if not {"steps", "trial_share"} & {*names}:
+            return method
+        # By minutes a linear layer has one step, and by steps as many as the networks.
+        is_by_steps = len(set(self.final_steps or ())) < 2
+        if "steps" in names or is_by_steps:
+            return dataclasses.replace(
+                method, trial_steps=None, final_steps=None, final_steps_with_unlabeled=None
+            )
+        assert self.trial_steps is not None, "a run by minutes has a plan"
+        assert self.final_steps is not None, "a run by minutes has a plan"
+        assert self.final_steps_with_unlabeled is not None, "a run by minutes has a plan"
+        trial_factor = self.trial_share / repeated_share
+        final_factor = (1 - self.trial_share) / (1 - repeated_share)
+        return dataclasses.replace(
+            method,
+            trial_steps=multiplied(self.trial_steps, trial_factor),
+            final_steps=multiplied(self.final_steps, final_factor),
+            final_steps_with_unlabeled=multiplied(self.final_steps_with_unlabeled, final_factor),
+        )
 
     def train(self, t: Training) -> Trained:
         """Hold the race, and train by the recipe that wins it."""
@@ -498,6 +516,11 @@ class TrialFit:
             "patience": None,
         }
         return self.fit(trainer, labeled, unlabeled, **trial_options)
+
+
+def multiplied(steps: Sequence[int], factor: float) -> tuple[int, ...]:
+    """Return numbers of steps times a factor, at least one each."""
+    return tuple(max(1, round(factor * number)) for number in steps)
 
 
 def lengths_of(fitting: Fitting, steps: int, names: Collection[str]) -> dict[str, int]:

@@ -291,6 +291,23 @@ def test_flags_beside_a_recipe_are_followed_by_the_race(auto_run: Path, tmp_path
     assert fields["trial_steps"] == [round(0.5 * 40 / TRIALS)] * len(RECIPES)
 
 
+def test_another_share_of_the_time_is_as_many_more_steps() -> None:
+    """A run by minutes, whose linear layer has one step."""
+    by_minutes = Auto(
+        trial_share=0.25,
+        trial_steps=(40, 40, 30, 1),
+        final_steps=(4_900, 4_900, 2_100, 1),
+        final_steps_with_unlabeled=(2_800, 2_800, 2_100, 1),
+    )
+    method = by_minutes.with_flags_beside(["trial_share"], repeated_share=0.125)
+    assert method.trial_steps == (80, 80, 60, 2)
+    assert method.final_steps == (4_200, 4_200, 1_800, 1)
+    assert method.final_steps_with_unlabeled == (2_400, 2_400, 1_800, 1)
+    mild = by_minutes.with_flags_beside(["augment"], repeated_share=0.25)
+    assert mild.trial_steps == by_minutes.trial_steps
+    assert by_minutes.with_flags_beside(["steps"], repeated_share=0.25).trial_steps is None
+
+
 def test_the_result_says_what_was_trained_and_for_how_many_steps(auto_run: Path) -> None:
     result = json.loads((auto_run / "result.json").read_text())
     chosen = result["chosen"]
