@@ -120,6 +120,20 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
     assert right / len(predicted) == told["test_accuracy"]
 
 
+@pytest.mark.parametrize(
+    ("method", "steps", "is_said"),
+    [("example_weights", 20, True), ("example_weights", 80, False), ("plain", 20, False)],
+)
+def test_few_passes_over_the_pictures_are_told_where_something_is_learned_about_labels(
+    root: Path, tmp_path: Path, method: str, steps: int, is_said: bool
+) -> None:
+    """Steps of 12 of 40 pictures: 20 of them pass 6 times over all, and 80 pass 24 times."""
+    flags = f"--method {method} --steps {steps} --augment mild {SIZES}".split()
+    text = metapl("train", "noisy", *given(root), *flags, "--out", str(tmp_path / "run")).stdout
+    note = f"note: {steps} steps pass {12 * steps / 40:.0f} times over the pictures; in so few"
+    assert (note in text) is is_said
+
+
 def phases(method: Any, root: Path) -> tuple[Data, list[Phase]]:
     """Return the data, and what was fitted."""
     whole: dict[str, Any] = {
