@@ -235,6 +235,16 @@ def auto_run(three_colors: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+def put_ahead(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a recipe win the race whatever it reaches."""
+    points = tournament.points_of
+
+    def with_one_ahead(*args: object, **options: object) -> dict[str, float]:
+        return {**points(*args, **options), name: 100.0}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tournament, "points_of", with_one_ahead)
+
+
 def trials_in(run: Path) -> list[Path]:
     return [*run.rglob("trial-*")]
 
@@ -357,12 +367,7 @@ def test_a_run_that_was_stopped_in_the_race_ends_with_the_same_bits(
 def test_strong_changes_are_followed_by_finetuning_that_is_delivered(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = tournament.points_of
-
-    def strong_ahead(*args: object, **options: object) -> dict[str, float]:
-        return {**points(*args, **options), "strong": 100.0}  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tournament, "points_of", strong_ahead)
+    put_ahead("strong", monkeypatch)
     out = tmp_path / "run"
     metapl(*images_command(three_colors, *AUTO, "--out", str(out)))
     result = json.loads((out / "result.json").read_text())
@@ -386,12 +391,7 @@ def test_many_labels_leave_it_to_the_race_whether_unlabeled_pictures_are_learned
     nearly_right: float,
     method: str,
 ) -> None:
-    points = tournament.points_of
-
-    def mild_ahead(*args: object, **options: object) -> dict[str, float]:
-        return {**points(*args, **options), "mild": 100.0}  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tournament, "points_of", mild_ahead)
+    put_ahead("mild", monkeypatch)
     monkeypatch.setattr(tournament, "FEW_LABELS", 1)
     monkeypatch.setattr(tournament, "NEARLY_RIGHT", nearly_right)
     trained: list[int] = []
@@ -424,15 +424,10 @@ def test_many_labels_leave_it_to_the_race_whether_unlabeled_pictures_are_learned
 def test_a_run_that_was_stopped_in_the_finetuning_holds_no_race_again(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    points = tournament.points_of
-
-    def strong_ahead(*args: object, **options: object) -> dict[str, float]:
-        return {**points(*args, **options), "strong": 100.0}  # type: ignore[arg-type]
-
     def stopped(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tournament, "points_of", strong_ahead)
+    put_ahead("strong", monkeypatch)
     out = tmp_path / "run"
     command = images_command(three_colors, *AUTO, "--out", str(out))
     with monkeypatch.context() as patch:
