@@ -68,7 +68,7 @@ FEW_STEPS = 300
 
 # The passes over pictures with wrong labels below which plain training is better than what is
 # learned about labels: on Fashion-MNIST it is 4 points ahead in 9 passes, with wrong labels of
-# three kinds, and in 45 passes it is 4 and 7 points behind with two of these kinds.
+# three kinds, and in 45 passes it is 1 to 7 points behind.
 FEW_PASSES = 20
 
 # How often a picture may be in one batch before that is told.
