@@ -250,7 +250,7 @@ class Train:
         config, method = self.options.recipe.with_seen_again(self.config, self.method)
         if isinstance(method, Auto):
             repeated_share = self.options.recipe.fields.get("trial_share", method.trial_share)
-            method = method.with_flags_beside(names, repeated_share)
+            method = method.with_flags_beside(names, repeated_share=repeated_share)
         return dataclasses.replace(self, config=config, method=method)
 
     def run(self) -> int:

@@ -134,7 +134,7 @@ class Recipe:
         labeled: Any,
         method: Method,
         *,
-        lengths: dict[str, int],
+        lengths: Lengths,
         auto: Auto,
         finetune_steps: int = 0,
     ) -> Trained:
@@ -144,14 +144,13 @@ class Recipe:
             t: the training, whose settings and networks are those of another recipe.
             labeled: what has ``images`` and ``labels``: the labeled pictures to learn.
             method: the method.
-            lengths: the steps of all phases together, and what :func:`lengths_of` returns with
-                them.
+            lengths: of all phases together.
             auto: says which settings are open, and the shares of the classes.
             finetune_steps: after them, for which the run calls what is returned.
         """
         config = with_flags(
             self.settings(t.config, auto.open_settings or ()),
-            **lengths,
+            **lengths._asdict(),
             finetune_steps=finetune_steps,
         )
         batches = config.batches(labeled.images, labeled.labels, t.data.unlabeled.images)
@@ -169,9 +168,9 @@ class Recipe:
             data=data,
             teacher=teacher,
             student=student,
-            fit=partial(t.fit, **lengths),
+            fit=partial(t.fit, **lengths._asdict()),
         )
-        method = with_flags(method, uda_prior=auto.uda_prior).scheduled(lengths["steps"])
+        method = with_flags(method, uda_prior=auto.uda_prior).scheduled(lengths.steps)
         trained = method.train(training)
         configs = {
             "student": config,
@@ -292,7 +291,8 @@ class Auto(Method):
         trial_steps: of each recipe, the steps on a fold; None: they follow from the steps.
         final_steps: of each recipe, the steps of the training by it, if it is the best and
             unlabeled pictures are not expected to help.
-        final_steps_with_unlabeled: of each recipe, the steps of the training where they are.
+        final_steps_with_unlabeled: of each recipe, the steps of the training where unlabeled
+            pictures are expected to help.
         uda_prior: shares of the classes among the labeled pictures; None: equal ones.
         open_settings: those that were not asked for, of "augment" and "network", of which each
             recipe has its own, and of "warmup" and "validate_every", which follow from its steps.
@@ -523,26 +523,40 @@ def multiplied(steps: Sequence[int], factor: float) -> tuple[int, ...]:
     return tuple(max(1, round(factor * number)) for number in steps)
 
 
-def lengths_of(fitting: Fitting, steps: int, names: Collection[str]) -> dict[str, int]:
-    """Return the steps of a training, its warm-up, and its steps from one validation to the next.
+class Lengths(NamedTuple):
+    """How long a training is, and what is counted in its steps.
+
+    Args:
+        steps: of the training.
+        warmup: steps of the warm-up.
+        validate_every: steps from one validation to the next.
+    """
+
+    steps: int
+    warmup: int
+    validate_every: int
+
+
+def lengths_of(fitting: Fitting, steps: int, names: Collection[str]) -> Lengths:
+    """Return the lengths of a training of a run.
 
     Args:
         fitting: of the run.
         steps: of the training.
-        names: those of "warmup" and "validate_every" that are the same share of these steps as they
-            are of the steps of the run. The others stay as they were asked for.
+        names: those of :data:`LENGTHS` that are the same share of these steps as they are of the
+            steps of the run. The others stay as they were asked for.
 
     >>> lengths_of(Fitting(steps=100, warmup=5, validate_every=10), 40, names=["warmup"])
-    {'steps': 40, 'warmup': 2, 'validate_every': 10}
+    Lengths(steps=40, warmup=2, validate_every=10)
     """
-    lengths = {"steps": steps}
-    for name in LENGTHS:
-        length = getattr(fitting, name) or 0
-        if name in names:
-            length = round(length * steps / fitting.chosen_steps)
-        lengths[name] = length
-    lengths["validate_every"] = max(1, lengths["validate_every"])
-    return lengths
+
+    def length(name: str) -> int:
+        asked: int = getattr(fitting, name) or 0
+        return round(asked * steps / fitting.chosen_steps) if name in names else asked
+
+    return Lengths(
+        steps=steps, warmup=length("warmup"), validate_every=max(1, length("validate_every"))
+    )
 
 
 def folds_of(labels_N: Tensor, seed: int) -> Tensor:
@@ -651,8 +665,8 @@ def squared_error(points_N: Tensor) -> float:
 def unlabeled_help(labels_N: Tensor, classes: int, accuracy: float) -> bool:
     """Return whether unlabeled pictures are expected to help a training.
 
-    They are where labels are few (:data:`FEW_LABELS`), and where what a network says about
-    unlabeled pictures is nearly right (:data:`NEARLY_RIGHT`).
+    Unlabeled pictures are expected to help where labels are few (:data:`FEW_LABELS`), or where what
+    a network says about pictures is nearly right (:data:`NEARLY_RIGHT`).
 
     Args:
         labels_N: int64 (N,), of the labeled pictures.

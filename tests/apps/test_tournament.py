@@ -397,8 +397,8 @@ def test_many_labels_leave_it_to_the_race_whether_unlabeled_pictures_are_learned
     trained: list[int] = []
     train = tournament.Recipe.train
 
-    def noted(recipe: Any, *args: Any, lengths: dict[str, int], **options: Any) -> Any:
-        trained.append(lengths["steps"])
+    def noted(recipe: Any, *args: Any, lengths: tournament.Lengths, **options: Any) -> Any:
+        trained.append(lengths.steps)
         return train(recipe, *args, lengths=lengths, **options)
 
     # Where there is no time for the timing, the two trainings have other steps.
@@ -442,7 +442,7 @@ def test_a_run_that_was_stopped_in_the_finetuning_holds_no_race_again(
 def test_a_warm_up_that_was_asked_for_is_that_of_the_training(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths: list[dict[str, int]] = []
+    lengths: list[tournament.Lengths] = []
     train = tournament.Recipe.train
 
     def noted(recipe: Any, *args: Any, **options: Any) -> Any:
@@ -453,10 +453,10 @@ def test_a_warm_up_that_was_asked_for_is_that_of_the_training(
     command = images_command(three_colors, *AUTO, "--warmup", "10", "--out", str(tmp_path / "run"))
     metapl(*command)
     *trials, training = lengths
-    assert training["warmup"] == 10
+    assert training.warmup == 10
     # A trial has one step of 40.
-    assert {trial["warmup"] for trial in trials} == {0}
-    assert training["validate_every"] < 40 / 10
+    assert {trial.warmup for trial in trials} == {0}
+    assert training.validate_every < 40 / 10
 
 
 def test_finetuning_is_a_tenth_of_the_steps_and_200_at_most() -> None:
