@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from metapl.apps import backbone, mild_or_strong
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.images import Images, OfPictures, Pictures
 from metapl.apps.inputs import plural
+from metapl.apps.labeling import ToLabel
 from metapl.apps.methods import Data, Training
 from metapl.apps.noisy_labels import Learned, Noisy, Plain
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
@@ -28,6 +30,7 @@ from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
+from metapl.metrics.predictions import logits_of
 from metapl.networks.tuned import IMAGENET, begin_as
 from metapl.networks.weights import fetch_imagenet_weights
 from metapl.pictures.reader import LUMA, UnreadableImage, read_image
@@ -469,7 +472,7 @@ def with_tried_augmentation(
     for recipe in mild_or_strong.TRIED:
         trial = recipe.settings(config, open_names)
         if config.fitting.steps is None:
-            steps = steps_in(share * minutes, quick_seconds(trial, Plain(), clock))
+            steps = quick_timing(trial, Plain(), clock).steps_in(share * minutes)
         else:
             steps = max(1, round(share * config.fitting.steps))
         lengths = {"steps": steps, "warmup": round(WARMUP * steps), "patience": None}
@@ -535,11 +538,11 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
 
         # A method that stands at two places is timed once.
         methods = dict.fromkeys([recipe.tried_by, with_unlabeled, otherwise])
-        seconds = {timed: quick_seconds(settings, timed, clock) for timed in methods}
+        timings = {timed: quick_timing(settings, timed, clock) for timed in methods}
 
-        trial_steps.append(steps_in(trial_minutes, seconds[recipe.tried_by]))
-        final_steps.append(steps_in(final_minutes, seconds[otherwise]))
-        final_steps_with_unlabeled.append(steps_in(final_minutes, seconds[with_unlabeled]))
+        trial_steps.append(timings[recipe.tried_by].steps_in(trial_minutes))
+        final_steps.append(timings[otherwise].steps_in(final_minutes))
+        final_steps_with_unlabeled.append(timings[with_unlabeled].steps_in(final_minutes))
     method = dataclasses.replace(
         method,
         trial_steps=tuple(trial_steps),
@@ -550,10 +553,10 @@ def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, An
     return with_number_of_steps(config, method, final_steps[0])
 
 
-def quick_seconds(config: Any, method: Any, clock: Clock) -> float:
-    """Return what a step of a method takes, by fewer steps than a whole run is timed by."""
+def quick_timing(config: Any, method: Any, clock: Clock) -> Timing:
+    """Return what a training takes, by fewer steps than a whole run is timed by."""
     rehearsal = with_number_of_steps(config, method, REHEARSED)
-    return seconds_per_step(*rehearsal, clock, timed=TIMED_IN_RACE)
+    return timing_of(*rehearsal, clock, timed=TIMED_IN_RACE)
 
 
 def with_number_of_steps(config: Any, method: Any, steps: int) -> tuple[Any, Any]:
@@ -792,20 +795,38 @@ TIMED_IN_RACE = 6
 PICTURES = 128
 
 
+# The share of a time that steps get at the least, however long it takes to label pictures.
+LEAST_SHARE_OF_STEPS = 0.5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a training takes on this machine.
+
+    Args:
+        per_step: seconds of a step, in the mean over all of the training.
+        labels: seconds in which networks label pictures for others, once in the training.
+    """
+
+    per_step: float
+    labels: float = 0.0
+
+    def steps_in(self, minutes: float) -> int:
+        """Return the number of steps that fit into a time, rounded to two digits.
+
+        The time for labels comes first, but for half of the time. What has no steps, as a
+        regression, gets one.
+        """
+        if self.per_step == 0:
+            return 1
+        seconds = SHARE * 60 * minutes
+        seconds_of_steps = max(seconds - self.labels, LEAST_SHARE_OF_STEPS * seconds)
+        return max(1, int(float(f"{seconds_of_steps / self.per_step:.2g}")))
+
+
 def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
     """Return the number of steps that fit into a time, rounded to two digits."""
-    return steps_in(minutes, seconds_per_step(config, method, clock))
-
-
-def steps_in(minutes: float, seconds_per_step: float) -> int:
-    """Return the number of steps that fit into a time, rounded to two digits.
-
-    What has no steps, as a regression, gets one.
-    """
-    if seconds_per_step == 0:
-        return 1
-    fits = SHARE * 60 * minutes / seconds_per_step
-    return max(1, int(float(f"{fits:.2g}")))
+    return timing_of(config, method, clock).steps_in(minutes)
 
 
 def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
@@ -823,13 +844,14 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     return kinds
 
 
-def seconds_per_step(
+def timing_of(
     config: Any, method: Any, clock: Clock = time.monotonic, timed: int = TIMED
-) -> float:
-    """Return what a step of a method takes on this machine, on a few of the labeled pictures.
+) -> Timing:
+    """Return what a training by a method takes on this machine, by a few of the labeled pictures.
 
-    Each kind of step is timed, ``timed`` times at most, and counts as often as it comes. Cost: some
-    seconds; the default generator is put back.
+    Each kind of step is timed, ``timed`` times at most, and counts as often as it comes. Where a
+    network labels pictures, a batch is timed, and all pictures are counted. Cost: some seconds; the
+    default generator is put back.
     """
     stopwatch = Stopwatch(config, clock, timed)
     place = device(config.fitting.device)
@@ -847,27 +869,20 @@ def seconds_per_step(
         student = config.network().to(place)
         begin_as(teacher, student)
 
-        def even_labels(network: Any, name: str = "") -> dict[str, Tensor]:
-            share = 1 / len(config.classes)
-            labels = {}
-            for part, source in (("unlabeled", data.unlabeled), ("labeled", data.labeled)):
-                labels[part] = torch.full((len(source.images), len(config.classes)), share)
-            return labels
-
         training = Training(
             config=config,
             data=data,
             teacher=teacher,
             student=student,
             fit=stopwatch.fit,
-            label=even_labels,
+            label=partial(stopwatch.label, data),
         )
         method.train(training)
-    return stopwatch.seconds
+    return stopwatch.timing
 
 
 class Stopwatch:
-    """Times a few steps of each phase, in the place of a fit.
+    """Times a few steps of each phase, in the place of a fit, and a batch that is labeled.
 
     Args:
         config: the settings of the training.
@@ -876,12 +891,42 @@ class Stopwatch:
     """
 
     def __init__(self, config: Any, clock: Clock, timed: int) -> None:
+        self.config = config
         self.fitting = config.fitting
         self.clock = clock
         self.timed = timed
 
-        # The mean over all steps of the training, of the phases so far.
-        self.seconds = 0.0
+        # Of the phases so far.
+        self.timing = Timing(per_step=0.0)
+
+    def label(self, data: Data, network: Any, name: str = "") -> dict[str, Tensor]:
+        """Return even labels of a few pictures, and count what labels of all of them take.
+
+        The method may label the unlabeled and the labeled pictures; a network of None has labels
+        that are stored already.
+        """
+        share = 1 / len(data.classes)
+        labels = {}
+        for part in ("unlabeled", "labeled"):
+            images = getattr(data, part).images
+            labels[part] = torch.full((len(images), len(data.classes)), share)
+            if network is not None:
+                to_label = ToLabel(
+                    images=images, ids=range(len(images)), name=part, input=self.config.input
+                )
+                seconds = len(self.config.scan(part)) * self.seconds_per_label(network, to_label)
+                self.timing = dataclasses.replace(self.timing, labels=self.timing.labels + seconds)
+        return labels
+
+    def seconds_per_label(self, network: Any, to_label: ToLabel) -> float:
+        """Return what it takes to read a picture and to label it, by the second of two batches."""
+        seconds = 0.0
+        for _ in range(2):
+            since = self.clock()
+            pictures, *_ = to_label.batch(0)
+            logits_of(network, [pictures])
+            seconds = (self.clock() - since) / len(pictures)
+        return seconds
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         """Take some steps of each kind, and count them as often as the phase has them."""
@@ -906,7 +951,8 @@ class Stopwatch:
             for first, last, step in kinds_of_steps(trainer, steps, wait):
                 trainer.steps_done = first
                 seconds = self.median_seconds(trainer, step, feeds)
-                self.seconds += (last - first) / fitting.steps * seconds
+                per_step = self.timing.per_step + (last - first) / fitting.steps * seconds
+                self.timing = dataclasses.replace(self.timing, per_step=per_step)
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 

@@ -532,6 +532,8 @@ class Rounds:
     def choose(self, number: int) -> tuple[Chosen, dict[str, Any]]:
         """Let the last network label, select as the settings say, and return a record of it."""
         if self.training.folder is None:
+            # Where steps are timed, so are the labels of a round.
+            self.training.label(self.teacher)
             return self.evenly_labeled(), {}
         stored = self.settings.stored_selection
         if stored is not None and self.selection is None:

@@ -1,5 +1,6 @@
 """What pictures show decides settings that were left open; the steps that fit a time, the rest."""
 
+import dataclasses
 import itertools
 import time
 from pathlib import Path
@@ -248,11 +249,11 @@ def test_the_race_is_planned_with_unlabeled_pictures_and_without(
     seconds = {"supervised": 0.01, "two_teachers": 0.04, "uda": 0.02, "linear": 0.0}
     timed: list[str] = []
 
-    def quick_seconds(config: Any, method: Any, clock: Any) -> float:
+    def quick_timing(config: Any, method: Any, clock: Any) -> look.Timing:
         timed.append(method.name)
-        return seconds[method.name]
+        return look.Timing(per_step=seconds[method.name])
 
-    monkeypatch.setattr(look, "quick_seconds", quick_seconds)
+    monkeypatch.setattr(look, "quick_timing", quick_timing)
     settings = config(
         labeled=str(root / "labeled"), classes=("blue", "red"), network="small_cnn", minutes=1.0
     )
@@ -268,6 +269,40 @@ def test_the_race_is_planned_with_unlabeled_pictures_and_without(
     assert len(timed) == 7
     # The line names the fewest and the most steps of all that may follow.
     assert f"gets {mild_with_unlabeled:,} to {mild:,} steps" in look.steps_of_race(method)
+
+
+def test_labels_of_all_pictures_take_from_the_time_of_the_steps_but_never_half_of_it() -> None:
+    timing = look.Timing(per_step=0.17, labels=17.0)
+    # 0.85 of a minute are 51 seconds.
+    assert timing.steps_in(1.0) == 200
+    assert dataclasses.replace(timing, labels=600.0).steps_in(1.0) == 150
+    assert look.Timing(per_step=0.0).steps_in(1.0) == 1
+
+
+@pytest.mark.parametrize(("name", "labelings"), [("self_training", 1), ("two_teachers", 2)])
+def test_labels_are_counted_for_all_pictures_by_each_network_that_labels(
+    name: str, labelings: int, tmp_path: Path
+) -> None:
+    """Each look at the clock moves it on by a second; between two of them a batch is labeled."""
+    root = color_folders(tmp_path, few=4, many=40, side=8)
+    settings = config(
+        labeled=str(root / "labeled"),
+        unlabeled=str(root / "unlabeled"),
+        classes=("blue", "red"),
+        device="cpu",
+        network="small_cnn",
+        labeled_batch=2,
+        unlabeled_batch=2,
+        image_size=8,
+        steps=20,
+    )
+    settings = fitted(settings, seen(), 0.0)
+    ticks = itertools.count()
+    timing = look.timing_of(settings, images.METHODS[name].scheduled(20), lambda: next(ticks))
+    labeled = len(settings.scan("labeled"))
+    unlabeled = len(settings.scan("unlabeled"))
+    # The labeled pictures are those that are timed, in one batch.
+    assert timing.labels == pytest.approx(labelings * (labeled + unlabeled) / labeled)
 
 
 def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,7 +321,7 @@ def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(stopwatch, "median_seconds", seconds)
     stopwatch.fit(trainer, None, None, steps=300)
-    assert stopwatch.seconds == pytest.approx((120 * 1.0 + 180 * 3.0) / 1_000)
+    assert stopwatch.timing.per_step == pytest.approx((120 * 1.0 + 180 * 3.0) / 1_000)
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
@@ -305,8 +340,8 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
     asked: list[int] = []
     monkeypatch.setattr(
         look,
-        "seconds_per_step",
-        lambda config, *given: asked.append(config.fitting.steps) or 0.0981,
+        "timing_of",
+        lambda config, *given: asked.append(config.fitting.steps) or look.Timing(per_step=0.0981),
     )
     found, method = with_steps(config(steps=1000), images.METHODS["mpl"])
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
