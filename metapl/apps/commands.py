@@ -288,7 +288,10 @@ class Train:
         if options.seeds:
             seeds = parse_seeds(options.seeds)
         # The run's own method is the first, which is delivered where validation cannot tell.
-        names = (self.method.name, *self.methods.COMPARED)
+        own_method = self.method
+        if isinstance(own_method, noisy_labels.WeightsOrPlain):
+            own_method = own_method.learned
+        names = (own_method.name, *self.methods.COMPARED)
         if options.methods is not None:
             # Commas may stand between them too.
             listed = ",".join(options.methods).split(",")
@@ -303,6 +306,13 @@ class Train:
             raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
+        if (
+            isinstance(self.methods.METHODS.get("auto"), noisy_labels.WeightsOrPlain)
+            and "auto" in names
+        ):
+            raise MetaplError(
+                "--methods auto: it takes example_weights or plain; expected those themselves."
+            )
         if options.log_to is not None:
             raise MetaplError(
                 "--log-to gets the rows of one run, and --compare trains several; leave one out."
@@ -375,7 +385,13 @@ class Train:
                 method = self.methods.METHODS[named[0]]
         stored = None
         if self.options.resume and folder.exists:
-            stored = folder.recipe()["fields"]
+            stored_recipe = folder.recipe()
+            stored = stored_recipe["fields"]
+            if isinstance(method, noisy_labels.WeightsOrPlain):
+                # What it has chosen.
+                method = noisy_labels.METHODS[stored_recipe["method"]]
+        elif isinstance(method, noisy_labels.WeightsOrPlain) and comparison is not None:
+            method = method.learned
         recipe = self.options.recipe
         if recipe is not None:
             for note in recipe.notes():
@@ -557,8 +573,8 @@ class TrainNoisy(Train):
 
     config: Flat[Noisy]
     options: Flat[Comparing] = field(default_factory=Comparing)
-    method_name: MethodOfNoisy = "example_weights"
-    method: Flat[Method] = noisy_labels.METHODS["example_weights"]
+    method_name: MethodOfNoisy = "auto"
+    method: Flat[Method] = noisy_labels.METHODS["auto"]
     methods: ClassVar[Methods] = noisy_labels
 
 

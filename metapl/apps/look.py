@@ -23,7 +23,14 @@ from metapl.apps.images import Images, OfPictures, Pictures
 from metapl.apps.inputs import plural
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods import Data, Training
-from metapl.apps.noisy_labels import Learned, Noisy, Plain
+from metapl.apps.noisy_labels import (
+    FEW_PASSES,
+    Learned,
+    Noisy,
+    Plain,
+    WeightsOrPlain,
+    passes_over,
+)
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
 from metapl.apps.tournament import LENGTHS, LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
@@ -68,11 +75,6 @@ AGAIN = 2
 
 # The number of steps below which a network that starts from nothing has hardly learned.
 FEW_STEPS = 300
-
-# The passes over pictures with wrong labels below which plain training is better than what is
-# learned about labels: on Fashion-MNIST it is 4 points ahead in 9 passes, with wrong labels of
-# three kinds, and in 45 passes it is 1 to 7 points behind.
-FEW_PASSES = 20
 
 # How often a picture may be in one batch before that is told.
 MANY_COPIES = 10
@@ -184,6 +186,8 @@ def choose_settings(
 
     # 5. The steps. Then all that was chosen is said in a line, and what else is to be known.
     steps_are_open = config.fitting.steps is None
+    if isinstance(method, WeightsOrPlain):
+        method = chosen_method(config, method, len(many), say, clock, share=share_left)
     config, method = with_steps(config, method, clock, share=share_left)
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
@@ -382,11 +386,10 @@ def tell_passes(config: Noisy, count: int, say: Say) -> None:
         count: of the pictures whose labels may be wrong.
         say: where the line goes.
     """
-    fitting = config.fitting
-    passes = fitting.chosen_steps * fitting.labeled_batch / count
+    passes = passes_over(config, count)
     if passes < FEW_PASSES:
         say(
-            f"note: {plural(fitting.chosen_steps, 'step')} pass {passes:.0f} times over the "
+            f"note: {plural(config.fitting.chosen_steps, 'step')} pass {passes:.0f} times over the "
             "pictures; in so few, on Fashion-MNIST, --method plain was ahead of what is learned "
             "about labels: take it, or train longer"
         )
@@ -490,6 +493,34 @@ def with_tried_augmentation(
     )
     chosen: Noisy = best.recipe.settings(config, open_names)
     return chosen
+
+
+def chosen_method(
+    config: Noisy, auto: WeightsOrPlain, count: int, say: Say, clock: Clock, *, share: float
+) -> Learned | Plain:
+    """Return learned weights where their steps pass over the pictures often enough, or plain.
+
+    Args:
+        config: the settings, whose steps may be open.
+        auto: the method, with its settings.
+        count: of the pictures whose labels may be wrong.
+        say: is told which method it is, and why.
+        clock: by which steps are timed.
+        share: of the minutes.
+    """
+    if not auto.takes_plain:
+        return auto.learned
+    with_weights, _ = with_steps(config, auto.learned, clock, share=share)
+    passes = passes_over(with_weights, count)
+    steps = plural(with_weights.fitting.chosen_steps, "step")
+    if passes >= FEW_PASSES:
+        say(f"method: example_weights, whose {steps} pass {passes:.0f} times over the pictures")
+        return auto.learned
+    say(
+        f"method: plain; {steps} of example_weights would pass {passes:.0f} times over the "
+        f"pictures, and below {FEW_PASSES} times plain training was better on Fashion-MNIST"
+    )
+    return Plain()
 
 
 def with_steps(

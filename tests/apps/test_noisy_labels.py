@@ -121,6 +121,57 @@ def test_what_is_learned_about_labels_is_no_network_and_the_finetuned_student_is
 
 
 @pytest.mark.parametrize(
+    ("flags", "method", "line"),
+    [
+        ("--steps 20", "plain", "method: plain; 20 steps of example_weights would pass 6 times"),
+        ("--steps 80", "example_weights", "method: example_weights, whose 80 steps pass 24 times"),
+        # Who asks for a setting of the weights gets weights.
+        ("--steps 20 --warm-steps 6", "example_weights", "note: 20 steps pass 6 times over"),
+    ],
+)
+def test_weights_are_learned_by_default_where_the_steps_pass_often_enough_over_the_pictures(
+    root: Path, tmp_path: Path, flags: str, method: str, line: str
+) -> None:
+    """Steps of 12 of 40 pictures."""
+    run = tmp_path / "run"
+    command = ("train", "noisy", *given(root), *f"{flags} --augment mild {SIZES}".split())
+    assert line in metapl(*command, "--out", run).stdout
+    assert result(run)["method"] == method
+    weighs = "weight" in rows((run / "suspects.csv").read_text())[0]
+    assert weighs is (method == "example_weights")
+
+
+def test_a_run_that_has_chosen_plain_training_is_resumed_and_repeated_so(
+    root: Path, tmp_path: Path
+) -> None:
+    flags = f"--steps 20 --augment mild {SIZES}".split()
+    run = tmp_path / "run"
+    command = ("train", "noisy", *given(root), *flags)
+    metapl(*command, "--out", run)
+    weights = (run / "student.safetensors").read_bytes()
+    # As a run that was stopped after its training.
+    (run / "result.json").unlink()
+    metapl(*command, "--out", run, "--resume")
+    assert (run / "student.safetensors").read_bytes() == weights
+    again = tmp_path / "again"
+    metapl("train", "noisy", "--config", run / "recipe.json", "--out", again)
+    assert result(again)["method"] == "plain"
+    assert (again / "student.safetensors").read_bytes() == weights
+
+
+def test_a_comparison_has_the_methods_that_are_chosen_from(root: Path, tmp_path: Path) -> None:
+    flags = f"--steps 4 --augment mild {SIZES} --compare".split()
+    command = ("train", "noisy", *given(root), "--test", root / "test", *flags)
+    said = metapl(*command, "--methods", "auto,plain", "--out", tmp_path / "no", code=2).stderr
+    assert said == (
+        "metapl: --methods auto: it takes example_weights or plain; expected those themselves.\n"
+    )
+    metapl(*command, "--out", tmp_path / "run")
+    runs = [path.parent for path in (tmp_path / "run").rglob("suspects.csv")]
+    assert {result(run)["method"] for run in runs} == {"example_weights", "plain", "clean"}
+
+
+@pytest.mark.parametrize(
     ("method", "steps", "is_said"),
     [("example_weights", 20, True), ("example_weights", 80, False), ("plain", 20, False)],
 )
