@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.inputs import BATCH
-from metapl.apps.methods import Data, ReducedMpl
+from metapl.apps.methods import Data, ReducedMpl, picked, some_positions
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
@@ -267,6 +267,7 @@ def stored_labels(
     say: Say,
     *,
     name: str = "",
+    most: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the class distributions of a training's unlabeled, and perhaps labeled, examples.
 
@@ -280,6 +281,7 @@ def stored_labels(
         data: its data.
         say: is told what is missing, and where the labels are.
         name: of the teacher, where a run has several.
+        most: the most unlabeled examples that the teacher labels; None: all.
 
     Returns:
         float32 (n, C) by "unlabeled" and "labeled".
@@ -302,7 +304,11 @@ def stored_labels(
             names = store.ids_of_files(root, paths)
         else:
             names = numbers
-            to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
+            if most is not None and part == "unlabeled":
+                positions = some_positions(len(images), most, config.fitting.seed)
+                images = picked(images, positions)
+                names = positions.tolist()
+            to_label = ToLabel(images=images, ids=names, name=part, input=config.input)
             place = folder / FOLDER / name / part
             store = write_labels(teacher, to_label, place, data.classes, say)
         labels[part] = _distributions(store, names, say)

@@ -836,11 +836,14 @@ class Timing:
 
     Args:
         per_step: seconds of a step, in the mean over all of the training.
-        labels: seconds in which networks label pictures for others, once in the training.
+        labels: seconds in which networks label all pictures for others, once in the training.
+        labels_per_step: seconds in which they label the most that are labeled for a training of
+            one step, where that is so many times the steps. None: all are labeled in any case.
     """
 
     per_step: float
     labels: float = 0.0
+    labels_per_step: float | None = None
 
     def steps_in(self, minutes: float) -> int:
         """Return the number of steps that fit into a time, rounded to two digits.
@@ -851,8 +854,12 @@ class Timing:
         if self.per_step == 0:
             return 1
         seconds = SHARE * 60 * minutes
-        seconds_of_steps = max(seconds - self.labels, LEAST_SHARE_OF_STEPS * seconds)
-        return max(1, int(float(f"{seconds_of_steps / self.per_step:.2g}")))
+        beside_all_labels = (seconds - self.labels) / self.per_step
+        if self.labels_per_step is None:
+            fewest = LEAST_SHARE_OF_STEPS * seconds / self.per_step
+        else:
+            fewest = seconds / (self.per_step + self.labels_per_step)
+        return max(1, int(float(f"{max(beside_all_labels, fewest):.2g}")))
 
 
 def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
@@ -930,7 +937,9 @@ class Stopwatch:
         # Of the phases so far.
         self.timing = Timing(per_step=0.0)
 
-    def label(self, data: Data, network: Any, name: str = "") -> dict[str, Tensor]:
+    def label(
+        self, data: Data, network: Any, name: str = "", most: int | None = None
+    ) -> dict[str, Tensor]:
         """Return even labels of a few pictures, and count what labels of all of them take.
 
         The method may label the unlabeled and the labeled pictures; a network of None has labels
@@ -940,13 +949,24 @@ class Stopwatch:
         labels = {}
         for part in ("unlabeled", "labeled"):
             images = getattr(data, part).images
-            labels[part] = torch.full((len(images), len(data.classes)), share)
+            rows = len(images)
+            if most is not None and part == "unlabeled":
+                rows = min(rows, most)
+            labels[part] = torch.full((rows, len(data.classes)), share)
             if network is not None:
                 to_label = ToLabel(
                     images=images, ids=range(len(images)), name=part, input=self.config.input
                 )
-                seconds = len(self.config.scan(part)) * self.seconds_per_label(network, to_label)
-                self.timing = dataclasses.replace(self.timing, labels=self.timing.labels + seconds)
+                per_label = self.seconds_per_label(network, to_label)
+                labels_per_step = self.timing.labels_per_step
+                if most is not None and part == "unlabeled":
+                    per_step = per_label * most / self.fitting.steps
+                    labels_per_step = (labels_per_step or 0.0) + per_step
+                self.timing = dataclasses.replace(
+                    self.timing,
+                    labels=self.timing.labels + len(self.config.scan(part)) * per_label,
+                    labels_per_step=labels_per_step,
+                )
         return labels
 
     def seconds_per_label(self, network: Any, to_label: ToLabel) -> float:

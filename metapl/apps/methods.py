@@ -31,6 +31,7 @@ from metapl.apps.settings import (
     unset,
     with_flags,
 )
+from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
@@ -221,9 +222,10 @@ class Training:
             that train together.
         fit: ``fit(trainer, labeled, unlabeled, **options)`` runs one phase, which goes on where it
             was stopped.
-        label: ``label(network, name="")`` returns stored class distributions of the unlabeled
-            examples and perhaps of the labeled ones, by a network, or (None) by what a method's
-            settings name. Where several networks label, each has a name.
+        label: ``label(network, name="", most=None)`` returns stored class distributions of the
+            unlabeled examples and perhaps of the labeled ones, by a network, or (None) by what a
+            method's settings name. Where several networks label, each has a name. With ``most``,
+            the unlabeled examples are those of :func:`some_positions`.
         lay_out: lay a network out over the processes that train together.
         folder: the run's folder, for a method that stores more; None where a step is timed.
         progress: show bars.
@@ -337,6 +339,27 @@ class Method:
     def train(self, t: Training) -> Trained:
         """Go through the phases of the method."""
         raise NotImplementedError
+
+
+# The draw of the unlabeled examples that are labeled, where not all are.
+LABELED_STREAM = 0x1ABE1
+
+
+def some_positions(count: int, most: int, seed: int) -> Tensor:
+    """Return the positions of so many of ``count`` examples, int64 (n,), ascending.
+
+    They are drawn by the seed, and are the same in each call.
+    """
+    every = torch.arange(count)
+    if most >= count:
+        return every
+    bits = draws.bits(seed, 0, every, 1, LABELED_STREAM)[:, 0]
+    return torch.argsort(bits, stable=True)[:most].sort().values
+
+
+def picked(images: Any, positions: Tensor) -> Any:
+    """Return the examples at these positions, of numbers in memory or of files."""
+    return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
 # -------------------------------------------------------------------------------------- one network

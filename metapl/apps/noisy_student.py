@@ -18,13 +18,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 import tyro
-from torch import Tensor, nn
+from torch import nn
 
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
 from metapl.apps.labeling import Read, ToLabel, refuse_other_pictures, write_labels
-from metapl.apps.methods import Data, Method, Trained, Training
+from metapl.apps.methods import Data, Method, Trained, Training, picked
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -739,11 +739,6 @@ class Selected:
     unsure: int
     threshold: float | None
     store: str
-
-
-def picked(images: Any, positions: Tensor) -> Any:
-    """Return the examples at these positions, of numbers in memory or of files."""
-    return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
 # ------------------------------------------------------------------------------- networks and rates

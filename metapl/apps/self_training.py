@@ -13,7 +13,15 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from metapl.apps.methods import Consistency, Method, Trained, Training, labeled_loss
+from metapl.apps.methods import (
+    Consistency,
+    Method,
+    Trained,
+    Training,
+    labeled_loss,
+    picked,
+    some_positions,
+)
 from metapl.apps.settings import Hidden, Share, with_flags
 from metapl.errors import MetaplError
 from metapl.networks.tuned import begin_as
@@ -27,13 +35,18 @@ from metapl.training.loss_trainer import LossTrainer
 # so on what was looked at: 6,000 pictures of ten classes.
 ROUNDS_OF_BALANCING = 20
 
+# How often a student passes over a picture that was labeled for it, at the least. Labels of more
+# pictures than that would cost time which is worth more as steps.
+LEAST_PASSES = 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class SelfTraining(Method):
     """Train a network on labels, and a fresh one on labels and on the first one's labels.
 
-    The first one labels all unlabeled pictures once, softly. Its labels are balanced: scaled until
-    each class has the share that it has among the labeled pictures.
+    The first one labels the unlabeled pictures once, softly: all of them, or of very many as many
+    as the student passes over four times (:data:`LEAST_PASSES`). Its labels are balanced: scaled
+    until each class has the share that it has among the labeled pictures.
 
     Args:
         mixup: how much pairs of pictures are mixed: the parameter of the Beta distribution of
@@ -56,9 +69,11 @@ class SelfTraining(Method):
         steps = t.config.fitting.chosen_steps
         # Each of the two networks takes one step at least, also where one step was asked for.
         teacher_steps = max(1, round(self.teacher_share * steps))
+        student_steps = max(1, steps - teacher_steps)
         taught = self.trained_teacher(t, teacher_steps)
-        soft_labels = with_class_shares(t.label(t.teacher)["unlabeled"], self.uda_prior)
-        trainer, result = self.trained_student(t, soft_labels, max(1, steps - teacher_steps))
+        labels = t.label(t.teacher, most=most_labeled(t, student_steps))["unlabeled"]
+        soft_labels = with_class_shares(labels, self.uda_prior)
+        trainer, result = self.trained_student(t, soft_labels, student_steps)
         return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
 
     def trained_teacher(self, t: Training, steps: int) -> Trained:
@@ -73,14 +88,24 @@ class SelfTraining(Method):
 
         Args:
             t: the training.
-            soft_labels_NC: (N, C), a distribution over the classes for each unlabeled picture.
+            soft_labels_NC: (N, C), a distribution over the classes for each unlabeled picture that
+                is labeled.
             steps: of the student, some of those of the training.
         """
         # Labels of every picture are there, so that one view of it is enough.
         unlabeled = t.data.unlabeled
         assert isinstance(unlabeled, UnlabeledBatches)
         view = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
-        examples = dataclasses.replace(unlabeled, weak=view, strong=None, stored=soft_labels_NC)
+        most = most_labeled(t, steps)
+        positions = some_positions(len(unlabeled.images), most, t.config.fitting.seed)
+        examples = dataclasses.replace(
+            unlabeled,
+            images=picked(unlabeled.images, positions),
+            sampler=dataclasses.replace(unlabeled.sampler, size=len(positions)),
+            weak=view,
+            strong=None,
+            stored=soft_labels_NC,
+        )
         trainer = LossTrainer(
             t.student,
             (MixUp(alpha=self.mixup, label_smoothing=self.label_smoothing),),
@@ -138,7 +163,8 @@ class TwoTeachers(SelfTraining):
         begin_as(t.teacher, second)
 
         taught = self.trained_teacher(t, teacher_steps)
-        first_labels = t.label(t.teacher)["unlabeled"]
+        most = most_labeled(t, student_steps)
+        first_labels = t.label(t.teacher, most=most)["unlabeled"]
 
         consistency = Consistency(uda_prior=self.uda_prior).scheduled(second_steps)
         with_strong_augmentation(t).alone(
@@ -148,7 +174,7 @@ class TwoTeachers(SelfTraining):
             steps=second_steps,
             warmup=warmup_of(t, second_steps),
         )
-        second_labels = t.label(second, name="second-teacher")["unlabeled"]
+        second_labels = t.label(second, name="second-teacher", most=most)["unlabeled"]
 
         soft_labels = with_class_shares((first_labels + second_labels) / 2, self.uda_prior)
         trainer, result = self.trained_student(t, soft_labels, student_steps)
@@ -159,6 +185,13 @@ class TwoTeachers(SelfTraining):
         return SelfTraining(
             mixup=self.mixup, label_smoothing=self.label_smoothing, uda_prior=self.uda_prior
         )
+
+
+def most_labeled(t: Training, student_steps: int) -> int:
+    """Return the most unlabeled pictures that are labeled for a student of so many steps."""
+    unlabeled = t.data.unlabeled
+    assert isinstance(unlabeled, UnlabeledBatches)
+    return max(1, student_steps * unlabeled.sampler.batch_size // LEAST_PASSES)
 
 
 def warmup_of(t: Training, steps: int) -> int:

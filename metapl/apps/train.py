@@ -398,31 +398,36 @@ class Phases:
         self.processes.seed(self.student, self.config.fitting.seed)
         return network
 
-    def label(self, network: nn.Module | None, name: str = "") -> dict[str, Tensor]:
+    def label(
+        self, network: nn.Module | None, name: str = "", most: int | None = None
+    ) -> dict[str, Tensor]:
         """Return stored labels; of several processes the first one labels for all.
 
         Args:
             network: that labels; None: the labels are stored already.
             name: of the network, where several label.
+            most: the most unlabeled examples that are labeled; None: all.
         """
         if self.processes.mesh.size == 1 or network is None:
-            return self._stored_labels(network, name)
+            return self._stored_labels(network, name, most)
         # All processes gather the weights, which no pass of one process alone could do.
         weights = weights_of(inside(network))
 
         def label_alone() -> dict[str, Tensor]:
             labeler = self.config.network().to(self.place)
             labeler.load_state_dict(weights)
-            return self._stored_labels(labeler, name)
+            return self._stored_labels(labeler, name, most)
 
         labels: dict[str, Tensor] = done_by_first(label_alone, self.processes, patience=LABELING)
         return labels
 
-    def _stored_labels(self, network: nn.Module | None, name: str) -> dict[str, Tensor]:
+    def _stored_labels(
+        self, network: nn.Module | None, name: str, most: int | None
+    ) -> dict[str, Tensor]:
         # ReducedMpl, or a method of a user's own with its fields.
         method: Any = self.method
         return stored_labels(
-            network, self.config, method, self.folder, self.data, self.say, name=name
+            network, self.config, method, self.folder, self.data, self.say, name=name, most=most
         )
 
 

@@ -277,6 +277,11 @@ def test_labels_of_all_pictures_take_from_the_time_of_the_steps_but_never_half_o
     assert timing.steps_in(1.0) == 200
     assert dataclasses.replace(timing, labels=600.0).steps_in(1.0) == 150
     assert look.Timing(per_step=0.0).steps_in(1.0) == 1
+    # Where no more are labeled than the steps pass over some times: 51 / (0.17 + 0.085).
+    some = look.Timing(per_step=0.17, labels=600.0, labels_per_step=0.085)
+    assert some.steps_in(1.0) == 200
+    # All of them are fewer than that.
+    assert dataclasses.replace(some, labels=1.7).steps_in(1.0) == 290
 
 
 @pytest.mark.parametrize(("name", "labelings"), [("self_training", 1), ("two_teachers", 2)])

@@ -60,7 +60,9 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
         found.append(Phase(trainer, labeled, unlabeled, options, before, reports))
         return FitResult(None, STEPS, weights(trainer.student))
 
-    def label(network: nn.Module | None) -> dict[str, Tensor]:
+    def label(
+        network: nn.Module | None, name: str = "", most: int | None = None
+    ) -> dict[str, Tensor]:
         # Whoever labels was trained before.
         assert any(network is trained for trained in (teacher, *(p.trainer.student for p in found)))
         return {"unlabeled": torch.eye(10)[torch.arange(len(data.unlabeled.images)) % 10]}

@@ -48,7 +48,10 @@ WRONG = {
     f"{IMAGES} --method": ("--method was given without a value; expected --method NAME",),
     f"{IMAGES} --grey maybe": ("--grey maybe. Expected True or False.",),
     f"{IMAGES} --grey None": ("--grey None. Expected True or False.",),
-    f"{NOISY} --method plane": ("--method plane; did you mean plain?", "Expected auto, example_weights"),
+    f"{NOISY} --method plane": (
+        "--method plane; did you mean plain?",
+        "Expected auto, example_weights",
+    ),
     "train digits --schedule linear": (
         "--schedule linear. Expected cosine, constant or exponential.",
     ),
