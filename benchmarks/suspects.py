@@ -58,7 +58,7 @@ CLEAN = 10
 FIRST = 0.1
 SIDE = 16
 METHODS = {
-    "example_weights": "example_weights (the default)",
+    "example_weights": "example_weights",
     "noise_transition": "noise_transition",
     "plain": "plain, given and clean labels",
 }
