@@ -217,6 +217,9 @@ class Train:
             name = method_name or method.name
             if name != method.name:
                 method = with_settings_of(methods[name], method, methods[method.name])
+            if isinstance(method, noisy_labels.WeightsOrPlain):
+                # A run has a number of warm steps also where none was asked for.
+                method = dataclasses.replace(method, warm_steps=None)
             defaults["method_name"] = name
         return cls._with_defaults(**defaults, method=method)
 
@@ -383,15 +386,14 @@ class Train:
             named = [name for name in comparison.names if name != Auto.name]
             if named:
                 method = self.methods.METHODS[named[0]]
+        if comparison is not None and isinstance(method, noisy_labels.WeightsOrPlain):
+            method = method.learned
         stored = None
         if self.options.resume and folder.exists:
             stored_recipe = folder.recipe()
             stored = stored_recipe["fields"]
             if isinstance(method, noisy_labels.WeightsOrPlain):
-                # What it has chosen.
-                method = noisy_labels.METHODS[stored_recipe["method"]]
-        elif isinstance(method, noisy_labels.WeightsOrPlain) and comparison is not None:
-            method = method.learned
+                method = method.chosen_before(stored_recipe["method"])
         recipe = self.options.recipe
         if recipe is not None:
             for note in recipe.notes():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.inputs import BATCH
-from metapl.apps.methods import Data, ReducedMpl, picked, some_positions
+from metapl.apps.methods import PARTS_LABELED, Data, ReducedMpl, drawn_positions, picked
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
@@ -267,7 +267,8 @@ def stored_labels(
     say: Say,
     *,
     name: str = "",
-    most: int | None = None,
+    parts: Sequence[str] = PARTS_LABELED,
+    limit: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the class distributions of a training's unlabeled, and perhaps labeled, examples.
 
@@ -281,7 +282,8 @@ def stored_labels(
         data: its data.
         say: is told what is missing, and where the labels are.
         name: of the teacher, where a run has several.
-        most: the most unlabeled examples that the teacher labels; None: all.
+        parts: which examples the teacher labels.
+        limit: the most unlabeled examples that the teacher labels; None: all.
 
     Returns:
         float32 (n, C) by "unlabeled" and "labeled".
@@ -291,7 +293,8 @@ def stored_labels(
             "note: without --labeled-labels, the labels are adjusted by the student's feedback "
             "alone."
         )
-    parts = ("unlabeled", "labeled") if teacher is not None else tuple(method.stores)
+    if teacher is None:
+        parts = tuple(method.stores)
     labels = {}
     for part in parts:
         images = getattr(data, part).images
@@ -304,8 +307,8 @@ def stored_labels(
             names = store.ids_of_files(root, paths)
         else:
             names = numbers
-            if most is not None and part == "unlabeled":
-                positions = some_positions(len(images), most, config.fitting.seed)
+            if limit is not None and part == "unlabeled":
+                positions = drawn_positions(len(images), limit, config.fitting.seed)
                 images = picked(images, positions)
                 names = positions.tolist()
             to_label = ToLabel(images=images, ids=names, name=part, input=config.input)

@@ -22,7 +22,7 @@ from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.images import Images, OfPictures, Pictures
 from metapl.apps.inputs import plural
 from metapl.apps.labeling import ToLabel
-from metapl.apps.methods import Data, Training
+from metapl.apps.methods import PARTS_LABELED, Data, Training
 from metapl.apps.noisy_labels import (
     FEW_PASSES,
     Learned,
@@ -187,8 +187,11 @@ def choose_settings(
     # 5. The steps. Then all that was chosen is said in a line, and what else is to be known.
     steps_are_open = config.fitting.steps is None
     if isinstance(method, WeightsOrPlain):
-        method = chosen_method(config, method, len(many), say, clock, share=share_left)
-    config, method = with_steps(config, method, clock, share=share_left)
+        config, method = with_weights_or_plain(
+            config, method, len(many), say, clock, share=share_left
+        )
+    else:
+        config, method = with_steps(config, method, clock, share=share_left)
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
     if isinstance(config, Noisy) and isinstance(method, Learned):
@@ -388,10 +391,11 @@ def tell_passes(config: Noisy, count: int, say: Say) -> None:
     """
     passes = passes_over(config, count)
     if passes < FEW_PASSES:
+        steps = plural(config.fitting.chosen_steps, "step")
         say(
-            f"note: {plural(config.fitting.chosen_steps, 'step')} pass {passes:.0f} times over the "
-            "pictures; in so few, on Fashion-MNIST, --method plain was ahead of what is learned "
-            "about labels: take it, or train longer"
+            f"note: {steps} pass {int(passes)} times over the pictures; in so few, on "
+            "Fashion-MNIST, --method plain was ahead of what is learned about labels: take it, or "
+            "train longer"
         )
 
 
@@ -495,10 +499,12 @@ def with_tried_augmentation(
     return chosen
 
 
-def chosen_method(
+def with_weights_or_plain(
     config: Noisy, auto: WeightsOrPlain, count: int, say: Say, clock: Clock, *, share: float
-) -> Learned | Plain:
-    """Return learned weights where their steps pass over the pictures often enough, or plain.
+) -> tuple[Noisy, Learned | Plain]:
+    """Return the settings and the method with steps: learned weights, or plain training.
+
+    Weights are learned where their steps pass over the pictures often enough.
 
     Args:
         config: the settings, whose steps may be open.
@@ -508,19 +514,19 @@ def chosen_method(
         clock: by which steps are timed.
         share: of the minutes.
     """
+    with_weights, learned = with_steps(config, auto.learned, clock, share=share)
     if not auto.takes_plain:
-        return auto.learned
-    with_weights, _ = with_steps(config, auto.learned, clock, share=share)
+        return with_weights, learned
     passes = passes_over(with_weights, count)
     steps = plural(with_weights.fitting.chosen_steps, "step")
     if passes >= FEW_PASSES:
-        say(f"method: example_weights, whose {steps} pass {passes:.0f} times over the pictures")
-        return auto.learned
+        say(f"method: example_weights, whose {steps} pass {int(passes)} times over the pictures")
+        return with_weights, learned
     say(
-        f"method: plain; {steps} of example_weights would pass {passes:.0f} times over the "
+        f"method: plain; {steps} of example_weights would pass {int(passes)} times over the "
         f"pictures, and below {FEW_PASSES} times plain training was better on Fashion-MNIST"
     )
-    return Plain()
+    return with_steps(config, Plain(), clock, share=share)
 
 
 def with_steps(
@@ -826,7 +832,8 @@ TIMED_IN_RACE = 6
 PICTURES = 128
 
 
-# The share of a time that steps get at the least, however long it takes to label pictures.
+# The share of a time that steps get at the least where all pictures are labeled, however long that
+# takes.
 LEAST_SHARE_OF_STEPS = 0.5
 
 
@@ -836,7 +843,7 @@ class Timing:
 
     Args:
         per_step: seconds of a step, in the mean over all of the training.
-        labels: seconds in which networks label all pictures for others, once in the training.
+        labels: seconds in which networks label all pictures for others, as often as they do so.
         labels_per_step: seconds in which they label the most that are labeled for a training of
             one step, where that is so many times the steps. None: all are labeled in any case.
     """
@@ -848,8 +855,9 @@ class Timing:
     def steps_in(self, minutes: float) -> int:
         """Return the number of steps that fit into a time, rounded to two digits.
 
-        The time for labels comes first, but for half of the time. What has no steps, as a
-        regression, gets one.
+        The time for labels comes first. Where it would take more than half of the time, steps get
+        half of it; or, where labels are limited by the steps, as many as fit with their labels.
+        What has no steps, as a regression, gets one.
         """
         if self.per_step == 0:
             return 1
@@ -937,47 +945,64 @@ class Stopwatch:
         # Of the phases so far.
         self.timing = Timing(per_step=0.0)
 
+        # How many pictures there are to label, by the folders that were counted.
+        self.counts: dict[str, int] = {}
+
     def label(
-        self, data: Data, network: Any, name: str = "", most: int | None = None
+        self,
+        data: Data,
+        network: Any,
+        name: str = "",
+        *,
+        parts: Sequence[str] = PARTS_LABELED,
+        limit: int | None = None,
     ) -> dict[str, Tensor]:
         """Return even labels of a few pictures, and count what labels of all of them take.
 
-        The method may label the unlabeled and the labeled pictures; a network of None has labels
-        that are stored already.
+        A network of None has labels that are stored already.
         """
         share = 1 / len(data.classes)
         labels = {}
-        for part in ("unlabeled", "labeled"):
+        for part in parts:
             images = getattr(data, part).images
             rows = len(images)
-            if most is not None and part == "unlabeled":
-                rows = min(rows, most)
+            if limit is not None and part == "unlabeled":
+                rows = min(rows, limit)
             labels[part] = torch.full((rows, len(data.classes)), share)
             if network is not None:
-                to_label = ToLabel(
-                    images=images, ids=range(len(images)), name=part, input=self.config.input
-                )
-                per_label = self.seconds_per_label(network, to_label)
-                labels_per_step = self.timing.labels_per_step
-                if most is not None and part == "unlabeled":
-                    per_step = per_label * most / self.fitting.steps
-                    labels_per_step = (labels_per_step or 0.0) + per_step
-                self.timing = dataclasses.replace(
-                    self.timing,
-                    labels=self.timing.labels + len(self.config.scan(part)) * per_label,
-                    labels_per_step=labels_per_step,
-                )
+                self.count_labels(network, images, part, limit)
         return labels
 
+    def count_labels(self, network: Any, images: Any, part: str, limit: int | None) -> None:
+        """Add what labels of all pictures of a part take, and of as many as a step asks for."""
+        to_label = ToLabel(
+            images=images, ids=range(len(images)), name=part, input=self.config.input
+        )
+        per_label = self.seconds_per_label(network, to_label)
+        if part not in self.counts:
+            self.counts[part] = len(self.config.scan(part))
+        labels_per_step = self.timing.labels_per_step
+        if limit is not None and part == "unlabeled":
+            labels_per_step = (labels_per_step or 0.0) + per_label * limit / self.fitting.steps
+        self.timing = dataclasses.replace(
+            self.timing,
+            labels=self.timing.labels + self.counts[part] * per_label,
+            labels_per_step=labels_per_step,
+        )
+
     def seconds_per_label(self, network: Any, to_label: ToLabel) -> float:
-        """Return what it takes to read a picture and to label it, by the second of two batches."""
-        seconds = 0.0
-        for _ in range(2):
-            since = self.clock()
-            pictures, *_ = to_label.batch(0)
-            logits_of(network, [pictures])
-            seconds = (self.clock() - since) / len(pictures)
-        return seconds
+        """Return what it takes to read a picture and to label it.
+
+        A file is read once in a training, and the second pass of a network is the usual one.
+        """
+        since = self.clock()
+        pictures, *_ = to_label.batch(0)
+        seconds = self.clock() - since
+        logits_of(network, [pictures])
+        since = self.clock()
+        logits_of(network, [pictures])
+        seconds += self.clock() - since
+        return seconds / max(1, len(pictures))
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         """Take some steps of each kind, and count them as often as the phase has them."""

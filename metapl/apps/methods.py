@@ -222,10 +222,11 @@ class Training:
             that train together.
         fit: ``fit(trainer, labeled, unlabeled, **options)`` runs one phase, which goes on where it
             was stopped.
-        label: ``label(network, name="", most=None)`` returns stored class distributions of the
-            unlabeled examples and perhaps of the labeled ones, by a network, or (None) by what a
-            method's settings name. Where several networks label, each has a name. With ``most``,
-            the unlabeled examples are those of :func:`some_positions`.
+        label: ``label(network, name="", parts=PARTS_LABELED, limit=None)`` returns stored class
+            distributions of the unlabeled examples and of the labeled ones, or of one of these
+            parts, by a network, or (None) by what a method's settings name. Where several networks
+            label, each has a name. With a limit, the unlabeled examples are those at
+            :func:`drawn_positions`.
         lay_out: lay a network out over the processes that train together.
         folder: the run's folder, for a method that stores more; None where a step is timed.
         progress: show bars.
@@ -341,20 +342,24 @@ class Method:
         raise NotImplementedError
 
 
+# The examples of a training that a network may label.
+PARTS_LABELED = ("unlabeled", "labeled")
+
 # The draw of the unlabeled examples that are labeled, where not all are.
 LABELED_STREAM = 0x1ABE1
 
 
-def some_positions(count: int, most: int, seed: int) -> Tensor:
+def drawn_positions(count: int, limit: int, seed: int) -> Tensor:
     """Return the positions of so many of ``count`` examples, int64 (n,), ascending.
 
-    They are drawn by the seed, and are the same in each call.
+    They are drawn by the seed, and are the same in each call. With a limit of ``count`` or more
+    they are all.
     """
     every = torch.arange(count)
-    if most >= count:
+    if limit >= count:
         return every
     bits = draws.bits(seed, 0, every, 1, LABELED_STREAM)[:, 0]
-    return torch.argsort(bits, stable=True)[:most].sort().values
+    return torch.argsort(bits, stable=True)[:limit].sort().values
 
 
 def picked(images: Any, positions: Tensor) -> Any:

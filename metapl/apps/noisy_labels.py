@@ -240,8 +240,8 @@ class WeightsOrPlain(Learned):
 
     Of a weight little is learned from one pass over the pictures, and a step that learns weights
     takes the time of two to four plain ones. So where the steps pass over the pictures fewer than
-    20 times, all labels are learned as they are. Who asks for a setting of the weights gets them.
-    docs/label-noise.md has what both reach in one minute and in five.
+    20 times, all labels are learned as they are. Who asks for another setting of the weights than
+    the usual ones gets weights. docs/label-noise.md has what both reach in one minute and in five.
     """
 
     name: ClassVar[str] = "auto"
@@ -259,8 +259,19 @@ class WeightsOrPlain(Learned):
 
     @property
     def takes_plain(self) -> bool:
-        """Return whether plain training may be taken: no setting of the weights was asked for."""
+        """Return whether plain training may be taken: the settings of the weights are usual."""
         return self == WeightsOrPlain()
+
+    def chosen_before(self, name: str) -> Learned | Plain:
+        """Return the method of a run that is resumed, with these settings.
+
+        A run by another method than the two is refused by whoever compares it with this one.
+        """
+        return Plain() if name == Plain().name else self.learned
+
+    def scheduled(self, steps: int) -> Any:
+        """Return the method that learns weights: nothing tells here what the steps pass over."""
+        return self.learned.scheduled(steps)
 
 
 def passes_over(config: Noisy, count: int) -> float:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.apps.methods import (
     Consistency,
     Method,
     Trained,
     Training,
+    drawn_positions,
     labeled_loss,
     picked,
-    some_positions,
 )
 from metapl.apps.settings import Hidden, Share, with_flags
 from metapl.errors import MetaplError
@@ -71,7 +71,7 @@ class SelfTraining(Method):
         teacher_steps = max(1, round(self.teacher_share * steps))
         student_steps = max(1, steps - teacher_steps)
         taught = self.trained_teacher(t, teacher_steps)
-        labels = t.label(t.teacher, most=most_labeled(t, student_steps))["unlabeled"]
+        labels = labels_for_student(t, t.teacher, student_steps)
         soft_labels = with_class_shares(labels, self.uda_prior)
         trainer, result = self.trained_student(t, soft_labels, student_steps)
         return Trained(trainer, result, fallback=(t.teacher, taught.result.weights))
@@ -96,8 +96,8 @@ class SelfTraining(Method):
         unlabeled = t.data.unlabeled
         assert isinstance(unlabeled, UnlabeledBatches)
         view = unlabeled.weak if unlabeled.strong is None else unlabeled.strong
-        most = most_labeled(t, steps)
-        positions = some_positions(len(unlabeled.images), most, t.config.fitting.seed)
+        limit = label_limit(t, steps)
+        positions = drawn_positions(len(unlabeled.images), limit, t.config.fitting.seed)
         examples = dataclasses.replace(
             unlabeled,
             images=picked(unlabeled.images, positions),
@@ -163,8 +163,7 @@ class TwoTeachers(SelfTraining):
         begin_as(t.teacher, second)
 
         taught = self.trained_teacher(t, teacher_steps)
-        most = most_labeled(t, student_steps)
-        first_labels = t.label(t.teacher, most=most)["unlabeled"]
+        first_labels = labels_for_student(t, t.teacher, student_steps)
 
         consistency = Consistency(uda_prior=self.uda_prior).scheduled(second_steps)
         with_strong_augmentation(t).alone(
@@ -174,7 +173,7 @@ class TwoTeachers(SelfTraining):
             steps=second_steps,
             warmup=warmup_of(t, second_steps),
         )
-        second_labels = t.label(second, name="second-teacher", most=most)["unlabeled"]
+        second_labels = labels_for_student(t, second, student_steps, name="second-teacher")
 
         soft_labels = with_class_shares((first_labels + second_labels) / 2, self.uda_prior)
         trainer, result = self.trained_student(t, soft_labels, student_steps)
@@ -187,11 +186,26 @@ class TwoTeachers(SelfTraining):
         )
 
 
-def most_labeled(t: Training, student_steps: int) -> int:
+def label_limit(t: Training, student_steps: int) -> int:
     """Return the most unlabeled pictures that are labeled for a student of so many steps."""
     unlabeled = t.data.unlabeled
     assert isinstance(unlabeled, UnlabeledBatches)
     return max(1, student_steps * unlabeled.sampler.batch_size // LEAST_PASSES)
+
+
+def labels_for_student(
+    t: Training, teacher: nn.Module, student_steps: int, name: str = ""
+) -> Tensor:
+    """Return a teacher's labels, (n, C), of the unlabeled pictures that a student learns.
+
+    Args:
+        t: the training.
+        teacher: that labels.
+        student_steps: of the student.
+        name: of the teacher, where several label.
+    """
+    limit = label_limit(t, student_steps)
+    return t.label(teacher, name=name, parts=("unlabeled",), limit=limit)["unlabeled"]
 
 
 def warmup_of(t: Training, steps: int) -> int:

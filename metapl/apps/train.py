@@ -17,7 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from metapl.apps.backbone import Control
 from metapl.apps.labeling import stored_labels
 from metapl.apps.log_to import MetricLog
-from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
+from metapl.apps.methods import (
+    PARTS_LABELED,
+    Data,
+    Method,
+    ReducedMpl,
+    Trained,
+    Training,
+    TrainingConfig,
+)
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.settings import flag_values
@@ -399,36 +407,49 @@ class Phases:
         return network
 
     def label(
-        self, network: nn.Module | None, name: str = "", most: int | None = None
+        self,
+        network: nn.Module | None,
+        name: str = "",
+        *,
+        parts: Sequence[str] = PARTS_LABELED,
+        limit: int | None = None,
     ) -> dict[str, Tensor]:
         """Return stored labels; of several processes the first one labels for all.
 
         Args:
             network: that labels; None: the labels are stored already.
             name: of the network, where several label.
-            most: the most unlabeled examples that are labeled; None: all.
+            parts: which examples are labeled.
+            limit: the most unlabeled examples that are labeled; None: all.
         """
+        # The method is ReducedMpl, or one of a user's own with its fields.
+        method: Any = self.method
+
+        def labels_by(labeler: nn.Module | None) -> dict[str, Tensor]:
+            return stored_labels(
+                labeler,
+                self.config,
+                method,
+                self.folder,
+                self.data,
+                self.say,
+                name=name,
+                parts=parts,
+                limit=limit,
+            )
+
         if self.processes.mesh.size == 1 or network is None:
-            return self._stored_labels(network, name, most)
+            return labels_by(network)
         # All processes gather the weights, which no pass of one process alone could do.
         weights = weights_of(inside(network))
 
         def label_alone() -> dict[str, Tensor]:
             labeler = self.config.network().to(self.place)
             labeler.load_state_dict(weights)
-            return self._stored_labels(labeler, name, most)
+            return labels_by(labeler)
 
         labels: dict[str, Tensor] = done_by_first(label_alone, self.processes, patience=LABELING)
         return labels
-
-    def _stored_labels(
-        self, network: nn.Module | None, name: str, most: int | None
-    ) -> dict[str, Tensor]:
-        # ReducedMpl, or a method of a user's own with its fields.
-        method: Any = self.method
-        return stored_labels(
-            network, self.config, method, self.folder, self.data, self.say, name=name, most=most
-        )
 
 
 def finetune(

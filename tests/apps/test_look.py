@@ -25,6 +25,7 @@ from metapl.apps.look import (
     steps_within,
     with_steps,
 )
+from metapl.apps.noisy_labels import Noisy, Plain, WeightsOrPlain
 from metapl.apps.settings import flag_values, with_flags
 from metapl.apps.tournament import RECIPES, Auto
 from metapl.data import draws
@@ -284,11 +285,16 @@ def test_labels_of_all_pictures_take_from_the_time_of_the_steps_but_never_half_o
     assert dataclasses.replace(some, labels=1.7).steps_in(1.0) == 290
 
 
-@pytest.mark.parametrize(("name", "labelings"), [("self_training", 1), ("two_teachers", 2)])
-def test_labels_are_counted_for_all_pictures_by_each_network_that_labels(
-    name: str, labelings: int, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "labelings", "student_steps"), [("self_training", 1, 12), ("two_teachers", 2, 9)]
+)
+def test_labels_are_counted_for_all_pictures_and_for_as_many_as_the_steps_ask_for(
+    name: str, labelings: int, student_steps: int, tmp_path: Path
 ) -> None:
-    """Each look at the clock moves it on by a second; between two of them a batch is labeled."""
+    """Each look at the clock moves it on by a second; a batch is read in one, and labeled in one.
+
+    The steps are 20, and a step of the student has two unlabeled pictures.
+    """
     root = color_folders(tmp_path, few=4, many=40, side=8)
     settings = config(
         labeled=str(root / "labeled"),
@@ -304,10 +310,39 @@ def test_labels_are_counted_for_all_pictures_by_each_network_that_labels(
     settings = fitted(settings, seen(), 0.0)
     ticks = itertools.count()
     timing = look.timing_of(settings, images.METHODS[name].scheduled(20), lambda: next(ticks))
-    labeled = len(settings.scan("labeled"))
-    unlabeled = len(settings.scan("unlabeled"))
     # The labeled pictures are those that are timed, in one batch.
-    assert timing.labels == pytest.approx(labelings * (labeled + unlabeled) / labeled)
+    per_label = 2 / len(settings.scan("labeled"))
+    unlabeled = len(settings.scan("unlabeled"))
+    assert timing.labels == pytest.approx(labelings * unlabeled * per_label)
+    limit = student_steps * 2 // 4
+    assert timing.labels_per_step == pytest.approx(labelings * limit / 20 * per_label)
+
+
+@pytest.mark.parametrize(
+    ("count", "name", "steps"), [(1_632, "learned", 510), (1_633, "plain", 1_300)]
+)
+def test_weights_are_learned_in_a_run_by_minutes_where_their_steps_pass_often_enough(
+    count: int, name: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a minute there are 510 steps of 64 pictures with weights, or 1,300 without."""
+
+    def timing_of(config: Any, method: Any, *given: Any, **options: Any) -> look.Timing:
+        return look.Timing(per_step=0.04 if isinstance(method, Plain) else 0.1)
+
+    monkeypatch.setattr(look, "timing_of", timing_of)
+    said: list[str] = []
+    settings, method = look.with_weights_or_plain(
+        Noisy(labeled="noisy", clean="clean", minutes=1.0),
+        WeightsOrPlain(),
+        count,
+        said.append,
+        time.monotonic,
+        share=1.0,
+    )
+    assert isinstance(method, Plain) is (name == "plain")
+    assert settings.fitting.steps == steps
+    # 19.99 passes are not called 20.
+    assert f"{20 if name == 'learned' else 19} times" in said[0]
 
 
 def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,29 @@ def test_a_run_that_has_chosen_plain_training_is_resumed_and_repeated_so(
     assert (again / "student.safetensors").read_bytes() == weights
 
 
+def test_a_run_with_a_setting_of_the_weights_is_resumed_with_it(root: Path, tmp_path: Path) -> None:
+    flags = f"--steps 20 --mode difference --augment mild {SIZES}".split()
+    run = tmp_path / "run"
+    command = ("train", "noisy", *given(root), *flags)
+    metapl(*command, "--out", run)
+    (run / "result.json").unlink()
+    metapl(*command, "--out", run, "--resume")
+    assert result(run)["method"] == "example_weights"
+    # A run of its settings chooses anew, where the default is named.
+    recipe = ("--config", run / "recipe.json", "--mode", "forward", "--method", "auto")
+    said = metapl("train", "noisy", *recipe, "--out", tmp_path / "again").stdout
+    assert "method: plain; 20 steps of example_weights would pass 6 times" in said
+
+
+def test_a_run_of_another_method_is_not_resumed_by_the_default(root: Path, tmp_path: Path) -> None:
+    flags = f"--steps 20 --augment mild {SIZES}".split()
+    run = tmp_path / "run"
+    command = ("train", "noisy", *given(root), *flags, "--out", run)
+    metapl(*command, "--method", "clean")
+    (run / "result.json").unlink()
+    assert "clean" in metapl(*command, "--resume", code=2).stderr
+
+
 def test_a_comparison_has_the_methods_that_are_chosen_from(root: Path, tmp_path: Path) -> None:
     flags = f"--steps 4 --augment mild {SIZES} --compare".split()
     command = ("train", "noisy", *given(root), "--test", root / "test", *flags)
