@@ -250,7 +250,9 @@ class WeightsOrPlain(Learned):
     @property
     def summary(self) -> str:
         """Return what the method does, in a sentence for the help."""
-        return "Learn a weight for each picture, or where steps are few train on all as they are."
+        return (
+            "Take example_weights, or plain where the steps pass over the pictures too few times."
+        )
 
     @property
     def learned(self) -> Learned:
