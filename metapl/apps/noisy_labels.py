@@ -250,9 +250,7 @@ class WeightsOrPlain(Learned):
     @property
     def summary(self) -> str:
         """Return what the method does, in a sentence for the help."""
-        return (
-            "Take example_weights, or plain where the steps pass over the pictures too few times."
-        )
+        return "Learn a weight for each picture, or train plainly where the steps are few."
 
     @property
     def learned(self) -> Learned:
