@@ -300,7 +300,13 @@ class Train:
             listed = ",".join(options.methods).split(",")
             names = tuple(name for name in listed if name)
         names = tuple(dict.fromkeys(names))
-        expected = f"some of {', '.join(self.methods.METHODS)}."
+        # What takes one of two methods is compared as these.
+        comparable = [
+            name
+            for name, method in self.methods.METHODS.items()
+            if not isinstance(method, noisy_labels.WeightsOrPlain)
+        ]
+        expected = f"some of {', '.join(comparable)}."
         if not names:
             raise MetaplError(f"--methods was given without a value; expected {expected}")
         unknown = [name for name in names if name not in self.methods.METHODS]
@@ -309,10 +315,7 @@ class Train:
             raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
-        if (
-            isinstance(self.methods.METHODS.get("auto"), noisy_labels.WeightsOrPlain)
-            and "auto" in names
-        ):
+        if not set(names) <= set(comparable):
             raise MetaplError(
                 "--methods auto: it takes example_weights or plain; expected those themselves."
             )

@@ -220,10 +220,8 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_are_timed(
-    tmp_path: Path,
-) -> None:
-    root = color_folders(tmp_path, few=look.PICTURES + 2, side=8)
+def small_settings(root: Path, **length: Any) -> Images:
+    """Return settings of a training on the folders, of few pictures a step and a small network."""
     settings = config(
         labeled=str(root / "labeled"),
         unlabeled=str(root / "unlabeled"),
@@ -233,9 +231,16 @@ def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_ar
         labeled_batch=2,
         unlabeled_batch=2,
         image_size=8,
-        minutes=0.05,
+        **length,
     )
-    settings = fitted(settings, seen(), 0.0)
+    return fitted(settings, seen(), 0.0)
+
+
+def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_are_timed(
+    tmp_path: Path,
+) -> None:
+    root = color_folders(tmp_path, few=look.PICTURES + 2, side=8)
+    settings = small_settings(root, minutes=0.05)
     _, method = with_steps(settings, images.METHODS["auto"])
     # A regression has no steps, and is counted as one.
     steps_of = dict(zip((recipe.name for recipe in RECIPES), method.final_steps, strict=True))
@@ -296,18 +301,7 @@ def test_labels_are_counted_for_all_pictures_and_for_as_many_as_the_steps_ask_fo
     The steps are 20, and a step of the student has two unlabeled pictures.
     """
     root = color_folders(tmp_path, few=4, many=40, side=8)
-    settings = config(
-        labeled=str(root / "labeled"),
-        unlabeled=str(root / "unlabeled"),
-        classes=("blue", "red"),
-        device="cpu",
-        network="small_cnn",
-        labeled_batch=2,
-        unlabeled_batch=2,
-        image_size=8,
-        steps=20,
-    )
-    settings = fitted(settings, seen(), 0.0)
+    settings = small_settings(root, steps=20)
     ticks = itertools.count()
     timing = look.timing_of(settings, images.METHODS[name].scheduled(20), lambda: next(ticks))
     # The labeled pictures are those that are timed, in one batch.
@@ -330,19 +324,19 @@ def test_weights_are_learned_in_a_run_by_minutes_where_their_steps_pass_often_en
         return look.Timing(per_step=0.04 if isinstance(method, Plain) else 0.1)
 
     monkeypatch.setattr(look, "timing_of", timing_of)
-    said: list[str] = []
+    lines: list[str] = []
     settings, method = look.with_weights_or_plain(
         Noisy(labeled="noisy", clean="clean", minutes=1.0),
         WeightsOrPlain(),
         count,
-        said.append,
+        lines.append,
         time.monotonic,
         share=1.0,
     )
     assert isinstance(method, Plain) is (name == "plain")
     assert settings.fitting.steps == steps
     # 19.99 passes are not called 20.
-    assert f"{20 if name == 'learned' else 19} times" in said[0]
+    assert f"{20 if name == 'learned' else 19} times" in lines[0]
 
 
 def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,10 +153,10 @@ def test_a_run_that_has_chosen_plain_training_is_resumed_and_repeated_so(
     (run / "result.json").unlink()
     metapl(*command, "--out", run, "--resume")
     assert (run / "student.safetensors").read_bytes() == weights
-    again = tmp_path / "again"
-    metapl("train", "noisy", "--config", run / "recipe.json", "--out", again)
-    assert result(again)["method"] == "plain"
-    assert (again / "student.safetensors").read_bytes() == weights
+    repeated = tmp_path / "repeated"
+    metapl("train", "noisy", "--config", run / "recipe.json", "--out", repeated)
+    assert result(repeated)["method"] == "plain"
+    assert (repeated / "student.safetensors").read_bytes() == weights
 
 
 def test_a_run_with_a_setting_of_the_weights_is_resumed_with_it(root: Path, tmp_path: Path) -> None:
@@ -169,8 +169,8 @@ def test_a_run_with_a_setting_of_the_weights_is_resumed_with_it(root: Path, tmp_
     assert result(run)["method"] == "example_weights"
     # A run of its settings chooses anew, where the default is named.
     recipe = ("--config", run / "recipe.json", "--mode", "forward", "--method", "auto")
-    said = metapl("train", "noisy", *recipe, "--out", tmp_path / "again").stdout
-    assert "method: plain; 20 steps of example_weights would pass 6 times" in said
+    printed = metapl("train", "noisy", *recipe, "--out", tmp_path / "chosen-anew").stdout
+    assert "method: plain; 20 steps of example_weights would pass 6 times" in printed
 
 
 def test_a_run_of_another_method_is_not_resumed_by_the_default(root: Path, tmp_path: Path) -> None:
@@ -185,10 +185,15 @@ def test_a_run_of_another_method_is_not_resumed_by_the_default(root: Path, tmp_p
 def test_a_comparison_has_the_methods_that_are_chosen_from(root: Path, tmp_path: Path) -> None:
     flags = f"--steps 4 --augment mild {SIZES} --compare".split()
     command = ("train", "noisy", *given(root), "--test", root / "test", *flags)
-    said = metapl(*command, "--methods", "auto,plain", "--out", tmp_path / "no", code=2).stderr
-    assert said == (
+    refused = tmp_path / "refused"
+    error = metapl(*command, "--methods", "auto,plain", "--out", refused, code=2).stderr
+    assert error == (
         "metapl: --methods auto: it takes example_weights or plain; expected those themselves.\n"
     )
+    # What an error proposes is what can be compared.
+    error = metapl(*command, "--methods", "plane", "--out", refused, code=2).stderr
+    assert "Expected some of example_weights, meta_weight_net" in error
+    assert not refused.exists()
     metapl(*command, "--out", tmp_path / "run")
     runs = [path.parent for path in (tmp_path / "run").rglob("suspects.csv")]
     assert {result(run)["method"] for run in runs} == {"example_weights", "plain", "clean"}
