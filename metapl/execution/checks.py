@@ -8,7 +8,7 @@ is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -22,24 +22,32 @@ from metapl.errors import MetaplError
 
 @dataclass
 class Fault:
-    """Results of checks that are still on the device, with the texts of their errors."""
+    """Results of checks that are still on the device, with the texts of their errors.
 
-    findings: list[tuple[Tensor, str]] = field(default_factory=list)
+    A result may be a function that computes it: then nothing is computed before it is read.
+    """
+
+    findings: list[tuple[Tensor | Callable[[], Tensor], str]] = field(default_factory=list)
 
     @property
     def flag(self) -> Tensor:
         """Whether any check has failed, a boolean scalar that is still on the device."""
         if not self.findings:
             return torch.zeros((), dtype=torch.bool)
-        return torch.stack([bad for bad, _ in self.findings]).any()
+        return torch.stack([result_of(bad) for bad, _ in self.findings]).any()
 
     def raise_if_found(self, where: str = "") -> None:
         """Raise the first error that a check has found; ``where`` is the beginning of its text."""
         for bad, text in self.findings:
-            if bool(bad):
+            if bool(result_of(bad)):
                 raise MetaplError(
                     f"{where}{text} (found after the step: go on from the last good checkpoint)"
                 )
+
+
+def result_of(bad: Tensor | Callable[[], Tensor]) -> Tensor:
+    """Return the result of a check, computed now where it was left for later."""
+    return bad if isinstance(bad, Tensor) else bad()
 
 
 _interpreters = torch._C._functorch.peek_interpreter_stack

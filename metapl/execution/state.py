@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, is_
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -272,41 +272,49 @@ class Slots:
             if part._forward_pre_hooks:
                 self._hook_weights += weights_made_by_hooks(part)
 
-        # What :meth:`contents` reads, gathered once, as it is called in every step.
+        # What :meth:`are_current` compares, gathered once, as it is asked in every step.
         self._parts = parts
-        self._tables: list[Any] = []
+        tables: list[Any] = []
         self._hooks: list[Any] = []
         for part in parts:
-            self._tables += [part._parameters, part._modules]
+            tables += [part._parameters, part._modules]
             self._hooks += _hooks_of(part)
+        self._tables = [table for table in tables if table]
+        self._empty_tables = [table for table in tables if not table]
+        self._names = [*chain.from_iterable(self._tables)]
+        self._values = [*chain.from_iterable(map(dict.values, self._tables))]
         self._tensors = [p for _, _, p in self.parameters]
 
         self._empty_state: State | None = None
-        self._contents_when_read = self.contents()
-        _, flags = self._contents_when_read
-        self.mark = hash(tuple(flags))
+        self._modes = [*map(_is_training, parts)]
+        self._hook_counts = [*map(len, self._hooks)]
+        self._parts_have_hooks = any(self._hooks)
+        self._requirements = [*map(_requires_grad, self._tensors)]
+        self._parameters_have_hooks = any(map(_hooks_of_parameter, self._tensors))
+        marks = [*self._modes, *self._hook_counts, *self._requirements]
+        self.mark = hash((*marks, -1) if self._parameters_have_hooks else tuple(marks))
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
-    def contents(self) -> tuple[list[Any], list[int]]:
-        """Return what the tables hold, by name and identity, and flags of the network.
-
-        The flags are modes, numbers of hooks and ``requires_grad``, with one more number where a
-        parameter has hooks. The slots are right as long as these are what they were.
-        """
-        flags = [
-            *map(_is_training, self._parts),
-            *map(len, self._hooks),
-            *map(_requires_grad, self._tensors),
-        ]
-        if any(map(_hooks_of_parameter, self._tensors)):
-            flags.append(-1)
-        names = chain.from_iterable(self._tables)
-        values = chain.from_iterable(map(dict.values, self._tables))
-        return [*names, *map(id, values)], flags
-
     def are_current(self) -> bool:
-        """Return whether the module holds what it held when these slots were read."""
-        return self.contents() == self._contents_when_read
+        """Return whether the module holds what it held when these slots were read, and as then.
+
+        That is the same objects under the same names, in the same modes, with as many hooks. Every
+        step asks this of hundreds of places, so all loops run in C.
+        """
+        if any(self._empty_tables) or [*chain.from_iterable(self._tables)] != self._names:
+            return False
+        values = chain.from_iterable(map(dict.values, self._tables))
+        if not all(map(is_, values, self._values)):
+            return False
+        has_as_many_hooks = any(self._hooks) == self._parts_have_hooks
+        if has_as_many_hooks and self._parts_have_hooks:
+            has_as_many_hooks = [*map(len, self._hooks)] == self._hook_counts
+        return (
+            has_as_many_hooks
+            and any(map(_hooks_of_parameter, self._tensors)) == self._parameters_have_hooks
+            and [*map(_is_training, self._parts)] == self._modes
+            and [*map(_requires_grad, self._tensors)] == self._requirements
+        )
 
     def in_formulas(self) -> list[Slot]:
         """Return what a pass holds beside its weights where it takes formulas for kernels.

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import is_
+from types import TracebackType
 from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -74,6 +75,8 @@ from metapl.updates import (
     rounded_options,
     update_of,
 )
+
+NOTHING: AbstractContextManager[None] = nullcontext()
 
 # How many steps are unrolled in one function at most.
 LONGEST = 3
@@ -264,20 +267,34 @@ def without_warnings_of_tracing() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def capturing() -> Iterator[None]:
-    """Name what cannot be captured by a graph that is called in this block."""
-    try:
-        yield
-    except BaseException as error:
+class Capturing:
+    """A block that names what cannot be captured by a graph that is called in it.
+
+    Every step enters it, so it is a class: a generator would take three times as long.
+    """
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            return
         # Dynamo leaves these hooks disabled where a transform fails.
         torch._C._autograd._saved_tensors_hooks_enable()
         reason = why_not_captured(error)
-        if not reason:
-            raise
-        raise MetaplError(
-            f"torch.compile cannot take this step: {reason}; leave compile out."
-        ) from error
+        if reason:
+            raise MetaplError(
+                f"torch.compile cannot take this step: {reason}; leave compile out."
+            ) from error
+
+
+# What autograd says of an operation without a derivative, somewhere in Dynamo's account of it.
+NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
 
 
 def why_not_captured(error: BaseException) -> str:
@@ -294,6 +311,11 @@ def why_not_captured(error: BaseException) -> str:
         return (
             f"torch {torch.__version__} does not compile torch.nn.utils.weight_norm, as 2.14 does: "
             "it compiles torch.nn.utils.parametrizations.weight_norm"
+        )
+    if lacking := NO_DERIVATIVE.search(str(error)):
+        return (
+            f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "
+            "student's backward pass"
         )
     first_lines = " ".join(str(error).splitlines()[:2])
     return " ".join(first_lines.split()) or type(error).__name__
@@ -341,33 +363,57 @@ class LiveState:
             self.state = with_counts_on_device(self.state, trainer.device)
         # The settings of param groups that the tensors in the state were made of.
         self._settings = [settings_by_group(update) for update in updates]
-        # The values in the param groups that these were read from; None where one of them may
-        # change in place.
-        self._values = fixed_values(updates)
+        # The optimizers, and the values in their param groups that the settings were read from;
+        # None where one of them may change in place.
+        self._optimizers = [unclipped(update).optimizer for update in updates if update is not None]
+        self._values = self._fixed_values()
+        # The number of the next step, and the tensor of it that the last one has made.
+        self._next_number = -1
+        self._next_step: Tensor = self.state.step
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
-        # hold some of them, and what the trainer is recognized by.
+        # hold some of them, with what these held, and what else the trainer is recognized by.
         self._tensors: list[Tensor] = []
         self._tables: list[dict[Any, Any]] = []
+        self._empty_tables: list[dict[Any, Any]] = []
+        self._held: list[object] = []
         self._weights: list[Tensor] = []
-        self._signature: list[object] = []
+        self._addresses: list[int] = []
+        self._parts: list[object] = []
+        self._sizes: tuple[object, ...] = ()
 
     def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
-        """Return whether the trainer still holds these tensors, and takes the same step."""
-        return self._signature_of(trainer, steps) == self._signature
+        """Return whether the trainer still holds these tensors, and takes the same step.
+
+        Every step asks this of hundreds of tensors, so the loops over them run in C.
+        """
+        return (
+            (steps, trainer.feedback_size) == self._sizes
+            and are_the_same(parts_of_step(trainer), self._parts)
+            and not any(self._empty_tables)
+            and are_the_same(held_by(self._tables), self._held)
+            and [*map(Tensor.data_ptr, self._weights)] == self._addresses
+        )
 
     def refresh(self, trainer: TwoLevelTrainer) -> None:
         """Take over what changes between steps outside of the tensors that are held.
 
         These are settings of optimizers, the state of the mode, and the number of the step.
         """
-        values = fixed_values(self.updates)
-        if not are_the_same(values, self._values):
-            self._values = values
+        values = self._values
+        if values is None or not are_the_same(values_of_groups(self._optimizers), values):
+            self._values = self._fixed_values()
             self._refresh_settings(trainer)
-        self.state = self.state._replace(
-            mode={name: t.to(trainer.device) for name, t in trainer.mode_state.items()},
-            step=number_on(trainer.device, trainer.steps_done, torch.int64),
-        )
+        step = self._next_step
+        if trainer.steps_done != self._next_number:
+            step = number_on(trainer.device, trainer.steps_done, torch.int64)
+        mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
+        self.state = self.state._replace(mode=mode, step=step)
+
+    def _fixed_values(self) -> list[object] | None:
+        """Return what param groups hold; None where a setting of them may change in place."""
+        if have_fixed_settings(self._optimizers):
+            return values_of_groups(self._optimizers)
+        return None
 
     def _refresh_settings(self, trainer: TwoLevelTrainer) -> None:
         """Make tensors of the settings whose numbers have changed."""
@@ -401,32 +447,46 @@ class LiveState:
             if rule is not None:
                 for part in parts_of(rule.optimizer):
                     tables += [part.state, *part.state.values()]
-        self._tables = tables
+        self._tables = [table for table in tables if table]
+        self._empty_tables = [table for table in tables if not table]
+        self._held = held_by(self._tables)
         self._tensors = leaves_of(self.state)
         self._weights = tensors_of_networks(trainer)
-        self._signature = self._signature_of(trainer, steps)
+        self._addresses = [*map(Tensor.data_ptr, self._weights)]
+        self._parts = parts_of_step(trainer)
+        self._sizes = (steps, trainer.feedback_size)
 
-    def write(self, moved: State) -> None:
-        """Copy the state after a step into the tensors."""
-        torch._foreach_copy_(self._tensors, leaves_of(moved))
+    def write(self, moved: State, *, next_number: int) -> None:
+        """Copy the state after a step into the tensors.
 
-    def _signature_of(self, trainer: TwoLevelTrainer, steps: int) -> list[object]:
-        """Return a list that changes when the trainer's step is another, or its tensors are others.
-
-        Whatever is named by its address is held by the trainer or by this object.
+        Args:
+            next_number: that of the step that begins with this state.
         """
-        optimizers = [part for optimizer in trainer.schedulable for part in parts_of(optimizer)]
-        objects: list[object] = [trainer.mode, trainer.problem, trainer.teacher_losses, *optimizers]
-        objects += [optimizer.state for optimizer in optimizers]
-        return [
-            *trainer.slots,
-            steps,
-            trainer.feedback_size,
-            *map(id, objects),
-            # Without a frame of Python for each tensor: there are hundreds, in every step.
-            *map(id, chain.from_iterable(map(dict.values, self._tables))),
-            *map(Tensor.data_ptr, self._weights),
-        ]
+        torch._foreach_copy_(self._tensors, leaves_of(moved))
+        self._next_number = next_number
+        self._next_step = moved.step
+
+
+def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
+    """Return the objects that a trainer's step is made of.
+
+    A step with other ones is another step. Networks are among them as they are held now.
+    """
+    parts: list[object] = [
+        *trainer.slots,
+        trainer.mode,
+        trainer.problem,
+        trainer.teacher_losses,
+    ]
+    for optimizer in trainer.schedulable:
+        for part in parts_of(optimizer):
+            parts += [part, part.state]
+    return parts
+
+
+def held_by(tables: Sequence[dict[Any, Any]]) -> list[object]:
+    """Return the values that tables hold, in order."""
+    return [*chain.from_iterable(map(dict.values, tables))]
 
 
 def with_counts_on_device(state: State, device: torch.device) -> State:
@@ -443,37 +503,30 @@ def with_counts_on_device(state: State, device: torch.device) -> State:
     return with_fields(state, inner=inner, outer=outer)
 
 
-def fixed_values(updates: Updates) -> list[Any] | None:
-    """Return what the param groups of the updates' optimizers hold, in order.
+def values_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[object]:
+    """Return what the param groups of optimizers hold, in order."""
+    groups = chain.from_iterable([optimizer.param_groups for optimizer in optimizers])
+    return [*chain.from_iterable(map(dict.values, groups))]
 
-    None where one of the values may change in place, such as a rate that is a tensor.
-    """
-    values: list[Any] = []
-    for update in updates:
-        if update is None:
-            continue
-        for group in unclipped(update).optimizer.param_groups:
+
+def have_fixed_settings(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+    """Return whether no setting of the optimizers changes in place, as a rate in a tensor does."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
             for name, value in group.items():
-                if name == "params":
-                    continue
-                if type(value) is tuple:
-                    values += value
-                else:
-                    values.append(value)
-    if all(map(FIXED.__contains__, map(type, values))):
-        return values
-    return None
+                parts = value if isinstance(value, tuple) else (value,)
+                if name != "params" and not all(type(part) in FIXED for part in parts):
+                    return False
+    return True
 
 
 # The types of settings that do not change in place.
 FIXED = frozenset([bool, int, float, str, type(None)])
 
 
-def are_the_same(values: list[Any] | None, other: list[Any] | None) -> bool:
-    """Return whether two lists are known to hold the same objects."""
-    if values is None or other is None or len(values) != len(other):
-        return False
-    return all(map(is_, values, other))
+def are_the_same(objects: Sequence[object], others: Sequence[object]) -> bool:
+    """Return whether two lists hold the same objects."""
+    return len(objects) == len(others) and all(map(is_, objects, others))
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
@@ -535,7 +588,7 @@ class CompiledStep:
         if self._live is None:
             live.adopt(trainer, moved, steps)
             self._cache[compiled.key] = compiled
-        live.write(moved)
+        live.write(moved, next_number=trainer.steps_done + 1)
         self._live = live
         trainer.mode_state = moved.mode
         trainer.steps_done += 1
@@ -602,10 +655,10 @@ class CompiledStep:
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # The first call traces the step.
-            quiet = nullcontext() if eager is None else without_warnings_of_tracing()
+            quiet = NOTHING if eager is None else without_warnings_of_tracing()
             # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
-            switches = nullcontext() if trainer.compile == "cudagraphs" else no_fast_path()
-            with torch.no_grad(), switches, capturing(), quiet:
+            switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
+            with torch.no_grad(), switches, Capturing(), quiet:
                 if trainer.compile == "reduce-overhead":
                     moved, report = run_in_cuda_graphs(
                         compiled, live.state, outer_batch, inner, noise
@@ -789,10 +842,11 @@ def run_in_cuda_graphs(
     """Return what a graph gives whose results lie in memory that the next step writes to."""
     torch.compiler.cudagraph_mark_step_begin()
     moved, report = compiled.run(state, outer_batch, inner, noise)
-    # The mode's state and the report outlive the next step. The other tensors are copied into those
-    # of modules and optimizers before it.
-    mode, report = pytree.tree_map_only(Tensor, torch.clone, (moved.mode, report))
-    return moved._replace(mode=mode), report
+    # The mode's state, the number of the step and the report outlive the next step. The other
+    # tensors are copied into those of modules and optimizers before it.
+    kept = moved.mode, moved.step, report
+    mode, step, report = pytree.tree_map_only(Tensor, torch.clone, kept)
+    return moved._replace(mode=mode, step=step), report
 
 
 # The greatest report.flag of a step that is right; by differences of the student's outputs, whose
@@ -803,6 +857,11 @@ STEP_IS_OFF = (
     "the step is not finite, or the student's outputs do not follow its weights (the slopes "
     "differ)."
 )
+
+
+def is_not_below(flag: Tensor, greatest: float) -> Tensor:
+    """Return whether a flag is not below a number, as NaN is not: a boolean scalar."""
+    return ~(flag < greatest)
 
 
 def step_report_of(
@@ -824,9 +883,6 @@ def step_report_of(
     greatest = GREATEST_GAP
     if mode.name == "difference" or getattr(mode, "tangent", "") == "difference":
         greatest = GREATEST_GAP_BY_DIFFERENCE
-    # A flag that is NaN is not below it either.
-    is_off = ~(report.flag < greatest)
-
     feedback = report.feedback
     signal = report.signal
     if len(inner_batches) > 1:
@@ -837,7 +893,7 @@ def step_report_of(
     return StepReport(
         trainer.steps_done,
         scalars,
-        fault=Fault([(is_off, STEP_IS_OFF)]),
+        fault=Fault([(partial(is_not_below, report.flag, greatest), STEP_IS_OFF)]),
         feedback=feedback,
         signal=Signal(**signal),
         student_outputs=report.student_outputs,

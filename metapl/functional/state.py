@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -201,12 +202,10 @@ def settings_of(numbers: Any, device: torch.device) -> Any:
 
 def leaves_of(state: State) -> list[Tensor]:
     """Return the tensors of networks and optimizers that a step moves, the student's first."""
-    leaves: list[Tensor] = []
+    tables: list[Mapping[Any, Tensor]] = []
     for network, optimizer in ((state.student, state.inner), (state.teacher, state.outer)):
-        leaves += [*network.params.values(), *network.state.values()]
-        for of_parameter in optimizer.state.values():
-            leaves += of_parameter.values()
-    return leaves
+        tables += [network.params, network.state, *optimizer.state.values()]
+    return [*chain.from_iterable([table.values() for table in tables])]
 
 
 def stack(states: Sequence[Any]) -> Any:

@@ -36,7 +36,7 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.functional.adjoint import Carry, Cotangents, Settings
-from metapl.functional.compiled import capturing, refuse_gap, without_warnings_of_tracing
+from metapl.functional.compiled import Capturing, refuse_gap, without_warnings_of_tracing
 from metapl.functional.graphs import Graphs, Shapes, graphs_of, shapes_of
 from metapl.functional.state import (
     Function,
@@ -517,7 +517,7 @@ class CompiledPath:
                 torch.no_grad(),
                 no_fast_path(math=True),
                 deterministic(self.plan.device),
-                capturing(),
+                Capturing(),
                 without_warnings_of_tracing(),
                 self.states.opened() as stored,
             ):

@@ -276,6 +276,16 @@ def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
     assert same(tensors_before, everything(case))
 
 
+def test_an_operation_without_a_second_derivative_is_named() -> None:
+    """The eager step finds its ż in forward mode, and takes it."""
+    networks = [nn.Sequential(nn.Linear(4, 4), nn.Hardsigmoid()) for _ in range(2)]
+    batches = (torch.randn(4, 4), torch.arange(4)), torch.randn(4, 4)
+    metapl.BilevelTrainer(*networks, mode="forward").step(*batches)
+    trainer = metapl.BilevelTrainer(*networks, mode="forward", compile=True)
+    with pytest.raises(MetaplError, match="aten::hardsigmoid_backward lacks a derivative"):
+        trainer.step(*batches)
+
+
 @pytest.mark.long
 @pytest.mark.skipif(
     shutil.which("g++") is None, reason="with a compiler there is a graph to compile"
