@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from metapl.apps.images import METHODS, Images
 from metapl.apps.look import choose_settings
+from metapl.apps.methods import labeled_loss
 from metapl.apps.settings import with_flags
 from metapl.problems.base import Signal
 from metapl.problems.losses import UDA, sum_of_terms
@@ -36,13 +38,46 @@ from metapl.training.options import FitOptions
 # So many that no step validates, and that the rate hardly moves.
 STEPS = 1_000_000
 
-# The first step in which UDA learns, by the phase of a training that is measured.
-PHASES = {"labels alone": STEPS, "labels and UDA": 0}
-
-# Whether each pass of the network in a step has a graph. In UDA, the weak view has none.
-PASSES = {"labels alone": (True,), "labels and UDA": (True, False, True)}
-
 Row = dict[str, Any]
+Losses = Callable[[Any], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step that is measured.
+
+    Attributes:
+        method: by which the command trains.
+        flags: of the command.
+        losses: returns those of a step, by the method.
+        passes: whether each pass of the network in a step has a graph.
+        reads_unlabeled: whether a step may read unlabeled pictures.
+    """
+
+    method: str
+    flags: Row
+    losses: Losses
+    passes: tuple[bool, ...]
+    reads_unlabeled: bool = True
+
+
+def losses_of_uda(method: Any) -> Sequence[Any]:
+    return method.uda.losses()
+
+
+def losses_of_mixup(method: Any) -> Sequence[Any]:
+    return (labeled_loss(method.label_smoothing, method.mixup),)
+
+
+# What the command calls its mild recipe, as it is tried, and trained where labels are many.
+MIXED_UP = {"mixup": 0.4, "label_smoothing": 0.1, "network": "strided_cnn", "augment": "mild"}
+
+KINDS = {
+    # Of UDA, the weak view has no graph. Its first phase reads labels alone.
+    "labels alone": Kind("uda", {"uda_start": STEPS}, losses_of_uda, (True,)),
+    "labels and UDA": Kind("uda", {"uda_start": 0}, losses_of_uda, (True, False, True)),
+    "mild, mixed up": Kind("supervised", MIXED_UP, losses_of_mixup, (True,), reads_unlabeled=False),
+}
 
 
 def main() -> None:
@@ -52,12 +87,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    phases = {name: Phase(name, options.pictures) for name in PHASES}
+    phases = {name: Phase(kind, options.pictures) for name, kind in KINDS.items()}
     ways: dict[str, Callable[[], None]] = {}
     for line in sys.stdin:
         answer: Row = {}
         if line.strip() == "facts":
-            answer = facts(phases["labels and UDA"])
+            answer = {name: facts(phase) for name, phase in phases.items()}
         elif line.strip() == "parts":
             for name, phase in phases.items():
                 answer[name] = phase.parts(options.steps)
@@ -96,20 +131,20 @@ class Phase:
     """A fit as the command runs it, in one phase of the training.
 
     Args:
-        name: of the phase.
+        kind: of its steps.
         pictures: folder with labeled/CLASS and unlabeled.
     """
 
-    def __init__(self, name: str, pictures: Path) -> None:
+    def __init__(self, kind: Kind, pictures: Path) -> None:
         folders = {part: str(pictures / part) for part in ("labeled", "unlabeled")}
-        flags: Row = {"steps": STEPS, "uda_start": PHASES[name]}
+        flags: Row = {"steps": STEPS, **kind.flags}
         config = with_flags(Images(**folders), **flags)
-        method = with_flags(METHODS["uda"], **flags)
+        method = with_flags(METHODS[kind.method], **flags)
         self.config, method = choose_settings(config, method, say=_say_nothing)
         data = self.config.data(_say_nothing, progress=False, log=None)
         torch.manual_seed(0)
         self.network = self.config.network()
-        self.losses = method.uda.losses()
+        self.losses = kind.losses(method)
         self.trainer = LossTrainer(
             self.network,
             self.losses,
@@ -119,9 +154,12 @@ class Phase:
         # As after the first epoch, which reads the files.
         for source in (data.labeled, data.unlabeled):
             source.images.fetch(torch.arange(len(source.images)))
+        sources = {"outer": data.labeled}
+        if kind.reads_unlabeled:
+            sources["inner"] = data.unlabeled
         request = FitRequest(
             options=FitOptions(steps=STEPS, **self.config.fitting.options()),
-            sources={"outer": data.labeled, "inner": data.unlabeled},
+            sources=sources,
             batch_size=None,
             validation=None,
             metric=None,
@@ -145,7 +183,7 @@ class Phase:
         # The first steps make what later ones find made.
         self.take_steps(3)
         self.batches = (data.labeled[5], data.unlabeled[5])
-        self.convolutions = Convolutions(self.network, self.batches[0][0], PASSES[name])
+        self.convolutions = Convolutions(self.network, self.batches[0][0], kind.passes)
 
     def take_steps(self, count: int) -> None:
         """Take steps as the loop does."""
