@@ -267,12 +267,13 @@ def sentences(rows: Sequence[Row]) -> list[str]:
     said: list[str] = []
     mild_rows = [row for row in rows if row.get("phase") == MILD]
     if mild_rows:
-        texts = [
-            f"{row['whole']:.0f} ms with {row['capability']}, {row['ratio']:.2f} times what its "
-            "convolutions take alone"
-            for row in mild_rows
-        ]
-        said.append(f"On one thread a step of the mild recipe takes {' and '.join(texts)}.")
+        capabilities = " and ".join(row["capability"] for row in mild_rows)
+        times = " and ".join(f"{row['whole']:.0f}" for row in mild_rows)
+        ratios = " and ".join(f"{row['ratio']:.2f}" for row in mild_rows)
+        said.append(
+            f"On one thread a step of the mild recipe takes {times} ms ({capabilities}), {ratios} "
+            "times what its convolutions take alone."
+        )
     # Versions are compared where they took turns.
     rows = [row for row in rows if "way" in row or "--trees" in row["command"]]
     for capability in dict.fromkeys(row["capability"] for row in rows if "phase" in row):
