@@ -273,6 +273,7 @@ class Slots:
                 self._hook_weights += weights_made_by_hooks(part)
 
         # What :meth:`are_current` compares, gathered once, as it is asked in every step.
+        self._is_copy = False
         self._parts = parts
         tables: list[Any] = []
         self._hooks: list[Any] = []
@@ -295,12 +296,19 @@ class Slots:
         self.mark = hash((*marks, -1) if self._parameters_have_hooks else tuple(marks))
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
+    def __setstate__(self, values: dict[str, Any]) -> None:
+        # A copy of a module may hold its parts in other tables than the copies of these.
+        vars(self).update(values)
+        self._is_copy = True
+
     def are_current(self) -> bool:
         """Return whether the module holds what it held when these slots were read, and as then.
 
         That is the same objects under the same names, in the same modes, with as many hooks. Every
-        step asks this of hundreds of places, so all loops run in C.
+        step asks this of hundreds of places, so all loops run in C. Copies never are current.
         """
+        if self._is_copy:
+            return False
         if any(self._empty_tables) or [*chain.from_iterable(self._tables)] != self._names:
             return False
         values = chain.from_iterable(map(dict.values, self._tables))

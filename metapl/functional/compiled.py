@@ -367,6 +367,10 @@ class LiveState:
         # None where one of them may change in place.
         self._optimizers = [unclipped(update).optimizer for update in updates if update is not None]
         self._values = self._fixed_values()
+        # Whose weights these groups have, and what in them is a constant of the graph.
+        self._grouped = parameters_of_groups(self._optimizers)
+        self._group_sizes = sizes_of_groups(self._optimizers)
+        self._groups = constants_of_groups(self._optimizers)
         # The number of the next step, and the tensor of it that the last one has made.
         self._next_number = -1
         self._next_step: Tensor = self.state.step
@@ -389,6 +393,7 @@ class LiveState:
         return (
             (steps, trainer.feedback_size) == self._sizes
             and are_the_same(parts_of_step(trainer), self._parts)
+            and self._has_same_groups()
             and not any(self._empty_tables)
             and are_the_same(held_by(self._tables), self._held)
             and [*map(Tensor.data_ptr, self._weights)] == self._addresses
@@ -408,6 +413,17 @@ class LiveState:
             step = number_on(trainer.device, trainer.steps_done, torch.int64)
         mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
         self.state = self.state._replace(mode=mode, step=step)
+
+    def _has_same_groups(self) -> bool:
+        """Return whether param groups have the weights and the constants that the graph has."""
+        if sizes_of_groups(self._optimizers) != self._group_sizes:
+            return False
+        if not are_the_same(parameters_of_groups(self._optimizers), self._grouped):
+            return False
+        values = self._values
+        if values is not None and are_the_same(values_of_groups(self._optimizers), values):
+            return True
+        return constants_of_groups(self._optimizers) == self._groups
 
     def _fixed_values(self) -> list[object] | None:
         """Return what param groups hold; None where a setting of them may change in place."""
@@ -503,10 +519,37 @@ def with_counts_on_device(state: State, device: torch.device) -> State:
     return with_fields(state, inner=inner, outer=outer)
 
 
+def groups_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """Return the param groups of optimizers, in order."""
+    return [*chain.from_iterable([optimizer.param_groups for optimizer in optimizers])]
+
+
 def values_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[object]:
     """Return what the param groups of optimizers hold, in order."""
-    groups = chain.from_iterable([optimizer.param_groups for optimizer in optimizers])
-    return [*chain.from_iterable(map(dict.values, groups))]
+    return [*chain.from_iterable(map(dict.values, groups_of(optimizers)))]
+
+
+def parameters_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[object]:
+    """Return the weights of the param groups of optimizers, in order."""
+    return [*chain.from_iterable([group["params"] for group in groups_of(optimizers)])]
+
+
+def sizes_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
+    """Return how many weights each param group has."""
+    return [len(group["params"]) for group in groups_of(optimizers)]
+
+
+def constants_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[object, ...]:
+    """Return what of param groups is a constant of a graph: switches such as ``maximize``."""
+    constants: list[object] = []
+    for optimizer in optimizers:
+        for part in parts_of(optimizer):
+            for group in part.param_groups:
+                switches = [(name, group.get(name)) for name in part.defaults]
+                constants.append(
+                    tuple(pair for pair in switches if isinstance(pair[1], bool | str | None))
+                )
+    return tuple(constants)
 
 
 def have_fixed_settings(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
@@ -530,8 +573,11 @@ def are_the_same(objects: Sequence[object], others: Sequence[object]) -> bool:
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
-    """Return the numbers in the param groups of an update's optimizer; none of no update."""
-    return [] if update is None else unclipped(update).settings()
+    """Return copies of the numbers in the param groups of an update's optimizer.
+
+    None of no update. A list, or a tensor in a tuple, may change in place.
+    """
+    return [] if update is None else copy.deepcopy(unclipped(update).settings())
 
 
 def changed_settings(
@@ -699,8 +745,20 @@ class CompiledStep:
             *trainer.schedulable,
         )
         marks = [slots.mark for slots in trainer.slots]
-        key = (steps, trainer.feedback_size, *marks, *map(id, alive))
+        optimizers = trainer.schedulable
+        key = (
+            steps,
+            trainer.feedback_size,
+            *marks,
+            *map(id, alive),
+            tuple(name for network in networks for name, _ in network.named_buffers()),
+            tuple(map(id, parameters_of_groups(optimizers))),
+            tuple(sizes_of_groups(optimizers)),
+            constants_of_groups(optimizers),
+        )
         if key in self._cache:
+            # Param groups may have been others since.
+            trainer.update.follow(trainable(trainer.student))
             return self._cache[key]
         return compile_step(trainer, steps, key=key, alive=alive)
 

@@ -9,6 +9,7 @@ import copy
 import itertools
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -253,6 +254,124 @@ def test_compiling_many_layers_is_advised_against(
         assert f"two networks with {2 * layers} layers" in texts[0]
         assert "leave compile out" in texts[0]
     assert trainer.steps_done == 2
+
+
+def reverse_groups(trainer: metapl.BilevelTrainer) -> None:
+    trainer.inner_optimizer.param_groups.reverse()
+
+
+def merge_groups(trainer: metapl.BilevelTrainer) -> None:
+    first, second = trainer.inner_optimizer.param_groups
+    first["params"] += second["params"]
+    trainer.inner_optimizer.param_groups.remove(second)
+
+
+def move_to_another_group(trainer: metapl.BilevelTrainer) -> None:
+    first, second = trainer.inner_optimizer.param_groups
+    second["params"].append(first["params"].pop())
+
+
+def maximize(trainer: metapl.BilevelTrainer) -> None:
+    trainer.inner_optimizer.param_groups[0]["maximize"] = True
+
+
+def change_betas_in_place(trainer: metapl.BilevelTrainer) -> None:
+    trainer.inner_optimizer.param_groups[0]["betas"][0] = 0.1
+
+
+def change_rate(trainer: metapl.BilevelTrainer) -> None:
+    trainer.inner_optimizer.param_groups[1]["lr"] = 0.05
+
+
+def register_buffer(trainer: metapl.BilevelTrainer) -> None:
+    trainer.student.register_buffer("steps", torch.zeros(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        reverse_groups,
+        merge_groups,
+        move_to_another_group,
+        maximize,
+        change_betas_in_place,
+        change_rate,
+        register_buffer,
+    ],
+)
+def test_what_changes_between_steps_is_seen(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[metapl.BilevelTrainer], None]
+) -> None:
+    """Compare with an eager trainer after each step; the change is taken back at the end."""
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    trainers = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        teacher, student = (nn.Linear(4, 3).double() for _ in range(2))
+        groups: list[dict[str, Any]] = [
+            {"params": [student.weight], "betas": [0.9, 0.99]},
+            {"params": [student.bias], "lr": 0.1},
+        ]
+        inner = torch.optim.Adam(groups, lr=0.01, eps=1e-3)
+        trainers.append(
+            metapl.BilevelTrainer(
+                teacher, student, mode="forward", inner_optimizer=inner, compile=compile
+            )
+        )
+    labeled = torch.randn(6, 4).double(), torch.arange(6) % 3
+    unlabeled = torch.randn(6, 4).double()
+
+    def step() -> None:
+        for trainer in trainers:
+            trainer.step(labeled, unlabeled)
+        eager, compiled_trainer = trainers
+        for network, other in zip(
+            (eager.student, eager.teacher),
+            (compiled_trainer.student, compiled_trainer.teacher),
+            strict=True,
+        ):
+            torch.testing.assert_close(other.state_dict(), network.state_dict())
+
+    for _ in range(2):
+        step()
+    for trainer in trainers:
+        change(trainer)
+    for _ in range(2):
+        step()
+    if change in (reverse_groups, move_to_another_group):
+        for trainer in trainers:
+            trainer.inner_optimizer.param_groups.reverse()
+    step()
+
+
+class Traced(nn.Module):
+    """A layer and a weight, which ``torch.fx`` copies into other tables."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 3))
+        self.layer = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) @ self.weight
+
+
+def test_a_copy_reads_the_tables_of_its_own_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of a graph module hold other tables than the copies of those tables."""
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    labeled = torch.randn(8, 4), torch.arange(8) % 3
+    unlabeled = torch.randn(8, 4)
+    student = torch.fx.symbolic_trace(Traced())
+    inner = torch.optim.SGD(student.parameters(), lr=0.5)
+    trainer = metapl.BilevelTrainer(nn.Linear(4, 3), student, "unrolled", inner_optimizer=inner)
+    trainer.step(labeled, unlabeled)
+    twin = copy.deepcopy(trainer)
+    reports = [which.step(labeled, unlabeled) for which in (trainer, twin)]
+    torch.testing.assert_close(reports[1].feedback, reports[0].feedback)
+    # The first compiled step is compared with that of a copy.
+    metapl.BilevelTrainer(nn.Linear(4, 3), student, "forward", compile=True).step(
+        labeled, unlabeled
+    )
 
 
 @pytest.mark.parametrize("reason", REFUSED)
