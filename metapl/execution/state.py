@@ -282,17 +282,17 @@ class Slots:
             self._hooks += _hooks_of(part)
         self._tables = [table for table in tables if table]
         self._empty_tables = [table for table in tables if not table]
-        self._names = [*chain.from_iterable(self._tables)]
-        self._values = [*chain.from_iterable(map(dict.values, self._tables))]
+        self._table_names = [*chain.from_iterable(self._tables)]
+        self._table_values = [*chain.from_iterable(map(dict.values, self._tables))]
         self._tensors = [p for _, _, p in self.parameters]
 
         self._empty_state: State | None = None
         self._modes = [*map(_is_training, parts)]
         self._hook_counts = [*map(len, self._hooks)]
         self._parts_have_hooks = any(self._hooks)
-        self._requirements = [*map(_requires_grad, self._tensors)]
+        self._are_learned = [*map(_requires_grad, self._tensors)]
         self._parameters_have_hooks = any(map(_hooks_of_parameter, self._tensors))
-        marks = [*self._modes, *self._hook_counts, *self._requirements]
+        marks = [*self._modes, *self._hook_counts, *self._are_learned]
         self.mark = hash((*marks, -1) if self._parameters_have_hooks else tuple(marks))
         self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
@@ -309,10 +309,10 @@ class Slots:
         """
         if self._is_copy:
             return False
-        if any(self._empty_tables) or [*chain.from_iterable(self._tables)] != self._names:
+        if any(self._empty_tables) or [*chain.from_iterable(self._tables)] != self._table_names:
             return False
         values = chain.from_iterable(map(dict.values, self._tables))
-        if not all(map(is_, values, self._values)):
+        if not all(map(is_, values, self._table_values)):
             return False
         has_as_many_hooks = any(self._hooks) == self._parts_have_hooks
         if has_as_many_hooks and self._parts_have_hooks:
@@ -321,7 +321,7 @@ class Slots:
             has_as_many_hooks
             and any(map(_hooks_of_parameter, self._tensors)) == self._parameters_have_hooks
             and [*map(_is_training, self._parts)] == self._modes
-            and [*map(_requires_grad, self._tensors)] == self._requirements
+            and [*map(_requires_grad, self._tensors)] == self._are_learned
         )
 
     def in_formulas(self) -> list[Slot]:
@@ -455,9 +455,9 @@ class State:
         self._tensors: dict[int, Tensor] = {
             id(t): t for t in chain(buffers, frozen) if t is not None
         }
-        self._values: dict[int, Tensor] = {}
+        self._table_values: dict[int, Tensor] = {}
         for key, t in self._tensors.items():
-            self._values[key] = t.detach().clone() if copies else t.detach()
+            self._table_values[key] = t.detach().clone() if copies else t.detach()
 
     def is_empty(self) -> bool:
         """Return whether the network has no state, now either."""
@@ -487,7 +487,7 @@ class State:
         tables = self.tables()
         contents_before = [(table, dict(table)) for table, _ in tables]
         copies: dict[int, Any] = {}
-        for key, value in self._values.items():
+        for key, value in self._table_values.items():
             copies[key] = wide(value.clone()) if upcast else value.clone()
         for table, contents in tables:
             table.clear()
@@ -503,7 +503,7 @@ class State:
         for table, name, p in self._frozen:
             table[name] = p
         for key, t in self._tensors.items():
-            value = self._values[key]
+            value = self._table_values[key]
             # Past the version counter: a graph that has saved a tensor finds what it has saved.
             if t.shape != value.shape:
                 t.data = value

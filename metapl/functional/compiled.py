@@ -268,9 +268,9 @@ def without_warnings_of_tracing() -> Iterator[None]:
 
 
 class Capturing:
-    """A block that names what cannot be captured by a graph that is called in it.
+    """A block that names what cannot be captured by a graph that is called there.
 
-    Every step enters it, so it is a class: a generator would take three times as long.
+    Every step enters such a block, so this is a class: a generator would take longer.
     """
 
     def __enter__(self) -> None:
@@ -366,11 +366,11 @@ class LiveState:
         # The optimizers, and the values in their param groups that the settings were read from;
         # None where one of them may change in place.
         self._optimizers = [unclipped(update).optimizer for update in updates if update is not None]
-        self._values = self._fixed_values()
+        self._group_values = self._fixed_values()
         # Whose weights these groups have, and what in them is a constant of the graph.
-        self._grouped = parameters_of_groups(self._optimizers)
+        self._group_weights = parameters_of_groups(self._optimizers)
         self._group_sizes = sizes_of_groups(self._optimizers)
-        self._groups = constants_of_groups(self._optimizers)
+        self._group_constants = constants_of_groups(self._optimizers)
         # The number of the next step, and the tensor of it that the last one has made.
         self._next_number = -1
         self._next_step: Tensor = self.state.step
@@ -379,11 +379,11 @@ class LiveState:
         self._tensors: list[Tensor] = []
         self._tables: list[dict[Any, Any]] = []
         self._empty_tables: list[dict[Any, Any]] = []
-        self._held: list[object] = []
+        self._table_values: list[object] = []
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._parts: list[object] = []
-        self._sizes: tuple[object, ...] = ()
+        self._steps_and_size: tuple[object, ...] = ()
 
     def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
         """Return whether the trainer still holds these tensors, and takes the same step.
@@ -391,11 +391,11 @@ class LiveState:
         Every step asks this of hundreds of tensors, so the loops over them run in C.
         """
         return (
-            (steps, trainer.feedback_size) == self._sizes
+            (steps, trainer.feedback_size) == self._steps_and_size
             and are_the_same(parts_of_step(trainer), self._parts)
             and self._has_same_groups()
             and not any(self._empty_tables)
-            and are_the_same(held_by(self._tables), self._held)
+            and are_the_same(values_of_tables(self._tables), self._table_values)
             and [*map(Tensor.data_ptr, self._weights)] == self._addresses
         )
 
@@ -404,9 +404,9 @@ class LiveState:
 
         These are settings of optimizers, the state of the mode, and the number of the step.
         """
-        values = self._values
+        values = self._group_values
         if values is None or not are_the_same(values_of_groups(self._optimizers), values):
-            self._values = self._fixed_values()
+            self._group_values = self._fixed_values()
             self._refresh_settings(trainer)
         step = self._next_step
         if trainer.steps_done != self._next_number:
@@ -418,12 +418,12 @@ class LiveState:
         """Return whether param groups have the weights and the constants that the graph has."""
         if sizes_of_groups(self._optimizers) != self._group_sizes:
             return False
-        if not are_the_same(parameters_of_groups(self._optimizers), self._grouped):
+        if not are_the_same(parameters_of_groups(self._optimizers), self._group_weights):
             return False
-        values = self._values
+        values = self._group_values
         if values is not None and are_the_same(values_of_groups(self._optimizers), values):
             return True
-        return constants_of_groups(self._optimizers) == self._groups
+        return constants_of_groups(self._optimizers) == self._group_constants
 
     def _fixed_values(self) -> list[object] | None:
         """Return what param groups hold; None where a setting of them may change in place."""
@@ -465,12 +465,12 @@ class LiveState:
                     tables += [part.state, *part.state.values()]
         self._tables = [table for table in tables if table]
         self._empty_tables = [table for table in tables if not table]
-        self._held = held_by(self._tables)
+        self._table_values = values_of_tables(self._tables)
         self._tensors = leaves_of(self.state)
         self._weights = tensors_of_networks(trainer)
         self._addresses = [*map(Tensor.data_ptr, self._weights)]
         self._parts = parts_of_step(trainer)
-        self._sizes = (steps, trainer.feedback_size)
+        self._steps_and_size = (steps, trainer.feedback_size)
 
     def write(self, moved: State, *, next_number: int) -> None:
         """Copy the state after a step into the tensors.
@@ -500,7 +500,7 @@ def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
     return parts
 
 
-def held_by(tables: Sequence[dict[Any, Any]]) -> list[object]:
+def values_of_tables(tables: Sequence[dict[Any, Any]]) -> list[object]:
     """Return the values that tables hold, in order."""
     return [*chain.from_iterable(map(dict.values, tables))]
 
@@ -567,9 +567,9 @@ def have_fixed_settings(optimizers: Sequence[torch.optim.Optimizer]) -> bool:
 FIXED = frozenset([bool, int, float, str, type(None)])
 
 
-def are_the_same(objects: Sequence[object], others: Sequence[object]) -> bool:
+def are_the_same(objects: Sequence[object], expected: Sequence[object]) -> bool:
     """Return whether two lists hold the same objects."""
-    return len(objects) == len(others) and all(map(is_, objects, others))
+    return len(objects) == len(expected) and all(map(is_, objects, expected))
 
 
 def settings_by_group(update: Update | None) -> list[dict[str, Any]]:
@@ -736,28 +736,29 @@ class CompiledStep:
         networks = networks_of(trainer)
         modules = [part for network in networks for part in network.modules()]
         parameters = [p for network in networks for p in network.parameters()]
+        optimizers = trainer.schedulable
         alive = (
             *modules,
             *parameters,
             trainer.mode,
             trainer.problem,
             trainer.teacher_losses,
-            *trainer.schedulable,
+            *optimizers,
+            # In order, so that a key tells whose weights are in which group.
+            *parameters_of_groups(optimizers),
         )
         marks = [slots.mark for slots in trainer.slots]
-        optimizers = trainer.schedulable
         key = (
             steps,
             trainer.feedback_size,
             *marks,
             *map(id, alive),
             tuple(name for network in networks for name, _ in network.named_buffers()),
-            tuple(map(id, parameters_of_groups(optimizers))),
             tuple(sizes_of_groups(optimizers)),
             constants_of_groups(optimizers),
         )
         if key in self._cache:
-            # Param groups may have been others since.
+            # Between then and now the param groups may have been different ones.
             trainer.update.follow(trainable(trainer.student))
             return self._cache[key]
         return compile_step(trainer, steps, key=key, alive=alive)
@@ -902,8 +903,8 @@ def run_in_cuda_graphs(
     moved, report = compiled.run(state, outer_batch, inner, noise)
     # The mode's state, the number of the step and the report outlive the next step. The other
     # tensors are copied into those of modules and optimizers before it.
-    kept = moved.mode, moved.step, report
-    mode, step, report = pytree.tree_map_only(Tensor, torch.clone, kept)
+    outliving = moved.mode, moved.step, report
+    mode, step, report = pytree.tree_map_only(Tensor, torch.clone, outliving)
     return moved._replace(mode=mode, step=step), report
 
 
@@ -941,6 +942,7 @@ def step_report_of(
     greatest = GREATEST_GAP
     if mode.name == "difference" or getattr(mode, "tangent", "") == "difference":
         greatest = GREATEST_GAP_BY_DIFFERENCE
+
     feedback = report.feedback
     signal = report.signal
     if len(inner_batches) > 1:
