@@ -1,0 +1,140 @@
+"""The way of a step through the package: the files, functions and lines that it enters.
+
+Whoever reads a step has to read these, and every step pays for them. The bounds are what stands
+today. They may only fall: a change that enters more is too large for what it does, and one that
+enters a tenth less lowers its bound.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import NamedTuple
+
+import pytest
+
+
+class Way(NamedTuple):
+    """How many files, functions and different lines of the package a call enters."""
+
+    files: int
+    functions: int
+    lines: int
+
+
+BOUNDS = {
+    "eager": Way(files=28, functions=185, lines=1074),
+    "hypergradient": Way(files=34, functions=236, lines=1336),
+    "compiled": Way(files=11, functions=42, lines=198),
+}
+
+IMPORTED_LINES = 30_554
+"""Lines of the files of the package that ``import metapl`` loads."""
+
+SLACK = 0.9
+"""A count below this share of its bound asks for a lower bound."""
+
+IMPORTS = """
+import json
+import sys
+
+import metapl
+
+files = {
+    module.__file__
+    for name, module in sys.modules.items()
+    if name.split(".")[0] == "metapl" and module.__file__
+}
+print(json.dumps(sum(len(open(file).readlines()) for file in files)))
+"""
+
+STEPS = """
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import metapl
+
+PACKAGE = str(Path(metapl.__file__).parent)
+
+
+def way(call):
+    functions = set()
+    lines = set()
+
+    def note_line(frame, event, _):
+        if event == "line":
+            lines.add((frame.f_code.co_filename, frame.f_lineno))
+        return note_line
+
+    def note_call(frame, event, _):
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE):
+            return None
+        # Comprehensions are lines of the function around them.
+        if not code.co_name.startswith("<"):
+            functions.add((code.co_filename, code.co_qualname))
+        return note_line
+
+    sys.settrace(note_call)
+    try:
+        call()
+    finally:
+        sys.settrace(None)
+    return len({file for file, _ in functions}), len(functions), len(lines)
+
+
+torch.manual_seed(0)
+networks = [nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)) for _ in range(2)]
+outer = torch.randn(32, 16), torch.arange(32) % 4
+inner = torch.randn(64, 16)
+is_compiled = sys.argv[1] == "compiled"
+trainer = metapl.BilevelTrainer(*networks, compile=is_compiled)
+
+
+def take_step():
+    trainer.step(outer, inner)
+
+
+def take_hypergradient():
+    metapl.hypergradient(
+        *networks, outer=outer, inner=inner, inner_optimizer=trainer.inner_optimizer
+    )
+
+
+call = take_hypergradient if sys.argv[1] == "hypergradient" else take_step
+# The first steps verify, find the order of the passes, and compile.
+for _ in range(4):
+    call()
+print(json.dumps(way(call)))
+"""
+
+
+def printed(program: str, *arguments: str) -> object:
+    """Return what a program prints at its end, in a process of its own, from JSON."""
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+COMPILES = pytest.param("compiled", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("call", ["eager", "hypergradient", COMPILES])
+def test_a_steady_call_enters_no_more_than_before(call: str) -> None:
+    way = Way(*printed(STEPS, call))
+    for name, count, bound in zip(Way._fields, way, BOUNDS[call], strict=True):
+        assert count <= bound, f"{call} enters {count} {name}, and {bound} before"
+        assert count >= SLACK * bound, f"{call} enters {count} {name}: lower the bound of {bound}"
+
+
+def test_the_import_loads_no_more_lines_than_before() -> None:
+    lines = printed(IMPORTS)
+    assert isinstance(lines, int)
+    assert lines <= IMPORTED_LINES, "import metapl loads more lines than before"
+    assert lines >= SLACK * IMPORTED_LINES, "import metapl loads less: lower the bound"
