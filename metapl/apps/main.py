@@ -52,7 +52,6 @@ COMMANDS = {
     "report": "report.Report",
     "runs": "list_runs.Runs",
     "compare": "compare_runs.Compare",
-    "attribute": "attribute.Attribute",
     "export": "export.Export",
     "label": "label_commands.Label",
     "labels stats": "label_commands.Stats",

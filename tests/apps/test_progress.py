@@ -16,9 +16,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import torch
 from command import metapl
 from tiny_runs import TINY, images_command
+from torch import nn
 
+from metapl import attribute
 from metapl.apps.main import main
 from metapl.apps.progress import CountLines, FitLines, count_bar
 from metapl.runs import terminal
@@ -128,9 +131,8 @@ def test_labels_are_counted(tmp_path: Path, colors: Path, monkeypatch: pytest.Mo
     assert "batches" not in told.stdout
 
 
-# A small ablation, and an attribution without the check.
+# A small ablation.
 ABLATE = ("ablate", "digits", "--hidden", "4", "--steps", "2", "--rounds", "1", "--draws", "2")
-ATTRIBUTE = ("--val", "{test}", "--steps", "12", "--batch", "4", "--lr", "0.03", "--removals")
 
 
 @pytest.mark.parametrize(
@@ -142,12 +144,6 @@ ATTRIBUTE = ("--val", "{test}", "--steps", "12", "--batch", "4", "--lr", "0.03",
         (" ".join(ABLATE), r"metapl: steps: 1 of 3"),
         (" ".join(ABLATE), r"metapl: modes: 1 of 8, \d+ s left"),
         (" ".join(ABLATE), r"metapl: timings: 1 of 1"),
-        (f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 0", r"metapl: steps: 7 of 12"),
-        # Eight without examples, and the one on all of them.
-        (
-            f"attribute {{run}} --out {{out}} {' '.join(ATTRIBUTE)} 8",
-            r"metapl: steps of 9 trainings at once: 12 of 12",
-        ),
     ],
 )
 def test_commands_that_read_a_run_speak_on_standard_error(
@@ -174,6 +170,25 @@ def test_a_step_is_logged_only_where_it_is_to_be_shown_and_no_terminal_shows_it(
     with terminal.step_bar(is_shown, 1000, "steps", 998) as advance:
         advance()
     assert not caplog.records
+
+
+def test_an_attribution_and_its_check_say_how_far_they_are(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    caplog.set_level("INFO", logger="metapl")
+    x = torch.randn(24, 3, generator=torch.Generator().manual_seed(0))
+    train = (x, (x.sum(1) > 0).long())
+    torch.manual_seed(0)
+    student = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    attribution = attribute(student, train, train, optimizer=optimizer, steps=12, batch_size=8)
+    attribution.validate([[number] for number in range(8)])
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "steps: 7 of 12" in said
+    assert "steps back: 1 of 12" in said
+    # Eight without examples, and the one on all of them.
+    assert "steps of 9 trainings at once: 12 of 12" in said
 
 
 def test_closed_streams_are_nothing() -> None:
@@ -212,11 +227,6 @@ def test_workers_of_a_comparison_speak_into_the_pipe(tmp_path: Path) -> None:
     [
         (TINY, r"\rfit: .*\|.*\| \d/6", "step 4 of 6"),
         (ABLATE, r"\rsteps: .*\|.*\| \d/3", "steps: 1 of 3"),
-        (
-            ("attribute", "{run}", *ATTRIBUTE, "0"),
-            r"\rsteps back: .*\|.*\| \d+/12",
-            "steps back: 1 of 12",
-        ),
     ],
 )
 def test_a_terminal_shows_a_bar_and_no_lines(

@@ -38,7 +38,6 @@ WRONG = {
     "ablate digits --draws few": ("--draws few: expected a whole number >= 2",),
     "evaluate run --eps wide": ("--eps wide: expected several, each a number",),
     "predict run x.png --top all": ("--top all: expected a whole number",),
-    "attribute run --out x --top all": ("there is no flag --top", "attribute --help"),
     "label run pictures --out x --batch big": ("--batch big: expected a whole number >= 1",),
     f"train digits --steps {'9' * 5000}": ("--steps 9999", "expected a whole number"),
     # A word that is none of those that a flag takes.

@@ -53,7 +53,6 @@ FLOORS = (
         "apps.label_commands",
         "apps.predict",
         "apps.evaluate",
-        "apps.attribute",
         "apps.ablate",
     ),
     ("apps.help_pages", "apps.refused_words"),
