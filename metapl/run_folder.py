@@ -9,7 +9,6 @@ student.safetensors   the student; finetuned_student.safetensors and teacher.saf
 report.html           all there is to see of it, as one page
 report.png            curves and confusion matrix
 skipped.jsonl         the files that could not be read, where there are any
-suspects.csv          labels that may be wrong, of train noisy
 labels/, rounds/      stored labels, of reduced_mpl and of Noisy Student
 network.json          what the networks are, and how a file becomes their input
 result.json           the end: accuracies
@@ -59,7 +58,7 @@ FORMAT = 4
 # Settings in which the parts of a run may differ, for they change nothing but speed; and those that
 # say where the data lie, which may have moved: what they hold is compared by its hashes.
 SPEED_ALONE = ("num_workers",)
-PLACES = ("labeled", "unlabeled", "clean", "val", "test")
+PLACES = ("labeled", "unlabeled", "val", "test")
 
 NETWORK = "network.json"
 
@@ -385,7 +384,7 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
 def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
     """Return how many examples each part of the data of :func:`stored_data` has."""
     counts: dict[str, int] = {}
-    for part in ("labeled", "unlabeled", "clean", "validation", "test"):
+    for part in ("labeled", "unlabeled", "validation", "test"):
         if part in data:
             # It has the names of the examples, or their number.
             names = data[part]

@@ -25,15 +25,14 @@ from typing import (
 import torch
 import tyro
 
-from metapl.apps import digits, images, noisy_labels, noisy_student
+from metapl.apps import digits, images, noisy_student
 from metapl.apps.digits import Digits
-from metapl.apps.images import Images, OfPictures
+from metapl.apps.images import Images
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
 from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings, open_settings
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
-from metapl.apps.noisy_labels import Noisy
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
@@ -58,7 +57,6 @@ from metapl.words import did_you_mean
 # follow a type that is made while the program runs.
 MethodOfImages: TypeAlias = str
 MethodOfDigits: TypeAlias = str
-MethodOfNoisy: TypeAlias = str
 if not TYPE_CHECKING:
 
     def _one_of(methods: dict[str, Method]) -> Any:
@@ -72,7 +70,6 @@ if not TYPE_CHECKING:
 
     MethodOfImages = _one_of(images.METHODS)
     MethodOfDigits = _one_of(digits.METHODS)
-    MethodOfNoisy = _one_of(noisy_labels.METHODS)
 
 
 def _words_of_recipe(recipe: StoredRecipe | None) -> list[str]:
@@ -217,9 +214,6 @@ class Train:
             name = method_name or method.name
             if name != method.name:
                 method = with_settings_of(methods[name], method, methods[method.name])
-            if isinstance(method, noisy_labels.WeightsOrPlain):
-                # A run has a number of warm steps also where none was asked for.
-                method = dataclasses.replace(method, warm_steps=None)
             defaults["method_name"] = name
         return cls._with_defaults(**defaults, method=method)
 
@@ -291,22 +285,13 @@ class Train:
         if options.seeds:
             seeds = parse_seeds(options.seeds)
         # The run's own method is the first, which is delivered where validation cannot tell.
-        own_method = self.method
-        if isinstance(own_method, noisy_labels.WeightsOrPlain):
-            own_method = own_method.learned
-        names = (own_method.name, *self.methods.COMPARED)
+        names = (self.method.name, *self.methods.COMPARED)
         if options.methods is not None:
             # Commas may stand between them too.
             listed = ",".join(options.methods).split(",")
             names = tuple(name for name in listed if name)
         names = tuple(dict.fromkeys(names))
-        # What takes one of two methods is compared as these.
-        comparable = [
-            name
-            for name, method in self.methods.METHODS.items()
-            if not isinstance(method, noisy_labels.WeightsOrPlain)
-        ]
-        expected = f"some of {', '.join(comparable)}."
+        expected = f"some of {', '.join(self.methods.METHODS)}."
         if not names:
             raise MetaplError(f"--methods was given without a value; expected {expected}")
         unknown = [name for name in names if name not in self.methods.METHODS]
@@ -315,10 +300,6 @@ class Train:
             raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
-        if not set(names) <= set(comparable):
-            raise MetaplError(
-                "--methods auto: it takes example_weights or plain; expected those themselves."
-            )
         if options.log_to is not None:
             raise MetaplError(
                 "--log-to gets the rows of one run, and --compare trains several; leave one out."
@@ -389,20 +370,15 @@ class Train:
             named = [name for name in comparison.names if name != Auto.name]
             if named:
                 method = self.methods.METHODS[named[0]]
-        if comparison is not None and isinstance(method, noisy_labels.WeightsOrPlain):
-            method = method.learned
         stored = None
         if self.options.resume and folder.exists:
-            stored_recipe = folder.recipe()
-            stored = stored_recipe["fields"]
-            if isinstance(method, noisy_labels.WeightsOrPlain):
-                method = method.chosen_before(stored_recipe["method"])
+            stored = folder.recipe()["fields"]
         recipe = self.options.recipe
         if recipe is not None:
             for note in recipe.notes():
                 say(f"note: {note}")
         torch.set_num_threads(config.threads or self.usual_threads())
-        if isinstance(config, OfPictures):
+        if isinstance(config, Images):
             config, method = choose_settings(config, method, say, stored)
             if recipe is not None:
                 recipe.check_weights(config.pictures)
@@ -429,7 +405,7 @@ class Train:
         compared = {}
         for name in names:
             like_own = with_settings_of(usual[name], method, usual[method.name])
-            if isinstance(like_own, Auto) and isinstance(self.config, OfPictures):
+            if isinstance(like_own, Auto) and isinstance(self.config, Images):
                 open_names = open_settings(self.config)
                 like_own = dataclasses.replace(like_own, open_settings=open_names)
             compared[name] = like_own.scheduled(steps)
@@ -570,17 +546,6 @@ class TrainDigits(Train):
     method_name: MethodOfDigits = "mpl"
     method: Flat[Method] = digits.METHODS["mpl"]
     methods: ClassVar[Methods] = digits
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainNoisy(Train):
-    __doc__ = Noisy.__doc__
-
-    config: Flat[Noisy]
-    options: Flat[Comparing] = field(default_factory=Comparing)
-    method_name: MethodOfNoisy = "auto"
-    method: Flat[Method] = noisy_labels.METHODS["auto"]
-    methods: ClassVar[Methods] = noisy_labels
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -101,7 +101,6 @@ class Digits:
     classes: ClassVar[tuple[str, ...]] = tuple("0123456789")
     input: ClassVar[Input] = Input(kind="digit", channels=1, size=8)
     places: ClassVar[tuple[str, ...]] = ()
-    known: ClassVar[str] = "labeled digits"
     # Threads of the linear algebra, on whose number rounding depends.
     threads: ClassVar[int] = 1
 

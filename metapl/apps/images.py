@@ -197,8 +197,7 @@ class Pictures:
         augment: how pictures are augmented: mild shifts them a little and turns half of them a
             little, and strong moves them much more, changes their colors and covers a part of each,
             but for a quarter of the labeled ones, which are changed mildly. By default both are
-            tried by --method auto and by train noisy; two_teachers takes mild, and every other
-            method strong.
+            tried by --method auto; two_teachers takes mild, and every other method strong.
         mirror: mirror half of the pictures while training. Leave it out for letters.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
@@ -356,35 +355,40 @@ class Pictures:
         return OTHER_RATE
 
 
-class OfPictures:
-    """What trainings on folders of pictures have in common."""
+@dataclass(frozen=True, kw_only=True)
+class Images:
+    """Train on pictures: a few of them in one folder a class, many without labels.
 
-    # What the recipe is called.
-    name: ClassVar[str]
+    Flags that you leave out are chosen by looking at the pictures, and by how many steps fit into
+    the minutes.
 
-    # The names of the fields that are folders; of these, the folder of pictures whose labels are
-    # right, and that of the others.
-    places: ClassVar[tuple[str, ...]]
-    few_and_many: ClassVar[tuple[str, str]]
+    Args:
+        labeled: folder of labeled pictures, with a folder for each class in it.
+        unlabeled: folder of unlabeled pictures, or a .txt file of their paths.
+        val: folder of other labeled pictures, by which the best network is selected. By default a
+            part of --labeled is set aside.
+        test: folder of other labeled pictures, on which the accuracy is reported at the end.
+        unlabeled_batch: number of unlabeled pictures in each step.
+        minutes: minutes that the training may take. By default it takes 5.
+    """
 
-    # The name of the field with the number of pictures with right labels in a batch.
-    batch_of_few: ClassVar[str]
-
-    # What there is to train on, in words, and what the pictures with right labels are called.
-    said: ClassVar[str]
-    known: ClassVar[str] = "labeled pictures"
-
+    name: ClassVar[str] = "images"
+    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
     # Threads of the linear algebra are those of the process.
     threads: ClassVar[int | None] = None
 
-    pictures: Pictures
-    fitting: Fitting
-
-    # The share of each class that is set aside for validation.
-    val_fraction: float | None
-
-    # The names of the classes, once they were found.
-    classes: tuple[str, ...]
+    labeled: Folder
+    unlabeled: Folder
+    val: OtherFolder = None
+    test: OtherFolder = None
+    unlabeled_batch: Batch = 32
+    minutes: Minutes = None
+    pictures: Flat[Pictures] = field(default_factory=Pictures)
+    fitting: Flat[Fitting] = field(
+        default_factory=lambda: Fitting(ema_decay=0.99, finetune_steps=None)
+    )
+    val_fraction: Hidden[float | None] = None
+    classes: Hidden[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -399,14 +403,6 @@ class OfPictures:
         folder = getattr(self, name)
         return scan_unlabeled(folder) if name == "unlabeled" else scan_labeled(folder)
 
-    def check_first(self) -> None:
-        """Refuse what can be seen of the folders at once, before anything is measured."""
-        raise NotImplementedError
-
-    def sources(self, few: LabeledFiles, many: Any, log: Path | None) -> dict[str, Any]:
-        """Return what is learned from: fields of :class:`Data`."""
-        raise NotImplementedError
-
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         """Return the data; refuse pictures that would be learned from and measured on."""
         # 1. The files are listed, looked at, and compared.
@@ -415,7 +411,8 @@ class OfPictures:
         for name in self.places:
             if getattr(self, name) is not None:
                 files_by_place[name] = self._readable(name, skipped, say, progress)
-        few, many = (files_by_place[name] for name in self.few_and_many)
+        few = files_by_place["labeled"]
+        many = files_by_place["unlabeled"]
         val = files_by_place.get("val")
         test = files_by_place.get("test")
         compare_files(few, many, val, test, say=say, progress=progress)
@@ -429,7 +426,7 @@ class OfPictures:
             with count_bar("comparing files", progress):
                 many = apart(many, val, say)
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
-        summary = self.said.format(few=len(few), many=len(many), classes=classes)
+        summary = f"{len(few):,} labeled pictures of {classes}, {len(many):,} unlabeled"
         validated = str(len(val)) if val else "none"
         tested = f"{len(test):,}" if test else "none"
         say(f"{summary}, {validated} for validation, {tested} to test on")
@@ -441,7 +438,7 @@ class OfPictures:
                 images = self.pictures.images(files.paths(), log)
                 labels = files.targets(self.classes)
                 measured[name] = EvaluationBatches(images, labels, EVALUATED_AT_ONCE)
-        listed = {self.few_and_many[0]: few, "validation": val, "test": test}
+        listed = {"labeled": few, "validation": val, "test": test}
         names = {name: list(files.names) if files else [] for name, files in listed.items()}
         return Data(
             **self.sources(few, many, log),
@@ -449,7 +446,7 @@ class OfPictures:
             classes=self.classes,
             test_names=test.names if test else None,
             skipped=skipped,
-            record={**names, self.few_and_many[1]: len(many), "hash": hashes},
+            record={**names, "unlabeled": len(many), "hash": hashes},
         )
 
     def _readable(self, name: str, skipped: dict[str, str], say: Say, progress: bool) -> Any:
@@ -493,10 +490,7 @@ class OfPictures:
         fitting = self.fitting
         if fitting.lr == self.pictures.rate:
             fitting = dataclasses.replace(fitting, lr=pictures.rate)
-        # This class is no dataclass itself, and all that are built on it are.
-        untyped: Any = self
-        changed: Self = dataclasses.replace(untyped, pictures=pictures, fitting=fitting)
-        return changed
+        return dataclasses.replace(self, pictures=pictures, fitting=fitting)
 
     def card(self, title: str) -> NetworkCard:
         """Describe the network for network.json."""
@@ -537,43 +531,6 @@ class OfPictures:
         Its rate stays, as Meta Pseudo Labels finetunes its students of small benchmarks.
         """
         return self.fitting.finetuning(schedule="constant")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images(OfPictures):
-    """Train on pictures: a few of them in one folder a class, many without labels.
-
-    Flags that you leave out are chosen by looking at the pictures, and by how many steps fit into
-    the minutes.
-
-    Args:
-        labeled: folder of labeled pictures, with a folder for each class in it.
-        unlabeled: folder of unlabeled pictures, or a .txt file of their paths.
-        val: folder of other labeled pictures, by which the best network is selected. By default a
-            part of --labeled is set aside.
-        test: folder of other labeled pictures, on which the accuracy is reported at the end.
-        unlabeled_batch: number of unlabeled pictures in each step.
-        minutes: minutes that the training may take. By default it takes 5.
-    """
-
-    name: ClassVar[str] = "images"
-    places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
-    few_and_many: ClassVar[tuple[str, str]] = ("labeled", "unlabeled")
-    batch_of_few: ClassVar[str] = "labeled_batch"
-    said: ClassVar[str] = "{few:,} labeled pictures of {classes}, {many:,} unlabeled"
-
-    labeled: Folder
-    unlabeled: Folder
-    val: OtherFolder = None
-    test: OtherFolder = None
-    unlabeled_batch: Batch = 32
-    minutes: Minutes = None
-    pictures: Flat[Pictures] = field(default_factory=Pictures)
-    fitting: Flat[Fitting] = field(
-        default_factory=lambda: Fitting(ema_decay=0.99, finetune_steps=None)
-    )
-    val_fraction: Hidden[float | None] = None
-    classes: Hidden[tuple[str, ...]] = ()
 
     def check_first(self) -> None:
         """Refuse folders whose files would spoil the training, without comparing their bytes."""

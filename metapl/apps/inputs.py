@@ -355,12 +355,10 @@ def copies_of_training(fields: Mapping[str, Any], files: LabeledFiles) -> list[s
 
     An accuracy on pictures that were trained on says nothing of others.
     """
-    place = fields["labeled"]
-    unlabeled = fields.get("unlabeled")
     try:
         sides = {
-            "labeled": scan_labeled(fields.get("clean") or place),
-            "unlabeled": scan_unlabeled(unlabeled) if unlabeled else scan_labeled(place),
+            "labeled": scan_labeled(fields["labeled"]),
+            "unlabeled": scan_unlabeled(fields["unlabeled"]),
             "test": files,
         }
         findings = find_copies(sides, trained=True)
@@ -369,16 +367,14 @@ def copies_of_training(fields: Mapping[str, Any], files: LabeledFiles) -> list[s
     return [finding.message for finding in findings if finding.kind == "test copies"]
 
 
-def files_of(
-    run: EndedRun, part: Literal["labeled", "clean", "validation", "test"]
-) -> LabeledFiles | None:
-    """Return the labeled pictures of a part of a run's data, as it found them, or None."""
+def files_of(run: EndedRun, part: Literal["validation", "test"]) -> LabeledFiles | None:
+    """Return the pictures that a run selected by or tested on, as it found them, or None."""
     fields = run.source.recipe().get("fields", {})
     names = stored_data(run.source).get(part)
     place = fields.get(part)
     # Validation pictures were set aside from others where no folder of their own was given.
     if part == "validation" and names:
-        place = fields.get("val") or fields.get("clean") or fields.get("labeled")
+        place = fields.get("val") or fields.get("labeled")
     if not place:
         return None
     files = scan_labeled(place)

@@ -17,20 +17,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metapl.apps import backbone, mild_or_strong
+from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
-from metapl.apps.images import Images, OfPictures, Pictures
+from metapl.apps.images import Images, Pictures
 from metapl.apps.inputs import plural
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods import PARTS_LABELED, Data, Training
-from metapl.apps.noisy_labels import (
-    FEW_PASSES,
-    Learned,
-    Noisy,
-    Plain,
-    WeightsOrPlain,
-    passes_over,
-)
 from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
 from metapl.apps.tournament import LENGTHS, LINEAR, RECIPES, TRIALS, Auto
 from metapl.apps.train import SELECTED_ON
@@ -94,7 +86,6 @@ TUNINGS = {
 GIVEN = (
     "labeled",
     "unlabeled",
-    "clean",
     "val",
     "test",
     "weights",
@@ -106,7 +97,6 @@ GIVEN = (
 Clock = Callable[[], float]
 
 T = TypeVar("T")
-ConfigT = TypeVar("ConfigT", Images, Noisy)
 
 
 def choose_settings(
@@ -137,7 +127,8 @@ def choose_settings(
         chosen_backbone = backbone.find(asked, config.pictures.network)
 
     # 2. A run that is resumed has its settings.
-    few, many = (config.scan(name) for name in config.few_and_many)
+    few = config.scan("labeled")
+    many = config.scan("unlabeled")
     config = with_whole_paths(config, weights, classes=few.classes)
     if stored is not None:
         return resumed_settings(config, method, stored)
@@ -178,28 +169,15 @@ def choose_settings(
     }
     method = with_stored(method, usual_settings)
 
-    # 4. How pictures are augmented, where clean ones can tell.
-    share_left = 1.0
-    if isinstance(config, Noisy) and "augment" in open_names:
-        config = with_tried_augmentation(config, open_names, say, clock)
-        share_left -= mild_or_strong.TRIAL_SHARE
-
-    # 5. The steps. Then all that was chosen is said in a line, and what else is to be known.
+    # 4. The steps. Then all that was chosen is said in a line, and what else is to be known.
     steps_are_open = config.fitting.steps is None
-    if isinstance(method, WeightsOrPlain):
-        config, method = with_weights_or_plain(
-            config, method, len(many), say, clock, share=share_left
-        )
-    else:
-        config, method = with_steps(config, method, clock, share=share_left)
+    config, method = with_steps(config, method, clock)
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
-    if isinstance(config, Noisy) and isinstance(method, Learned):
-        tell_passes(config, len(many), say)
     return config, method
 
 
-def open_settings(config: OfPictures) -> tuple[str, ...]:
+def open_settings(config: Images) -> tuple[str, ...]:
     """Return the settings that recipes may choose, because none was asked for."""
     pictures = config.pictures
     names = [name for name in LENGTHS if getattr(config.fitting, name) is None]
@@ -235,8 +213,8 @@ def whole_path(path: str | Path) -> str:
 
 
 def with_whole_paths(
-    config: ConfigT, weights: str | Path | None, *, classes: tuple[str, ...]
-) -> ConfigT:
+    config: Images, weights: str | Path | None, *, classes: tuple[str, ...]
+) -> Images:
     """Return the settings with absolute paths, the classes, and the weights with their SHA-256."""
     folders = {}
     for name in config.places:
@@ -271,15 +249,14 @@ def resumed_settings(config: Any, method: Any, stored: Mapping[str, Any]) -> tup
         ) from error
 
 
-def tell_copies(config: Images | Noisy, count: int, say: Say) -> None:
-    """Say where a batch of the pictures with right labels has each of them many times."""
-    name = config.batch_of_few
-    size = getattr(config, name, None) or config.fitting.labeled_batch
+def tell_copies(config: Images, count: int, say: Say) -> None:
+    """Say where a batch of labeled pictures has each of them many times."""
+    size = config.fitting.labeled_batch
     if size > MANY_COPIES * count:
         say(
-            f"note: --{name.replace('_', '-')} {size:,} is {size // count:,} times the {count:,} "
-            "pictures that it is drawn from: each is in every batch so often, and each copy costs "
-            "the time of a picture"
+            f"note: --labeled-batch {size:,} is {size // count:,} times the {count:,} pictures "
+            "that it is drawn from: each is in every batch so often, and each copy costs the time "
+            "of a picture"
         )
 
 
@@ -327,7 +304,7 @@ def with_backbone(pictures: Pictures, chosen: Backbone, seen: Look, say: Say) ->
     )
 
 
-def tell_choices(config: Images | Noisy, method: Any, seen: Look, say: Say) -> None:
+def tell_choices(config: Images, method: Any, seen: Look, say: Say) -> None:
     """Say in a line what was chosen, and what pictures lose by it; each choice has a flag."""
     pictures = config.pictures
     fitting = config.fitting
@@ -381,25 +358,7 @@ def steps_of_race(method: Auto) -> str:
     )
 
 
-def tell_passes(config: Noisy, count: int, say: Say) -> None:
-    """Say where the pictures are passed over too few times to learn something about their labels.
-
-    Args:
-        config: the settings, with the steps.
-        count: of the pictures whose labels may be wrong.
-        say: where the line goes.
-    """
-    passes = passes_over(config, count)
-    if passes < FEW_PASSES:
-        steps = plural(config.fitting.chosen_steps, "step")
-        say(
-            f"note: {steps} pass {int(passes)} times over the pictures; in so few, on "
-            "Fashion-MNIST, --method plain was ahead of what is learned about labels: take it, or "
-            "train longer"
-        )
-
-
-def tell_advice(config: Images | Noisy, seen: Look, say: Say, *, steps_are_open: bool) -> None:
+def tell_advice(config: Images, seen: Look, say: Say, *, steps_are_open: bool) -> None:
     """Say where few steps, colors or weights may make a network worse than it could be."""
     pictures = config.pictures
     steps = config.fitting.chosen_steps
@@ -464,77 +423,10 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
     return with_stored(config, {"lr": config.pictures.rate})
 
 
-def with_tried_augmentation(
-    config: Noisy, open_names: Sequence[str], say: Say, clock: Clock
-) -> Noisy:
-    """Return the settings with the augmentation that was ahead in a short trial of both.
-
-    Each is trained on the labels as they are for a sixteenth of the minutes, or for a sixteenth of
-    the steps that were asked for, which are all for the training that follows. Both are measured on
-    the clean pictures (:mod:`metapl.apps.mild_or_strong`).
-    """
-    share = mild_or_strong.TRIAL_SHARE / len(mild_or_strong.TRIED)
-    minutes = config.minutes or MINUTES
-    trial_configs: dict[str, Noisy] = {}
-    for recipe in mild_or_strong.TRIED:
-        trial = recipe.settings(config, open_names)
-        if config.fitting.steps is None:
-            steps = quick_timing(trial, Plain(), clock).steps_in(share * minutes)
-        else:
-            steps = max(1, round(share * config.fitting.steps))
-        lengths = {"steps": steps, "warmup": round(WARMUP * steps), "patience": None}
-        trial_configs[recipe.name] = with_flags(trial, **lengths)
-    standings = mild_or_strong.trials([*trial_configs.values()])
-    sentences = [
-        f"{standing.recipe.name} is right on {standing.accuracy:.0%} after "
-        f"{trial_configs[standing.recipe.name].fitting.chosen_steps:,} steps"
-        for standing in standings
-    ]
-    best = standings[0]
-    say(
-        f"augmentation: {best.recipe.name}; of the {len(best.labels):,} clean pictures, which a "
-        f"trial does not learn, {' and '.join(sentences)}"
-    )
-    chosen: Noisy = best.recipe.settings(config, open_names)
-    return chosen
-
-
-def with_weights_or_plain(
-    config: Noisy, auto: WeightsOrPlain, count: int, say: Say, clock: Clock, *, share: float
-) -> tuple[Noisy, Learned | Plain]:
-    """Return the settings and the method with steps: learned weights, or plain training.
-
-    Weights are learned where their steps pass over the pictures often enough.
-
-    Args:
-        config: the settings, whose steps may be open.
-        auto: the method, with its settings.
-        count: of the pictures whose labels may be wrong.
-        say: is told which method it is, and why.
-        clock: by which steps are timed.
-        share: of the minutes.
-    """
-    with_weights, learned = with_steps(config, auto.learned, clock, share=share)
-    if not auto.takes_plain:
-        return with_weights, learned
-    passes = passes_over(with_weights, count)
-    steps = plural(with_weights.fitting.chosen_steps, "step")
-    if passes >= FEW_PASSES:
-        say(f"method: example_weights, whose {steps} pass {int(passes)} times over the pictures")
-        return with_weights, learned
-    say(
-        f"method: plain; {steps} of example_weights would pass {int(passes)} times over the "
-        f"pictures, and below {FEW_PASSES} times plain training was better on Fashion-MNIST"
-    )
-    return with_steps(config, Plain(), clock, share=share)
-
-
-def with_steps(
-    config: Any, method: Any, clock: Clock = time.monotonic, *, share: float = 1.0
-) -> tuple[Any, Any]:
+def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple[Any, Any]:
     """Return the settings and the method with a number of steps.
 
-    Where it is open, it is as many as fit into a share of the minutes.
+    Where it is open, it is as many as fit into the minutes.
     """
     if isinstance(method, Auto) and config.fitting.steps is None:
         return with_steps_of_race(config, method, clock)
@@ -546,10 +438,10 @@ def with_steps(
     phase_steps = max(values.get(name) or 0 for name in ("wait", "uda_start"))
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, 2 * phase_steps or REHEARSED)
-    steps = steps_within(*rehearsal, share * minutes, clock)
+    steps = steps_within(*rehearsal, minutes, clock)
     for _ in range(AGAIN if phase_steps else 0):
         rehearsal = with_number_of_steps(config, method, max(steps, phase_steps + 1))
-        steps = steps_within(*rehearsal, share * minutes, clock)
+        steps = steps_within(*rehearsal, minutes, clock)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
 
@@ -903,7 +795,7 @@ def timing_of(
     place = device(config.fitting.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        few = config.scan(config.few_and_many[0])
+        few = config.scan("labeled")
         # Some methods cannot learn pictures of one class alone, as the first ones of a folder are.
         few = few.keep(some_of_each_class(few.targets(config.classes), PICTURES).tolist())
         data = Data(**config.sources(few, few, None), classes=config.classes, record={})

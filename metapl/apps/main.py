@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 COMMANDS = {
     "train images": "commands.TrainImages",
     "train digits": "commands.TrainDigits",
-    "train noisy": "commands.TrainNoisy",
     "noisy-student images": "commands.RoundsOfImages",
     "noisy-student digits": "commands.RoundsOfDigits",
     "predict": "predict.Predict",

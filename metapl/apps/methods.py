@@ -77,21 +77,6 @@ NOT_IMPLICIT = Unavailable(
 # ------------------------------------------------------------------------ what a method trains with
 
 
-@dataclass(frozen=True, eq=False)
-class Doubtful:
-    """Examples whose given labels may be wrong.
-
-    Args:
-        examples: batches of all of them, with their positions as labels.
-        given_labels: their labels, int64 (n,).
-        names: what they are called, such as their files.
-    """
-
-    examples: Any
-    given_labels: Tensor
-    names: tuple[str, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """What is trained on. Examples to look at are (inputs, labels), or batches of these.
@@ -102,10 +87,8 @@ class Data:
         record: what data.json says; a run is resumed on data of the same "hash" only.
         validation: examples to select on.
         test: examples to report on.
-        everything: labeled batches of all examples with their true, or given, labels.
         truth: unlabeled examples whose labels are known, for looking at pseudo-labels only.
         test_names: what the test examples are called, such as their files.
-        doubtful: examples for the list of suspects.
         skipped: files that are left out, each with the reason.
     """
 
@@ -116,10 +99,8 @@ class Data:
     record: Mapping[str, Any]
     validation: Any = None
     test: Any = None
-    everything: Any = None
     truth: Any = None
     test_names: tuple[str, ...] | None = None
-    doubtful: Doubtful | None = None
     skipped: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -137,10 +118,6 @@ class TrainingConfig(Protocol):
     @property
     def places(self) -> tuple[str, ...]:
         """Return the names of the fields that are folders."""
-
-    @property
-    def known(self) -> str:
-        """Return what the examples with right labels are called."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -281,9 +258,6 @@ class Training:
         """
         student_lr = options.pop("student_lr", None)
         inner = self.config.optimizer("student", self.student, student_lr)
-        outer = options.pop("outer_optimizer", None)
-        if outer is None:
-            outer = self.config.optimizer("teacher", teacher)
         return BilevelTrainer(
             teacher,
             self.student,
@@ -291,7 +265,7 @@ class Training:
             verify=False,
             problem=problem,
             inner_optimizer=inner,
-            outer_optimizer=outer,
+            outer_optimizer=self.config.optimizer("teacher", teacher),
             **{**self.options, **options},
         )
 

@@ -19,9 +19,6 @@ ENOUGH_SEEDS = 5
 
 # What each method with feedback is tested against.
 CONTROL = {"mpl": "none", "reduced_mpl": "reduced_none"}
-CONTROL |= dict.fromkeys(
-    ("example_weights", "meta_weight_net", "label_correction", "noise_transition"), "plain"
-)
 
 
 @dataclass(frozen=True)
@@ -29,13 +26,12 @@ class AgainstControl:
     """The test of a method against its control.
 
     Args:
-        method, readout: the method, and what is measured of it.
+        method: the method, of which the student is measured.
         control, control_readout: its control, and what is measured of that.
         test: of their difference over the seeds.
     """
 
     method: str
-    readout: str
     control: str
     control_readout: str
     test: PairedTest
@@ -99,22 +95,19 @@ class Comparison:
         """Test the first method that was run beside its control, MPL before others; None: none was.
 
         Of the control it takes the better read-out, the one with the higher mean on the test set,
-        which favors the control. Only finetuning learns from the clean labels, which plain training
-        has learned from already.
+        which favors the control.
         """
         tested = [name for name in self.methods if CONTROL.get(name) in self.methods]
         if not tested:
             return None
         method = "mpl" if "mpl" in tested else tested[0]
         control = CONTROL[method]
-        readout = FINETUNED if control == "plain" else STUDENT
         control_readout = max((STUDENT, FINETUNED), key=lambda name: self.mean(control, name))
         return AgainstControl(
             method=method,
-            readout=readout,
             control=control,
             control_readout=control_readout,
-            test=paired_test(self.methods[method][readout], self.methods[control][control_readout]),
+            test=paired_test(self.methods[method][STUDENT], self.methods[control][control_readout]),
         )
 
     def delivered(self) -> tuple[str, int, str]:
@@ -162,24 +155,24 @@ class Comparison:
         method = against.method
         control = against.control
         test = against.test
-        subject = "what is learned about labels" if control == "plain" else "the feedback"
         p = "" if test.p is None else f", paired t-test p = {test.p:.2g}"
         if test.n < ENOUGH_SEEDS:
-            verdict = f"at least {ENOUGH_SEEDS} seeds are needed to tell whether {subject} helped"
+            verdict = (
+                f"at least {ENOUGH_SEEDS} seeds are needed to tell whether the feedback helped"
+            )
             p = ""
         elif test.p is None:
             verdict = "with every seed the same"
         elif test.p < 0.05:
-            verdict = f"{subject} helped" if test.mean > 0 else f"{subject} hurt"
+            verdict = "the feedback helped" if test.mean > 0 else "the feedback hurt"
         else:
-            verdict = f"these seeds do not show whether {subject} helped"
+            verdict = "these seeds do not show whether the feedback helped"
         students = {STUDENT: "student", FINETUNED: "finetuned student"}
         sentence = (
-            f"The {students[against.readout]} of {self.titles[method]} reaches "
-            f"{self.mean(method, against.readout):.1%} on the test set (n = {self.examples:,}, "
-            f"chance {self.chance:.1%}), the {students[against.control_readout]} of "
-            f"{self.titles[control]}, the better of its two, "
-            f"{self.mean(control, against.control_readout):.1%}: "
+            f"The student of {self.titles[method]} reaches {self.mean(method, STUDENT):.1%} on "
+            f"the test set (n = {self.examples:,}, chance {self.chance:.1%}), the "
+            f"{students[against.control_readout]} of {self.titles[control]}, the better of its "
+            f"two, {self.mean(control, against.control_readout):.1%}: "
             f"{100 * test.mean:+.1f} points over {plural(test.n, 'seed')}{p}; {verdict}."
         )
         if best != method:

@@ -20,7 +20,6 @@ from metapl.apps.printing import short, tell
 from metapl.apps.report_picture import draw
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import unset
-from metapl.apps.suspects import suspects_shown
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
@@ -213,7 +212,6 @@ def page_of(run: EndedRun, judged: Mistakes | None = None) -> tuple[str, bytes, 
     if evaluation is not None:
         parts.append(web.section("Classes", classes_of(evaluation)))
         parts.append(mistakes_shown(run, judged))
-    parts.append(suspects_shown(path, run.cards["student"].input))
     parts += provenance(run.folder, run.description, run.source)
     return heading, picture, parts
 

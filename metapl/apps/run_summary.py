@@ -88,7 +88,7 @@ def linear_baseline(content: Mapping[str, Any]) -> list[str]:
     if "control_accuracy" not in content:
         return []
     part = "test" if "test_accuracy" in content else "validation"
-    examples = content.get("control_on", "labeled pictures")
+    examples = "labeled digits" if content.get("recipe") == "digits" else "labeled pictures"
     accuracy = f"{100 * content['control_accuracy']:.1f} %"
     lines = [
         f"The linear baseline, logistic regression on the {content['control_of']} of the "
@@ -116,11 +116,6 @@ def next_try(content: Mapping[str, Any]) -> str:
     start = "training its head alone (--tuning head)"
     if content["control_of"] == "pixels":
         start = "a pretrained network (--backbone auto)"
-    if content.get("recipe") == "noisy":
-        return (
-            f"Try more time (--minutes), {start}, more clean pictures, or these alone (--method "
-            "clean)."
-        )
     return f"Try more time (--minutes), {start}, or more labeled pictures."
 
 

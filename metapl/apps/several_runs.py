@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 import time
@@ -26,7 +25,6 @@ from metapl.apps.printing import table, tell, wrapped
 from metapl.apps.report import write_report
 from metapl.apps.run_summary import linear_baseline
 from metapl.apps.settings import with_flags
-from metapl.apps.suspects import SUSPECTS
 from metapl.apps.train import describe, train
 from metapl.errors import MetaplError
 from metapl.machine import default_threads, device
@@ -212,8 +210,6 @@ def deliver(
             weights = source.read_weights(name, result["sha256"][name])
             folder.write_weights(name, weights)
     folder.write_json(NETWORK, source.read_json(NETWORK))
-    if (source.path / SUSPECTS).is_file():
-        shutil.copyfile(source.path / SUSPECTS, folder.path / SUSPECTS)
     folder.write_json("result.json", {**result, **comparison.to_json()})
     write_report(EndedRun.load(folder.path))
 

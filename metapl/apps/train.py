@@ -29,7 +29,6 @@ from metapl.apps.methods import (
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.settings import flag_values
-from metapl.apps.suspects import SUSPECTS, write_suspects
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
@@ -146,7 +145,6 @@ def train(
     if judged_on is not None:
         baseline["control_accuracy"] = control.accuracy(judged_on)
         baseline["control_of"] = control.sees
-        baseline["control_on"] = config.known
     if isinstance(teacher, Tuned):
         control.start(teacher)
     begin_as(teacher, student)
@@ -222,12 +220,7 @@ def train(
             data, network, finetuned.validation_accuracy, finetuned.weights
         )
 
-    # 5. Labels that may be wrong, the networks, what they are and reach, and the page of the run.
-    if data.doubtful is not None:
-        text = write_suspects(folder.path, data.doubtful, trained.trainer, data.classes)
-        say(
-            f"labels that may be wrong: {folder.path / SUSPECTS}, the most suspicious first; {text}"
-        )
+    # 5. The networks, what they are and reach, and the page of the run.
     words = words_for(networks, trained)
     chosen = delivered(networks, select=selects, rounds=trained.rounds is not None)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in networks}

@@ -660,17 +660,11 @@ def _is_remarkable(group: _Group) -> bool:
     return _has_several_labels(group) or _is_on_several_sides(group)
 
 
-def same_pictures(files: Files, others: Files) -> Iterator[tuple[list[str], list[str]]]:
-    """Yield the paths in one folder, and in another, of each picture that both have."""
-    for group in _same_bytes({"files": files, "others": others}, _is_on_several_sides):
-        yield _paths_on(group, "files"), _paths_on(group, "others")
-
-
 def without_copies(files: FilesT, others: Files) -> FilesT:
     """Return those of the files that another folder does not have too."""
     copies: set[str] = set()
-    for paths, _ in same_pictures(files, others):
-        copies.update(paths)
+    for group in _same_bytes({"files": files, "others": others}, _is_on_several_sides):
+        copies.update(_paths_on(group, "files"))
     if not copies:
         return files
     return files.keep([i for i, path in enumerate(files.paths()) if path not in copies])

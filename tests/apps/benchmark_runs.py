@@ -35,7 +35,6 @@ SECOND = (
     "digits_study",
     "fashion_feedback",
     "hyperparameters",
-    "label_noise",
     "long_paths",
     "mnist",
     "moon_weights",
@@ -55,8 +54,6 @@ SECOND += (
     "digits_study --forms",
     "rival_attribution",
     "stored_labels",
-    "suspects",
-    "suspects --harmful",
 )
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
@@ -82,20 +79,18 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "reliability-measurements",
     ],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
-    "suspects --harmful": ["harmful_pictures"],
     "when": ["when", "feedback-worth"],
 }
 MINUTES = (
     "endurance",
     "fashion_protocol",
     "hyperparameters",
-    "label_noise",
     "peers",
     "reduced",
     "rival_attribution",
     "silent",
 )
-MINUTES += ("stored_labels", "suspects", "suspects --harmful")
+MINUTES += ("stored_labels",)
 
 
 def committed() -> dict[Path, bytes]:

@@ -40,19 +40,12 @@ FLAGS = "--steps 3 --finetune-steps 2 --device cpu --labeled-batch 4 --log-every
 NETWORK = f"--network pooled_cnn --image-size {SIDE} {FLAGS}"
 PLACES = "--labeled {root}/labeled --unlabeled {root}/unlabeled --test {root}/test"
 IMAGES = f"train images {PLACES} {NETWORK} --unlabeled-batch 4 --method"
-NOISY = (
-    f"train noisy --labeled {{root}}/noisy --clean {{root}}/labeled --test {{root}}/test "
-    f"{NETWORK} --method"
-)
 
 
 @pytest.fixture(name="root", scope="module")
 def _root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return red and blue pictures, in ``noisy`` too, and weights of a network of ten classes."""
+    """Return red and blue pictures, and weights of a network of ten classes."""
     root = color_folders(tmp_path_factory.mktemp("colors"), few=6, many=8, side=SIDE)
-    shutil.copytree(root / "labeled", root / "noisy")
-    for number, file in enumerate(sorted((root / "noisy").rglob("*.png"))):
-        Image.open(file).rotate(90 * (1 + number % 3)).save(file)
     torch.manual_seed(3)
     torch.save(create("pooled_cnn", 10, image_size=SIDE).state_dict(), root / "weights.pt")
     return root
@@ -68,7 +61,6 @@ def command(words: str, root: Path, out: Path, *more: object) -> list[str]:
         (f"{IMAGES} mpl", "head"),
         (f"{IMAGES} uda", "lora"),
         pytest.param(f"{IMAGES} supervised", "all", marks=pytest.mark.long),
-        pytest.param(f"{NOISY} label_correction --clean-batch 4", "lora", marks=pytest.mark.long),
         pytest.param(
             f"noisy-student images {PLACES} {NETWORK} --rounds 1 --ratio 1",
             "head",

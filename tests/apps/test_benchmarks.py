@@ -41,9 +41,8 @@ def test_every_command_is_run_here() -> None:
     marked = [
         mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())
     ]
-    # In tests/apps/test_picture_problems.py, test_protocol_examples.py, test_wrong_labels.py and
-    # test_real_pictures.py.
-    elsewhere = ["unseen", "race", "backbone", "protocol_sources", "wrong_labels", "real"]
+    # In tests/apps/test_picture_problems.py, test_protocol_examples.py and test_real_pictures.py.
+    elsewhere = ["unseen", "race", "backbone", "protocol_sources", "real"]
     assert sorted(marked) == sorted(
         elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])]
     )
@@ -302,7 +301,7 @@ def test_a_part_that_fails_behind_new_rows_runs_again(tmp_path: Path) -> None:
     assert not done.exists()
 
 
-@pytest.mark.parametrize("name", ["digits_study", "label_noise", "noisy_student", "when"])
+@pytest.mark.parametrize("name", ["digits_study", "noisy_student", "when"])
 def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_alone(
     name: str,
 ) -> None:
@@ -318,19 +317,12 @@ def test_settings_are_of_other_seeds_and_the_test_set_is_opened_by_final_runs_al
 
 
 def test_each_study_has_every_arm_with_the_settings_that_tuning_chose() -> None:
-    names = ("digits_study", "label_noise", "when", "noisy_student", "harness")
-    digits, noise, when, student, harness = map(importlib.import_module, names)
+    names = ("digits_study", "when", "noisy_student", "harness")
+    digits, when, student, harness = map(importlib.import_module, names)
     rows = harness.read(digits.RAW, "method")
     best, final = digits.chosen(rows), [row for row in rows if row["final"]]
     assert all(row["config"] == best[row["method"]] for row in final)
     assert len(final) == len(digits.FULL.seeds) * sum(map(len, digits.COMPARED.values()))
-    rows = harness.read(noise.RAW, "method")
-    final = [row for row in rows if row["final"]]
-    chosen = {
-        at: noise.chosen(rows, *at) for at in {(row["method"], row["condition"]) for row in final}
-    }
-    assert all(row["config"] == chosen[row["method"], row["condition"]] for row in final)
-    assert len(final) == len(noise.FULL.seeds) * len(noise.ENTRIES) * len(noise.CONDITIONS)
     rows = when.read()
     found = {when.arm_of(row): row for row in rows if row["final"]}
     assert {*found} == {*when.ARMS}

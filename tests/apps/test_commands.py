@@ -76,7 +76,7 @@ def test_help_and_version() -> None:
     ] == [*COMMANDS]
     assert max(map(len, text.splitlines())) <= 80
     assert re.fullmatch(r"metapl \d+\.\d+\S*\n", metapl("--version").stdout)
-    assert "train images, train digits, train noisy" in metapl("train", code=2).stderr
+    assert "train images, train digits" in metapl("train", code=2).stderr
     assert "did you mean train images" in metapl("train", "imges", "--labeled", "x", code=2).stderr
     of_group = metapl("train", "--help").stdout
     assert re.findall(r"^  (train \w+)", of_group, re.MULTILINE) == [
@@ -110,7 +110,6 @@ def test_a_method_is_named_before_or_behind_the_flags(
 
 IMAGES = "train images --labeled {few} --unlabeled {few} --test {few} --out {new}"
 DIGITS = "train digits --steps 6 --finetune-steps 4 --out {new}"
-NOISY = "train noisy --labeled {few} --clean {few} --out {new}"
 TOO_LARGE = (
     "--labeled-batch 100000000000",
     f"--hidden {'1 ' * 100}",
@@ -151,7 +150,6 @@ REFUSED = {
     IMAGES.replace("--out {new}", "--out {few}/out"): "would be read",
     IMAGES.replace("--test {few}", "--compare"): "--test",
     IMAGES.replace("{few}", "{new}"): "new",
-    NOISY: "same folder",
     "noisy-student digits --out {new} --networks 16x16 8": "smaller",
     "predict {run}": "FILE_OR_FOLDER",
     "predict {run} {few}/blue/blue-0.png --top 11": "--top",

@@ -28,7 +28,6 @@ TITLES = {
     "mpl": "Meta Pseudo Labels",
     "none": "same loop, no feedback",
     "uda": "UDA alone",
-    "plain": "plain",
 }
 SHORT = (*TINY, "--compare", "--methods", "mpl", "none", "--seeds", "0-1")
 
@@ -92,15 +91,6 @@ def test_the_best_method_is_named_and_the_delivered_student_is_the_best_by_valid
     assert comparison(two).sentence().endswith("is UDA alone with 85.5% of 400 (chance 12.5%).")
     assert "the best" not in comparison({"mpl": [0.9], "none": [0.7]}).sentence()
     assert comparison({"uda": [0.9], "none": [0.7]}).against_control() is None
-    for better, word in (("noise_transition", "helped"), ("plain", "hurt")):
-        high, low = [0.9, 0.91, 0.92, 0.93, 0.95], [0.8, 0.82, 0.81, 0.84, 0.83]
-        of = {
-            name: dict.fromkeys(READOUTS, high if name == better else low)
-            for name in ("noise_transition", "plain")
-        }
-        found = Comparison((0, 1, 2, 3, 4), of, {name: name for name in of}, 400, 0.1)
-        assert f"labels {word}" in found.sentence()
-        assert "noise_transition_against_plain" in found.to_json()
     test = {"mpl": [0.9, 0.9], "uda": [0.1, 0.1], "supervised": [0.2, 0.2]}
     validation = {"mpl": [0.5, 0.6], "uda": [0.4, 0.9], "supervised": [0.65, 0.65]}
     # Ties go to the earlier one: 0.65 on the mean.

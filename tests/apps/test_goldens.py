@@ -53,8 +53,6 @@ PICTURES = (
     *("--labeled-batch", "8", "--log-every", "2", "--save-every", "4", "--precision", "float32"),
 )
 IMAGES = (*PICTURES, "--unlabeled-batch", "8")
-# Without a trial of both augmentations, so that the weights are those of the method alone.
-STRONG = ("--augment", "strong")
 
 RUNS: dict[str, tuple[str, ...]] = {
     "digits forward": (
@@ -98,17 +96,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "images uda": ("train", "images", *IMAGES, "--method", "uda", "--dropout", "0.1"),
     "images none": ("train", "images", *IMAGES, "--method", "none"),
     "images pseudo labels": ("train", "images", *IMAGES, "--method", "pseudo_labels"),
-    "noisy example weights": ("train", "noisy", *PICTURES, *STRONG, "--method", "example_weights"),
-    "noisy weight net": ("train", "noisy", *PICTURES, *STRONG, "--method", "meta_weight_net"),
-    "noisy label correction": (
-        "train",
-        "noisy",
-        *PICTURES,
-        *STRONG,
-        "--method",
-        "label_correction",
-    ),
-    "noisy transition": ("train", "noisy", *PICTURES, *STRONG, "--method", "noise_transition"),
     "noisy student": (
         *(
             "noisy-student",
@@ -140,11 +127,8 @@ RUNS: dict[str, tuple[str, ...]] = {
 
 def words_of(name: str, root: Path) -> list[str]:
     """Return the words of a run but for its folder."""
-    parts = {"images": ("labeled", "unlabeled", "test"), "noisy": ("clean", "test")}.get(
-        RUNS[name][1], ()
-    )
+    parts = ("labeled", "unlabeled", "test") if RUNS[name][1] == "images" else ()
     folders = [f"--{part}={root / part}" for part in parts]
-    folders += [f"--labeled={root / 'noisy'}"] if RUNS[name][1] == "noisy" else []
     return [*RUNS[name], *folders, "--seed", "1"]
 
 
@@ -171,10 +155,7 @@ LONG = (
     "digits fixmatch",
     "images none",
     "images pseudo labels",
-    "noisy weight net",
-    "noisy label correction",
 )
-LONG = (*LONG, "noisy transition")  # whose code is that of the others
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from metapl.apps.look import (
     steps_within,
     with_steps,
 )
-from metapl.apps.noisy_labels import Noisy, Plain, WeightsOrPlain
 from metapl.apps.settings import flag_values, with_flags
 from metapl.apps.tournament import RECIPES, Auto
 from metapl.data import draws
@@ -310,33 +309,6 @@ def test_labels_are_counted_for_all_pictures_and_for_as_many_as_the_steps_ask_fo
     assert timing.labels == pytest.approx(labelings * unlabeled * per_label)
     limit = student_steps * 2 // 4
     assert timing.labels_per_step == pytest.approx(labelings * limit / 20 * per_label)
-
-
-@pytest.mark.parametrize(
-    ("count", "name", "steps"), [(1_632, "learned", 510), (1_633, "plain", 1_300)]
-)
-def test_weights_are_learned_in_a_run_by_minutes_where_their_steps_pass_often_enough(
-    count: int, name: str, steps: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a minute there are 510 steps of 64 pictures with weights, or 1,300 without."""
-
-    def timing_of(config: Any, method: Any, *given: Any, **options: Any) -> look.Timing:
-        return look.Timing(per_step=0.04 if isinstance(method, Plain) else 0.1)
-
-    monkeypatch.setattr(look, "timing_of", timing_of)
-    lines: list[str] = []
-    settings, method = look.with_weights_or_plain(
-        Noisy(labeled="noisy", clean="clean", minutes=1.0),
-        WeightsOrPlain(),
-        count,
-        lines.append,
-        time.monotonic,
-        share=1.0,
-    )
-    assert isinstance(method, Plain) is (name == "plain")
-    assert settings.fitting.steps == steps
-    # 19.99 passes are not called 20.
-    assert f"{20 if name == 'learned' else 19} times" in lines[0]
 
 
 def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:

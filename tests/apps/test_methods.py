@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.ablation import Altered
-from metapl.apps import digits, images, noisy_labels
+from metapl.apps import digits, images
 from metapl.apps.methods import Consistency, Entropy, Feedback, Training, with_settings_of
 from metapl.apps.settings import flag_values, with_flags
 from metapl.feedback import Forward
@@ -90,7 +90,7 @@ def trained(method: Any, config: Any = DIGITS) -> list[Phase]:
     return phases_of(config, method, DATA)
 
 
-@pytest.mark.parametrize("of", [images, digits, noisy_labels])
+@pytest.mark.parametrize("of", [images, digits])
 def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
     assert {name: method.name for name, method in of.METHODS.items()} == {
         name: name for name in of.METHODS
@@ -106,19 +106,18 @@ def test_a_method_says_the_name_by_which_it_is_asked_for(of: Any) -> None:
         assert with_flags(method, **flag_values(method)) == method
 
 
-@pytest.mark.parametrize("of", [images, digits, noisy_labels])
+@pytest.mark.parametrize("of", [images, digits])
 def test_every_method_fits_into_any_number_of_steps_with_a_value_for_each_setting(of: Any) -> None:
     for method, steps in itertools.product(of.METHODS.values(), (1, 2, 3, 19, 1000)):
         found = method.scheduled(steps)
         assert found.scheduled(steps) == found
         have = flag_values(found)
-        assert max(have.get("wait", 0), have.get("warm_steps", 0)) < steps
+        assert have.get("wait", 0) < steps
         assert have.get("uda_start", 0) + have.get("uda_ramp", 0) <= steps
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
     for word, make in {
-        "warm-steps": lambda: noisy_labels.Learned(warm_steps=9).scheduled(8),
         "psychic": lambda: Feedback(mode="psychic"),
         "uda_threshold": lambda: Consistency(uda_threshold=1.5),
         "prior": lambda: Consistency(uda_prior=(0.5, 0.2)),

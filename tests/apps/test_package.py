@@ -410,8 +410,7 @@ def test_python_runs_the_package_as_the_command() -> None:
     assert answers["train"] == (
         2,
         "",
-        "metapl: train alone is no command; expected one of train images, train digits, train "
-        "noisy.",
+        "metapl: train alone is no command; expected one of train images, train digits.",
     )
     look = (
         "import sys, metapl; print([name for name in ('tyro', 'metapl.apps') if name in "

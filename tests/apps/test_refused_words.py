@@ -16,7 +16,6 @@ from metapl.apps.help_pages import flags_of
 from metapl.apps.main import COMMANDS, command_type, parsed
 
 IMAGES = "train images --labeled few --unlabeled many"
-NOISY = "train noisy --labeled few --clean right"
 
 # Each with what its line has to have: what was typed, and the way out.
 WRONG = {
@@ -33,7 +32,6 @@ WRONG = {
     "train digits --hidden 0": ("--hidden 0: expected widths of 1 or more",),
     "train digits --compare --jobs 0": ("--jobs 0: expected a whole number >= 1",),
     "train digits --patience never": ("--patience never: expected a whole number >= 1",),
-    f"{NOISY} --clean-batch many": ("--clean-batch many: expected a whole number >= 1",),
     "noisy-student digits --rounds two": ("--rounds two: expected a whole number >= 1",),
     "ablate digits --draws few": ("--draws few: expected a whole number >= 2",),
     "evaluate run --eps wide": ("--eps wide: expected several, each a number",),
@@ -47,10 +45,6 @@ WRONG = {
     f"{IMAGES} --method": ("--method was given without a value; expected --method NAME",),
     f"{IMAGES} --grey maybe": ("--grey maybe. Expected True or False.",),
     f"{IMAGES} --grey None": ("--grey None. Expected True or False.",),
-    f"{NOISY} --method plane": (
-        "--method plane; did you mean plain?",
-        "Expected auto, example_weights",
-    ),
     "train digits --schedule linear": (
         "--schedule linear. Expected cosine, constant or exponential.",
     ),
@@ -125,7 +119,6 @@ MENDED = [
     ("train digits --no-warm-start", "--no-warm-start"),
     ("train digits --labels-per 4", "--labels-per"),
     ("train digits --setps 4", "--setps"),
-    (f"{NOISY} --method plane", "plane"),
     ("noisy-student digits --labels sft", "sft"),
     ("ablate digits --modes forwrd", "forwrd"),
     ("evaluate run --attack pdg", "pdg"),
@@ -237,7 +230,6 @@ def test_a_shell_completes_the_flags_of_every_method(tmp_path: Path) -> None:
     cases = {
         "metapl train digits --method mpl --wa": {"--warmup", "--warm-start", "--wait"},
         "metapl train images --method mpl --mo": {"--mode"},
-        "metapl train noisy --method meta_weight_net --hid": set(),
         "metapl train images --mesh": {"--mesh.replicate", "--mesh.shard"},
         "metapl train digits --conf": {"--config"},
         "metapl train digits --mode for": {"forward"},

@@ -150,21 +150,6 @@ def test_a_backbone_is_looked_for_again_and_has_to_be_the_same(
     assert "are another file now" in " ".join(said.stderr.split())
 
 
-@pytest.mark.parametrize("method", ["label_correction", "clean"])
-def test_methods_that_are_of_one_class_are_told_apart(
-    method: str, three_colors: Path, tmp_path: Path
-) -> None:
-    folders = (f"--labeled={three_colors / 'noisy'}", f"--clean={three_colors / 'clean'}")
-    flags = [*IMAGES]
-    # There is no batch without labels.
-    place = flags.index("--unlabeled-batch")
-    flags = [*flags[:place], *flags[place + 2 :]]
-    metapl("train", "noisy", *folders, *flags, "--method", method, "--out", tmp_path / "run")
-    metapl("train", "--config", tmp_path / "run" / "recipe.json", "--out", tmp_path / "again")
-    assert RunFolder(tmp_path / "again").recipe()["method"] == method
-    assert_same_run(tmp_path / "run", tmp_path / "again")
-
-
 def test_noisy_student_is_repeated_by_its_own_command(tmp_path: Path) -> None:
     metapl(*NOISY_STUDENT, "--out", tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.json"

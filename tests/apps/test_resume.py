@@ -30,7 +30,6 @@ KINDS = (
     "digits reduced",
     "images uda",
     "images pseudo labels",
-    "noisy example weights",
 )
 KINDS = (*KINDS, "noisy student")
 FEW = ("digits reduced", "images uda", "noisy student")  # whose phases are of every sort

@@ -102,24 +102,21 @@ def digit(ten_digits: Path) -> Path:
 
 
 COLORS = ("blue", "green", "red")
-PARTS = {"labeled": 8, "test": 6, "noisy": 15, "clean": 4, "unlabeled": 12}
+# The spare pictures are drawn so that the unlabeled ones are those of the golden trainings.
+PARTS = {"labeled": 8, "test": 6, "spare": 19, "unlabeled": 12}
 
 
 def colored_pictures(
     root: Path, parts: Mapping[str, int] = PARTS, colors: Sequence[str] = COLORS, side: int = 20
 ) -> Path:
-    """Write noisy pictures of each color in each part; one in five of ``noisy`` lies wrong.
-
-    A wrong one lies in the folder of another color.
-    """
+    """Write noisy pictures of each color in each part."""
     rng = numpy.random.default_rng(0)
     for part, count in parts.items():
-        for index, color in enumerate(colors):
+        for color in colors:
             for number in range(count):
                 levels = rng.integers(0, 256, (side, side, 3)) // 2
                 levels[..., 2 - COLORS.index(color)] += 100
-                wrong = part == "noisy" and number % 5 == 0
-                label = "" if part == "unlabeled" else colors[(index + wrong) % len(colors)]
+                label = "" if part == "unlabeled" else color
                 folder = root / part / label
                 folder.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(levels.astype("uint8")).save(folder / f"{color}-{number}.png")

@@ -1,6 +1,6 @@
 """Trainings of the command come out, at the defaults.
 
-``train digits``, ``train noisy``, ``train images``, and ``noisy-student images``.
+``train digits``, ``train images``, and ``noisy-student images``.
 """
 
 from __future__ import annotations
@@ -106,8 +106,7 @@ def write_digits(folder: Path, rows: np.ndarray, labels: np.ndarray | None) -> N
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return digits in folders.
 
-    100 are ``labeled``, 800 ``unlabeled``, the same 800 ``noisy`` with 40 % wrong labels, and 400
-    to ``test`` on.
+    100 are ``labeled``, 800 ``unlabeled``, and 400 to ``test`` on.
     """
     root = tmp_path_factory.mktemp("digits")
     truth = load_digits().target
@@ -117,11 +116,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     others = order[~np.isin(order, labeled)]
     many = others[:800]
     test = others[800:1200]
-    is_wrong = draw.random(len(many)) < 0.4
-    given = np.where(is_wrong, (truth[many] + draw.integers(1, 10, len(many))) % 10, truth[many])
     write_digits(root / "labeled", labeled, truth[labeled])
     write_digits(root / "unlabeled", many, None)
-    write_digits(root / "noisy", many, given)
     write_digits(root / "test", test, truth[test])
     return root
 
@@ -132,15 +128,6 @@ SMALL = ("--image-size", "8", "--network", "small_cnn", "--device", "cpu")
 def images_words(pictures: Path, method: tuple[str, ...]) -> tuple[str, ...]:
     folders = [f"--{part}={pictures / part}" for part in ("labeled", "unlabeled", "test")]
     return ("train", "images", *folders, *SMALL, "--steps", "200", "--method", *method)
-
-
-def noisy_words(pictures: Path, method: str) -> tuple[str, ...]:
-    folders = [
-        f"--labeled={pictures / 'noisy'}",
-        f"--clean={pictures / 'labeled'}",
-        f"--test={pictures / 'test'}",
-    ]
-    return ("train", "noisy", *folders, *SMALL, "--steps", "300", "--method", method)
 
 
 @pytest.mark.long
@@ -174,20 +161,4 @@ def test_noisy_student_on_pictures_comes_out_with_its_noise(train: Train, pictur
         near("what is delivered and supervised training", accuracies["test_accuracy"], supervised)
     ]
     compared += [above_chance(name, accuracy, CHANCE) for name, accuracy in accuracies.items()]
-    check_all(compared)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(
-    "method", ["example_weights", "meta_weight_net", "label_correction", "noise_transition"]
-)
-def test_a_training_on_doubtful_pictures_comes_out(
-    train: Train, pictures: Path, method: str
-) -> None:
-    words = noisy_words(pictures, method)
-    accuracy = means(train, words, SEEDS)["test_accuracy"]
-    compared = [above_chance(method, accuracy, CHANCE)]
-    for control in ("plain", "clean"):
-        expected = means(train, noisy_words(pictures, control), SEEDS)["test_accuracy"]
-        compared.append(near(f"{method} and {control}", accuracy, expected))
     check_all(compared)
