@@ -30,7 +30,6 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import Folder, check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
-from metapl.apps.log_to import MetricLog
 from metapl.apps.look import choose_settings, open_settings
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
@@ -108,13 +107,11 @@ class Place:
         out: folder that the run is written to. By default it is the next free one in runs/.
         resume: go on with a run that was stopped, in the folder of --out or the last one in runs/.
         recipe: repeat the run that left this recipe.json. Other flags override the file.
-        log_to: a function(step, metrics) of yours that gets every row of metrics.jsonl.
     """
 
     out: Folder = None
     resume: Switch = False
     recipe: RecipeFile = None
-    log_to: Annotated[str | None, unset("MODULE:FUNCTION")] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -300,10 +297,6 @@ class Train:
             raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
-        if options.log_to is not None:
-            raise MetaplError(
-                "--log-to gets the rows of one run, and --compare trains several; leave one out."
-            )
         if mesh.size > 1:
             raise MetaplError(
                 "--compare runs methods side by side, in one process each; leave --mesh out."
@@ -320,9 +313,6 @@ class Train:
         others = Others()
         path: Path | None = self.options.out
         try:
-            log = None
-            if self.options.log_to is not None:
-                log = MetricLog.read(self.options.log_to)
             with open_run_folder(
                 self.options.out, self.config.name, resume=self.options.resume
             ) as folder:
@@ -334,9 +324,7 @@ class Train:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                 config, method = self.choose_open_settings(folder, comparison)
                 if comparison is None:
-                    self.train_one(
-                        config, method, folder, processes=processes, others=others, log=log
-                    )
+                    self.train_one(config, method, folder, processes=processes, others=others)
                 else:
                     train_and_compare(
                         config,
@@ -419,7 +407,6 @@ class Train:
         *,
         processes: Processes,
         others: Others,
-        log: MetricLog | None,
     ) -> None:
         """Train by one method, unless the run in the folder has ended, and say what it reached."""
         threads = folder.threads(usual=self.usual_threads())
@@ -442,7 +429,6 @@ class Train:
                     progress=True,
                     say=say,
                     say_progress=None if is_watched() else say,
-                    log=log,
                     processes=processes,
                 )
         for line in summary(result):

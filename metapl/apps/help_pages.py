@@ -91,7 +91,7 @@ GROUPS = {
         "num_workers",
     ),
     ABLATION: (),
-    "output": ("out", "resume", "recipe", "log_every", "save_every", "log_to"),
+    "output": ("out", "resume", "recipe", "log_every", "save_every"),
     "comparison": ("compare", "seeds", "methods", "jobs"),
     "several processes": ("replicate", "shard"),
 }

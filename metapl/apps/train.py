@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
 from metapl.apps.labeling import stored_labels
-from metapl.apps.log_to import MetricLog
 from metapl.apps.methods import (
     PARTS_LABELED,
     Data,
@@ -98,7 +97,6 @@ def train(
     progress: bool = False,
     say: Say = lambda text: None,
     say_progress: Say | None = None,
-    log: MetricLog | None = None,
     processes: Processes | None = None,
 ) -> dict[str, Any]:
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
@@ -112,7 +110,6 @@ def train(
         progress: show a bar on standard error, where that is a terminal.
         say: where the lines about the data and the result go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
-        log: is given every recorded row, and the accuracies at the end; None: nobody.
         processes: those that train together; None: one.
 
     Returns: what ``result.json`` holds.
@@ -177,7 +174,6 @@ def train(
         options=options,
         say=say,
         say_progress=say_progress,
-        log=log,
     )
     training = Training(
         config=config,
@@ -259,8 +255,6 @@ def train(
     if processes.first:
         run = EndedRun(folder, title, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
-    if log is not None:
-        log.end(content)
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
     if processes.first:
@@ -317,7 +311,6 @@ class Phases:
         options: of every fit.
         say: where messages go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
-        log: is given every recorded row; None: nobody.
     """
 
     config: TrainingConfig
@@ -330,7 +323,6 @@ class Phases:
     options: Mapping[str, Any]
     say: Say
     say_progress: Say | None
-    log: MetricLog | None
 
     def fit(
         self,
@@ -368,10 +360,8 @@ class Phases:
                 resume=fit_options["resume"],
             )
             all_callbacks.append(lines)
-        if self.log is not None:
-            all_callbacks.append(self.log.of_phase(phase))
         try:
-            result = trainer.fit(
+            return trainer.fit(
                 self.processes.share(labeled),
                 self.processes.share(unlabeled),
                 phase=phase,
@@ -387,9 +377,6 @@ class Phases:
             raise MetaplError(
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
-        if self.log is not None:
-            self.log.end_phase(fit_options["steps"])
-        return result
 
     def lay_out(self, network: nn.Module) -> nn.Module:
         """Lay a network out over the processes that train together."""

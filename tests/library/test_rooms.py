@@ -28,7 +28,7 @@ FLOORS = (
     ("functional", "labels", "networks", "processes", "protocols", "robustness"),
     ("run_folder", "training"),
     ("ablation", "integrations", "noisy_student", "sklearn"),
-    ("apps.printing", "apps.progress", "apps.log_to"),
+    ("apps.printing", "apps.progress"),
     ("apps.settings", "apps.web"),
     ("apps.methods",),
     ("apps.backbone", "apps.self_training"),
