@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import nn
 
-from metapl.apps.differences import Opponent, check_comparable, differences, judge, sheet
 from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
+from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
 from metapl.apps.report_picture import COLORS, LINES, png_of
 from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
-from metapl.metrics import Evaluation, evaluate_logits, interval
+from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
-from metapl.run_folder import WEIGHTS, EndedRun, NetworkName
+from metapl.run_folder import WEIGHTS, EndedRun
 from metapl.runs.fields import Range
 from metapl.runs.files import write_whole
 from metapl.words import shown
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 EVALUATION = "evaluation.json"
 PICTURE = "evaluation.png"
-SHEET = "differences.png"
 
 # How far an attack changes a value where --eps is not given.
 USUAL_EPS = (2.0, 8.0)
@@ -54,11 +53,8 @@ class Evaluate:
     and with --attack they are changed to mislead the network. All accuracies are then written to
     evaluation.json in the folder of --out, and their curves to evaluation.png.
 
-    With --against, another network is measured on the same pictures. The output says on how many
-    of them one network alone is right, with the p of McNemar's exact test. In the folder of --out,
-    evaluation.json names those pictures, and differences.png shows them.
-
     examples/robustness.py measures on ImageNet-A, -C, -P and ReaL, and takes files of weights.
+    examples/compare_two_networks.py shows the pictures that one of two networks alone is right on.
 
     Args:
         folder: folder of a run.
@@ -68,10 +64,6 @@ class Evaluate:
             step along the sign of the gradient, pgd ten.
         eps: how far --attack may change each value of a picture, in 1/255 of the range from black
             to white. Several can be given.
-        against: folder of another run, whose network is compared with this one picture by picture.
-            With --against-network it may be the same run.
-        against_network: which network of the run of --against to take. By default it is the one
-            that the run delivers.
         out: folder that the figures are written to. It is made if it does not exist.
         json: print JSON.
     """
@@ -86,17 +78,11 @@ class Evaluate:
         tuple[Annotated[float, Range(0, most=LEVELS)], ...],
         unset("E ...", default="(default: 2 8)"),
     ] = ()
-    against: Folder = None
-    against_network: Annotated[NetworkName, unset()] = "delivered"
     out: Folder = None
     json: Switch = False
 
     def run(self) -> int:
         """Measure, print and write the figures; return 1 where files were left out."""
-        if self.against_network != "delivered" and self.against is None:
-            raise MetaplError(
-                f"--against-network {self.against_network} was given without --against RUN."
-            )
         if self.eps and self.attack is None:
             raise MetaplError(
                 "--eps was given without --attack; expected --attack fgsm or --attack pgd."
@@ -107,17 +93,15 @@ class Evaluate:
         with held(self.out):
             # 1. All that is refused is refused before anything is measured.
             name = run.name(self.network)
-            opponent = None
-            if self.against is not None:
-                opponent = Opponent.load(self.against, self.against_network)
-                names = (name, opponent.name)
-                check_comparable(run, opponent.run, names, has_test=self.test is not None)
             network = run.network(name, self.factory).to(run.device)
             examples = HeldOut(run, name, self.test)
 
-            # 2. The pictures as they are, then damaged and attacked, then by another network.
-            judged = judge(network, examples, "pictures")
-            evaluation = evaluate_logits(judged.logits, judged.labels, run.classes)
+            # 2. The pictures as they are, then damaged and attacked.
+            with count_bar("pictures", is_shown=True, total=len(examples)) as update:
+                logits, labels = predict_logits(network, examples.batches(update))
+            if examples.names:
+                refuse_infinite(logits, examples.names)
+            evaluation = evaluate_logits(logits, labels, run.classes)
             content = self.figures(run, name, examples, evaluation)
             blocks = [
                 run.heading(name) + ("" if self.test is None else f"\non {self.test}"),
@@ -128,28 +112,11 @@ class Evaluate:
                 damaged = self.measure_damaged(network, examples)
                 content |= damaged
                 blocks += robustness_tables(damaged, evaluation)
-            compared = None
-            titles = ("", "")
-            if opponent is not None:
-                other_judged = opponent.judge(self.factory, self.test)
-                compared = differences(judged, other_judged, run.classes)
-                titles = opponent.titles(run, name)
-                content["against"] = {
-                    "run": str(self.against),
-                    "network": opponent.name,
-                    **compared.to_json(),
-                }
-                blocks.append(compared.text(*titles))
 
             # 3. The figures are printed, and written.
             tell(json.dumps(content, indent=2) if self.json else "\n\n".join(blocks))
             if self.out is not None:
                 written = self.write(self.out, content)
-                if compared is not None:
-                    write_whole(self.out / SHEET, sheet(compared, examples, *titles), ROOM)
-                    written += (
-                        f"; the pictures that one alone is right on are shown in {self.out / SHEET}"
-                    )
                 if not self.json:
                     tell(f"\n{written}")
             if examples.skipped:

@@ -214,11 +214,6 @@ class Inputs:
                 yield names, torch.stack(pictures)
 
 
-UNTESTED = (
-    "{} has no test set; give --test DIR, a folder of labeled pictures with one folder a class."
-)
-
-
 class HeldOut:
     """Examples with labels for the network of a run, read as its training data were.
 
@@ -274,7 +269,8 @@ class HeldOut:
         files = files_of(run, "validation")
         if files is None:
             raise MetaplError(
-                f"{UNTESTED.format(run.folder.path)} It has no validation set either."
+                f"{run.folder.path} has neither a test set nor a validation set; give --test DIR, "
+                "a folder of labeled pictures with one folder a class."
             )
         return files
 

@@ -5,7 +5,6 @@ command that reads a run says and writes.
 """
 
 import json
-import math
 import re
 import shlex
 import shutil
@@ -30,10 +29,8 @@ from metapl.apps.main import COMMANDS, parsed
 from metapl.apps.settings import flag_values
 from metapl.errors import MetaplError
 from metapl.labels.store import LabelStore
-from metapl.metrics import predict_logits
-from metapl.pictures import load_digits_split
 from metapl.robustness import CORRUPTIONS
-from metapl.run_folder import EndedRun, RunFolder
+from metapl.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 
@@ -158,11 +155,6 @@ REFUSED = {
     "evaluate {few}": "recipe.json",
     "evaluate {run} --test {few}": "does not know",
     "evaluate {run} --eps 2": "--attack",
-    "evaluate {run} --against {run}": "--against-network names one of it",
-    "evaluate {run} --against {colors}": "has the classes",
-    "evaluate {run} --against {few}": "recipe.json",
-    "evaluate {run} --against {run} --against-network techer": "teacher",
-    "evaluate {run} --against-network student": "without --against RUN",
     "evaluate {run} --attack pgd --eps -2": "255",
     "runs {new}": "new",
     "report {run} --out page.png": ".html",
@@ -281,56 +273,6 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     del few["shot_noise"]
     again = json.loads(metapl("evaluate", tiny, "--corruptions", "--json").stdout)
     assert again["corruptions"] == {"contrast": contrast}
-
-
-def test_evaluate_shows_the_pictures_on_which_two_networks_differ(
-    tiny: Path, tmp_path: Path
-) -> None:
-    """Counted by hand from what both predict; the p is that of a fair coin."""
-    other = tmp_path / "other"
-    metapl(*TINY, "--method", "supervised", "--steps", "40", "--out", other)
-    text = metapl("evaluate", tiny, "--against", other, "--out", tmp_path / "out").stdout
-    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())["against"]
-    split = load_digits_split(2, 0)
-    is_right = []
-    for folder in (tiny, other):
-        run = EndedRun.load(folder)
-        logits, labels = predict_logits(run.network(run.name("delivered")), [split.test])
-        is_right.append(logits.argmax(1) == labels)
-    first, second = is_right
-    assert (found["n"], found["both_right"]) == (400, int((first & second).sum()))
-    for key, alone in (("first_alone", first & ~second), ("second_alone", second & ~first)):
-        assert sorted(int(each["name"]) for each in found[key]) == alone.nonzero()[:, 0].tolist()
-        assert len(found[key]) > 0
-        for each in found[key]:
-            assert each["truth"] == str(int(split.test[1][int(each["name"])]))
-            right, wrong = ("first", "second") if key == "first_alone" else ("second", "first")
-            assert each[right].split()[0] == each["truth"] != each[wrong].split()[0]
-    counts = [len(found["first_alone"]), len(found["second_alone"])]
-    tosses = [math.comb(sum(counts), k) * 0.5 ** sum(counts) for k in range(sum(counts) + 1)]
-    assert found["p"] == pytest.approx(
-        sum(toss for toss in tosses if toss <= tosses[counts[0]] * (1 + 1e-9))
-    )
-    assert "McNemar's exact test, 400 pictures" in text
-    with Image.open(tmp_path / "out" / "differences.png") as picture:
-        assert picture.size[0] > 900
-        assert len(picture.convert("L").getcolors() or []) > 50
-    assert str(tmp_path / "out" / "differences.png") in text
-
-
-def test_two_runs_are_compared_on_one_test_set(tiny: Path, colors: Path, tmp_path: Path) -> None:
-    other, pictures = tmp_path / "other", tmp_path / "pictures"
-    metapl(*TINY, "--seed", "1", "--out", other)
-    assert "tested on other pictures" in metapl("evaluate", tiny, "--against", other, code=2).stderr
-    # Of one run, on other pictures, one of which cannot be read by either.
-    shutil.copytree(colors / "test" / "red", pictures / "red")
-    (pictures / "red" / "torn.png").write_bytes(b"")
-    asked = ("--network", "student", "--against", colors / "run", "--against-network", "finetuned")
-    told = metapl("evaluate", colors / "run", *asked, "--test", pictures, "--json", code=1)
-    found = json.loads(told.stdout)["against"]
-    assert found["n"] == 6
-    apart = len(found["first_alone"]) + len(found["second_alone"])
-    assert found["both_right"] + found["neither_right"] + apart == 6
 
 
 def test_a_student_that_finetuning_spoils_is_kept_as_it_was(

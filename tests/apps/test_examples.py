@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import metapl
 from metapl.pictures import load_digits_split
@@ -132,6 +133,29 @@ def test_all_modes_prints_each_mode_and_its_cosine_to_the_exact_gradient(
     assert cosines["reinforce_per_example"][1] > 0.99
     assert min(cosines["reinforce"][1], cosines["loss_difference"][1]) > 0.8
     assert cosines["none"] == [0, 0]
+
+
+def test_two_networks_are_compared_on_the_pictures_that_one_alone_is_right_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 pictures of cats the first is right on 9, and the second on 3 of these."""
+    (tmp_path / "cat").mkdir()
+    pictures = [tmp_path / "cat" / f"{number}.png" for number in range(12)]
+    for picture in pictures:
+        Image.new("RGB", (8, 8), "white").save(picture)
+    for name, right in (("first", 9), ("second", 3)):
+        lines = ["file,class,probability"]
+        for number, picture in enumerate(pictures):
+            lines.append(f"{picture},{'cat' if number < right else 'dog'},0.{60 + number}")
+        (tmp_path / f"{name}.csv").write_text("\n".join(lines))
+    files = [str(tmp_path / f"{name}.csv") for name in ("first", "second")]
+    out = tmp_path / "compared.png"
+    text = printed(monkeypatch, "compare_two_networks", *files, "--out", str(out))
+    # Six heads of six tosses, or six tails: 2 / 64.
+    assert "of 12 pictures the first alone is right on 6, the second on 0" in text
+    assert "p = 0.031" in text
+    with Image.open(out) as figure:
+        assert figure.size[0] > 600
 
 
 def test_the_hyperparameters_of_an_example_are_learned() -> None:

@@ -387,6 +387,7 @@ METAPL = {
     ("label",): "",
     ("labels", "select"): "",
     ("evaluate",): "",
+    ("predict",): "",
 }
 
 
@@ -510,6 +511,7 @@ SCRIPT_RULES: dict[str, Callable[[list[str], int], None]] = {
     "examples/noisy_student_imagenet.py": run_noisy_student,
     "examples/robustness.py": run_robustness,
     "examples/training_accuracy.py": run_training_accuracy,
+    "examples/compare_two_networks.py": run_script("examples/compare_two_networks.py", ""),
     "examples/two_moons.py": run_script("examples/two_moons.py", "--seeds 2 --steps 20"),
     "examples/plan.py": run_script(
         "examples/plan.py",

@@ -43,7 +43,7 @@ FLOORS = (
     ),
     ("apps.model_card", "apps.hub", "apps.export"),
     ("apps.train",),
-    ("apps.look", "apps.several_runs", "apps.differences", "apps.noisy_student"),
+    ("apps.look", "apps.several_runs", "apps.noisy_student"),
     ("apps.stored_recipe",),
     (
         "apps.commands",
