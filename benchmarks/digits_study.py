@@ -34,6 +34,7 @@ import harness
 import torch
 from harness import NONE, RESULTS, Row, best, between, difference, every, grid, read, spread
 
+from metapl.ablation.altered import Alteration, Altered
 from metapl.apps import methods
 from metapl.apps.digits import METHODS, Digits, fitting
 from metapl.apps.methods import Data, Training
@@ -87,14 +88,30 @@ class Entry:
     baseline: float | None = None
     cosine: bool = False
     """Whether h is the cosine of the two gradients, and not their product."""
+    alteration: Alteration | None = None
+    """How h is altered; None: it is not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CosineFeedback(methods.Feedback):
     """Feedback whose h is the cosine of the two gradients, which no flag of the command sets."""
 
-    def estimator(self, seed: int) -> Any:
-        return dataclasses.replace(super().estimator(seed), similarity="cosine")
+    def estimator(self) -> Any:
+        return dataclasses.replace(super().estimator(), similarity="cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlteredFeedback(methods.Feedback):
+    """Feedback that is altered, as no method of the command has it.
+
+    The seed is that of what is drawn for it.
+    """
+
+    alteration: Alteration
+    alteration_seed: int
+
+    def estimator(self) -> Any:
+        return Altered(super().estimator(), self.alteration, seed=self.alteration_seed)
 
 
 EXACT = every(student_lr=(0.5, 1.0), teacher_lr=(0.03, 0.06), weight=(0.3, 1.0, 3.0))
@@ -151,9 +168,15 @@ ENTRIES: dict[str, Entry] = {
     "uda": Entry(
         "UDA alone", "uda", every(teacher_lr=(0.03, 0.06, 0.12), uda_weight=(0.5, 1.0, 2.0, 4.0))
     ),
-    "permuted": Entry("control: feedback permuted over the batch", "permuted", EXACT),
-    "class_means": Entry("control: class means of the feedback only", "class_means", EXACT),
-    "random_sign": Entry("control: feedback with random signs", "random_sign", EXACT),
+    "permuted": Entry(
+        "control: feedback permuted over the batch", "mpl", EXACT, alteration="permuted"
+    ),
+    "class_means": Entry(
+        "control: class means of the feedback only", "mpl", EXACT, alteration="class_means"
+    ),
+    "random_sign": Entry(
+        "control: feedback with random signs", "mpl", EXACT, alteration="random_sign"
+    ),
 }
 FORMS = ("mpl", "none", "reinforce", "reinforce_mean", "reinforce_cosine")
 """What the study of the forms compares, at 2 labels a class."""
@@ -202,6 +225,9 @@ def one_run(
     if entry.cosine:
         # The fields that are asked for are set below, when the mode is one that has a cosine.
         named = dataclasses.replace(named, feedback=CosineFeedback(mode="reinforce"))
+    if entry.alteration is not None:
+        altered = AlteredFeedback(alteration=entry.alteration, alteration_seed=seed)
+        named = dataclasses.replace(named, feedback=altered)
     named = with_flags(
         named, **{n: v for n, v in asked.items() if n in flag_values(named) and v is not None}
     )

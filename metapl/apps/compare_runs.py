@@ -24,7 +24,7 @@ from metapl.run_folder import (
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart,
 # and what changes no number.
-IRRELEVANT = ("seed", "feedback", "log_every", "save_every", "num_workers")
+IRRELEVANT = ("seed", "learns_from_student", "log_every", "save_every", "num_workers")
 
 # Fields that follow from how many steps fitted into a run's minutes.
 BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp")

@@ -46,16 +46,11 @@ _UDA = methods.Consistency(
     uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0
 )
 _NO_UDA = dataclasses.replace(_UDA, uda_weight=0.0)
-
-
-def _mpl(feedback: methods.FeedbackKind) -> methods.Mpl:
-    return methods.Mpl(
-        feedback=methods.Feedback(feedback=feedback), uda=_NO_UDA, wait=0, warm_start=False
-    )
-
+_NO_FEEDBACK = methods.Feedback(learns_from_student=False)
+_MPL = methods.Mpl(uda=_NO_UDA, wait=0, warm_start=False)
 
 METHODS: dict[str, Any] = {
-    "mpl": _mpl("whole"),
+    "mpl": _MPL,
     "supervised": methods.Supervised(),
     "pseudo_labels": methods.PseudoLabels(),
     "uda": methods.Uda(uda=_UDA),
@@ -63,9 +58,9 @@ METHODS: dict[str, Any] = {
         uda=dataclasses.replace(methods.FixMatch().uda, uda_start=0, uda_ramp=0)
     ),
     "ent_min": methods.EntMin(),
-    **{kind: _mpl(kind) for kind in methods.TITLES if kind != "whole"},
+    "none": dataclasses.replace(_MPL, feedback=_NO_FEEDBACK),
     "reduced_mpl": methods.ReducedMpl(uda=_NO_UDA),
-    "reduced_none": methods.ReducedMpl(feedback=methods.Feedback(feedback="none"), uda=_NO_UDA),
+    "reduced_none": methods.ReducedMpl(feedback=_NO_FEEDBACK, uda=_NO_UDA),
 }
 COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")
 

@@ -14,7 +14,6 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps.methods import (
-    TITLES,
     Data,
     EntMin,
     FixMatch,
@@ -148,9 +147,9 @@ METHODS: dict[str, Any] = {
     "two_teachers": TwoTeachers(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
-    **{kind: Mpl(feedback=Fed(feedback=kind)) for kind in TITLES if kind != "whole"},
+    "none": Mpl(feedback=Fed(learns_from_student=False)),
     "reduced_mpl": ReducedMpl(),
-    "reduced_none": ReducedMpl(feedback=Fed(feedback="none")),
+    "reduced_none": ReducedMpl(feedback=Fed(learns_from_student=False)),
 }
 COMPARED = ("uda", "mpl", "none", "supervised", "pseudo_labels")
 

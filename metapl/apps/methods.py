@@ -17,7 +17,6 @@ import tyro
 from torch import Tensor, nn
 
 from metapl import feedback, problems
-from metapl.ablation import Altered
 from metapl.apps.settings import (
     Fitting,
     Flat,
@@ -58,7 +57,6 @@ START = 0.4
 RAMP = 0.1
 
 Losses = tuple[TeacherLoss, ...]
-FeedbackKind = Literal["whole", "none", "permuted", "class_means", "random_sign"]
 
 # The modes in which a teacher can learn, which the type checker cannot read from a tuple.
 if TYPE_CHECKING:
@@ -508,8 +506,6 @@ class Feedback:
         temperature: temperature of the softmax that makes the pseudo-labels. Below 1 it sharpens
             them.
         student_lr: learning rate of the student. By default it fits the network.
-        feedback: what the teacher learns from: whole is the feedback itself, and none, permuted,
-            class_means and random_sign are controls.
         feedback_weight: weight of the feedback in the teacher's loss, the same in every step.
         feedback_ratio: size of the feedback's gradient, as a multiple of the gradient of the
             teacher's other losses.
@@ -519,22 +515,24 @@ class Feedback:
             draws labels.
         reduction: whether the teacher's loss is the mean or the sum over the batch, in a mode that
             draws labels.
+        learns_from_student: whether the teacher learns from what its labels do to the student. A
+            control has the same loop without that.
     """
 
     mode: Annotated[Mode, tyro.conf.arg(metavar="MODE"), NOT_IMPLICIT] = "forward"
     pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
     temperature: float = 1.0
     student_lr: Annotated[AboveZero | None, unset()] = None
-    feedback: Annotated[FeedbackKind, tyro.conf.arg(metavar="KIND")] = "whole"
     feedback_weight: Annotated[float | None, unset()] = None
     feedback_ratio: Annotated[Weight | None, unset()] = None
     feedback_bound: Annotated[Weight | None, unset()] = None
     baseline: Annotated[float | None, unset()] = None
     reduction: Annotated[Literal["mean", "sum"] | None, unset("KIND")] = None
+    learns_from_student: Hidden[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self.estimator(seed=0)
+        self.estimator()
         kinds = feedback.estimator(self.mode).labels
         if self.pseudo_labels is not None and self.pseudo_labels not in kinds:
             modes = [name for name in feedback.modes_for(self.pseudo_labels) if name != "implicit"]
@@ -549,8 +547,8 @@ class Feedback:
             raise MetaplError(f"--feedback-ratio and {beside} were given; expected one of them.")
         self.problem()
 
-    def estimator(self, seed: int) -> Any:
-        """Return the estimator of the mode, altered for a control; "none" without feedback."""
+    def estimator(self) -> Any:
+        """Return the estimator of the mode; "none" without feedback."""
         estimator: Any = feedback.estimator(self.mode)
         for name in ("baseline", "reduction"):
             value = getattr(self, name)
@@ -563,21 +561,20 @@ class Feedback:
                     f"or take --mode {' or '.join(modes)}."
                 )
             estimator = dataclasses.replace(estimator, **{name: value})
-        if self.feedback == "none":
+        if not self.learns_from_student:
             return "none"
-        if self.feedback == "whole":
-            return estimator
-        return Altered(estimator, self.feedback, seed=seed)
+        return estimator
 
     def problem(self) -> problems.PseudoLabels:
         """Return the labels that the student learns: without feedback too, those of the mode."""
         labels = problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)
-        labels_of_mode = labels.for_modes(feedback.estimator(self.mode).labels, self.mode)
-        return labels_of_mode if self.feedback == "none" else labels
+        if not self.learns_from_student:
+            return labels.for_modes(feedback.estimator(self.mode).labels, self.mode)
+        return labels
 
     def size(self) -> dict[str, Any]:
         """Return the rule of the feedback's size, as :class:`metapl.BilevelTrainer` takes it."""
-        if self.feedback == "none":
+        if not self.learns_from_student:
             return {}
         return {
             name: getattr(self, name)
@@ -585,25 +582,8 @@ class Feedback:
         }
 
 
-TITLES: dict[FeedbackKind, str] = {
-    "whole": "Meta Pseudo Labels",
-    "none": "same loop, no feedback",
-    "permuted": "MPL, feedback permuted over the batch",
-    "class_means": "MPL, class means of the feedback only",
-    "random_sign": "MPL, feedback with random signs",
-}
-
-# How a control differs from the method that it is trained beside.
-CONTROLS: dict[str, str] = {
-    "none": "without feedback",
-    "permuted": "with the feedback shuffled among the examples of a batch",
-    "class_means": "with the mean feedback of each class in the place of each example's",
-    "random_sign": "with the sign of each example's feedback drawn at random",
-}
-
-
 class FeedbackMethod(Method):
-    """A method with feedback, which is a control where the feedback is left out or altered.
+    """A method with feedback, which is a control where the feedback is left out.
 
     Attributes:
         beside: name of the method that a control is trained beside.
@@ -614,14 +594,14 @@ class FeedbackMethod(Method):
 
     @property
     def is_control(self) -> bool:
-        """Return whether the feedback is left out or altered."""
-        return self.feedback.feedback != "whole"
+        """Return whether the feedback is left out."""
+        return not self.feedback.learns_from_student
 
     @property
     def summary(self) -> str:
         """Return what the method does, in a sentence for the help."""
         if self.is_control:
-            return f"Train as {self.beside} does, {CONTROLS[self.feedback.feedback]}."
+            return f"Train as {self.beside} does, without feedback."
         return super().summary
 
 
@@ -644,13 +624,13 @@ class Mpl(FeedbackMethod):
 
     @property
     def name(self) -> str:
-        """Return mpl, or the kind of the altered feedback."""
-        return "mpl" if self.feedback.feedback == "whole" else self.feedback.feedback
+        """Return mpl, and none without feedback."""
+        return "none" if self.is_control else "mpl"
 
     @property
     def title(self) -> str:
         """Return what is fed back, in words."""
-        return TITLES[self.feedback.feedback]
+        return "same loop, no feedback" if self.is_control else "Meta Pseudo Labels"
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a number of steps before the student begins."""
@@ -667,7 +647,7 @@ class Mpl(FeedbackMethod):
         """Build the trainer of both networks."""
         return t.bilevel(
             t.teacher,
-            self.feedback.estimator(t.config.fitting.seed),
+            self.feedback.estimator(),
             self.feedback.problem(),
             teacher_losses=self.uda.losses(),
             student_lr=self.feedback.student_lr,
@@ -776,12 +756,12 @@ class ReducedMpl(FeedbackMethod):
     @property
     def name(self) -> str:
         """Return reduced_none without feedback, and reduced_mpl with it."""
-        return "reduced_none" if self.feedback.feedback == "none" else "reduced_mpl"
+        return "reduced_none" if self.is_control else "reduced_mpl"
 
     @property
     def title(self) -> str:
         """Return what adjusts the labels, in words."""
-        if self.feedback.feedback == "none":
+        if self.is_control:
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
 
@@ -808,7 +788,7 @@ class ReducedMpl(FeedbackMethod):
         labels = self.feedback.problem()
         trainer = t.bilevel(
             adjuster,
-            self.feedback.estimator(t.config.fitting.seed),
+            self.feedback.estimator(),
             problems.ReducedLabels(labels.kind, labels.temperature),
             teacher_losses=adjuster_losses,
             student_lr=self.feedback.student_lr,
@@ -842,6 +822,4 @@ def with_settings_of(method: Any, own: Any, usual: Any) -> Any:
         for name, value in flag_values(own).items()
         if name in flags and value != usual_values[name]
     }
-    changed_method = with_flags(method, **changed)
-    # What makes a method another one is not carried over.
-    return changed_method if changed_method.name == method.name else method
+    return with_flags(method, **changed)

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
-from metapl.ablation import Altered
 from metapl.apps import digits, images
 from metapl.apps.methods import Consistency, Entropy, Feedback, Training, with_settings_of
 from metapl.apps.settings import flag_values, with_flags
-from metapl.feedback import Forward
 from metapl.training import FitResult
 
 STEPS = 2  # that are taken of each phase
@@ -130,16 +128,15 @@ def test_settings_that_cannot_be_are_refused() -> None:
 def test_a_method_that_is_compared_has_the_settings_that_were_given_to_the_first() -> None:
     usual = digits.METHODS["mpl"]
     own = with_flags(usual, uda_weight=2.0, mode="difference", wait=3)
-    assert with_settings_of(digits.METHODS["none"], own, usual) == with_flags(own, feedback="none")
+    assert with_settings_of(digits.METHODS["none"], own, usual) == with_flags(
+        own, learns_from_student=False
+    )
     assert with_settings_of(digits.METHODS["uda"], own, usual) == with_flags(
         digits.METHODS["uda"], uda_weight=2.0
     )
     assert (
         with_settings_of(digits.METHODS["supervised"], own, usual) == digits.METHODS["supervised"]
     )
-    # What makes a method another one is not carried over.
-    altered = digits.METHODS["permuted"]
-    assert with_settings_of(usual, altered, usual) == usual
 
 
 ALONE = {
@@ -215,21 +212,6 @@ def test_without_feedback_the_same_loop_sees_the_same_labels_and_the_teacher_lea
     assert all(float(report.feedback) == 0 for report in none.reports)
     assert not same(weights(none.trainer.teacher), none.before[0])
     assert not same(weights(whole.trainer.teacher), weights(none.trainer.teacher))
-
-
-@pytest.mark.parametrize("name", ["permuted", "class_means", "random_sign"])
-def test_a_control_alters_the_feedback_of_the_first_step_and_nothing_else_in_it(name: str) -> None:
-    (plain,), (other,) = (trained(digits.METHODS[each]) for each in ("mpl", name))
-    assert torch.equal(plain.reports[0].signal.value, other.reports[0].signal.value)
-    h, changed = plain.reports[0].feedback, other.reports[0].feedback
-    assert not torch.equal(h, changed)
-    assert other.trainer.mode == Altered(Forward(), name, seed=FITTING.seed)
-    if name == "class_means":
-        torch.testing.assert_close(changed, h.mean(0).expand_as(h))
-    elif name == "permuted":
-        torch.testing.assert_close(changed.sort(0).values, h.sort(0).values)
-    else:
-        assert all(torch.equal(b, a) or torch.equal(b, -a) for a, b in zip(h, changed, strict=True))
 
 
 @pytest.mark.parametrize("hard", [False, True])

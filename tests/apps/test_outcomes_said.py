@@ -215,7 +215,7 @@ def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(
 # -------------------------------------------------------------------------- what is refused or said
 
 
-@pytest.mark.parametrize("method", ["mpl", "permuted", "reduced_mpl"])
+@pytest.mark.parametrize("method", ["mpl", "none", "reduced_mpl"])
 def test_a_mode_that_no_training_can_take_is_refused_before_anything_is_written(
     method: str, tmp_path: Path
 ) -> None:

@@ -206,7 +206,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "there is no method 'supervise' of digits; did you mean supervised?",
     ),
     "settings of another method": (
-        lambda content: content["recipe"]["fields"].update(feedback="none"),
+        lambda content: content["recipe"]["fields"].update(learns_from_student=False),
         "its method is 'mpl', and its settings are those of 'none'",
     ),
     "a comparison": (
