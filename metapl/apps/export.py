@@ -1,7 +1,4 @@
-"""``metapl export``: a trained network for others.
-
-:mod:`metapl.networks.exports` writes the files, and :mod:`metapl.apps.hub` those of the hub's form.
-"""
+"""``metapl export``: a trained network for others, by :mod:`metapl.networks.exports`."""
 
 from __future__ import annotations
 
@@ -14,7 +11,6 @@ from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.model_card import sections_of
 from metapl.apps.printing import tell
 from metapl.apps.settings import Switch, unset
-from metapl.errors import MetaplError, require_packages
 from metapl.networks.exports import ONNX, export
 from metapl.networks.model_card import CARD
 from metapl.run_folder import EndedRun
@@ -35,8 +31,6 @@ class Export:
         folder: folder of a run. Of a comparison, the run that it delivers is taken.
         out: folder to write to. It is made if it does not exist.
         onnx: write model.onnx too. It needs pip install 'metapl[onnx]'.
-        hub: write the form of the Hugging Face hub instead: config.json, model.safetensors and
-            README.md. Nothing is uploaded. It needs pip install 'metapl[timm]'.
     """
 
     folder: Run
@@ -44,7 +38,6 @@ class Export:
     network: Network = "delivered"
     factory: Factory = None
     onnx: Switch = False
-    hub: Switch = False
 
     def run(self) -> int:
         """Write the files, and print what they are."""
@@ -52,8 +45,6 @@ class Export:
         name = run.name(self.network)
         card = run.cards[name]
         check_out(self.out, run.source.recipe().get("fields", {}))
-        if self.hub:
-            return self.run_for_hub(run, name)
         sections = sections_of(run, name)
         with held(self.out):
             digests = export(
@@ -74,17 +65,4 @@ class Export:
         if self.onnx and not importlib.util.find_spec("onnxruntime"):
             tell(f"{self.out / ONNX} was not run: onnxruntime is not installed")
         tell(f"{self.out / CARD}: how to load them, and how good they are")
-        return 0
-
-    def run_for_hub(self, run: EndedRun, name: str) -> int:
-        """Write a network in the form of the hub, and return the exit code."""
-        if self.onnx:
-            raise MetaplError("--onnx and --hub were given, which write other files; take one.")
-        require_packages("--hub", "huggingface_hub")
-        from metapl.apps.hub import write_for_hub
-
-        with held(self.out):
-            write_for_hub(run, name, self.out, sections=sections_of(run, name))
-        tell(f"{run.heading(name)}\n")
-        tell(f"{self.out}: for metapl.integrations.hub.Classifier; nothing was uploaded")
         return 0

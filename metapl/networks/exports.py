@@ -28,7 +28,6 @@ from metapl.errors import MetaplError, few, reason_of, require_packages
 from metapl.networks.architectures import Architecture
 from metapl.networks.model_card import (
     CARD,
-    HUB_CONFIG,
     PROGRAM,
     WEIGHTS,
     escaped,
@@ -144,11 +143,6 @@ def export(
     """
     folder = Path(path)
     module, normalization = unwrapped(model)
-    if (folder / HUB_CONFIG).exists():
-        raise MetaplError(
-            f"{folder} holds an export for the hub ({HUB_CONFIG}), whose {WEIGHTS} has other "
-            "names; expected another folder."
-        )
     if not onnx and (folder / ONNX).exists():
         raise MetaplError(
             f"{folder / ONNX} is of another export and would stand beside weights that are not "

@@ -11,12 +11,10 @@ from typing import Any
 
 from metapl.words import shown
 
-# The files of an export, and what one in the form of the Hugging Face hub has instead.
+# The files of an export.
 WEIGHTS = "model.safetensors"
 PROGRAM = "model.pt2"
 CARD = "MODEL_CARD.md"
-HUB_CONFIG = "config.json"
-HUB_CARD = "README.md"
 
 
 def package_versions(*, onnx: bool = False) -> dict[str, str]:

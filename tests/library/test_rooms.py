@@ -41,7 +41,7 @@ FLOORS = (
         "apps.report_picture",
         "apps.run_summary",
     ),
-    ("apps.model_card", "apps.hub", "apps.export"),
+    ("apps.model_card", "apps.export"),
     ("apps.train",),
     ("apps.look", "apps.several_runs", "apps.noisy_student"),
     ("apps.stored_recipe",),
