@@ -238,8 +238,7 @@ class Training:
             network, losses, optimizer=self.config.optimizer("teacher", network), **self.options
         )
         unlabeled = self.data.unlabeled if len(losses) > 1 else None
-        labeled = options.pop("labeled", self.data.labeled)
-        return Trained(trainer, self.fit(trainer, labeled, unlabeled, **options))
+        return Trained(trainer, self.fit(trainer, self.data.labeled, unlabeled, **options))
 
     def bilevel(
         self, teacher: nn.Module, mode: Any, problem: Any, **options: Any
