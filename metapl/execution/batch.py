@@ -41,12 +41,6 @@ Inputs = Any
 LABEL_KEYS = ("labels", "label")
 
 
-def require_batches(outer: Batch, inner: Batch) -> None:
-    """Refuse a step without one of its batches."""
-    if outer is None or inner is None:
-        raise MetaplError("a batch is missing; expected outer= and inner=.")
-
-
 # --------------------------------------------------------------------- a batch as a tree of tensors
 
 

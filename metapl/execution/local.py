@@ -152,7 +152,6 @@ class LocalStudent:
         start: RandomState,
         *,
         gradient: bool = False,
-        state: State | None = None,
         look: GraphLook | None = None,
         whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
@@ -165,7 +164,6 @@ class LocalStudent:
             start: where draws begin.
             gradient: whether the gradient is asked for. It has zeros for weights that no loss
                 reaches. Without it the tree is empty.
-            state: whose buffers the student has; None: as now.
             look: is shown the graph of the loss.
             whole_batch: the batch that the micro-batches are of, where a scalar loss of it may be
                 another function of the rows than the mean over micro-batches. The loss is then
@@ -183,7 +181,7 @@ class LocalStudent:
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with (
             NOTHING if gradient else no_fast_path(),
-            self.at_weights(leaves, start, state=state or self.slots),
+            self.at_weights(leaves, start, state=self.slots),
         ):
             # Watch for draws from Python's or NumPy's generators as long as it is not known
             # (None) whether there are any: a loss that draws from them then has the same draws in
@@ -221,9 +219,7 @@ class LocalStudent:
                     gradients.add(of_batch)
                 values.append((value.detach(), weight))
         if rows is not None and gradient:
-            of_rows = self._pulled_back(
-                leaves, batches, rows=rows, start=start, state=state or self.slots
-            )
+            of_rows = self._pulled_back(leaves, batches, rows=rows, start=start)
             gradients = TreeSum([of_rows])
 
         is_one_mean = len(values) == 1 and is_plain_mean(values[0]) and self.ranks.alone
@@ -267,12 +263,7 @@ class LocalStudent:
             _, rows.direct = self.gradient(value, leaves)
 
     def _pulled_back(
-        self,
-        leaves: Tree,
-        batches: MicroBatches,
-        rows: _AllRows,
-        start: RandomState,
-        state: State | Slots,
+        self, leaves: Tree, batches: MicroBatches, rows: _AllRows, start: RandomState
     ) -> Tree:
         """Return the gradient of a loss of all rows.
 
@@ -281,7 +272,7 @@ class LocalStudent:
         if not rows.cotangents:
             return rows.direct
         gradients = TreeSum([rows.direct])
-        with self.at_weights(leaves, start, state=state):
+        with self.at_weights(leaves, start, state=self.slots):
             for (inputs, _), first, cotangent in zip(
                 batches, rows.parts, rows.cotangents, strict=True
             ):

@@ -90,7 +90,6 @@ class ShardedStudent(LocalStudent):
         start: RandomState,
         *,
         gradient: bool = False,
-        state: State | None = None,
         look: GraphLook | None = None,
         whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
@@ -101,7 +100,6 @@ class ShardedStudent(LocalStudent):
                 judge=judge,
                 start=start,
                 gradient=gradient,
-                state=state,
                 look=look,
                 whole_batch=whole_batch,
             )

@@ -24,7 +24,7 @@ from metapl.execution.batch import Batch, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
-from metapl.feedback.lookahead import InnerBatches, Lookahead
+from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
 from metapl.updates import Clipped, Update, parts_of
 
@@ -44,15 +44,10 @@ def refuse_gradients_of_batches(outer: Batch, inner_batches: InnerBatches) -> No
     Batches that a function returns as they are taken are looked at by the first look alone.
 
     Args:
-        outer: the outer batch, or a :class:`metapl.Lookahead` of several.
+        outer: the outer batch.
         inner_batches: those of the student's steps.
     """
-    batches_by_name = dict[str, Any]()
-    if isinstance(outer, Tensor) or not isinstance(outer, Lookahead):
-        batches_by_name["outer"] = outer
-    elif not callable(outer.batches):
-        for k, batch in enumerate(outer.batches):
-            batches_by_name[f"outer[{k}]"] = batch
+    batches_by_name: dict[str, Any] = {"outer": outer}
     for k, batch in enumerate(inner_batches.in_memory()):
         name = f"inner[{k}]" if inner_batches.is_lookahead else "inner"
         batches_by_name[name] = batch

@@ -31,12 +31,12 @@ from metapl.feedback.door import (
     refuse_gradients_of_batches,
     refuse_learned_settings,
 )
-from metapl.feedback.lookahead import InnerBatches, Lookahead, outer_batches
+from metapl.feedback.lookahead import InnerBatches, Lookahead
 from metapl.feedback.order import Order, Orders
-from metapl.feedback.path import OuterLosses, take_steps
+from metapl.feedback.path import take_steps
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.feedback.teacher import Teaching
-from metapl.problems.base import BilevelProblem, kind_of
+from metapl.problems.base import BilevelProblem
 from metapl.runs.terminal import step_bar
 from metapl.updates import (
     Clipped,
@@ -62,8 +62,7 @@ class Hypergradient:
         feedback: h, minus the gradient of the outer loss with respect to the signal, as the mode
             shapes it; of a dict of tensors, a dict of those of floating point. A tuple of K for a
             :class:`metapl.Lookahead`.
-        inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars; of a
-            :class:`metapl.Lookahead` of outer batches Σ_k weight_k L_k(θ_k).
+        inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars.
         student_params: θ′ by parameter name, after the last step; of the real one where the problem
             revises its signal.
         inner_state: the TorchOpt state after the step, for the next call; None with a
@@ -83,8 +82,6 @@ class Hypergradient:
             ``"graph"``, ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty
             in modes that take none, and compiled. ``Forward(by=result.order)`` takes the same
             without trying.
-        outer_losses: L_k(θ_k) after each step, (K,), for a :class:`metapl.Lookahead` of outer
-            batches; else None.
         replay_error: the largest relative difference, in the weights or in the optimizer's state,
             between a state that was kept and the same state computed again; 0.0 where they are
             equal bit for bit, or no step was computed again.
@@ -104,7 +101,6 @@ class Hypergradient:
     settings: dict[str, Any] = field(default_factory=dict)
     order: str = ""
     direct: dict[str, Tensor] = field(default_factory=dict)
-    outer_losses: Tensor | None = None
     replay_error: float = 0.0
     float32_products: dict[str, str] = field(default_factory=dict)
 
@@ -199,7 +195,6 @@ class Differentiation:
         inner_batches: one for each step of the student.
         ahead: the same as a look-ahead, with its settings, also where one batch was given.
         wrt: the names of what the gradient is in.
-        step_losses: an outer loss for each step, where the outer batch is a look-ahead.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
@@ -235,33 +230,18 @@ class Differentiation:
         )
 
     def _read_batches(self) -> None:
-        """Read the look-ahead and the outer losses, and refuse what does not go together."""
+        """Read the look-ahead, and refuse what does not go together."""
         inner = self.request.inner
-        outer = self.request.outer
         self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
         keep_on = self.estimate.keep_on
         if keep_on not in (None, "cpu") and not self.compiles:
             raise MetaplError(
                 f"keep_on={keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'."
             )
-        if self.ahead.weights is not None:
-            raise MetaplError(
-                "inner=Lookahead(weights=) was given; weights are of outer batches, "
-                "outer=Lookahead(weights=)."
-            )
-        self.step_losses: OuterLosses | None = None
-        if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
-            batches, weights = outer_batches(outer, self.ahead)
-            self.step_losses = OuterLosses(batches, weights)
         # The options of the param groups in each step; an empty list says that they are those of
         # the inner optimizer in all of them.
         self.options: list[Any] = self.ahead.options(self.inner_optimizer)
         check_mode(self.estimate, len(self.inner_batches), self.problem, self.of_student)
-        if self.step_losses is not None and self.estimate.name not in ("forward", "unrolled"):
-            raise MetaplError(
-                f"an outer loss for each step was given with mode {self.estimate.name!r}; expected "
-                "'forward' or 'unrolled', or one outer batch."
-            )
 
     def _check_wrt(self) -> None:
         """Refuse names of what cannot be differentiated in, by this optimizer, mode and layout."""
@@ -323,7 +303,11 @@ class Differentiation:
         No weight or state moves.
         """
         if self.takes_direct_term:
-            self._check_direct_term()
+            refuse_direct_term_in_parts(
+                self.problem,
+                parts=self.request.accumulate,
+                is_alone=self.of_student.ranks.alone,
+            )
         student_type = ShardedStudent if self.of_student.is_sharded else LocalStudent
         self.student = student_type(self.of_student, double_backward=self.estimate.keep_graph)
         self.student.slots.watch_losses_of(self.problem)
@@ -339,16 +323,6 @@ class Differentiation:
             self.estimate, len(self.inner_batches), self._by_another_mode if is_alone else None
         ):
             return Orders().take(candidates, self._in_order, begin_again=self._begin)
-
-    def _check_direct_term(self) -> None:
-        refuse_direct_term_in_parts(
-            self.problem, parts=self.request.accumulate, is_alone=self.of_student.ranks.alone
-        )
-        if self.step_losses is not None:
-            raise MetaplError(
-                f"an outer loss for each step was given, and that of {kind_of(self.problem)} may "
-                "read the teacher; expected one outer batch."
-            )
 
     def _make_settings_leaves(self) -> None:
         """Let the graph of double backward end in leaves in the places of the settings."""
@@ -376,7 +350,6 @@ class Differentiation:
         estimate = self.estimate
         student = self.student
         ranks = self.of_student.ranks
-        outer_batch, step_losses = self._read_outer_batches()
         teaching = Teaching(
             self.of_teacher,
             self.problem,
@@ -415,7 +388,7 @@ class Differentiation:
                     student,
                     self.update,
                     problem=self.problem,
-                    outer_batch=outer_batch,
+                    outer_batch=self.problem.outer_batch(request.outer),
                     inner_batches=self.inner_batches,
                     teach=teaching,
                     accumulate=request.accumulate,
@@ -426,7 +399,6 @@ class Differentiation:
                     keep=estimate.keeping,
                     updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],
-                    step_losses=step_losses,
                     replays=replays,
                     progress=show_step,
                 )
@@ -459,7 +431,7 @@ class Differentiation:
                 grads=grads,
                 feedback=h if is_lookahead else h[0],
                 inner_loss=real_path.inner_loss,
-                outer_loss=real_path.whole_outer_loss,
+                outer_loss=real_path.outer_loss,
                 student_params=self.of_student.as_parameters(real_path.params),
                 inner_state=None if is_torch_optimizer else real_path.state,
                 kept=real_path.keeping.words(steps) if is_lookahead else "",
@@ -467,17 +439,9 @@ class Differentiation:
                 settings=settings,
                 order=order or "",
                 direct=direct,
-                outer_losses=real_path.outer_losses,
                 replay_error=replays.error,
                 float32_products=float32_products(self.device),
             )
-
-    def _read_outer_batches(self) -> tuple[Any, OuterLosses | None]:
-        """Return the last outer batch, and those of each step, as the problem reads them."""
-        if self.step_losses is None:
-            return self.problem.outer_batch(self.request.outer), None
-        batches = [self.problem.outer_batch(batch) for batch in self.step_losses.batches]
-        return batches[-1], OuterLosses(batches, self.step_losses.weights)
 
     def _by_another_mode(self, other: Estimator, one_step: bool) -> Hypergradient:
         """Return the gradient of the same steps, or of the first one, by another mode.

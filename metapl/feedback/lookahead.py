@@ -1,4 +1,4 @@
-"""The inner batches of several student steps, and the outer batches of losses after each."""
+"""The batches of a step, of which the inner ones may be those of several student steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -36,8 +35,6 @@ class Lookahead(Sequence[Any]):
             group has a rate for each entry of its weight, ``{"lr": [(K, ...), ...]}``, by group.
             Those of a ``torch.optim.lr_scheduler`` are :func:`metapl.scheduled_settings`. With
             :func:`metapl.hypergradient`, where the optimizer stays as it is.
-        weights: of outer batches, ``hypergradient(outer=Lookahead([...], weights=...))``: K
-            numbers, by which the outer losses after the steps are added; None: 1 each.
 
     >>> import torch
     >>> len(Lookahead([torch.zeros(4, 3), torch.zeros(4, 3)]))
@@ -49,7 +46,6 @@ class Lookahead(Sequence[Any]):
     batches: Sequence[Any] | Callable[[int], Any]
     steps: Annotated[int, Range(1, of="a number of student steps")] | None = None
     settings: Settings | None = None
-    weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -59,29 +55,12 @@ class Lookahead(Sequence[Any]):
                 f"steps={self.steps}; expected a batch for each step, or a function of its number "
                 "with steps=."
             )
-        if self.weights is not None:
-            self._check_weights(self.weights)
 
     def _has_batch_for_each_step(self) -> bool:
         """Return whether the batches are a long enough sequence, or a function with steps."""
         if isinstance(self.batches, Sequence) and not isinstance(self.batches, str | bytes):
             return len(self.batches) >= (self.steps or 1)
         return callable(self.batches) and self.steps is not None
-
-    def _check_weights(self, given_weights: Sequence[float] | Tensor) -> None:
-        """Refuse weights that are not a finite number for each outer batch."""
-        try:
-            weights = torch.as_tensor(given_weights, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise MetaplError(
-                f"Lookahead was given weights that are {checks.described(given_weights)}; expected "
-                f"{len(self)} numbers, one for each outer batch."
-            ) from error
-        if weights.shape != (len(self),) or not weights.isfinite().all():
-            raise MetaplError(
-                f"Lookahead was given weights of shape {tuple(weights.shape)}; expected "
-                f"{len(self)} finite numbers, one for each outer batch."
-            )
 
     def __len__(self) -> int:
         if self.steps is not None:
@@ -110,34 +89,12 @@ class Lookahead(Sequence[Any]):
         return options_by_step(optimizer, self.settings, len(self))
 
 
-def outer_batches(outer: Lookahead, inner: Lookahead) -> tuple[list[Any], list[float]]:
-    """Return the outer batches of the steps, and their weights.
-
-    Refuse what does not go with the steps.
-    """
-    if outer.settings is not None:
-        raise MetaplError(
-            "outer=Lookahead(settings=) was given; settings are of the inner optimizer: "
-            "expected weights=."
-        )
-    if len(outer) != len(inner):
-        steps = "step" if len(inner) == 1 else "steps"
-        raise MetaplError(
-            f"outer is a Lookahead of {len(outer)}, and the student takes {len(inner)} {steps}; "
-            "expected an outer batch for each step, or one batch."
-        )
-    if outer.weights is None:
-        return list(outer), [1.0] * len(outer)
-    return list(outer), torch.as_tensor(outer.weights, dtype=torch.float64).tolist()
-
-
-def refuse_outer_lookahead(outer: Batch) -> None:
-    """Refuse outer batches of several steps, which the function ``hypergradient`` alone takes."""
-    if not isinstance(outer, Tensor) and isinstance(outer, Lookahead):
-        raise MetaplError(
-            "outer= was given a Lookahead, and a trainer's step has one outer loss; expected one "
-            "batch, or metapl.hypergradient(outer=metapl.Lookahead([...]))."
-        )
+def require_batches(outer: Batch, inner: Batch) -> None:
+    """Refuse a step without one of its batches, and one with several outer batches."""
+    if outer is None or inner is None:
+        raise MetaplError("a batch is missing; expected outer= and inner=.")
+    if type(outer) is Lookahead:
+        raise MetaplError("outer= was given a Lookahead, of inner batches; expected one batch.")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, joined, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
 from metapl.execution.numerics import Tree, TreeSum
-from metapl.execution.state import RandomState, State, replay, replayed
+from metapl.execution.state import RandomState, replay, replayed
 from metapl.feedback.door import FirstLook, current_look
 from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
 from metapl.feedback.keeping import ALL, Keeping, States
@@ -58,37 +58,6 @@ Keep = Callable[[int, int, LocalStudent], Keeping]
 InFields = dict[str, Tensor | None]
 
 
-@dataclass(frozen=True)
-class OuterLosses:
-    r"""One outer loss for each step k = 1, …, K, at the θ_k that it leads to.
-
-    They are in the place of L(θ_K) alone:
-
-    .. math:: L = \sum_k \mathrm{weight}_k L_k(\theta_k)
-    """
-
-    batches: Sequence[Any]
-    weights: Sequence[float]
-
-    def total(self, losses: Tensor) -> Tensor:
-        """Return the weighted sum of L_k(θ_k), (K,)."""
-        return (losses * torch.tensor(self.weights, dtype=torch.float64).to(losses)).sum()
-
-
-class _OuterCotangents(NamedTuple):
-    """Where outer losses are taken, and their gradients there.
-
-    Attributes:
-        ends: entries of the weights θ_k, with the graph of the path.
-        cotangents: the gradient of the outer loss in each of them.
-        before: gradients at weights from before the first step that is differentiated.
-    """
-
-    ends: list[Tensor]
-    cotangents: list[Tensor]
-    before: list[Tree]
-
-
 @dataclass
 class Path:
     """The student's steps from θ to θ′, where the outer loss is taken.
@@ -99,14 +68,13 @@ class Path:
         problem: the two losses and the signal.
         student: the network that takes the steps.
         update: U.
-        outer_micro_batches: of the outer batch, which is the last step's where each step has one.
+        outer_micro_batches: of the outer batch.
         inner_batches: one for each step.
         whole_outer_batch: the outer batch as one, where the outer loss may be no mean over
             micro-batches; else None.
         order: of differentiation; None: there is nothing to choose.
         wrt: what the gradient is in besides the signals: settings of the optimizer, and
             ``"start"``.
-        step_losses: an outer loss for each step; None: L(θ′) alone.
         replays: compares steps that are computed again with the first time; None: nothing does.
 
     Attributes:
@@ -117,7 +85,6 @@ class Path:
         progress: is called after each step of the adjoint.
         start: dL/dθ by name, where it is asked for, once the path is differentiated.
         setting_gradients: dL in the settings of each step, the last step first.
-        earlier_outer_losses: L_k by k, of all steps but the last.
     """
 
     problem: BilevelProblem
@@ -128,7 +95,6 @@ class Path:
     whole_outer_batch: Any = None
     order: Order | None = None
     wrt: Sequence[str] = ()
-    step_losses: OuterLosses | None = None
     replays: ReplayCheck | None = None
 
     steps: list[InnerStep] = field(default_factory=list)
@@ -138,7 +104,6 @@ class Path:
     progress: Callable[[], object] | None = None
     start: Tree = field(default_factory=dict, init=False)
     setting_gradients: list[Options] = field(default_factory=list, init=False)
-    earlier_outer_losses: dict[int, Tensor] = field(default_factory=dict, init=False)
     _outer_gradient: Tree | None = field(default=None, init=False)
 
     @property
@@ -187,35 +152,10 @@ class Path:
         return "outer_loss" in vars(self)
 
     @property
-    def outer_losses(self) -> Tensor | None:
-        """L_k(θ_k) after each step, (K,), where each has an outer loss.
-
-        Known once the path has been differentiated.
-        """
-        if self.step_losses is None:
-            return None
-        earlier = [self.earlier_outer_losses[number] for number in range(1, len(self.steps))]
-        return torch.stack([*earlier, self.outer_loss])
-
-    @property
-    def whole_outer_loss(self) -> Tensor:
-        """L(θ′), or the sum over the steps where each has an outer loss."""
-        losses = self.outer_losses
-        if self.step_losses is None or losses is None:
-            return self.outer_loss
-        return self.step_losses.total(losses)
-
-    @property
     def known_outer_losses(self) -> list[Tensor]:
-        """The outer losses that have been taken so far.
-
-        L(θ′), L(θ), and L_k after the steps before the last.
-        """
+        """The outer losses that have been taken so far, of L(θ′) and L(θ)."""
         taken = [vars(self).get(name) for name in ("outer_loss", "outer_loss_before")]
-        return [
-            *(loss for loss in taken if loss is not None),
-            *self.earlier_outer_losses.values(),
-        ]
+        return [loss for loss in taken if loss is not None]
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′).
@@ -276,65 +216,15 @@ class Path:
 
         The pass draws from a stream apart from the teacher's.
         """
-        last_step = self.steps[-1]
-        return self._loss_and_gradient(
-            params,
-            self.outer_micro_batches,
-            start=last_step.passes[-1].random_state_after.branch(),
-            signal=last_step.signal,
-            gradient=gradient,
-            whole=self.whole_outer_batch,
-        )
-
-    def _outer_loss_after(self, number: int, *, gradient: bool) -> Tree:
-        """Return ∇L_k(θ_k) after the first k = ``number`` steps, and keep L_k.
-
-        Without ``gradient`` an empty tree.
-        """
-        assert self.step_losses is not None, "each step has an outer loss"
-        batch = self.step_losses.batches[number - 1]
-        step_before = self.steps[number - 1]
-        step = self.steps[number]
-        # As after a path of these steps alone: with its draws, and with the buffers that it leaves.
-        loss, loss_gradient = self._loss_and_gradient(
-            {name: p.detach() for name, p in step.params.items()},
-            micro_batches(batch, len(self.outer_micro_batches), "outer"),
-            start=step_before.passes[-1].random_state_after.branch(),
-            signal=step_before.signal,
-            gradient=gradient,
-            state=step.passes[0].state_before,
-            whole=None if self.whole_outer_batch is None else batch,
-        )
-        self.earlier_outer_losses[number] = loss
-        return loss_gradient
-
-    def _loss_and_gradient(
-        self,
-        params: Tree,
-        outer_micro_batches: Sequence[Any],
-        *,
-        start: RandomState,
-        signal: Signal,
-        gradient: bool,
-        state: State | None = None,
-        whole: Any = None,
-    ) -> tuple[Tensor, Tree]:
-        """Return an outer loss and, where it is asked for, its gradient.
-
-        Args:
-            params: the weights at which it is taken.
-            start: where its passes begin to draw.
-            signal: of the step that leads to these weights.
-            state: of the buffers; None: as they are now.
-            whole: the batch as one, where the loss may be no mean over micro-batches.
-        """
         problem = self.problem
+        last_step = self.steps[-1]
+        signal = last_step.signal
         if reads_signal_in_outer_input(problem):
             # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the
             # direct term.
             signal = signal.detached()
         inputs_and_batches = [
-            (outer_input(problem, batch, signal), batch) for batch in outer_micro_batches
+            (outer_input(problem, batch, signal), batch) for batch in self.outer_micro_batches
         ]
 
         def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
@@ -345,11 +235,10 @@ class Path:
             params,
             inputs_and_batches,
             judge,
-            start,
+            last_step.passes[-1].random_state_after.branch(),
             gradient=gradient,
-            state=state,
             look=None if look is None else look.at_outer_loss,
-            whole_batch=whole,
+            whole_batch=self.whole_outer_batch,
         )
 
     # ------------------------------------------------------------------------------- the adjoint
@@ -378,19 +267,10 @@ class Path:
         first = 0 if truncate is None else max(0, end - truncate)
         takes_start = "start" in self.wrt
         v = {name: t.to_dense() for name, t in self.outer_gradient().items()}
-        if self.step_losses is not None:
-            v = {name: self.step_losses.weights[-1] * t for name, t in v.items()}
         state_cotangent = None
         # This is dL/dθ where no step is differentiated.
         self.start = v
-        # Steps that are left out have outer losses too, where each step has one.
-        first_visited = first if self.step_losses is None else 0
-        for number, step in self._backwards(first_visited, 0, end, *self.keeping.spacings):
-            if number < first:
-                # The derivative of a step that is left out counts as the identity.
-                v = self._with_loss_before(number, v, gradient=takes_start)
-                self.start = v
-                continue
+        for number, step in self._backwards(first, 0, end, *self.keeping.spacings):
             if self.inner_batches.are_read_again:
                 # A batch that has changed since is refused.
                 self.inner_batch(number, step.inner_batch)
@@ -410,23 +290,9 @@ class Path:
                 v = {name: t + hessian[name] for name, t in theta_bar.items()}
                 checks.refuse_not_finite(NOT_FINITE.format(number), self.student.space.norm(v))
                 yield step, w, in_signal
-            v = self._with_loss_before(number, v, gradient=number > first or takes_start)
             self.start = v
             if self.progress is not None:
                 self.progress()
-
-    def _with_loss_before(self, number: int, v: Tree, *, gradient: bool) -> Tree:
-        """Return v plus the gradient of the outer loss before a step, where each step has one.
-
-        Without ``gradient`` the loss is taken, and v returned.
-        """
-        if self.step_losses is None or number == 0:
-            return v
-        weight = self.step_losses.weights[number - 1]
-        loss_gradient = self._outer_loss_after(number, gradient=gradient and weight != 0)
-        if not loss_gradient:
-            return v
-        return {name: t + weight * loss_gradient[name].to_dense() for name, t in v.items()}
 
     def _backwards(
         self, first: int, begin: int, end: int, *spacings: int
@@ -532,7 +398,14 @@ class Path:
         """
         first = 0 if truncate is None else max(0, len(self.steps) - truncate)
         steps = self.steps[first:]
-        outer = self._outer_cotangents(first)
+        ends: list[Tensor] = []
+        cotangents: list[Tensor] = []
+        theta_prime, _ = self.steps[-1].updated
+        outer_gradient = self.outer_gradient()
+        for name, p in theta_prime.items():
+            if p.requires_grad and name in outer_gradient:
+                ends.append(p)
+                cotangents.append(outer_gradient[name])
         fields_by_step = [step.signal.differentiable() for step in steps]
         leaves = [t for fields in fields_by_step for t in fields.values()]
         others: list[Tensor] = []
@@ -545,12 +418,12 @@ class Path:
             settings = [step.update.settings_in(self.settings) for step in steps]
             others, structure = pytree.tree_flatten((start, settings))
         gradients: Sequence[Tensor | None] = [None] * (len(leaves) + len(others))
-        if outer.ends and gradients:
+        if ends and gradients:
             slots = self.student.slots
             # Checkpoints run again here, at θ.
             with replay(slots.random_state(self.student.device), slots):
                 gradients = torch.autograd.grad(
-                    outer.ends, [*leaves, *others], outer.cotangents, allow_unused=True
+                    ends, [*leaves, *others], cotangents, allow_unused=True
                 )
         gradients_of_fields = iter(gradients[: len(leaves)])
         in_signals: list[InFields] = []
@@ -561,40 +434,8 @@ class Path:
             for t, gradient in zip(others, gradients[len(leaves) :], strict=True):
                 gradients_of_others.append(torch.zeros_like(t) if gradient is None else gradient)
             self.start, of_settings = pytree.tree_unflatten(gradients_of_others, structure)
-            for loss_gradient in outer.before:
-                self.start = {name: t + loss_gradient[name] for name, t in self.start.items()}
             self.setting_gradients = of_settings[::-1]
         return list(zip(steps, in_signals, strict=True))
-
-    def _outer_cotangents(self, first: int) -> _OuterCotangents:
-        """Return where outer losses are taken, and their gradients.
-
-        Args:
-            first: the number of the first step that is differentiated.
-        """
-        outer = _OuterCotangents([], [], [])
-
-        def add(params: Tree, gradient: Tree) -> None:
-            for name, p in params.items():
-                if p.requires_grad and name in gradient:
-                    outer.ends.append(p)
-                    outer.cotangents.append(gradient[name])
-
-        last_gradient = self.outer_gradient()
-        if self.step_losses is not None:
-            for number, weight in enumerate(self.step_losses.weights[:-1], start=1):
-                is_needed = weight != 0 and (number > first or "start" in self.wrt)
-                loss_gradient = self._outer_loss_after(number, gradient=is_needed)
-                loss_gradient = {name: weight * t for name, t in loss_gradient.items()}
-                if number >= first:
-                    add(self.steps[number].params, loss_gradient)
-                elif loss_gradient:
-                    outer.before.append(loss_gradient)
-            last_weight = self.step_losses.weights[-1]
-            last_gradient = {name: last_weight * t for name, t in last_gradient.items()}
-        theta_prime, _ = self.steps[-1].updated
-        add(theta_prime, last_gradient)
-        return outer
 
     # ------------------------------------------------------------------------- the student moves
 
@@ -654,7 +495,6 @@ def take_steps(
     keep: Keep | None = None,
     updates: Sequence[Update] = (),
     wrt: Sequence[str] = (),
-    step_losses: OuterLosses | None = None,
     replays: ReplayCheck | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Path:
@@ -666,7 +506,7 @@ def take_steps(
         student: the network.
         update: U.
         problem: the two losses.
-        outer_batch: as the outer loss reads it; where each step has an outer loss, the last one's.
+        outer_batch: as the outer loss reads it.
         inner_batches: one for each step; those of a function are read as they are taken.
         teach: returns the signal about a batch.
         accumulate: micro-batches that each batch is split into.
@@ -678,7 +518,6 @@ def take_steps(
         keep: chooses which steps keep their states; None: all do.
         updates: U of each step, where they differ by step, or have settings that are leaves.
         wrt: what the gradient is in besides the signals.
-        step_losses: an outer loss for each step.
         replays: compares steps that are computed again with the first time.
         progress: is called after each step.
     """
@@ -693,14 +532,12 @@ def take_steps(
         inner_batches=inner_batches,
         order=order,
         wrt=wrt,
-        step_losses=step_losses,
         replays=replays,
     )
     if accumulate > 1 and not is_mean_over_rows(problem):
         path.whole_outer_batch = outer_batch
     if not student.ranks.alone:
-        for batch in [outer_batch] if step_losses is None else step_losses.batches:
-            student.ranks.equal(length(batch), "the outer batch")
+        student.ranks.equal(length(outer_batch), "the outer batch")
     walk = _Walk(
         path,
         teach=teach,
@@ -786,9 +623,6 @@ class _Walk:
         if not self.ranks.alone:
             self.ranks.equal(length(inner_batch), "the inner batch")
         outer_parts = self.path.outer_micro_batches
-        if self.path.step_losses is not None:
-            outer_batch = self.path.step_losses.batches[number]
-            outer_parts = micro_batches(outer_batch, self.accumulate, "outer")
 
         # Line 2: ŷ ~ T(x), or the soft label. Most problems make it from the student's outputs on
         # each micro-batch.

@@ -33,7 +33,7 @@ from metapl.feedback import Estimator, Forward
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.feedback.keeping import FolderStates, Keeping, States, folder_of, keeping, path_number
 from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH, OuterLosses
+from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.functional.adjoint import Carry, Cotangents, Settings
 from metapl.functional.compiled import Capturing, refuse_gap, without_warnings_of_tracing
@@ -44,7 +44,6 @@ from metapl.functional.state import (
     on_value,
     settings_of,
     tensors_of,
-    with_fields,
 )
 from metapl.problems.base import BilevelProblem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
@@ -69,7 +68,6 @@ class PathRequest:
     clip_norm: float | None
     wrt: Sequence[str]
     judging: Sequence[BilevelProblem]
-    outer_losses: OuterLosses | None
     shows_progress: bool
     replay_tolerance: float
 
@@ -91,7 +89,6 @@ def differentiate(
     clip_norm: float | None = None,
     wrt: Sequence[str] = (),
     judging: Sequence[BilevelProblem] = (),
-    outer_losses: OuterLosses | None = None,
     accumulate: int = 1,
     progress: bool = False,
     replay_tolerance: float = REPLAY_TOLERANCE,
@@ -103,10 +100,9 @@ def differentiate(
 
     Args:
         mode: ``Forward`` or ``Unrolled``.
-        outer: the outer batch; where each step has an outer loss, that of the last step.
+        outer: the outer batch.
         judging: for the outer losses of M examples, in the place of the problem's; the results then
             have a first dimension M.
-        outer_losses: of each step.
         progress: whether to show how far it is.
     """
     of_teacher, of_student, device = layouts(teacher, student)
@@ -119,11 +115,6 @@ def differentiate(
         accumulate=accumulate,
     ):
         raise MetaplError(f"compile=True was given with {reason}; leave compile out.")
-    if outer_losses is not None and folder_of(mode.keep_on):
-        raise MetaplError(
-            f"keep_on={mode.keep_on!r} was given with an outer loss for each step; expected one "
-            "outer batch."
-        )
     request = PathRequest(
         teacher=teacher,
         student=student,
@@ -135,7 +126,6 @@ def differentiate(
         clip_norm=clip_norm,
         wrt=wrt,
         judging=judging,
-        outer_losses=outer_losses,
         shows_progress=progress,
         replay_tolerance=replay_tolerance,
     )
@@ -211,8 +201,6 @@ class PathPlan:
         start: the carry before the first step.
         phi: φ, the teacher's weights.
         first: the first step that is differentiated.
-        first_seen: the first step that the walk back comes to. Where each step has an outer loss,
-            those of the steps that are not differentiated count too.
         keeping: which steps keep their states.
         spacings: as at the head of :mod:`metapl.feedback.keeping`, down to 1.
         compared_step: the first step that moves the student, for a warm-up may begin with a rate
@@ -228,7 +216,6 @@ class PathPlan:
     start: Carry
     phi: Tree
     first: int
-    first_seen: int
     keeping: Keeping
     spacings: tuple[int, ...]
     compared_step: int
@@ -270,7 +257,6 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
         start=Carry(theta, optimizer_state, state, teacher_state),
         phi=phi,
         first=first,
-        first_seen=first if request.outer_losses is None else 0,
         keeping=way_of_keeping,
         spacings=(*way_of_keeping.spacings, 1),
         compared_step=compared_step,
@@ -492,7 +478,6 @@ class CompiledPath:
         replays: digests of states, by which it is seen whether steps that are computed again come
             out as they did. They are those of the states at the ends of blocks, and of every √K-th
             state where all are kept.
-        losses_before: L_k(θ_k) by k, of all steps but the last, where each has an outer loss.
     """
 
     def __init__(
@@ -505,7 +490,6 @@ class CompiledPath:
         self.judged = request.problem.outer_batch(request.outer)
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
-        self.losses_before: dict[int, Tensor] = {}
         # Whether steps draw from Python's or NumPy's generators, which is seen in the first one.
         self._draws_outside = True
 
@@ -581,8 +565,6 @@ class CompiledPath:
                 (v,) = vmap(pull)(torch.eye(len(L)).to(L))
             else:
                 (v,) = pull(torch.ones_like(L))
-        if request.outer_losses is not None:
-            v = {name: request.outer_losses.weights[-1] * t for name, t in v.items()}
         in_optimizer, in_teacher = pytree.tree_map(
             lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, self.plan.phi)
         )
@@ -597,18 +579,10 @@ class CompiledPath:
         done = plan.steps - back.end
         with step_bar(self.request.shows_progress, to_go, "steps back", done) as advance:
             for number, carry in self._backwards(0, back.end, plan.spacings):
-                start = None
-                if self.request.outer_losses is not None:
-                    # To read it takes a while, in steps of a fraction of a millisecond.
-                    start = RandomState.now(plan.device)
-                if number < plan.first_seen:
-                    break
                 if number < plan.first:
-                    back.bars = self._with_loss_before(number, carry, start, back.bars)
-                    continue
+                    break
                 self._compare_replay(number, carry)
                 self._take_adjoint(number, carry, back)
-                back.bars = self._with_loss_before(number, carry, start, back.bars)
                 advance()
                 if self.states.is_stored:
                     self._store_way_back(number, back)
@@ -636,23 +610,16 @@ class CompiledPath:
             kind = self.book.kind_of(number)
             zeros = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in kind.zeros.items()}
             feedback.append(on_value(zeros, kind.value))
-        outer_loss = L
-        outer_losses = None
-        if request.outer_losses is not None:
-            of_others = [self.losses_before[number] for number in range(1, plan.steps)]
-            outer_losses = torch.stack([*of_others, L])
-            outer_loss = request.outer_losses.total(outer_losses)
         return Hypergradient(
             grads=back.bars.teacher if "teacher" in request.wrt else {},
             feedback=tuple(feedback[::-1]),
             inner_loss=torch.stack(self.book.losses).mean(),
-            outer_loss=outer_loss,
+            outer_loss=L,
             student_params=carry.params,
             inner_state=None,
             kept=plan.keeping.words(plan.steps),
             start=back.bars.params if "start" in request.wrt else {},
             settings=stacked_settings(back.in_settings[::-1], request.settings, plan.options[0]),
-            outer_losses=outer_losses,
             replay_error=self.replays.error,
             float32_products=float32_products(plan.device),
         )
@@ -692,7 +659,7 @@ class CompiledPath:
         self.replays.compare(number + 1, after.params, after.optimizer)
         start.restore()
 
-    # --------------------------------------------------------------------------------- outer losses
+    # ------------------------------------------------------------------------------ the outer loss
 
     def _outer_loss(self, state: Tree, judged: Any, theta: Tree) -> Tensor:
         """Return L at these weights, a scalar, or (M,) by the problems that judge."""
@@ -709,26 +676,6 @@ class CompiledPath:
         losses = torch.stack([total / weight for total, weight in sums])
         return losses if self.request.judging else losses[0]
 
-    def _with_loss_before(
-        self, number: int, carry: Carry, start: RandomState | None, bars: Cotangents
-    ) -> Cotangents:
-        """Return the cotangents before a step, and in them the outer loss of the step before it.
-
-        Args:
-            start: the generators before the step; None where the steps have no outer losses.
-        """
-        outer_losses = self.request.outer_losses
-        if outer_losses is None or start is None or number == 0:
-            return bars
-        judged = self.request.problem.outer_batch(outer_losses.batches[number - 1])
-        with replayed(start.branch()):
-            L, pull = vjp(partial(self._outer_loss, carry.state, judged), carry.params)
-            (gradient,) = pull(torch.ones_like(L))
-        self.losses_before[number] = L
-        weight = outer_losses.weights[number - 1]
-        params = {name: t + weight * gradient[name] for name, t in bars.params.items()}
-        return with_fields(bars, params=params)
-
     # --------------------------------------------------------------------------------- kept states
 
     def _backwards(
@@ -743,7 +690,7 @@ class CompiledPath:
         spacing, *finer = spacings
         for block in reversed(range(begin, end, spacing)):
             block_end = min(block + spacing, end)
-            if block_end <= self.plan.first_seen:
+            if block_end <= self.plan.first:
                 return
             carry = self._take_kept(block)
             if not finer:

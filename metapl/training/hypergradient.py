@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, require_batches
+from metapl.execution.batch import Batch
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
 from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
+from metapl.feedback.lookahead import require_batches
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, kind_of
@@ -61,11 +62,7 @@ def hypergradient(
             :class:`metapl.problems.LearningToReweight`.
         outer: (x_l, y_l) of the outer loss, B_l rows, or what
             :meth:`metapl.BilevelProblem.outer_batch` reads; x_l is a tensor, or a dict or tuple of
-            them. A dict that also holds the labels, under ``labels``, is such a pair. Or a
-            :class:`metapl.Lookahead` of K outer batches, one for each of K student steps: L is then
-            the sum Σ_k weight_k L_k(θ_k) of the losses after the steps (MAML++), at the cost of one
-            path and K outer passes. Modes ``forward`` and ``unrolled``, without ``verify``; the
-            batches of a function are held.
+            them. A dict that also holds the labels, under ``labels``, is such a pair.
         inner: x_u, or (weak, strong), of the inner step, B rows; any batch that ``problem`` reads.
             Or a :class:`metapl.Lookahead` of K such batches, for K student steps.
         mode: one of :data:`metapl.MODES`, or an estimator value.
@@ -135,10 +132,6 @@ def hypergradient(
         replay_tolerance=replay_tolerance,
     )
     differentiation = Differentiation(request, compiles=compile)
-    if verify and differentiation.step_losses is not None:
-        raise MetaplError(
-            f"verify={verify!r} was given with an outer loss for each step; expected verify=False."
-        )
     if verify:
         check = check_gradient(
             teacher,
@@ -165,18 +158,16 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
             f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected "
             "compile=False."
         )
-    step_losses = differentiation.step_losses
     result = differentiate(
         request.teacher,
         request.student,
         differentiation.problem,
         differentiation.inner_optimizer,
         differentiation.estimate,
-        request.outer if step_losses is None else step_losses.batches[-1],
+        request.outer,
         differentiation.ahead,
         clip_norm=request.clip_norm,
         wrt=differentiation.wrt,
-        outer_losses=step_losses,
         accumulate=request.accumulate,
         progress=request.shows_progress,
         replay_tolerance=request.replay_tolerance,

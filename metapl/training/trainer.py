@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metapl.data.feed import Source
 from metapl.errors import FieldError, MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, require_batches
+from metapl.execution.batch import Batch, Inputs, labeled_pair, plain
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import no_fast_path
@@ -35,7 +35,7 @@ from metapl.feedback.door import (
     refuse_learned_settings,
 )
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.feedback.lookahead import InnerBatches, refuse_outer_lookahead
+from metapl.feedback.lookahead import InnerBatches, require_batches
 from metapl.feedback.order import Order, Orders
 from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
@@ -409,7 +409,6 @@ class BilevelTrainer(Trainer):
             fails; the teacher may have.
         """
         require_batches(outer, inner)
-        refuse_outer_lookahead(outer)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
         opened = self._open_step(outer, inner_batches)
         if self.compile:
@@ -795,7 +794,6 @@ class BilevelTrainer(Trainer):
         before anything moves.
         """
         require_batches(outer, inner)
-        refuse_outer_lookahead(outer)
         inner_batches = InnerBatches.of_one_step(inner)
         if self.lookahead == 1:
             opened = self._open_step(outer, inner_batches)

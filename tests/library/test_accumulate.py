@@ -505,33 +505,6 @@ def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
     assert by_batch.direct["weight"].norm() > 1e-3
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_an_outer_loss_of_all_rows_after_each_step(norm: bool) -> None:
-    """Each is of its own outer batch, on the buffers of its own step."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.BatchNorm1d(8).eval()] if norm else []
-    student = nn.Sequential(nn.Linear(5, 8), *layers, nn.Tanh(), nn.Linear(8, 3)).double()
-    teacher = metapl.problems.Table(torch.linspace(-1, 1, 12)).double()
-    outer_batches = []
-    inner_batches = []
-    for number, labels in enumerate((LABELS, LATE, LABELS.flip(0))):
-        data = outer_and_inner(labels)
-        x, y = data["outer"]
-        outer_batches.append((x + 0.1 * number, y))
-        inner_batches.append(data["inner"])
-    inputs: dict[str, Any] = {
-        "outer": metapl.Lookahead(outer_batches),
-        "inner": metapl.Lookahead(inner_batches),
-        "problem": Judged(not_ignored),
-        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.5),
-    }
-    by_batch = metapl.hypergradient(teacher, student, **inputs, accumulate=1)
-    by_parts = metapl.hypergradient(teacher, student, **inputs, accumulate=2)
-    torch.testing.assert_close(by_parts.outer_losses, by_batch.outer_losses)
-    for name, g in by_batch.grads.items():
-        torch.testing.assert_close(by_parts.grads[name], g, rtol=1e-9, atol=1e-12)
-
-
 # ----------------------------------------------- own losses that are means over what is not ignored
 
 

@@ -101,22 +101,6 @@ def test_hypergradient_names_it_too(outer: str, steps: int, mode: Any) -> None:
         )
 
 
-def test_an_outer_loss_in_the_middle_of_a_path_is_named() -> None:
-    """One of the losses after each step."""
-    student = network()
-    outer = metapl.Lookahead([pair(), (pair()[0] * float("nan"), pair()[1]), pair()])
-    with pytest.raises(MetaplError, match="the outer loss is NaN or infinite"):
-        metapl.hypergradient(
-            None,
-            student,
-            outer=outer,
-            inner=metapl.Lookahead([pair()] * 3),
-            problem=EqualWeights(),
-            inner_optimizer=sgd(student),
-            wrt="start",
-        )
-
-
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_bad_inner_batch_is_not_blamed_on_the_outer_one(verify: bool) -> None:
     trainer = metapl.BilevelTrainer(network(), network(), teacher_losses=(), verify=verify)
@@ -465,10 +449,6 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a seed for a generator": (
         lambda: metapl.BilevelTrainer(network(), network(), generator=5),  # type: ignore[arg-type]
         r"generator is of type int; expected torch.Generator\('cpu'\).manual_seed\(0\), or none",
-    ),
-    "words for weights of outer batches": (
-        lambda: metapl.Lookahead([pair()] * 3, weights="all"),  # type: ignore[arg-type]
-        "weights that are of type str; expected 3 numbers",
     ),
     "no removals": (
         lambda: attribution().validate([]),

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import Batch, map_tensors, micro_batches, plain, require_batches
+from metapl.execution.batch import Batch, map_tensors, micro_batches, plain
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.state import RandomState
@@ -32,7 +32,7 @@ from metapl.feedback.door import (
     refuse_hooks,
     refuse_learned_settings,
 )
-from metapl.feedback.lookahead import InnerBatches
+from metapl.feedback.lookahead import InnerBatches, require_batches
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state
