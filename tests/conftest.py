@@ -36,7 +36,6 @@ LONGEST = [
         "test_planted_faults",
         "test_fit_resumed",
         "test_functional",
-        "test_resumed_paths",
         "test_long_paths",
     ),
     *(

@@ -202,7 +202,7 @@ class Estimator(ABC):
     """
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
-    keep_on: str | None = None
+    keep_on: Literal["cpu"] | None = None
     """Where states of a look-ahead are kept, as for :class:`Forward`."""
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""

@@ -112,7 +112,7 @@ class Forward(Estimator):
         keep_every: of K steps, every so many (m) keep their weights and optimizer state; the others
             are computed again, in the memory of about K/m + m steps; 1: all are kept. None: all of
             up to 50 steps; of more, as many as half of the free memory holds: all, every √K-th, or
-            a tree; in a folder, every √K-th.
+            a tree.
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed
             again once for every factor of 10 in K after the first.
         by: how one step, or the first of several, is differentiated: ``"graph"``, ⟨g, w⟩ by the
@@ -123,10 +123,7 @@ class Forward(Estimator):
             up to :data:`SMALL` weights), or of tangent and double backward; chosen at a trainer's
             first step, and in each call of :func:`metapl.hypergradient`, whose result says it
             (``order``).
-        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host; or an
-            existing folder, of one call of :func:`metapl.hypergradient` or :func:`metapl.attribute`
-            with ``compile=True`` at a time. A call that was killed goes on when it is repeated, bit
-            for bit.
+        keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host.
 
     Takes: soft signals; hard labels by the expectation. Cost: 12 student passes a step with the
     teacher's 3; by tangent no graph beyond that of a plain step. Of K steps looked ahead, every one
@@ -148,7 +145,7 @@ class Forward(Estimator):
     truncate: Truncation | None = None
     keep_every: Steps | None = None
     keep: Literal["tree"] | None = None
-    keep_on: str | None = None
+    keep_on: Literal["cpu"] | None = None
     by: By | None = None
 
     name: ClassVar[str] = "forward"

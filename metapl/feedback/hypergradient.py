@@ -233,11 +233,6 @@ class Differentiation:
         """Read the look-ahead, and refuse what does not go together."""
         inner = self.request.inner
         self.ahead: Lookahead = inner if isinstance(inner, Lookahead) else Lookahead([inner])
-        keep_on = self.estimate.keep_on
-        if keep_on not in (None, "cpu") and not self.compiles:
-            raise MetaplError(
-                f"keep_on={keep_on!r} is a folder; expected compile=True with it, or keep_on='cpu'."
-            )
         # The options of the param groups in each step; an empty list says that they are those of
         # the inner optimizer in all of them.
         self.options: list[Any] = self.ahead.options(self.inner_optimizer)

@@ -5,40 +5,24 @@ walked. On the way back, a block between two of them is walked again, and keeps 
 ``spacings[1]``, and so on; the steps of the finest blocks are all held. With spacings b^n, ..., b²,
 b this is the tree of REPLAY, of branching b: some b log_b K states, and each step is computed again
 once a level.
-
-A compiled path in a folder goes on after its process was killed:
-
-    path.ckpt    whose path it is, the generators at its beginning, how far it came, and its book
-    kept-N.ckpt  the state before step N, for the way back; of the last N, after all steps
-
-Each file is the old one or the whole new one, with its checksum (:mod:`metapl.runs.checkpoint`). A
-path that has ended removes them all.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import digest
 from metapl.execution.ranks import ALONE, Ranks
-from metapl.execution.state import RandomState
-from metapl.problems.base import BilevelProblem, kind_of
-from metapl.runs import checkpoint
-from metapl.runs.folder import Folder as OwnedFolder
-from metapl.updates import Update
 
 # All of so many steps keep their states, unless told otherwise.
 ALL_KEPT = 50
@@ -54,11 +38,11 @@ class Keeping:
 
     Args:
         spacings: as at the head of this file; none: all steps are held.
-        on: None: where the student is; "cpu": on the host; else a folder.
+        on: None: where the student is; "cpu": on the host.
     """
 
     spacings: tuple[int, ...] = ()
-    on: str | None = None
+    on: Literal["cpu"] | None = None
 
     def states(self, steps: int) -> int:
         """Return the most states that are held at once."""
@@ -84,25 +68,17 @@ class Room:
         steps: K.
         state_bytes: the size of one state.
         memory: bytes; ``math.inf`` where the system does not say.
-        disk: bytes of the folder's disk; ``math.inf`` without a folder.
-        has_folder: whether states lie in a folder, but for those of the finest blocks.
     """
 
     steps: int
     state_bytes: int
     memory: float
-    disk: float
-    has_folder: bool
 
     def holds(self, way: Keeping, share: float = 1.0) -> bool:
         """Return whether the states of a way of keeping fit, into a ``share`` of the memory."""
-        in_files = 0
-        if self.has_folder and way.spacings:
-            in_files = way.states(self.steps) - min(self.steps, way.spacings[-1])
         # The student has the first state itself.
-        in_memory = way.states(self.steps) - in_files - 1
-        fits_memory = in_memory * self.state_bytes <= share * self.memory
-        return fits_memory and in_files * self.state_bytes <= self.disk
+        states = way.states(self.steps) - 1
+        return states * self.state_bytes <= share * self.memory
 
 
 def keeping(
@@ -110,12 +86,10 @@ def keeping(
     state_bytes: int,
     device: torch.device,
     spacing: int | Literal["tree"] | None,
-    on: str | None,
+    on: Literal["cpu"] | None,
     ranks: Ranks = ALONE,
 ) -> Keeping:
-    """Return which of so many steps keep their states.
-
-    What memory, or the disk of a folder, does not hold is refused.
+    """Return which of so many steps keep their states; what memory does not hold is refused.
 
     Args:
         state_bytes: the size of one state.
@@ -139,31 +113,29 @@ def keeping(
         way = tree
     elif spacing is not None:
         way = Keeping((spacing,) if spacing > 1 else (), on)
-    elif room.has_folder or (room.memory == math.inf and steps > ALL_KEPT):
+    elif room.memory == math.inf and steps > ALL_KEPT:
         way = root
     else:
         share = 1.0 if steps <= ALL_KEPT else SHARE_OF_MEMORY
         way = next((way for way in ways.values() if room.holds(way, share)), tree)
 
-    if room.has_folder and not way.spacings:
-        raise MetaplError(
-            f"keep_every=1 holds all steps, and none in the folder {on!r}; expected "
-            "keep_every=None."
-        )
     if not room.holds(way):
         raise MetaplError(too_large(way, ways, room))
     return way
 
 
 def room_for(
-    steps: int, state_bytes: int, device: torch.device, *, on: str | None, ranks: Ranks
+    steps: int,
+    state_bytes: int,
+    device: torch.device,
+    *,
+    on: Literal["cpu"] | None,
+    ranks: Ranks,
 ) -> Room:
     """Return what is free for the states of a path; of several processes, the least of theirs."""
-    folder = folder_of(on)
     place = torch.device("cpu") if on == "cpu" else device
     bytes_free = free_bytes(place)
     memory = math.inf if bytes_free is None else float(bytes_free)
-    disk = float(shutil.disk_usage(folder).free) if folder else math.inf
     if not ranks.alone:
         # Their parts of a state differ in size, and every process has to choose the same.
         if place.type == "cpu":
@@ -172,7 +144,7 @@ def room_for(
         most, least = ranks.greatest(of_rank).tolist()
         state_bytes = int(most)
         memory = -least
-    return Room(steps, state_bytes, memory=memory, disk=disk, has_folder=folder is not None)
+    return Room(steps, state_bytes, memory=memory)
 
 
 def too_large(way: Keeping, ways: Mapping[str, Keeping], room: Room) -> str:
@@ -182,16 +154,12 @@ def too_large(way: Keeping, ways: Mapping[str, Keeping], room: Room) -> str:
         for name, other in ways.items()
         if room.holds(other)
     ]
-    if not room.has_folder:
-        expected.append("keep_on= with a folder and compile=True")
     expected.append("fewer steps")
-    free = {"memory": room.memory, "disk": room.disk}
-    there = [f"{readable(size)} of {name}" for name, size in free.items() if size < math.inf]
     count = way.states(room.steps)
     return (
         f"{way.words(room.steps)} would keep {count:,} states of {readable(room.state_bytes)}, "
-        f"{readable(count * room.state_bytes)} together, and {' and '.join(there)} are free; "
-        f"expected {', '.join(expected)}."
+        f"{readable(count * room.state_bytes)} together, and {readable(room.memory)} of memory "
+        f"are free; expected {', '.join(expected)}."
     )
 
 
@@ -199,15 +167,6 @@ def readable(size: float) -> str:
     """Return a number of bytes with three digits and a unit."""
     power = min(int(math.log10(max(size, 1)) / 3), 4)
     return f"{size / 1000**power:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-
-
-def folder_of(on: str | None) -> FilePath | None:
-    """Return the folder that ``keep_on`` names, or None; one that does not exist is refused."""
-    if on is None or on == "cpu":
-        return None
-    if not FilePath(on).is_dir():
-        raise MetaplError(f'keep_on={on!r} is no folder; expected "cpu", or a folder that exists.')
-    return FilePath(on)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -227,27 +186,16 @@ def free_bytes(device: torch.device) -> int | None:
 class States:
     """Kept states in memory, by the number of their step.
 
-    Attributes:
-        is_stored: whether states are in a folder, and the path with them.
+    Args:
+        on: as of :class:`Keeping`.
     """
 
-    is_stored = False
-
-    def __init__(self, on: str | None) -> None:
+    def __init__(self, on: Literal["cpu"] | None) -> None:
         self.on = on
         self._states = dict[int, Any]()
 
-    @contextmanager
-    def opened(self) -> Iterator[Mapping[str, Any] | None]:
-        """Yield what :meth:`store` wrote last in a process that was killed; in memory nothing."""
-        yield None
-
-    def keep(self, number: int, state: Any, is_held: bool = False) -> None:
-        """Keep the state before a step.
-
-        Args:
-            is_held: whether it is in a block all of whose states are held in memory.
-        """
+    def keep(self, number: int, state: Any) -> None:
+        """Keep the state before a step."""
         if self.on == "cpu":
             state = on_host(state)
         self._states[number] = state
@@ -256,12 +204,6 @@ class States:
         """Return the state before a step, which is no longer kept."""
         state = self._states.pop(number)
         return back_on_device(state) if self.on == "cpu" else state
-
-    def store(self, book: Mapping[str, Any]) -> None:
-        """Store all that is known of the path, from which it goes on; in memory nothing."""
-
-    def forget(self, first: int, end: int) -> None:
-        """Remove the states before these steps, which the way back no longer needs."""
 
 
 def on_host(state: Any) -> tuple[list[Any], Any, list[torch.device | None]]:
@@ -278,151 +220,3 @@ def back_on_device(state: tuple[list[Any], Any, list[torch.device | None]]) -> A
     pairs = zip(leaves, devices, strict=True)
     moved = [leaf if device is None else leaf.to(device) for leaf, device in pairs]
     return pytree.tree_unflatten(moved, structure)
-
-
-class FolderStates(States):
-    """Kept states in a folder, but for those of the finest blocks; a killed path goes on by them.
-
-    Args:
-        number: by which the path is recognized, :func:`path_number`.
-        device: whose generators, as they are now, are those at the beginning of the path.
-    """
-
-    is_stored = True
-
-    def __init__(self, folder: FilePath, number: int, device: torch.device) -> None:
-        super().__init__(None)
-        self.folder = folder
-        self._whose = {"of": number, "random": RandomState.now(device).values()}
-
-    @contextmanager
-    def opened(self) -> Iterator[Mapping[str, Any] | None]:
-        """Own the folder until the block ends; a path that ends removes its files.
-
-        Yields what :meth:`store` wrote last in a process that was killed; None where no path is
-        here. The path of another call is refused.
-        """
-        with OwnedFolder(self.folder).locked():
-            # Processes that were killed while they wrote have left these.
-            for unfinished in self.folder.glob("*.tmp"):
-                unfinished.unlink(missing_ok=True)
-            path_file = self.folder / "path.ckpt"
-            book: Mapping[str, Any] | None = None
-            if path_file.exists():
-                content = self._read("path")
-                if content["whose"]["of"] != self._whose["of"]:
-                    raise MetaplError(
-                        f"keep_on={str(self.folder)!r} holds a path of other networks, batches or "
-                        f"options; expected the call that was killed, or {path_file} removed."
-                    )
-                self._whose = content["whose"]
-                book = content["known"]
-            else:
-                self._remove()
-            yield book
-            self._remove()
-
-    def store(self, book: Mapping[str, Any]) -> None:
-        self._write("path", {"whose": self._whose, "known": book})
-
-    def forget(self, first: int, end: int) -> None:
-        for number in range(first, end):
-            self._file(number).unlink(missing_ok=True)
-
-    def keep(self, number: int, state: Any, is_held: bool = False) -> None:
-        if is_held:
-            super().keep(number, state)
-        elif not self._file(number).exists():
-            self._write(self._file(number).stem, {"state": state})
-
-    def take(self, number: int) -> Any:
-        if number in self._states:
-            return super().take(number)
-        return self._read(self._file(number).stem)["state"]
-
-    def _file(self, number: int) -> FilePath:
-        return self.folder / f"kept-{number:08d}.ckpt"
-
-    def _remove(self) -> None:
-        """Remove the files of the path, its name first: what is left without it is nobody's."""
-        for file in (self.folder / "path.ckpt", *self.folder.glob(f"kept-{'[0-9]' * 8}.ckpt")):
-            file.unlink(missing_ok=True)
-
-    def _write(self, name: str, content: Mapping[str, Any]) -> None:
-        """Write plain values and tensors, with the device and the strides of each tensor."""
-        places = [
-            (str(t.device), t.stride()) if isinstance(t, Tensor) else None
-            for t in pytree.tree_leaves(content)
-        ]
-        checkpoint.save(self.folder / f"{name}.ckpt", {"content": content, "places": places})
-
-    def _read(self, name: str) -> Any:
-        """Return what was written, with each tensor on its device and in its order of memory.
-
-        Kernels round by the order of the memory.
-        """
-        file = checkpoint.load(self.folder / f"{name}.ckpt")
-        leaves, structure = pytree.tree_flatten(file["content"])
-        for number, place in enumerate(file["places"]):
-            if place is None:
-                continue
-            device, strides = place
-            leaf = leaves[number]
-            tensor = torch.empty_strided(leaf.shape, strides, dtype=leaf.dtype, device=device)
-            leaves[number] = tensor.copy_(leaf)
-        return pytree.tree_unflatten(leaves, structure)
-
-
-def generators_at_start(folder: str | None, device: torch.device) -> RandomState:
-    """Return the generators at the beginning of the path that a killed process has left.
-
-    Where a folder has no path, the generators as they are now.
-    """
-    place = folder_of(folder)
-    if place is None or not (place / "path.ckpt").exists():
-        return RandomState.now(device)
-    whose = checkpoint.load(place / "path.ckpt")["content"]["whose"]
-    return RandomState(device, **whose["random"])
-
-
-def path_number(
-    student: nn.Module,
-    teacher: nn.Module,
-    problem: BilevelProblem,
-    mode: Any,
-    update: Update,
-    optimizer: torch.optim.Optimizer,
-    others: Any,
-) -> int:
-    """Return a number by which a path is recognized in its folder.
-
-    It depends on the networks, the losses, U, the mode, autocast, and ``others``, such as batches.
-    Files of earlier versions have it too: what it is made of may not change its form.
-    """
-    device_type = next(student.parameters()).device.type
-    groups = [{**group, "params": len(group["params"])} for group in optimizer.param_groups]
-    rule = (type(optimizer).__name__, str(groups), update.read_state())
-    # The words of a tensor are rounded, so it counts itself.
-    attributes = {
-        name: value if isinstance(value, Tensor) else str(value)
-        for name, value in vars(problem).items()
-    }
-    losses = (kind_of(problem), attributes)
-    mode_in_words = (mode.name, str({**vars(mode), "keep_on": None}))
-    autocast = (
-        torch.is_autocast_enabled(device_type),
-        str(torch.get_autocast_dtype(device_type)),
-    )
-    networks = (parts_of_number(student), parts_of_number(teacher))
-    return int(digest((*networks, rule, losses, mode_in_words, autocast, others)))
-
-
-def parts_of_number(network: nn.Module) -> tuple[Any, ...]:
-    """Return what of a network counts in the number of a path."""
-    is_training = [part.training for part in network.modules()]
-    return (
-        str(network),
-        is_training,
-        dict(network.named_parameters()),
-        dict(network.named_buffers()),
-    )

@@ -31,7 +31,7 @@ from metapl.execution.numerics import HALF, Tree, deterministic, float32_product
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
-from metapl.feedback.keeping import FolderStates, Keeping, States, folder_of, keeping, path_number
+from metapl.feedback.keeping import Keeping, States, keeping
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
@@ -143,19 +143,7 @@ def differentiate(
     plan = plan_of(request, update, device)
     refuse_other_gradient(request, plan, graphs, ahead[plan.compared_step])
 
-    states = States(mode.keep_on)
-    if folder := folder_of(mode.keep_on):
-        number = path_number(
-            student,
-            teacher or nn.Module(),
-            problem,
-            mode,
-            update,
-            optimizer,
-            (plan.options, wrt, clip_norm, outer, ahead[0], plan.steps),
-        )
-        states = FolderStates(folder, number, device)
-    return CompiledPath(request, plan, graphs, states).find()
+    return CompiledPath(request, plan, graphs).find()
 
 
 def why_not_compiled(
@@ -366,19 +354,19 @@ class SignalKind(NamedTuple):
 
 @dataclass
 class StepBook:
-    """What is known of the steps that a path has taken; in a folder it is stored.
+    """What is known of the steps that a path has taken.
 
     Attributes:
         losses: the inner loss of each step, scalars.
         digests: of the batch of each step, where it is read again: whole numbers.
-        kind_numbers: of each step, the place of its batch's shapes among ``kinds``.
-        kinds: by the shapes of a batch.
+        kinds: of the signals, by the shapes of a batch.
+        kinds_of_steps: that of each step.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     digests: list[Tensor] = field(default_factory=list)
-    kind_numbers: list[int] = field(default_factory=list)
     kinds: dict[Shapes, SignalKind] = field(default_factory=dict)
+    kinds_of_steps: list[SignalKind] = field(default_factory=list)
 
     def note_batch(self, number: int, batch: Batch) -> None:
         """Note a batch that was read; refuse one that is another than when it was read before."""
@@ -399,71 +387,25 @@ class StepBook:
             fields = Signal(**signal).differentiable()
             zeros = {name: torch.zeros_like(t) for name, t in fields.items()}
             self.kinds[shapes] = SignalKind(zeros, signal["value"])
-        if number == len(self.kind_numbers):
-            self.kind_numbers.append([*self.kinds].index(shapes))
-
-    def kind_of(self, number: int) -> SignalKind:
-        """Return what the signal of a step was like."""
-        return [*self.kinds.values()][self.kind_numbers[number]]
-
-    def stored(self) -> dict[str, Any]:
-        """Return the book as plain values, for a file."""
-        return {
-            "losses": torch.stack(self.losses),
-            "digests": torch.stack(self.digests),
-            "kinds": self.kind_numbers,
-            "signals": {shapes: (kind.zeros, kind.value) for shapes, kind in self.kinds.items()},
-        }
-
-    @staticmethod
-    def of(stored: Mapping[str, Any]) -> StepBook:
-        """Return a book that was stored."""
-        return StepBook(
-            losses=[*stored["losses"].unbind()],
-            digests=[*stored["digests"].unbind()],
-            kind_numbers=stored["kinds"],
-            kinds={shapes: SignalKind(*kind) for shapes, kind in stored["signals"].items()},
-        )
+        if number == len(self.kinds_of_steps):
+            self.kinds_of_steps.append(self.kinds[shapes])
 
 
 @dataclass
 class WayBack:
-    """How far the walk back has come, and what it has found.
+    """What the walk back has found so far.
 
     Attributes:
-        end: the number of the step before which the cotangents are.
         outer_loss: L(θ_K), a scalar, or (M,) of M outer losses.
-        bars: the cotangents of the carry before that step.
+        bars: the cotangents of the carry before the step to which it has come.
         feedback: h of the steps from there on, from the last one to the first.
         in_settings: the gradients in the settings of these steps, in the same order.
     """
 
-    end: int
     outer_loss: Tensor
     bars: Cotangents
     feedback: list[Any] = field(default_factory=list)
     in_settings: list[Any] = field(default_factory=list)
-
-    def stored(self) -> dict[str, Any]:
-        """Return it as plain values, for a file."""
-        return {
-            "at": self.end,
-            "L": self.outer_loss,
-            "feedback": self.feedback,
-            "in_settings": self.in_settings,
-            "bars": [*self.bars],
-        }
-
-    @staticmethod
-    def of(stored: Mapping[str, Any]) -> WayBack:
-        """Return a way back that was stored."""
-        return WayBack(
-            end=stored["at"],
-            outer_loss=stored["L"],
-            bars=Cotangents(*stored["bars"]),
-            feedback=stored["feedback"],
-            in_settings=stored["in_settings"],
-        )
 
 
 # ---------------------------------------------------------------------------------------- the walk
@@ -480,13 +422,11 @@ class CompiledPath:
             state where all are kept.
     """
 
-    def __init__(
-        self, request: PathRequest, plan: PathPlan, graphs: Graphs, states: States
-    ) -> None:
+    def __init__(self, request: PathRequest, plan: PathPlan, graphs: Graphs) -> None:
         self.request = request
         self.plan = plan
         self.graphs = graphs
-        self.states = states
+        self.states = States(request.mode.keep_on)
         self.judged = request.problem.outer_batch(request.outer)
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
@@ -503,15 +443,12 @@ class CompiledPath:
                 deterministic(self.plan.device),
                 Capturing(),
                 without_warnings_of_tracing(),
-                self.states.opened() as stored,
             ):
-                carry = self._begin(stored)
-                carry = self._walk_forward(carry)
+                # A function that always returns another batch is refused here, not after the path.
+                self._read_batch(0)
+                carry = self._walk_forward()
                 ended = RandomState.now(self.plan.device)
-                if stored is not None and stored["back"]:
-                    back = WayBack.of(stored["back"])
-                else:
-                    back = self._turn_back(carry, ended)
+                back = self._turn_back(carry, ended)
                 self._walk_back(back)
         except BaseException:
             begun.restore()
@@ -519,40 +456,23 @@ class CompiledPath:
         ended.restore()
         return self._result(carry, back)
 
-    def _begin(self, stored: Mapping[str, Any] | None) -> Carry:
-        """Return the carry to begin with: the start, or that to which a killed process came."""
-        if stored is None:
-            # A function that always returns another batch is refused here, not after the path.
-            self._read_batch(0)
-            return self.plan.start
-        self.book = StepBook.of(stored)
-        self.replays.digests = stored.get("replays", {})
-        done = len(self.book.losses)
-        carry = self._take_kept(done)
-        # Of a path that is truncated, no other batch is read again.
-        self._read_batch(done - 1)
-        return carry
-
-    def _walk_forward(self, carry: Carry) -> Carry:
-        """Take the steps that are not in the book, and return the carry after the last one."""
+    def _walk_forward(self) -> Carry:
+        """Take the steps, and return the carry after the last one."""
         plan = self.plan
-        done = len(self.book.losses)
-        with step_bar(self.request.shows_progress, plan.steps, "steps", done) as advance:
-            for number in range(done, plan.steps):
+        carry = plan.start
+        with step_bar(self.request.shows_progress, plan.steps, "steps", 0) as advance:
+            for number in range(plan.steps):
                 if number % plan.spacings[0] == 0:
                     self._keep(number, carry)
-                start = RandomState.now(plan.device) if number == done else None
+                start = RandomState.now(plan.device) if number == 0 else None
                 carry, loss = self._take_step(number, carry)
                 if start is not None:
                     self._draws_outside = RandomState.now(plan.device).has_drawn_outside(start)
                 self.book.losses.append(loss)
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                 advance()
-        if done < plan.steps:
-            if self.states.is_stored:
-                self._keep(plan.steps, carry)
-            elif plan.steps > 1:
-                self.replays.note(plan.steps, carry.params, carry.optimizer)
+        if plan.steps > 1:
+            self.replays.note(plan.steps, carry.params, carry.optimizer)
         return carry
 
     def _turn_back(self, carry: Carry, ended: RandomState) -> WayBack:
@@ -568,28 +488,23 @@ class CompiledPath:
         in_optimizer, in_teacher = pytree.tree_map(
             lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, self.plan.phi)
         )
-        return WayBack(
-            end=self.plan.steps, outer_loss=L, bars=Cotangents(v, in_optimizer, in_teacher)
-        )
+        return WayBack(outer_loss=L, bars=Cotangents(v, in_optimizer, in_teacher))
 
     def _walk_back(self, back: WayBack) -> None:
         """Take the adjoints of the steps from the last to the first one that is differentiated."""
         plan = self.plan
         to_go = plan.steps - plan.first
-        done = plan.steps - back.end
-        with step_bar(self.request.shows_progress, to_go, "steps back", done) as advance:
-            for number, carry in self._backwards(0, back.end, plan.spacings):
+        with step_bar(self.request.shows_progress, to_go, "steps back", 0) as advance:
+            for number, carry in self._backwards(0, plan.steps, plan.spacings):
                 if number < plan.first:
                     break
                 self._compare_replay(number, carry)
                 self._take_adjoint(number, carry, back)
                 advance()
-                if self.states.is_stored:
-                    self._store_way_back(number, back)
 
     def _take_adjoint(self, number: int, carry: Carry, back: WayBack) -> None:
         """Go back through one step, from the carry before it."""
-        kind = self.book.kind_of(number)
+        kind = self.book.kinds_of_steps[number]
         batch = self._read_batch(number)
         back.bars, in_signal, in_settings, size = self.graphs.adjoint(
             self.plan.phi, carry, batch, self.plan.rates_of(number), back.bars, kind.zeros
@@ -607,7 +522,7 @@ class CompiledPath:
         feedback = [*back.feedback]
         # The steps that are not differentiated have a feedback of 0.
         for number in reversed(range(plan.first)):
-            kind = self.book.kind_of(number)
+            kind = self.book.kinds_of_steps[number]
             zeros = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in kind.zeros.items()}
             feedback.append(on_value(zeros, kind.value))
         return Hypergradient(
@@ -629,7 +544,7 @@ class CompiledPath:
     def _read_batch(self, number: int) -> Any:
         """Return a batch; one that a function returns is refused if it is another than before."""
         ahead = self.request.ahead
-        if not self.states.is_stored and not callable(ahead.batches):
+        if not callable(ahead.batches):
             return ahead[number]
         # A function may seed the default generator.
         with replayed(RandomState.now(self.plan.device)):
@@ -715,47 +630,26 @@ class CompiledPath:
             is_noted = False
         if is_noted:
             self.replays.note(number, carry.params, carry.optimizer)
-        random = RandomState.now(plan.device, outside=self._draws_outside)
         kept_state = [
             carry.params,
             carry.optimizer,
             moved_since(plan.start.state, carry.state),
             moved_since(plan.start.teacher_state, carry.teacher_state),
-            random.values(),
+            RandomState.now(plan.device, outside=self._draws_outside),
         ]
-        self.states.keep(number, kept_state, is_held=is_held)
-        if self.states.is_stored and number == len(self.book.losses) > 0:
-            self._store(way_back={})
+        self.states.keep(number, kept_state)
 
     def _take_kept(self, number: int) -> Carry:
         """Return the carry before a step, which is no longer kept, and set the generators back."""
         start = self.plan.start
         params, optimizer, moved, teacher_moved, random = self.states.take(number)
-        RandomState(self.plan.device, **random).restore()
+        random.restore()
         return Carry(
             params,
             optimizer,
             state={**start.state, **moved},
             teacher_state={**start.teacher_state, **teacher_moved},
         )
-
-    def _store(self, way_back: Mapping[str, Any]) -> None:
-        """Store what is known of the steps so far, and of the way back."""
-        self.states.store({**self.book.stored(), "replays": self.replays.digests, "back": way_back})
-
-    def _store_way_back(self, number: int, back: WayBack) -> None:
-        """Store the way back to a step, and remove the states that it no longer needs.
-
-        It is stored at the beginning of each of the finest blocks, but for the last one, at whose
-        beginning the path ends.
-        """
-        finest_block = self.plan.spacings[-2]
-        if number <= self.plan.first or number % finest_block != 0:
-            return
-        end = back.end
-        back.end = number
-        self._store(way_back=back.stored())
-        self.states.forget(number, end)
 
 
 def moved_since(start: Tree, now: Tree) -> Tree:

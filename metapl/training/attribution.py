@@ -27,7 +27,7 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
-from metapl.feedback.keeping import SHARE_OF_MEMORY, folder_of, free_bytes, generators_at_start
+from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
@@ -304,8 +304,6 @@ def attribute(
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's;
             the network sees all M, as for that one.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds.
-            With ``Forward(keep_on=folder)`` and ``compile=True`` the same call goes on after a
-            kill.
         clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
         compile: one step and its adjoint as two compiled graphs, as for
             :func:`metapl.hypergradient`; with ``each``, the adjoint takes all M outer losses at
@@ -342,8 +340,6 @@ def attribute(
     """
     check_arguments(attribute, locals())
     mode = mode or Forward()
-    device = next(student.parameters()).device
-    start = generators_at_start(mode.keep_on, device)
     training = WeightedTraining(
         student,
         train,
@@ -355,17 +351,12 @@ def attribute(
         generator=generator,
         problem=problem,
         clip_norm=clip_norm,
-        start=start,
     )
     ranks = training.layout.ranks
     if getattr(mode, "truncate", None) == 0:
         raise MetaplError(
             "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
             "more."
-        )
-    if folder_of(mode.keep_on) and (each or not compile):
-        raise MetaplError(
-            f"keep_on={mode.keep_on!r} is a folder; expected compile=True and each=False with it."
         )
     if training.can_be_repeated:
         look_at_passes(training)
@@ -396,7 +387,7 @@ def attribute(
         judging = judges[begin : begin + at_once]
         if scores:
             # The same training has the same dropout masks.
-            start.restore()
+            training.start.restore()
         if compile:
             result = differentiate(
                 None,
@@ -631,7 +622,6 @@ class WeightedTraining:
     """A training on weighted examples, which can be repeated with other weights.
 
     Args:
-        start: the generators at its beginning; None: as they are now.
         student, ..., clip_norm: as for :func:`attribute`.
 
     Attributes:
@@ -660,7 +650,6 @@ class WeightedTraining:
         generator: torch.Generator | None,
         problem: BilevelProblem | None,
         clip_norm: float | None,
-        start: RandomState | None = None,
     ) -> None:
         first = next(student.parameters())
         _, self.layout, _ = layouts(None, student)
@@ -681,7 +670,7 @@ class WeightedTraining:
         self.can_be_repeated = not self.layout.is_sharded
         if self.can_be_repeated:
             self.begun = copied_without_graphs(self.layout.network, self.optimizer)
-        self.start = start or RandomState.now(first.device)
+        self.start = RandomState.now(first.device)
         self._options: Any = [[]] * steps
         self.is_scheduled = settings is not None
         if settings is not None:

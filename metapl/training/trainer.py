@@ -324,11 +324,6 @@ class BilevelTrainer(Trainer):
     def _refuse_mode_that_does_not_fit(self) -> None:
         """Refuse options of the mode that a trainer's step, or its options, cannot have."""
         mode = self.mode
-        if mode.keep_on not in (None, "cpu"):
-            raise MetaplError(
-                f"keep_on={mode.keep_on!r} is for hypergradient(compile=True); expected "
-                '"cpu" or None.'
-            )
         if mode.keep_graph and self.accumulate > 1:
             raise FieldError(
                 f"accumulate={self.accumulate} was given with mode 'unrolled'; expected 1, or mode "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -249,7 +247,7 @@ def test_the_default_keeps_what_half_of_the_free_memory_holds(
 
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_path_longer_than_memory_is_refused_before_its_first_step(
-    compile: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    compile: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student = network()
     steps_read: set[int] = set()
@@ -258,16 +256,12 @@ def test_a_path_longer_than_memory_is_refused_before_its_first_step(
         steps_read.add(number)
         return batch(number)
 
-    monkeypatch.setattr(keeping.shutil, "disk_usage", lambda _: SimpleNamespace(free=10_000))
     for free, mode, word in (
         (100_000, Forward(keep_every=1), "keep_every=8"),
-        (20_000, Forward(keep="tree"), "keep_on= with a folder"),
-        (20_000, Forward(), "keep_on= with a folder"),
-        (100_000, Forward(keep_on=str(tmp_path)), "disk"),
+        (20_000, Forward(keep="tree"), "expected fewer steps"),
+        (20_000, Forward(), "expected fewer steps"),
     ):
         monkeypatch.setattr(keeping, "free_bytes", lambda _, free=free: free)
-        if mode.keep_on and not compile:
-            word = "compile"
         with pytest.raises(MetaplError, match=word):
             metapl.hypergradient(
                 None,
