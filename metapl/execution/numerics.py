@@ -372,10 +372,11 @@ class MissingDerivative(MetaplError):
 
     Args:
         what: which operation and which derivative, without a period.
+        expected: what the caller may do.
     """
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"{what}; expected an operation that has it.")
+    def __init__(self, what: str, expected: str = "another operation") -> None:
+        super().__init__(f"{what}; expected {expected}.")
         self.what = what
 
 

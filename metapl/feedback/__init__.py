@@ -8,6 +8,7 @@ The default is ``forward``; ``reinforce`` is the paper's Algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -135,6 +136,19 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
             "metapl.PseudoLabels()."
         )
     return problem.for_modes(mode.labels, mode.name)
+
+
+def in_place_of(mode: Estimator, steps: int, problem: BilevelProblem, wrt: Sequence[str]) -> str:
+    """Return what an error expects where an operation lacks a derivative that a mode needs.
+
+    Args:
+        steps: of the student.
+        wrt: what the gradient is in besides the signals, which differences do not give.
+    """
+    if wrt or enters_input(problem):
+        return "another operation"
+    expected = f"another operation, or {mode.by_differences}"
+    return expected if steps == 1 else f"{expected} with one student step"
 
 
 def check_teacher(teacher: nn.Module | None, problem: BilevelProblem, **is_given: bool) -> None:

@@ -60,6 +60,11 @@ OUTER_NOT_FINITE = (
     "the outer loss is NaN or infinite: the outer batch has no rows or extreme values, "
     "or the student has diverged; look at the batch, or lower the student's learning rate."
 )
+FEEDBACK_NOT_FINITE = (
+    "the losses are finite, and the feedback is NaN or infinite; lower the student's learning "
+    "rate, or look for an operation whose second derivative is, such as the standard deviation of "
+    "equal numbers."
+)
 State = dict[str, Tensor]
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Reduction = Literal["mean", "sum"]
@@ -204,6 +209,8 @@ class Estimator(ABC):
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     keep_on: Literal["cpu"] | None = None
     """Where states of a look-ahead are kept, as for :class:`Forward`."""
+    by_differences: ClassVar[str] = "mode 'difference'"
+    """What runs in its place, on one student step, where an operation lacks a derivative."""
     looks_ahead: ClassVar[bool] = False
     """Whether it takes more than one student step."""
     is_pure: ClassVar[bool] = False
@@ -307,7 +314,7 @@ class Estimator(ABC):
                     raise MetaplError(OUTER_NOT_FINITE) from error
                 if bool(path.inner_loss.isfinite()):
                     # All losses are finite, so it is the feedback that is not.
-                    raise NotFiniteFeedback(NOT_FINITE) from error
+                    raise NotFiniteFeedback(FEEDBACK_NOT_FINITE) from error
                 # The inner loss is not finite, and the others follow from it.
                 raise
         return feedback, state
@@ -324,7 +331,7 @@ def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None
     # Where a loss is not finite, no order mends that, and what follows refuses it.
     is_mendable = path.inner_loss.isfinite() & ~torch.stack(sums).isfinite().all()
     if path.student.ranks.any(bool(is_mendable) and not begins_in_outer_loss(path)):
-        raise NotFiniteFeedback(NOT_FINITE)
+        raise NotFiniteFeedback(FEEDBACK_NOT_FINITE)
 
 
 def begins_in_outer_loss(path: Path) -> bool:

@@ -136,8 +136,8 @@ class Forward(Estimator):
     affine in g (the SGD family), where θ′ is right in the mean; for others it stays as η falls (B =
     2, relative norm: 0.26 under a warmed Adam, 0.82 under an active clip). Raises:
     :class:`metapl.MetaplError` for operations that have neither forward-mode AD nor a second
-    derivative (over several steps: that have no second derivative), by name, with the modes that
-    run on the student; attention runs on its math kernel. Source: derived at the head of this file,
+    derivative (over several steps: that have no second derivative), by name; attention runs on its
+    math kernel. Source: derived at the head of this file,
     from eq. (3); the mixed-mode products of the AD literature.
     """
 

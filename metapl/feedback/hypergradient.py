@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +20,15 @@ from metapl.execution.batch import Batch
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.local import LocalStudent
-from metapl.execution.numerics import deterministic, float32_products, no_fast_path
+from metapl.execution.numerics import (
+    MissingDerivative,
+    deterministic,
+    float32_products,
+    no_fast_path,
+)
 from metapl.execution.sharded import ShardedStudent
-from metapl.execution.state import RandomState, one_at_a_time, replayed, restored
-from metapl.feedback import Estimator, Mode, check_mode, check_teacher, estimator, prepare
-from metapl.feedback.advice import advice_on
+from metapl.execution.state import one_at_a_time, restored
+from metapl.feedback import Mode, check_mode, check_teacher, estimator, in_place_of, prepare
 from metapl.feedback.door import (
     has_direct_term,
     refuse_direct_term_in_parts,
@@ -310,14 +314,13 @@ class Differentiation:
             self._make_settings_leaves()
         self._begin()
         others = [name for name in self.wrt if name != "teacher"]
-        candidates = self.estimate.orders(
-            len(self.inner_batches), self.problem, self.student, others
-        )
-        is_alone = self.of_student.ranks.alone
-        with advice_on(
-            self.estimate, len(self.inner_batches), self._by_another_mode if is_alone else None
-        ):
+        steps = len(self.inner_batches)
+        candidates = self.estimate.orders(steps, self.problem, self.student, others)
+        try:
             return Orders().take(candidates, self._in_order, begin_again=self._begin)
+        except MissingDerivative as error:
+            expected = in_place_of(self.estimate, steps, self.problem, others)
+            raise MissingDerivative(error.what, expected) from error
 
     def _make_settings_leaves(self) -> None:
         """Let the graph of double backward end in leaves in the places of the settings."""
@@ -436,24 +439,4 @@ class Differentiation:
                 direct=direct,
                 replay_error=replays.error,
                 float32_products=float32_products(self.device),
-            )
-
-    def _by_another_mode(self, other: Estimator, one_step: bool) -> Hypergradient:
-        """Return the gradient of the same steps, or of the first one, by another mode.
-
-        An error may propose it.
-        """
-        self._begin()
-        inner = self.inner_batches[0] if one_step else self.request.inner
-        with replayed(RandomState.now(self.device, self.request.generator)):
-            return through_steps(
-                replace(
-                    self.request,
-                    inner=inner,
-                    mode=other,
-                    inner_optimizer=self.inner_optimizer,
-                    recompute_teacher=False,
-                    shows_progress=False,
-                    replay_tolerance=REPLAY_TOLERANCE,
-                )
             )

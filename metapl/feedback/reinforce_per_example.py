@@ -51,6 +51,7 @@ class ReinforcePerExample(Estimator):
     name: ClassVar[str] = "reinforce_per_example"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "example"
+    by_differences: ClassVar[str] = "ReinforcePerExample(tangent='difference')"
     is_pure: ClassVar[bool] = True
 
     @property

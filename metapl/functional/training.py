@@ -27,7 +27,14 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest
 from metapl.execution.layout import Layout, layouts
-from metapl.execution.numerics import HALF, Tree, deterministic, float32_products, no_fast_path
+from metapl.execution.numerics import (
+    HALF,
+    MissingDerivative,
+    Tree,
+    deterministic,
+    float32_products,
+    no_fast_path,
+)
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
@@ -706,18 +713,21 @@ def refuse_other_gradient(
 def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:
     """Return the gradient of one step on the eager road."""
     problem: Any = request.judging[0] if request.judging else request.problem
-    return through_steps(
-        Request(
-            teacher=request.teacher,
-            student=request.student,
-            outer=request.outer,
-            inner=one_step,
-            mode="forward",
-            problem=problem,
-            inner_optimizer=request.optimizer,
-            clip_norm=request.clip_norm,
-        )
+    eager_request = Request(
+        teacher=request.teacher,
+        student=request.student,
+        outer=request.outer,
+        inner=one_step,
+        mode="forward",
+        problem=problem,
+        inner_optimizer=request.optimizer,
+        clip_norm=request.clip_norm,
     )
+    try:
+        return through_steps(eager_request)
+    except MissingDerivative as error:
+        # What an eager step proposes may not be compiled.
+        raise MissingDerivative(error.what) from error
 
 
 def refuse_moved_without_loss(

@@ -22,7 +22,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, labeled_pair, map_tensors
 from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import deterministic, wide
+from metapl.execution.numerics import MissingDerivative, deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
@@ -63,6 +63,8 @@ SMOOTH = 0.95
 HARMFUL_SHARE = 0.1
 # Outer losses that are not below 0.
 CROSS_ENTROPIES = (Classification.outer_loss, NextToken.outer_loss)
+# What an error expects where an operation lacks a derivative: there are no modes to choose from.
+NO_OTHER_MODE = "another operation, since attribute needs the second derivative of each"
 # The problem where none is given: always the same object.
 EQUAL_WEIGHTS = EqualWeights()
 
@@ -388,33 +390,37 @@ def attribute(
         if scores:
             # The same training has the same dropout masks.
             training.start.restore()
-        if compile:
-            result = differentiate(
-                None,
-                student,
-                training.problem,
-                training.optimizer,
-                mode,
-                outer_batch,
-                ahead,
-                judging=judging if each else (),
-                clip_norm=clip_norm,
-                progress=progress,
-                replay_tolerance=replay_tolerance,
-            )
-        else:
-            result = hypergradient(
-                None,
-                student,
-                outer=outer_batch,
-                inner=ahead,
-                mode=mode,
-                problem=judging[0],
-                inner_optimizer=training.optimizer,
-                clip_norm=clip_norm,
-                progress=progress,
-                replay_tolerance=replay_tolerance,
-            )
+        try:
+            if compile:
+                result = differentiate(
+                    None,
+                    student,
+                    training.problem,
+                    training.optimizer,
+                    mode,
+                    outer_batch,
+                    ahead,
+                    judging=judging if each else (),
+                    clip_norm=clip_norm,
+                    progress=progress,
+                    replay_tolerance=replay_tolerance,
+                )
+            else:
+                result = hypergradient(
+                    None,
+                    student,
+                    outer=outer_batch,
+                    inner=ahead,
+                    mode=mode,
+                    problem=judging[0],
+                    inner_optimizer=training.optimizer,
+                    clip_norm=clip_norm,
+                    progress=progress,
+                    replay_tolerance=replay_tolerance,
+                )
+        except MissingDerivative as error:
+            # The gradient proposes another mode, which attribution does not have.
+            raise MissingDerivative(error.what, NO_OTHER_MODE) from error
         has_first_dimension = compile and each
         scores += training.summed(result.feedback, len(judging), has_first_dimension).unbind()
         losses += result.outer_loss.flatten().unbind()

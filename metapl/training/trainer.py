@@ -18,12 +18,19 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, plain
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
-from metapl.execution.numerics import no_fast_path
+from metapl.execution.numerics import MissingDerivative, no_fast_path
 from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
-from metapl.feedback import MODES, Estimator, Mode, check_mode, check_teacher, estimator, prepare
-from metapl.feedback.advice import advice_on
+from metapl.feedback import (
+    MODES,
+    Mode,
+    check_mode,
+    check_teacher,
+    estimator,
+    in_place_of,
+    prepare,
+)
 from metapl.feedback.door import (
     FirstLook,
     has_direct_term,
@@ -418,10 +425,11 @@ class BilevelTrainer(Trainer):
         )
         candidates = self.mode.orders(steps, self.problem, student)
         take_in_order = partial(self._step_in_order, opened=opened, student=student)
-        # Only one process can try another mode: the others would not take part.
-        by_another_mode = partial(self._gradient_by, opened) if self.ranks.alone else None
-        with advice_on(self.mode, steps, by_another_mode):
+        try:
             return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
+        except MissingDerivative as error:
+            expected = in_place_of(self.mode, steps, self.problem, wrt=())
+            raise MissingDerivative(error.what, expected) from error
 
     def _open_step(self, outer_batch: Batch, inner_batches: InnerBatches) -> OpenedStep:
         """Read the networks' tables as they are now, and refuse what no step can be taken with.
@@ -617,13 +625,6 @@ class BilevelTrainer(Trainer):
         if self._own_step is None:
             return nullcontext()
         return undone(self.outer_optimizer, self._own_step.optimizer)
-
-    def _gradient_by(self, opened: OpenedStep, mode: Estimator, one_step: bool) -> Hypergradient:
-        """Return the gradient of a step, or of its first student step, by another mode."""
-        inner = opened.inner_batches.as_argument()
-        if one_step:
-            inner = opened.inner_batches[0]
-        return self.hypergradient(outer=opened.outer_batch, inner=inner, mode=mode)
 
     def _reshard(self) -> None:
         """Let the blocks of sharded networks give up what a pass that failed has gathered."""

@@ -327,12 +327,12 @@ def test_the_order_that_is_finite_is_taken(size: str) -> None:
     assert result.order == "tangent"
     close(result, expected)
     for mode in ("unrolled", Forward(by="graph"), Forward(by="double_backward")):
-        with pytest.raises(metapl.MetaplError, match=r"NaN or infinite.* is finite"):
+        with pytest.raises(metapl.MetaplError, match="the feedback is NaN or infinite"):
             case.gradient(1, mode)
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_where_no_order_of_several_steps_is_finite_the_advice_runs(size: str) -> None:
+def test_where_no_order_of_several_steps_is_finite_a_truncated_one_runs(size: str) -> None:
     case = task(Spread, SIZES[size])
     with pytest.raises(metapl.MetaplError, match=r"Forward\(truncate="):
         case.gradient(3)
@@ -366,7 +366,7 @@ def test_micro_batches_take_every_order(by: Any) -> None:
         close(case.gradient(steps, Forward(by=by), accumulate=2), case.reference(steps))
 
 
-def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() -> None:
+def test_what_is_forced_and_does_not_run_is_refused_and_other_orders_run() -> None:
     require_torch("2.12", "the second derivative of grid_sample is there")
     if torch.__version__ >= TorchVersion(SECOND_DERIVATIVE_SINCE[Prototypes]):
         kind = Prototypes
@@ -375,14 +375,11 @@ def test_what_is_forced_and_does_not_run_is_refused_with_an_order_that_does() ->
         kind = Transformer
         operation = "grid_sampler_2d"
     case = task(kind, 6)
-    text = rf'{operation}.*expected Forward\(by="graph"\)'
-    with pytest.raises(metapl.MetaplError, match=text) as refusal:
+    with pytest.raises(metapl.MetaplError, match=f"{operation}.*expected another operation"):
         case.gradient(1, Forward(by="tangent"))
-    assert 'Forward(by="double_backward")' in str(refusal.value)
-    # Both proposals run.
     for by in ("graph", "double_backward"):
         close(case.gradient(1, Forward(by=by)), case.reference(1))
-    with pytest.raises(metapl.MetaplError, match=r'expected Forward\(by="double_backward"\)'):
+    with pytest.raises(metapl.MetaplError, match="expected another operation"):
         case.gradient(3, Forward(by="tangent"))
     close(case.gradient(3, Forward(by="double_backward")), case.reference(3))
 
@@ -530,15 +527,13 @@ def test_a_training_verifies_and_comes_out(kind: Any) -> None:
     assert losses["forward"] < losses["none"]
 
 
-def test_numbers_that_become_nan_later_are_refused_with_an_order_that_has_none() -> None:
-    """The choice is made once; what another order would give is said."""
+def test_numbers_that_become_nan_later_are_refused() -> None:
+    """The choice is made once."""
     case = task(Spread, 6)
     x = case.inner[0].abs() + 0.1
     trainer = trainer_of(case)
     assert trainer.step(outer=case.outer, inner=(x, *case.inner[1:])).order == "graph"
-    with pytest.raises(
-        metapl.MetaplError, match=r'NaN or infinite.*Here Forward\(by="tangent"\).* is finite'
-    ):
+    with pytest.raises(metapl.MetaplError, match="the feedback is NaN or infinite"):
         trainer.step(outer=case.outer, inner=case.inner)
 
 
@@ -552,7 +547,8 @@ def test_a_once_differentiable_backward_is_named(mode: str, size: str, steps: in
     case = task(Opaque, SIZES[size])
     ending = "" if steps == 1 else " with one student step"
     with pytest.raises(
-        metapl.MetaplError, match=rf"Once lacks a derivative.*expected mode 'difference'{ending}\."
+        metapl.MetaplError,
+        match=rf"Once lacks a derivative.*another operation, or mode 'difference'{ending}\.",
     ):
         case.gradient(steps, mode)
     with pytest.raises(metapl.MetaplError, match="Once lacks a derivative"):
@@ -570,7 +566,7 @@ def test_a_once_differentiable_backward_with_a_jvp_is_right_by_tangent(size: str
     assert result.order == "tangent"
     close(result, case.reference(1))
     with pytest.raises(
-        metapl.MetaplError, match=r"OnceWithJvp.*expected mode 'forward' with one student step"
+        metapl.MetaplError, match="OnceWithJvp.*or mode 'difference' with one student step"
     ):
         case.gradient(3)
 
@@ -650,21 +646,17 @@ def test_a_training_of_ctc_verifies_and_comes_out() -> None:
     assert trainer.verification.verdict.startswith("right")
 
 
-# --------------------------------------------------------------------------------------- the advice
+# ----------------------------------------------------------------------------- what errors propose
 
 
-def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, int]]:
-    """Return the modes that an error proposes, each with its number of steps."""
-    classes = {"Forward": Forward, "ReinforcePerExample": ReinforcePerExample}
-    proposals: list[tuple[Estimator | str, int]] = []
-    for text in error.rsplit("expected ", 1)[1].rstrip(".").split(", or "):
-        number = 1 if "with one student step" in text else steps
-        text = text.removesuffix(" with one student step")
-        if text.startswith("mode"):
-            proposals.append((text.removeprefix("mode ").strip("'"), number))
-        else:
-            proposals.append((eval(text, classes), number))
-    return proposals
+def proposed(error: str, steps: int) -> tuple[Estimator | str, int]:
+    """Return the mode that an error proposes, with its number of steps."""
+    _, _, text = error.rstrip(".").rpartition("another operation, or ")
+    number = 1 if "with one student step" in text else steps
+    text = text.removesuffix(" with one student step")
+    if text.startswith("mode"):
+        return text.removeprefix("mode ").strip("'"), number
+    return eval(text, {"ReinforcePerExample": ReinforcePerExample}), number
 
 
 @pytest.mark.parametrize("steps", [1, 3])
@@ -674,26 +666,22 @@ def proposed(error: str, mode: str, steps: int) -> list[tuple[Estimator | str, i
 @pytest.mark.parametrize(
     "mode", ["forward", "unrolled", "implicit", Forward(by="tangent"), Forward(by="graph")]
 )
-def test_every_proposal_runs(make: Any, mode: Any, steps: int) -> None:
+def test_a_proposal_runs(make: Any, mode: Any, steps: int) -> None:
     if mode == "implicit" and steps > 1:
         pytest.skip("it takes one step")
     case = make(6)
     try:
         case.gradient(steps, mode)
     except metapl.MetaplError as error:
-        proposals = proposed(str(error), mode, steps)
-        assert proposals
-        # The signal is none of sampled labels.
-        assert not any(other == "reinforce" for other, _ in proposals)
-        for other, number in proposals:
-            assert all(g.isfinite().all() for g in case.gradient(number, other).grads.values())
+        other, number = proposed(str(error), steps)
+        assert all(g.isfinite().all() for g in case.gradient(number, other).grads.values())
     else:
         assert make is not ctc_task
         assert isinstance(mode, Forward) or mode == "forward"
 
 
 @pytest.mark.parametrize("mode", ["forward", "unrolled", ReinforcePerExample()])
-def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
+def test_a_proposal_for_sampled_labels_runs(mode: Any) -> None:
     torch.manual_seed(0)
     outer = torch.randn(5, 8), torch.arange(5) % 3
     inner = torch.randn(6, 8)
@@ -708,10 +696,30 @@ def test_every_proposal_for_sampled_labels_runs(mode: Any) -> None:
 
     with pytest.raises(metapl.MetaplError, match="Once lacks a derivative") as refusal:
         gradient(mode)
-    proposals = proposed(str(refusal.value), mode, 1)
-    assert len(proposals) == 2
-    for proposed_mode, _ in proposals:
-        gradient(proposed_mode)
+    other, _ = proposed(str(refusal.value), 1)
+    gradient(other)
+
+
+def test_no_mode_is_proposed_where_there_is_none_to_choose() -> None:
+    ids = torch.arange(40).view(8, 5) % 9
+    y = torch.arange(8) % 3
+    student = nn.Sequential(nn.EmbeddingBag(9, 4, mode="max"), nn.Linear(4, 3))
+    sgd = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
+    with pytest.raises(metapl.MetaplError, match="since attribute needs the second derivative"):
+        metapl.attribute(
+            student, (ids, y), (ids, y), optimizer=sgd, steps=2, batch_size=4, progress=False
+        )
+    inner = metapl.Lookahead([(ids, y)] * 2)
+    with pytest.raises(metapl.MetaplError, match=r"expected another operation\."):
+        metapl.hypergradient(
+            None,
+            student,
+            outer=(ids, y),
+            inner=inner,
+            problem=metapl.problems.EqualWeights(),
+            inner_optimizer=sgd,
+            wrt="lr",
+        )
 
 
 class NamedSquare(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few, needed_for, reason_of
-from metapl.execution.numerics import deterministic, float32_products
+from metapl.execution.numerics import deterministic, explain, float32_products
 from metapl.execution.state import one_at_a_time, trainable
 from metapl.feedback.replays import Tolerance
 from metapl.problems.base import BilevelProblem, kind_of
@@ -295,6 +295,8 @@ class Recording:
             except MetaplError:
                 raise
             except Exception as error:
+                # An operation without a second derivative has its own words.
+                explain(error)
                 raise MetaplError(
                     f"the network or the loss of {kind_of(self._problem)} cannot take outer "
                     f"({reason_of(error)}); expected examples in the form, the shape and the type "
