@@ -221,7 +221,7 @@ def stage(mesh: Mesh):
         # Derivatives without values cannot be compared, or be found to be infinite.
         (inner_step, "slopes_differ", lambda *_: False),
         (base, "refuse_not_finite_feedback", lambda *_: None),
-        # The losses of micro-batches are compared with those of their halves once.
+        # The losses of micro-batches are compared with those of their rows together once.
         (teacher, "refuse_other_than_means", lambda *_, **__: None),
         # This machine's memory says nothing of the one that is planned for.
         (keeping, "free_bytes", lambda _: None),

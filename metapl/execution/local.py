@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, joined, map_tensors
+from metapl.execution.batch import Batch, Inputs, map_tensors
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -77,23 +76,6 @@ WeightedLoss = Callable[[Tensor, Any], Weighted]
 
 # The inputs of each micro-batch, and the batch that the loss reads.
 MicroBatches = Sequence[tuple[Any, Any]]
-
-
-@dataclass
-class _AllRows:
-    """The outputs on a batch that came in micro-batches, and the derivatives of a loss of them.
-
-    Attributes:
-        parts: the outputs on each micro-batch.
-        outputs: those of all rows, a leaf.
-        cotangents: the derivative of the loss in the outputs, of each micro-batch.
-        direct: its derivative in weights which the loss itself reads.
-    """
-
-    parts: Sequence[Tensor]
-    outputs: Tensor
-    cotangents: Sequence[Tensor] = ()
-    direct: Tree = field(default_factory=dict)
 
 
 class LocalStudent:
@@ -153,7 +135,6 @@ class LocalStudent:
         *,
         gradient: bool = False,
         look: GraphLook | None = None,
-        whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
         """Return the outer loss, Σ sum / Σ weight over batches and ranks, and its gradient.
 
@@ -165,19 +146,13 @@ class LocalStudent:
             gradient: whether the gradient is asked for. It has zeros for weights that no loss
                 reaches. Without it the tree is empty.
             look: is shown the graph of the loss.
-            whole_batch: the batch that the micro-batches are of, where a scalar loss of it may be
-                another function of the rows than the mean over micro-batches. The loss is then
-                taken once, of all rows.
 
-        Cost: one pass on each micro-batch, with its backward pass for the gradient. For a
-        ``whole_batch`` and a gradient one more forward pass on each, and the outputs of all rows in
-        memory. A loss that returns (sum, weight) costs neither.
+        Cost: one pass on each micro-batch, with its backward pass for the gradient.
         """
         # The weights require a gradient also where none is taken: a forward may ask.
         leaves = self.as_leaves(params)
         values: list[Weighted] = []
         gradients = TreeSum()
-        rows: _AllRows | None = None
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with (
             NOTHING if gradient else no_fast_path(),
@@ -189,7 +164,7 @@ class LocalStudent:
             is_not_known_yet = self.slots.draws_outside is None
             is_watched = is_not_known_yet and start.is_whole
             outputs_have_graph = False
-            for number, (inputs, batch) in enumerate(batches):
+            for inputs, batch in batches:
                 outputs = self.forward(inputs)
                 outputs_have_graph = outputs.requires_grad
                 value, weight = judge(outputs, batch)
@@ -198,18 +173,6 @@ class LocalStudent:
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
-                is_scalar = is_plain_mean((value, weight))
-                if number == 0 and whole_batch is not None and is_scalar:
-                    # The first micro-batch has shown that the loss is a scalar, so that it has to
-                    # be taken once, of all rows, and its value on the first is dropped. This runs
-                    # the student on the others as well, so that none is left for the loop. The
-                    # gradient follows after the block, in a second pass on each.
-                    rows = self._all_rows(outputs.detach(), others=batches[1:])
-                    value, weight = judge(rows.outputs, whole_batch)
-                    values.append((value.detach(), weight))
-                    if gradient and value.requires_grad:
-                        self._differentiate(value, rows, leaves=leaves)
-                    break
                 if gradient:
                     # Before the backward pass, which would else run beside the gradient of the
                     # micro-batch before.
@@ -218,14 +181,9 @@ class LocalStudent:
                         _, of_batch = self.gradient(value, leaves)
                     gradients.add(of_batch)
                 values.append((value.detach(), weight))
-        if rows is not None and gradient:
-            of_rows = self._pulled_back(leaves, batches, rows=rows, start=start)
-            gradients = TreeSum([of_rows])
-
-        is_one_mean = len(values) == 1 and is_plain_mean(values[0]) and self.ranks.alone
-        if is_one_mean:
+        if len(values) == 1 and not isinstance(weight, Tensor) and self.ranks.alone:
             # The usual case, in which there is nothing to add up and to divide.
-            mean, weight = values[0]
+            mean = values[0][0]
         else:
             mean, weight = self.mean_of_all(values)
         if not gradient:
@@ -238,52 +196,6 @@ class LocalStudent:
                 "outputs."
             )
         return mean, _gradient_of_mean(gradients, weight, leaves=leaves)
-
-    def _all_rows(self, first: Tensor, others: MicroBatches) -> _AllRows:
-        """Return the outputs of all micro-batches without a graph, given those of the first.
-
-        Each pass has a graph, for a forward that takes a gradient itself, and drops it.
-        """
-        parts = [first]
-        for inputs, _ in others:
-            parts.append(self.forward(inputs).detach())
-        return _AllRows(parts, joined(parts).requires_grad_())
-
-    def _differentiate(self, value: Tensor, rows: _AllRows, leaves: Tree) -> None:
-        """Find the derivatives of a loss of all rows, and keep them in ``rows``.
-
-        They are those in their outputs, and in the weights that it reads itself.
-        """
-        (cotangent,) = torch.autograd.grad(
-            value, [rows.outputs], retain_graph=True, allow_unused=True
-        )
-        if cotangent is not None:
-            rows.cotangents = [*cotangent.split([len(part) for part in rows.parts])]
-        if self.has_whole_weights:
-            _, rows.direct = self.gradient(value, leaves)
-
-    def _pulled_back(
-        self, leaves: Tree, batches: MicroBatches, rows: _AllRows, start: RandomState
-    ) -> Tree:
-        """Return the gradient of a loss of all rows.
-
-        Each micro-batch is run again, on the same draws and state.
-        """
-        if not rows.cotangents:
-            return rows.direct
-        gradients = TreeSum([rows.direct])
-        with self.at_weights(leaves, start, state=self.slots):
-            for (inputs, _), first, cotangent in zip(
-                batches, rows.parts, rows.cotangents, strict=True
-            ):
-                outputs = self.forward(inputs)
-                dtype = coarsest_dtype([outputs.dtype, *self.dtypes], self.device)
-                tolerance = EXACTLY[dtype].outputs
-                check_same_outputs(outputs.detach(), first, tolerance=tolerance, ranks=self.ranks)
-                if outputs.requires_grad:
-                    _, of_batch = self.gradient((outputs * cotangent).sum(), leaves)
-                    gradients.add(of_batch)
-        return gradients.total
 
     def _judged(self, judge: WeightedLoss, inputs: Inputs, batch: Batch) -> Tensor:
         value, _ = judge(self.forward(inputs), batch)
@@ -746,12 +658,6 @@ class Pass:
 
 
 LocalStudent.pass_type = Pass
-
-
-def is_plain_mean(value: Weighted) -> bool:
-    """Return whether a loss was returned as a mean, without a weight of its own."""
-    _, weight = value
-    return not isinstance(weight, Tensor)
 
 
 def _gradient_of_mean(gradients: TreeSum, weight: Tensor | float, leaves: Tree) -> Tree:

@@ -32,7 +32,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, Inputs, flatten
+from metapl.execution.batch import Inputs, flatten
 from metapl.execution.layout import Layout
 from metapl.execution.local import (
     NOTHING,
@@ -91,7 +91,6 @@ class ShardedStudent(LocalStudent):
         *,
         gradient: bool = False,
         look: GraphLook | None = None,
-        whole_batch: Batch = None,
     ) -> tuple[Tensor, Tree]:
         with torch.set_grad_enabled(gradient):
             return super().loss(
@@ -101,7 +100,6 @@ class ShardedStudent(LocalStudent):
                 start=start,
                 gradient=gradient,
                 look=look,
-                whole_batch=whole_batch,
             )
 
     def gradient(

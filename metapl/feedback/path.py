@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.execution import checks
-from metapl.execution.batch import Batch, digest, joined, leaves_of, length, micro_batches
+from metapl.execution.batch import Batch, digest, leaves_of, length, micro_batches
 from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
 from metapl.execution.numerics import Tree, TreeSum
 from metapl.execution.state import RandomState, replay, replayed
@@ -26,7 +26,6 @@ from metapl.problems.base import (
     BilevelProblem,
     Signal,
     enters_input,
-    is_mean_over_rows,
     joined_signals,
     outer_input,
     reads_signal_in_outer_input,
@@ -70,8 +69,6 @@ class Path:
         update: U.
         outer_micro_batches: of the outer batch.
         inner_batches: one for each step.
-        whole_outer_batch: the outer batch as one, where the outer loss may be no mean over
-            micro-batches; else None.
         order: of differentiation; None: there is nothing to choose.
         wrt: what the gradient is in besides the signals: settings of the optimizer, and
             ``"start"``.
@@ -92,7 +89,6 @@ class Path:
     update: Update
     outer_micro_batches: Sequence[Any]
     inner_batches: InnerBatches
-    whole_outer_batch: Any = None
     order: Order | None = None
     wrt: Sequence[str] = ()
     replays: ReplayCheck | None = None
@@ -192,22 +188,14 @@ class Path:
         weights = student.as_leaves(self.params)
         for t in weights.values():
             t.requires_grad = False
-        outputs: list[Tensor] = []
         sums: list[Tensor] = []
         counts: list[Tensor | float] = []
         with student.at_weights(weights, start, student.slots):
             for batch in self.outer_micro_batches:
-                outputs.append(student.forward(outer_input(self.problem, batch, signal)))
-                total, weight = sum_and_weight(self.problem.outer_loss(outputs[-1], batch))
+                outputs = student.forward(outer_input(self.problem, batch, signal))
+                total, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
                 sums.append(total)
                 counts.append(weight)
-            is_scalar = not isinstance(counts[0], Tensor)
-            if self.whole_outer_batch is not None and is_scalar:
-                # A scalar may be any function of all rows.
-                total, weight = sum_and_weight(
-                    self.problem.outer_loss(joined(outputs), self.whole_outer_batch)
-                )
-                return total / weight
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
         return loss
 
@@ -238,7 +226,6 @@ class Path:
             last_step.passes[-1].random_state_after.branch(),
             gradient=gradient,
             look=None if look is None else look.at_outer_loss,
-            whole_batch=self.whole_outer_batch,
         )
 
     # ------------------------------------------------------------------------------- the adjoint
@@ -534,8 +521,6 @@ def take_steps(
         wrt=wrt,
         replays=replays,
     )
-    if accumulate > 1 and not is_mean_over_rows(problem):
-        path.whole_outer_batch = outer_batch
     if not student.ranks.alone:
         student.ranks.equal(length(outer_batch), "the outer batch")
     walk = _Walk(

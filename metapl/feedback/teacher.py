@@ -218,7 +218,7 @@ class Teaching:
         step: int,
         size: FeedbackSize,
         measure: bool = False,
-        is_first: bool = False,
+        compares_parts: bool = False,
         direct_loss: Callable[[Signal], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
@@ -236,8 +236,8 @@ class Teaching:
             measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
                 backward pass of the feedback. The gradient that is left stays the same, bit for
                 bit.
-            is_first: compare the losses of micro-batches with those of their halves, before
-                anything moves.
+            compares_parts: compare the losses of micro-batches with those of their rows together,
+                before anything moves.
             direct_loss: L(θ′; φ) at fixed θ′, given the last signal, where the outer loss reads the
                 teacher: G_h is then the sum of both gradients.
 
@@ -254,7 +254,7 @@ class Teaching:
         first_of_last_batch = len(self.passes) - parts
         last_passes = self.passes[first_of_last_batch:]
         inner_parts = [teacher_pass.inner_batch for teacher_pass in last_passes]
-        if parts > 1 and is_first:
+        if parts > 1 and compares_parts:
             with rows_shared(self.ranks):
                 refuse_other_than_means(
                     self.network,
@@ -262,7 +262,6 @@ class Teaching:
                     outer_parts,
                     inner_parts,
                     signals=[teacher_pass.signal for teacher_pass in last_passes],
-                    problem=self.problem,
                     step=step,
                     ranks=self.ranks,
                     device=self.device,

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,6 @@ Random = torch.Generator | Tensor | None
 # A loss of all rows; or a sum, and the weight to divide it by.
 OuterLoss = Tensor | tuple[Tensor, Tensor | float]
 
-Method = TypeVar("Method", bound=Callable[..., Any])
 
 # The fields of a signal beside those of its value.
 FIELDS_BESIDE_VALUE = ("log_prob", "probs", "outputs")
@@ -242,14 +241,11 @@ class BilevelProblem(ABC):
     def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
         """Return L of the student's outputs on the outer ``batch``.
 
-        L is a scalar, any function of the rows, or a pair (sum, weight) of scalars for a mean, such
-        as one over tokens or over labels that are not ignored. Of pairs, L is Σ sum / Σ weight over
-        the micro-batches and processes that share the batch; the weight carries no gradient.
-
-        In micro-batches (``accumulate``) a scalar is taken once, of the outputs of all rows of this
-        process: one more forward pass on the outer batch where L is differentiated, and all of
-        these outputs in memory. A pair costs neither. Over several processes, a scalar is the mean
-        of theirs.
+        L is a scalar, or a pair (sum, weight) of scalars for a mean, such as one over tokens or
+        over labels that are not ignored. Of pairs, L is Σ sum / Σ weight over the micro-batches and
+        processes that share the batch; the weight carries no gradient. Of scalars it is the mean of
+        theirs: one that is no mean over rows is refused in micro-batches (``accumulate``), where
+        verification sees it.
         """
 
     def student_input(self, batch: Batch) -> Inputs:
@@ -414,20 +410,6 @@ def outer_input(problem: BilevelProblem, batch: Batch, signal: Signal) -> Inputs
     if reads_signal_in_outer_input(problem):
         return problem.outer_input(batch, signal)  # type: ignore[call-arg]
     return problem.outer_input(batch)
-
-
-def mean_over_rows(outer_loss: Method) -> Method:
-    """Mark an ``outer_loss`` whose scalar is the mean over the rows of a batch, whatever the batch.
-
-    In micro-batches it is then the mean of theirs. A method that takes its place is not marked.
-    """
-    vars(outer_loss)["is_mean_over_rows"] = True
-    return outer_loss
-
-
-def is_mean_over_rows(problem: BilevelProblem) -> bool:
-    """Return whether a problem's ``outer_loss`` is one that :func:`mean_over_rows` has marked."""
-    return getattr(problem.outer_loss, "is_mean_over_rows", False)
 
 
 def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:

@@ -33,7 +33,6 @@ from metapl.problems.base import (
     Params,
     Random,
     Signal,
-    mean_over_rows,
 )
 from metapl.runs.fields import AtLeastOne, check_arguments
 
@@ -85,7 +84,6 @@ class Classification(BilevelProblem):
         if has_labels and len(inner) > 1:
             checks.class_labels(inner[1], classes)
 
-    @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Batch) -> OuterLoss:
         """Return the mean cross-entropy on the trusted labels."""
         checks.class_outputs(outputs, "student")

@@ -63,13 +63,12 @@ class TeacherLoss(Protocol):
 
 
 def only_where_declared(subclass: type) -> None:
-    """Let a subclass of a loss say for itself whether it detaches the signal, and is a mean.
+    """Let a subclass of a loss say for itself whether it detaches the signal.
 
-    It does not inherit these attributes: what it adds may have a gradient through the signal, and
-    need not be a mean over rows. Nor does it inherit when it reads the inner batch.
+    It does not inherit this: what it adds may have a gradient through the signal. Nor does it
+    inherit when it reads the inner batch.
     """
-    for name in ("detaches_signal", "is_mean_over_rows"):
-        setattr(subclass, name, vars(subclass).get(name, False))
+    subclass.detaches_signal = vars(subclass).get("detaches_signal", False)  # type: ignore[attr-defined]
     subclass.reads_inner = vars(subclass).get("reads_inner")  # type: ignore[attr-defined]
 
 
@@ -99,7 +98,6 @@ class CrossEntropy:
 
     name: ClassVar[str] = "cross_entropy"
     detaches_signal: ClassVar[bool] = True
-    is_mean_over_rows: ClassVar[bool] = True
     of_classes: ClassVar[bool] = True
     """Whether the outputs of the network are class logits."""
 
@@ -194,7 +192,6 @@ class UDA:
 
     name: ClassVar[str] = "uda"
     detaches_signal: ClassVar[bool] = True
-    is_mean_over_rows: ClassVar[bool] = True
 
     def __init_subclass__(cls) -> None:
         only_where_declared(cls)

@@ -25,7 +25,6 @@ from metapl.problems.base import (
     Random,
     Signal,
     draw_classes,
-    mean_over_rows,
 )
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
@@ -166,7 +165,6 @@ class PseudoLabels(BilevelProblem):
             outputs, signal.value, reduction="none", label_smoothing=self.label_smoothing
         )
 
-    @mean_over_rows
     def outer_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         return F.cross_entropy(outputs, checks.safe_labels(batch[1], outputs.shape[1]))
 

@@ -113,7 +113,6 @@ class LossTrainer(Trainer):
         self.clip_norm = clip_norm
         self.precision = precision
         self.accumulate = accumulate
-        self._has_compared_halves = False
         self.network: Any = self.student
         if compile:
             with warnings.catch_warnings():
@@ -152,7 +151,7 @@ class LossTrainer(Trainer):
         ) as fault:
             outer_parts = micro_batches(outer, self.accumulate, "outer")
             inner_parts = micro_batches(inner, self.accumulate, "inner")
-            if self.accumulate > 1 and not self._has_compared_halves:
+            if self.accumulate > 1 and self.steps_done == 0:
                 self._refuse_other_than_means(outer_parts, inner_parts)
             shares = shares_of_losses(
                 self.losses, outer_parts, inner_parts, self.ranks, self.device
@@ -203,14 +202,12 @@ class LossTrainer(Trainer):
                 self.losses,
                 outer,
                 inner,
-                signals=[self._no_signal()],
-                problem=None,
+                signals=[self._no_signal()] * len(outer),
                 step=self.steps_done,
                 ranks=self.ranks,
                 device=self.device,
                 parts=self.accumulate,
             )
-        self._has_compared_halves = True
 
     def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         batch = labeled_pair(batch, name)

@@ -498,6 +498,7 @@ class BilevelTrainer(Trainer):
         inner_batches = opened.inner_batches
         outer_batch = self.problem.outer_batch(opened.outer_batch)
         teacher_losses = self._losses_for(inner_batches[-1])
+        is_first = opened.fingerprint not in self._looked_at
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
@@ -552,7 +553,7 @@ class BilevelTrainer(Trainer):
                     step=self.steps_done,
                     size=self.feedback_size,
                     measure=self.measures_feedback,
-                    is_first=opened.fingerprint not in self._looked_at,
+                    compares_parts=bool(self.verification.setting) and is_first,
                     direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
                 h = [

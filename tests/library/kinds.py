@@ -351,7 +351,7 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"accumulate": 2},
     ),
     "a sum in micro-batches": (
-        "RRRRR RR",
+        "XXXXX XX",
         {"outer": lambda self, loss, z, b: loss * len(z)},
         {"accumulate": 2},
     ),

@@ -447,7 +447,7 @@ class Weighted(metapl.PseudoLabels):
 
 
 class WeightedScalar(metapl.PseudoLabels):
-    """The same mean over one rank's rows, as a scalar, which is no mean over its micro-batches."""
+    """The same mean over one rank's rows, as a scalar."""
 
     def outer_loss(self, outputs: Any, batch: Any) -> Any:
         weights = torch.arange(1.0, 1 + outputs.shape[1], dtype=outputs.dtype)

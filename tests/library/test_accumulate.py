@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import UDA, CrossEntropy
@@ -179,10 +177,6 @@ def dice(z: Tensor, y: Tensor) -> Tensor:
     return 1 - 2 * (p * (y == 1)).sum() / (p.sum() + (y == 1).sum() + 1)
 
 
-def worst(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y.clamp_min(0), reduction="none").max()
-
-
 def contrast(z: Tensor, y: Tensor) -> Tensor:
     alike = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T
     return F.cross_entropy(alike / 0.5, (torch.arange(len(z)) + 1) % len(z))
@@ -197,23 +191,16 @@ def as_pair(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Judged(metapl.problems.ExampleWeights):
-    """Example weights, judged by a loss of all outer outputs.
+    """Example weights, judged by a loss of the outer outputs."""
 
-    There may be a penalty on the student's weights.
-    """
-
-    def __init__(self, loss: Any, penalized: nn.Module | None = None) -> None:
+    def __init__(self, loss: Any) -> None:
         self.loss = loss
-        self.penalized = penalized
 
     def check(self, outputs: Tensor, outer: Any, inner: Any) -> None:
         """Check nothing: labels may be ignored ones."""
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-        loss = self.loss(outputs, batch[1])
-        if self.penalized is not None:
-            loss = loss + 0.1 * sum(p.square().sum() for p in self.penalized.parameters())
-        return loss
+        return self.loss(outputs, batch[1])
 
 
 def weighed(seed: int = 0, dropout: float = 0.0) -> tuple[nn.Module, nn.Module]:
@@ -231,7 +218,7 @@ def outer_and_inner(labels: Tensor) -> dict[str, Any]:
 
 
 def by_double_backward(
-    teacher: nn.Module, student: nn.Module, loss: Any, data: dict[str, Any], penalty: float
+    teacher: nn.Module, student: nn.Module, loss: Any, data: dict[str, Any]
 ) -> Tensor:
     """Return dL/d(table) through one step of SGD at 0.5, all rows at once."""
     (x, y), (u, labels, _) = data["outer"], data["inner"]
@@ -239,37 +226,20 @@ def by_double_backward(
     losses = F.cross_entropy(functional_call(student, theta, (u,)), labels, reduction="none")
     g = torch.autograd.grad((table.sigmoid() * losses).mean(), [*theta.values()], create_graph=True)
     moved = {name: p - 0.5 * d for (name, p), d in zip(theta.items(), g, strict=True)}
-    outer = loss(functional_call(student, moved, (x,)), y) + penalty * sum(
-        p.square().sum() for p in moved.values()
-    )
+    outer = loss(functional_call(student, moved, (x,)), y)
     return torch.autograd.grad(outer, table)[0]
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.1])
 @pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize(
-    ("loss", "labels"),
-    [
-        (not_ignored, LABELS),
-        (not_ignored, LATE),
-        (dice, LABELS),
-        (worst, LABELS),
-        (contrast, LABELS),
-        (summed, LABELS),
-    ],
-    ids=["not ignored", "a part all ignored", "dice", "worst", "contrast", "sum"],
-)
-def test_an_outer_loss_that_is_no_mean_over_rows(
-    loss: Any, labels: Tensor, parts: int, penalty: float
-) -> None:
+@pytest.mark.parametrize("labels", [LABELS, LATE], ids=["not ignored", "a part all ignored"])
+def test_an_outer_loss_that_is_a_sum_and_a_weight(labels: Tensor, parts: int) -> None:
     """In micro-batches the gradient is that of all rows: double backward by hand, in each mode."""
     teacher, student = weighed()
     data = outer_and_inner(labels)
-    expected = by_double_backward(teacher, student, loss, data, penalty)
+    expected = by_double_backward(teacher, student, not_ignored, data)
     assert expected.norm() > 1e-4
     sgd = torch.optim.SGD(student.parameters(), lr=0.5)
-    problem = Judged(loss, student if penalty else None)
-    inputs: dict[str, Any] = {**data, "problem": problem, "inner_optimizer": sgd}
+    inputs: dict[str, Any] = {**data, "problem": Judged(as_pair), "inner_optimizer": sgd}
     for mode, tolerance in (("forward", 1e-10), ("difference", 1e-5)):
         by_parts = metapl.hypergradient(teacher, student, **inputs, mode=mode, accumulate=parts)
         (gradient,) = by_parts.grads.values()
@@ -292,8 +262,8 @@ def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
     class Ignoring(metapl.PseudoLabels):
         def check(self, outputs: Tensor, outer: Any, inner: Any) -> None: ...
 
-        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-            return not_ignored(outputs, batch[1])
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+            return as_pair(outputs, batch[1])
 
     def ends(parts: int) -> list[Tensor]:
         teacher, student = _networks()
@@ -322,169 +292,47 @@ def test_a_training_on_labels_that_are_partly_ignored(mode: str) -> None:
         torch.testing.assert_close(by_parts, by_batch, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", ["dropout", "checkpoint", "bfloat16", "its own gradient"])
-def test_a_scalar_has_the_draws_of_the_pair_that_says_the_same(kind: str) -> None:
-    """There are dropout masks, recomputed blocks and autocast's kept casts in each micro-batch."""
-
-    class Recomputed(nn.Module):
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.network, x, use_reentrant=False)
-
-    class Routed(nn.Module):
-        """Has weights that the second micro-batch alone reaches."""
-
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-            self.other = nn.Linear(5, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            if x[0, 0] > 5:
-                return self.network(x) + self.other(x)
-            return self.network(x)
-
-    class OwnGradient(nn.Module):
-        """A forward that takes a gradient itself."""
-
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = x.clone().requires_grad_()
-            outputs = self.network(x)
-            return outputs + torch.autograd.grad(outputs.sum(), x, create_graph=True)[0][:, :3]
-
-    gradients = []
-    for loss in (not_ignored, as_pair):
-        teacher, student = weighed(dropout=0.4)
-        if kind == "its own gradient":
-            student = OwnGradient(student)
-        if kind == "checkpoint":
-            student = Recomputed(student)
-        if kind == "bfloat16":
-            teacher = teacher.float()
-            student = Routed(student).float()
-        data = outer_and_inner(LABELS)
-        if kind == "bfloat16":
-            data["outer"][0][4:, 0] = data["inner"][0][6:, 0] = 9.0
-            data = pytree.tree_map_only(
-                Tensor, lambda t: t.float() if t.is_floating_point() else t, data
-            )
-        torch.manual_seed(2)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "bfloat16"):
-            gradient = metapl.hypergradient(
-                teacher,
-                student,
-                **data,
-                problem=Judged(loss),
-                inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
-                accumulate=2,
-            )
-        gradients.append(gradient)
-    by_scalar, by_pair = gradients
-    tolerance = 0.05 if kind == "bfloat16" else 1e-10
-    gap = torch.dist(by_scalar.feedback, by_pair.feedback)
-    assert gap < tolerance * by_pair.feedback.norm()
-    assert by_scalar.outer_loss.item() == pytest.approx(by_pair.outer_loss.item(), rel=tolerance)
-
-
-def test_what_the_outer_loss_costs_in_micro_batches() -> None:
-    """A pair, and the problem's own mean over rows, take a pass on each micro-batch.
-
-    Another scalar takes two.
-    """
-    problems = {
-        "pair": Judged(as_pair),
-        "scalar": Judged(not_ignored),
-        "own": metapl.problems.ExampleWeights(),
-    }
-    passes = {}
-    for name, problem in problems.items():
-        teacher, student = weighed()
-        rows_of_passes: list[int] = []
-
-        def note_rows(module: nn.Module, inputs: Any, rows: list[int] = rows_of_passes) -> None:
-            rows.append(len(inputs[0]))
-
-        student.register_forward_pre_hook(note_rows)
-        metapl.hypergradient(
-            teacher,
-            student,
-            **outer_and_inner(LABELS.clamp_min(0)),
-            problem=problem,
-            accumulate=2,
-            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
-        )
-        # An outer micro-batch has four rows, an inner one six.
-        passes[name] = rows_of_passes.count(4)
-    assert passes == {"pair": 2, "scalar": 4, "own": 2}
-
-
-def test_another_student_is_refused_when_a_micro_batch_runs_again() -> None:
-    class Counting(nn.Module):
-        def __init__(self, network: nn.Module) -> None:
-            super().__init__()
-            self.network = network
-            self.calls = 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += len(x) == 4
-            return self.network(x) * (1 + 0.1 * self.calls)
-
-    teacher, student = weighed()
-    student = Counting(student)
-    with pytest.raises(metapl.MetaplError, match="returns other outputs when its pass is repeated"):
-        metapl.hypergradient(
-            teacher,
-            student,
-            **outer_and_inner(LABELS),
-            problem=Judged(not_ignored),
-            accumulate=2,
-            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
-        )
-
-
-def test_verification_lets_a_scalar_be_any_function_of_the_rows() -> None:
-    """And refuses a pair that is no mean, since it is added up over micro-batches."""
+@pytest.mark.parametrize(
+    "loss",
+    [not_ignored, dice, contrast, summed, lambda z, y: (not_ignored(z, y), len(y))],
+    ids=["ignoring", "dice", "contrast", "sum", "a wrong weight"],
+)
+def test_an_outer_loss_that_is_no_mean_is_refused_in_micro_batches(loss: Any) -> None:
     # Of each half of the first part, another number counts.
     labels = torch.tensor([1, 0, -100, 2, -100, -100, -100, 1])
     data = outer_and_inner(labels)
-    for loss in (not_ignored, dice, lambda z, y: (not_ignored(z, y), len(y))):
-        teacher, student = weighed()
-        trainer = metapl.BilevelTrainer(
+    teacher, student = weighed()
+
+    def trainer(loss: Any, parts: int) -> metapl.BilevelTrainer:
+        return metapl.BilevelTrainer(
             teacher,
             student,
             problem=Judged(loss),
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.5),
-            accumulate=2,
+            accumulate=parts,
         )
-        if loss in (not_ignored, dice):
-            trainer.step(**data)
-            continue
-        with pytest.raises(
-            metapl.MetaplError,
-            match=r"outer_loss is .* by halves of the batch: no mean over examples",
-        ):
-            trainer.step(**data)
+
+    with pytest.raises(
+        metapl.MetaplError,
+        match=r"outer_loss is .* no mean over examples; expected one, \(sum, weight\)",
+    ):
+        trainer(loss, 2).step(**data)
+    trainer(as_pair, 2).step(**data)
+    trainer(loss, 1).step(**data)
 
 
-def test_an_outer_loss_of_all_rows_that_reads_the_teacher() -> None:
+def test_an_outer_loss_with_a_weight_that_reads_the_teacher() -> None:
     """The direct term, of a module that the problem holds, is that of all rows too."""
 
     class Scored(Judged):
         def __init__(self, teacher: nn.Module) -> None:
-            super().__init__(not_ignored)
+            super().__init__(as_pair)
             self.teacher = teacher
 
         def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Any:
             return metapl.Signal(teacher(batch[0]).sigmoid().squeeze(1))
 
-        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
             return self.loss(outputs + self.teacher(batch[0]) * outputs.cos(), batch[1])
 
     _, student = weighed()
@@ -672,7 +520,7 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
         def check(self, outputs: Tensor, outer: Any, inner: Any) -> None: ...
 
         def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
-            return not_ignored(outputs, batch[1])
+            return as_pair(outputs, batch[1])
 
     def weights_after(accumulate: int, loss: Any) -> Tensor:
         torch.manual_seed(0)
@@ -699,7 +547,7 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
             outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.3),
             accumulate=accumulate,
             generator=torch.Generator().manual_seed(3),
-            verify=mode == "forward" and accumulate == 2,
+            verify=accumulate == 2,
         )
         for _ in range(2):
             trainer.step(outer=outer, inner=inner[0] if steps == 1 else metapl.Lookahead(inner))
@@ -715,33 +563,25 @@ def test_a_teachers_own_losses_are_means_over_all_labels_that_are_not_ignored(
         weights_after(2, OwnMean())
 
 
-def test_the_librarys_own_losses_are_means_and_are_not_compared_at_the_first_step() -> None:
-    """A subclass of one need not be, and is."""
+def test_losses_are_compared_at_the_first_step_alone() -> None:
+    """Both micro-batches together, and each."""
+    model, _ = _networks()
+    passes = 0
 
-    class Doubled(CrossEntropy):
-        pass
+    def note_pass(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
 
-    def passes_of_first_step(loss: Any) -> int:
-        teacher, student = _networks()
-        count = 0
-
-        def counted(*_: Any) -> None:
-            nonlocal count
-            count += 1
-
-        teacher.register_forward_hook(counted)
-        draws = torch.Generator().manual_seed(4)
-        weak, strong = torch.randn(2, 12, 5, generator=draws, dtype=torch.float64)
-        trainer = metapl.BilevelTrainer(
-            teacher, student, teacher_losses=(loss, UDA()), accumulate=2, verify=False
-        )
-        labeled = torch.randn(8, 5, generator=draws, dtype=torch.float64), torch.arange(8) % 3
-        trainer.step(labeled, (weak, strong))
-        return count
-
-    # Of each micro-batch: the signal twice, the labeled rows, and the strong view.
-    assert passes_of_first_step(CrossEntropy()) == 2 * 4
-    assert passes_of_first_step(Doubled()) > 2 * 4 + 20
+    model.register_forward_hook(note_pass)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer = LossTrainer(model, optimizer=optimizer, accumulate=2)
+    batch = torch.randn(8, 5, dtype=torch.float64), torch.arange(8) % 3
+    counts = []
+    for _ in range(3):
+        passes = 0
+        trainer.step(batch)
+        counts.append(passes)
+    assert counts == [2 + 3, 2, 2]
 
 
 def test_a_training_with_micro_batches_ends_where_that_on_whole_batches_does() -> None:

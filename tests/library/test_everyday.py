@@ -5,7 +5,6 @@ Refused by its own name before anything moves; proposals run.
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -108,121 +107,6 @@ def test_a_bad_inner_batch_is_not_blamed_on_the_outer_one(verify: bool) -> None:
         MetaplError, match="the inner loss, the outer loss or the feedback is NaN or infinite"
     ):
         trainer.step(pair(), pair()[0] * float("nan"))
-
-
-# --------------------------------------------------- losses that are no means, at the first weights
-
-
-class OfTokens:
-    """A mean over the labels that are not ignored, which does not say so."""
-
-    name = "tokens"
-
-    def __call__(
-        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
-    ) -> Tensor:
-        return F.cross_entropy(teacher(outer[0]), outer[1], ignore_index=-100)
-
-
-class OfRows(OfTokens):
-    """A mean over rows of the means over their labels, of which each row has one at least."""
-
-    def __call__(
-        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
-    ) -> Tensor:
-        x, labels = outer
-        losses = F.cross_entropy(teacher(x), labels, ignore_index=-100, reduction="none")
-        return (losses.sum(1) / (labels != -100).sum(1)).mean()
-
-
-class OfFactors(OfRows):
-    """The same, of a network whose weights have to be small."""
-
-    def __call__(
-        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: Any
-    ) -> Tensor:
-        if max(p.abs().max() for p in teacher.parameters()) > 1:
-            raise ArithmeticError("the weights are too large")
-        return super().__call__(teacher, outer=outer, inner=inner, signal=signal, step=step)
-
-
-class Tagger(nn.Module):
-    """Begins with a head of zeros, as many heads do, so that each token has the same loss."""
-
-    def __init__(self, tokens: int = 5) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, CLASSES * tokens)
-        )
-        nn.init.zeros_(self.layers[2].weight)
-        nn.init.zeros_(self.layers[2].bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x).unflatten(1, (CLASSES, -1))
-
-
-class Recurrent(nn.Module):
-    """A long recurrence, chaotic at large weights.
-
-    Batches of other sizes are rounded otherwise in it.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell = nn.RNN(1, 32, batch_first=True)
-        self.head = nn.Linear(32, CLASSES * 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        states, _ = self.cell((1 + 1e-7 * len(x)) * x.repeat(1, 50).unsqueeze(2))
-        return self.head(states[:, -1]).unflatten(1, (CLASSES, -1))
-
-
-def tags(rows: int = 16) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator().manual_seed(2)
-    labels = torch.randint(CLASSES, (rows, 5), generator=draw)
-    ignored = torch.rand(rows, 5, generator=draw) < torch.linspace(0, 0.8, rows).unsqueeze(1)
-    ignored[:, 0] = False
-    return torch.randn(rows, WIDTH, generator=draw), labels.masked_fill(ignored, -100)
-
-
-@pytest.mark.parametrize("make", [Tagger, Recurrent])
-def test_a_loss_that_is_no_mean_over_rows_is_seen_where_all_rows_have_the_same_loss(
-    make: Callable[[], nn.Module],
-) -> None:
-    """At the first weights all means are equal, and their gradients are not.
-
-    Here they are 0.1 and more apart.
-    """
-    torch.manual_seed(0)
-    model = make()
-    x, labels = tags()
-    mean = F.cross_entropy(model(x), labels, ignore_index=-100)
-    parts = [F.cross_entropy(model(x[i::4]), labels[i::4], ignore_index=-100) for i in range(4)]
-    if make is Tagger:
-        assert mean.item() == pytest.approx(sum(parts).item() / 4, rel=1e-6)
-    weights_before = weights(model)
-    trainer = metapl.LossTrainer(model, (OfTokens(),), optimizer=sgd(model), accumulate=4)
-    with pytest.raises(MetaplError, match="it is no mean over rows"):
-        trainer.step((x, labels))
-    assert same(weights(model), weights_before)
-
-
-@pytest.mark.parametrize("loss", [OfRows(), OfFactors()])
-@pytest.mark.parametrize("make", [Tagger, Recurrent])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_mean_over_rows_is_taken_for_one(
-    make: Callable[[], nn.Module], loss: Any, seed: int
-) -> None:
-    """Also of a network that is chaotic at other weights, and by a loss that fails there."""
-    torch.manual_seed(seed)
-    model = make()
-    other = copy.deepcopy(model)
-    draws = torch.get_rng_state()
-    metapl.LossTrainer(model, (loss,), optimizer=sgd(model), accumulate=4).step(tags())
-    assert torch.equal(torch.get_rng_state(), draws)
-    metapl.LossTrainer(other, (loss,), optimizer=sgd(other)).step(tags())
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 # ------------------------------------------------------ evaluation where the signal is in the input

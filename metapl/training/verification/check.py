@@ -139,9 +139,8 @@ def check_gradient(
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer`
             alone, as it stands.
         outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the
-            first three, and of micro-batches (``accumulate``) the first, by whose halves the inner
-            loss must be a mean over examples, and an outer loss that returns (sum, weight) Σ sum /
-            Σ weight.
+            first three, and of micro-batches (``accumulate``) the first, by whose halves both
+            losses must be means over examples, or the outer loss Σ sum / Σ weight.
         mode: default the trainer's own, and ``"forward"`` without one. The others are
             :func:`metapl.hypergradient`'s.
 

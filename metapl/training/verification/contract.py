@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metapl.errors import few
 from metapl.execution.batch import rows
@@ -106,8 +105,8 @@ def has_another_teacher_gradient(case: Case) -> str:
 def has_losses_that_are_no_means(case: Case) -> str:
     """Return a loss of micro-batches that is no mean, by halves of the rows.
 
-    That is an inner loss that is no mean over examples, or the (sum, weight) of an outer loss. An
-    outer loss that returns a scalar is taken of all rows, and may be any function of them.
+    That is an inner loss that is no mean over examples, or an outer loss that is neither that nor
+    a sum and its weight.
     """
     if case.step.micro_batches == 1:
         return ""
@@ -169,9 +168,6 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
         if half == 0:
             continue
         total, weight = sum_and_weight(loss_of_rows(0, 2 * half))
-        if name == "outer_loss" and not isinstance(weight, Tensor):
-            # A scalar is taken of all rows at once, so that it may be any function of them.
-            continue
         first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
         second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
         of_all_rows = (total / weight).item()
@@ -180,7 +176,8 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
         if abs(of_all_rows - by_halves) > max(1e-6, 100 * case.eps) * size:
             return (
                 f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no "
-                "mean over examples."
+                "mean over examples; expected one, (sum, weight) from outer_loss (mean_over of a "
+                "teacher's own loss), or accumulate=1."
             )
     return ""
 
