@@ -323,22 +323,11 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
 def load_dual_numbers() -> None:
     """Create the first dual number, for which PyTorch loads its rules.
 
-    It warns of a deprecation then, which is silenced here. Before torch 2.13 blocks under
-    ``torch.utils.checkpoint`` are given the rule that they lack.
+    It warns of a deprecation then, which is silenced here.
     """
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore")
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-    # There a checkpoint keeps its inputs by a function of them that returns an empty tensor, also
-    # where nothing is to be kept. It has no rule for tangents, and PyTorch's default raises.
-    keeps_inputs = getattr(torch.utils.checkpoint, "_NoopSaveInputs", None)
-    if keeps_inputs is not None and "jvp" not in vars(keeps_inputs):
-        keeps_inputs.jvp = staticmethod(_no_tangent)
-
-
-def _no_tangent(ctx: Any, *tangents: Tensor | None) -> Tensor:
-    """Return the tangent of an empty tensor."""
-    return torch.zeros(0)
 
 
 @contextmanager

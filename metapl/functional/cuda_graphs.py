@@ -39,7 +39,6 @@ from metapl.execution.batch import Batch
 from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products, no_fast_path
 from metapl.execution.state import RandomState
-from metapl.functional.attention import AttentionInOnePiece
 from metapl.functional.state import Report, State, with_fields
 from metapl.functional.step import Step
 
@@ -268,10 +267,7 @@ class StepByGraphs:
         )
 
         def run(step: Step) -> Results:
-            # A second pass finds ż where the pullback of the pullback would; without that pullback
-            # nothing is derived twice.
-            attention = AttentionInOnePiece(is_derived_once=step is self.step_with_replay)
-            with checks.no_values(), without_cache_of_casts(), no_fast_path(), attention:
+            with checks.no_values(), without_cache_of_casts(), no_fast_path():
                 return step(graph_state, static.outer_batch, static.inner_batch, static.noise)
 
         if self._pool is None and self.device.type == "cuda":

@@ -184,11 +184,9 @@ def make_step(
         theta_T = state.teacher.params
         gradient: Tree = {}
         sizes: Tree = {}
-        # Fused kernels of attention have no second derivative. Where ż is found by a second pass,
-        # none is asked for but in that pass.
-        kernels = nullcontext() if replays_tangent else sdpa_kernel(SDPBackend.MATH)
-        # Lines 2 to 7.
-        with autocast(), kernels:
+        # Lines 2 to 7. Fused kernels of attention have neither a second derivative nor a forward
+        # mode.
+        with autocast(), sdpa_kernel(SDPBackend.MATH):
             if not theta_T:
                 (_, own), outcome = run_student(call, {})
             else:
