@@ -32,7 +32,6 @@ if TYPE_CHECKING:
         pictures,
         robustness,
         run_folder,
-        sklearn,
     )
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
@@ -84,7 +83,6 @@ _LAZY_MODULES = (
     "pictures",
     "robustness",
     "run_folder",
-    "sklearn",
 )
 _MODULES_OF_LAZY_FUNCTIONS = {
     "Recording": "metapl.training.recording",

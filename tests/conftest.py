@@ -27,7 +27,6 @@ LONGEST = [
         "test_sharded",
         "test_verify",
         "test_compile",
-        "test_sklearn",
         "test_ranks",
         "test_resume",
         "test_commands",
@@ -47,7 +46,7 @@ LONGEST = [
         "test_refusals",
     ),
     *("test_folders", "test_attribution", "test_cost", "test_bits"),
-    *("test_modes", "test_planted", "test_command_outcomes", "test_first_call", "test_tables"),
+    *("test_modes", "test_planted", "test_command_outcomes", "test_first_call"),
 ]
 
 

@@ -27,7 +27,7 @@ FLOORS = (
     ("feedback", "metrics", "pictures"),
     ("functional", "labels", "networks", "processes", "protocols", "robustness"),
     ("run_folder", "training"),
-    ("ablation", "integrations", "noisy_student", "sklearn"),
+    ("ablation", "integrations", "noisy_student"),
     ("apps.printing", "apps.progress"),
     ("apps.settings", "apps.web"),
     ("apps.methods",),

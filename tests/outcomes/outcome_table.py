@@ -13,8 +13,7 @@ from collections.abc import Iterable
 import test_first_call
 import test_modes
 import test_optimizers
-import test_tables
-from trainings import SEEDS, Comparison, Row, comparisons
+from trainings import Comparison, Row, comparisons
 
 import metapl
 
@@ -51,10 +50,6 @@ def main() -> None:
     for row in all_rows():
         if all(word in row.title for word in words):
             print_row(row.title, comparisons(row))
-    for data, mode in test_tables.TABLES:
-        title = f"MetaPseudoLabelsClassifier(mode={mode!r}): {data}"
-        if all(word in title for word in words):
-            print_row(title, test_tables.comparisons(data, mode, SEEDS))
 
 
 if __name__ == "__main__":
