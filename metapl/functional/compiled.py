@@ -67,7 +67,6 @@ from metapl.problems.base import Signal, enters_input, gumbel
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
-    OwnStep,
     TorchUpdate,
     Update,
     entry_shape,
@@ -156,8 +155,6 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
     normalization = getattr(mode, "normalization", "")
     is_composed = steps > 1 or enters_input(trainer.problem)
     is_alone = trainer.layout.kind == "plain" and trainer.ranks.alone
-    if isinstance(inner, OwnStep):
-        return "an optimizer without a rule here; expected SGD, Adam, AdamW or Muon"
     if not mode.is_pure:
         return (
             f"mode {type(mode).__name__}, which runs on the eager road alone; expected one of the "

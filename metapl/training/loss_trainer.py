@@ -37,10 +37,10 @@ from metapl.training.base import refuse_missing_entries
 from metapl.updates import (
     as_one_optimizer,
     parameters_of,
+    refuse_closure,
     refuse_rates_by_entry,
     refuse_state_of_another,
 )
-from metapl.updates.own_step import refuse_closure
 
 # What decides a step beside the losses.
 SETTINGS = ("clip_norm", "precision", "accumulate")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal, Unpack
@@ -72,16 +71,15 @@ from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
     InnerOptimizer,
-    OwnStep,
     Update,
     as_one_optimizer,
     parameters_of,
+    refuse_closure,
     refuse_missing,
     refuse_rates_by_entry,
     refuse_state_of_another,
     update_of,
 )
-from metapl.updates.own_step import refuse_closure, undone
 
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; "
@@ -137,8 +135,7 @@ class BilevelTrainer(Trainer):
             one number for the batch, times its labels' mean cross-entropy.
         problem: default :class:`metapl.PseudoLabels`.
         inner_optimizer: the student's: ``torch.optim`` SGD, Adam, AdamW or Muon, a tuple of these
-            over disjoint parameters, such as (Muon, AdamW), or a TorchOpt transform; in mode
-            ``none``, which differentiates nothing, any of ``torch.optim``.
+            over disjoint parameters, such as (Muon, AdamW), or a TorchOpt transform.
         outer_optimizer: the teacher's: any of ``torch.optim`` over its parameters, or a tuple;
             default: the problem's (:meth:`metapl.BilevelProblem.default_outer_optimizer`). Where
             the problem names none, and for the student, it is ``SGD(lr=0.05, momentum=0.9,
@@ -294,16 +291,9 @@ class BilevelTrainer(Trainer):
             self.inner_optimizer = default_optimizer(self.student)
         else:
             self.inner_optimizer = as_one_optimizer(inner_optimizer)
-        update = update_of(
-            self.inner_optimizer, self.layout.parameters(), is_differentiated=gives_feedback
-        )
-        # The student's update where metapl has no rule for its optimizer, which then moves the
-        # student by its own step(), else None. Such a step may fail when the teacher has moved
-        # already; see _undone_together.
-        self._own_step = update if isinstance(update, OwnStep) else None
-        self.update: Update = update
+        self.update: Update = update_of(self.inner_optimizer, self.layout.parameters())
         if clip_norm is not None:
-            self.update = Clipped(update, clip_norm, self.layout.space)
+            self.update = Clipped(self.update, clip_norm, self.layout.space)
         self.outer_optimizer = as_one_optimizer(outer_optimizer, "outer_optimizer")
         # Trains the teacher on its own losses, while the student waits.
         self._teacher_trainer: LossTrainer | None = None
@@ -486,7 +476,10 @@ class BilevelTrainer(Trainer):
         """Take the step with the feedback's second derivative in one order.
 
         A step that fails before its optimizers step has moved nothing: buffers, gradients and
-        generators are put back. For an optimizer that fails see :meth:`_undone_together`.
+        generators are put back. An optimizer that fails, as by a hook on it, may leave weights
+        moved: the teacher's, perhaps in part, where the outer optimizer fails; those of both
+        networks where the inner one does. To undo that would take a copy of weights and optimizers'
+        states in every step.
 
         Args:
             order: None, where there is nothing to choose.
@@ -586,12 +579,11 @@ class BilevelTrainer(Trainer):
                 self.teacher_layout.mean_gradients(self.clip_norm)
             # Nothing has moved so far. The teacher's optimizer may be any, and may fail in its own
             # step; the student moves last, so that it has not moved then.
-            with self._undone_together():
-                if self.outer_optimizer is not None:
-                    # Line 8: θ_T′.
-                    self.outer_optimizer.step()
-                # Line 3: θ_S′.
-                report.scalars.update(real_path.commit())
+            if self.outer_optimizer is not None:
+                # Line 8: θ_T′.
+                self.outer_optimizer.step()
+            # Line 3: θ_S′.
+            report.scalars.update(real_path.commit())
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state = mode_state
@@ -613,19 +605,6 @@ class BilevelTrainer(Trainer):
             self._compared_weights = compared
         return weights
 
-    def _undone_together(self) -> AbstractContextManager[None]:
-        """Return a block in which both optimizers step, or neither, if the student's may fail.
-
-        It may where metapl has no rule for it, since nothing has tried its step before, and the
-        teacher has moved by then. Where there is a rule, θ′ was computed already, and the block
-        undoes nothing. If an optimizer fails there all the same, as by a hook on it, weights stay
-        moved: the teacher's, perhaps in part, where the outer optimizer fails; those of both
-        networks where the inner one does. To undo that too would take a copy of weights and
-        optimizers' states in every step.
-        """
-        if self._own_step is None:
-            return nullcontext()
-        return undone(self.outer_optimizer, self._own_step.optimizer)
 
     def _reshard(self) -> None:
         """Let the blocks of sharded networks give up what a pass that failed has gathered."""
@@ -830,8 +809,7 @@ class BilevelTrainer(Trainer):
                 )
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
             scalars = {"inner_loss": path.inner_loss}
-            with nullcontext() if self._own_step is None else undone(self._own_step.optimizer):
-                scalars |= path.commit()
+            scalars |= path.commit()
             for layout in self.distributed:
                 layout.agree_on_buffers()
             report = Report(self.steps_done, scalars, fault)

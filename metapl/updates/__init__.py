@@ -17,11 +17,11 @@ from metapl.updates.optimizers import (
     options_of,
     parameters_of,
     parts_of,
+    refuse_closure,
     refuse_missing,
     refuse_rates_by_entry,
     refuse_state_of_another,
 )
-from metapl.updates.own_step import RULES, OwnStep
 from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
 from metapl.updates.several import InnerOptimizer, Several, SeveralRules, as_one_optimizer
 from metapl.updates.sgd import SGD
@@ -33,7 +33,6 @@ __all__ = [
     "Cotangents",
     "InnerOptimizer",
     "Options",
-    "OwnStep",
     "Parameters",
     "Settings",
     "TorchUpdate",
@@ -46,6 +45,7 @@ __all__ = [
     "options_of",
     "parameters_of",
     "parts_of",
+    "refuse_closure",
     "refuse_missing",
     "refuse_rates_by_entry",
     "refuse_state_of_another",
@@ -66,8 +66,6 @@ def update_of(
     parameters: Parameters,
     state: OptimizerState = None,
     name: str = "inner_optimizer",
-    *,
-    is_differentiated: bool = True,
 ) -> Update:
     """Return the update of an optimizer over exactly these ``parameters``; an update as it is.
 
@@ -75,16 +73,10 @@ def update_of(
         optimizer: of ``torch.optim``, several of them, or a TorchOpt transform.
         state: of the transform, from an earlier step; None: its initial one.
         name: of the argument, for errors.
-        is_differentiated: whether the mode needs the update as a function; without it any optimizer
-            of ``torch.optim`` is taken.
+
+    Raises: :class:`metapl.MetaplError` for an optimizer without a rule here, such as RMSprop.
     """
     if isinstance(optimizer, Update):
-        update = optimizer.inner if isinstance(optimizer, Clipped) else optimizer
-        if is_differentiated and isinstance(update, OwnStep):
-            raise MetaplError(
-                f"{name} is {type(update.optimizer).__name__}, which has no derivative here; "
-                f"expected {RULES}."
-            )
         return optimizer
 
     optimizer = as_one_optimizer(optimizer, name)
@@ -95,13 +87,13 @@ def update_of(
     kinds = [type(part) for part in parts_of(optimizer)]
     has_rules = all(kind in _UPDATES for kind in kinds)
     if state is not None or not has_rules:
-        is_of_torch = isinstance(optimizer, torch.optim.Optimizer)
-        if not is_differentiated and state is None and is_of_torch:
-            return OwnStep(optimizer, parameters)
         kind_names = " and ".join(kind.__name__ for kind in kinds)
         if state is not None:
             kind_names += ", with a state"
-        raise MetaplError(f"{name} is {kind_names}; expected {RULES}.")
+        raise MetaplError(
+            f"{name} is {kind_names}; expected torch.optim's SGD, Adam, AdamW, Muon or a tuple of "
+            "them, or on one device a TorchOpt transform."
+        )
     if has_sharded_weights and torch.optim.Muon in kinds:
         raise MetaplError(
             f"{name} has Muon, whose products are of whole matrices; the network is sharded."

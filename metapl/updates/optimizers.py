@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from itertools import chain
@@ -106,6 +107,22 @@ def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
     # need none then.
     rate = group["lr"].detach().flatten().clone().requires_grad_()
     return {**group, "lr": rate, "foreach": False, "fused": False}
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -> None:
+    """Refuse an optimizer, or one of several, whose ``step`` needs a closure, such as LBFGS.
+
+    Args:
+        name: of the argument, for errors.
+        expected: the way out.
+    """
+    for part in parts_of(optimizer):
+        closure = inspect.signature(type(part).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise MetaplError(
+                f"{name} is {type(part).__name__}, whose step() evaluates the loss by a closure; "
+                f"expected {expected}."
+            )
 
 
 def refuse_missing(

@@ -225,7 +225,7 @@ def check_step(
             "sharded."
         )
     parameters = student_layout.parameters()
-    update = update_of(inner_optimizer, parameters, inner_state, is_differentiated=gives_feedback)
+    update = update_of(inner_optimizer, parameters, inner_state)
     if isinstance(update, Clipped):
         update = update.inner
     update.follow(parameters)
