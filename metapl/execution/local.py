@@ -158,18 +158,11 @@ class LocalStudent:
             NOTHING if gradient else no_fast_path(),
             self.at_weights(leaves, start, state=self.slots),
         ):
-            # Watch for draws from Python's or NumPy's generators as long as it is not known
-            # (None) whether there are any: a loss that draws from them then has the same draws in
-            # each of its passes. The start has to hold the states of these generators too.
-            is_not_known_yet = self.slots.draws_outside is None
-            is_watched = is_not_known_yet and start.is_whole
             outputs_have_graph = False
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
                 outputs_have_graph = outputs.requires_grad
                 value, weight = judge(outputs, batch)
-                if is_watched:
-                    self.slots.watch(start, self.slots.random_state(self.device))
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
@@ -370,14 +363,13 @@ class Pass:
                 self._weights = student.as_leaves(params)
             self._held_slots = [*student.slots_of(self._weights), *slots.in_formulas()]
 
-        self._random_state = slots.random_state(student.device)
+        self._random_state = RandomState.now(student.device)
         # The first pass of a step takes over the snapshot that the step has made.
         self._state = slots.state or slots.snapshot()
         slots.state = None
         with self._running():
             outputs = checks.logits(student.module(inputs), "student")
-        self.random_state_after = slots.random_state(student.device)
-        slots.watch(self._random_state, self.random_state_after)
+        self.random_state_after = RandomState.now(student.device)
         self._output_dtype = outputs.dtype
         self._half_types = slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
@@ -444,18 +436,16 @@ class Pass:
         later ones.
         """
         assert self.graph is not None, "a pass learns once"
-        slots = self.student.slots
-        device = self.student.device
+        findings = self.student.slots.findings
         # None until it is known. A step in which no loss has drawn sets it to False at its end, in
         # `restored`.
-        if slots.findings.draws_in_loss is False:
+        if findings.draws_in_loss is False:
             return loss(self.graph, self._weights)
-        before = slots.random_state(device)
+        device = self.student.device
+        before = RandomState.now(device)
         value = loss(self.graph, self._weights)
-        after = slots.random_state(device)
-        slots.watch(before, after)
-        if not after.equals(before):
-            slots.findings.draws_in_loss = True
+        if not RandomState.now(device).equals(before):
+            findings.draws_in_loss = True
             self._random_state_of_loss = before
         return value
 

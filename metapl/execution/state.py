@@ -12,7 +12,6 @@ places where a module holds its tensors, and :class:`State` a snapshot of what i
 from __future__ import annotations
 
 import hashlib
-import random
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,6 @@ from operator import attrgetter, is_
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -33,7 +31,6 @@ from metapl.execution.graphs import nodes_of
 from metapl.execution.numerics import HALF, explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
 from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
-from metapl.runs.checkpoint import plain_states
 
 # A table of a module: its parameters, its buffers or its parts, by name.
 Table = dict[str, Any]
@@ -49,19 +46,13 @@ _ABSENT = object()
 
 
 class RandomState(NamedTuple):
-    """A saved state of the default generators that a forward pass on ``device`` may draw from.
-
-    Those of Python and NumPy are read where ``outside`` says so: to read them takes 40
-    microseconds, a twentieth of a small network's step, and :attr:`Slots.draws_outside` tells for
-    which networks it is needed.
+    """A saved state of torch's default generators that a forward pass on ``device`` may draw from.
 
     Attributes:
-        cpu: the state of torch's default generator.
+        cpu: the state of the default generator of the host.
         accelerator: that of the device's default generator; None on a CPU.
         generator: the generator of labels, where they are drawn by one of their own.
         generator_state: its state.
-        python: the state of Python's ``random``; None: not read.
-        numpy: that of NumPy's global generator; None: not read.
     """
 
     device: torch.device
@@ -69,18 +60,13 @@ class RandomState(NamedTuple):
     accelerator: Tensor | None = None
     generator: torch.Generator | None = None
     generator_state: Tensor | None = None
-    python: Any = None
-    numpy: Any = None
 
     @staticmethod
-    def now(
-        device: torch.device, generator: torch.Generator | None = None, *, outside: bool = True
-    ) -> RandomState:
+    def now(device: torch.device, generator: torch.Generator | None = None) -> RandomState:
         """Return the current state; it is kept on the host.
 
         Args:
             generator: that of labels.
-            outside: whether to read the generators of Python and NumPy too.
         """
         accelerator = None
         if device.type != "cpu":
@@ -88,31 +74,17 @@ class RandomState(NamedTuple):
         generator_state = None
         if generator is not None:
             generator_state = generator.get_state()
-        of_torch = RandomState(
+        return RandomState(
             device=device,
             cpu=torch.default_generator.get_state(),
             accelerator=accelerator,
             generator=generator,
             generator_state=generator_state,
         )
-        if not outside:
-            return of_torch
-        # NumPy's global generator is what a network draws from that calls numpy.random.
-        of_numpy = numpy.random.get_state(legacy=False)  # noqa: NPY002
-        return of_torch._replace(python=random.getstate(), numpy=of_numpy)
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether the generators of Python and NumPy were read too."""
-        return self.python is not None
 
     def values(self) -> dict[str, Any]:
         """Return the states by name, as they are stored; the device is not among them."""
-        values: dict[str, Any] = {"cpu": self.cpu, "accelerator": self.accelerator}
-        if self.is_whole:
-            values["python"] = self.python
-            values["numpy"] = plain_states(self.numpy)
-        return values
+        return {"cpu": self.cpu, "accelerator": self.accelerator}
 
     def restore(self) -> None:
         """Set the generators to this state."""
@@ -121,9 +93,6 @@ class RandomState(NamedTuple):
             torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
         if self.generator is not None and self.generator_state is not None:
             self.generator.set_state(self.generator_state)
-        if self.is_whole:
-            random.setstate(self.python)
-            numpy.random.set_state(self.numpy)  # noqa: NPY002
 
     def branch(self) -> RandomState:
         """Return the start of a stream that is independent of the one that continues from here.
@@ -137,40 +106,16 @@ class RandomState(NamedTuple):
         digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
         if self.accelerator is not None:
             digest.update(self.accelerator.numpy().data)
-        branched = _seeded(
-            digest.digest(), self.device, has_accelerator=self.accelerator is not None
-        )
-        if not self.is_whole:
-            return branched
-        # Torch's stream is the same whether or not the states of Python and NumPy are read. Theirs
-        # depend on their own states too: torch's state does not move where a network draws from
-        # them alone.
-        digest.update(repr(self._outside()).encode())
-        seed = int.from_bytes(digest.digest(), "little")
-        bit_generator = getattr(numpy.random, self.numpy["bit_generator"])
-        of_numpy = numpy.random.RandomState(bit_generator(seed)).get_state(legacy=False)
-        return branched._replace(python=random.Random(seed).getstate(), numpy=of_numpy)
+        return _seeded(digest.digest(), self.device, has_accelerator=self.accelerator is not None)
 
     def equals(self, other: RandomState) -> bool:
-        """Return whether two states of the same generators are equal, as far as both were read."""
-        if self.is_whole and other.is_whole and self._outside() != other._outside():
-            return False
+        """Return whether two states of the same generators are equal."""
         pairs = (
             (self.cpu, other.cpu),
             (self.accelerator, other.accelerator),
             (self.generator_state, other.generator_state),
         )
         return all(torch.equal(a, b) for a, b in pairs if a is not None and b is not None)
-
-    def has_drawn_outside(self, before: RandomState) -> bool:
-        """Return whether Python's or NumPy's generator has moved since a state ``before``.
-
-        Both have to be whole.
-        """
-        return bool(self._outside() != before._outside())
-
-    def _outside(self) -> Any:
-        return self.python, plain_states(self.numpy)
 
 
 # Where nothing draws, every step begins in the same state, and branches to the same stream.
@@ -202,7 +147,7 @@ def branching_to(state: RandomState) -> Iterator[None]:
 @contextmanager
 def replayed(state: RandomState) -> Iterator[None]:
     """Draw from ``state`` in this block; afterwards the generators are as they were before."""
-    caller_state = RandomState.now(state.device, state.generator, outside=state.is_whole)
+    caller_state = RandomState.now(state.device, state.generator)
     state.restore()
     try:
         yield
@@ -340,25 +285,10 @@ class Slots:
         """
         return [(table, name, table[name]) for table, name in self._hook_weights if name in table]
 
-    def random_state(
-        self, device: torch.device, generator: torch.Generator | None = None
-    ) -> RandomState:
-        """Return the state of the generators that a pass of this network may draw from."""
-        may_draw_outside = self.draws_outside is not False
-        return RandomState.now(device, generator, outside=may_draw_outside)
-
-    @property
-    def draws_outside(self) -> bool | None:
-        """Whether passes, or inner losses, draw from Python's or NumPy's generators.
-
-        None until a step has been watched.
-        """
-        return self.findings.draws_outside
-
     def watch_losses_of(self, problem: Any) -> None:
         """Look at the draws again where the losses are those of another problem than before.
 
-        The library's own losses draw from torch alone.
+        The library's own losses draw none.
         """
         if type(problem).__module__.startswith("metapl.problems"):
             return
@@ -366,19 +296,9 @@ class Slots:
         if findings.problem is not None and findings.problem() is problem:
             return
         findings.problem = weakref.ref(problem)
-        # A network that draws still does. For one that does not, the question is open again.
-        if findings.draws_outside is False:
-            findings.draws_outside = None
+        # A loss that draws still does. For one that does not, the question is open again.
         if findings.draws_in_loss is False:
             findings.draws_in_loss = None
-
-    def watch(self, before: RandomState, after: RandomState) -> None:
-        """Note whether Python's or NumPy's generators moved, as long as that is not known.
-
-        Between the two states a pass ran, or a loss of its outputs.
-        """
-        if self.draws_outside is None and after.has_drawn_outside(before):
-            self.findings.draws_outside = True
 
     def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
         """Return the types of half precision in which a part of the network computes.
@@ -412,14 +332,12 @@ class Findings:
     """What the first step with a network finds, and what holds until its modes or hooks change.
 
     Attributes:
-        draws_outside: see :attr:`Slots.draws_outside`.
-        draws_in_loss: whether inner losses draw from any generator; None until a step has been
+        draws_in_loss: whether inner losses draw from torch's generators; None until a step has been
             watched.
         problem: whose inner loss that was.
         half_types: see :meth:`Slots.half_types`.
     """
 
-    draws_outside: bool | None = None
     draws_in_loss: bool | None = None
     problem: weakref.ref[Any] | None = None
     half_types: frozenset[torch.dtype] | None = None
@@ -532,7 +450,7 @@ def replay(
         slots: what else it holds, such as other weights.
         upcast: have the copies in float32 or wider.
     """
-    caller_state = RandomState.now(start.device, start.generator, outside=start.is_whole)
+    caller_state = RandomState.now(start.device, start.generator)
     start.restore()
     snapshot = state if isinstance(state, State) else state.snapshot(copies=False)
     contents_before: list[tuple[Table, Table]] = []
@@ -696,8 +614,7 @@ def restored(
         for slots in networks:
             slots.state = slots.snapshot()
             saved.append(slots.state)
-        may_draw_outside = any(slots.draws_outside is not False for slots in networks)
-        random_state = RandomState.now(device, generator, outside=may_draw_outside)
+        random_state = RandomState.now(device, generator)
         grads = [p.grad for p in trained]
         for p in trained:
             p.grad = None
@@ -717,8 +634,6 @@ def restored(
                 p.grad = None
             # What has been watched in the whole step, and has not been seen, is not so.
             for slots in networks:
-                if slots.draws_outside is None:
-                    slots.findings.draws_outside = False
                 if slots.findings.draws_in_loss is None:
                     slots.findings.draws_in_loss = False
         finally:

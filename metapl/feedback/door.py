@@ -4,17 +4,20 @@ They stand at the door of the first step: nothing has moved by then. The feedbac
 from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
 is looked for once: in what is given (:func:`refuse_gradients_of_batches`,
 :func:`refuse_learned_settings`, :func:`refuse_hooks`), and in the graphs of both losses of the
-first step (:class:`FirstLook`). Nothing is copied, so that networks of any size, and sharded ones,
+first step (:class:`FirstLook`). So are draws that a second pass would not repeat
+(:func:`refusing_draws_outside`). Nothing is copied, so that networks of any size, and sharded ones,
 are looked at. Later steps are not.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,6 +29,7 @@ from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
 from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
+from metapl.runs.checkpoint import plain_states
 from metapl.updates import Clipped, Update, parts_of
 
 MODES_WITH_DIRECT_TERM = ("forward", "unrolled", "difference", "implicit")
@@ -33,6 +37,10 @@ MODES_WITH_DIRECT_TERM = ("forward", "unrolled", "difference", "implicit")
 
 class PastTheSignal(MetaplError):
     """A loss depends on what the feedback does not know of, or a batch changes under it."""
+
+
+class DrawsOutside(MetaplError):
+    """A network or a loss draws from a generator that no pass rewinds."""
 
 
 # ------------------------------------------------------------------------------------ what is given
@@ -115,6 +123,46 @@ def refuse_hooks(student: nn.Module) -> None:
         raise MetaplError(
             f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm)."
         )
+
+
+# ------------------------------------------------------------------------ draws by Python and NumPy
+
+
+def generators_outside_torch() -> tuple[Any, Any]:
+    """Return the states of Python's and NumPy's global generators, which no step rewinds.
+
+    To read them takes 0.1 milliseconds.
+    """
+    # The global generator of NumPy is what a network draws from that calls numpy.random.
+    of_numpy = numpy.random.get_state(legacy=False)  # noqa: NPY002
+    return random.getstate(), plain_states(of_numpy)
+
+
+def refuse_draws_outside(before: tuple[Any, Any], cause: BaseException | None = None) -> None:
+    """Refuse that Python's or NumPy's generator has moved since their states were read.
+
+    Args:
+        before: these states.
+        cause: the error that the draws have led to, if there is one.
+    """
+    if generators_outside_torch() != before:
+        raise DrawsOutside(
+            "a network or a loss draws from Python's or NumPy's global generator, and would draw "
+            "other numbers in a pass that runs again; expected draws by torch."
+        ) from cause
+
+
+@contextmanager
+def refusing_draws_outside() -> Iterator[None]:
+    """Refuse draws from Python's and NumPy's global generators in this block."""
+    before = generators_outside_torch()
+    try:
+        yield
+    except MetaplError as error:
+        # Passes that draw other numbers are refused in many words; this is the cause of them.
+        refuse_draws_outside(before, cause=error)
+        raise
+    refuse_draws_outside(before)
 
 
 # ------------------------------------------------------------------ what an outer loss may read too

@@ -406,9 +406,8 @@ class Path:
             others, structure = pytree.tree_flatten((start, settings))
         gradients: Sequence[Tensor | None] = [None] * (len(leaves) + len(others))
         if ends and gradients:
-            slots = self.student.slots
             # Checkpoints run again here, at θ.
-            with replay(slots.random_state(self.student.device), slots):
+            with replay(RandomState.now(self.student.device), self.student.slots):
                 gradients = torch.autograd.grad(
                     ends, [*leaves, *others], cotangents, allow_unused=True
                 )

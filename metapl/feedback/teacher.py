@@ -116,13 +116,8 @@ class Teaching:
         Args:
             outputs: the student's on it; None: it has not run.
         """
-        # Whether the network draws from the generators of Python or NumPy is found in its first
-        # pass.
-        is_watched = self.slots.draws_outside is None
-        random = None
-        if self.recompute or is_watched:
-            random = self.slots.random_state(self.device, self.generator)
         if self.recompute:
+            random = RandomState.now(self.device, self.generator)
             state = self.slots.snapshot()
             with torch.no_grad(), no_fast_path():
                 signal = self._ask(batch, outputs)
@@ -130,8 +125,6 @@ class Teaching:
             teacher_pass = TeacherPass(kept_batch, outputs, signal, random=random, state=state)
         else:
             teacher_pass = TeacherPass(batch, outputs, self._ask(batch, outputs))
-        if is_watched and random is not None:
-            self.slots.watch(random, self.slots.random_state(self.device))
         if self.layout is not None:
             self.passes.append(teacher_pass)
         return teacher_pass.signal

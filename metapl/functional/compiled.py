@@ -652,7 +652,7 @@ class CompiledStep:
         compiled = self._find_or_compile(trainer, len(inner_batches))
         eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
         live = LiveState(trainer, compiled.updates)
-        start = RandomState.now(trainer.device, trainer.generator, outside=True)
+        start = RandomState.now(trainer.device, trainer.generator)
         try:
             self._run(compiled, live, trainer, outer_batch, inner_batches, eager=eager)
         finally:
@@ -694,7 +694,7 @@ class CompiledStep:
 
         Only random numbers have moved then, and none where it raises.
         """
-        start = RandomState.now(trainer.device, trainer.generator, outside=eager is not None)
+        start = RandomState.now(trainer.device, trainer.generator)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # The first call traces the step.

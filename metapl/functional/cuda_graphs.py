@@ -272,10 +272,10 @@ class StepByGraphs:
 
         if self._pool is None and self.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
-        start = RandomState.now(self.device, outside=True)
+        start = RandomState.now(self.device)
         try:
             recording = self._record_quicker_step(run, varying.inner_batch)
-            refuse_draws_of_the_host(start, RandomState.now(self.device, outside=True))
+            refuse_draws_of_the_host(start, RandomState.now(self.device))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -469,12 +469,10 @@ def refuse_other_devices(state: State, varying: Varying, device: torch.device) -
 
 def refuse_draws_of_the_host(start: RandomState, end: RandomState) -> None:
     """Refuse a step that draws on the host, whose draws would be the same in every replay."""
-    draws_on_host = start.device.type != "cpu" and not torch.equal(start.cpu, end.cpu)
-    if draws_on_host or end.has_drawn_outside(start):
+    if start.device.type != "cpu" and not torch.equal(start.cpu, end.cpu):
         raise MetaplError(
-            'compile="cudagraphs" cannot take this step: a network or a loss draws from a '
-            "generator of Python, NumPy or torch's CPU; expected draws on the device, or leave "
-            "compile out."
+            'compile="cudagraphs" cannot take this step: a network or a loss draws from '
+            "torch's generator of the CPU; expected draws on the device, or leave compile out."
         )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from metapl.execution.numerics import (
 )
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
+from metapl.feedback.door import refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.feedback.keeping import Keeping, States, keeping
 from metapl.feedback.lookahead import Lookahead
@@ -437,8 +439,6 @@ class CompiledPath:
         self.judged = request.problem.outer_batch(request.outer)
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
-        # Whether steps draw from Python's or NumPy's generators, which is seen in the first one.
-        self._draws_outside = True
 
     def find(self) -> Hypergradient:
         """Walk forward and back, and return the gradient; after an error no generator has moved."""
@@ -471,10 +471,9 @@ class CompiledPath:
             for number in range(plan.steps):
                 if number % plan.spacings[0] == 0:
                     self._keep(number, carry)
-                start = RandomState.now(plan.device) if number == 0 else None
-                carry, loss = self._take_step(number, carry)
-                if start is not None:
-                    self._draws_outside = RandomState.now(plan.device).has_drawn_outside(start)
+                look = refusing_draws_outside() if number == 0 else nullcontext()
+                with look:
+                    carry, loss = self._take_step(number, carry)
                 self.book.losses.append(loss)
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                 advance()
@@ -642,7 +641,7 @@ class CompiledPath:
             carry.optimizer,
             moved_since(plan.start.state, carry.state),
             moved_since(plan.start.teacher_state, carry.teacher_state),
-            RandomState.now(plan.device, outside=self._draws_outside),
+            RandomState.now(plan.device).values(),
         ]
         self.states.keep(number, kept_state)
 

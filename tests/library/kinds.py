@@ -259,10 +259,10 @@ KINDS: dict[str, tuple[Any, ...]] = {
         lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x),
         put("g", lambda s: torch.Generator()),
     ),
-    # The pure step draws for L(θ′) where the passes before it end, and not from a stream apart.
-    "python's random numbers": ("RRRRR XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
+    # These are refused by name.
+    "python's random numbers": ("XXXXX XX", lambda s, x: s.plain(x) * (1 + 0.1 * random.random())),
     "numpy's random numbers": (
-        "RRRRR XX",
+        "XXXXX XX",
         lambda s, x: s.plain(x) * (1 + 0.1 * numpy.random.rand()),  # noqa: NPY002
     ),
     "weights written by .data": ("XXXXX XX", writing(lambda w: w.data.mul_(0.9))),

@@ -498,9 +498,9 @@ def test_steps_with_a_closure_and_an_optimizer_that_comes_late(tmp_path: Path) -
     assert scores[0].equal(scores[1])
 
 
-def test_batch_norm_and_draws_of_python_are_replayed(tmp_path: Path) -> None:
+def test_batch_norm_and_draws_of_the_host_are_replayed(tmp_path: Path) -> None:
     class Skipping(nn.Module):
-        """Leaves a layer out now and then, by Python's generator."""
+        """Leaves a layer out now and then."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -511,7 +511,7 @@ def test_batch_norm_and_draws_of_python_are_replayed(tmp_path: Path) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             hidden = self.norm(self.first(x))
-            if self.training and random.random() < 0.5:
+            if self.training and float(torch.rand(())) < 0.5:
                 hidden = hidden.tanh()
             outputs: Tensor = self.last(hidden)
             return outputs
@@ -519,7 +519,7 @@ def test_batch_norm_and_draws_of_python_are_replayed(tmp_path: Path) -> None:
     def loop(weights: Tensor, context: Any) -> nn.Module:
         model = Skipping()
         optimizer = OPTIMIZERS["SGD"](model)
-        random.seed(4)
+        torch.manual_seed(4)
         with context(model, optimizer):
             for parts in batches(6):
                 optimizer.zero_grad()

@@ -9,12 +9,10 @@ differences of the loss after it, in float64.
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
-import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -143,18 +141,18 @@ def of_torch(student: Student, teacher: nn.Module) -> Weighed:
     return Weighed(lambda self, losses, *_: losses * (torch.rand(len(losses)) < 0.7))
 
 
-def of_numpy(student: Student, teacher: nn.Module) -> Weighed:
-    """Draw a factor of mixup by NumPy's global generator, and one by Python's."""
+def of_mixup(student: Student, teacher: nn.Module) -> Weighed:
+    """Return a problem whose loss draws two shares."""
 
     def extra(self: Any, losses: Tensor, *_: Any) -> Tensor:
-        share = numpy.random.beta(0.4, 0.4)  # noqa: NPY002 - the global one
-        return losses * (0.5 + share) + random.random() * losses.roll(1).square()
+        share, share_of_next = torch.rand(2)
+        return losses * (0.5 + share) + share_of_next * losses.roll(1).square()
 
     return Weighed(extra)
 
 
 READERS = [of_the_problem, of_a_closure, of_a_hook, of_a_gradient, of_a_gradient_if_any]
-DRAWERS = [of_torch, of_numpy]
+DRAWERS = [of_torch, of_mixup]
 Make = Callable[[Student, nn.Module], Weighed]
 
 
@@ -190,8 +188,6 @@ class Case:
 
 
 def begin() -> None:
-    random.seed(5)
-    numpy.random.seed(5)  # noqa: NPY002 - the global one
     torch.manual_seed(5)
 
 
@@ -263,7 +259,7 @@ def test_a_difference_of_outputs_is_refused_and_its_advice_runs(make: Make) -> N
     assert agrees(gradient.grads.values(), by_differences(make, SMALL_WIDTH, 1))
 
 
-@pytest.mark.parametrize("make", [of_the_problem, of_a_closure, of_a_hook, of_numpy])
+@pytest.mark.parametrize("make", [of_the_problem, of_a_closure, of_a_hook, of_mixup])
 @pytest.mark.parametrize("width", [SMALL_WIDTH, LARGE_WIDTH])
 def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int) -> None:
     """The second step of a trainer has the gradient of a call of ``hypergradient`` there.
@@ -294,14 +290,14 @@ def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int)
 
 def test_a_student_meets_a_loss_that_draws_after_one_that_does_not() -> None:
     """What was found with the first problem does not hold for the second."""
-    case = Case(of_numpy, SMALL_WIDTH, 3)
+    case = Case(of_mixup, SMALL_WIDTH, 3)
     silent = Weighed(lambda self, losses, *_: losses)
     metapl.hypergradient(
         case.teacher, case.student, **{**case.options("forward"), "problem": silent}
     )
     begin()
     gradient = metapl.hypergradient(case.teacher, case.student, **case.options("forward"))
-    assert agrees(gradient.grads.values(), by_differences(of_numpy, SMALL_WIDTH, 3))
+    assert agrees(gradient.grads.values(), by_differences(of_mixup, SMALL_WIDTH, 3))
 
 
 @pytest.mark.parametrize("make", [of_the_problem, of_a_closure])
@@ -336,10 +332,10 @@ def test_a_batchs_own_auxiliary_loss_or_draws_are_no_means() -> None:
 
 
 class HalfOfTheRows(Weighed):
-    """An outer loss of rows that NumPy draws."""
+    """An outer loss of rows that it draws."""
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
-        rows = numpy.random.permutation(len(outputs))[:4]  # noqa: NPY002 - the global one
+        rows = torch.randperm(len(outputs))[:4]
         return F.cross_entropy(outputs[rows], batch[1][rows])
 
 
@@ -556,7 +552,6 @@ def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> Non
     from sklearn.datasets import load_digits
 
     torch.manual_seed(0)
-    numpy.random.seed(0)  # noqa: NPY002 - the global one
     pixels, digits = (torch.as_tensor(array) for array in load_digits(return_X_y=True))
     x = pixels.float() / 16
     y = digits.long()
@@ -568,7 +563,7 @@ def test_a_training_with_an_auxiliary_loss_and_mixed_pictures_comes_out() -> Non
         def inner_loss(
             self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None
         ) -> Tensor:
-            share = numpy.random.beta(5, 1)  # noqa: NPY002 - the global one
+            share = torch.distributions.Beta(5.0, 1.0).sample()
             mixed = share * F.cross_entropy(outputs, batch[1], reduction="none")
             mixed = mixed + (1 - share) * F.cross_entropy(
                 outputs, batch[1].roll(1), reduction="none"

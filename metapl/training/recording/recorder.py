@@ -38,6 +38,7 @@ from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, one_at_a_time, trainable
+from metapl.feedback.door import generators_outside_torch, refuse_draws_outside
 from metapl.problems.base import kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.training.examples import examples_of
@@ -207,9 +208,8 @@ class Recorder:
         self._in_data: NumbersInData | None = None
         self._by_sight: NumbersBySight | None = None
         self._update: TorchUpdate | None = None
-        # Python's and NumPy's generators are read in the first step, and later if they moved in it.
-        self._draws_outside = True
-        self._has_drawn_outside = False
+        # Python's and NumPy's generators before a call in the first step.
+        self._outside_torch: tuple[Any, Any] = (None, None)
         # A comparison calls the network too, and that call is none of the loop's.
         self._is_comparing = False
         self._weights = [*model.parameters()]
@@ -350,11 +350,12 @@ class Recorder:
                 self._read_data(batch)
             call = SeenCall(
                 examples=self._examples_of(batch),
-                random_state=RandomState.now(self._device, outside=self._draws_outside),
+                random_state=RandomState.now(self._device),
                 training_parts=self._parts_in_training(),
             )
             if self._is_first_step:
                 self._device = next(self.model.parameters()).device
+                self._outside_torch = generators_outside_torch()
                 # The loop may write into its batch after the call.
                 call.batch = map_tensors(lambda t: t.detach().clone(), batch)
                 self._look_at_autocast(call)
@@ -369,6 +370,7 @@ class Recorder:
         self._looks.close()
         with self._guarded():
             if self._is_first_step:
+                refuse_draws_outside(self._outside_torch)
                 self._refuse_written_weights()
             self._note_draws(call)
             self._watch_outputs(call, outputs)
@@ -378,14 +380,8 @@ class Recorder:
         """Note whether a call that has ended has drawn random numbers."""
         start = call.random_state
         assert start is not None, "it was read before the call"
-        end = RandomState.now(self._device, outside=self._draws_outside)
-        if self._draws_outside and end.has_drawn_outside(start):
-            self._has_drawn_outside = True
-        elif self._draws_outside:
-            # Their states are long, and the network leaves them alone.
-            start = start._replace(python=None, numpy=None)
-        has_drawn = not end.equals(start) or self._has_drawn_outside
-        call.random_state = start if has_drawn else None
+        if RandomState.now(self._device).equals(start):
+            call.random_state = None
 
     def _watch_outputs(self, call: SeenCall, outputs: Any) -> None:
         """Let a backward pass that comes to the outputs of a call be noted."""
@@ -428,7 +424,6 @@ class Recorder:
                 self._finish_first_step(optimizer)
             self._note_step(optimizer)
             self.steps += 1
-            self._draws_outside = self._has_drawn_outside
             self._versions = self._weight_versions()
             if self._smallest is None:
                 self._smallest = min(trainable(self.model).values(), key=Tensor.numel)

@@ -27,10 +27,12 @@ from metapl.execution.layout import layouts
 from metapl.execution.state import RandomState
 from metapl.feedback import Estimator, Mode, estimator, prepare
 from metapl.feedback.door import (
+    DrawsOutside,
     PastTheSignal,
     refuse_gradients_of_batches,
     refuse_hooks,
     refuse_learned_settings,
+    refusing_draws_outside,
 )
 from metapl.feedback.lookahead import InnerBatches, require_batches
 from metapl.problems.base import BilevelProblem
@@ -341,10 +343,11 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
     if estimate.credits == "nothing":
         return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
     generators_before = rng_state()
+    without_autocast = torch.autocast(step.random.device.type, enabled=False)
     try:
-        with torch.enable_grad(), torch.autocast(step.random.device.type, enabled=False):
+        with torch.enable_grad(), without_autocast, refusing_draws_outside():
             return verify_in_float64(step, estimate)
-    except PastTheSignal as error:
+    except (PastTheSignal, DrawsOutside) as error:
         return GradientCheck("refused", f"mode {estimate.name!r}: {error} See docs/contract.md.")
     except MemoryError as error:
         return out_of_memory(error)
