@@ -19,6 +19,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.torch_version import TorchVersion
 
 from metapl.errors import MetaplError
@@ -290,6 +291,13 @@ def _refuse_untrainable(name: str, layout: Layout) -> None:
         for wrapper in _WRAPPERS & _of_torch(type(part)):
             if not (layout.is_sharded and wrapper == "FSDPModule"):
                 raise MetaplError(wrapped(name, prefix[:-1], wrapper=wrapper))
+        for hook in part._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm):
+                raise MetaplError(
+                    f"the {name}'s {prefix}{hook.name} has torch.nn.utils.weight_norm, whose "
+                    "kernel has a wrong second derivative; expected "
+                    "torch.nn.utils.parametrizations.weight_norm."
+                )
     for path, t in _named_tensors(layout.network):
         if nn.parameter.is_lazy(t):
             raise MetaplError(

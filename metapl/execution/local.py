@@ -292,11 +292,7 @@ class LocalStudent:
             state: of which the student has fresh copies.
             upcast: have these in float32 or wider.
         """
-        slots = [
-            *self.slots_of(params),
-            *self.slots.in_formulas(),
-            *self.slots.made_by_hooks(),
-        ]
+        slots = [*self.slots_of(params), *self.slots.in_formulas()]
         return replay(random, state, slots=slots, upcast=upcast)
 
     def along(
@@ -350,8 +346,7 @@ class Pass:
         slots = student.slots
         if params is student.params:
             # The module holds these weights already. What is put into its slots besides them are
-            # formulas in the place of fused kernels, such as that of weight norm. Weights that
-            # hooks make come into being in this pass, and are put back in its replays alone.
+            # formulas in the place of fused kernels, such as that of weight norm.
             self._weights: Tree = {**student.parameters}
             self._held_slots = slots.in_formulas()
         else:

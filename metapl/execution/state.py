@@ -30,7 +30,7 @@ from metapl.execution import checks
 from metapl.execution.graphs import nodes_of
 from metapl.execution.numerics import HALF, explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
-from metapl.execution.weight_norm import formulas_of, weights_made_by_hooks
+from metapl.execution.weight_norm import formulas_of
 
 # A table of a module: its parameters, its buffers or its parts, by name.
 Table = dict[str, Any]
@@ -210,12 +210,8 @@ class Slots:
         parts = [part for _, part in named]
         self.buffers = [part._buffers for part in parts]
         self.formulas: list[Slot] = []
-        # The places of weights that a hook of the module makes anew in each pass.
-        self._hook_weights: list[tuple[Table, str]] = []
         for part in parts:
             self.formulas += [formula.slot() for formula in formulas_of(part)]
-            if part._forward_pre_hooks:
-                self._hook_weights += weights_made_by_hooks(part)
 
         # What :meth:`are_current` compares, gathered once, as it is asked in every step.
         self._is_copy = False
@@ -277,13 +273,6 @@ class Slots:
         if self.formulas and takes_formulas():
             return self.formulas
         return []
-
-    def made_by_hooks(self) -> list[Slot]:
-        """Return the weights that hooks have made in the last pass, in their places.
-
-        A replay puts them back.
-        """
-        return [(table, name, table[name]) for table, name in self._hook_weights if name in table]
 
     def watch_losses_of(self, problem: Any) -> None:
         """Look at the draws again where the losses are those of another problem than before.

@@ -5,20 +5,20 @@ r"""Weight norm by its formula, in passes that are differentiated twice or in fo
 PyTorch computes it by one kernel, ``_weight_norm_interface``, whose second derivative takes the
 norm that the first one has saved for a constant (``torch.autograd.gradgradcheck`` finds it), and
 which has no forward mode. Its value and its first derivative are right. So a module's parts that
-have a weight norm, of ``torch.nn.utils.parametrizations`` or the old one of ``torch.nn.utils``, are
-exchanged for these by the tables that hold them, as its weights are.
+have a weight norm of ``torch.nn.utils.parametrizations`` are exchanged for these by the tables that
+hold them, as its weights are. The old one, of ``torch.nn.utils``, is refused
+(:func:`metapl.execution.layout.layouts`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
-from torch.nn.utils.weight_norm import WeightNorm
 
 # PyTorch's own, which its public function puts into a parametrization.
 _Parametrization: Any = parametrizations._WeightNorm
@@ -44,54 +44,31 @@ class Composite(nn.Module):
         return by_formula(weight_v, weight_g, self.dim)
 
 
-def computed_by_formula(hook: WeightNorm) -> Callable[[nn.Module], Tensor]:
-    """Return the formula in the place of ``compute_weight`` of the old weight norm's hook.
-
-    The hook puts a weight into its module before each pass.
-    """
-
-    def compute_weight(module: nn.Module) -> Tensor:
-        v = getattr(module, f"{hook.name}_v")
-        g = getattr(module, f"{hook.name}_g")
-        return by_formula(v, g, dim=hook.dim)
-
-    return compute_weight
-
-
 class Formula(NamedTuple):
-    """A place that leads to a weight norm, and what computes it by the formula there.
+    """A weight norm, and what computes it by the formula in its place.
 
     Attributes:
-        owner: a module, or a hook.
-        name: of a part of the module, or of a method of the hook.
+        parent: the part that holds it.
+        name: of the weight norm in its parent.
         stand_in: what computes the weight by the formula.
     """
 
-    owner: Any
+    parent: nn.Module
     name: str
-    stand_in: Any
+    stand_in: Composite
 
     def slot(self) -> tuple[dict[str, Any], str, Any]:
-        """Return the place as a table and a name, with the formula.
-
-        A hook's table is its attributes, among which a method of its class is not found.
-        """
-        if isinstance(self.owner, nn.Module):
-            return self.owner._modules, self.name, self.stand_in
-        return vars(self.owner), self.name, self.stand_in
+        """Return the place as a table and a name, with the formula."""
+        return self.parent._modules, self.name, self.stand_in
 
 
 def formulas_of(part: nn.Module) -> list[Formula]:
-    """Return the places in a part of a network, and in its hooks, that lead to a weight norm."""
+    """Return the weight norms among the children of a part of a network."""
     formulas: list[Formula] = []
     children: dict[str, Any] = part._modules
     for name, child in children.items():
         if type(child) is _Parametrization:
             formulas.append(Formula(part, name, stand_in=Composite(child.dim)))
-    for hook in part._forward_pre_hooks.values():
-        if type(hook) is WeightNorm:
-            compute_weight = computed_by_formula(hook)
-            formulas.append(Formula(hook, "compute_weight", stand_in=compute_weight))
     return formulas
 
 
@@ -101,27 +78,11 @@ def by_formulas(formulas: Sequence[Formula]) -> Iterator[None]:
 
     ``torch.compile`` does not see what is put into a table.
     """
-    kernels = [getattr(formula.owner, formula.name) for formula in formulas]
+    kernels = [getattr(formula.parent, formula.name) for formula in formulas]
     for formula in formulas:
-        setattr(formula.owner, formula.name, formula.stand_in)
+        setattr(formula.parent, formula.name, formula.stand_in)
     try:
         yield
     finally:
         for formula, kernel in zip(formulas, kernels, strict=True):
-            if isinstance(formula.owner, nn.Module):
-                setattr(formula.owner, formula.name, kernel)
-            else:
-                # Then the method of the hook's class is found again.
-                delattr(formula.owner, formula.name)
-
-
-def weights_made_by_hooks(part: nn.Module) -> list[tuple[dict[str, Any], str]]:
-    """Return the attributes into which the old weight norm puts the weight of each pass.
-
-    Each as the table of the part's attributes, and a name.
-    """
-    return [
-        (vars(part), hook.name)
-        for hook in part._forward_pre_hooks.values()
-        if type(hook) is WeightNorm
-    ]
+            setattr(formula.parent, formula.name, kernel)

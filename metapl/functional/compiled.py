@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
@@ -252,15 +251,10 @@ def captured(
 def without_warnings_of_tracing() -> Iterator[None]:
     """Ignore what torch warns of itself while it traces a function and prepares its graphs.
 
-    It asks every tensor that the function reads for its ``.grad``. The weight that the old weight
-    norm leaves in a module is no leaf, and warns. Before the first CUDA graph Inductor records an
-    empty one, for the memory that it brings, and this warns too.
+    Before the first CUDA graph Inductor records an empty one, for the memory that it brings.
     """
-    of_tracing = r"The \.grad attribute of a Tensor that is not a leaf"
-    of_recording = "The CUDA Graph is empty"
     with warnings.catch_warnings():
-        for message in (of_tracing, of_recording):
-            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty", category=UserWarning)
         yield
 
 
@@ -303,12 +297,6 @@ def why_not_captured(error: BaseException) -> str:
         return impure.what
     if not isinstance(error, TorchDynamoException):
         return ""
-    is_before_2_14 = torch.__version__ < TorchVersion("2.14")
-    if is_before_2_14 and f"{WeightNorm.__name__}), name: compute_weight" in str(error):
-        return (
-            f"torch {torch.__version__} does not compile torch.nn.utils.weight_norm, as 2.14 does: "
-            "it compiles torch.nn.utils.parametrizations.weight_norm"
-        )
     if lacking := NO_DERIVATIVE.search(str(error)):
         return (
             f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "

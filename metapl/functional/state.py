@@ -21,7 +21,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.checks import logits
 from metapl.execution.numerics import Space, Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
-from metapl.execution.weight_norm import by_formulas, formulas_of, weights_made_by_hooks
+from metapl.execution.weight_norm import by_formulas, formulas_of
 from metapl.problems.base import Signal, field_name
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Options, TorchUpdate, Update, options_of, rounded_options
@@ -385,9 +385,6 @@ class Function:
         self.first_names: dict[str, str] = {}
         # The places of parts whose kernel has no second derivative, with one that has it for each.
         self.formulas: list[Any] = []
-        # The attributes into which hooks put a weight, which would be that of a transform
-        # afterwards.
-        self.weights_by_hooks: list[tuple[nn.Module, str]] = []
         if module is None:
             return
         name_of: dict[int, str] = {}
@@ -398,8 +395,6 @@ class Function:
                     self.first_names[place] = name_of.setdefault(id(t), place)
         for part in module.modules():
             self.formulas += formulas_of(part)
-            for _, name in weights_made_by_hooks(part):
-                self.weights_by_hooks.append((part, name))
 
     def tables(self) -> list[tuple[str, dict[str, Tensor | None]]]:
         """Return each part's tables of parameters and of buffers, with the prefix of its names."""
@@ -417,7 +412,6 @@ class Function:
         tables = self.tables()
         self.refuse_other_places(tables)
         own_tables = [dict(table) for _, table in tables]
-        own_weights = [getattr(part, name) for part, name in self.weights_by_hooks]
         try:
             for prefix, table in tables:
                 for name in [*table]:
@@ -437,8 +431,6 @@ class Function:
                 raise
             raise impure from error
         finally:
-            for (part, name), weight in zip(self.weights_by_hooks, own_weights, strict=True):
-                setattr(part, name, weight)
             for (_, table), own_table in zip(tables, own_tables, strict=True):
                 # A buffer that the pass has made goes.
                 for name in [name for name in table if name not in own_table]:

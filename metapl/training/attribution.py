@@ -891,8 +891,8 @@ def copied_without_graphs(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Return a network and its optimizer, copied together.
 
-    What a hook or a forward has left in a module, such as a weight that weight_norm made, may have
-    a graph, which the copy has not.
+    What a hook or a forward has left in a module, such as an auxiliary loss, may have a graph,
+    which the copy has not.
     """
     with_graphs: list[Tensor] = []
     for part in network.modules():

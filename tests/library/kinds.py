@@ -216,7 +216,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     ),
     "float32 alone": ("RRRRR XX", lambda s, x: s.plain(x) + x @ torch.ones(4, C)),
     "weight norm": ("RRRRR RR", plain, put("a", lambda s: norms.weight_norm(s.a))),
-    "the old weight norm": ("RRRRR RR", plain, put("a", lambda s: old_norms.weight_norm(s.a))),
+    "the old weight norm": ("XXXXX XX", plain, put("a", lambda s: old_norms.weight_norm(s.a))),
     "spectral norm": ("XAAAA AA", plain, put("a", lambda s: norms.spectral_norm(s.a))),
     "straight-through": ("AAAAA AA", lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))),
     "a binary layer": ("AAAAA AA", lambda s, x: s.b(rounded(s.a(x).tanh(), torch.sign))),

@@ -1,23 +1,21 @@
-"""Weight norm, the old one and the new.
+"""Weight norm has the derivatives of its formula, and not those of PyTorch's kernel.
 
-The derivatives of its formula, and not those of PyTorch's kernel.
+The old one is refused.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
-from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient, product, toy, trainer_for, values
+from problems_zoo import CLASSES, OPTIMISERS, Toy, gradient, toy, trainer_for, values
 from reference import Tree, cross_entropy, error, own_stream, stepped
 from torch import Tensor, nn
 from torch.autograd.gradcheck import GradcheckError
 from torch.nn import functional as F
-from torch.torch_version import TorchVersion
 
 import metapl
 from metapl.execution.state import Slots
@@ -46,58 +44,48 @@ def test_the_kernels_second_derivative_is_wrong() -> None:
         torch.autograd.gradgradcheck(lambda v: torch._weight_norm(v, g, 0), (v,))
 
 
-NORMS: dict[str, Any] = {"new": nn.utils.parametrizations.weight_norm, "old": nn.utils.weight_norm}
-NAMES = {
-    "new": ("parametrizations.weight.original0", "parametrizations.weight.original1"),
-    "old": ("weight_g", "weight_v"),
-}
+normed = nn.utils.parametrizations.weight_norm
+NAME_OF_G = "parametrizations.weight.original0"
+NAME_OF_V = "parametrizations.weight.original1"
 
 
-def normed(kind: str, layer: nn.Module, dim: int | None = 0) -> nn.Module:
-    with warnings.catch_warnings():
-        # The old one is deprecated.
-        warnings.simplefilter("ignore")
-        return NORMS[kind](layer, dim=dim)
-
-
-def student(kind: str, width: int = 6) -> nn.Module:
+def student(width: int = 6) -> nn.Module:
     """Return a network with a norm for each row, for each column, and for a whole matrix."""
     torch.manual_seed(4)
-    first = normed(kind, nn.Linear(16, width))
-    second = normed(kind, nn.Linear(width, 5), dim=1)
-    third = normed(kind, nn.Linear(5, CLASSES), dim=None)
+    first = normed(nn.Linear(16, width))
+    second = normed(nn.Linear(width, 5), dim=1)
+    third = normed(nn.Linear(5, CLASSES), dim=None)
     return nn.Sequential(nn.Flatten(), first, nn.Tanh(), second, nn.Tanh(), third).double()
 
 
-def written_out(kind: str, theta: Tree, x: Tensor) -> Tensor:
+def written_out(theta: Tree, x: Tensor) -> Tensor:
     """Return the outputs of :func:`student`, with the norms written out."""
-    name_of_g, name_of_v = NAMES[kind]
     h = x.flatten(1)
     for layer, dims in ((1, (1,)), (3, (0,)), (5, (0, 1))):
-        g = theta[f"{layer}.{name_of_g}"]
-        v = theta[f"{layer}.{name_of_v}"]
+        g = theta[f"{layer}.{NAME_OF_G}"]
+        v = theta[f"{layer}.{NAME_OF_V}"]
         weight = g * v / v.square().sum(dims, keepdim=True).sqrt()
         h = F.linear(h if layer == 1 else h.tanh(), weight, theta[f"{layer}.bias"])
     return h
 
 
-def case(kind: str, width: int = 6) -> Toy:
+def case(width: int = 6) -> Toy:
     base = toy("mlp", rows=6)
-    return Toy(base.teacher, student(kind, width), base.labeled, base.unlabeled, 0)
+    return Toy(base.teacher, student(width), base.labeled, base.unlabeled, 0)
 
 
-def by_hand(problem: Toy, kind: str, steps: int) -> Tree:
+def by_hand(problem: Toy, steps: int) -> Tree:
     """Return the teacher's gradient by double backward through the formula."""
     teacher = copy.deepcopy(problem.teacher)
     phi = dict(teacher.named_parameters())
     theta = dict(problem.student.named_parameters())
     state = None
     for _ in range(steps):
-        z = written_out(kind, theta, problem.unlabeled)
+        z = written_out(theta, problem.unlabeled)
         loss = cross_entropy(teacher(problem.unlabeled).softmax(-1), z).mean()
         theta, state = stepped(loss, theta, RULE.rule, state)
     torch.set_rng_state(own_stream(torch.get_rng_state()))
-    loss = F.cross_entropy(written_out(kind, theta, problem.labeled[0]), problem.labeled[1])
+    loss = F.cross_entropy(written_out(theta, problem.labeled[0]), problem.labeled[1])
     return dict(zip(phi, torch.autograd.grad(loss, list(phi.values())), strict=True))
 
 
@@ -111,34 +99,27 @@ WAYS: dict[str, tuple[Any, int]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "kind"), product(WAYS, NORMS, usual=tuple(WAYS)))
-def test_the_gradient_is_that_of_the_formula(way: str, kind: str) -> None:
-    problem = case(kind)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_is_that_of_the_formula(way: str) -> None:
+    problem = case()
     mode, steps = WAYS[way]
     batches = None if steps == 1 else [problem.unlabeled] * steps
     result = gradient(problem, mode, batches, inner_optimizer=RULE.build(problem.student))
-    assert error(result.grads, by_hand(problem, kind, steps)) < 1e-12
+    assert error(result.grads, by_hand(problem, steps)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", NORMS)
-def test_it_is_right_above_the_size_up_to_which_a_graph_is_kept(kind: str) -> None:
-    problem = case(kind, width=1800)
+def test_it_is_right_above_the_size_up_to_which_a_graph_is_kept() -> None:
+    problem = case(width=1800)
     assert sum(p.numel() for p in problem.student.parameters()) > 2**15
     result = gradient(problem, "forward", inner_optimizer=RULE.build(problem.student))
-    assert error(result.grads, by_hand(problem, kind, 1)) < 1e-12
+    assert error(result.grads, by_hand(problem, 1)) < 1e-12
 
 
-@pytest.mark.parametrize("kind", NORMS)
-def test_the_network_is_as_it_was(kind: str) -> None:
-    """Its parts and its hooks are, and the weights that hooks have made.
-
-    These are those of no replay and no transform.
-    """
-    problem = case(kind)
+def test_the_network_is_as_it_was() -> None:
+    problem = case()
     network = problem.student
     weights_before = values(network)
     parts = [*network.modules()]
-    hooks = [hook for part in parts for hook in part._forward_pre_hooks.values()]
     modes = (
         "forward",
         Forward(by="tangent"),
@@ -148,31 +129,18 @@ def test_the_network_is_as_it_was(kind: str) -> None:
     )
     for mode in modes:
         assert gradient(problem, mode).grads
-        # The pass that the step is taken on leaves the weight that it had, as one of a training
-        # does.
-        hooked_parts = [part for part in parts if "weight" in vars(part)]
-        for part in hooked_parts:
-            hook = next(iter(part._forward_pre_hooks.values()))
-            assert torch.allclose(part.weight, hook.compute_weight(part), 1e-12, 1e-12)
         if not isinstance(mode, Implicit):
-            assert len(hooked_parts) == (3 if kind == "old" else 0)
-            weights = [part.weight for part in hooked_parts]
             trainer = trainer_for(problem, mode, inner_optimizer=RULE.build(network))
             step, state = trainer.functional()
             step(state, *problem.data().values())
-            for part, weight in zip(hooked_parts, weights, strict=True):
-                assert part.weight is weight
     assert [*network.modules()] == parts
-    assert [hook for part in parts for hook in part._forward_pre_hooks.values()] == hooks
-    assert all({*vars(hook)} == {"name", "dim"} for hook in hooks)
     assert error(values(network), weights_before) == 0.0
 
 
-@pytest.mark.parametrize("kind", NORMS)
-def test_a_training_is_the_same_by_all_modes(kind: str) -> None:
+def test_a_training_is_the_same_by_all_modes() -> None:
     ends = []
     for mode in (Forward(by="tangent"), Forward(by="graph"), "unrolled"):
-        problem = case(kind)
+        problem = case()
         trainer = trainer_for(
             problem, mode, inner_optimizer=RULE.build(problem.student), verify=True
         )
@@ -185,9 +153,8 @@ def test_a_training_is_the_same_by_all_modes(kind: str) -> None:
     assert error(by_graph, by_double_backward) < 1e-9
 
 
-@pytest.mark.parametrize("kind", NORMS)
-def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> None:
-    problem = case(kind)
+def test_the_pure_step_over_three_steps_is_that_of_the_formula() -> None:
+    problem = case()
     trainer = trainer_for(
         problem, "unrolled", inner_optimizer=RULE.build(problem.student), lookahead=3
     )
@@ -198,33 +165,41 @@ def test_the_pure_step_over_three_steps_is_that_of_the_formula(kind: str) -> Non
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", NORMS)
-def test_compiled_it_is_that_of_the_formula(kind: str) -> None:
-    problem = case(kind)
-    expected: AbstractContextManager[Any] = nullcontext()
-    is_refused = kind == "old" and torch.__version__ < TorchVersion("2.14")
-    if is_refused:
-        expected = pytest.raises(metapl.MetaplError, match="weight_norm, as 2.14 does")
-    with expected:
-        result = gradient(
-            problem,
-            "forward",
-            [problem.unlabeled] * 3,
-            inner_optimizer=RULE.build(problem.student),
-            compile=True,
-        )
-    if not is_refused:
-        assert error(result.grads, by_hand(problem, kind, 3)) < 1e-10
+def test_compiled_it_is_that_of_the_formula() -> None:
+    problem = case()
+    result = gradient(
+        problem,
+        "forward",
+        [problem.unlabeled] * 3,
+        inner_optimizer=RULE.build(problem.student),
+        compile=True,
+    )
+    assert error(result.grads, by_hand(problem, 3)) < 1e-10
 
 
 def test_a_network_without_it_has_nothing_to_exchange() -> None:
     assert not Slots(toy("batch_norm").student).formulas
-    assert len(Slots(student("new")).formulas) == len(Slots(student("old")).formulas) == 3
+    assert len(Slots(student()).formulas) == 3
 
 
-@pytest.mark.parametrize("kind", NORMS)
-def test_verification_takes_the_formula_for_the_terms_of_implicit(kind: str) -> None:
-    problem = case(kind)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_the_old_one_is_refused(role: str) -> None:
+    problem = toy("mlp")
+    networks = problem.networks()
+    first = next(part for part in networks[role].modules() if isinstance(part, nn.Linear))
+    with warnings.catch_warnings():
+        # It is deprecated.
+        warnings.simplefilter("ignore")
+        nn.utils.weight_norm(first)
+    with pytest.raises(
+        metapl.MetaplError,
+        match=rf"the {role}'s .*weight has .*expected torch.nn.utils.parametrizations.weight_norm",
+    ):
+        metapl.BilevelTrainer(**networks)
+
+
+def test_verification_takes_the_formula_for_the_terms_of_implicit() -> None:
+    problem = case()
     check = metapl.check_gradient(
         **problem.networks(),
         **problem.data(),

@@ -405,7 +405,7 @@ class Evaluation:
 def copies_of_results(network: nn.Module) -> dict[int, Tensor]:
     """Return copies of tensors with a graph that lie in attributes, by the id of each.
 
-    The old ``weight_norm`` has such; deepcopy refuses them.
+    A forward may leave such, as an auxiliary loss; deepcopy refuses them.
     """
     copies = {}
     for part in network.modules():
