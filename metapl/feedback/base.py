@@ -394,8 +394,8 @@ def divisor(normalization: str, step: StudentStep, w: Tree | None = None) -> Ten
         eta = step.learning_rate
         if eta is None:
             raise MetaplError(
-                "a TorchOpt transform, or SGD with a rate for each entry, has no single learning "
-                'rate; expected normalization="gradient".'
+                "a TorchOpt transform has no single learning rate; expected "
+                'normalization="gradient".'
             )
         if isinstance(eta, Tensor):
             return torch.where(eta > 0, eta, 1.0)

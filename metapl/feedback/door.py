@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy
 import torch
@@ -90,24 +90,17 @@ def refuse_learned_settings(update: Update) -> None:
         for group in part.param_groups:
             for name, value in group.items():
                 if name != "params" and requires_gradient(value):
-                    refuse_learned_setting(name, value)
+                    raise MetaplError(
+                        f"{name} of the inner optimizer requires a gradient, of which the feedback "
+                        f"would know nothing; expected a number ({name}.item()), whose gradient "
+                        f"metapl.hypergradient(wrt={name!r}) gives."
+                    )
 
 
 def requires_gradient(setting: Any) -> bool:
     """Return whether a setting of an optimizer, such as two betas, requires a gradient."""
     leaves = pytree.tree_leaves(setting)
     return any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
-
-
-def refuse_learned_setting(name: str, setting: Any) -> NoReturn:
-    expected = f"a number ({name}.item())"
-    if isinstance(setting, Tensor) and setting.numel() > 1:
-        expected = f"values alone ({name}.detach())"
-    raise MetaplError(
-        f"{name} of the inner optimizer requires a gradient, of which the feedback "
-        f"would know nothing; expected {expected}, whose gradient "
-        f"metapl.hypergradient(wrt={name!r}) gives."
-    )
 
 
 def refuse_hooks(student: nn.Module) -> None:

@@ -45,10 +45,8 @@ from metapl.runs.terminal import step_bar
 from metapl.updates import (
     Clipped,
     InnerOptimizer,
-    Options,
     Update,
     as_one_optimizer,
-    entry_shape,
     options_of,
     update_of,
 )
@@ -75,9 +73,7 @@ class Hypergradient:
         start: dL(θ_K)/dθ_0 by student parameter name, where ``wrt`` names it.
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K,
             groups); of ``betas``, (K, groups, 2); float64. A group that has no such setting, as
-            Muon has no ``betas``, gets zeros. Where a group has a rate for each entry of its
-            weight, ``settings["lr"]`` is a list by group: (K, ...) with the shape of the group's
-            rate, (K,) of a group with a number.
+            Muon has no ``betas``, gets zeros.
         direct: where the outer loss reads the teacher, through a module that the problem holds or
             by ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a
             part of ``grads``; empty elsewhere, and in the modes that leave it out (``none`` and the
@@ -102,7 +98,7 @@ class Hypergradient:
     inner_state: OptimizerState
     kept: str = ""
     start: dict[str, Tensor] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Tensor] = field(default_factory=dict)
     order: str = ""
     direct: dict[str, Tensor] = field(default_factory=dict)
     replay_error: float = 0.0
@@ -113,26 +109,19 @@ class Hypergradient:
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
-def stacked_settings(
-    gradients: Sequence[Any], names: Sequence[str], options: Options
-) -> dict[str, Any]:
-    """Return gradients in settings by name, (K, groups, ...).
+def stacked_settings(gradients: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
+    """Return gradients in settings by name, (K, groups), of betas (K, groups, 2).
 
-    They are 0 where a group has no such setting. Of a setting that has, in one of the groups, a
-    value for each entry of a weight, it is a list by group, (K, ...).
+    They are 0 where a group has no such setting.
 
     Args:
         gradients: by step and param group, a dict by name.
         names: of the settings.
-        options: of the param groups.
     """
-    stacked: dict[str, Any] = {}
+    stacked: dict[str, Tensor] = {}
     for name in names:
-        by_step = [gradients_of_groups(groups, name) for groups in gradients]
-        if any(entry_shape(group.get(name)) for group in options):
-            stacked[name] = [torch.stack(of_group) for of_group in zip(*by_step, strict=True)]
-        else:
-            stacked[name] = torch.stack([torch.stack(of_step) for of_step in by_step])
+        by_step = [torch.stack(gradients_of_groups(groups, name)) for groups in gradients]
+        stacked[name] = torch.stack(by_step)
     return stacked
 
 
@@ -146,11 +135,9 @@ def gradients_of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[
             gradient = torch.stack([*gradient])
         gradients.append(gradient)
     # The setting is one of update.numbers, so at least one group has it. Its gradient is a number,
-    # (2,) for betas, or has the shape of a weight where each entry has a number of its own. The
-    # zeros are in the shape of the smallest: beside groups with one number and groups with a number
-    # for each entry, a group without the setting gets one number.
-    smallest = min((t for t in gradients if t is not None), key=Tensor.numel)
-    return [torch.zeros_like(smallest) if t is None else t for t in gradients]
+    # or (2,) for betas.
+    one_gradient = next(t for t in gradients if t is not None)
+    return [torch.zeros_like(one_gradient) if t is None else t for t in gradients]
 
 
 def as_leaf(setting: Any) -> Tensor:
@@ -414,7 +401,7 @@ class Differentiation:
                 grads = {name: g + direct[name] for name, g in grads.items()}
             # The path has gone backwards, and has the last step's first.
             setting_gradients = path.setting_gradients[::-1]
-            settings = stacked_settings(setting_gradients, self.settings, self.update.options)
+            settings = stacked_settings(setting_gradients, self.settings)
             h = tuple(
                 feedback_of_step.of_batch(step)
                 for step, feedback_of_step in zip(path.steps, feedback, strict=True)

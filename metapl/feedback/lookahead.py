@@ -31,9 +31,8 @@ class Lookahead(Sequence[Any]):
             refused.
         steps: K; None: as many as the sequence has.
         settings: of the inner optimizer in each step and param group, by name: ``{"lr": (K,
-            groups), "weight_decay": (K, groups)}``, as ``wrt=`` gives the gradient in them; where a
-            group has a rate for each entry of its weight, ``{"lr": [(K, ...), ...]}``, by group.
-            Those of a ``torch.optim.lr_scheduler`` are :func:`metapl.scheduled_settings`. With
+            groups), "weight_decay": (K, groups)}``, as ``wrt=`` gives the gradient in them. Those
+            of a ``torch.optim.lr_scheduler`` are :func:`metapl.scheduled_settings`. With
             :func:`metapl.hypergradient`, where the optimizer stays as it is.
 
     >>> import torch

@@ -68,7 +68,6 @@ from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
     TorchUpdate,
     Update,
-    entry_shape,
     parts_of,
     rounded_options,
     update_of,
@@ -658,14 +657,10 @@ class CompiledStep:
 
         Returns: None where it has been compared before.
         """
-        eager: Outcome | None = None
-        if not compiled.is_compared:
-            eager = eager_step(trainer, outer_batch, inner_batches)
-            compiled.probs = eager.report.signal.probs
-        if any(entry_shape(rate) for rate in rates_of(trainer)):
-            raise MetaplError(
-                "compile= was given with a rate for each entry of a weight; leave compile out."
-            )
+        if compiled.is_compared:
+            return None
+        eager = eager_step(trainer, outer_batch, inner_batches)
+        compiled.probs = eager.report.signal.probs
         return eager
 
     def _run(

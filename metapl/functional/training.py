@@ -56,7 +56,7 @@ from metapl.functional.state import (
 )
 from metapl.problems.base import BilevelProblem, Signal, overrides, sum_and_weight
 from metapl.runs.terminal import step_bar
-from metapl.updates import TorchUpdate, entry_shape, is_nonzero, options_of, update_of
+from metapl.updates import TorchUpdate, options_of, update_of
 
 vjp: Any = torch.func.vjp
 vmap = torch.func.vmap
@@ -258,7 +258,7 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
         spacings=(*way_of_keeping.spacings, 1),
         compared_step=compared_step,
         compared_settings=(
-            settings_of_step(options, compared_step, update, device) if ahead.settings else None
+            settings_of_step(options, compared_step, update) if ahead.settings else None
         ),
     )
 
@@ -282,7 +282,7 @@ def tensor_settings(
         for name in update.numbers:
             if name not in groups[0]:
                 continue
-            if name in wrt or any(is_nonzero(group[name]) for group in groups):
+            if name in wrt or any(group[name] != 0 for group in groups):
                 names.append(name)
         names_by_group.append(names)
 
@@ -320,29 +320,26 @@ def first_state(options: Sequence[OptionsOfStep], update: TorchUpdate, wrt: Sequ
 def first_moving_step(options: Sequence[OptionsOfStep]) -> int:
     """Return the number of the first step with a rate that is not 0; 0 where there is none."""
     for number, groups in enumerate(options):
-        if any(is_nonzero(group["lr"]) for group in groups):
+        if any(group["lr"] != 0 for group in groups):
             return number
     return 0
 
 
 def settings_of_step(
-    options: Sequence[OptionsOfStep], number: int, update: TorchUpdate, device: torch.device
-) -> dict[str, Any] | None:
+    options: Sequence[OptionsOfStep], number: int, update: TorchUpdate
+) -> dict[str, Tensor] | None:
     """Return the settings in one step as those of one step, for :class:`metapl.Lookahead`.
 
     The weight decay is the greatest of all steps, which moves what no loss reaches.
     """
-    settings: dict[str, Any] = {}
+    settings: dict[str, Tensor] = {}
     for name in update.numbers:
         missing = (0.0, 0.0) if name == "betas" else 0.0
         values = [group.get(name, missing) for group in options[number]]
         if name == "weight_decay":
             by_group = zip(*options, strict=True)
             values = [max(group[name] for group in groups) for groups in by_group]
-        if any(entry_shape(value) for value in values):
-            settings[name] = [settings_of(value, device)[None] for value in values]
-        else:
-            settings[name] = torch.tensor([values], dtype=torch.float64)
+        settings[name] = torch.tensor([values], dtype=torch.float64)
     return settings or None
 
 
@@ -540,7 +537,7 @@ class CompiledPath:
             inner_state=None,
             kept=plan.keeping.words(plan.steps),
             start=back.bars.params if "start" in request.wrt else {},
-            settings=stacked_settings(back.in_settings[::-1], request.settings, plan.options[0]),
+            settings=stacked_settings(back.in_settings[::-1], request.settings),
             replay_error=self.replays.error,
             float32_products=float32_products(plan.device),
         )

@@ -79,12 +79,11 @@ def hypergradient(
             weights; names of settings of ``torch.optim``'s inner optimizer, step by step and by
             param group: ``"lr"``, ``"momentum"``, ``"dampening"``, ``"weight_decay"`` of SGD,
             ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and AdamW, ``"lr"``,
-            ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. ``torch.optim.SGD`` may have a
-            rate for each entry of a weight, ``{"params": [p], "lr": torch.full_like(p, 0.1)}``.
-            Modes ``forward`` and ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost:
-            of the start, the Hessian product of the first step; of settings, a few operations per
-            weight. With ``truncate=T`` in the mode, the gradient in the start is that in θ_{K-T}:
-            dθ_{K-T}/dθ_0 counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). The
+            ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and
+            ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost: of the start, the
+            Hessian product of the first step; of settings, a few operations per weight. With
+            ``truncate=T`` in the mode, the gradient in the start is that in θ_{K-T}: dθ_{K-T}/dθ_0
+            counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). The
             bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim``

@@ -38,8 +38,8 @@ from metapl.updates import (
     as_one_optimizer,
     parameters_of,
     refuse_closure,
-    refuse_rates_by_entry,
     refuse_state_of_another,
+    refuse_tensor_settings,
 )
 
 # What decides a step beside the losses.
@@ -103,7 +103,7 @@ class LossTrainer(Trainer):
         self.optimizer = as_one_optimizer(optimizer, "optimizer")
         if isinstance(self.optimizer, torch.optim.Optimizer):
             refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
-            refuse_rates_by_entry(self.optimizer, "optimizer")
+            refuse_tensor_settings(self.optimizer, "optimizer")
         if not self.losses:
             raise MetaplError(
                 "LossTrainer was given no losses; expected at least one, such as CrossEntropy()."

@@ -76,8 +76,8 @@ from metapl.updates import (
     parameters_of,
     refuse_closure,
     refuse_missing,
-    refuse_rates_by_entry,
     refuse_state_of_another,
+    refuse_tensor_settings,
     update_of,
 )
 
@@ -349,7 +349,7 @@ class BilevelTrainer(Trainer):
                 "torch.optim over teacher.parameters()."
             )
         refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
-        refuse_rates_by_entry(self.outer_optimizer, "outer_optimizer")
+        refuse_tensor_settings(self.outer_optimizer, "outer_optimizer")
         refuse_missing(
             "outer_optimizer",
             self.outer_optimizer,

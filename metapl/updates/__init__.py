@@ -12,15 +12,13 @@ from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, OptimizerState, Options, Parameters, Update
 from metapl.updates.muon import Muon, rounded_options
 from metapl.updates.optimizers import (
-    entry_shape,
-    is_nonzero,
     options_of,
     parameters_of,
     parts_of,
     refuse_closure,
     refuse_missing,
-    refuse_rates_by_entry,
     refuse_state_of_another,
+    refuse_tensor_settings,
 )
 from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
 from metapl.updates.several import InnerOptimizer, Several, SeveralRules, as_one_optimizer
@@ -39,16 +37,14 @@ __all__ = [
     "Update",
     "as_one_optimizer",
     "rounded_options",
-    "entry_shape",
-    "is_nonzero",
     "options_by_step",
     "options_of",
     "parameters_of",
     "parts_of",
     "refuse_closure",
     "refuse_missing",
-    "refuse_rates_by_entry",
     "refuse_state_of_another",
+    "refuse_tensor_settings",
     "scheduled_settings",
     "update_of",
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -44,7 +43,7 @@ def summary_of(optimizer: Any) -> str:
     for part in parts_of(optimizer):
         rates: dict[str, None] = {}
         for group in part.param_groups:
-            rate = "one by entry" if has_entries(group) else f"{float(group['lr']):g}"
+            rate = f"{float(group['lr']):g}"
             # Each rate once, in the order of the groups.
             rates[rate] = None
         summaries.append(f"{type(part).__name__} with lr={', '.join(rates)}")
@@ -63,31 +62,6 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return options
 
 
-def entry_shape(setting: Any) -> tuple[int, ...]:
-    """Return the shape of a setting with a value for each entry of a weight.
-
-    () for a number, also one in a tensor.
-    """
-    if isinstance(setting, Tensor):
-        return tuple(setting.shape)
-    return ()
-
-
-def has_entries(group: Mapping[str, Any]) -> bool:
-    """Return whether a param group's learning rate has several values.
-
-    torch does not read such a one as a number.
-    """
-    return math.prod(entry_shape(group["lr"])) > 1
-
-
-def is_nonzero(setting: Any) -> bool:
-    """Return whether a setting, or any entry of it, is not 0."""
-    if entry_shape(setting):
-        return bool(setting.ne(0).any())
-    return bool(setting != 0)
-
-
 def is_set(setting: Any) -> bool:
     """Return whether a number of a param group counts as another than 0.
 
@@ -96,17 +70,19 @@ def is_set(setting: Any) -> bool:
     return isinstance(setting, Tensor) or setting != 0
 
 
-def with_flat_rate(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a param group by which ``torch.optim.SGD`` steps flat weights with a rate by entry.
+def refuse_tensor_settings(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse a setting in a tensor with dimensions, which torch reads as one number, or not at all.
 
-    SGD multiplies by such a rate where the rate requires a gradient, and only in its loop over
-    single tensors; it reads any other tensor as a number. It drops dimensions of size 1 of the
-    rate, but not of the weight.
+    Args:
+        name: of the argument that the optimizer was given as, for errors.
     """
-    # A copy: SGD squeezes the rate without a graph, and a view of a tensor that needs none would
-    # need none then.
-    rate = group["lr"].detach().flatten().clone().requires_grad_()
-    return {**group, "lr": rate, "foreach": False, "fused": False}
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.ndim:
+                raise MetaplError(
+                    f"{name} has {key!r} of shape {tuple(value.shape)} in a param group; expected "
+                    "a number."
+                )
 
 
 def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -> None:
@@ -178,20 +154,6 @@ def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
         f"{groups}; "
         f'{owner}.add_param_group({{"params": {other_weights}, "lr": 0.0}})'
     )
-
-
-def refuse_rates_by_entry(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Refuse an optimizer whose own ``step()`` fails on a rate for each entry of a weight.
-
-    PyTorch's SGD takes one that requires a gradient, and reads any other as a number.
-    """
-    for group in optimizer.param_groups:
-        if has_entries(group) and not group["lr"].requires_grad:
-            raise MetaplError(
-                f"{name} has 'lr' of shape {tuple(group['lr'].shape)} in a param group, and "
-                "torch.optim takes no such step; expected a number. A rate for each entry is for "
-                "the inner optimizer, torch.optim.SGD."
-            )
 
 
 def refuse_state_of_another(

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.execution.checks import described
-from metapl.updates.optimizers import entry_shape, options_of
+from metapl.updates.optimizers import options_of
 from metapl.words import did_you_mean
 
-Settings = Mapping[str, Tensor | Sequence[Tensor]]
+Settings = Mapping[str, Tensor]
 """Settings of an optimizer in each of K steps and each of its param groups, by name.
 
-A tensor (K, groups), of betas (K, groups, 2), or a tensor (K, ...) for each group.
+A tensor (K, groups), of betas (K, groups, 2).
 """
 
 # The options of every param group in one step.
@@ -28,7 +28,7 @@ StepOptions = list[dict[str, Any]]
 
 def scheduled_settings(
     scheduler: LRScheduler | Sequence[LRScheduler], steps: int
-) -> dict[str, Tensor | list[Tensor]]:
+) -> dict[str, Tensor]:
     """Return what a scheduler of torch makes of an optimizer's settings in each of K steps.
 
     :class:`metapl.Lookahead` and :func:`metapl.attribute` take it as ``settings``. The scheduler
@@ -41,8 +41,7 @@ def scheduled_settings(
         steps: K, from the step at which the scheduler stands.
 
     Returns: ``"lr"``, and what else the scheduler moves, such as ``"momentum"``: (K, groups) in
-    float64, of betas (K, groups, 2); a list of (K, ...) by group where a group has its rate in a
-    tensor, perhaps one for each entry of its weight.
+    float64, of betas (K, groups, 2).
 
     Raises: :class:`metapl.MetaplError` for what is no such scheduler.
 
@@ -66,10 +65,7 @@ def scheduled_settings(
             groups_by_step, _options_by_scheduler(part, steps=steps), strict=True
         ):
             groups.extend(groups_of_part)
-    settings: dict[str, Tensor | list[Tensor]] = {}
-    for name in _moved_settings(groups_by_step):
-        settings[name] = _table(name, groups_by_step)
-    return settings
+    return {name: _table(name, groups_by_step) for name in _moved_settings(groups_by_step)}
 
 
 def _options_by_scheduler(scheduler: LRScheduler, steps: int) -> list[StepOptions]:
@@ -100,28 +96,17 @@ def _moved_settings(groups_by_step: Sequence[StepOptions]) -> list[str]:
     for groups in groups_by_step[1:]:
         for group, first_group in zip(groups, groups_by_step[0], strict=True):
             for name, value in group.items():
-                # A rate by entry is a tensor, which has no one truth value; it is there anyway.
                 if name not in names and value != first_group[name]:
                     names.append(name)
     return names
 
 
-def _table(name: str, groups_by_step: Sequence[StepOptions]) -> Tensor | list[Tensor]:
-    """Return a setting of all steps and groups as one tensor, or as one for each group."""
-    is_tensor = any(isinstance(group.get(name), Tensor) for group in groups_by_step[0])
+def _table(name: str, groups_by_step: Sequence[StepOptions]) -> Tensor:
+    """Return a setting of all steps and groups, (K, groups)."""
     # What stands where a group has no such setting is not read.
     missing: Any = (0.0, 0.0) if name == "betas" else 0.0
-    columns: list[list[Any]] = []
-    for groups in zip(*groups_by_step, strict=True):
-        columns.append([group.get(name, missing) for group in groups])
-    by_group: list[Tensor] = []
-    for column in columns:
-        if isinstance(column[0], Tensor):
-            by_group.append(torch.stack(column))
-        else:
-            by_group.append(torch.tensor(column, dtype=torch.float64))
-    # Tensors of several groups may differ in shape and type.
-    return by_group if is_tensor else torch.stack(by_group, dim=1)
+    rows = [[group.get(name, missing) for group in groups] for groups in groups_by_step]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def options_by_step(
@@ -137,15 +122,14 @@ def options_by_step(
             "names, (K, param groups), such as metapl.scheduled_settings(scheduler, steps=K)."
         )
     for name, values in settings.items():
-        parts = [values] if isinstance(values, Tensor) else values
-        if not isinstance(parts, Sequence) or not all(isinstance(t, Tensor) for t in parts):
+        if not isinstance(values, Tensor):
             raise MetaplError(
                 f"settings has {name!r} that is {described(values)}; expected a tensor (K, param "
-                "groups), or a list of one for each group."
+                "groups)."
             )
-        if not all(bool(t.isfinite().all()) for t in parts):
+        if not bool(values.isfinite().all()):
             raise MetaplError(f"settings has {name!r} with NaN or infinity; expected numbers.")
-        if name == "lr" and any(bool((t < 0).any()) for t in parts):
+        if name == "lr" and bool((values < 0).any()):
             raise MetaplError("settings has 'lr' with a negative rate; expected 0 or more.")
     return options_by_settings(options_of(optimizer), settings, steps=steps)
 
@@ -157,10 +141,7 @@ def options_by_settings(
     by_step = [[dict(group) for group in groups] for _ in range(steps)]
     _check_names(groups, settings)
     for name, values in settings.items():
-        if isinstance(values, Tensor):
-            rows = _rows_of_tensor(name, values, groups=groups, steps=steps)
-        else:
-            rows = _rows_of_groups(name, values, groups=groups, steps=steps)
+        rows = _rows_of_setting(name, values, groups=groups, steps=steps)
         for number, options in enumerate(by_step):
             for group, row in zip(options, rows, strict=True):
                 if name in group:
@@ -183,7 +164,7 @@ def _check_names(groups: Sequence[Mapping[str, Any]], settings: Settings) -> Non
             )
 
 
-def _rows_of_tensor(
+def _rows_of_setting(
     name: str, values: Tensor, groups: Sequence[Mapping[str, Any]], steps: int
 ) -> list[list[Any]]:
     """Return a setting's value in each step, for each group; from a tensor (K, groups)."""
@@ -195,32 +176,12 @@ def _rows_of_tensor(
             f"settings has {name!r} of shape {tuple(values.shape)}; expected settings of "
             f"inner_optimizer, {shape}."
         )
-    return [list(row) for row in zip(*values.tolist(), strict=True)]
-
-
-def _rows_of_groups(
-    name: str, values: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], steps: int
-) -> list[list[Any]]:
-    """Return a setting's value in each step, for each group; from a tensor (K, ...) for each group.
-
-    So comes a setting with a value for each entry of a group's weights, beside groups that have one
-    number.
-    """
-    expected_shapes = [(steps, *entry_shape(group.get(name))) for group in groups]
-    shapes = [(steps, *t.shape[1:]) for t in values]
-    if shapes != expected_shapes or min(map(len, values)) < steps:
-        given_shapes = few([str(tuple(t.shape)) for t in values], 3)
-        raise MetaplError(
-            f"settings has {name!r} of shapes {given_shapes}; expected settings of "
-            f"inner_optimizer, for each param group {few(map(str, expected_shapes), 3)}."
-        )
     rows: list[list[Any]] = []
-    for group, t in zip(groups, values, strict=True):
+    for group, values_of_group in zip(groups, values.unbind(1), strict=True):
         setting = group.get(name)
-        # torch.optim steps by other operations where a number is in a tensor.
-        stays_tensor = isinstance(setting, Tensor) and setting.dtype == t.dtype
-        if t.ndim == 1 and not stays_tensor:
-            rows.append(t.tolist())
+        if isinstance(setting, Tensor):
+            # torch.optim steps by other operations where a number is in a tensor.
+            rows.append(list(values_of_group.detach().to(setting).unbind()))
         else:
-            rows.append(list(t.detach().unbind()))
+            rows.append(values_of_group.tolist())
     return rows

@@ -122,9 +122,6 @@ class SeveralRules(TorchUpdate):
         }
         refuse_half(of_adam)
 
-    def takes_entries(self, group: Mapping[str, Any]) -> bool:
-        return rule_of(group) is SGD
-
     @staticmethod
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""SGD, with its adjoint in closed form; its learning rate may have a value for each entry."""
+"""SGD, with its adjoint in closed form."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents, OptimizerState, Options, cotangents_of
 from metapl.updates.lists import Tensors, add, add_and_mul, mul, plus
-from metapl.updates.optimizers import entry_shape, is_set
+from metapl.updates.optimizers import is_set
 from metapl.updates.torch_optim import State, States, TorchUpdate
 
 BUFFER = "momentum_buffer"
@@ -28,9 +28,6 @@ class SGD(TorchUpdate):
 
     numbers = ("lr", "momentum", "dampening", "weight_decay")
 
-    def takes_entries(self, group: Mapping[str, Any]) -> bool:
-        return True
-
     @staticmethod
     def rule(
         params: list[Tensor], grads: list[Tensor], states: Sequence[State], group: Mapping[str, Any]
@@ -38,7 +35,7 @@ class SGD(TorchUpdate):
         mu = group["momentum"]
         damped = 1 - group["dampening"]
         decay = group["weight_decay"]
-        rate = rate_of(group, params)
+        rate = group["lr"]
         add_lists, mul_lists = add_and_mul(mu, damped, decay, rate)
 
         d: Tensors = grads
@@ -83,7 +80,7 @@ class SGD(TorchUpdate):
         for group, names in self.groups(grads, options):
             v_list = [v[name] for name in names]
             sign = 1.0 if group["maximize"] else -1.0
-            rate = rate_of(group, v_list) * sign
+            rate = group["lr"] * sign
             mu = group["momentum"]
             dampening = group["dampening"]
 
@@ -130,7 +127,7 @@ class SGD(TorchUpdate):
             dampening = group["dampening"]
             decay = group["weight_decay"]
             v_list = [v[name] for name in names]
-            of_d: Tensors = mul(v_list, -rate_of(group, v_list))
+            of_d: Tensors = mul(v_list, -group["lr"])
             if mu != 0:
                 of_buffers = mul(of_d, mu) if group["nesterov"] else of_d
                 for name, bar in zip(names, of_buffers, strict=True):
@@ -151,15 +148,3 @@ class SGD(TorchUpdate):
             of_g = mul(of_d, -1.0) if group["maximize"] else of_d
             w.update(zip(names, of_g, strict=True))
         return Cotangents({name: w[name] for name in grads}, of_theta, state=of_state)
-
-
-def rate_of(group: Mapping[str, Any], weights: Sequence[Tensor]) -> Any:
-    """Return the learning rate of a param group.
-
-    One with a value for each entry comes in the type of the weights, which a wider rate would
-    change.
-    """
-    rate = group["lr"]
-    if entry_shape(rate) and weights:
-        return rate.to(weights[0].dtype)
-    return rate

@@ -17,14 +17,12 @@ from metapl.execution.shards import as_sharded, is_sharded, local
 from metapl.updates.base import OptimizerState, Options, Parameters, Update
 from metapl.updates.lists import Tensors
 from metapl.updates.optimizers import (
-    entry_shape,
-    has_entries,
     is_set,
     parameters_of,
     parts_of,
     refuse_missing,
     refuse_state_of_another,
-    with_flat_rate,
+    refuse_tensor_settings,
 )
 
 # The state of one parameter, as in ``torch.optim.Optimizer.state``, and of all by name.
@@ -83,14 +81,15 @@ class TorchUpdate(Update):
         groups = self.optimizer.param_groups
         followed = [*parameters, *map(id, parameters.values())]
         for group in groups:
+            followed += [len(group["params"]), *map(id, group["params"])]
+        if followed == self._followed:
+            return
+        for group in groups:
             if group.get("differentiable") or group.get("capturable"):
                 raise MetaplError(
                     "inner_optimizer has differentiable or capturable=True; expected them left out."
                 )
-            self.refuse_entries(group)
-            followed += [len(group["params"]), *map(id, group["params"])]
-        if followed == self._followed:
-            return
+        refuse_tensor_settings(self.optimizer, "inner_optimizer")
         refuse_missing("inner_optimizer", self.optimizer, parameters, network="student")
         owners = {id(p): part for part in parts_of(self.optimizer) for p in parameters_of(part)}
         group_numbers = {
@@ -103,44 +102,13 @@ class TorchUpdate(Update):
         self._is_sharded = any(is_sharded(p) for p in parameters.values())
         self._followed = followed
 
-    def takes_entries(self, group: Mapping[str, Any]) -> bool:
-        """Return whether a param group's learning rate may have a value for each entry."""
-        return False
-
-    def refuse_entries(self, group: Mapping[str, Any]) -> None:
-        """Refuse settings with several values.
-
-        Allowed is a learning rate of the shape of every weight of its group.
-        """
-        for name, value in group.items():
-            if name == "params" or not entry_shape(value):
-                continue
-            setting = f"inner_optimizer has {name!r} of shape {tuple(value.shape)} in a param group"
-            if name != "lr" or not self.takes_entries(group):
-                raise MetaplError(
-                    f"{setting}, and torch.optim takes no such step; expected a number, or lr of "
-                    "torch.optim.SGD, whose shape may be that of a weight."
-                )
-            for p in group["params"]:
-                # torch takes a tensor of one entry as a number, whatever its shape.
-                has_shape = value.numel() == 1 or value.shape == p.shape
-                has_type = value.dtype == p.dtype and value.device == p.device
-                if not has_shape or not has_type or is_sharded(p) or p.is_complex():
-                    raise MetaplError(
-                        f"{setting} with a weight of shape {tuple(p.shape)}, {p.dtype}, on "
-                        f"{p.device}; expected a group "
-                        'for each weight, {"params": [p], "lr": torch.full_like(p, 0.1)}, of real '
-                        "numbers, not sharded."
-                    )
-
     @property
     def options(self) -> Options:
         return self._other_options or self.optimizer.param_groups
 
     @property
     def learning_rate(self) -> float | None:
-        rate = self.options[0]["lr"]
-        return None if entry_shape(rate) else float(rate)
+        return float(self.options[0]["lr"])
 
     def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
         return [{name: group[name] for name in names if name in group} for group in self.options]
@@ -157,9 +125,7 @@ class TorchUpdate(Update):
                 if name != "lr" and not is_set(group.get(name, 0)):
                     continue
                 value = group[name]
-                if isinstance(value, Tensor) and not value.ndim:
-                    value = float(value)
-                numbers[name] = value
+                numbers[name] = float(value) if isinstance(value, Tensor) else value
             settings.append(numbers)
         return settings
 
@@ -215,12 +181,6 @@ class TorchUpdate(Update):
         new_params = dict(params)
         new_state = dict(state)
         for group, names in self.groups(grads):
-            if has_entries(group):
-                for name in names:
-                    new_params[name], new_state[name] = self._stepped_flat(
-                        name, params[name], grads=grads, state=state, group=group
-                    )
-                continue
             # torch's own step, by a fresh optimizer on copies of the weights and the state.
             copies = {name: nn.Parameter(params[name].clone()) for name in names}
             kind: Any = type(self.owner[names[0]])
@@ -234,29 +194,6 @@ class TorchUpdate(Update):
                 new_params[name] = p.detach()
                 new_state[name] = dict(optimizer.state[p])
         return new_params, new_state
-
-    def _stepped_flat(
-        self, name: str, weight: Tensor, grads: Tree, state: States, group: Mapping[str, Any]
-    ) -> tuple[Tensor, State]:
-        """Return θ′ and s′ of one weight with a rate for each entry.
-
-        The step is torch's own, on the flat weight.
-        """
-        flat = nn.Parameter(weight.detach().flatten().clone())
-        flat.grad = grads[name].detach().flatten()
-        kind: Any = type(self.owner[name])
-        optimizer = kind([{**with_flat_rate(group), "params": [flat]}])
-        if state[name]:
-            optimizer.state[flat] = {
-                key: t.flatten().clone() if isinstance(t, Tensor) else t
-                for key, t in state[name].items()
-            }
-        optimizer.step()
-        new_state = {
-            key: t.view(weight.shape) if isinstance(t, Tensor) else t
-            for key, t in optimizer.state[flat].items()
-        }
-        return flat.detach().view(weight.shape), new_state
 
     def without_optimizer(self) -> TorchUpdate:
         """Return the rule alone, which holds no tensors.
@@ -325,11 +262,6 @@ class TorchUpdate(Update):
     ) -> None:
         # A leftover gradient of a frozen parameter must not move it.
         self._clear_gradients()
-        if any(map(has_entries, self.optimizer.param_groups)):
-            theta = {name: p.detach() for name, p in parameters.items()}
-            new_params, new_state = self.stepped(theta, grads, state=self.read_state())
-            self.write(parameters, new_params, state=new_state)
-            return
         try:
             for name, g in grads.items():
                 if self._is_sharded:

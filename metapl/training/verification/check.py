@@ -499,8 +499,7 @@ def give_rates_to_a_warm_up(copies: RealStep) -> None:
     """
     optimizer = vars(copies.update).get("optimizer")
     groups = [] if optimizer is None else optimizer.param_groups
-    # A rate may be a tensor with a number for each entry.
-    if any(torch.as_tensor(group["lr"]).any() for group in groups):
+    if any(group["lr"] != 0 for group in groups):
         return
     for group in groups:
         group["lr"] = group.get("initial_lr") or 1e-2
