@@ -5,8 +5,8 @@
     python benchmarks/gpu.py --device cpu --miniature --minutes 4 --out DIR    # see that it runs
     python benchmarks/gpu.py --plan    # the memory of gpu_large.py, on a CPU, without a number
 
-The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager, compiled and by
-CUDA graphs (``compile="reduce-overhead"``); WRN-28-2 in bfloat16; what share of the card's rate a
+The order: the tests that pytest calls ``gpu``; the MLP and the transformer eager and
+compiled; WRN-28-2 in bfloat16; what share of the card's rate a
 step reaches, beside the plain training step of the same network (``card.py``); the gradient
 through a whole training of GPT-2 (``gpt2_training.py``); how much of a bare step's rate the papers'
 protocol has on Fashion-MNIST (``end_to_end.py``), and its five arms at once
@@ -52,7 +52,7 @@ import torch
 import torchvision
 from harness import Row, environment, grid, loaded, write_json
 from modes import Place
-from step import COMPILED, EAGER, GRAPHS, MODES, Network
+from step import COMPILED, EAGER, MODES, Network
 from torch import nn
 
 import metapl
@@ -263,9 +263,8 @@ FASHION = "fashion-4k, five arms"
 END_TO_END = "protocol, end to end"
 PARTS: dict[str, Part] = {
     TESTS: Part(60),
-    "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED, GRAPHS)),
+    "compiled mlp": Part(50, "mlp", modes=("forward", "reinforce"), ways=(EAGER, COMPILED)),
     "compiled transformer": Part(75, "transformer", modes=("forward",), ways=(EAGER, COMPILED)),
-    "transformer by graphs": Part(70, "transformer", modes=("forward",), ways=(GRAPHS,)),
     "WRN-28-2, bf16": Part(40, "WRN-28-2", precision="bf16"),
     "WRN-28-2, channels-last, bf16": Part(30, CHANNELS_LAST, precision="bf16", modes=("forward",)),
     SHARE: Part(30, own_rows=shares_of_card, limit=240),
@@ -286,9 +285,6 @@ PARTS: dict[str, Part] = {
     **{f"{name}, float32": Part(45, name) for name in ("WRN-28-2", *LARGER)},
     "compiled WRN-28-2": Part(
         85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(COMPILED,)
-    ),
-    "WRN-28-2 by graphs": Part(
-        85, CHANNELS_LAST, precision="bf16", modes=("forward",), ways=(GRAPHS,)
     ),
 }
 OF_MINIATURE = (
@@ -355,10 +351,10 @@ def steps(part: Part, done: Sequence[Row], device: str, *, is_small: bool) -> It
     """
     for name, make in LARGE.items():
         step.NETWORKS[name] = Network(name, 1, SMALL if is_small else make)
-    network = "tiny" if is_small and GRAPHS in part.ways else part.network
+    network = "tiny" if is_small and COMPILED in part.ways else part.network
     rounds = 1 if is_small else ROUNDS.get(part.network, 11)
     # Compiling is most of a miniature.
-    modes = part.modes[:1] if is_small and GRAPHS in part.ways else part.modes
+    modes = part.modes[:1] if is_small and COMPILED in part.ways else part.modes
     for mode, way in itertools.product(modes, part.ways):
         if any((row["mode"], row["way"]) == (mode, way) for row in done):
             continue

@@ -62,12 +62,11 @@ SEEDS = 32
 HAND = "by hand"
 EAGER = "as it is"
 COMPILED = "compiled"
-GRAPHS = "compiled, CUDA graphs"
 STACKED = f"{SEEDS} stacked"
 BOTH = f"{SEEDS} stacked, compiled"
 MODES, WAYS = ("forward", "reinforce", "unrolled"), (EAGER, COMPILED, STACKED, BOTH)
 PARTS = {"eager": (EAGER,), "compiled": (COMPILED,), "stacked": (STACKED, BOTH)}
-COMPILE: dict[str, Any] = {EAGER: False, COMPILED: True, GRAPHS: "reduce-overhead"}
+COMPILE: dict[str, Any] = {EAGER: False, COMPILED: True}
 
 Step = Callable[[], Any]
 Pair = tuple[nn.Module, nn.Module]
@@ -248,11 +247,7 @@ def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tens
     """Return a way after three steps, where its teacher has gone to, and facts beside times."""
     facts: Row = {}
     # With nothing compiled before, in this process and on the disk.
-    if compiles := name in (
-        COMPILED,
-        GRAPHS,
-        BOTH,
-    ):
+    if compiles := name in (COMPILED, BOTH):
         clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     step, teacher = way_of(name, mode, network, place)

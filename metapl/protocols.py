@@ -89,7 +89,7 @@ class TwoLevelTrainer(AnyTrainer, Protocol):
     clip_norm: float | None
     precision: Literal["float32", "bfloat16"]
     accumulate: int
-    compile: bool | Literal["reduce-overhead", "cudagraphs"]
+    compile: bool | Literal["cudagraphs"]
 
     @property
     def has_losses(self) -> bool: ...

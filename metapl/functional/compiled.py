@@ -16,8 +16,8 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -229,32 +229,14 @@ def backend_of(device: torch.device) -> dict[str, Any]:
 
 
 def captured(
-    function: Callable[Arguments, Result], device: torch.device, **options: object
+    function: Callable[Arguments, Result], device: torch.device
 ) -> Callable[Arguments, Result]:
-    """Return a function as one graph, which is captured when it is called for the first time.
-
-    Args:
-        options: of Inductor, beside those of :func:`backend_of`.
-    """
+    """Return a function as one graph, which is captured when it is called for the first time."""
     give_own_code(function)
-    arguments = dict(backend_of(device))
-    if options:
-        arguments["options"] = {**arguments.get("options", {}), **options}
     with warnings.catch_warnings():
         # Inductor warns while it is imported.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.compile(function, fullgraph=True, dynamic=False, **arguments)
-
-
-@contextmanager
-def without_warnings_of_tracing() -> Iterator[None]:
-    """Ignore what torch warns of itself while it traces a function and prepares its graphs.
-
-    Before the first CUDA graph Inductor records an empty one, for the memory that it brings.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The CUDA Graph is empty", category=UserWarning)
-        yield
+        return torch.compile(function, fullgraph=True, dynamic=False, **backend_of(device))
 
 
 class Capturing:
@@ -680,17 +662,10 @@ class CompiledStep:
         start = RandomState.now(trainer.device, trainer.generator)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
-            # The first call traces the step.
-            quiet = NOTHING if eager is None else without_warnings_of_tracing()
             # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
-            with torch.no_grad(), switches, Capturing(), quiet:
-                if trainer.compile == "reduce-overhead":
-                    moved, report = run_in_cuda_graphs(
-                        compiled, live.state, outer_batch, inner, noise
-                    )
-                else:
-                    moved, report = compiled.run(live.state, outer_batch, inner, noise)
+            with torch.no_grad(), switches, Capturing():
+                moved, report = compiled.run(live.state, outer_batch, inner, noise)
                 step_report = step_report_of(compiled, trainer, report, inner_batches)
                 if eager is not None:
                     refuse_other(
@@ -798,11 +773,7 @@ def compile_step(
             direct_term=trainer.direct_term,
         )
     warn_of_many_layers(trainer)
-    options = {}
-    if trainer.compile == "reduce-overhead":
-        # What torch.compile's mode of that name sets, beside the options of backend_of.
-        options["triton.cudagraphs"] = True
-    run = captured(step, trainer.device, **options)
+    run = captured(step, trainer.device)
     return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
 
 
@@ -873,19 +844,6 @@ def inner_arguments(
     if len(inner_batches) > 1:
         return tuple(inner_batches), noise
     return inner_batches[0], None if noise is None else noise[0]
-
-
-def run_in_cuda_graphs(
-    compiled: Compiled, state: State, outer_batch: Batch, inner: Batch, noise: Any
-) -> tuple[State, Report]:
-    """Return what a graph gives whose results lie in memory that the next step writes to."""
-    torch.compiler.cudagraph_mark_step_begin()
-    moved, report = compiled.run(state, outer_batch, inner, noise)
-    # The mode's state, the number of the step and the report outlive the next step. The other
-    # tensors are copied into those of modules and optimizers before it.
-    outliving = moved.mode, moved.step, report
-    mode, step, report = pytree.tree_map_only(Tensor, torch.clone, outliving)
-    return moved._replace(mode=mode, step=step), report
 
 
 # The greatest report.flag of a step that is right; by differences of the student's outputs, whose

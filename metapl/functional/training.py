@@ -45,7 +45,7 @@ from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.functional.adjoint import Carry, Cotangents, Settings
-from metapl.functional.compiled import Capturing, refuse_gap, without_warnings_of_tracing
+from metapl.functional.compiled import Capturing, refuse_gap
 from metapl.functional.graphs import Graphs, Shapes, graphs_of, shapes_of
 from metapl.functional.state import (
     Function,
@@ -446,7 +446,6 @@ class CompiledPath:
                 no_fast_path(math=True),
                 deterministic(self.plan.device),
                 Capturing(),
-                without_warnings_of_tracing(),
             ):
                 # A function that always returns another batch is refused here, not after the path.
                 self._read_batch(0)

@@ -36,7 +36,7 @@ from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fas
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.functional.adjoint import Carry, Settings, make_training
-from metapl.functional.compiled import Capturing, captured, without_warnings_of_tracing
+from metapl.functional.compiled import Capturing, captured
 from metapl.functional.state import clipped, constants_of, tensors_of
 from metapl.functional.training import first_moving_step, first_state, tensor_settings
 from metapl.problems.base import BilevelProblem, Params, Random, Signal, enters_input
@@ -482,7 +482,6 @@ class StackedTrainings:
             torch.no_grad(),
             no_fast_path(math=True),
             deterministic(training.start.device),
-            without_warnings_of_tracing(),
             Capturing() if compile else nullcontext(),
         ):
             for number, numbers in enumerate(training.order[:steps]):

@@ -177,10 +177,9 @@ class BilevelTrainer(Trainer):
             the time, after 5 seconds to three minutes of compiling for each shape of batches. In
             one process, with SGD, Adam, AdamW or Muon on both levels and at most 3 steps ahead,
             without ``accumulate``. The first step is compared with an eager one.
-            ``"reduce-overhead"``: by CUDA graphs too, for another copy of all state.
             ``"cudagraphs"``: the pure step by CUDA graphs alone, without a compiler, recorded in
-            the time of three eager steps for each shape of batches, for another copy of all state
-            too. What a network or a loss reads from a global variable, or deep in its attributes,
+            the time of three eager steps for each shape of batches, for another copy of all state.
+            What a network or a loss reads from a global variable, or deep in its attributes,
             is then a constant. A network alone (:meth:`finetune`) is eager with it.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at
             the first step and where the networks are changed (their modes, frozen parts, hooks),
@@ -220,7 +219,7 @@ class BilevelTrainer(Trainer):
         clip_norm: AboveZero | None = None,
         precision: Literal["float32", "bfloat16"] = "float32",
         accumulate: MicroBatches = 1,
-        compile: bool | Literal["reduce-overhead", "cudagraphs"] = False,
+        compile: bool | Literal["cudagraphs"] = False,
         lookahead: Annotated[int, Range(1, of="a number of student steps")] = 1,
         verify: bool | AtLeastZero | Literal["warn"] = True,
     ) -> None:
@@ -955,7 +954,7 @@ class BilevelTrainer(Trainer):
             clip_norm=self.clip_norm,
             precision=self.precision,
             accumulate=self.accumulate,
-            compile=self.compile in (True, "reduce-overhead"),
+            compile=self.compile is True,
         )
         options.setdefault("phase", "finetune")
         return trainer.fit(outer, steps=steps, **options)
