@@ -604,7 +604,6 @@ class BilevelTrainer(Trainer):
             self._compared_weights = compared
         return weights
 
-
     def _reshard(self) -> None:
         """Let the blocks of sharded networks give up what a pass that failed has gathered."""
         for layout in self.layouts:

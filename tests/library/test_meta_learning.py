@@ -5,8 +5,7 @@ MAML, its first order, ANIL and Meta-SGD are compared with loops by hand.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -87,8 +86,6 @@ def outer_gradients(loss: Tensor, start: Tree) -> Tree:
     """Return the gradient of an outer loss in the weights that a path began with."""
     gradients = torch.autograd.grad(loss, list(start.values()))
     return dict(zip(start, gradients, strict=True))
-
-
 
 
 ROADS = [
