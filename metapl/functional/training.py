@@ -637,7 +637,7 @@ class CompiledPath:
             carry.optimizer,
             moved_since(plan.start.state, carry.state),
             moved_since(plan.start.teacher_state, carry.teacher_state),
-            RandomState.now(plan.device).values(),
+            RandomState.now(plan.device),
         ]
         self.states.keep(number, kept_state)
 
