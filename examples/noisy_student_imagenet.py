@@ -43,7 +43,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from command_rows import settings_asked
 from picture_sets import (
     PictureSet,
     build_network,
@@ -1459,7 +1458,9 @@ def reached(
 def settings_of(words: Sequence[str]) -> Settings:
     """Return the settings that a command line asks for, before they are checked."""
     rows = {name: (row.title, row.settings()) for name, row in ROWS.items()}
-    return settings_asked("noisy_student_imagenet.py", __doc__ or "", rows, words)
+    return tyro.extras.overridable_config_cli(
+        rows, prog="noisy_student_imagenet.py", description=__doc__, args=words
+    )
 
 
 def main(words: Sequence[str]) -> int:

@@ -45,7 +45,6 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import tyro
-from command_rows import settings_asked
 from picture_sets import (
     StoredBatches,
     build_network,
@@ -1010,7 +1009,9 @@ def shown(summary: Mapping[str, Any]) -> str:
 
 def settings_of(words: Sequence[str]) -> Protocol:
     """Return the settings that a command line asks for; what does not go together is refused."""
-    c = settings_asked("protocols.py", __doc__ or "", PROTOCOLS, words)
+    c = tyro.extras.overridable_config_cli(
+        PROTOCOLS, prog="protocols.py", description=__doc__, args=words
+    )
     c = scaled(fitted_to_steps(c, words))
     check(c)
     return c

@@ -36,26 +36,18 @@ def shown(text: object, keep: str = "") -> str:
 
 
 def did_you_mean(word: str, names: Sequence[str], *, likeness: float = 0.75) -> str:
-    """Return a question to append to a refusal, or nothing where no name is like the word."""
-    return question_for(names_like(word, names, likeness=likeness))
+    """Return a question to append to a refusal, or nothing where no name is like the word.
 
-
-def names_like(word: str, names: Sequence[str], *, likeness: float = 0.75) -> list[str]:
-    """Return the names that are like a word, the most similar first, three at most.
-
-    >>> names_like("forwrd", ["forward", "unrolled"]), names_like("mlp", ["mpl", "uda"])
-    (['forward'], ['mpl'])
+    >>> did_you_mean("forwrd", ["forward", "unrolled"]), did_you_mean("mlp", ["mpl", "uda"])
+    ('; did you mean forward?', '; did you mean mpl?')
     """
-    close = difflib.get_close_matches(word, names, n=3, cutoff=likeness)
-    if close:
-        return close
-    # In a short name, two letters that have changed places are a large part of it.
-    return [name for name in names if sorted(name) == sorted(word)]
-
-
-def question_for(names: Sequence[str]) -> str:
-    """Return a question to append to a refusal, whether one of the names was meant."""
-    return f"; did you mean {' or '.join(names)}?" if names else ""
+    similar = difflib.get_close_matches(word, names, n=3, cutoff=likeness)
+    if not similar:
+        # In a short name, two letters that have changed places are a large part of it.
+        similar = [name for name in names if sorted(name) == sorted(word)]
+    if not similar:
+        return ""
+    return f"; did you mean {' or '.join(similar)}?"
 
 
 def summary(name: str, **parts: object) -> str:

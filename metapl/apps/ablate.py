@@ -10,21 +10,23 @@ import pkgutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
+import tyro
 
 from metapl.ablation import ablate
 from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import ROOM, Folder, held
+from metapl.apps.inputs import ROOM, held
 from metapl.apps.look import choose_settings
 from metapl.apps.methods import Mpl, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
-from metapl.apps.settings import Flat, SomeSteps, unset
-from metapl.errors import FieldError, MetaplError
+from metapl.apps.settings import SomeSteps
+from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.machine import device
 from metapl.networks.tuned import begin_as
@@ -57,6 +59,7 @@ class Looking:
     Args:
         out: folder that the figures (ablation.json) and their picture (ablation.png) are written
             to. Without it neither is written.
+        modes: modes to compare. By default all are compared.
         draws: number of random draws for each mode that draws labels, and for each control.
         rounds: number of times that each mode is timed. By default it is 5, or more for short
             calls.
@@ -64,24 +67,18 @@ class Looking:
             or given random signs.
     """
 
-    out: Folder = None
-    modes: Annotated[
-        tuple[ComparedMode, ...] | None,
-        unset("MODE ...", f"modes to compare. By default all are compared: {', '.join(MODES)}."),
-    ] = None
+    out: Path | None = None
+    modes: tuple[ComparedMode, ...] | None = None
     draws: Annotated[int, Range(2, most=10_000)] = 8
-    rounds: Annotated[Annotated[int, Range(1, most=10_000)] | None, unset()] = None
-    # The flag is --no-altered.
-    altered: Annotated[bool, unset()] = True
+    rounds: Annotated[int, Range(1, most=10_000)] | None = None
+    altered: bool = True
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.modes is not None and len({*self.modes}) != max(1, len(self.modes)):
-            raise FieldError(
-                f"modes={self.modes}: expected one or more, each once.",
-                "modes",
-                value=self.modes,
-                expected=f"one or more of {', '.join(MODES)}, each once",
+            raise MetaplError(
+                f"--modes {' '.join(self.modes)}: expected one or more of {', '.join(MODES)}, "
+                "each once."
             )
 
     def look(self, subject: Subject) -> int:
@@ -149,9 +146,9 @@ class AblateDigits:
     training of --steps steps.
     """
 
-    config: Flat[Digits] = field(default_factory=Digits)
-    method: Flat[Mpl] = digits.METHODS["mpl"]
-    looking: Flat[Looking] = field(default_factory=Looking)
+    config: Digits = field(default_factory=Digits)
+    method: Mpl = digits.METHODS["mpl"]
+    looking: Looking = field(default_factory=Looking)
 
     def run(self) -> int:
         """Compare the modes in a training on the digits."""
@@ -167,9 +164,9 @@ class AblateImages:
     training of --steps steps.
     """
 
-    config: Flat[Images]
-    method: Flat[Mpl] = field(default_factory=Mpl)
-    looking: Flat[Looking] = field(default_factory=Looking)
+    config: Images
+    method: Mpl = field(default_factory=Mpl)
+    looking: Looking = field(default_factory=Looking)
 
     def run(self) -> int:
         """Compare the modes in a training on the pictures."""
@@ -209,9 +206,9 @@ class AblateFactory:
             only the beginning is.
     """
 
-    factory: Annotated[str, unset("MODULE:FUNCTION")]
+    factory: Annotated[str, tyro.conf.arg(metavar="MODULE:FUNCTION")]
     steps: SomeSteps = 0
-    looking: Flat[Looking] = field(default_factory=Looking)
+    looking: Looking = field(default_factory=Looking)
 
     def run(self) -> int:
         """Compare the modes on what the function returns."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -28,7 +30,7 @@ import tyro
 from metapl.apps import digits, images, noisy_student
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import Folder, check_out, open_run_folder
+from metapl.apps.inputs import check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
 from metapl.apps.look import choose_settings, open_settings
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
@@ -36,7 +38,6 @@ from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStude
 from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
 from metapl.apps.run_summary import summary
-from metapl.apps.settings import Flat, Switch, unset
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.tournament import Auto
@@ -59,35 +60,14 @@ MethodOfDigits: TypeAlias = str
 if not TYPE_CHECKING:
 
     def _one_of(methods: dict[str, Method]) -> Any:
-        named = tyro.conf.arg(
+        described = tyro.conf.arg(
             name="method",
-            metavar="NAME",
-            help="how the network is trained. The flags of a method are listed by "
-            "--method NAME --help.",
+            help="how the network is trained. --method NAME --help lists the flags of a method.",
         )
-        return Annotated[Literal[tuple(methods)], named]
+        return Annotated[Literal[tuple(methods)], described]
 
     MethodOfImages = _one_of(images.METHODS)
     MethodOfDigits = _one_of(digits.METHODS)
-
-
-def _words_of_recipe(recipe: StoredRecipe | None) -> list[str]:
-    """Return the words behind --config that name a recipe."""
-    return ["None" if recipe is None else str(recipe.path)]
-
-
-# --config FILE. The command line has read the file before its flags are, whose defaults it has.
-RecipeFile = Annotated[
-    StoredRecipe | None,
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="FILE",
-        instance_from_str=lambda words: StoredRecipe.read(Path(words[0])),
-        is_instance=lambda value: value is None or isinstance(value, StoredRecipe),
-        str_from_instance=_words_of_recipe,
-    ),
-    unset("FILE", name="config"),
-]
 
 # What a command line begins with that starts a training.
 TRAINING_COMMANDS = ("train", "noisy-student")
@@ -109,9 +89,9 @@ class Place:
         recipe: repeat the run that left this recipe.json. Other flags override the file.
     """
 
-    out: Folder = None
-    resume: Switch = False
-    recipe: RecipeFile = None
+    out: Path | None = None
+    resume: bool = False
+    recipe: Annotated[Path | None, tyro.conf.arg(name="config")] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -128,10 +108,10 @@ class Comparing(Place):
         jobs: number of trainings that --compare runs at a time. By default it runs one per core.
     """
 
-    compare: Switch = False
-    seeds: Annotated[str | None, unset("SEEDS")] = None
-    methods: Annotated[tuple[str, ...] | None, unset("NAME ...")] = None
-    jobs: Annotated[Annotated[int, Range(1)] | None, unset()] = None
+    compare: bool = False
+    seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS")] = None
+    methods: tuple[str, ...] | None = None
+    jobs: Annotated[int, Range(1)] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,73 +159,49 @@ class Train:
     Args:
         config: what is trained on, and how long.
         options: where the run goes, and whether methods are compared.
-        method: the method, with its settings.
     """
 
     config: TrainingConfig
-    options: Place
+    options: Place = field(default_factory=Place)
+    method_name: tyro.conf.Suppress[str]
     method: Method
 
-    # The module whose METHODS --method names, and --compare compares; None: there is one method.
-    methods: ClassVar[Methods | None] = None
+    # The module whose METHODS --method names, and --compare compares.
+    methods: ClassVar[Methods]
 
     @classmethod
-    def with_method(cls, name: str) -> type[Train]:
-        """Return the command in which another method is the default, whose settings are flags."""
-        assert cls.methods is not None, "there are methods"
-        return cls._with_defaults(method_name=name, method=cls.methods.METHODS[name])
-
-    @classmethod
-    def with_recipe(cls, recipe: StoredRecipe, method_name: str | None) -> type[Train]:
-        """Return the command whose defaults are the settings of a run.
+    def default_for(cls, words: Sequence[str]) -> Self:
+        """Return the command with the defaults of its flags, which depend on two of them.
 
         Args:
-            recipe: of the run.
-            method_name: another method, which has the settings that it shares; None: the run's.
+            words: the flags that were typed. ``--method`` says whose settings are flags, and
+                ``--config`` names a recipe with the values.
         """
-        hints = get_type_hints(cls)
-        methods = None if cls.methods is None else cls.methods.METHODS
-        config, method = recipe.settings(hints["config"], methods)
-        defaults: dict[str, Any] = {"config": config, "options": hints["options"](recipe=recipe)}
-        if methods is not None:
-            name = method_name or method.name
-            if name != method.name:
-                method = with_settings_of(methods[name], method, methods[method.name])
-            defaults["method_name"] = name
-        return cls._with_defaults(**defaults, method=method)
+        asked = asked_among(words)
+        methods = cls.methods.METHODS
+        # tyro refuses a method that there is not.
+        name = asked.method if asked.method in methods else None
+        # What is missing has the default of its field.
+        default: Self = tyro.MISSING_NONPROP
+        if asked.config is None:
+            if name is not None:
+                config = tyro.MISSING_NONPROP
+                default = cls(config=config, method_name=name, method=methods[name])
+            return default
+        recipe = StoredRecipe.read(asked.config)
+        config, method = recipe.settings(get_type_hints(cls)["config"], methods)
+        if name is None:
+            name = method.name
+        if name != method.name:
+            method = with_settings_of(methods[name], method, methods[method.name])
+        return cls(config=config, method_name=name, method=method)
 
-    @classmethod
-    def _with_defaults(cls, **defaults: Any) -> type[Train]:
-        """Return the command with these defaults of its fields."""
-        fields: list[Any] = []
-        for name, default in defaults.items():
-            owner = next(kind for kind in cls.__mro__ if name in kind.__annotations__)
-            annotation = owner.__annotations__[name]
-            # Every command has a method of its own class, whose settings are flags.
-            fields.append((name, Flat[Method] if name == "method" else annotation, default))
-        command: type[Train] = dataclasses.make_dataclass(
-            cls.__name__,
-            fields,
-            bases=(cls,),
-            # The annotations are names of this module.
-            namespace={"__doc__": cls.__doc__, "__module__": cls.__module__},
-            frozen=True,
-            kw_only=True,
-        )
-        return command
-
-    def with_seen_again(self, names: Collection[str]) -> Self:
-        """Return the training with what other pictures than the recipe's show left open.
-
-        Args:
-            names: of the settings that were asked for beside the recipe.
-        """
-        assert self.options.recipe is not None, "it repeats a run"
-        config, method = self.options.recipe.with_seen_again(self.config, self.method)
-        if isinstance(method, Auto):
-            repeated_share = self.options.recipe.fields.get("trial_share", method.trial_share)
-            method = method.with_flags_beside(names, repeated_share=repeated_share)
-        return dataclasses.replace(self, config=config, method=method)
+    @cached_property
+    def recipe(self) -> StoredRecipe | None:
+        """Return the recipe of the run that is repeated; None: of none."""
+        if self.options.recipe is None:
+            return None
+        return StoredRecipe.read(self.options.recipe)
 
     def run(self) -> int:
         """Train or compare, and return the exit code; what is wrong is refused first."""
@@ -273,7 +229,7 @@ class Train:
     def plan_comparison(self, mesh: Mesh) -> ComparisonPlan | None:
         """Return the methods and seeds to compare, or None; refuse flags that conflict."""
         options = self.options
-        if self.methods is None or not isinstance(options, Comparing):
+        if not isinstance(options, Comparing):
             return None
         for name in ("seeds", "methods", "jobs"):
             if getattr(options, name) is not None and not options.compare:
@@ -353,15 +309,16 @@ class Train:
         """
         config = self.config
         method = self.method
+        recipe = self.recipe
+        if recipe is not None:
+            config, method = recipe.with_seen_again(config, method)
         if comparison is not None and isinstance(method, Auto):
-            assert self.methods is not None, "there are methods to compare"
             named = [name for name in comparison.names if name != Auto.name]
             if named:
                 method = self.methods.METHODS[named[0]]
         stored = None
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
-        recipe = self.options.recipe
         if recipe is not None:
             for note in recipe.notes():
                 say(f"note: {note}")
@@ -379,15 +336,13 @@ class Train:
 
     def usual_threads(self) -> int:
         """Return the threads of the linear algebra of a new run: those of the run it repeats."""
-        recipe = self.options.recipe
-        repeated_threads = None if recipe is None else recipe.threads
+        repeated_threads = None if self.recipe is None else self.recipe.threads
         return repeated_threads or default_threads()
 
     def methods_like(
         self, method: Method, names: tuple[str, ...], steps: int | None
     ) -> dict[str, Method]:
         """Return the methods to compare, with the settings in which the run's own is not usual."""
-        assert self.methods is not None, "there are methods to compare"
         assert steps is not None, "the settings were chosen"
         usual = self.methods.METHODS
         compared = {}
@@ -439,6 +394,22 @@ class Train:
                 "whether the teacher's feedback helped, only a comparison tells: "
                 "--compare --seeds 0-4"
             )
+
+
+def asked_among(words: Sequence[str]) -> argparse.Namespace:
+    """Return the method and the path of a recipe among the flags of a training, each perhaps None.
+
+    Nothing is refused here: tyro reads the same flags again.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config", type=Path)
+    try:
+        asked, _ = parser.parse_known_args(words)
+    except argparse.ArgumentError:
+        # One of them has no value.
+        return argparse.Namespace(method=None, config=None)
+    return asked
 
 
 def started_mesh(options: Place) -> Mesh:
@@ -516,10 +487,10 @@ def tell_how_to_resume(stopped: KeyboardInterrupt, path: Path) -> None:
 class TrainImages(Train):
     __doc__ = Images.__doc__
 
-    config: Flat[Images]
-    options: Flat[Started] = field(default_factory=Started)
+    config: Images
+    options: Started = field(default_factory=Started)
     method_name: MethodOfImages = "auto"
-    method: Flat[Method] = images.METHODS["auto"]
+    method: Method = images.METHODS["auto"]
     methods: ClassVar[Methods] = images
 
 
@@ -527,10 +498,10 @@ class TrainImages(Train):
 class TrainDigits(Train):
     __doc__ = Digits.__doc__
 
-    config: Flat[Digits] = field(default_factory=Digits)
-    options: Flat[Started] = field(default_factory=Started)
+    config: Digits = field(default_factory=Digits)
+    options: Started = field(default_factory=Started)
     method_name: MethodOfDigits = "mpl"
-    method: Flat[Method] = digits.METHODS["mpl"]
+    method: Method = digits.METHODS["mpl"]
     methods: ClassVar[Methods] = digits
 
 
@@ -545,18 +516,20 @@ class RoundsOfImages(Train):
     pictures, is the time of all rounds together.
     """
 
-    config: Flat[ImagesOfRounds]
-    options: Flat[Place] = field(default_factory=Place)
-    method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
+    config: ImagesOfRounds
+    method_name: tyro.conf.Suppress[str] = NoisyStudent.name
+    method: NoisyStudent = field(default_factory=NoisyStudent)
+    methods: ClassVar[Methods] = noisy_student
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsOfDigits(Train):
     __doc__ = (RoundsOfImages.__doc__ or "").replace("on pictures", "on digits", 1)
 
-    config: Flat[DigitsOfRounds] = field(default_factory=DigitsOfRounds)
-    options: Flat[Place] = field(default_factory=Place)
-    method: Flat[NoisyStudent] = field(default_factory=NoisyStudent)
+    config: DigitsOfRounds = field(default_factory=DigitsOfRounds)
+    method_name: tyro.conf.Suppress[str] = NoisyStudent.name
+    method: NoisyStudent = field(default_factory=NoisyStudent)
+    methods: ClassVar[Methods] = noisy_student
 
 
 def program() -> str:

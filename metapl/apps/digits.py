@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from metapl.apps import methods
-from metapl.apps.settings import Batch, Fitting, Flat, Role, Share, require
+from metapl.apps.settings import Batch, Fitting, Role, Share, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
@@ -103,7 +103,7 @@ class Digits:
     unlabeled_batch: Batch = 64
     hidden: tuple[int, ...] = (32, 32)
     dropout: Share = 0.0
-    fitting: Flat[Fitting] = field(default_factory=fitting)
+    fitting: Fitting = field(default_factory=fitting)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from torch import nn
 
-from metapl.apps.inputs import ROOM, Factory, Folder, HeldOut, Network, Run, check_out, held, plural
+from metapl.apps.inputs import ROOM, Factory, HeldOut, Network, Run, check_out, held, plural
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
 from metapl.apps.report_picture import COLORS, LINES, png_of
-from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
@@ -63,7 +62,7 @@ class Evaluate:
         attack: measure also on pictures that are changed to mislead the network: fgsm takes one
             step along the sign of the gradient, pgd ten.
         eps: how far --attack may change each value of a picture, in 1/255 of the range from black
-            to white. Several can be given.
+            to white. Several can be given. By default these are 2 and 8.
         out: folder that the figures are written to. It is made if it does not exist.
         json: print JSON.
     """
@@ -71,15 +70,12 @@ class Evaluate:
     folder: Run
     network: Network = "delivered"
     factory: Factory = None
-    test: Folder = None
-    corruptions: Switch = False
-    attack: Annotated[Attack | None, unset()] = None
-    eps: Annotated[
-        tuple[Annotated[float, Range(0, most=LEVELS)], ...],
-        unset("E ...", default="(default: 2 8)"),
-    ] = ()
-    out: Folder = None
-    json: Switch = False
+    test: Path | None = None
+    corruptions: bool = False
+    attack: Attack | None = None
+    eps: tuple[Annotated[float, Range(0, most=LEVELS)], ...] = ()
+    out: Path | None = None
+    json: bool = False
 
     def run(self) -> int:
         """Measure, print and write the figures; return 1 where files were left out."""

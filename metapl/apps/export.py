@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from metapl.apps.inputs import Factory, Network, Run, check_out, held
 from metapl.apps.model_card import sections_of
 from metapl.apps.printing import tell
-from metapl.apps.settings import Switch, unset
 from metapl.networks.exports import ONNX, export
 from metapl.networks.model_card import CARD
 from metapl.run_folder import EndedRun
@@ -34,10 +32,10 @@ class Export:
     """
 
     folder: Run
-    out: Annotated[Path, unset("DIR")]
+    out: Path
     network: Network = "delivered"
     factory: Factory = None
-    onnx: Switch = False
+    onnx: bool = False
 
     def run(self) -> int:
         """Write the files, and print what they are."""

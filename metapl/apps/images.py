@@ -29,13 +29,9 @@ from metapl.apps.self_training import SelfTraining, TwoTeachers
 from metapl.apps.settings import (
     Batch,
     Fitting,
-    Flat,
-    Hidden,
     Role,
     Share,
-    Switch,
     require,
-    unset,
 )
 from metapl.apps.tournament import Auto
 from metapl.data.steps import StepSampler
@@ -154,8 +150,8 @@ METHODS: dict[str, Any] = {
 COMPARED = ("uda", "mpl", "none", "supervised", "pseudo_labels")
 
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
-OtherFolder = Annotated[str | None, unset("DIR")]
-Minutes = Annotated[Annotated[float, Range(above=0, most=60 * 24 * 366)] | None, unset()]
+OtherFolder = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
+Minutes = Annotated[float, Range(above=0, most=60 * 24 * 366)] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,25 +201,23 @@ class Pictures:
         stochastic_depth: probability that the last block of a network is skipped in a step.
     """
 
-    network: Annotated[str | None, unset("NAME")] = None
-    weights: Annotated[str | None, unset("FILE")] = None
-    backbone: Annotated[str, unset("NAME|FILE")] = "none"
-    tuning: Annotated[Literal["head", "lora", "all"] | None, unset("HOW")] = None
+    network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    backbone: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "none"
+    tuning: Literal["head", "lora", "all"] | None = None
     lora_rank: Annotated[int, Range(4, most=16)] = LORA_RANK
-    image_size: Annotated[Annotated[int, Range(1, most=LARGEST_SIDE)] | None, unset("PIXELS")] = (
-        None
-    )
-    grey: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
-    augment: Annotated[Literal["mild", "strong"] | None, unset("HOW")] = None
-    mirror: Switch = False
-    recolor: tyro.conf.FlagConversionOff[Annotated[bool | None, unset()]] = None
-    crop: Switch = False
+    image_size: Annotated[int, Range(1, most=LARGEST_SIDE)] | None = None
+    grey: tyro.conf.FlagConversionOff[bool | None] = None
+    augment: Literal["mild", "strong"] | None = None
+    mirror: bool = False
+    recolor: tyro.conf.FlagConversionOff[bool | None] = None
+    crop: bool = False
     dropout: Share = 0.0
     stochastic_depth: Share = 0.0
-    mean: Hidden[tuple[float, ...] | None] = None
-    std: Hidden[tuple[float, ...] | None] = None
+    mean: tyro.conf.Suppress[tuple[float, ...] | None] = None
+    std: tyro.conf.Suppress[tuple[float, ...] | None] = None
     # The SHA-256 of the weights, once they were found.
-    weights_sha256: Hidden[str | None] = None
+    weights_sha256: tyro.conf.Suppress[str | None] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -382,12 +376,10 @@ class Images:
     test: OtherFolder = None
     unlabeled_batch: Batch = 32
     minutes: Minutes = None
-    pictures: Flat[Pictures] = field(default_factory=Pictures)
-    fitting: Flat[Fitting] = field(
-        default_factory=lambda: Fitting(ema_decay=0.99, finetune_steps=None)
-    )
-    val_fraction: Hidden[float | None] = None
-    classes: Hidden[tuple[str, ...]] = ()
+    pictures: Pictures = field(default_factory=Pictures)
+    fitting: Fitting = field(default_factory=lambda: Fitting(ema_decay=0.99, finetune_steps=None))
+    val_fraction: tyro.conf.Suppress[float | None] = None
+    classes: tyro.conf.Suppress[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -14,7 +14,6 @@ import tyro
 from torch import Tensor
 
 from metapl.apps.printing import tell
-from metapl.apps.settings import unset
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.networks.card import Input
@@ -30,21 +29,21 @@ BATCH = 256
 Batch = tuple[Tensor, Tensor]
 
 # The folder of a run, which stands without a flag.
-Run = Annotated[Path, tyro.conf.Positional, unset("RUN")]
-Folder = Annotated[Path | None, unset("DIR")]
-File = Annotated[Path | None, unset("FILE")]
+Run = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 # What a file that could not be written is refused with.
 ROOM = "expected another --out, a folder with room."
 
 Network = Annotated[
     NetworkName,
-    unset(help="which of the run's networks to take. By default it is the one that it delivers."),
+    tyro.conf.arg(
+        help="which of the run's networks to take. By default it is the one that it delivers."
+    ),
 ]
 BUILDS = (
     "function that builds the network of the run, if metapl does not know it. FILE.py is executed."
 )
-Factory = Annotated[str | None, unset("FILE.py:FUNCTION", help=BUILDS)]
+Factory = Annotated[str | None, tyro.conf.arg(metavar="FILE.py:FUNCTION", help=BUILDS)]
 
 
 def plural(number: int, noun: str) -> str:

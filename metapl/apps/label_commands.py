@@ -14,7 +14,7 @@ import tyro
 from metapl.apps.inputs import BATCH, Factory, Network, Run
 from metapl.apps.labeling import ToLabel, write_labels
 from metapl.apps.printing import short, table, tell
-from metapl.apps.settings import MOST_IN_A_BATCH, Switch, unset
+from metapl.apps.settings import MOST_IN_A_BATCH
 from metapl.errors import few
 from metapl.labels.selection import select, statistics
 from metapl.labels.store import LabelStore
@@ -25,7 +25,7 @@ from metapl.runs.files import sha256_of, write_whole
 from metapl.training.options import MOST_WORKERS
 from metapl.words import shown
 
-Store = Annotated[Path, tyro.conf.Positional, unset("STORE")]
+Store = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]
 
 # The file in a selection's folder with the paths of its pictures.
 LIST = "list.txt"
@@ -58,16 +58,16 @@ class Label:
     """
 
     folder: Run
-    pictures: Annotated[str, tyro.conf.Positional, unset("PICTURES")]
-    out: Annotated[Path, tyro.conf.arg(metavar="STORE")]
+    pictures: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PICTURES")]
+    out: Path
     temperature: Annotated[float, Range(above=0)] = 1.0
-    top_k: Annotated[int | None, unset("K")] = None
+    top_k: int | None = None
     network: Network = "delivered"
     factory: Factory = None
     batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
     num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
-    resume: Switch = False
-    check: Switch = False
+    resume: bool = False
+    check: bool = False
 
     def run(self) -> int:
         """Label the pictures; return 1 where files were left out."""
@@ -220,15 +220,15 @@ class Select:
     """
 
     store: Store
-    out: Annotated[Path, tyro.conf.arg(metavar="STORE2")]
-    threshold: Annotated[float | None, unset()] = None
-    at_most: Annotated[float | None, unset()] = None
-    per_class: Annotated[int | None, unset("N")] = None
-    any_class: Switch = False
-    balance: Switch = False
-    share: Annotated[float | None, unset()] = None
+    out: Path
+    threshold: float | None = None
+    at_most: float | None = None
+    per_class: int | None = None
+    any_class: bool = False
+    balance: bool = False
+    share: float | None = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
-    drop_overlap: Annotated[Path | None, unset("FOLDER")] = None
+    drop_overlap: Path | None = None
 
     def run(self) -> int:
         """Write the store, and print how many examples were kept and dropped."""

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps.printing import short, table, tell
-from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
 from metapl.pictures.folders import walk
@@ -40,10 +39,8 @@ class Runs:
         json: print JSON.
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, unset("FOLDER", default="(default: runs)")] = (
-        Path("runs")
-    )
-    json: Switch = False
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")] = Path("runs")
+    json: bool = False
 
     def run(self) -> int:
         """Print the runs; return 1 where a folder could not be looked into."""

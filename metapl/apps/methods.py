@@ -19,15 +19,11 @@ from torch import Tensor, nn
 from metapl import feedback, problems
 from metapl.apps.settings import (
     Fitting,
-    Flat,
-    Hidden,
     Role,
     Share,
     SomeSteps,
-    Unavailable,
     Weight,
     flag_values,
-    unset,
     with_flags,
 )
 from metapl.data import draws
@@ -63,14 +59,6 @@ if TYPE_CHECKING:
     Mode = str
 else:
     Mode = Literal[tuple(mode for mode in feedback.MODES if mode != "implicit")]
-
-NOT_IMPLICIT = Unavailable(
-    "implicit",
-    "--mode implicit takes the gradient through an optimum of the student's loss, where a student "
-    "in training is not: expected --mode forward, the exact gradient of its step. In Python, "
-    "metapl.feedback.Implicit takes a solver and a damping.",
-)
-
 
 # ------------------------------------------------------------------------ what a method trains with
 
@@ -109,9 +97,8 @@ class TrainingConfig(Protocol):
     dataclasses, whose fields are flags.
     """
 
-    @property
-    def name(self) -> str:
-        """Return what the recipe is called."""
+    # What the recipe is called.
+    name: ClassVar[str]
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -395,9 +382,9 @@ class Consistency:
     uda_temperature: Weight = 0.5
     uda_threshold: Share = 0.85
     uda_align: Annotated[float, Range(0, most=1)] = 0.5
-    uda_start: Annotated[SomeSteps | None, unset()] = None
-    uda_ramp: Annotated[SomeSteps | None, unset()] = None
-    uda_prior: Hidden[tuple[float, ...] | None] = None
+    uda_start: SomeSteps | None = None
+    uda_ramp: SomeSteps | None = None
+    uda_prior: tyro.conf.Suppress[tuple[float, ...] | None] = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -434,7 +421,7 @@ class Consistency:
 class Uda(Method):
     """Train one network on labeled examples, and on its own labels of unlabeled ones (UDA)."""
 
-    uda: Flat[Consistency] = field(default_factory=Consistency)
+    uda: Consistency = field(default_factory=Consistency)
 
     name: ClassVar[str] = "uda"
     title: ClassVar[str] = "UDA alone"
@@ -448,7 +435,7 @@ class Uda(Method):
 class FixMatch(Uda):
     """Train as uda does, with hard labels of those examples that the network is sure of."""
 
-    uda: Flat[Consistency] = field(
+    uda: Consistency = field(
         default_factory=lambda: Consistency(
             uda_temperature=0.0, uda_threshold=FIXMATCH_THRESHOLD, uda_align=0.0
         )
@@ -518,16 +505,16 @@ class Feedback:
             control has the same loop without that.
     """
 
-    mode: Annotated[Mode, tyro.conf.arg(metavar="MODE"), NOT_IMPLICIT] = "forward"
-    pseudo_labels: Annotated[Literal["soft", "hard"] | None, unset("KIND")] = None
+    mode: Mode = "forward"
+    pseudo_labels: Literal["soft", "hard"] | None = None
     temperature: float = 1.0
-    student_lr: Annotated[AboveZero | None, unset()] = None
-    feedback_weight: Annotated[float | None, unset()] = None
-    feedback_ratio: Annotated[Weight | None, unset()] = None
-    feedback_bound: Annotated[Weight | None, unset()] = None
-    baseline: Annotated[float | None, unset()] = None
-    reduction: Annotated[Literal["mean", "sum"] | None, unset("KIND")] = None
-    learns_from_student: Hidden[bool] = True
+    student_lr: AboveZero | None = None
+    feedback_weight: float | None = None
+    feedback_ratio: Weight | None = None
+    feedback_bound: Weight | None = None
+    baseline: float | None = None
+    reduction: Literal["mean", "sum"] | None = None
+    learns_from_student: tyro.conf.Suppress[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -616,9 +603,9 @@ class Mpl(FeedbackMethod):
 
     beside: ClassVar[str] = "mpl"
 
-    feedback: Flat[Feedback] = field(default_factory=Feedback)
-    uda: Flat[Consistency] = field(default_factory=Consistency)
-    wait: Annotated[SomeSteps | None, unset()] = None
+    feedback: Feedback = field(default_factory=Feedback)
+    uda: Consistency = field(default_factory=Consistency)
+    wait: SomeSteps | None = None
     warm_start: tyro.conf.FlagConversionOff[bool] = True
 
     @property
@@ -686,9 +673,9 @@ class PseudoLabels(Method):
     Source: Meta Pseudo Labels, eq. (1).
     """
 
-    pseudo_labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
+    pseudo_labels: Literal["soft", "hard"] = "soft"
     temperature: float = 1.0
-    student_lr: Annotated[AboveZero | None, unset()] = None
+    student_lr: AboveZero | None = None
     label_smoothing: Share = 0.0
 
     name: ClassVar[str] = "pseudo_labels"
@@ -726,10 +713,12 @@ class ReducedMpl(FeedbackMethod):
 
     beside: ClassVar[str] = "reduced_mpl"
 
-    feedback: Flat[Feedback] = field(default_factory=Feedback)
-    uda: Flat[Consistency] = field(default_factory=Consistency)
-    label_store: Annotated[str | None, unset("STORE", name="labels")] = None
-    labeled_label_store: Annotated[str | None, unset("STORE", name="labeled-labels")] = None
+    feedback: Feedback = field(default_factory=Feedback)
+    uda: Consistency = field(default_factory=Consistency)
+    label_store: Annotated[str | None, tyro.conf.arg(metavar="STORE", name="labels")] = None
+    labeled_label_store: Annotated[
+        str | None, tyro.conf.arg(metavar="STORE", name="labeled-labels")
+    ] = None
 
     def __post_init__(self) -> None:
         if self.labeled_label_store is not None and self.label_store is None:

@@ -28,13 +28,9 @@ from metapl.apps.methods import Data, Method, Trained, Training, picked
 from metapl.apps.settings import (
     Batch,
     Fitting,
-    Flat,
-    Hidden,
     Share,
     Steps,
-    Switch,
     require,
-    unset,
     with_flags,
 )
 from metapl.apps.train import evaluated, measured
@@ -157,28 +153,24 @@ class NoisyStudent(Method):
     name: ClassVar[str] = "noisy_student"
     title: ClassVar[str] = "Noisy Student"
 
-    networks: Annotated[tuple[str, ...], unset("NAME ...")] = ()
+    networks: tuple[str, ...] = ()
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
-    allow_smaller: Switch = False
-    labels: Annotated[Literal["soft", "hard"], tyro.conf.arg(metavar="KIND")] = "soft"
+    allow_smaller: bool = False
+    labels: Literal["soft", "hard"] = "soft"
     select_by: Annotated[str, tyro.conf.arg(metavar="each|once|STORE")] = EACH
     threshold: Share = THRESHOLD
-    at_most: Annotated[Annotated[float, Range(above=0, most=1)] | None, unset()] = None
+    at_most: Annotated[float, Range(above=0, most=1)] | None = None
     balance: tyro.conf.FlagConversionOff[bool] = True
-    per_class: Annotated[Steps | None, unset()] = None
-    share: Annotated[Annotated[float, Range(above=0, most=1)] | None, unset()] = None
-    ratio: Annotated[Annotated[int, Range(1, most=MOST_RATIO)] | None, unset()] = None
-    loss: Annotated[Literal["mean", "two_means"], tyro.conf.arg(metavar="KIND")] = "mean"
-    training: Annotated[
-        Literal["joint", "pretrain_finetune", "pretrain"], tyro.conf.arg(metavar="HOW")
-    ] = "joint"
-    warm_start: Switch = False
-    warm_steps: Annotated[Steps | None, unset()] = None
-    noisy_teacher: Switch = False
-    unlabeled_noise: Annotated[
-        Literal["all", "standard", "model", "none"], tyro.conf.arg(metavar="KIND")
-    ] = "all"
-    finetune_size: Annotated[Steps | None, unset("PIXELS")] = None
+    per_class: Steps | None = None
+    share: Annotated[float, Range(above=0, most=1)] | None = None
+    ratio: Annotated[int, Range(1, most=MOST_RATIO)] | None = None
+    loss: Literal["mean", "two_means"] = "mean"
+    training: Literal["joint", "pretrain_finetune", "pretrain"] = "joint"
+    warm_start: bool = False
+    warm_steps: Steps | None = None
+    noisy_teacher: bool = False
+    unlabeled_noise: Literal["all", "standard", "model", "none"] = "all"
+    finetune_size: Annotated[Steps | None, tyro.conf.arg(metavar="PIXELS")] = None
     frozen: Share = USUAL_FROZEN
     label_smoothing: Share = 0.0
 
@@ -233,6 +225,12 @@ class NoisyStudent(Method):
         return rounds.ended()
 
 
+METHODS: dict[str, Any] = {NoisyStudent.name: NoisyStudent()}
+
+# Rounds are not compared.
+COMPARED = ()
+
+
 # ------------------------------------------------------------------------------- what is trained on
 
 
@@ -243,9 +241,9 @@ class DigitsOfRounds(Digits):
     A batch has --ratio unlabeled ones for each labeled one.
     """
 
-    unlabeled_batch: Hidden[Batch] = 64
+    unlabeled_batch: tyro.conf.Suppress[Batch] = 64
     hidden: tuple[int, ...] = (64, 64)
-    fitting: Flat[Fitting] = field(
+    fitting: Fitting = field(
         default_factory=lambda: fitting_of_digits(steps=1000, schedule="exponential", lr=0.2)
     )
 
@@ -265,8 +263,8 @@ class PicturesOfRounds(Pictures):
 
     # Without a number, what its size asks for, of each network that has such noise and is trained
     # whole.
-    dropout: Annotated[Share | None, unset()] = None  # type: ignore[assignment]
-    stochastic_depth: Annotated[Share | None, unset()] = None  # type: ignore[assignment]
+    dropout: Share | None = None  # type: ignore[assignment]
+    stochastic_depth: Share | None = None  # type: ignore[assignment]
 
     def noise(self, architecture: Architecture) -> tuple[float, float]:
         """Return the rates of dropout and of stochastic depth of a network.
@@ -297,11 +295,11 @@ class ImagesOfRounds(Images):
 
     usual_ratio: ClassVar[int] = RATIO_OF_PICTURES
 
-    unlabeled_batch: Hidden[Batch] = 32
-    pictures: Flat[PicturesOfRounds] = field(default_factory=PicturesOfRounds)
+    unlabeled_batch: tyro.conf.Suppress[Batch] = 32
+    pictures: PicturesOfRounds = field(default_factory=PicturesOfRounds)
     # The rate falls as a cosine. The paper's exponential spends half as many steps at a high rate,
     # which costs a training of minutes more than it costs one of 350 epochs.
-    fitting: Flat[Fitting] = field(default_factory=lambda: Fitting(ema_decay=0.99))
+    fitting: Fitting = field(default_factory=lambda: Fitting(ema_decay=0.99))
 
 
 # --------------------------------------------------------------------------------------- the rounds

@@ -13,11 +13,10 @@ from typing import Annotated
 import tyro
 from torch import nn
 
-from metapl.apps.inputs import Factory, File, Inputs, Network, Run, check_file, plural
+from metapl.apps.inputs import Factory, Inputs, Network, Run, check_file, plural
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import CsvRows, tell, written_csv
 from metapl.apps.progress import count_bar
-from metapl.apps.settings import Switch, unset
 from metapl.errors import MetaplError
 from metapl.metrics.predictions import logits_of
 from metapl.run_folder import EndedRun
@@ -51,10 +50,12 @@ class Predict:
     """
 
     folder: Run
-    files: Annotated[tuple[Path, ...], tyro.conf.Positional, unset("FILE_OR_FOLDER...")]
-    out: File = None
+    files: Annotated[
+        tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="FILE_OR_FOLDER...")
+    ]
+    out: Path | None = None
     top: int = 1
-    probabilities: Switch = False
+    probabilities: bool = False
     network: Network = "delivered"
     factory: Factory = None
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import short, tell
 from metapl.apps.report_picture import draw
 from metapl.apps.run_summary import summary
-from metapl.apps.settings import unset
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.metrics.predictions import batches_of
@@ -62,11 +61,12 @@ class Report:
 
     Args:
         folder: folder of a run.
-        out: file of the page, whose name ends with .html.
+        out: file of the page, whose name ends with .html. By default it is report.html in the run's
+            folder.
     """
 
     folder: Run
-    out: Annotated[Path | None, unset("FILE.html", default="(default: RUN/report.html)")] = None
+    out: Path | None = None
 
     def run(self) -> int:
         """Write the page, and say where it is."""

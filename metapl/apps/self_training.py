@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
+import tyro
 from torch import Tensor, nn
 
 from metapl.apps.methods import (
@@ -22,7 +23,7 @@ from metapl.apps.methods import (
     labeled_loss,
     picked,
 )
-from metapl.apps.settings import Hidden, Share, with_flags
+from metapl.apps.settings import Share, with_flags
 from metapl.errors import MetaplError
 from metapl.networks.tuned import begin_as
 from metapl.pictures import UnlabeledBatches
@@ -59,7 +60,7 @@ class SelfTraining(Method):
     mixup: AboveZero = 0.4
     label_smoothing: Share = 0.1
     teacher_share: Annotated[float, Range(above=0, below=1)] = 0.4
-    uda_prior: Hidden[tuple[float, ...] | None] = None
+    uda_prior: tyro.conf.Suppress[tuple[float, ...] | None] = None
 
     name: ClassVar[str] = "self_training"
     title: ClassVar[str] = "self-training on soft labels, with mixup"

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-import tyro
-
-from metapl.errors import FieldError
+from metapl.errors import MetaplError
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_fields
 from metapl.training import FitOptions
 from metapl.training.options import MOST_WORKERS
@@ -29,38 +27,6 @@ Weight = Annotated[float, Range(0)]
 
 T = TypeVar("T")
 
-# A setting that is no flag.
-Hidden = tyro.conf.Suppress[T]
-
-
-def unset(
-    metavar: str | None = None, help: str | None = None, default: str = "", name: str | None = None
-) -> Any:
-    """Annotate a flag whose default is not shown, or is shown in words.
-
-    Args:
-        metavar: what stands for the flag's value in the help; None: its type.
-        help: what the flag does; None: as the docstring says.
-        default: the words for the default, such as "(default: runs)"; empty: none are shown.
-        name: the flag's name; None: the field's.
-    """
-    return tyro.conf.arg(name=name, metavar=metavar, help=help, help_behavior_hint=default)
-
-
-@dataclass(frozen=True)
-class Unavailable:
-    """A word that a flag does not take although one may expect it, and the sentence why."""
-
-    word: str
-    reason: str
-
-
-# A flag without a value, which is off unless it is given.
-Switch = Annotated[bool, unset()]
-
-# A dataclass whose fields are flags beside those of the dataclass that has it.
-Flat = Annotated[T, tyro.conf.arg(name="")]
-
 Role = Literal["teacher", "student"]
 
 
@@ -68,12 +34,7 @@ def require(value: object, condition: bool, field: str, expected: str) -> None:
     """Refuse a dataclass whose ``field`` is not as ``expected``."""
     if not condition:
         refused = getattr(value, field)
-        raise FieldError(
-            f"{type(value).__name__}({field}={refused!r}): expected {expected}.",
-            field,
-            refused,
-            expected,
-        )
+        raise MetaplError(f"{type(value).__name__}({field}={refused!r}): expected {expected}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,21 +70,19 @@ class Fitting:
     steps: Steps | None = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     labeled_batch: Batch = 32
-    lr: Annotated[AboveZero | None, unset()] = None
-    schedule: Annotated[
-        Literal["cosine", "constant", "exponential"], tyro.conf.arg(metavar="NAME")
-    ] = "cosine"
+    lr: AboveZero | None = None
+    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     warmup: SomeSteps | None = None
     ema_decay: Share | None = None
-    finetune_steps: Annotated[SomeSteps | None, unset()] = FINETUNE_STEPS
+    finetune_steps: SomeSteps | None = FINETUNE_STEPS
     validate_every: Steps | None = None
-    patience: Annotated[AtLeastOne | None, unset()] = None
+    patience: AtLeastOne | None = None
     log_every: Steps = 20
     save_every: Steps = 500
     accumulate: Batch = 1
-    precision: Annotated[Literal["float32", "bfloat16"], tyro.conf.arg(metavar="TYPE")] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
-    device: Annotated[Literal["auto", "cpu", "cuda"], tyro.conf.arg(metavar="NAME")] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self)

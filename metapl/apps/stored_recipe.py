@@ -1,4 +1,4 @@
-"""The recipe that a run left, as the settings of a new run: ``metapl train --config FILE``."""
+"""The recipe that a run left, as the settings of a new run: ``metapl train ... --config FILE``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from metapl.apps.images import Pictures
-from metapl.apps.noisy_student import NoisyStudent
+from metapl.apps.methods import Method, TrainingConfig
 from metapl.apps.settings import with_flags
 from metapl.errors import MetaplError, few
 from metapl.machine import environment
@@ -34,6 +34,7 @@ ADDED = ("patience",)
 ROUNDING = ("metapl", "torch", "torchvision", "processor", "gpu")
 
 T = TypeVar("T")
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -101,28 +102,28 @@ class StoredRecipe:
         )
 
     @property
-    def command(self) -> str:
-        """Return the name of the command that trains so, such as "train digits"."""
-        group = "noisy-student" if self.method == NoisyStudent.name else "train"
-        return f"{group} {self.name}"
-
-    @property
     def threads(self) -> int | None:
         """Return the threads of the run's linear algebra, on whose number rounding depends."""
         threads = self.made_with.get("threads")
         return threads if isinstance(threads, int) and threads >= 1 else None
 
-    def settings(self, config_kind: type[T], methods: Mapping[str, Any] | None) -> tuple[T, Any]:
+    def settings(
+        self, config_kind: type[Config], methods: Mapping[str, Method]
+    ) -> tuple[Config, Method]:
         """Return what is trained on, and the method, with the settings of the file.
 
         Args:
             config_kind: what is trained on, such as :class:`metapl.apps.digits.Digits`.
-            methods: the methods that it can be trained by, by their names; None: Noisy Student.
+            methods: the methods that it can be trained by, by their names.
 
-        Raises: MetaplError for a setting that is missing, unknown, or not as its flag expects.
+        Raises: MetaplError for a recipe of another training, and for a setting that is missing,
+            unknown, or not as its flag expects.
         """
-        if methods is None:
-            methods = {NoisyStudent.name: NoisyStudent()}
+        if self.name != config_kind.name:
+            raise MetaplError(
+                f"{self.path} is the recipe of a training on {shown(self.name)}; expected one on "
+                f"{config_kind.name}."
+            )
         if self.method not in methods:
             meant = did_you_mean(self.method, [*methods]) or "."
             raise MetaplError(
@@ -259,25 +260,3 @@ def refuse_other_keys(
         raise MetaplError(
             f"{path} has no {kind} {few(missing)}; expected all of them, as a run writes them."
         )
-
-
-def flag_value(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
-    """Return the value of a flag among the words of a command, the last one, and the other words.
-
-    Raises: MetaplError where the flag stands without a value.
-
-    >>> flag_value(["train", "--config", "recipe.json", "--seed=3"], "--config")
-    ('recipe.json', ['train', '--seed=3'])
-    """
-    value = None
-    others = []
-    remaining = iter(words)
-    for word in remaining:
-        name, _, joined = word.partition("=")
-        if name != flag:
-            others.append(word)
-            continue
-        value = joined or next(remaining, "")
-        if not value or value.startswith("--"):
-            raise MetaplError(f"{flag} was given without a value; expected {flag} FILE.")
-    return value, others

@@ -17,13 +17,14 @@ from functools import cached_property, partial
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
+import tyro
 from torch import Tensor
 
 from metapl.apps.backbone import Control, accuracy_on_pixels
 from metapl.apps.linear import Linear
 from metapl.apps.methods import Method, Supervised, Trained, Training, Uda
 from metapl.apps.self_training import TwoTeachers
-from metapl.apps.settings import FINETUNE_STEPS, Fitting, Hidden, with_flags
+from metapl.apps.settings import FINETUNE_STEPS, Fitting, with_flags
 from metapl.data import draws
 from metapl.metrics import predict_logits
 from metapl.metrics.predictions import batches_of
@@ -299,11 +300,11 @@ class Auto(Method):
     """
 
     trial_share: Annotated[float, Range(above=0, below=1)] = 0.125
-    trial_steps: Hidden[tuple[int, ...] | None] = None
-    final_steps: Hidden[tuple[int, ...] | None] = None
-    final_steps_with_unlabeled: Hidden[tuple[int, ...] | None] = None
-    uda_prior: Hidden[tuple[float, ...] | None] = None
-    open_settings: Hidden[tuple[str, ...] | None] = None
+    trial_steps: tyro.conf.Suppress[tuple[int, ...] | None] = None
+    final_steps: tyro.conf.Suppress[tuple[int, ...] | None] = None
+    final_steps_with_unlabeled: tyro.conf.Suppress[tuple[int, ...] | None] = None
+    uda_prior: tyro.conf.Suppress[tuple[float, ...] | None] = None
+    open_settings: tyro.conf.Suppress[tuple[str, ...] | None] = None
 
     name: ClassVar[str] = "auto"
     title: ClassVar[str] = "the best of several recipes"

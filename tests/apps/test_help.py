@@ -1,158 +1,117 @@
-"""The help of each command: all flags that tyro takes, each in a sentence, in lines that fit."""
+"""What tyro prints for the command: help, completion, and what is said of wrong flags."""
 
-import contextlib
-import io
 import re
-from typing import Any
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import tyro
 from command import metapl
 
-from metapl.apps import help_pages
-from metapl.apps.main import COMMANDS, CONFIG, command_type
+from metapl.apps.main import COMMANDS
 
-WITH_METHODS = [name for name in COMMANDS if hasattr(command_type(name), "method_name")]
+IMAGES = "train images --labeled few --unlabeled many"
 
-# How a sentence does not begin that says what a flag does.
-RIDDLES = re.compile(r"(Of|In which|Such as|Likewise|And|Its|By theirs|That)\b")
-
-
-def page_of(name: str, columns: int = 80, method: str | None = None) -> str:
-    """Return the help of a command, as a terminal of so many columns shows it."""
-    chosen = ["--method", method] if method else []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("COLUMNS", str(columns))
-        return metapl(*name.split(), *chosen, "--help").stdout
-
-
-def flags_of_tyro(kind: Any) -> dict[str, bool]:
-    """Return the flags that tyro's own help lists, and whether each is required."""
-    text = io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(text),
-        contextlib.suppress(SystemExit),
-    ):
-        # From 130 columns on, tyro puts its boxes beside each other.
-        patch.setenv("COLUMNS", "129")
-        tyro.cli(kind, args=["--help"], config=CONFIG)
-    flags: dict[str, bool] = {}
-    name = ""
-    for line in text.getvalue().splitlines():
-        begun = re.match(r"[│ ] (-h, )?(--[\w.-]+|\[?[A-Z_]+[\w.]*)", line)
-        if begun:
-            name = begun[2].strip("[.")
-            flags[name] = False
-        if name and "(required)" in line:
-            flags[name] = True
-    flags.pop("--help")
-    return flags
+# Wrong command lines, each with words that are said of it.
+WRONG = {
+    "": ("train", "predict"),
+    "trian": ("trian", "train", "predict"),
+    "train": ("images", "digits"),
+    "train imges": ("imges", "images", "digits"),
+    f"{IMAGES} --steps abc": ("--steps", "abc"),
+    f"{IMAGES} --steps 0": ("steps=0", "a whole number >= 1"),
+    f"{IMAGES} --minutes soon": ("--minutes", "soon"),
+    f"{IMAGES} --grey maybe": ("--grey", "maybe", "True", "False"),
+    f"{IMAGES} --stepz 4": ("--stepz", "--steps"),
+    f"{IMAGES} --steps": ("Missing value", "--steps"),
+    f"{IMAGES} --method mlp": ("mlp", "--method", "mpl"),
+    f"{IMAGES} --method": ("Missing value", "--method"),
+    f"{IMAGES} --config": ("Missing value", "--config"),
+    "train images --labeled few": ("--unlabeled", "required"),
+    "train digits --method uda --mode forward": ("--mode",),
+    "train digits --mode implicit": ("implicit", "--mode", "forward"),
+    "train digits --mesh.shard -1": ("a number of processes >= 1",),
+    "train digits extra": ("extra",),
+    "train digits --config .": ("is a folder; expected the recipe.json of a run",),
+    "noisy-student digits --rounds two": ("--rounds", "two"),
+    "ablate digits --modes none none": ("expected one or more", "each once"),
+    "ablate": ("--factory", "required"),
+    "evaluate": ("RUN", "required"),
+    "evaluate run --attack pgd --eps -2": ("eps=(-2.0,)", "each a number >= 0"),
+    "predict run x.png --top all": ("--top", "all"),
+}
 
 
-def kinds() -> list[tuple[str, str | None]]:
-    """Return each command, with each of its methods."""
-    cases: list[tuple[str, str | None]] = []
-    for name in COMMANDS:
-        methods = command_type(name).methods.METHODS if name in WITH_METHODS else [None]
-        cases += [(name, method) for method in methods]
-    return cases
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_is_refused(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = metapl(*shlex.split(line), code=2)
+    said = unboxed(done.stderr)
+    for words in WRONG[line]:
+        assert words in said
+    assert done.stdout == ""
+    assert "Traceback" not in said
+    assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(("name", "method"), kinds())
-def test_the_help_has_the_flags_that_the_command_takes(name: str, method: str | None) -> None:
-    kind = command_type(name)
-    if method is not None:
-        kind = kind.with_method(method)
-    flags = help_pages.flags_of(kind)
-    expected = flags_of_tyro(kind)
-    assert {flag.name.strip(".") for flag in flags} == expected.keys()
-    assert len(expected) == len(flags)
-    for flag in flags:
-        # Of pictures or runs, tyro takes none too, which the command refuses.
-        if not flag.is_positional:
-            assert flag.is_required == expected[flag.name], flag
-    shown = [flag for group in help_pages.grouped(kind, flags).values() for flag in group]
-    assert sorted(flag.name for flag in shown) == sorted(flag.name for flag in flags)
+def unboxed(text: str) -> str:
+    """Return what tyro prints, without its boxes, as one line."""
+    return " ".join(text.replace("│", " ").split())
+
+
+def test_the_list_of_commands_imports_none_of_them() -> None:
+    program = (
+        "import sys; from metapl.apps.main import main; code = main(['--help']); "
+        "print([name for name in sys.modules if name.startswith('metapl.apps.')]); sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name, entry in COMMANDS.items():
+        assert f"• {name.split()[0]} " in done.stdout
+        assert f"metapl.apps.{entry.module}" not in done.stdout
+    assert re.fullmatch(r"metapl \d+\.\d+\S*\n", metapl("--version").stdout)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-@pytest.mark.parametrize(("columns", "most"), [(80, 80), (120, 100)])
-def test_each_flag_is_explained_by_a_sentence_in_lines_that_fit(
-    name: str, columns: int, most: int
-) -> None:
-    text = page_of(name, columns)
-    assert text.startswith(f"usage: metapl {name}")
-    assert max(map(len, text.splitlines())) <= most
-    for flag in help_pages.flags_of(command_type(name)):
-        assert flag.sentence[0].isupper(), flag
-        assert flag.text.endswith("."), flag
-        assert len(flag.text.split()) >= 2, flag
-        assert not RIDDLES.match(flag.sentence), flag
-        assert re.search(rf"^ +{re.escape(flag.typed)}( |$)", text, re.MULTILINE), flag
-
-
-def test_help_into_a_pipe_is_80_columns_wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("COLUMNS", raising=False)
-    assert max(map(len, metapl("train", "images", "--help").stdout.splitlines())) <= 80
-
-
-@pytest.mark.parametrize("name", WITH_METHODS)
-def test_each_method_is_listed_with_what_it_does_and_the_controls_last(name: str) -> None:
-    kind = command_type(name)
-    methods = kind.methods.METHODS
-    text = page_of(name)
-    listed, _, controls = text.partition("Controls, which are trained")
-    listed = listed.partition("--method NAME")[2]
-    for method, settings in methods.items():
-        part = controls if settings.is_control else listed
-        assert re.search(rf"^ +{method}(\n| ) *[A-Z]", part, re.MULTILINE), method
-        assert settings.summary.endswith(".")
-        assert settings.summary.split()[0] in ("Train", "Learn")
-    summaries = [settings.summary for settings in methods.values()]
-    assert len({*summaries}) == len(summaries)
-    assert not methods[kind.method_name].is_control
-    assert f"(default: {kind.method_name})" in listed
-
-
-@pytest.mark.parametrize("name", [*WITH_METHODS, "noisy-student images", "noisy-student digits"])
-def test_flags_are_in_groups_with_ten_that_are_used_most_first(name: str) -> None:
-    titles = re.findall(r"^([a-z][\w ]*):$", page_of(name), re.MULTILINE)
-    assert titles[0] == "most used"
-    assert "other" not in titles, "a new flag is to be in a group of help_pages.GROUPS"
-    assert {"network", "training", "output"} <= {*titles}
-    assert any(title.startswith("method") for title in titles)
-    kind = command_type(name)
-    groups = help_pages.grouped(kind, help_pages.flags_of(kind))
-    assert len(groups["most used"]) <= help_pages.MOST_USED_COUNT
-    required = {flag.name for flag in help_pages.flags_of(kind) if flag.is_required}
-    assert required <= {flag.name for flag in groups["most used"]}
+def test_each_flag_is_explained(name: str) -> None:
+    text = metapl(*name.split(), "--help").stdout
+    assert text.startswith(f"usage: metapl {name} [-h]")
+    words = unboxed(text)
+    # Between a flag, with what stands for its value, and its default is what it does.
+    assert not re.findall(r"(--[\w.-]*\w)(?: [A-Z{\[]\S*)? \((?:default|required)", words)
 
 
 def test_the_help_of_a_method_has_its_flags() -> None:
-    usual = page_of("train images")
-    assert "--trial-share" in usual
-    assert "--uda-weight" not in usual
-    own = page_of("train images", method="uda")
-    assert "--uda-weight" in own
-    assert "--wait" not in own
-    chosen = page_of("train images", method="mpl")
-    assert "method mpl:" in chosen
-    assert "--wait" in chosen
-    assert "--rounds" not in chosen
+    help_of_uda = metapl("train", "images", "--method", "uda", "--help").stdout
+    assert "--uda-weight" in help_of_uda
+    assert "--wait" not in help_of_uda
+    help_of_mpl = metapl("train", "images", "--method=mpl", "--help").stdout
+    assert "--wait" in help_of_mpl
+    assert "Train a student on a teacher's labels" in help_of_mpl
 
 
-def test_a_flag_of_another_method_is_refused_with_those_that_have_it() -> None:
-    said = metapl("train", "digits", "--method", "uda", "--wait", "3", code=2).stderr
-    assert "--wait is no flag of --method uda; it is one of mpl, none" in said
-    assert "metapl train digits --method uda --help" in said
-
-
-def test_a_method_that_there_is_not_is_answered_by_those_that_there_are() -> None:
-    for words in (["--method", "fixmach"], ["--method=fixmach"]):
-        said = metapl("train", "digits", *words, code=2).stderr
-        assert "--method fixmach; did you mean fixmatch?" in said, words
-        assert "Expected mpl, supervised" in said
-    assert "--method" in metapl("train", "digits", "--method", code=2).stderr
-    said = metapl("train", "digits", "uda", "--steps", "3", code=2).stderr
-    assert "uda is a method; expected --method uda." in said
+@pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+def test_a_shell_completes_commands_and_flags(tmp_path: Path) -> None:
+    script = tmp_path / "completion.bash"
+    script.write_text(metapl("--tyro-print-completion", "bash").stdout)
+    cases = {
+        "metapl train digits --warm": {"--warmup", "--warm-start"},
+        "metapl train images --mesh": {"--mesh.replicate", "--mesh.shard"},
+        "metapl train digits --conf": {"--config"},
+        "metapl train digits --mode for": {"forward"},
+        "metapl train images --method reduced_m": {"reduced_mpl"},
+        "metapl ablate digits --no-al": {"--no-altered"},
+        "metapl noisy-student dig": {"digits"},
+    }
+    for line, expected in cases.items():
+        words = line.split()
+        commands = (
+            f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _tyro_metapl; "
+            'printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", commands], capture_output=True, text=True, check=True)
+        assert {*done.stdout.split()} == expected, line

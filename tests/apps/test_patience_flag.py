@@ -39,10 +39,10 @@ def test_it_is_in_the_recipe_which_repeats_the_run(still: Path, tmp_path: Path) 
     fields = json.loads((still / "recipe.json").read_text())["recipe"]["fields"]
     assert fields["patience"] == 2
     repeated = tmp_path / "repeated"
-    metapl("train", "--config", still / "recipe.json", "--out", repeated)
+    metapl("train", "digits", "--config", still / "recipe.json", "--out", repeated)
     assert (repeated / WEIGHTS).read_bytes() == (still / WEIGHTS).read_bytes()
     longer = tmp_path / "longer"
-    metapl("train", "--config", still / "recipe.json", "--patience", "3", "--out", longer)
+    metapl("train", "digits", "--config", still / "recipe.json", "--patience", "3", "--out", longer)
     assert steps_of(longer, "fit")[-1] == 8
 
 
@@ -51,7 +51,7 @@ def test_a_recipe_of_an_earlier_build_has_none(tiny: Path, tmp_path: Path) -> No
     del content["recipe"]["fields"]["patience"]
     recipe = tmp_path / "recipe.json"
     recipe.write_text(json.dumps(content))
-    metapl("train", "--config", recipe, "--out", tmp_path / "run")
+    metapl("train", "digits", "--config", recipe, "--out", tmp_path / "run")
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tiny / WEIGHTS).read_bytes()
 
 

@@ -1,4 +1,4 @@
-"""``metapl train --config FILE`` repeats a run from the recipe that it left, bit for bit.
+"""``metapl train ... --config FILE`` repeats a run from the recipe that it left, bit for bit.
 
 Flags override the file. A file that is no recipe of this version ends in one line.
 """
@@ -40,15 +40,17 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 def test_a_run_is_repeated_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     repeated = tmp_path / "repeated"
-    said = metapl("train", "--config", tiny / "recipe.json", "--out", repeated)
+    said = metapl("train", "digits", "--config", tiny / "recipe.json", "--out", repeated)
     assert "note:" not in said.stdout
     assert_same_run(tiny, repeated)
     noted = RunFolder(repeated).description()["command"]
     assert f"--config {tiny / 'recipe.json'}" in noted
     # It is resumed as any other, and the folder of the first run is not written to.
-    said = metapl("train", "--config", tiny / "recipe.json", "--out", repeated, "--resume")
+    said = metapl(
+        "train", "digits", "--config", tiny / "recipe.json", "--out", repeated, "--resume"
+    )
     assert "is finished already" in " ".join(said.stdout.split())
-    said = metapl("train", "--config", tiny / "recipe.json", "--out", tiny, code=2)
+    said = metapl("train", "digits", "--config", tiny / "recipe.json", "--out", tiny, code=2)
     assert "holds a run already" in said.stderr
 
 
@@ -69,7 +71,7 @@ def test_another_method_has_the_settings_that_it_shares(tiny: Path, tmp_path: Pa
     of_file = tmp_path / "smoothed.json"
     shutil.copy(tiny / "recipe.json", of_file)
     edited(of_file, "recipe", "fields", label_smoothing=0.25)
-    metapl("train", "--config", of_file, "--method", "supervised", "--out", run)
+    metapl("train", "digits", "--config", of_file, "--method", "supervised", "--out", run)
     assert RunFolder(run).recipe()["method"] == "supervised"
     assert fields(run)["label_smoothing"] == 0.25
     assert fields(run)["hidden"] == [4]
@@ -82,7 +84,7 @@ def test_an_edited_copy_is_a_recipe_too_and_said_to_be_one(tiny: Path, tmp_path:
     content["recipe"]["fields"]["steps"] = 4
     content["made_with"]["torch"] = "1.0"
     copy.write_text(json.dumps(content))
-    said = metapl("train", "--config", copy, "--out", tmp_path / "run")
+    said = metapl("train", "digits", "--config", copy, "--out", tmp_path / "run")
     text = " ".join(said.stdout.split())
     assert f"note: {copy} was edited since a run wrote it" in text
     assert "torch 1.0, here" in text
@@ -94,7 +96,7 @@ def test_it_takes_the_threads_of_the_run(colors: Path, tmp_path: Path) -> None:
     shutil.copy(colors / "run" / "recipe.json", copy)
     edited(copy, "made_with", threads=2)
     assert torch.get_num_threads() == 1
-    metapl("train", "--config", copy, "--out", tmp_path / "run")
+    metapl("train", "images", "--config", copy, "--out", tmp_path / "run")
     assert RunFolder(tmp_path / "run").description()["made_with"]["threads"] == 2
 
 
@@ -109,7 +111,7 @@ def test_a_run_on_pictures_is_repeated_without_their_folders_being_named(
     for path in sorted((tmp_path / "labeled" / "red").iterdir())[:2]:
         path.unlink()
     other = ("--labeled", tmp_path / "labeled", "--out", tmp_path / "other")
-    metapl("train", "--config", colors / "run" / "recipe.json", *other)
+    metapl("train", "images", "--config", colors / "run" / "recipe.json", *other)
     for name in ("uda_prior", "mean"):
         assert fields(tmp_path / "other")[name] != fields(tmp_path / "run")[name]
 
@@ -122,7 +124,7 @@ def test_pretrained_weights_have_to_be_the_ones_of_the_run(colors: Path, tmp_pat
         *("train", "images", *folders, *IMAGES, "--method", "uda"),
         *("--weights", begun, "--out", tmp_path / "second"),
     )
-    repeat = ("train", "--config", tmp_path / "second" / "recipe.json")
+    repeat = ("train", "images", "--config", tmp_path / "second" / "recipe.json")
     metapl(*repeat, "--out", tmp_path / "third")
     assert_same_run(tmp_path / "second", tmp_path / "third")
     shutil.copy(tmp_path / "third" / "student.safetensors", begun)
@@ -142,7 +144,7 @@ def test_a_backbone_is_looked_for_again_and_has_to_be_the_same(
     flags = (*folders, *IMAGES, "--image-size", "32", "--network", "pooled_cnn")
     named = ("--method", "uda", "--backbone", file)
     metapl("train", "images", *flags, *named, "--out", tmp_path / "run")
-    repeat = ("train", "--config", tmp_path / "run" / "recipe.json")
+    repeat = ("train", "images", "--config", tmp_path / "run" / "recipe.json")
     metapl(*repeat, "--out", tmp_path / "again")
     assert_same_run(tmp_path / "run", tmp_path / "again")
     torch.save(create("pooled_cnn", 10, image_size=32).state_dict(), file)
@@ -153,9 +155,9 @@ def test_a_backbone_is_looked_for_again_and_has_to_be_the_same(
 def test_noisy_student_is_repeated_by_its_own_command(tmp_path: Path) -> None:
     metapl(*NOISY_STUDENT, "--out", tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.json"
-    said = metapl("train", "--config", recipe, code=2)
-    assert f"expected metapl noisy-student digits --config {recipe}" in said.stderr
-    metapl("noisy-student", "--config", recipe, "--out", tmp_path / "repeated")
+    said = metapl("train", "digits", "--config", recipe, code=2)
+    assert "there is no method 'noisy_student' of digits" in said.stderr
+    metapl("noisy-student", "digits", "--config", recipe, "--out", tmp_path / "repeated")
     assert_same_run(tmp_path / "run", tmp_path / "repeated")
 
 
@@ -199,7 +201,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "another recipe": (
         lambda content: content["recipe"].update(name="digit"),
-        "no command trains on 'digit'; did you mean digits?",
+        "is the recipe of a training on digit; expected one on digits.",
     ),
     "another method": (
         lambda content: content["recipe"].update(method="supervise"),
@@ -228,7 +230,7 @@ def test_a_file_that_is_no_recipe_ends_in_one_line(fault: str, tiny: Path, tmp_p
     change(content)
     file = tmp_path / "changed.json"
     file.write_text(json.dumps(content))
-    said = metapl("train", "--config", file, "--out", tmp_path / "run", code=2)
+    said = metapl("train", "digits", "--config", file, "--out", tmp_path / "run", code=2)
     assert expected in said.stderr
     assert str(file) in said.stderr
     assert said.stderr.count("\n") == 1
@@ -238,15 +240,17 @@ def test_a_file_that_is_no_recipe_ends_in_one_line(fault: str, tiny: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("train", "--config"), "--config was given without a value"),
-        (("train", "--config", "{tmp}/none.json"), "cannot be read: No such file"),
-        (("train", "--config", "{tmp}"), "is a folder; expected the recipe.json of a run"),
-        (("train", "images", "--config", "{run}/recipe.json"), "is the recipe of train digits"),
+        (("digits", "--config", "{tmp}/none.json"), "cannot be read: No such file"),
+        (("digits", "--config", "{tmp}"), "is a folder; expected the recipe.json of a run"),
+        (
+            ("images", "--config", "{run}/recipe.json"),
+            "is the recipe of a training on digits; expected one on images.",
+        ),
     ],
 )
 def test_a_wrong_call_ends_in_one_line(
     words: tuple[str, ...], expected: str, tiny: Path, tmp_path: Path
 ) -> None:
-    said = metapl(*(word.format(tmp=tmp_path, run=tiny) for word in words), code=2)
+    said = metapl("train", *(word.format(tmp=tmp_path, run=tiny) for word in words), code=2)
     assert expected in said.stderr
     assert said.stderr.count("\n") == 1

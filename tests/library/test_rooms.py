@@ -53,7 +53,6 @@ FLOORS = (
         "apps.evaluate",
         "apps.ablate",
     ),
-    ("apps.help_pages", "apps.refused_words"),
     ("apps.main",),
 )
 """Rooms, the lowest first: each imports from its own floor and from those below it. Problems,
