@@ -44,21 +44,6 @@ class MetaplError(ValueError):
     """
 
 
-class FieldError(MetaplError):
-    """A field that is not as expected.
-
-    A command's flag reads the field's name, its value and what was expected.
-    """
-
-    def __init__(
-        self, text: str, field: str = "", value: object = None, expected: str = ""
-    ) -> None:
-        super().__init__(text)
-        self.field = field
-        self.value = value
-        self.expected = expected
-
-
 class MissingPackage(MetaplError, ImportError):
     """A package that is not installed, and the extra that installs it.
 

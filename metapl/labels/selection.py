@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from metapl.data import draws
-from metapl.errors import FieldError, MetaplError, needed_for
+from metapl.errors import MetaplError, needed_for
 from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, Values
 from metapl.pictures.folders import ask, digest, scan_unlabeled
 from metapl.runs.fields import Range, check_arguments
@@ -277,16 +277,13 @@ def check_interval(threshold: float | None, at_most: float | None) -> None:
     >>> check_interval(0.3, 0.3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    metapl.errors.FieldError: at_most is 0.3, and threshold 0.3: the interval ... is empty; ...
+    metapl.errors.MetaplError: at_most is 0.3, and threshold 0.3: the interval ... is empty; ...
     """
     if at_most is not None and at_most <= (threshold or 0.0):
         lower = f"{threshold or 0.0:g}"
-        raise FieldError(
+        raise MetaplError(
             f"at_most is {at_most:g}, and threshold {lower}: the interval of confidence is empty; "
-            "expected more.",
-            "at_most",
-            at_most,
-            f"more than the threshold, {lower}",
+            "expected more."
         )
 
 

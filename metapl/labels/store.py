@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from metapl.errors import (
-    FieldError,
     MetaplError,
     few,
     needed_for,
@@ -349,8 +348,9 @@ class LabelWriter:
                 f"the classes are {few(classes, 10, 30)}; expected one or more names, each once."
             )
         if top_k is not None and not 1 <= top_k <= len(classes):
-            expected = f"1 to {len(classes):,}, the number of classes"
-            raise FieldError(f"top_k is {top_k}; expected {expected}.", "top_k", top_k, expected)
+            raise MetaplError(
+                f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes."
+            )
         self.folder = Path(folder)
         self.classes = tuple(classes)
         self.top_k = top_k

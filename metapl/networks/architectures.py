@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
-from metapl.errors import FieldError, MetaplError, needed_for, reason_of
+from metapl.errors import MetaplError, needed_for, reason_of
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
 from metapl.networks.weights import load_weights
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
@@ -214,20 +214,14 @@ class Architecture:
         check_fields(self)
         if self.stochastic_depth > 0.0 and not self.has_stochastic_depth:
             having = ", ".join(EFFICIENTNETS)
-            raise FieldError(
+            raise MetaplError(
                 f"{self.name} has no stochastic_depth; leave it out, or take one that has it: "
-                f"{having}.",
-                "stochastic_depth",
-                value=self.stochastic_depth,
-                expected=f"none, for {self.name} has none, or one that has it: {having}",
+                f"{having}."
             )
         if self.image_size is not None and self.image_size % (self.patch or 1):
-            raise FieldError(
+            raise MetaplError(
                 f"{self.name} got image_size={self.image_size}; expected a multiple of its patch, "
-                f"{self.patch}.",
-                "image_size",
-                value=self.image_size,
-                expected=f"a multiple of {self.patch}, the patch of {self.name}",
+                f"{self.patch}."
             )
 
     @property

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metapl.data import draws
-from metapl.errors import FieldError, MetaplError, needed_for
+from metapl.errors import MetaplError, needed_for
 
 # This keeps these draws apart from every other use of a seed.
 _VALIDATION = 0x5B17
@@ -101,12 +101,9 @@ def load_digits_split(labels_per_class: int, seed: int) -> DigitsSplit:
     train = torch.tensor(train_rows)
     fewest = int(labels[train].bincount(minlength=10).min())
     if not 1 <= labels_per_class <= fewest:
-        expected = f"1 to {fewest}, as the smallest class has"
-        raise FieldError(
-            f"labels_per_class is {labels_per_class}; expected {expected}.",
-            "labels_per_class",
-            value=labels_per_class,
-            expected=expected,
+        raise MetaplError(
+            f"labels_per_class is {labels_per_class}; expected 1 to {fewest}, as the smallest "
+            "class has."
         )
     # The split comes shuffled, so the first of each class are a random choice.
     is_labeled = torch.zeros(len(train), dtype=torch.bool)

@@ -14,7 +14,7 @@ from functools import cache
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from metapl.errors import FieldError
+from metapl.errors import MetaplError
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _refuse_unmet(values: Mapping[str, Any], hints: Mapping[str, Any], *, templa
         if isinstance(value, float) and not math.isfinite(value):
             expected = expected.replace("a number", "a finite number")
         shown = template.format(f"{name}={value!r}")
-        raise FieldError(f"{shown}: expected {expected}.", name, value=value, expected=expected)
+        raise MetaplError(f"{shown}: expected {expected}.")
 
 
 @cache

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import FieldError, MetaplError
+from metapl.errors import MetaplError
 from metapl.execution.layout import reshard
 from metapl.execution.shards import as_sharded, laid_out_like, local
 from metapl.protocols import AnyTrainer
@@ -94,24 +94,16 @@ class FitOptions:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.wait >= self.steps:
-            raise FieldError(
-                f"wait={self.wait}: expected fewer than steps={self.steps}.",
-                "wait",
-                value=self.wait,
-                expected=f"fewer than the {self.steps} steps",
-            )
+            raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
         if self.first_steps is not None and self.first_steps >= self.steps - self.wait:
             raise MetaplError(
                 f"first_steps={self.first_steps}: expected fewer than the steps after wait, "
                 f"{self.steps - self.wait}."
             )
         if self.warmup > self.steps - self.wait:
-            expected = f"at most the steps after wait, {self.steps - self.wait}"
-            raise FieldError(
-                f"warmup={self.warmup}: expected {expected}.",
-                "warmup",
-                value=self.warmup,
-                expected=expected,
+            raise MetaplError(
+                f"warmup={self.warmup}: expected at most the steps after wait, "
+                f"{self.steps - self.wait}."
             )
         if self.decay_every is not None and self.schedule != "exponential":
             raise MetaplError(

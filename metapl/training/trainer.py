@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.data.feed import Source
-from metapl.errors import FieldError, MetaplError
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, plain
 from metapl.execution.layout import layouts
@@ -321,12 +321,9 @@ class BilevelTrainer(Trainer):
         """Refuse options of the mode that a trainer's step, or its options, cannot have."""
         mode = self.mode
         if mode.keep_graph and self.accumulate > 1:
-            raise FieldError(
+            raise MetaplError(
                 f"accumulate={self.accumulate} was given with mode 'unrolled'; expected 1, or mode "
-                "'forward'.",
-                "accumulate",
-                value=self.accumulate,
-                expected="1 with mode 'unrolled', or mode 'forward'",
+                "'forward'."
             )
         if getattr(mode, "truncate", None) == 0:
             raise MetaplError(

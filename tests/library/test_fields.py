@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import pytest
 
 import metapl
-from metapl.errors import FieldError
+from metapl.errors import MetaplError
 from metapl.feedback import Forward
 from metapl.runs.fields import Range, check_fields
 
@@ -58,9 +58,8 @@ def test_what_fits_is_taken(values: dict[str, Any]) -> None:
     [(field, value) for field, values in MISFITS.items() for value in values],
 )
 def test_what_does_not_fit_is_refused_by_its_field(field: str, wrong: Any) -> None:
-    with pytest.raises(FieldError, match=field) as refusal:
+    with pytest.raises(MetaplError, match=field):
         Plain(**{field: wrong})
-    assert refusal.value.field == field
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def test_an_annotation_under_type_checking_leaves_the_other_fields_checked(
     kind: Any, field: str, wrong: Any
 ) -> None:
     kind()
-    with pytest.raises(FieldError, match=field):
+    with pytest.raises(MetaplError, match=field):
         kind(**{field: wrong})
 
 
