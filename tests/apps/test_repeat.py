@@ -46,11 +46,10 @@ def test_a_run_is_repeated_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     noted = RunFolder(repeated).description()["command"]
     assert f"--config {tiny / 'recipe.json'}" in noted
     # It is resumed as any other, and the folder of the first run is not written to.
-    said = metapl(
-        "train", "digits", "--config", tiny / "recipe.json", "--out", repeated, "--resume"
-    )
+    repeat = ("train", "digits", "--config", tiny / "recipe.json")
+    said = metapl(*repeat, "--out", repeated, "--resume")
     assert "is finished already" in " ".join(said.stdout.split())
-    said = metapl("train", "digits", "--config", tiny / "recipe.json", "--out", tiny, code=2)
+    said = metapl(*repeat, "--out", tiny, code=2)
     assert "holds a run already" in said.stderr
 
 
