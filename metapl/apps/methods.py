@@ -274,16 +274,6 @@ class Method:
         """Return what the method is called in a sentence."""
         raise NotImplementedError
 
-    @property
-    def is_control(self) -> bool:
-        """Return whether it is trained only to find out what the feedback of another one does."""
-        return False
-
-    @property
-    def summary(self) -> str:
-        """Return what the method does, in a sentence for the help."""
-        return " ".join((type(self).__doc__ or "").partition("\n\n")[0].split())
-
     def scheduled(self, steps: int) -> Self:
         """Return the method with a value for every field that is a share of the steps.
 
@@ -568,31 +558,8 @@ class Feedback:
         }
 
 
-class FeedbackMethod(Method):
-    """A method with feedback, which is a control where the feedback is left out.
-
-    Attributes:
-        beside: name of the method that a control is trained beside.
-    """
-
-    feedback: Feedback
-    beside: ClassVar[str]
-
-    @property
-    def is_control(self) -> bool:
-        """Return whether the feedback is left out."""
-        return not self.feedback.learns_from_student
-
-    @property
-    def summary(self) -> str:
-        """Return what the method does, in a sentence for the help."""
-        if self.is_control:
-            return f"Train as {self.beside} does, without feedback."
-        return super().summary
-
-
 @dataclass(frozen=True, kw_only=True)
-class Mpl(FeedbackMethod):
+class Mpl(Method):
     """Train a student on a teacher's labels, and the teacher on how that helps (MPL).
 
     Args:
@@ -600,8 +567,6 @@ class Mpl(FeedbackMethod):
             default it is 75 % of the steps, and 0 for digits.
         warm_start: whether the student begins with the teacher's weights after --wait steps.
     """
-
-    beside: ClassVar[str] = "mpl"
 
     feedback: Feedback = field(default_factory=Feedback)
     uda: Consistency = field(default_factory=Consistency)
@@ -611,12 +576,14 @@ class Mpl(FeedbackMethod):
     @property
     def name(self) -> str:
         """Return mpl, and none without feedback."""
-        return "none" if self.is_control else "mpl"
+        return "mpl" if self.feedback.learns_from_student else "none"
 
     @property
     def title(self) -> str:
         """Return what is fed back, in words."""
-        return "same loop, no feedback" if self.is_control else "Meta Pseudo Labels"
+        if self.feedback.learns_from_student:
+            return "Meta Pseudo Labels"
+        return "same loop, no feedback"
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a number of steps before the student begins."""
@@ -701,7 +668,7 @@ class PseudoLabels(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReducedMpl(FeedbackMethod):
+class ReducedMpl(Method):
     """Train a student on stored labels, which a small network adjusts by feedback (Reduced MPL).
 
     Args:
@@ -710,8 +677,6 @@ class ReducedMpl(FeedbackMethod):
         labeled_label_store: store of labels of the labeled examples, which metapl label wrote. It
             needs --labels beside it.
     """
-
-    beside: ClassVar[str] = "reduced_mpl"
 
     feedback: Feedback = field(default_factory=Feedback)
     uda: Consistency = field(default_factory=Consistency)
@@ -744,12 +709,12 @@ class ReducedMpl(FeedbackMethod):
     @property
     def name(self) -> str:
         """Return reduced_none without feedback, and reduced_mpl with it."""
-        return "reduced_none" if self.is_control else "reduced_mpl"
+        return "reduced_mpl" if self.feedback.learns_from_student else "reduced_none"
 
     @property
     def title(self) -> str:
         """Return what adjusts the labels, in words."""
-        if self.is_control:
+        if not self.feedback.learns_from_student:
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
 
