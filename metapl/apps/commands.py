@@ -162,7 +162,7 @@ class Train:
     """
 
     config: TrainingConfig
-    options: Place = field(default_factory=Place)
+    options: Annotated[Place, tyro.conf.arg(name="run")] = field(default_factory=Place)
     method_name: tyro.conf.Suppress[str]
     method: Method
 
@@ -488,7 +488,7 @@ class TrainImages(Train):
     __doc__ = Images.__doc__
 
     config: Images
-    options: Started = field(default_factory=Started)
+    options: Annotated[Started, tyro.conf.arg(name="run")] = field(default_factory=Started)
     method_name: MethodOfImages = "auto"
     method: Method = images.METHODS["auto"]
     methods: ClassVar[Methods] = images
@@ -499,7 +499,7 @@ class TrainDigits(Train):
     __doc__ = Digits.__doc__
 
     config: Digits = field(default_factory=Digits)
-    options: Started = field(default_factory=Started)
+    options: Annotated[Started, tyro.conf.arg(name="run")] = field(default_factory=Started)
     method_name: MethodOfDigits = "mpl"
     method: Method = digits.METHODS["mpl"]
     methods: ClassVar[Methods] = digits
