@@ -5,8 +5,8 @@
 Measured on seeds 0-9, accuracy less that of plain training on the same data: +0.2 ± 0.9 points with
 symmetric noise (92.3 and 92.1 %), -17.6 ± 5.5 with asymmetric noise (69.6 and 87.2 %); ±: standard
 deviation. Settings were chosen on seeds 100-102. It fails where all wrong labels of a class are the
-same one: the student learns these mistakes, and its loss no longer tells them
-(docs/label-noise.md). With symmetric noise no difference is shown.
+same one: the student learns these mistakes, and its loss no longer tells them.
+With symmetric noise no difference is shown.
 """
 
 import torch
