@@ -409,8 +409,12 @@ STUDENT = "metapl: Meta Pseudo Labels with a UDA loss, `forward`"
 FOREST = "`RandomForestClassifier()`"
 EXTRA = "`ExtraTreesClassifier()`"
 SPREADING = "`LabelSpreading(kernel='knn')`"
-TABLE_ARMS = (STUDENT, FOREST, EXTRA, SPREADING)
-TABLES = ("breast_cancer", "wine", "digits")
+CONTROL = "metapl: the same without feedback"
+REGRESSION = "`LogisticRegression()`, 20 labels"
+SVM = "`SVC()`, 20 labels"
+SVM_OF_SPREAD = "`SVC()` on all labels that label spreading gives"
+TABLE_ARMS = (STUDENT, CONTROL, FOREST, EXTRA, REGRESSION, SVM, SPREADING, SVM_OF_SPREAD)
+TABLES = ("breast_cancer", "wine", "iris", "digits")
 TABLE_SEEDS = tuple(range(10))
 TABLE_LABELS = 20
 
@@ -419,9 +423,11 @@ def tables(*, data: str, arm: str, seed: int, given: Given) -> Row:
     """Return the accuracy on 40 % of a table's rows, from 20 labels of the others."""
     from sklearn import datasets
     from sklearn.ensemble import ExtraTreesClassifier, RandomForestClassifier
+    from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import StandardScaler
     from sklearn.semi_supervised import LabelSpreading
+    from sklearn.svm import SVC
 
     begun = time.process_time()
     table = getattr(datasets, f"load_{data}")()
@@ -433,15 +439,27 @@ def tables(*, data: str, arm: str, seed: int, given: Given) -> Row:
     few, _ = train_test_split(
         np.arange(len(x)), train_size=TABLE_LABELS, random_state=seed, stratify=y
     )
-    if arm == STUDENT:
-        accuracy = by_pseudo_labels(x, few, y[few], (x_test, y_test), seed, given)
+    known = np.full(len(y), -1)
+    known[few] = y[few]
+    if arm in (STUDENT, CONTROL):
+        mode = "forward" if arm == STUDENT else "none"
+        student = by_pseudo_labels(x, few, y[few], mode, seed, given)
+        with torch.no_grad():
+            predicted = student(torch.tensor(x_test).float()).argmax(1).numpy()
+        accuracy = (predicted == y_test).mean()
     elif arm == SPREADING:
-        known = np.full(len(y), -1)
-        known[few] = y[few]
         accuracy = LabelSpreading(kernel="knn").fit(x, known).score(x_test, y_test)
+    elif arm == SVM_OF_SPREAD:
+        spread = LabelSpreading(kernel="knn").fit(x, known).transduction_
+        accuracy = SVC().fit(x, spread).score(x_test, y_test)
     else:
-        forest = RandomForestClassifier if arm == FOREST else ExtraTreesClassifier
-        accuracy = forest(random_state=seed).fit(x[few], y[few]).score(x_test, y_test)
+        models = {
+            FOREST: RandomForestClassifier(random_state=seed),
+            EXTRA: ExtraTreesClassifier(random_state=seed),
+            REGRESSION: LogisticRegression(max_iter=1000),
+            SVM: SVC(),
+        }
+        accuracy = models[arm].fit(x[few], y[few]).score(x_test, y_test)
     return {"accuracy": float(accuracy), "seconds": time.process_time() - begun}
 
 
@@ -449,14 +467,14 @@ def by_pseudo_labels(
     x: np.ndarray,
     few: np.ndarray,
     y_few: np.ndarray,
-    test: tuple[np.ndarray, np.ndarray],
+    mode: str,
     seed: int,
     given: Given,
-) -> float:
+) -> nn.Module:
     """Train Meta Pseudo Labels on all rows, as metapl's classifier for tables did."""
     torch.manual_seed(seed)
     rows = torch.tensor(x).float()
-    classes = int(test[1].max()) + 1
+    classes = int(y_few.max()) + 1
     teacher, student = (metapl.models.mlp([rows.shape[1], 64, classes]) for _ in range(2))
 
     def optimizer(network: nn.Module) -> torch.optim.Optimizer:
@@ -465,14 +483,16 @@ def by_pseudo_labels(
         )
 
     trainer = metapl.BilevelTrainer(
-        teacher, student, inner_optimizer=optimizer(student), outer_optimizer=optimizer(teacher)
+        teacher,
+        student,
+        mode,
+        inner_optimizer=optimizer(student),
+        outer_optimizer=optimizer(teacher),
     )
     steps = 4 if given.miniature else STEPS
     labeled = [(rows[few], torch.tensor(y_few))]
     trainer.fit(labeled, list(noisy_views(rows, steps)), steps=steps, progress=False)
-    with torch.no_grad():
-        predicted = student(torch.tensor(test[0]).float()).argmax(1).numpy()
-    return float((predicted == test[1]).mean())
+    return student
 
 
 def noisy_views(rows: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -651,8 +671,9 @@ def accuracies(rows: list[Row], **columns: Any) -> list[float]:
 
 def beside(ours: list[float], others: list[float]) -> str:
     """Return the first minus the second in points, with its 95 % interval, paired by seed."""
-    difference = points(ours) - points(others)
-    return f"{difference:+.1f} ({between(ours, others)})"
+    difference = f"{points(ours) - points(others):+.1f}"
+    ends = between(ours, others)
+    return difference if ends == NONE else f"{difference} ({ends})"
 
 
 def seconds(rows: list[Row], **columns: Any) -> str:

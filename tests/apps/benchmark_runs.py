@@ -53,6 +53,7 @@ SECOND = (
 SECOND += (
     "digits_study --forms",
     "rival_attribution",
+    "something_simpler",
     "stored_labels",
 )
 SCRIPTS = sorted(FIRST + SECOND)
@@ -79,6 +80,13 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "reliability-measurements",
     ],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
+    "something_simpler": [
+        "simpler-photographs",
+        "simpler-wrong_labels",
+        "simpler-tables",
+        "simpler-steps",
+    ],
+    "suspects --harmful": ["harmful_pictures"],
     "when": ["when", "feedback-worth"],
 }
 MINUTES = (
@@ -90,7 +98,7 @@ MINUTES = (
     "rival_attribution",
     "silent",
 )
-MINUTES += ("stored_labels",)
+MINUTES += ("something_simpler", "stored_labels", "suspects", "suspects --harmful")
 
 
 def committed() -> dict[Path, bytes]:
