@@ -67,7 +67,7 @@ METAPL = "metapl"
 # ------------------------------------------------------------------ photographs with few labels
 
 FROZEN = "frozen EfficientNet-Lite0 of ImageNet, logistic regression"
-UDA = "`metapl train images --method uda --minutes 2`, from scratch"
+UDA = "`metapl train images --method uda --steps 2000`, from scratch"
 LABELS = (250, 4000)
 DRAWS = (0, 1, 2)
 
@@ -186,10 +186,7 @@ def by_the_command(few: Photographs, others: list[Path], draw: int, given: Given
         command = [sys.executable, "-m", "metapl", "train", "images", "--method", "uda"]
         command += ["--labeled", str(folder / "few"), "--unlabeled", str(folder / "many")]
         command += ["--test", str(given.cifar10 / "test"), "--seed", str(draw)]
-        command += ["--out", str(folder / "run")]
-        command += (
-            ["--steps", "2", "--finetune-steps", "0"] if given.miniature else ["--minutes", "2"]
-        )
+        command += ["--out", str(folder / "run"), "--steps", "2" if given.miniature else "2000"]
         before = os.times()
         paths = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
