@@ -86,7 +86,6 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-tables",
         "simpler-steps",
     ],
-    "suspects --harmful": ["harmful_pictures"],
     "when": ["when", "feedback-worth"],
 }
 MINUTES = (
@@ -98,7 +97,7 @@ MINUTES = (
     "rival_attribution",
     "silent",
 )
-MINUTES += ("something_simpler", "stored_labels", "suspects", "suspects --harmful")
+MINUTES += ("something_simpler", "stored_labels")
 
 
 def committed() -> dict[Path, bytes]:
