@@ -274,7 +274,7 @@ def test_the_appendix_lists_all_rows_of_older_versions_and_other_pages_name_no_c
         for file in [*RESULTS.glob("*.json"), *RESULTS.glob("*.jsonl")]
         if re.search(r'"metapl": "0\.[12]\.', file.read_text())
     }
-    assert len(older) > 10
+    assert older
     assert older <= listed
     assert all((RESULTS / name).is_file() for name in listed)
     for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
