@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from metapl.apps.methods import Data
 from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
-from metapl.networks.architectures import LARGEST_LINEAR_SIDE, Architecture
-from metapl.networks.tuned import IMAGENET, Normalized, Tuned
+from metapl.networks.architectures import Architecture
+from metapl.networks.tuned import IMAGENET, Tuned
 from metapl.pictures.batches import EvaluationBatches
 from metapl.run_folder import WEIGHTS, EndedRun, refuse_changed
 from metapl.runs.files import read_json, sha256_of
@@ -41,14 +41,10 @@ LEAST_SIDE = 32
 
 # The control: the side in pixels to which pictures are shrunk where there is no backbone, the most
 # labeled pictures that it is fitted on, and pictures in a batch.
-CONTROL_SIDE = LARGEST_LINEAR_SIDE
+CONTROL_SIDE = 16
 CONTROL_PICTURES = 2000
 CONTROL_BATCH = 64
 CONTROL_ITERATIONS = 1000
-
-# Of the question how well pixels tell classes apart: the folds, and the most pictures.
-PIXEL_FOLDS = 10
-PIXEL_PICTURES = 300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,14 +278,10 @@ class Control:
         return float(np.concatenate(is_right).mean())
 
     @torch.no_grad()
-    def start(self, network: Normalized) -> None:
-        """Let the head of a network begin as the regression, and be trained from there.
-
-        The network is a backbone, or one layer on the pixels that the regression sees.
-        """
+    def start(self, network: Tuned) -> None:
+        """Let the head of a backbone begin as the regression, and be trained from there."""
         scaler, linear = (step for _, step in self.regression.steps)
-        head_name = network.head if isinstance(network, Tuned) else "head"
-        head = network.module.get_submodule(head_name)
+        head = network.module.get_submodule(network.head)
         if not isinstance(head, nn.Linear) or len(linear.classes_) != head.out_features:
             return
         weight_KF = linear.coef_
@@ -300,13 +292,6 @@ class Control:
             bias_K = np.concatenate([-bias_K, bias_K]) / 2
         weight_KF = weight_KF / scaler.scale_
         bias_K = bias_K - weight_KF @ scaler.mean_
-        if not isinstance(network, Tuned):
-            # The regression sees pixels in [0, 1], and the layer sees them normalized.
-            per_channel = weight_KF.shape[1] // len(network.mean)
-            mean_F = network.mean.double().repeat_interleave(per_channel).cpu().numpy()
-            std_F = network.std.double().repeat_interleave(per_channel).cpu().numpy()
-            bias_K = bias_K + weight_KF @ mean_F
-            weight_KF = weight_KF * std_F
         head.weight.copy_(torch.from_numpy(weight_KF))
         if head.bias is not None:
             head.bias.copy_(torch.from_numpy(bias_K))
@@ -320,13 +305,8 @@ class Control:
                 if isinstance(network, Tuned):
                     x = network.features(x)
                 else:
-                    x = shrunk(x)
+                    x = nn.functional.adaptive_avg_pool2d(x, min(CONTROL_SIDE, x.shape[-1]))
                 yield x.flatten(1).double().cpu().numpy(), labels.cpu().numpy()
-
-
-def shrunk(x: Tensor) -> Tensor:
-    """Return pictures of 16 pixels at most, (B, channels, side, side)."""
-    return nn.functional.adaptive_avg_pool2d(x, min(CONTROL_SIDE, x.shape[-1]))
 
 
 def some_of_each_class(labels: Tensor, most: int) -> Tensor:
@@ -344,45 +324,3 @@ def some_of_each_class(labels: Tensor, most: int) -> Tensor:
     first = [int((labels == label).nonzero()[0]) for label in labels.unique()]
     chosen: Tensor = torch.cat([evenly, torch.tensor(first)]).unique()
     return chosen
-
-
-def accuracy_on_pixels(images: Any, labels: Tensor, *, seed: int) -> float:
-    """Return the share of pictures that regressions on the pixels of others are right about.
-
-    The labeled pictures, some :data:`PIXEL_PICTURES` at most, are divided into
-    :data:`PIXEL_FOLDS` folds, or fewer where all classes have fewer pictures. A logistic
-    regression as that of :class:`Control` is fitted without each of them. Where no class has two
-    pictures, the share is 0.
-
-    Args:
-        images: the pictures, which :class:`~metapl.pictures.batches.EvaluationBatches` reads.
-        labels: int64 (n,).
-        seed: of the folds.
-
-    Cost: a second or so.
-    """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    # Evenly over the classes.
-    step = max(1, -(-len(labels) // PIXEL_PICTURES))
-    chosen = labels.argsort(stable=True)[::step]
-    folds = min(PIXEL_FOLDS, int(torch.bincount(labels[chosen]).max()))
-    if folds < 2:
-        return 0.0
-    examples = EvaluationBatches(images.select(chosen), labels[chosen], CONTROL_BATCH)
-    # Of the files that can be read.
-    batches = [*batches_of(examples, torch.device("cpu"))]
-    pixels_NF = torch.cat([shrunk(x).flatten(1) for x, _ in batches]).double().numpy()
-    label_N = torch.cat([y for _, y in batches]).numpy()
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=CONTROL_ITERATIONS))
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        # Some classes have fewer pictures than there are folds.
-        warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
-        predicted_N = cross_val_predict(pipeline, pixels_NF, label_N, cv=splits)
-    return float((predicted_N == label_N).mean())

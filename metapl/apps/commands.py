@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import shlex
 import sys
@@ -32,7 +31,7 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import check_out, open_run_folder
 from metapl.apps.labeling import check_labels_given
-from metapl.apps.look import choose_settings, open_settings
+from metapl.apps.look import choose_settings
 from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
 from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
 from metapl.apps.printing import as_flags, tell, wrapped
@@ -40,7 +39,6 @@ from metapl.apps.progress import is_watched
 from metapl.apps.run_summary import summary
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
-from metapl.apps.tournament import Auto
 from metapl.apps.train import check_shares, describe, train
 from metapl.data.seeds import parse_seeds
 from metapl.distributed import Mesh
@@ -212,11 +210,6 @@ class Train:
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
         check_shares(self.config, self.method, mesh)
-        if isinstance(self.method, Auto) and mesh.size > 1:
-            raise MetaplError(
-                f"--method auto tries recipes in one process, and {mesh.size} were started; "
-                "expected a method by its name, such as --method uda."
-            )
         if isinstance(self.method, ReducedMpl):
             check_labels_given(self.config, self.method)
         if isinstance(self.method, NoisyStudent):
@@ -303,19 +296,12 @@ class Train:
     def choose_open_settings(
         self, folder: RunFolder, comparison: ComparisonPlan | None
     ) -> tuple[TrainingConfig, Method]:
-        """Return the settings with a value for each that was left open: those of a resumed run.
-
-        The settings of a comparison are those of one of its methods, and not of a race of recipes.
-        """
+        """Return the settings with a value for each that was left open: those of a resumed run."""
         config = self.config
         method = self.method
         recipe = self.recipe
         if recipe is not None:
             config, method = recipe.with_seen_again(config, method)
-        if comparison is not None and isinstance(method, Auto):
-            named = [name for name in comparison.names if name != Auto.name]
-            if named:
-                method = self.methods.METHODS[named[0]]
         stored = None
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
@@ -348,9 +334,6 @@ class Train:
         compared = {}
         for name in names:
             like_own = with_settings_of(usual[name], method, usual[method.name])
-            if isinstance(like_own, Auto) and isinstance(self.config, Images):
-                open_names = open_settings(self.config)
-                like_own = dataclasses.replace(like_own, open_settings=open_names)
             compared[name] = like_own.scheduled(steps)
         return compared
 
@@ -471,12 +454,8 @@ def tell_how_to_resume(stopped: KeyboardInterrupt, path: Path) -> None:
     if not any(word == "--out" or word.startswith("--out=") for word in words):
         words += ["--out", str(path)]
     words.append("--resume")
-    reason = "stopped"
-    if isinstance(stopped, Interrupted):
-        # A fit that was stopped says after which step. A trial of augmentations has no folder.
-        reason = str(stopped)
-        if stopped.saved is None:
-            reason = "stopped before the training, of which nothing is saved yet"
+    # A fit that was stopped says after which step.
+    reason = str(stopped) if isinstance(stopped, Interrupted) else "stopped"
     tell(f"\n{reason}; go on with:\n  {program()} {shlex.join(words)}", file=sys.stderr)
 
 
@@ -489,8 +468,8 @@ class TrainImages(Train):
 
     config: Images
     options: Annotated[Started, tyro.conf.arg(name="run")] = field(default_factory=Started)
-    method_name: MethodOfImages = "auto"
-    method: Method = images.METHODS["auto"]
+    method_name: MethodOfImages = "uda"
+    method: Method = images.METHODS["uda"]
     methods: ClassVar[Methods] = images
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps.inputs import BATCH
-from metapl.apps.methods import PARTS_LABELED, Data, ReducedMpl, drawn_positions, picked
+from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
@@ -265,10 +265,6 @@ def stored_labels(
     folder: Path,
     data: Data,
     say: Say,
-    *,
-    name: str = "",
-    parts: Sequence[str] = PARTS_LABELED,
-    limit: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the class distributions of a training's unlabeled, and perhaps labeled, examples.
 
@@ -281,9 +277,6 @@ def stored_labels(
         folder: of the run.
         data: its data.
         say: is told what is missing, and where the labels are.
-        name: of the teacher, where a run has several.
-        parts: which examples the teacher labels.
-        limit: the most unlabeled examples that the teacher labels; None: all.
 
     Returns:
         float32 (n, C) by "unlabeled" and "labeled".
@@ -293,8 +286,7 @@ def stored_labels(
             "note: without --labeled-labels, the labels are adjusted by the student's feedback "
             "alone."
         )
-    if teacher is None:
-        parts = tuple(method.stores)
+    parts = ("unlabeled", "labeled") if teacher is not None else tuple(method.stores)
     labels = {}
     for part in parts:
         images = getattr(data, part).images
@@ -307,16 +299,12 @@ def stored_labels(
             names = store.ids_of_files(root, paths)
         else:
             names = numbers
-            if limit is not None and part == "unlabeled":
-                positions = drawn_positions(len(images), limit, config.fitting.seed)
-                images = picked(images, positions)
-                names = positions.tolist()
-            to_label = ToLabel(images=images, ids=names, name=part, input=config.input)
-            place = folder / FOLDER / name / part
+            to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
+            place = folder / FOLDER / part
             store = write_labels(teacher, to_label, place, data.classes, say)
         labels[part] = _distributions(store, names, say)
     if teacher is not None:
-        say(f"the teacher's labels are in {folder / FOLDER / name}")
+        say(f"the teacher's labels are in {folder / FOLDER}")
     return labels
 
 

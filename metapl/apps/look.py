@@ -20,11 +20,9 @@ from torch import Tensor
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.images import Images, Pictures
-from metapl.apps.inputs import plural
 from metapl.apps.labeling import ToLabel
-from metapl.apps.methods import PARTS_LABELED, Data, Training
-from metapl.apps.settings import FINETUNE_STEPS, flag_values, with_flags, with_stored
-from metapl.apps.tournament import LENGTHS, LINEAR, RECIPES, TRIALS, Auto
+from metapl.apps.methods import Data, Training
+from metapl.apps.settings import flag_values, with_flags, with_stored
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -134,14 +132,6 @@ def choose_settings(
         return resumed_settings(config, method, stored)
 
     # 3. What the folders and some of their pictures show.
-    if isinstance(method, Auto) and config.fitting.finetune_steps:
-        raise MetaplError(
-            f"--finetune-steps {config.fitting.finetune_steps} goes with a method that is named, "
-            "such as --method uda: the recipes of --method auto have their own."
-        )
-    open_names = open_settings(config)
-    if isinstance(method, Auto) and method.open_settings is None:
-        method = dataclasses.replace(method, open_settings=open_names)
     config.check_first()
     tell_copies(config, len(few), say)
     seen = look(
@@ -154,13 +144,9 @@ def choose_settings(
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
-    # Too few pictures to select on are better trained on, and so are all where recipes are compared
-    # on folds of them.
-    aside = 0 if config.val or isinstance(method, Auto) else round(SET_ASIDE * len(few))
-    config = with_stored(config, {"augment": method.usual_augment})
+    # Too few pictures to select on are better trained on.
+    aside = 0 if config.val else round(SET_ASIDE * len(few))
     config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
-    finetune_steps = 0 if isinstance(method, Auto) else FINETUNE_STEPS
-    config = with_stored(config, {"finetune_steps": finetune_steps})
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,
@@ -175,18 +161,6 @@ def choose_settings(
     tell_choices(config, method, seen, say)
     tell_advice(config, seen, say, steps_are_open=steps_are_open)
     return config, method
-
-
-def open_settings(config: Images) -> tuple[str, ...]:
-    """Return the settings that recipes may choose, because none was asked for."""
-    pictures = config.pictures
-    names = [name for name in LENGTHS if getattr(config.fitting, name) is None]
-    if pictures.augment is None:
-        names.append("augment")
-    has_weights = pictures.weights is not None or pictures.backbone != "none"
-    if pictures.network is None and not has_weights:
-        names.append("network")
-    return tuple(names)
 
 
 def found_weights(pictures: Pictures) -> str | Path | None:
@@ -326,35 +300,10 @@ def tell_choices(config: Images, method: Any, seen: Look, say: Say) -> None:
     if stochastic_depth:
         noise += f", stochastic depth {stochastic_depth:g}"
     losses = f" ({', '.join(lost)})" if lost else ""
-    seen_as = f"{size}x{size} {kind} pictures{losses}"
-    if isinstance(method, Auto):
-        say(f"chosen: {seen_as}, {fitting.precision}; {steps_of_race(method)}")
-        return
     say(
-        f"chosen: {networks}{noise} on {seen_as}, {colors}, {mirrored}; adamw at {fitting.lr:g}, "
-        f"{fitting.precision}, {fitting.chosen_steps:,} steps"
-    )
-
-
-def steps_of_race(method: Auto) -> str:
-    """Return in words how many steps recipes are tried for, and how many the best one gets."""
-    trial_steps: list[int] = []
-    final_steps: list[int] = []
-    for number, recipe in enumerate(RECIPES):
-        if recipe is not LINEAR:
-            assert method.trial_steps is not None, "the steps were chosen"
-            assert method.final_steps is not None, "the steps were chosen"
-            assert method.final_steps_with_unlabeled is not None, "the steps were chosen"
-            trial_steps.append(method.trial_steps[number])
-            final_steps += [method.final_steps[number], method.final_steps_with_unlabeled[number]]
-
-    def span(steps: Sequence[int]) -> str:
-        least, most = min(steps), max(steps)
-        return plural(most, "step") if least == most else f"{least:,} to {plural(most, 'step')}"
-
-    return (
-        f"{len(RECIPES)} recipes are tried on the labels, for {span(trial_steps)} at a time, "
-        f"and the best one gets {span(final_steps)}"
+        f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
+        f"{mirrored}; adamw at {fitting.lr:g}, {fitting.precision}, "
+        f"{fitting.chosen_steps:,} steps"
     )
 
 
@@ -428,8 +377,6 @@ def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple
 
     Where it is open, it is as many as fit into the minutes.
     """
-    if isinstance(method, Auto) and config.fitting.steps is None:
-        return with_steps_of_race(config, method, clock)
     if config.fitting.steps is not None:
         return with_number_of_steps(config, method, config.fitting.steps)
     # Phases that were given in steps do not grow with the number of steps: it is measured again
@@ -444,48 +391,6 @@ def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple
         steps = steps_within(*rehearsal, minutes, clock)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
-
-
-def with_steps_of_race(config: Any, method: Auto, clock: Clock) -> tuple[Any, Any]:
-    """Return the settings and the method with the steps of each recipe that is tried.
-
-    Each recipe is timed, has the same time on a fold, and the rest of the minutes if it is the
-    best. Whether unlabeled pictures are expected to help is known after the race alone, so there
-    are steps for both. The settings get the steps of the first recipe.
-    """
-    minutes = config.minutes or MINUTES
-    trial_minutes = method.trial_share * minutes / TRIALS
-    final_minutes = (1 - method.trial_share) * minutes
-    trial_steps = []
-    final_steps = []
-    final_steps_with_unlabeled = []
-    open_names = method.open_settings or ()
-    for recipe in RECIPES:
-        settings = recipe.settings(config, open_names)
-        with_unlabeled = recipe.method(open_names, learns_unlabeled=True)
-        otherwise = recipe.method(open_names, learns_unlabeled=False)
-
-        # A method that stands at two places is timed once.
-        methods = dict.fromkeys([recipe.tried_by, with_unlabeled, otherwise])
-        timings = {timed: quick_timing(settings, timed, clock) for timed in methods}
-
-        trial_steps.append(timings[recipe.tried_by].steps_in(trial_minutes))
-        final_steps.append(timings[otherwise].steps_in(final_minutes))
-        final_steps_with_unlabeled.append(timings[with_unlabeled].steps_in(final_minutes))
-    method = dataclasses.replace(
-        method,
-        trial_steps=tuple(trial_steps),
-        final_steps=tuple(final_steps),
-        final_steps_with_unlabeled=tuple(final_steps_with_unlabeled),
-    )
-    config = dataclasses.replace(config, minutes=minutes)
-    return with_number_of_steps(config, method, final_steps[0])
-
-
-def quick_timing(config: Any, method: Any, clock: Clock) -> Timing:
-    """Return what a training takes, by fewer steps than a whole run is timed by."""
-    rehearsal = with_number_of_steps(config, method, REHEARSED)
-    return timing_of(*rehearsal, clock, timed=TIMED_IN_RACE)
 
 
 def with_number_of_steps(config: Any, method: Any, steps: int) -> tuple[Any, Any]:
@@ -717,9 +622,6 @@ WARM = 2
 TIMED = 20
 SECONDS = 4.0
 
-# The most timed steps where recipes are tried, whose seven methods are timed one by one.
-TIMED_IN_RACE = 6
-
 # The most pictures that steps are taken on, beside one of each class.
 PICTURES = 128
 
@@ -736,30 +638,20 @@ class Timing:
     Args:
         per_step: seconds of a step, in the mean over all of the training.
         labels: seconds in which networks label all pictures for others, as often as they do so.
-        labels_per_step: seconds in which they label the most that are labeled for a training of
-            one step, where that is so many times the steps. None: all are labeled in any case.
     """
 
     per_step: float
     labels: float = 0.0
-    labels_per_step: float | None = None
 
     def steps_in(self, minutes: float) -> int:
         """Return the number of steps that fit into a time, rounded to two digits.
 
         The time for labels comes first. Where it would take more than half of the time, steps get
-        half of it; or, where labels are limited by the steps, as many as fit with their labels.
-        What has no steps, as a regression, gets one.
+        half of it.
         """
-        if self.per_step == 0:
-            return 1
         seconds = SHARE * 60 * minutes
-        beside_all_labels = (seconds - self.labels) / self.per_step
-        if self.labels_per_step is None:
-            fewest = LEAST_SHARE_OF_STEPS * seconds / self.per_step
-        else:
-            fewest = seconds / (self.per_step + self.labels_per_step)
-        return max(1, int(float(f"{max(beside_all_labels, fewest):.2g}")))
+        left_for_steps = max(seconds - self.labels, LEAST_SHARE_OF_STEPS * seconds)
+        return max(1, int(float(f"{left_for_steps / self.per_step:.2g}")))
 
 
 def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
@@ -782,16 +674,14 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     return kinds
 
 
-def timing_of(
-    config: Any, method: Any, clock: Clock = time.monotonic, timed: int = TIMED
-) -> Timing:
+def timing_of(config: Any, method: Any, clock: Clock = time.monotonic) -> Timing:
     """Return what a training by a method takes on this machine, by a few of the labeled pictures.
 
-    Each kind of step is timed, ``timed`` times at most, and counts as often as it comes. Where a
-    network labels pictures, a batch is timed, and all pictures are counted. Cost: some seconds; the
-    default generator is put back.
+    Each kind of step is timed, and counts as often as it comes. Where a network labels pictures, a
+    batch is timed, and all pictures are counted. Cost: some seconds; the default generator is put
+    back.
     """
-    stopwatch = Stopwatch(config, clock, timed)
+    stopwatch = Stopwatch(config, clock)
     place = device(config.fitting.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -825,14 +715,12 @@ class Stopwatch:
     Args:
         config: the settings of the training.
         clock: which is looked at before and after a step.
-        timed: the most steps of a kind that are timed.
     """
 
-    def __init__(self, config: Any, clock: Clock, timed: int) -> None:
+    def __init__(self, config: Any, clock: Clock) -> None:
         self.config = config
         self.fitting = config.fitting
         self.clock = clock
-        self.timed = timed
 
         # Of the phases so far.
         self.timing = Timing(per_step=0.0)
@@ -840,47 +728,30 @@ class Stopwatch:
         # How many pictures there are to label, by the folders that were counted.
         self.counts: dict[str, int] = {}
 
-    def label(
-        self,
-        data: Data,
-        network: Any,
-        name: str = "",
-        *,
-        parts: Sequence[str] = PARTS_LABELED,
-        limit: int | None = None,
-    ) -> dict[str, Tensor]:
+    def label(self, data: Data, network: Any) -> dict[str, Tensor]:
         """Return even labels of a few pictures, and count what labels of all of them take.
 
         A network of None has labels that are stored already.
         """
         share = 1 / len(data.classes)
         labels = {}
-        for part in parts:
+        for part in ("unlabeled", "labeled"):
             images = getattr(data, part).images
-            rows = len(images)
-            if limit is not None and part == "unlabeled":
-                rows = min(rows, limit)
-            labels[part] = torch.full((rows, len(data.classes)), share)
+            labels[part] = torch.full((len(images), len(data.classes)), share)
             if network is not None:
-                self.count_labels(network, images, part, limit)
+                self.count_labels(network, images, part)
         return labels
 
-    def count_labels(self, network: Any, images: Any, part: str, limit: int | None) -> None:
-        """Add what labels of all pictures of a part take, and of as many as a step asks for."""
+    def count_labels(self, network: Any, images: Any, part: str) -> None:
+        """Add what labels of all pictures of a part take."""
         to_label = ToLabel(
             images=images, ids=range(len(images)), name=part, input=self.config.input
         )
         per_label = self.seconds_per_label(network, to_label)
         if part not in self.counts:
             self.counts[part] = len(self.config.scan(part))
-        labels_per_step = self.timing.labels_per_step
-        if limit is not None and part == "unlabeled":
-            labels_per_step = (labels_per_step or 0.0) + per_label * limit / self.fitting.steps
-        self.timing = dataclasses.replace(
-            self.timing,
-            labels=self.timing.labels + self.counts[part] * per_label,
-            labels_per_step=labels_per_step,
-        )
+        labels = self.timing.labels + self.counts[part] * per_label
+        self.timing = dataclasses.replace(self.timing, labels=labels)
 
     def seconds_per_label(self, network: Any, to_label: ToLabel) -> float:
         """Return what it takes to read a picture and to label it.
@@ -931,7 +802,7 @@ class Stopwatch:
         """
         times: list[float] = []
         begun = time.monotonic()
-        while len(times) < WARM + self.timed:
+        while len(times) < WARM + TIMED:
             if len(times) > WARM and time.monotonic() - begun >= SECONDS:
                 break
             since = self.clock()

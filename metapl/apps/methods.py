@@ -26,7 +26,6 @@ from metapl.apps.settings import (
     flag_values,
     with_flags,
 )
-from metapl.data import draws
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import views
@@ -35,7 +34,6 @@ from metapl.models import LabelAdjuster
 from metapl.networks.card import Input, NetworkCard
 from metapl.pictures import LabeledBatches, UnlabeledBatches
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
-from metapl.problems.mixup import MixUp
 from metapl.runs.fields import AboveZero, Range, check_fields
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
@@ -154,11 +152,8 @@ class Trained:
         teacher: a network that is kept beside it, with its weights.
         fallback: a network that is kept where the student is far behind, with its weights.
         finetunes: whether the student is finetuned as usual; or a function that finetunes it.
-        training: whose settings and pictures it is finetuned by; None: those of the run.
         rounds: what result.json says of the rounds of Noisy Student.
         configs: settings of kept networks that are not those of the training.
-        chosen: what result.json says of how the method found its recipe.
-        leftovers: folders that a resumed run reads, and that are removed once the run has ended.
     """
 
     trainer: Trainer
@@ -166,11 +161,8 @@ class Trained:
     teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None
     fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = None
     finetunes: bool | Callable[[], Any] = True
-    training: Training | None = None
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
-    chosen: dict[str, Any] | None = None
-    leftovers: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -184,11 +176,8 @@ class Training:
             that train together.
         fit: ``fit(trainer, labeled, unlabeled, **options)`` runs one phase, which goes on where it
             was stopped.
-        label: ``label(network, name="", parts=PARTS_LABELED, limit=None)`` returns stored class
-            distributions of the unlabeled examples and of the labeled ones, or of one of these
-            parts, by a network, or (None) by what a method's settings name. Where several networks
-            label, each has a name. With a limit, the unlabeled examples are those at
-            :func:`drawn_positions`.
+        label: return stored class distributions of the unlabeled examples and perhaps of the
+            labeled ones, by a network, or (None) by what a method's settings name.
         lay_out: lay a network out over the processes that train together.
         folder: the run's folder, for a method that stores more; None where a step is timed.
         progress: show bars.
@@ -200,7 +189,7 @@ class Training:
     teacher: nn.Module
     student: nn.Module
     fit: Callable[..., FitResult]
-    label: Callable[..., dict[str, Tensor]]
+    label: Callable[[nn.Module | None], dict[str, Tensor]]
     lay_out: Callable[[nn.Module], nn.Module] = lambda network: network
     folder: Any = None
     progress: bool = False
@@ -258,9 +247,6 @@ class Training:
 class Method:
     """A method, whose fields are flags."""
 
-    # How pictures are augmented where the method is named and no augmentation was asked for.
-    usual_augment: ClassVar[str] = "strong"
-
     def __post_init__(self) -> None:
         check_fields(self)
 
@@ -290,39 +276,7 @@ class Method:
         raise NotImplementedError
 
 
-# The examples of a training that a network may label.
-PARTS_LABELED = ("unlabeled", "labeled")
-
-# The draw of the unlabeled examples that are labeled, where not all are.
-LABELED_STREAM = 0x1ABE1
-
-
-def drawn_positions(count: int, limit: int, seed: int) -> Tensor:
-    """Return the positions of so many of ``count`` examples, int64 (n,), ascending.
-
-    They are drawn by the seed, and are the same in each call. With a limit of ``count`` or more
-    they are all.
-    """
-    every = torch.arange(count)
-    if limit >= count:
-        return every
-    bits = draws.bits(seed, 0, every, 1, LABELED_STREAM)[:, 0]
-    return torch.argsort(bits, stable=True)[:limit].sort().values
-
-
-def picked(images: Any, positions: Tensor) -> Any:
-    """Return the examples at these positions, of numbers in memory or of files."""
-    return images[positions] if isinstance(images, Tensor) else images.select(positions)
-
-
 # -------------------------------------------------------------------------------------- one network
-
-
-def labeled_loss(label_smoothing: float, mixup: float) -> TeacherLoss:
-    """Return the loss on labeled examples, which are mixed up where ``mixup`` is above 0."""
-    if mixup > 0:
-        return MixUp(alpha=mixup, label_smoothing=label_smoothing)
-    return CrossEntropy(label_smoothing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,19 +285,16 @@ class Supervised(Method):
 
     Args:
         label_smoothing: label smoothing of the loss, from 0 to 1.
-        mixup: how much pairs of pictures are mixed, such as 0.4: the parameter of the Beta
-            distribution of mixup. 0 leaves pictures as they are.
     """
 
     label_smoothing: Share = 0.0
-    mixup: Weight = 0.0
 
     name: ClassVar[str] = "supervised"
     title: ClassVar[str] = "supervised, labeled data only"
 
     def train(self, t: Training) -> Trained:
         """Train one network on the labeled examples."""
-        return t.alone(t.teacher, (labeled_loss(self.label_smoothing, self.mixup),))
+        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import numpy as np
 import torch
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.apps.digits import Digits
 from metapl.apps.digits import fitting as fitting_of_digits
 from metapl.apps.images import Images, Pictures
 from metapl.apps.labeling import Read, ToLabel, refuse_other_pictures, write_labels
-from metapl.apps.methods import Data, Method, Trained, Training, picked
+from metapl.apps.methods import Data, Method, Trained, Training
 from metapl.apps.settings import (
     Batch,
     Fitting,
@@ -531,9 +531,9 @@ class Rounds:
         """Let the last network label, select as the settings say, and return a record of it."""
         if self.training.folder is None:
             # Where steps are timed, so are the labels of a round, but for those of a selection
-            # that a store has, whose size is not known here.
+            # that a store has, whose size is not known here. The few labeled pictures count too.
             if self.settings.stored_selection is None:
-                self.training.label(self.teacher, parts=("unlabeled",))
+                self.training.label(self.teacher)
             return self.evenly_labeled(), {}
         stored = self.settings.stored_selection
         if stored is not None and self.selection is None:
@@ -739,6 +739,11 @@ class Selected:
     unsure: int
     threshold: float | None
     store: str
+
+
+def picked(images: Any, positions: Tensor) -> Any:
+    """Return the examples at these positions, of numbers in memory or of files."""
+    return images[positions] if isinstance(images, Tensor) else images.select(positions)
 
 
 # ------------------------------------------------------------------------------- networks and rates

@@ -94,12 +94,7 @@ def linear_baseline(content: Mapping[str, Any]) -> list[str]:
         f"The linear baseline, logistic regression on the {content['control_of']} of the "
         f"{examples} alone: {accuracy} on {part}."
     ]
-    if content.get("chosen", {}).get("recipe") == "linear":
-        lines.append(
-            "The network is this linear layer: networks that were tried shortly were behind it. "
-            "More time (--minutes) may change that."
-        )
-    elif content[f"{part}_accuracy"] < content["control_accuracy"]:
+    if content[f"{part}_accuracy"] < content["control_accuracy"]:
         lines.append(f"This run is behind its linear baseline. {next_try(content)}")
     return lines
 

@@ -16,9 +16,6 @@ from metapl.training.options import MOST_WORKERS
 MOST_STEPS = 10**9
 MOST_IN_A_BATCH = 2**20
 
-# Steps of finetuning where none were asked for.
-FINETUNE_STEPS = 200
-
 Steps = Annotated[int, Range(1, most=MOST_STEPS)]
 SomeSteps = Annotated[int, Range(0, most=MOST_STEPS)]
 Batch = Annotated[int, Range(1, most=MOST_IN_A_BATCH)]
@@ -53,8 +50,7 @@ class Fitting:
             is 5 % of the steps by default.
         ema_decay: decay of the running average of the weights, such as 0.99. If it is given, the
             average is the network that is kept.
-        finetune_steps: number of steps on labeled examples alone at the end. By default it is 200,
-            and 200 at most with --method auto, whose recipes differ.
+        finetune_steps: number of steps on labeled examples alone at the end.
         validate_every: number of steps between two measurements on the validation examples. Of your
             own pictures there are 20 measurements by default.
         patience: stop after so many of these measurements in a row that were no better than the
@@ -74,7 +70,7 @@ class Fitting:
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     warmup: SomeSteps | None = None
     ema_decay: Share | None = None
-    finetune_steps: SomeSteps | None = FINETUNE_STEPS
+    finetune_steps: SomeSteps = 200
     validate_every: Steps | None = None
     patience: AtLeastOne | None = None
     log_every: Steps = 20
@@ -114,10 +110,10 @@ class Fitting:
         """Return the options of the fit that finetunes."""
         return {
             **self.options(),
-            "steps": self.finetune_steps or 0,
+            "steps": self.finetune_steps,
             "ema_decay": None,
             "warmup": 0,
-            "validate_every": max(1, (self.finetune_steps or 0) // 10),
+            "validate_every": max(1, self.finetune_steps // 10),
             # It is short, and the better network is kept in any case.
             "patience": None,
             "schedule": schedule,

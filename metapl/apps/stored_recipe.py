@@ -27,9 +27,6 @@ RECIPE = ("name", "method", "fields")
 # Settings without a flag that are chosen by looking at the pictures, and again at other pictures.
 SEEN = ("mean", "std", "uda_prior")
 
-# Settings that recipes of earlier builds do not have. They are off, as these runs had them.
-ADDED = ("patience",)
-
 # What the rounding of a run depends on beside its threads, by the names of made_with.
 ROUNDING = ("metapl", "torch", "torchvision", "processor", "gpu")
 
@@ -96,7 +93,7 @@ class StoredRecipe:
             path=path,
             name=str(recipe["name"]),
             method=str(recipe["method"]),
-            fields={**dict.fromkeys(ADDED), **mapping_in(path, recipe, "fields")},
+            fields=mapping_in(path, recipe, "fields"),
             made_with=made_with,
             is_edited=noted != json_sha256({**unsealed, "sha256": {}}),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,15 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
 from metapl.apps.labeling import stored_labels
-from metapl.apps.methods import (
-    PARTS_LABELED,
-    Data,
-    Method,
-    ReducedMpl,
-    Trained,
-    Training,
-    TrainingConfig,
-)
+from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
 from metapl.apps.progress import FitLines
 from metapl.apps.report import Mistakes, mistakes, write_report
 from metapl.apps.settings import flag_values
@@ -210,7 +201,7 @@ def train(
     if callable(trained.finetunes):
         networks["finetuned"] = trained.finetunes()
     elif trained.finetunes:
-        finetuned = finetune(trained, trained.training or training, processes, selects=selects)
+        finetuned = finetune(trained, training, processes, selects=selects)
         network = inside(trained.trainer.as_given)
         networks["finetuned"] = measured(
             data, network, finetuned.validation_accuracy, finetuned.weights
@@ -232,7 +223,7 @@ def train(
         "title": method.title,
         "networks": words,
         "seed": fitting.seed,
-        "steps": (trained.training or training).config.fitting.steps,
+        "steps": fitting.steps,
         "best_step": trained.result.step,
         "validation_size": len(validation_labels),
         "validation_chance": chance,
@@ -244,8 +235,6 @@ def train(
     }
     if trained.rounds is not None:
         content["rounds"] = trained.rounds
-    if trained.chosen is not None:
-        content["chosen"] = trained.chosen
     tested = networks[chosen].tested
     if tested is not None:
         content["evaluation"] = tested.evaluation.to_json()
@@ -257,9 +246,6 @@ def train(
         write_report(run, tested)
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
-    if processes.first:
-        for leftover in trained.leftovers:
-            shutil.rmtree(leftover)
     unread = replaced_files(skipped)
     if unread:
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
@@ -386,37 +372,17 @@ class Phases:
         self.processes.seed(self.student, self.config.fitting.seed)
         return network
 
-    def label(
-        self,
-        network: nn.Module | None,
-        name: str = "",
-        *,
-        parts: Sequence[str] = PARTS_LABELED,
-        limit: int | None = None,
-    ) -> dict[str, Tensor]:
+    def label(self, network: nn.Module | None) -> dict[str, Tensor]:
         """Return stored labels; of several processes the first one labels for all.
 
         Args:
             network: that labels; None: the labels are stored already.
-            name: of the network, where several label.
-            parts: which examples are labeled.
-            limit: the most unlabeled examples that are labeled; None: all.
         """
         # The method is ReducedMpl, or one of a user's own with its fields.
         method: Any = self.method
 
         def labels_by(labeler: nn.Module | None) -> dict[str, Tensor]:
-            return stored_labels(
-                labeler,
-                self.config,
-                method,
-                self.folder,
-                self.data,
-                self.say,
-                name=name,
-                parts=parts,
-                limit=limit,
-            )
+            return stored_labels(labeler, self.config, method, self.folder, self.data, self.say)
 
         if self.processes.mesh.size == 1 or network is None:
             return labels_by(network)
@@ -474,9 +440,8 @@ def words_for(networks: Mapping[str, Measured], trained: Trained) -> dict[str, s
 def delivered(networks: Mapping[str, Measured], select: bool, rounds: bool) -> str:
     """Return the network that a run delivers: the best by validation, the first of equals.
 
-    Where validation cannot tell networks apart, it is the finetuned student, which did better on
-    the seen half of benchmarks/pictures. Of Noisy Student it is the last student, of equals the
-    finetuned one; its teacher only where that is 30 points better.
+    Where validation cannot tell networks apart, it is the finetuned student. Of Noisy Student it is
+    the last student, of equals the finetuned one; its teacher only where that is 30 points better.
 
     Args:
         networks: those that are kept, by their names.

@@ -34,9 +34,6 @@ _LARGE_VIT = {
     "mlp_dim": 8192,
 }
 
-# The greatest side, in pixels, of the pictures that a linear layer sees.
-LARGEST_LINEAR_SIDE = 16
-
 # Stages of EfficientNet-B0 whose stride is 1 instead of 2 on SVHN: a total of 8 instead of 32.
 _KEEPING_STAGES = (2, 3)
 
@@ -87,94 +84,9 @@ def pooled_cnn(
     return PooledFeatures(nn.Sequential(*stages), channels, num_classes, dropout)
 
 
-def strided_cnn(
-    num_classes: AtLeastOne = 10,
-    in_channels: AtLeastOne = 3,
-    dropout: Noise = 0.0,
-    image_size: AtLeastOne | None = None,
-) -> nn.Module:
-    """Build a network that halves the side at once, for pictures of 16 to 96 pixels.
-
-    ``image_size`` is their side; None: 32. A 4x4 convolution of stride 2 makes 32 channels. Then
-    3x3 convolutions of 64 channels, each with pooling by the greatest of 2x2 values, until the side
-    is 6 to 11 pixels; then one of 64 and one of 128 channels without pooling. Batch norm and ReLU
-    follow each. Then the mean over positions, dropout and a linear layer.
-    """
-    check_arguments(strided_cnn, locals())
-    side = (32 if image_size is None else image_size) // 2
-    stem = nn.Conv2d(in_channels, 32, 4, stride=2, padding=1, bias=False)
-    stages = [nn.Sequential(stem, nn.BatchNorm2d(32), nn.ReLU())]
-    plan = []
-    while side >= 12:
-        plan.append((64, True))
-        side //= 2
-    plan += [(64, False), (128, False)]
-    channels = 32
-    for width, pools in plan:
-        stage = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1, bias=False),
-            nn.MaxPool2d(2) if pools else nn.Identity(),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-        )
-        stages.append(stage)
-        channels = width
-    return PooledFeatures(nn.Sequential(*stages), channels, num_classes, dropout)
-
-
-class Pixels(nn.Module):
-    """Pixels of pictures, shrunk to a side of at most 16, as features (B, F)."""
-
-    def __init__(self, side: int) -> None:
-        super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(side)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = self.pool(images).flatten(1)
-        return features
-
-
-class LinearOnPixels(nn.Module):
-    """A linear layer on the pixels of pictures.
-
-    Args:
-        side: of the shrunken pictures, in pixels.
-        num_classes, in_channels: from images (B, ``in_channels``, H, W) to logits (B,
-            ``num_classes``).
-    """
-
-    def __init__(self, side: int, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        self.features = Pixels(side)
-        self.head = nn.Linear(in_channels * side**2, num_classes)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.head(self.features(images))
-        return logits
-
-
-def linear(
-    num_classes: AtLeastOne = 10,
-    in_channels: AtLeastOne = 3,
-    dropout: Noise = 0.0,
-    image_size: AtLeastOne | None = None,
-) -> nn.Module:
-    """Build a linear layer on the pixels of pictures, which are shrunk to a side of at most 16.
-
-    ``image_size`` is their side; None: 16 or more. It has no dropout, and refuses some.
-    """
-    check_arguments(linear, locals())
-    if dropout:
-        raise MetaplError(f"linear got dropout={dropout}; expected 0, for it has no hidden units.")
-    side = LARGEST_LINEAR_SIDE if image_size is None else min(LARGEST_LINEAR_SIDE, image_size)
-    return LinearOnPixels(side, num_classes, in_channels)
-
-
 OWN: dict[str, Callable[..., nn.Module]] = {
-    "linear": linear,
     "pooled_cnn": pooled_cnn,
     "small_cnn": small_cnn,
-    "strided_cnn": strided_cnn,
     "wide_resnet10_1": partial(wide_resnet, 10, 1),
     "wide_resnet28_2": partial(wide_resnet, 28, 2),
     "wide_resnet28_10": partial(wide_resnet, 28, 10),
@@ -256,7 +168,7 @@ class Architecture:
         module: nn.Module
         if self.library == "metapl":
             sized: dict[str, int | None] = {}
-            if self.name in ("linear", "pooled_cnn", "strided_cnn"):
+            if self.name == "pooled_cnn":
                 sized["image_size"] = self.image_size
             module = OWN[self.name](
                 in_channels=self.in_channels,

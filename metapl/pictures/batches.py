@@ -630,8 +630,8 @@ class UnlabeledBatches(ExampleBatches[Tensor | tuple[Tensor, Tensor]]):
     of the two are independent.
 
     Without a strong view, items are the weak one alone. With ``stored``, (n, C) stored class
-    distributions, they are (weak, stored), as :class:`metapl.problems.MixUp` learns them. A
-    ``crop`` draws a box for each view; files are decoded once.
+    distributions, they are (weak, stored). A ``crop`` draws a box for each view; files are decoded
+    once.
 
     >>> from metapl.pictures import Identity, ShiftNoiseCutout
     >>> from metapl.data import StepSampler

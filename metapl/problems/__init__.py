@@ -12,7 +12,6 @@ from metapl.problems.doubtful import (
     Table,
     WeightNet,
 )
-from metapl.problems.mixup import MixUp
 from metapl.problems.model_noise import NoisyStudentLoss
 from metapl.problems.pseudo_labels import PseudoLabels, ReducedLabels, StoredCrossEntropy
 from metapl.problems.sequences import DataRater, NextToken
@@ -26,7 +25,6 @@ __all__ = [
     "LabelCorrection",
     "LearningToReweight",
     "MetaWeightNet",
-    "MixUp",
     "NextToken",
     "NoiseTransition",
     "NoisyStudentLoss",

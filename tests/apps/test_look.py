@@ -26,7 +26,6 @@ from metapl.apps.look import (
     with_steps,
 )
 from metapl.apps.settings import flag_values, with_flags
-from metapl.apps.tournament import RECIPES, Auto
 from metapl.data import draws
 from metapl.problems.losses import UDA
 
@@ -235,45 +234,12 @@ def small_settings(root: Path, **length: Any) -> Images:
     return fitted(settings, seen(), 0.0)
 
 
-def test_the_race_is_timed_where_the_first_class_alone_has_more_pictures_than_are_timed(
+def test_a_method_is_timed_where_the_first_class_alone_has_more_pictures_than_are_timed(
     tmp_path: Path,
 ) -> None:
     root = color_folders(tmp_path, few=look.PICTURES + 2, side=8)
-    settings = small_settings(root, minutes=0.05)
-    _, method = with_steps(settings, images.METHODS["auto"])
-    # A regression has no steps, and is counted as one.
-    steps_of = dict(zip((recipe.name for recipe in RECIPES), method.final_steps, strict=True))
-    assert steps_of["linear"] == 1
-    assert steps_of["mild"] > 1
-
-
-def test_the_race_is_planned_with_unlabeled_pictures_and_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = color_folders(tmp_path, few=20, side=8)
-    seconds = {"supervised": 0.01, "two_teachers": 0.04, "uda": 0.02, "linear": 0.0}
-    timed: list[str] = []
-
-    def quick_timing(config: Any, method: Any, clock: Any) -> look.Timing:
-        timed.append(method.name)
-        return look.Timing(per_step=seconds[method.name])
-
-    monkeypatch.setattr(look, "quick_timing", quick_timing)
-    settings = config(
-        labeled=str(root / "labeled"), classes=("blue", "red"), network="small_cnn", minutes=1.0
-    )
-    method = Auto(open_settings=("augment", "network"))
-    _, method = look.with_steps_of_race(settings, method, time.monotonic)
-    assert method.final_steps is not None
-    assert method.final_steps_with_unlabeled is not None
-    mild, _, strong, _ = method.final_steps
-    mild_with_unlabeled, _, strong_with_unlabeled, _ = method.final_steps_with_unlabeled
-    assert strong == strong_with_unlabeled
-    assert mild == pytest.approx(4 * mild_with_unlabeled, rel=0.05)
-    # Each method of a recipe is timed once.
-    assert len(timed) == 7
-    # The line names the fewest and the most steps of all that may follow.
-    assert f"gets {mild_with_unlabeled:,} to {mild:,} steps" in look.steps_of_race(method)
+    settings, _ = with_steps(small_settings(root, minutes=0.05), images.METHODS["uda"])
+    assert settings.fitting.chosen_steps > 1
 
 
 def test_labels_of_all_pictures_take_from_the_time_of_the_steps_but_never_half_of_it() -> None:
@@ -281,39 +247,27 @@ def test_labels_of_all_pictures_take_from_the_time_of_the_steps_but_never_half_o
     # 0.85 of a minute are 51 seconds.
     assert timing.steps_in(1.0) == 200
     assert dataclasses.replace(timing, labels=600.0).steps_in(1.0) == 150
-    assert look.Timing(per_step=0.0).steps_in(1.0) == 1
-    # Where no more are labeled than the steps pass over some times: 51 / (0.17 + 0.085).
-    some = look.Timing(per_step=0.17, labels=600.0, labels_per_step=0.085)
-    assert some.steps_in(1.0) == 200
-    # All of them are fewer than that.
-    assert dataclasses.replace(some, labels=1.7).steps_in(1.0) == 290
 
 
-@pytest.mark.parametrize(
-    ("name", "labelings", "student_steps"), [("self_training", 1, 12), ("two_teachers", 2, 9)]
-)
-def test_labels_are_counted_for_all_pictures_and_for_as_many_as_the_steps_ask_for(
-    name: str, labelings: int, student_steps: int, tmp_path: Path
-) -> None:
+def test_labels_are_counted_for_all_pictures(tmp_path: Path) -> None:
     """Each look at the clock moves it on by a second; a batch is read in one, and labeled in one.
 
-    The steps are 20, and a step of the student has two unlabeled pictures.
+    The teacher of Reduced MPL labels the labeled pictures and the unlabeled ones.
     """
     root = color_folders(tmp_path, few=4, many=40, side=8)
     settings = small_settings(root, steps=20)
     ticks = itertools.count()
-    timing = look.timing_of(settings, images.METHODS[name].scheduled(20), lambda: next(ticks))
+    method = images.METHODS["reduced_mpl"].scheduled(20)
+    timing = look.timing_of(settings, method, lambda: next(ticks))
     # The labeled pictures are those that are timed, in one batch.
-    per_label = 2 / len(settings.scan("labeled"))
+    labeled = len(settings.scan("labeled"))
     unlabeled = len(settings.scan("unlabeled"))
-    assert timing.labels == pytest.approx(labelings * unlabeled * per_label)
-    limit = student_steps * 2 // 4
-    assert timing.labels_per_step == pytest.approx(labelings * limit / 20 * per_label)
+    assert timing.labels == pytest.approx((labeled + unlabeled) * 2 / labeled)
 
 
 def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A phase of 300 of 1,000 steps, of which UDA begins after the first 120."""
-    stopwatch = look.Stopwatch(config(steps=1_000), time.monotonic, timed=1)
+    stopwatch = look.Stopwatch(config(steps=1_000), time.monotonic)
     trainer: Any = SimpleNamespace(
         teacher=None,
         losses=(UDA(start=120),),

@@ -46,15 +46,6 @@ def test_it_is_in_the_recipe_which_repeats_the_run(still: Path, tmp_path: Path) 
     assert steps_of(longer, "fit")[-1] == 8
 
 
-def test_a_recipe_of_an_earlier_build_has_none(tiny: Path, tmp_path: Path) -> None:
-    content = json.loads((tiny / "recipe.json").read_text())
-    del content["recipe"]["fields"]["patience"]
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(content))
-    metapl("train", "digits", "--config", recipe, "--out", tmp_path / "run")
-    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tiny / WEIGHTS).read_bytes()
-
-
 def test_a_run_that_is_resumed_ends_at_the_same_step_with_the_same_bits(
     still: Path, tmp_path: Path
 ) -> None:

@@ -31,9 +31,7 @@ FLOORS = (
     ("apps.printing", "apps.progress"),
     ("apps.settings", "apps.web"),
     ("apps.methods",),
-    ("apps.backbone", "apps.self_training"),
-    ("apps.linear",),
-    ("apps.tournament",),
+    ("apps.backbone",),
     ("apps.inputs", "apps.list_runs", "apps.methods_over_seeds", "apps.images", "apps.digits"),
     (
         "apps.labeling",
