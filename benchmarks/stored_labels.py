@@ -54,6 +54,7 @@ from harness import (
     show,
     spread,
 )
+from textures import parts_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from when_tables import sign_flip
@@ -106,22 +107,19 @@ def features(backbone: Path) -> nn.Module:
 
 
 def textures(seed: int, backbone: Path | None) -> Parts:
-    from benchmarks.pictures.problems import arrays, named
-
     if backbone is None:
         raise SystemExit(
             "the textures are seen by a pretrained network; expected its weights as --backbone FILE"
         )
-    drawn = arrays(named("textures"), seed)
     parts = []
-    for part in ("labeled", "unlabeled", "test"):
-        x = torch.tensor(getattr(drawn, part)).permute(0, 3, 1, 2) / 127.5 - 1
+    for pictures_of_part, labels in parts_of(seed).values():
+        x = torch.tensor(pictures_of_part).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
             pieces = [
                 features(backbone)(F.interpolate(pictures, 64, mode="bilinear"))
                 for pictures in x.split(128)
             ]
-        parts.append((torch.cat(pieces), torch.tensor(getattr(drawn, f"{part}_labels"))))
+        parts.append((torch.cat(pieces), torch.tensor(labels)))
     return parts
 
 

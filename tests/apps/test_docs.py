@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import metapl
-from benchmarks.harness import RESULTS, read
+from benchmarks.harness import RESULTS
 from metapl.problems.doubtful import Classification, EqualWeights
 
 pytestmark = pytest.mark.docs
@@ -224,48 +224,6 @@ def test_the_first_parts_of_the_readme_are_one_screen() -> None:
     assert max(map(len, lines)) <= 100
 
 
-def table(text: str) -> dict[str, dict[str, str]]:
-    """Return the rows of a text's first table by their first cell, as cells by their columns."""
-    lines = re.search(r"(^\|.*\n)+", text, re.MULTILINE)
-    assert lines is not None
-    head, _, *body = (
-        [cell.strip() for cell in line.strip("|\n").split("|")] for line in lines[0].splitlines()
-    )
-    return {cells[0]: dict(zip(head, cells, strict=True)) for cells in body}
-
-
-def test_the_first_sentences_on_pictures_are_those_of_the_table() -> None:
-    text = (ROOT / "docs" / "pictures.md").read_text()
-    now = table(text.partition("## The test half")[2])
-    methods = ("UDA, half aligned", "FixMatch", "supervised, the same views")
-    uda, fixmatch, supervised = (float(now[f"{method}, 10 min"]["mean"]) for method in methods)
-    head = " ".join(text[: text.index("```")].split())
-    assert f"reaches {uda} % test accuracy: {uda - supervised:.1f} points above" in head
-    assert f"above FixMatch, by {uda - fixmatch:.1f} points" in head
-
-
-def test_one_page_says_how_often_the_test_half_was_opened_and_the_list_agrees() -> None:
-    """Openings of all nine problems, and those of five, are rows of one table."""
-    openings = table((RESULTS / "pictures_unseen.md").read_text())
-    backbone = [row for row in openings.values() if "pictures_backbone" in row["raw rows"]]
-    every_problem = len(openings) - len(backbone)
-    problems = {
-        row["problem"]
-        for row in read(RESULTS / "pictures_backbone.jsonl")
-        if row["half"] == "unseen"
-    }
-    whole = " ".join((ROOT / "docs" / "evidence.md").read_text().split())
-    assert f"{every_problem} times each, and five of them" in whole
-    assert f"{len(backbone)} times more, {len(openings)} times in all" in whole
-    named = re.findall(r"five of them \(([^)]*)\)", whole)[0]
-    assert {*named.split(", ")} == problems
-    number = r"(?:once|twice|\d+|three|four|five|six|seven|eight|nine|ten|eleven) times"
-    for page in [*PAGES, ROOT / "benchmarks" / "pictures" / "README.md"]:
-        if page.name not in ("evidence.md", "pictures_unseen.md"):
-            text = " ".join(page.read_text().split())
-            assert not re.findall(rf"opened[^.]{{0,40}} {number}", text), page
-
-
 def test_the_appendix_lists_all_rows_of_older_versions_and_other_pages_name_no_commit() -> None:
     whole = (ROOT / "docs" / "evidence.md").read_text()
     listed = {*re.findall(r"`([\w]+\.jsonl?)`", whole)}
@@ -283,19 +241,6 @@ def test_the_appendix_lists_all_rows_of_older_versions_and_other_pages_name_no_c
             assert not re.findall(
                 r"(?:in|at|of) commit `?[0-9a-f]{8}|(?:of 0\.[12]\.0|metapl 0\.[12])\b", text
             ), page
-
-
-def test_pseudo_labels_stay_below_the_default_whatever_the_problems_not_run_would_give() -> None:
-    found = {
-        row["problem"]: 100 * row["test_accuracy"]
-        for row in read(RESULTS / "pictures_unseen_pseudo.jsonl")
-        if (row["method"], row["minutes"]) == ("pseudo_labels", 10)
-    }
-    page = (ROOT / "docs" / "pictures.md").read_text()
-    whole = table(page.partition("## The test half")[2])["UDA, half aligned, 10 min"]
-    problems = [name for name in found if name in whole]
-    most = (sum(found.values()) + 100 * (9 - len(problems))) / 9
-    assert most < float(whole["mean"])
 
 
 @pytest.mark.parametrize("name", ["terminal", "removals"])
