@@ -20,23 +20,9 @@ from metapl.networks.architectures import Architecture
 from metapl.networks.tuned import IMAGENET, Tuned
 from metapl.pictures.batches import EvaluationBatches
 from metapl.run_folder import WEIGHTS, EndedRun, refuse_changed
-from metapl.runs.files import read_json, sha256_of
+from metapl.runs.files import sha256_of
 
-# What "auto" takes: the first of these whose weights are on this machine.
-AUTO = (
-    "timm:vit_small_patch16_dinov3",
-    "timm:vit_small_patch14_dinov2",
-    "timm:convnext_tiny",
-    "timm:resnet50",
-    "resnet50",
-    "efficientnet_b0",
-    "timm:efficientnet_lite0",
-    "resnet18",
-    "timm:mobilenetv3_small_100",
-)
-
-# The least side of pictures, in pixels, for which "auto" takes a backbone; and for any backbone.
-AUTO_SIDE = 48
+# The least side of pictures, in pixels, for which there is a backbone.
 LEAST_SIDE = 32
 
 # The control: the side in pixels to which pictures are shrunk where there is no backbone, the most
@@ -76,8 +62,8 @@ def find(source: str, network: str | None) -> Backbone:
 
     Args:
         source: ``timm:NAME`` or a name of torchvision, whose weights are in the cache of torch.hub
-            or of huggingface_hub; the folder of a run of metapl; or a file of weights, of the
-            ``network`` or of that which the config.json beside it names, as timm's are published.
+            or of huggingface_hub; the folder of a run of metapl; or a file of weights of the
+            ``network``.
         network: what was asked for beside it.
 
     Raises: MetaplError where there is nothing, or something else.
@@ -88,7 +74,12 @@ def find(source: str, network: str | None) -> Backbone:
         _check_network(source, backbone.network, network)
         return backbone
     if path.is_file():
-        name = network or _name_beside(source, path)
+        if network is None:
+            raise MetaplError(
+                f"--backbone {source}: expected the network that the weights are of too: "
+                "--network NAME."
+            )
+        name = network
         weights = path
     elif not source.startswith("timm:") and (path.suffix or len(path.parts) > 1):
         # No name of a network is like that.
@@ -115,17 +106,6 @@ def find(source: str, network: str | None) -> Backbone:
         mean=mean,
         std=std,
     )
-
-
-def auto(network: str | None = None) -> Backbone | None:
-    """Return the first of the usual backbones, or the one asked for, if it is on this machine."""
-    for name in (network,) if network else AUTO:
-        try:
-            return find(name, None)
-        except MetaplError:
-            # Its weights are not here, or timm is not installed.
-            continue
-    return None
 
 
 def _check_network(source: str, name: str, asked_network: str | None) -> None:
@@ -156,20 +136,6 @@ def _of_run(source: str, path: Path) -> Backbone:
         grey=card.input.channels == 1,
         image_size=card.input.size,
     )
-
-
-def _name_beside(source: str, path: Path) -> str:
-    """Return the name of the network that config.json beside a file of weights has."""
-    config_file = path.parent / "config.json"
-    architecture = None
-    if config_file.is_file():
-        architecture = read_json(config_file).get("architecture")
-    if architecture is None:
-        raise MetaplError(
-            f"--backbone {source}: expected the network that the weights are of too: "
-            "--network NAME."
-        )
-    return f"timm:{architecture}"
 
 
 def _cached_files(name: str) -> Sequence[Path]:

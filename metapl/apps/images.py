@@ -37,7 +37,7 @@ from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.networks import architectures as networks
 from metapl.networks.card import LARGEST_SIDE, Input, NetworkCard
-from metapl.networks.tuned import Normalized, Tuned
+from metapl.networks.tuned import Normalized, Tuned, Tuning
 from metapl.networks.weights import parameter_groups
 from metapl.pictures import Finding, check_folders, scan_labeled, scan_unlabeled, verify_files
 from metapl.pictures.batches import (
@@ -116,10 +116,7 @@ RATES = {
 OTHER_RATE = 5e-4
 
 # Learning rates of AdamW for a network with pretrained weights, by what of it is trained.
-TUNING_RATES = {"head": 1e-3, "lora": 1e-3, "all": 2e-4}
-
-# The rank of the updates by LoRA.
-LORA_RANK = 8
+TUNING_RATES = {"head": 1e-3, "all": 2e-4}
 
 # The learning rate of SGD that finetunes.
 FINETUNING_RATE = 1e-2
@@ -173,11 +170,10 @@ class Pictures:
     Args:
         network: architecture of the networks, such as pooled_cnn, resnet18, vit_b_16 or timm:NAME.
         weights: file of pretrained weights to begin with, or imagenet to download some.
-        backbone: pretrained network to begin with: the name of one on this machine, a file, auto to
-            take what fits, or none to train from scratch.
-        tuning: how the --backbone is trained: lora adds small matrices (the default), head trains
-            its last layer alone, all trains the whole network.
-        lora_rank: rank of the LoRA updates, from 4 to 16.
+        backbone: pretrained network to begin with: the name of one on this machine, a file, the
+            folder of a run, or none to train from scratch.
+        tuning: how the --backbone is trained: head trains its last layer alone (the default), all
+            trains the whole network.
         image_size: side in pixels to which pictures are resized.
         grey: whether to read pictures without colors. By default it depends on the pictures.
         augment: how pictures are augmented: strong moves them, changes their colors and covers a
@@ -194,8 +190,7 @@ class Pictures:
     network: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     weights: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     backbone: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "none"
-    tuning: Literal["head", "lora", "all"] | None = None
-    lora_rank: Annotated[int, Range(4, most=16)] = LORA_RANK
+    tuning: Tuning | None = None
     image_size: Annotated[int, Range(1, most=LARGEST_SIDE)] | None = None
     grey: tyro.conf.FlagConversionOff[bool | None] = None
     augment: Literal["mild", "strong"] = "strong"
@@ -213,9 +208,6 @@ class Pictures:
         check_fields(self)
         has_backbone = self.backbone != "none"
         require(self, self.tuning is None or has_backbone, "tuning", "--backbone beside it")
-        has_updates = has_backbone and self.tuning in (None, "lora")
-        is_rank_read = has_updates or self.lora_rank == LORA_RANK
-        require(self, is_rank_read, "lora_rank", "--backbone and --tuning lora beside it")
         has_frozen_layers = has_backbone and self.tuning != "all"
         for noise in ("dropout", "stochastic_depth"):
             fits = not (has_frozen_layers and getattr(self, noise))
@@ -323,7 +315,6 @@ class Pictures:
                 self.std,
                 heads=architecture.heads(module),
                 tuning=self.tuning,
-                rank=self.lora_rank,
             )
         return network.to(memory_format=torch.channels_last)
 

@@ -76,7 +76,6 @@ VALIDATIONS = 20
 # What of a backbone is trained, in words.
 TUNINGS = {
     "head": "its head is trained",
-    "lora": "low-rank changes are trained",
     "all": "all of it is trained",
 }
 
@@ -121,7 +120,7 @@ def choose_settings(
     weights = found_weights(config.pictures)
     asked = config.pictures.backbone
     chosen_backbone = None
-    if asked not in ("none", "auto") and stored is None:
+    if asked != "none" and stored is None:
         chosen_backbone = backbone.find(asked, config.pictures.network)
 
     # 2. A run that is resumed has its settings.
@@ -139,8 +138,6 @@ def choose_settings(
         few.targets(),
         [Path(path) for path in many.paths()],
     )
-    if asked == "auto":
-        chosen_backbone = auto_backbone(config.pictures, seen, say)
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
@@ -234,17 +231,6 @@ def tell_copies(config: Images, count: int, say: Say) -> None:
         )
 
 
-def auto_backbone(pictures: Pictures, seen: Look, say: Say) -> Backbone | None:
-    """Return the backbone that --backbone auto takes, or say why there is none."""
-    if seen.grey or seen.side < backbone.AUTO_SIDE:
-        say("backbone: none, for the pictures are grey or small; from scratch")
-        return None
-    best = backbone.auto(pictures.network)
-    if best is None:
-        say("backbone: none, for the weights of none are on this machine; from scratch")
-    return best
-
-
 def with_backbone(pictures: Pictures, chosen: Backbone, seen: Look, say: Say) -> Pictures:
     """Return the settings of pictures with a backbone; refuse what does not go with it."""
     asked = pictures.backbone
@@ -260,7 +246,7 @@ def with_backbone(pictures: Pictures, chosen: Backbone, seen: Look, say: Say) ->
             f"{backbone.LEAST_SIDE} or more, by --image-size where they are to be enlarged, or no "
             "backbone."
         )
-    tuning = pictures.tuning or "lora"
+    tuning = pictures.tuning or "head"
     say(
         f"backbone: {chosen.network} from {chosen.weights} (SHA-256 "
         f"{chosen.weights_sha256[:12]}...), {TUNINGS[tuning]}"

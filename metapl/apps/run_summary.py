@@ -108,9 +108,9 @@ def next_try(content: Mapping[str, Any]) -> str:
             "(--compare)."
         )
     # The baseline sees the features of a backbone, where there is one.
-    start = "training its head alone (--tuning head)"
+    start = "training its head alone, or all of it (--tuning head, --tuning all)"
     if content["control_of"] == "pixels":
-        start = "a pretrained network (--backbone auto)"
+        start = "a pretrained network (--backbone NAME)"
     return f"Try more time (--minutes), {start}, or more labeled pictures."
 
 

@@ -27,7 +27,7 @@ from metapl.machine import device
 from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
-from metapl.networks.tuned import Tuned, begin_as, merged
+from metapl.networks.tuned import Tuned, begin_as
 from metapl.pictures.batches import record_files, replaced_files
 from metapl.problems.model_noise import model_noise
 from metapl.processes import Processes, done_by_first
@@ -216,7 +216,7 @@ def train(
     if len(validation_labels):
         counts = torch.bincount(validation_labels, minlength=len(data.classes)).tolist()
         chance = chance_level(counts)
-    weights_by_name = {name: merged(network.weights) for name, network in networks.items()}
+    weights_by_name = {name: network.weights for name, network in networks.items()}
     content: dict[str, Any] = {
         "recipe": config.name,
         "method": method.name,

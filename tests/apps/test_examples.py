@@ -236,3 +236,10 @@ def test_two_moons_prints_the_rate_of_each_method_and_draws_its_regions(
         assert "MPL and the same loop without feedback: p = 1 " in text
         assert (tmp_path / "regions.png").read_bytes().startswith(b"\x89PNG")
     torch.set_num_threads(threads)
+
+
+@LONG
+def test_updates_by_peft_are_trained_and_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+    text = printed(monkeypatch, "peft_backbone")
+    assert re.search(r"the student's test accuracy: [\d.]+ %", text)

@@ -279,7 +279,7 @@ def test_networks_have_the_noise_of_their_size_unless_it_is_given() -> None:
             assert noise(network=name)[0] == dropout, name
     assert noise(network="resnet18") == noise(network="pooled_cnn") == (0.2, 0.0)
     assert noise(network="efficientnet_b0", dropout=0.0, stochastic_depth=0.1) == (0.0, 0.1)
-    assert noise(network="resnet18", backbone="auto", tuning="lora") == (0.0, 0.0), (
+    assert noise(network="resnet18", backbone="resnet18", tuning="head") == (0.0, 0.0), (
         "what is frozen has no noise"
     )
     with pytest.raises(MetaplError, match="has no stochastic_depth"):

@@ -88,7 +88,7 @@ def test_digits_have_the_linear_baseline_of_their_labeled_pixels(alive: tuple[Pa
 @pytest.mark.parametrize(
     ("recipe", "control_of", "ways"),
     [
-        ("images", "pixels", ("--minutes", "--backbone auto")),
+        ("images", "pixels", ("--minutes", "--backbone NAME")),
         ("images", "features of the backbone", ("--minutes", "--tuning head")),
         # Methods without a teacher have no --student-lr.
         ("digits", "pixels", ("--lr, and --student-lr where a teacher labels", "--compare")),
