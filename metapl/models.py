@@ -84,7 +84,7 @@ class MeanOverPositions(nn.Module):
 
     In the channels-last format its gradient lies in memory as the features do. That of
     ``nn.AdaptiveAvgPool2d`` does not: ReLU and batch norm below it would read two formats at once,
-    by slow loops, which took 5 % of a training step of ``pooled_cnn`` on a CPU (docs/pictures.md).
+    by slow loops, which took 5 % of a training step of ``pooled_cnn`` on a CPU.
     """
 
     def forward(self, features: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ from metapl.training import FitResult, Say, Trainer
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
 
-# Published is 0.95 (arXiv:2001.07685). With few steps this reached more (docs/pictures.md).
+# Published is 0.95 (arXiv:2001.07685). With few steps this reached more.
 FIXMATCH_THRESHOLD = 0.85
 
 # The weight of the entropy in entropy minimization.
