@@ -35,9 +35,10 @@ import torch
 from harness import NONE, RESULTS, Row, best, between, difference, every, grid, read, spread
 
 from metapl.ablation.altered import Alteration, Altered
-from metapl.apps import methods
+from metapl.apps.data import Data
 from metapl.apps.digits import METHODS, Digits, fitting
-from metapl.apps.methods import Data, Training
+from metapl.apps.methods.base import Training
+from metapl.apps.methods.feedback import Feedback
 from metapl.apps.settings import flag_values, with_flags
 from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
@@ -93,7 +94,7 @@ class Entry:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CosineFeedback(methods.Feedback):
+class CosineFeedback(Feedback):
     """Feedback whose h is the cosine of the two gradients, which no flag of the command sets."""
 
     def estimator(self) -> Any:
@@ -101,7 +102,7 @@ class CosineFeedback(methods.Feedback):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlteredFeedback(methods.Feedback):
+class AlteredFeedback(Feedback):
     """Feedback that is altered, as no method of the command has it.
 
     The seed is that of what is drawn for it.
@@ -246,7 +247,14 @@ def one_run(
     teacher, student = (digits.network() for _ in range(2))
     networks = {"teacher": teacher, "student": student}
     trained = named.train(
-        Training(config=digits, data=data, **networks, fit=phase, label=lambda network: {})
+        Training(
+            config=digits,
+            data=data,
+            **networks,
+            fit=phase,
+            label=lambda network: {},
+            read_labels=lambda stores: {},
+        )
     )
     figures: Row = {"validation_accuracy": trained.result.validation_accuracy}
     if final:

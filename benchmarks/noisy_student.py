@@ -39,9 +39,9 @@ import torch
 from harness import NONE, RESULTS, Bar, Row
 from torch import Tensor, nn
 
+from metapl.apps.data import Data
 from metapl.apps.digits import Digits, fitting
-from metapl.apps.methods import Data
-from metapl.apps.noisy_student import noisy_view
+from metapl.apps.methods.noisy_student import noisy_view
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler

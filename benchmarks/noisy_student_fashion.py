@@ -44,7 +44,8 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl.apps.images import Pictures
-from metapl.apps.noisy_student import STOCHASTIC_DEPTH, THRESHOLD
+from metapl.apps.methods.noisy_student import THRESHOLD
+from metapl.apps.rounds import STOCHASTIC_DEPTH
 from metapl.apps.train import evaluated
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler

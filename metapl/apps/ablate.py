@@ -22,7 +22,8 @@ from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import ROOM, held
 from metapl.apps.look import choose_settings
-from metapl.apps.methods import Mpl, Training, TrainingConfig
+from metapl.apps.methods.base import Training, TrainingConfig
+from metapl.apps.methods.mpl import Mpl
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import SomeSteps
@@ -147,7 +148,7 @@ class AblateDigits:
     """
 
     config: Digits = field(default_factory=Digits)
-    method: Mpl = digits.METHODS["mpl"]
+    method: Mpl = digits.MPL
     looking: Looking = field(default_factory=Looking)
 
     def run(self) -> int:
@@ -184,7 +185,13 @@ def subject_of(config: TrainingConfig, method: Mpl) -> Subject:
     begin_as(teacher, student)
     unused: Any = None
     training = Training(
-        config=config, data=data, teacher=teacher, student=student, fit=unused, label=unused
+        config=config,
+        data=data,
+        teacher=teacher,
+        student=student,
+        fit=unused,
+        label=unused,
+        read_labels=unused,
     )
     return Subject(
         trainer=method.trainer(training),

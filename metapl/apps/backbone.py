@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metapl.apps.methods import Data
+from metapl.apps.data import Data
 from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
 from metapl.networks.architectures import Architecture

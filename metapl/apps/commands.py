@@ -26,17 +26,18 @@ from typing import (
 import torch
 import tyro
 
-from metapl.apps import digits, images, noisy_student
+from metapl.apps import digits, images, rounds
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import check_out, open_run_folder
-from metapl.apps.labeling import check_labels_given
 from metapl.apps.look import choose_settings
-from metapl.apps.methods import Method, ReducedMpl, TrainingConfig, with_settings_of
-from metapl.apps.noisy_student import DigitsOfRounds, ImagesOfRounds, NoisyStudent
+from metapl.apps.methods.base import Method, TrainingConfig
+from metapl.apps.methods.noisy_student import NoisyStudent
 from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
+from metapl.apps.rounds import DigitsOfRounds, ImagesOfRounds
 from metapl.apps.run_summary import summary
+from metapl.apps.settings import with_settings_of
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.train import check_shares, describe, train
@@ -130,7 +131,7 @@ class Methods(Protocol):
     """A module with the methods of a command, such as :mod:`metapl.apps.digits`."""
 
     @property
-    def METHODS(self) -> dict[str, Any]:
+    def METHODS(self) -> dict[str, Method]:
         """Return the methods by their names, with their usual settings."""
 
     @property
@@ -209,11 +210,8 @@ class Train:
             folders = {name: getattr(self.config, name) for name in self.config.places}
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
-        check_shares(self.config, self.method, mesh)
-        if isinstance(self.method, ReducedMpl):
-            check_labels_given(self.config, self.method)
-        if isinstance(self.method, NoisyStudent):
-            noisy_student.check_selection(self.config, self.method)
+        check_shares(self.config, mesh)
+        self.method.check(self.config)
         with joined(mesh, place) as processes:
             if processes.first:
                 return self.run_first(processes, comparison)
@@ -315,9 +313,7 @@ class Train:
                 recipe.check_weights(config.pictures)
         else:
             method = method.scheduled(config.fitting.chosen_steps)
-        if isinstance(method, NoisyStudent):
-            # Networks that do not go on are refused before anything is written.
-            noisy_student.configs_of(config, method)
+        method.check_chosen(config)
         return config, method
 
     def usual_threads(self) -> int:
@@ -372,11 +368,8 @@ class Train:
         for line in summary(result):
             say(line)
         say(f"the networks, the report and the figures are in {folder.path}")
-        if method.name == "mpl":
-            tell(
-                "whether the teacher's feedback helped, only a comparison tells: "
-                "--compare --seeds 0-4"
-            )
+        if method.advice:
+            tell(method.advice)
 
 
 def asked_among(words: Sequence[str]) -> argparse.Namespace:
@@ -498,7 +491,7 @@ class RoundsOfImages(Train):
     config: ImagesOfRounds
     method_name: tyro.conf.Suppress[str] = NoisyStudent.name
     method: NoisyStudent = field(default_factory=NoisyStudent)
-    methods: ClassVar[Methods] = noisy_student
+    methods: ClassVar[Methods] = rounds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -508,7 +501,7 @@ class RoundsOfDigits(Train):
     config: DigitsOfRounds = field(default_factory=DigitsOfRounds)
     method_name: tyro.conf.Suppress[str] = NoisyStudent.name
     method: NoisyStudent = field(default_factory=NoisyStudent)
-    methods: ClassVar[Methods] = noisy_student
+    methods: ClassVar[Methods] = rounds
 
 
 def program() -> str:

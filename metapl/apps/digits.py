@@ -5,12 +5,21 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import torch
 from torch import nn
 
-from metapl.apps import methods
+from metapl.apps.data import Data
+from metapl.apps.methods.base import Method
+from metapl.apps.methods.ent_min import EntMin
+from metapl.apps.methods.feedback import Feedback
+from metapl.apps.methods.fixmatch import FixMatch
+from metapl.apps.methods.mpl import Mpl
+from metapl.apps.methods.pseudo_labels import PseudoLabels
+from metapl.apps.methods.reduced_mpl import ReducedMpl
+from metapl.apps.methods.supervised import Supervised
+from metapl.apps.methods.uda import Consistency, Uda
 from metapl.apps.settings import Batch, Fitting, Role, Share, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
@@ -42,25 +51,21 @@ MOMENTUM = 0.9
 FINETUNING_RATE = 0.02
 
 # The networks are so small that consistency helps them little: a teacher does without it.
-_UDA = methods.Consistency(
-    uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0
-)
+_UDA = Consistency(uda_temperature=1.0, uda_threshold=0.0, uda_align=0.0, uda_start=0, uda_ramp=0)
 _NO_UDA = dataclasses.replace(_UDA, uda_weight=0.0)
-_NO_FEEDBACK = methods.Feedback(learns_from_student=False)
-_MPL = methods.Mpl(uda=_NO_UDA, wait=0, warm_start=False)
+_NO_FEEDBACK = Feedback(learns_from_student=False)
+MPL = Mpl(uda=_NO_UDA, wait=0, warm_start=False)
 
-METHODS: dict[str, Any] = {
-    "mpl": _MPL,
-    "supervised": methods.Supervised(),
-    "pseudo_labels": methods.PseudoLabels(),
-    "uda": methods.Uda(uda=_UDA),
-    "fixmatch": methods.FixMatch(
-        uda=dataclasses.replace(methods.FixMatch().uda, uda_start=0, uda_ramp=0)
-    ),
-    "ent_min": methods.EntMin(),
-    "none": dataclasses.replace(_MPL, feedback=_NO_FEEDBACK),
-    "reduced_mpl": methods.ReducedMpl(uda=_NO_UDA),
-    "reduced_none": methods.ReducedMpl(feedback=_NO_FEEDBACK, uda=_NO_UDA),
+METHODS: dict[str, Method] = {
+    "mpl": MPL,
+    "supervised": Supervised(),
+    "pseudo_labels": PseudoLabels(),
+    "uda": Uda(uda=_UDA),
+    "fixmatch": FixMatch(uda=dataclasses.replace(FixMatch().uda, uda_start=0, uda_ramp=0)),
+    "ent_min": EntMin(),
+    "none": dataclasses.replace(MPL, feedback=_NO_FEEDBACK),
+    "reduced_mpl": ReducedMpl(uda=_NO_UDA),
+    "reduced_none": ReducedMpl(feedback=_NO_FEEDBACK, uda=_NO_UDA),
 }
 COMPARED = ("mpl", "none", "supervised", "pseudo_labels", "uda")
 
@@ -98,6 +103,7 @@ class Digits:
     places: ClassVar[tuple[str, ...]] = ()
     # Threads of the linear algebra, on whose number rounding depends.
     threads: ClassVar[int] = 1
+    has_frozen_layers: ClassVar[bool] = False
 
     labels_per_class: Annotated[int, Range(1)] = 2
     unlabeled_batch: Batch = 64
@@ -111,7 +117,7 @@ class Digits:
         fits = len(self.hidden) <= MOST_LAYERS and max(self.hidden, default=0) <= WIDEST
         require(self, fits, "hidden", f"{MOST_LAYERS} widths at most, of {WIDEST:,} at most")
 
-    def data(self, say: Say, progress: bool, log: Path | None) -> methods.Data:
+    def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         """Return the digits as the seed splits them, in batches that follow from seed and step."""
         seed = self.fitting.seed
         split = load_digits_split(self.labels_per_class, seed)
@@ -123,7 +129,7 @@ class Digits:
             return LabeledBatches(images, labels, sampler, VIEW, view_seed)
 
         unlabeled = StepSampler(len(split.unlabeled), self.unlabeled_batch, seed=seed, stream=1)
-        return methods.Data(
+        return Data(
             labeled=labeled(stream=0, view_seed=seed),
             unlabeled=UnlabeledBatches(split.unlabeled, unlabeled, Identity(), VIEW, seed),
             finetuning=labeled(stream=2, view_seed=seed + 1),
@@ -167,7 +173,14 @@ class Digits:
         """Return the options of the fit that finetunes, on the same schedule as the training."""
         return self.fitting.finetuning(schedule=self.fitting.schedule)
 
-    def with_network(self, name: str) -> Digits:
+    def scan(self, name: str) -> Any:
+        """Refuse what is read from files."""
+        raise MetaplError(
+            "a store of --labels, or of --select-by, is of pictures in folders, and digits have "
+            "none; leave it out."
+        )
+
+    def with_network(self, name: str) -> Self:
         """Return the settings with other widths of hidden layers, such as 32x32."""
         widths = name.split("x")
         if not all(width.isascii() and width.isdigit() for width in widths):
@@ -177,7 +190,7 @@ class Digits:
             )
         return dataclasses.replace(self, hidden=tuple(int(width) for width in widths))
 
-    def at_size(self, size: int) -> Digits:
+    def at_size(self, size: int) -> Self:
         """Refuse another size of the images."""
         raise MetaplError(
             f"--finetune-size {size}: the pictures of digits have one size; leave it out."

@@ -13,17 +13,16 @@ import torch
 import tyro
 from torch import nn
 
-from metapl.apps.methods import (
-    Data,
-    EntMin,
-    FixMatch,
-    Mpl,
-    PseudoLabels,
-    ReducedMpl,
-    Supervised,
-    Uda,
-)
-from metapl.apps.methods import Feedback as Fed
+from metapl.apps.data import Data
+from metapl.apps.methods.base import Method
+from metapl.apps.methods.ent_min import EntMin
+from metapl.apps.methods.feedback import Feedback
+from metapl.apps.methods.fixmatch import FixMatch
+from metapl.apps.methods.mpl import Mpl
+from metapl.apps.methods.pseudo_labels import PseudoLabels
+from metapl.apps.methods.reduced_mpl import ReducedMpl
+from metapl.apps.methods.supervised import Supervised
+from metapl.apps.methods.uda import Uda
 from metapl.apps.progress import count_bar
 from metapl.apps.settings import (
     Batch,
@@ -124,16 +123,16 @@ FINETUNING_RATE = 1e-2
 WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
 
-METHODS: dict[str, Any] = {
+METHODS: dict[str, Method] = {
     "uda": Uda(),
     "fixmatch": FixMatch(),
     "ent_min": EntMin(),
     "supervised": Supervised(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
-    "none": Mpl(feedback=Fed(learns_from_student=False)),
+    "none": Mpl(feedback=Feedback(learns_from_student=False)),
     "reduced_mpl": ReducedMpl(),
-    "reduced_none": ReducedMpl(feedback=Fed(learns_from_student=False)),
+    "reduced_none": ReducedMpl(feedback=Feedback(learns_from_student=False)),
 }
 COMPARED = ("uda", "mpl", "none", "supervised", "pseudo_labels")
 
@@ -350,6 +349,8 @@ class Images:
     places: ClassVar[tuple[str, ...]] = ("labeled", "unlabeled", "val", "test")
     # Threads of the linear algebra are those of the process.
     threads: ClassVar[int | None] = None
+    # The unlabeled pictures for each labeled one that a method takes by default, where it asks.
+    usual_ratio: ClassVar[int | None] = None
 
     labeled: Folder
     unlabeled: Folder
@@ -358,7 +359,7 @@ class Images:
     unlabeled_batch: Batch = 32
     minutes: Minutes = None
     pictures: Pictures = field(default_factory=Pictures)
-    fitting: Fitting = field(default_factory=lambda: Fitting(ema_decay=0.99, finetune_steps=None))
+    fitting: Fitting = field(default_factory=lambda: Fitting(ema_decay=0.99))
     val_fraction: tyro.conf.Suppress[float | None] = None
     classes: tyro.conf.Suppress[tuple[str, ...]] = ()
 
@@ -369,6 +370,11 @@ class Images:
     def input(self) -> Input:
         """Return what a network takes."""
         return self.pictures.input
+
+    @property
+    def has_frozen_layers(self) -> bool:
+        """Return whether a backbone is trained in part."""
+        return self.pictures.backbone != "none" and self.pictures.tuning != "all"
 
     def scan(self, name: str) -> Any:
         """Return the files of a folder by the name of its flag."""
@@ -547,7 +553,7 @@ class Images:
             ),
         }
 
-    def at_size(self, size: int) -> Images:
+    def at_size(self, size: int) -> Self:
         """Return the settings with larger pictures, where the network takes those."""
         if size <= (self.pictures.image_size or 0):
             raise MetaplError(

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metapl.apps.data import Data
 from metapl.apps.inputs import BATCH
-from metapl.apps.methods import Data, ReducedMpl
 from metapl.apps.progress import count_bar, count_lines
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError, few
@@ -24,7 +24,7 @@ from metapl.labels.store import DIGEST_BYTES, LabelStore, LabelWriter, is_text
 from metapl.metrics.predictions import logits_of
 from metapl.networks.card import Input
 from metapl.pictures.batches import FileImages
-from metapl.pictures.folders import Files, ask, digest, hashes, scan_labeled, scan_unlabeled
+from metapl.pictures.folders import Files, ask, digest, hashes
 from metapl.runs.terminal import progress
 from metapl.training import Say
 from metapl.words import shown
@@ -255,57 +255,41 @@ def refuse_infinite(logits_BC: Tensor, names: Sequence[Any]) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------ Reduced MPL
+# ------------------------------------------------------------------------ labels that are learned
 
 
-def stored_labels(
-    teacher: nn.Module | None,
-    config: Any,
-    method: ReducedMpl,
-    folder: Path,
-    data: Data,
-    say: Say,
+def write_all_labels(
+    network: nn.Module, data: Data, input: Input, folder: Path, say: Say
 ) -> dict[str, Tensor]:
-    """Return the class distributions of a training's unlabeled, and perhaps labeled, examples.
+    """Return a network's class distributions of the unlabeled and the labeled examples.
 
-    Args:
-        teacher: whose labels are stored in the run's folder, and gone on with if its weights are
-            the same. None: the labels are in the stores that the method's settings name, where
-            pictures are called by their paths in the folder.
-        config: the settings of the training.
-        method: its method.
-        folder: of the run.
-        data: its data.
-        say: is told what is missing, and where the labels are.
+    They are stored in the folder of the run, and gone on with if the weights are the same.
 
-    Returns:
-        float32 (n, C) by "unlabeled" and "labeled".
+    Returns: float32 (n, C) by "unlabeled" and "labeled".
     """
-    if teacher is None and "labeled" not in method.stores:
-        say(
-            "note: without --labeled-labels, the labels are adjusted by the student's feedback "
-            "alone."
-        )
-    parts = ("unlabeled", "labeled") if teacher is not None else tuple(method.stores)
     labels = {}
-    for part in parts:
+    for part in ("unlabeled", "labeled"):
         images = getattr(data, part).images
         numbers = range(len(images))
-        names: Any
-        if teacher is None:
-            store = LabelStore(method.stores[part])
-            root = config.scan(part).root
-            paths = [images.path(number).relative_to(root).as_posix() for number in numbers]
-            names = store.ids_of_files(root, paths)
-        else:
-            names = numbers
-            to_label = ToLabel(images=images, ids=numbers, name=part, input=config.input)
-            place = folder / FOLDER / part
-            store = write_labels(teacher, to_label, place, data.classes, say)
-        labels[part] = _distributions(store, names, say)
-    if teacher is not None:
-        say(f"the teacher's labels are in {folder / FOLDER}")
+        to_label = ToLabel(images=images, ids=numbers, name=part, input=input)
+        store = write_labels(network, to_label, folder / FOLDER / part, data.classes, say)
+        labels[part] = _distributions(store, numbers, say)
+    say(f"the teacher's labels are in {folder / FOLDER}")
     return labels
+
+
+def read_labels(store: str, images: FileImages | Files, files: Files, say: Say) -> Tensor:
+    """Return the class distributions of pictures by a store, float32 (n, C).
+
+    Args:
+        store: its folder, in which pictures are called by their paths in a folder of theirs.
+        images: the pictures.
+        files: of the folder that they are in.
+        say: is told what is missing.
+    """
+    opened = LabelStore(Path(store))
+    paths = [images.path(n).relative_to(files.root).as_posix() for n in range(len(images))]
+    return _distributions(opened, opened.ids_of_files(files.root, paths), say)
 
 
 def _distributions(store: LabelStore, names: Sequence[Any], say: Say) -> Tensor:
@@ -326,26 +310,3 @@ def _distributions(store: LabelStore, names: Sequence[Any], say: Say) -> Tensor:
     distributions = torch.full((len(names), classes), 1 / classes)
     distributions[torch.from_numpy(rows >= 0)] = store.at(rows[rows >= 0])
     return distributions
-
-
-def check_labels_given(config: Any, method: ReducedMpl) -> None:
-    """Refuse a store that is of other classes, or of other pictures, or is damaged.
-
-    Nothing is written.
-    """
-    for part, folder in method.stores.items():
-        if not config.places:
-            raise MetaplError(
-                f"--labels {folder}: expected pictures in folders; {config.name} has none."
-            )
-        store = LabelStore(folder)
-        classes = scan_labeled(config.labeled).classes
-        if store.classes != classes:
-            raise MetaplError(
-                f"{folder} has the classes {few(store.classes)}; expected those of "
-                f"{config.labeled}: {few(classes)}."
-            )
-        files = scan_unlabeled(getattr(config, part))
-        names = store.ids_of_files(files.root, files.names)
-        path_by_name = dict(zip(names, files.paths(), strict=True))
-        refuse_other_pictures(store, path_by_name.get, lambda text: None)

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
+from metapl.apps.data import Data
 from metapl.apps.images import Images, Pictures
 from metapl.apps.labeling import ToLabel
-from metapl.apps.methods import Data, Training
-from metapl.apps.settings import flag_values, with_flags, with_stored
+from metapl.apps.methods.base import Method, Training
+from metapl.apps.settings import with_flags, with_stored
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -94,16 +95,17 @@ GIVEN = (
 Clock = Callable[[], float]
 
 T = TypeVar("T")
+MethodT = TypeVar("MethodT", bound=Method)
 
 
 def choose_settings(
-    config: Any,
-    method: Any,
+    config: Images,
+    method: MethodT,
     say: Say,
     stored: Mapping[str, Any] | None = None,
     *,
     clock: Clock = time.monotonic,
-) -> tuple[Any, Any]:
+) -> tuple[Images, MethodT]:
     """Return the settings and the method with a value for everything that was left open.
 
     Paths are whole ones afterwards, and the classes are those of the folders.
@@ -147,8 +149,7 @@ def choose_settings(
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,
-        # Noisy Student alone has a ratio.
-        "ratio": getattr(config, "usual_ratio", None),
+        "ratio": config.usual_ratio,
     }
     method = with_stored(method, usual_settings)
 
@@ -200,7 +201,9 @@ def with_whole_paths(
     return with_flags(dataclasses.replace(config, pictures=pictures, classes=classes), **folders)
 
 
-def resumed_settings(config: Any, method: Any, stored: Mapping[str, Any]) -> tuple[Any, Any]:
+def resumed_settings(
+    config: Images, method: MethodT, stored: Mapping[str, Any]
+) -> tuple[Images, MethodT]:
     """Return the settings and the method of the run that is resumed, by its recipe.json."""
     if stored.get("weights") is not None:
         weights = Path(stored["weights"])
@@ -264,7 +267,7 @@ def with_backbone(pictures: Pictures, chosen: Backbone, seen: Look, say: Say) ->
     )
 
 
-def tell_choices(config: Images, method: Any, seen: Look, say: Say) -> None:
+def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
     """Say in a line what was chosen, and what pictures lose by it; each choice has a flag."""
     pictures = config.pictures
     fitting = config.fitting
@@ -278,7 +281,7 @@ def tell_choices(config: Images, method: Any, seen: Look, say: Say) -> None:
     colors = "light and dark" if pictures.grey else "colors"
     colors += " exchanged" if pictures.recolor else " kept"
     mirrored = "mirrored" if pictures.mirror else "not mirrored"
-    networks = ", then ".join(getattr(method, "networks", ()) or (str(pictures.network),))
+    networks = ", then ".join(method.named_networks or (str(pictures.network),))
     dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
     noise = ""
     if dropout:
@@ -316,7 +319,7 @@ def tell_advice(config: Images, seen: Look, say: Say, *, steps_are_open: bool) -
         )
 
 
-def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
+def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
     """Return the settings for such pictures, but for what depends on the number of steps.
 
     What was given stays.
@@ -358,7 +361,9 @@ def fitted(config: Any, seen: Look, val_fraction: float) -> Any:
     return with_stored(config, {"lr": config.pictures.rate})
 
 
-def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple[Any, Any]:
+def with_steps(
+    config: Images, method: MethodT, clock: Clock = time.monotonic
+) -> tuple[Images, MethodT]:
     """Return the settings and the method with a number of steps.
 
     Where it is open, it is as many as fit into the minutes.
@@ -367,8 +372,7 @@ def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple
         return with_number_of_steps(config, method, config.fitting.steps)
     # Phases that were given in steps do not grow with the number of steps: it is measured again
     # with what fits.
-    values = flag_values(method)
-    phase_steps = max(values.get(name) or 0 for name in ("wait", "uda_start"))
+    phase_steps = max((steps or 0 for steps in method.waits), default=0)
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, 2 * phase_steps or REHEARSED)
     steps = steps_within(*rehearsal, minutes, clock)
@@ -379,7 +383,7 @@ def with_steps(config: Any, method: Any, clock: Clock = time.monotonic) -> tuple
     return with_number_of_steps(config, method, steps)
 
 
-def with_number_of_steps(config: Any, method: Any, steps: int) -> tuple[Any, Any]:
+def with_number_of_steps(config: Images, method: MethodT, steps: int) -> tuple[Images, MethodT]:
     """Return the settings and the method for a number of steps; what was given in steps stays."""
     fitting = config.fitting
     warmup = fitting.warmup
@@ -640,7 +644,9 @@ class Timing:
         return max(1, int(float(f"{left_for_steps / self.per_step:.2g}")))
 
 
-def steps_within(config: Any, method: Any, minutes: float, clock: Clock = time.monotonic) -> int:
+def steps_within(
+    config: Images, method: Method, minutes: float, clock: Clock = time.monotonic
+) -> int:
     """Return the number of steps that fit into a time, rounded to two digits."""
     return timing_of(config, method, clock).steps_in(minutes)
 
@@ -660,7 +666,7 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     return kinds
 
 
-def timing_of(config: Any, method: Any, clock: Clock = time.monotonic) -> Timing:
+def timing_of(config: Images, method: Method, clock: Clock = time.monotonic) -> Timing:
     """Return what a training by a method takes on this machine, by a few of the labeled pictures.
 
     Each kind of step is timed, and counts as often as it comes. Where a network labels pictures, a
@@ -690,9 +696,19 @@ def timing_of(config: Any, method: Any, clock: Clock = time.monotonic) -> Timing
             student=student,
             fit=stopwatch.fit,
             label=partial(stopwatch.label, data),
+            read_labels=partial(even_labels, data),
         )
         method.train(training)
     return stopwatch.timing
+
+
+def even_labels(data: Data, parts: Iterable[str]) -> dict[str, Tensor]:
+    """Return labels of the pictures that steps are timed on, which name no class."""
+    labels = {}
+    for part in parts:
+        count = len(getattr(data, part).images)
+        labels[part] = torch.full((count, len(data.classes)), 1 / len(data.classes))
+    return labels
 
 
 class Stopwatch:
@@ -703,7 +719,7 @@ class Stopwatch:
         clock: which is looked at before and after a step.
     """
 
-    def __init__(self, config: Any, clock: Clock) -> None:
+    def __init__(self, config: Images, clock: Clock) -> None:
         self.config = config
         self.fitting = config.fitting
         self.clock = clock
@@ -714,21 +730,14 @@ class Stopwatch:
         # How many pictures there are to label, by the folders that were counted.
         self.counts: dict[str, int] = {}
 
-    def label(self, data: Data, network: Any) -> dict[str, Tensor]:
-        """Return even labels of a few pictures, and count what labels of all of them take.
+    def label(self, data: Data, network: nn.Module) -> dict[str, Tensor]:
+        """Return even labels of a few pictures, and count what labels of all of them take."""
+        parts = ("unlabeled", "labeled")
+        for part in parts:
+            self.count_labels(network, getattr(data, part).images, part)
+        return even_labels(data, parts)
 
-        A network of None has labels that are stored already.
-        """
-        share = 1 / len(data.classes)
-        labels = {}
-        for part in ("unlabeled", "labeled"):
-            images = getattr(data, part).images
-            labels[part] = torch.full((len(images), len(data.classes)), share)
-            if network is not None:
-                self.count_labels(network, images, part)
-        return labels
-
-    def count_labels(self, network: Any, images: Any, part: str) -> None:
+    def count_labels(self, network: nn.Module, images: Any, part: str) -> None:
         """Add what labels of all pictures of a part take."""
         to_label = ToLabel(
             images=images, ids=range(len(images)), name=part, input=self.config.input
@@ -739,7 +748,7 @@ class Stopwatch:
         labels = self.timing.labels + self.counts[part] * per_label
         self.timing = dataclasses.replace(self.timing, labels=labels)
 
-    def seconds_per_label(self, network: Any, to_label: ToLabel) -> float:
+    def seconds_per_label(self, network: nn.Module, to_label: ToLabel) -> float:
         """Return what it takes to read a picture and to label it.
 
         A file is read once in a training, and the second pass of a network is the usual one.
@@ -757,7 +766,7 @@ class Stopwatch:
         """Take some steps of each kind, and count them as often as the phase has them."""
         fitting = self.fitting
         # A phase may be shorter than the run.
-        steps = options.get("steps", fitting.steps)
+        steps = options.get("steps", fitting.chosen_steps)
         with ExitStack() as opened:
             feeds = []
             for number, source in enumerate((labeled, unlabeled)):
@@ -776,7 +785,7 @@ class Stopwatch:
             for first, last, step in kinds_of_steps(trainer, steps, wait):
                 trainer.steps_done = first
                 seconds = self.median_seconds(trainer, step, feeds)
-                per_step = self.timing.per_step + (last - first) / fitting.steps * seconds
+                per_step = self.timing.per_step + (last - first) / fitting.chosen_steps * seconds
                 self.timing = dataclasses.replace(self.timing, per_step=per_step)
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)

@@ -17,9 +17,6 @@ DELIVERED, STUDENT, FINETUNED = READOUTS
 # finds a difference, and one that it finds is as often luck.
 ENOUGH_SEEDS = 5
 
-# What each method with feedback is tested against.
-CONTROL = {"mpl": "none", "reduced_mpl": "reduced_none"}
-
 
 @dataclass(frozen=True)
 class AgainstControl:
@@ -47,6 +44,7 @@ class Comparison:
             READOUTS, and as "validation_accuracy" that of the delivered network, where validation
             can tell networks apart.
         titles: what the methods are called in a sentence.
+        controls: the method that one is tested against, by the names of those that have one.
         examples: number of examples in the test set.
         chance: accuracy of guessing there.
     """
@@ -54,6 +52,7 @@ class Comparison:
     seeds: tuple[int, ...]
     methods: dict[str, dict[str, list[float]]]
     titles: Mapping[str, str]
+    controls: Mapping[str, str]
     examples: int
     chance: float
 
@@ -79,10 +78,16 @@ class Comparison:
         evaluations = [Evaluation(**result["evaluation"]) for result in results.values()]
         chance = statistics.fmean(result.chance for result in evaluations)
         titles = {method: results[method, seeds[0]]["title"] for method in methods}
+        controls = {}
+        for method in methods:
+            control = results[method, seeds[0]].get("control")
+            if control is not None:
+                controls[method] = control
         return cls(
             seeds=seeds,
             methods=accuracies,
             titles=titles,
+            controls=controls,
             examples=evaluations[0].n,
             chance=chance,
         )
@@ -92,16 +97,16 @@ class Comparison:
         return statistics.fmean(self.methods[method][readout])
 
     def against_control(self) -> AgainstControl | None:
-        """Test the first method that was run beside its control, MPL before others; None: none was.
+        """Test the first method that was run beside its control; None: none was.
 
         Of the control it takes the better read-out, the one with the higher mean on the test set,
         which favors the control.
         """
-        tested = [name for name in self.methods if CONTROL.get(name) in self.methods]
+        tested = [name for name in self.methods if self.controls.get(name) in self.methods]
         if not tested:
             return None
-        method = "mpl" if "mpl" in tested else tested[0]
-        control = CONTROL[method]
+        method = tested[0]
+        control = self.controls[method]
         control_readout = max((STUDENT, FINETUNED), key=lambda name: self.mean(control, name))
         return AgainstControl(
             method=method,
@@ -188,6 +193,7 @@ class Comparison:
             "seeds": list(self.seeds),
             "methods": self.methods,
             "titles": dict(self.titles),
+            "controls": dict(self.controls),
             "test_examples": self.examples,
             "chance": self.chance,
             "sentence": self.sentence(),

@@ -230,6 +230,7 @@ def comparison_parts(
         seeds=tuple(result["seeds"]),
         methods=result["methods"],
         titles=result["titles"],
+        controls=result["controls"],
         examples=evaluation.n,
         chance=result["chance"],
     )

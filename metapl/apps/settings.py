@@ -178,3 +178,24 @@ def with_stored(settings: T, stored: Mapping[str, Any]) -> T:
             is_list = isinstance(stored_value, list)
             flags[name] = tuple(stored_value) if is_list else stored_value
     return with_flags(settings, **flags)
+
+
+def with_settings_of(method: T, own: T, usual: T) -> T:
+    """Return a method of a comparison with the settings in which a run's own is not the usual one.
+
+    Args:
+        method: another method, as it is usually.
+        own: the run's method.
+        usual: the run's method as it is usually.
+
+    >>> with_settings_of(Fitting(), Fitting(seed=3), Fitting(labeled_batch=8)).seed
+    3
+    """
+    usual_values = flag_values(usual)
+    flags = flag_values(method).keys()
+    changed = {
+        name: value
+        for name, value in flag_values(own).items()
+        if name in flags and value != usual_values[name]
+    }
+    return with_flags(method, **changed)

@@ -19,7 +19,7 @@ import torch
 from joblib import cpu_count
 
 from metapl.apps.inputs import plural
-from metapl.apps.methods import Method, TrainingConfig
+from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import table, tell, wrapped
 from metapl.apps.report import write_report

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from metapl.apps.images import Pictures
-from metapl.apps.methods import Method, TrainingConfig
+from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.settings import with_flags
 from metapl.errors import MetaplError, few
 from metapl.machine import environment
@@ -169,7 +169,7 @@ class StoredRecipe:
             return config
         return with_flags(config, weights=None, weights_sha256=None)
 
-    def with_seen_again(self, config: Any, method: Any) -> tuple[Any, Any]:
+    def with_seen_again(self, config: Config, method: Method) -> tuple[Config, Method]:
         """Return settings that are chosen by looking at pictures as open ones, of other folders.
 
         An open setting is None. Each of the two has some of them, and :func:`with_flags` passes

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from metapl.apps.backbone import Control
-from metapl.apps.labeling import stored_labels
-from metapl.apps.methods import Data, Method, ReducedMpl, Trained, Training, TrainingConfig
+from metapl.apps.data import Data
+from metapl.apps.labeling import read_labels, write_all_labels
+from metapl.apps.measured import Measured, evaluated, measured
+from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.progress import FitLines
-from metapl.apps.report import Mistakes, mistakes, write_report
+from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
 from metapl.errors import MetaplError
 from metapl.execution.shards import load_whole, weights_of
-from metapl.labels.store import DESCRIPTION
 from metapl.machine import device
-from metapl.metrics import Evaluation, chance_level, evaluate_logits, predict_logits
-from metapl.metrics.predictions import batches_of
+from metapl.metrics import chance_level
 from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
 from metapl.networks.tuned import Tuned, begin_as
 from metapl.pictures.batches import record_files, replaced_files
@@ -43,30 +43,6 @@ SELECTED_ON = 50
 
 # How long processes wait for the one that labels all pictures.
 LABELING = timedelta(days=7)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A network that is kept, and what it reaches.
-
-    Args:
-        weights: on the host.
-        validation_accuracy: a fraction; None where there are no validation examples.
-        tested: what it reaches on the test examples; None where there are none.
-    """
-
-    weights: Mapping[str, Tensor]
-    validation_accuracy: float | None
-    tested: Mistakes | None
-
-    def accuracies(self, prefix: str = "") -> dict[str, float]:
-        """Return the accuracies that there are, by names that begin with the prefix."""
-        accuracies: dict[str, float] = {}
-        if self.validation_accuracy is not None:
-            accuracies[f"{prefix}validation_accuracy"] = self.validation_accuracy
-        if self.tested is not None:
-            accuracies[f"{prefix}test_accuracy"] = self.tested.evaluation.accuracy
-        return accuracies
 
 
 def describe(config: TrainingConfig, method: Method, **run_by: Any) -> dict[str, Any]:
@@ -156,7 +132,6 @@ def train(
     }
     phases = Phases(
         config=config,
-        method=method,
         data=data,
         student=student,
         place=place,
@@ -173,6 +148,7 @@ def train(
         student=student,
         fit=phases.fit,
         label=phases.label,
+        read_labels=phases.read_labels,
         lay_out=phases.lay_out,
         folder=folder.path,
         progress=progress,
@@ -208,8 +184,8 @@ def train(
         )
 
     # 5. The networks, what they are and reach, and the page of the run.
-    words = words_for(networks, trained)
-    chosen = delivered(networks, select=selects, rounds=trained.rounds is not None)
+    words = words_for(networks, has_teacher=method.has_teacher)
+    chosen = delivered(networks, select=selects, last=method.delivers_last)
     cards = {name: trained.configs.get(name, config).card(words[name]) for name in networks}
     title = f"{config.name}, {method.name}, seed {fitting.seed}"
     chance = None
@@ -221,6 +197,7 @@ def train(
         "recipe": config.name,
         "method": method.name,
         "title": method.title,
+        "control": method.control,
         "networks": words,
         "seed": fitting.seed,
         "steps": fitting.steps,
@@ -258,13 +235,8 @@ def train(
 def note_data(data: Data, method: Method, folder: RunFolder) -> None:
     """Write ``data.json``, or refuse data that have changed since the run was started."""
     hashes = dict(data.record["hash"])
-    if isinstance(method, ReducedMpl):
-        # The description of a store has the hashes of its labels.
-        for part, store in method.stores.items():
-            hashes[f"labels of {part}"] = sha256_of(Path(store) / DESCRIPTION)
-    selection: Path | None = getattr(method, "stored_selection", None)
-    if selection is not None:
-        hashes["selection"] = sha256_of(selection / DESCRIPTION)
+    for name, description in method.descriptions.items():
+        hashes[name] = sha256_of(description)
     record = json.loads(json.dumps({**data.record, "hash": hashes}))
     if (folder.path / "data.json").exists() and folder.read_json("data.json") != record:
         raise MetaplError(
@@ -288,7 +260,6 @@ class Phases:
 
     Args:
         config: the settings of the training.
-        method: that is trained by.
         data: that is trained on.
         student: the network that is trained.
         place: the device of the networks.
@@ -300,7 +271,6 @@ class Phases:
     """
 
     config: TrainingConfig
-    method: Method
     data: Data
     student: nn.Module
     place: torch.device
@@ -372,19 +342,21 @@ class Phases:
         self.processes.seed(self.student, self.config.fitting.seed)
         return network
 
-    def label(self, network: nn.Module | None) -> dict[str, Tensor]:
-        """Return stored labels; of several processes the first one labels for all.
+    def read_labels(self, stores: Mapping[str, str]) -> dict[str, Tensor]:
+        """Return the class distributions of the parts of the data whose labels are stored."""
+        labels = {}
+        for part, store in stores.items():
+            images = getattr(self.data, part).images
+            labels[part] = read_labels(store, images, self.config.scan(part), self.say)
+        return labels
 
-        Args:
-            network: that labels; None: the labels are stored already.
-        """
-        # The method is ReducedMpl, or one of a user's own with its fields.
-        method: Any = self.method
+    def label(self, network: nn.Module) -> dict[str, Tensor]:
+        """Return the labels of a network; of several processes the first one labels for all."""
 
-        def labels_by(labeler: nn.Module | None) -> dict[str, Tensor]:
-            return stored_labels(labeler, self.config, method, self.folder, self.data, self.say)
+        def labels_by(labeler: nn.Module) -> dict[str, Tensor]:
+            return write_all_labels(labeler, self.data, self.config.input, self.folder, self.say)
 
-        if self.processes.mesh.size == 1 or network is None:
+        if self.processes.mesh.size == 1:
             return labels_by(network)
         # All processes gather the weights, which no pass of one process alone could do.
         weights = weights_of(inside(network))
@@ -428,52 +400,33 @@ def finetune(
     return fit_result
 
 
-def words_for(networks: Mapping[str, Measured], trained: Trained) -> dict[str, str]:
+def words_for(networks: Mapping[str, Measured], *, has_teacher: bool) -> dict[str, str]:
     """Return what the networks that are kept are called."""
-    # One network that was trained alone is no student of a teacher.
-    is_alone = trained.trainer.teacher is None and trained.rounds is None
-    student = "network" if is_alone else "student"
+    student = "student" if has_teacher else "network"
     words = {"student": student, "teacher": "teacher", "finetuned": f"finetuned {student}"}
     return {name: words[name] for name in networks}
 
 
-def delivered(networks: Mapping[str, Measured], select: bool, rounds: bool) -> str:
+def delivered(networks: Mapping[str, Measured], *, select: bool, last: bool) -> str:
     """Return the network that a run delivers: the best by validation, the first of equals.
 
-    Where validation cannot tell networks apart, it is the finetuned student. Of Noisy Student it is
-    the last student, of equals the finetuned one; its teacher only where that is 30 points better.
+    Where validation cannot tell networks apart, it is the finetuned student.
 
     Args:
         networks: those that are kept, by their names.
         select: whether validation can tell them apart.
-        rounds: whether they are those of Noisy Student.
+        last: whether it is the last student, of equals the finetuned one, and its teacher only
+            where that is 30 points better.
     """
     if not select:
         return "finetuned" if "finetuned" in networks else "student"
     accuracies = {name: network.validation_accuracy or 0.0 for name, network in networks.items()}
     names = [*networks]
-    if rounds:
+    if last:
         names = [name for name in reversed(names) if name != "teacher"]
     chosen = max(names, key=accuracies.__getitem__)
     best = max(networks, key=accuracies.__getitem__)
     return best if accuracies[best] - accuracies[chosen] >= FAR_BEHIND else chosen
-
-
-def measured(
-    data: Data, network: nn.Module, accuracy: float | None, weights: Mapping[str, Tensor]
-) -> Measured:
-    """Return a network with these weights and this validation accuracy, tested once."""
-    tested = None
-    if data.test is not None:
-        tested = mistakes(network, data.test, data.classes, data.test_names)
-    return Measured(dict(weights), accuracy, tested)
-
-
-def evaluated(network: nn.Module, data: Any) -> Evaluation:
-    """Evaluate a network on labeled examples, on its device."""
-    place = next(network.parameters()).device
-    logits, labels = predict_logits(network, batches_of(data, place))
-    return evaluate_logits(logits, labels)
 
 
 def inside(network: nn.Module) -> nn.Module:
@@ -481,7 +434,7 @@ def inside(network: nn.Module) -> nn.Module:
     return network.module if isinstance(network, DistributedDataParallel) else network
 
 
-def check_shares(config: Any, method: Method, mesh: Mesh) -> None:
+def check_shares(config: TrainingConfig, mesh: Mesh) -> None:
     """Refuse batches that do not fall into equal parts for the processes and --accumulate."""
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flag_values(config).items():
@@ -490,11 +443,7 @@ def check_shares(config: Any, method: Method, mesh: Mesh) -> None:
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for "
                 f"{mesh.shares:,} processes and --accumulate {config.fitting.accumulate:,}."
             )
-    has_frozen_layers = False
-    if config.places:
-        pictures = config.pictures
-        has_frozen_layers = pictures.backbone != "none" and pictures.tuning != "all"
-    if mesh.shard > 1 and has_frozen_layers:
+    if mesh.shard > 1 and config.has_frozen_layers:
         raise MetaplError(
             "--mesh.shard cuts what is trained; of a --backbone expected --tuning all, or copies."
         )

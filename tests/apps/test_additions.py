@@ -3,6 +3,7 @@
 Each is added to a copy of the package, whose functions and command then know it.
 """
 
+import ast
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 import metapl
+from metapl.apps import digits, images, rounds
+from metapl.apps.methods.base import Method
 
 ESTIMATOR = """
 from dataclasses import dataclass
@@ -33,7 +36,7 @@ METHOD = """
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.apps.methods import Supervised
+from metapl.apps.methods.supervised import Supervised
 from metapl.problems.losses import CrossEntropy
 
 
@@ -65,7 +68,7 @@ x, y = torch.randn(6, 4), torch.arange(6) % 3
 def gradient(mode):
     torch.manual_seed(1)
     teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
-    inner, data = torch.optim.SGD(student.parameters(), lr=0.1), {"labeled": (x, y), "unlabeled": x}
+    inner, data = torch.optim.SGD(student.parameters(), lr=0.1), {"outer": (x, y), "inner": x}
     return metapl.hypergradient(teacher, student, **data, mode=mode, inner_optimizer=inner)
 
 
@@ -98,14 +101,14 @@ def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) ->
         ),
         *("from metapl.feedback.none", "from metapl.feedback.doubled import Doubled"),
     )
-    (tmp_path / "metapl/apps/heavier.py").write_text(METHOD)
+    (tmp_path / "metapl/apps/methods/heavier.py").write_text(METHOD)
     add(
         *(
             tmp_path / "metapl/apps/digits.py",
-            '"supervised": methods.Supervised(),\n',
+            '"supervised": Supervised(),\n',
             '    "heavier": Heavier(),\n',
         ),
-        *("from metapl.networks.weights import", "from metapl.apps.heavier import Heavier"),
+        *("from metapl.networks.weights import", "from metapl.apps.methods.heavier import Heavier"),
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run(
@@ -118,3 +121,46 @@ def test_an_estimator_and_a_method_are_a_file_and_a_line_each(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     for name, words in (("mode", '"doubled"'), ("method", '"factor": 3.0')):
         assert words in (tmp_path / name / "recipe.json").read_text()
+
+
+def classes_below(kind: type) -> set[str]:
+    """Return the names of a class's subclasses, and of theirs."""
+    names = set()
+    for subclass in kind.__subclasses__():
+        names |= {subclass.__name__, *classes_below(subclass)}
+    return names
+
+
+def questions_about_methods(source: str) -> list[int]:
+    """Return the lines of a file that ask for a method's class, or compare its name with one."""
+    kinds = classes_below(Method)
+    method_names = {*images.METHODS, *digits.METHODS, *rounds.METHODS}
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            asked = {part.id for part in ast.walk(node.args[1]) if isinstance(part, ast.Name)}
+            if asked & kinds:
+                lines.append(node.lineno)
+        if isinstance(node, ast.Compare) and ".name" in ast.unparse(node.left):
+            values = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            if values & method_names:
+                lines.append(node.lineno)
+    return lines
+
+
+def test_nobody_asks_which_method_it_is() -> None:
+    """A method says itself what it needs, so that a new one is a file and a line."""
+    assert questions_about_methods("isinstance(method, Uda) or method.name == 'mpl'") == [1, 1]
+    apps = Path(metapl.__file__).parent / "apps"
+    for path in apps.rglob("*.py"):
+        if path.parent.name != "methods":
+            assert questions_about_methods(path.read_text()) == [], path
+
+
+def test_settings_of_the_command_are_typed() -> None:
+    """The type checker knows which settings there are, wherever they are read."""
+    apps = Path(metapl.__file__).parent / "apps"
+    for path in apps.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.arg) and node.arg in ("config", "method") and node.annotation:
+                assert ast.unparse(node.annotation) != "Any", f"{path}:{node.lineno}"

@@ -57,7 +57,7 @@ def comparison(
         methods[name]["validation_accuracy"] = ones
     titles = {name: TITLES.get(name, name) for name in methods}
     seeds = tuple(range(len(next(iter(test.values())))))
-    return Comparison(seeds, methods, titles, examples=400, chance=0.125)
+    return Comparison(seeds, methods, titles, controls={"mpl": "none"}, examples=400, chance=0.125)
 
 
 @pytest.mark.parametrize(

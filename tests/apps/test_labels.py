@@ -10,7 +10,6 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from metapl import MetaplError
-from metapl.apps.images import Images
-from metapl.apps.labeling import stored_labels
-from metapl.apps.methods import ReducedMpl
+from metapl.apps.labeling import read_labels
 from metapl.labels.selection import select, statistics
 from metapl.labels.store import DESCRIPTION, LabelStore, LabelWriter
 from metapl.pictures.folders import scan_unlabeled
@@ -587,9 +584,5 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
         metapl("labels", "select", tmp_path / "store", *how, "--out", tmp_path / out)
         found = scan_unlabeled(tmp_path / out / "list.txt")
         assert [Path(path) for path in found.paths()] == [many / name for name in chosen]
-        config = Images(labeled=str(many), unlabeled=str(tmp_path / out / "list.txt"))
-        data: Any = SimpleNamespace(unlabeled=SimpleNamespace(images=found))
-        labels = stored_labels(
-            None, config, ReducedMpl(label_store=str(tmp_path / out)), tmp_path, data, print
-        )
-        assert labels["unlabeled"].argmax(1).tolist() == [*chosen.values()]
+        labels = read_labels(str(tmp_path / out), found, found, print)
+        assert labels.argmax(1).tolist() == [*chosen.values()]

@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.apps import digits, images
-from metapl.apps.methods import Consistency, Entropy, Feedback, Training, with_settings_of
-from metapl.apps.settings import flag_values, with_flags
+from metapl.apps.methods.base import Training
+from metapl.apps.methods.ent_min import Entropy
+from metapl.apps.methods.feedback import Feedback
+from metapl.apps.methods.uda import Consistency
+from metapl.apps.settings import flag_values, with_flags, with_settings_of
 from metapl.training import FitResult
 
 STEPS = 2  # that are taken of each phase
@@ -58,18 +61,21 @@ def phases_of(config: Any, method: Any, data: Any) -> list[Phase]:
         found.append(Phase(trainer, labeled, unlabeled, options, before, reports))
         return FitResult(None, STEPS, weights(trainer.student))
 
-    def label(
-        network: nn.Module | None, name: str = "", limit: int | None = None, **parts: Any
-    ) -> dict[str, Tensor]:
+    def label(network: nn.Module) -> dict[str, Tensor]:
         # Whoever labels was trained before.
         assert any(network is trained for trained in (teacher, *(p.trainer.student for p in found)))
         rows = len(data.unlabeled.images)
-        if limit is not None:
-            rows = min(rows, limit)
         return {"unlabeled": torch.eye(10)[torch.arange(rows) % 10]}
 
+    unused: Any = None
     training = Training(
-        config=config, data=data, teacher=teacher, student=student, fit=fit, label=label
+        config=config,
+        data=data,
+        teacher=teacher,
+        student=student,
+        fit=fit,
+        label=label,
+        read_labels=unused,
     )
     ended = method.scheduled(config.fitting.steps).train(training)
     assert ended.trainer is found[-1].trainer

@@ -21,19 +21,19 @@ from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
 
 from metapl import MetaplError
-from metapl.apps import digits, noisy_student
+from metapl.apps import digits
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.look import choose_settings
-from metapl.apps.noisy_student import (
-    ImagesOfRounds,
+from metapl.apps.methods import noisy_student
+from metapl.apps.methods.noisy_student import (
     NoisyStudent,
-    PicturesOfRounds,
     configs_of,
     optimizer,
     standard_view,
     threshold_of,
 )
+from metapl.apps.rounds import ImagesOfRounds, PicturesOfRounds
 from metapl.apps.settings import Fitting, with_flags
 from metapl.apps.train import describe
 from metapl.data import StepSampler

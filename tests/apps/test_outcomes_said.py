@@ -16,10 +16,9 @@ from command import metapl
 from sklearn.linear_model import LogisticRegression
 
 from metapl.apps.digits import METHODS
-from metapl.apps.methods import with_settings_of
 from metapl.apps.report_picture import panels_of
 from metapl.apps.run_summary import linear_baseline, summary
-from metapl.apps.settings import with_flags
+from metapl.apps.settings import with_flags, with_settings_of
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare
 from metapl.pictures import load_digits_split
@@ -115,11 +114,11 @@ def reaching(accuracy: float) -> Measured:
 def test_what_is_delivered_is_never_far_behind_what_was_seen() -> None:
     well, dead = reaching(0.9), reaching(0.1)
     kept = {"student": dead, "teacher": well, "finetuned": dead}
-    assert delivered(kept, select=True, rounds=False) == "teacher"
+    assert delivered(kept, select=True, last=False) == "teacher"
     # Of several rounds the teacher is delivered in no other case.
-    assert delivered(kept, select=True, rounds=True) == "teacher"
-    assert delivered({**kept, "student": reaching(0.7)}, select=True, rounds=True) == "student"
-    assert delivered(kept, select=False, rounds=False) == "finetuned"  # too few examples to tell
+    assert delivered(kept, select=True, last=True) == "teacher"
+    assert delivered({**kept, "student": reaching(0.7)}, select=True, last=True) == "student"
+    assert delivered(kept, select=False, last=False) == "finetuned"  # too few examples to tell
 
 
 def test_a_fixed_teacher_is_delivered_where_its_student_dies(tmp_path: Path) -> None:

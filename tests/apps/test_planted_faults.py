@@ -16,9 +16,10 @@ from command import metapl, result
 from test_goldens import of_run
 from tiny_runs import TINY, colored_pictures
 
-from metapl.apps import images, labeling, train
+from metapl.apps import images, train
 from metapl.apps.images import Pictures
-from metapl.apps.methods import Training
+from metapl.apps.methods import reduced_mpl
+from metapl.apps.methods.base import Training
 from metapl.apps.settings import Fitting
 from metapl.execution.shards import weights_of
 from metapl.processes import Processes
@@ -116,7 +117,7 @@ def exchanged(**own: Any) -> Training:
     return Training(**{**own, "teacher": own["student"], "student": own["teacher"]})
 
 
-def best_by_test(kept: Any, select: bool, rounds: bool) -> str:
+def best_by_test(kept: Any, select: bool, last: bool) -> str:
     return str(max(kept, key=lambda name: kept[name].accuracies()["test_accuracy"]))
 
 
@@ -155,7 +156,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     ),
     "resume skips a phase": (Trainer, "fit", skipping, resumed("images pseudo labels")),
     "labels of other pictures taken": (
-        *(labeling, "refuse_other_pictures", lambda *given, **named: None),
+        *(reduced_mpl, "refuse_other_pictures", lambda *given, **named: None),
         replaced_pictures_are_noticed,
     ),
     "average not kept": (

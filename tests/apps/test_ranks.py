@@ -41,7 +41,7 @@ def command_without_room_for_labels(arguments: list[str]) -> tuple[int, str, str
     """Return what :func:`command` does where the first process cannot write the labels."""
     full = OSError(errno.ENOSPC, "No space left on device", "labels/unlabeled")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metapl.apps.train.stored_labels", Mock(side_effect=full))
+        patch.setattr("metapl.apps.train.write_all_labels", Mock(side_effect=full))
         return command(arguments)
 
 

@@ -41,7 +41,7 @@ POINTS = (
     ("metapl.runs.checkpoint:CheckpointFolder", "write"),
     ("metapl.labels.store:LabelWriter", "add"),
     ("metapl.labels.store:LabelWriter", "_describe"),
-    ("metapl.apps.noisy_student", "select"),  # between two phases
+    ("metapl.apps.methods.noisy_student", "select"),  # between two phases
     ("metapl.apps.train", "evaluated"),
     ("metapl.apps.train", "measured"),
     ("metapl.run_folder:RunFolder", "write_weights"),

@@ -9,8 +9,8 @@ as one that was not stopped.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -20,28 +20,23 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from metapl.apps.digits import Digits
-from metapl.apps.digits import fitting as fitting_of_digits
-from metapl.apps.images import Images, Pictures
+from metapl.apps.data import Data
 from metapl.apps.labeling import Read, ToLabel, refuse_other_pictures, write_labels
-from metapl.apps.methods import Data, Method, Trained, Training
+from metapl.apps.measured import evaluated, measured
+from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.settings import (
-    Batch,
-    Fitting,
     Share,
     Steps,
     require,
     with_flags,
 )
-from metapl.apps.train import evaluated, measured
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
 from metapl.labels.selection import check_interval, select, statistics
-from metapl.labels.store import LabelStore, Values
-from metapl.networks.architectures import Architecture
+from metapl.labels.store import DESCRIPTION, LabelStore, Values
 from metapl.networks.tuned import begin_as
 from metapl.noisy_student import (
     Chosen,
@@ -51,7 +46,6 @@ from metapl.noisy_student import (
     end_matched,
     freeze_first_layers,
 )
-from metapl.pictures import scan_labeled, scan_unlabeled
 from metapl.pictures.batches import LabeledBatches
 from metapl.pictures.views.base import Identity, View
 from metapl.pictures.views.transforms import ShiftNoiseCutout
@@ -84,30 +78,8 @@ ONCE = "once"
 # Of examples of which the teacher is less confident nothing is learned.
 THRESHOLD = 0.3
 
-# Model noise, for networks that have it. The rate of dropout before the head is that of the
-# authors' published code for EfficientNets; the paper names that of B7 and L2 alone. All other
-# networks have that of the smallest one: with 0.5 a small network that trains for minutes learns
-# less (docs/images.md has the measurement).
-DROPOUTS = {
-    "efficientnet_b2": 0.3,
-    "efficientnet_b3": 0.3,
-    "efficientnet_b4": 0.4,
-    "efficientnet_b5": 0.4,
-    "efficientnet_b6": 0.5,
-    "efficientnet_b6_wide": 0.5,
-    "efficientnet_b7": 0.5,
-    "efficientnet_l2": 0.5,
-}
-USUAL_DROPOUT = 0.2
-
-# The paper's probability of dropping the last block.
-STOCHASTIC_DEPTH = 0.2
-
-# Unlabeled examples in a batch for each labeled one: the paper's for most networks, and for the
-# smallest, which a training on pictures begins with. Small networks lose by more: in study 7 on the
-# digits, and on pictures (docs/images.md).
+# Unlabeled examples in a batch for each labeled one: the paper's for most networks.
 USUAL_RATIO = 3
-RATIO_OF_PICTURES = 1
 
 # The share of the layers that are kept as they are in finetuning.
 USUAL_FROZEN = 0.5
@@ -152,6 +124,7 @@ class NoisyStudent(Method):
 
     name: ClassVar[str] = "noisy_student"
     title: ClassVar[str] = "Noisy Student"
+    delivers_last: ClassVar[bool] = True
 
     networks: tuple[str, ...] = ()
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
@@ -208,6 +181,26 @@ class NoisyStudent(Method):
             return None
         return Path(self.select_by)
 
+    @property
+    def named_networks(self) -> tuple[str, ...]:
+        """Return the networks of the rounds, as far as they are named."""
+        return self.networks
+
+    @property
+    def descriptions(self) -> Mapping[str, Path]:
+        """Return the description of the store that has the selection, which has its hashes."""
+        if self.stored_selection is None:
+            return {}
+        return {"selection": self.stored_selection / DESCRIPTION}
+
+    def check(self, config: TrainingConfig) -> None:
+        """Refuse a store for --select-by that is of other data, or not selected."""
+        check_selection(config, self)
+
+    def check_chosen(self, config: TrainingConfig) -> None:
+        """Refuse networks that do not go on from one another."""
+        configs_of(config, self)
+
     def scheduled(self, steps: int) -> Self:
         """Return the method with a ratio; refuse more warm steps than steps."""
         if self.warm_steps is not None and self.warm_steps > steps:
@@ -225,83 +218,6 @@ class NoisyStudent(Method):
         return rounds.ended()
 
 
-METHODS: dict[str, Any] = {NoisyStudent.name: NoisyStudent()}
-
-# Rounds are not compared.
-COMPARED = ()
-
-
-# ------------------------------------------------------------------------------- what is trained on
-
-
-@dataclass(frozen=True, kw_only=True)
-class DigitsOfRounds(Digits):
-    """The digits, with the schedule of the paper.
-
-    A batch has --ratio unlabeled ones for each labeled one.
-    """
-
-    unlabeled_batch: tyro.conf.Suppress[Batch] = 64
-    hidden: tuple[int, ...] = (64, 64)
-    fitting: Fitting = field(
-        default_factory=lambda: fitting_of_digits(steps=1000, schedule="exponential", lr=0.2)
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PicturesOfRounds(Pictures):
-    """What a picture becomes, how it is changed, and the network.
-
-    What is None is chosen by looking at some pictures.
-
-    Args:
-        dropout: dropout rate of the networks. By default it is 0.2, and 0.3 to 0.5 for the larger
-            EfficientNets.
-        stochastic_depth: probability that the last block of a network is skipped in a step. By
-            default it is 0.2 for networks that have it.
-    """
-
-    # Without a number, what its size asks for, of each network that has such noise and is trained
-    # whole.
-    dropout: Share | None = None  # type: ignore[assignment]
-    stochastic_depth: Share | None = None  # type: ignore[assignment]
-
-    def noise(self, architecture: Architecture) -> tuple[float, float]:
-        """Return the rates of dropout and of stochastic depth of a network.
-
-        Where they were not given they are the usual ones of a network that is trained whole, and
-        zero for others: what is frozen has no noise.
-        """
-        is_whole = self.backbone == "none" or self.tuning == "all"
-        dropout = self.dropout
-        if dropout is None:
-            dropout = 0.0
-            if is_whole:
-                dropout = DROPOUTS.get(architecture.name, USUAL_DROPOUT)
-        stochastic_depth = self.stochastic_depth
-        if stochastic_depth is None:
-            stochastic_depth = 0.0
-            if is_whole and architecture.has_stochastic_depth:
-                stochastic_depth = STOCHASTIC_DEPTH
-        return dropout, stochastic_depth
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImagesOfRounds(Images):
-    """Pictures, with the schedule of a training of minutes.
-
-    A batch has --ratio unlabeled ones for each labeled one.
-    """
-
-    usual_ratio: ClassVar[int] = RATIO_OF_PICTURES
-
-    unlabeled_batch: tyro.conf.Suppress[Batch] = 32
-    pictures: PicturesOfRounds = field(default_factory=PicturesOfRounds)
-    # The rate falls as a cosine. The paper's exponential spends half as many steps at a high rate,
-    # which costs a training of minutes more than it costs one of 350 epochs.
-    fitting: Fitting = field(default_factory=lambda: Fitting(ema_decay=0.99))
-
-
 # --------------------------------------------------------------------------------------- the rounds
 
 
@@ -316,7 +232,7 @@ class Rounds:
     def __init__(self, settings: NoisyStudent, training: Training) -> None:
         self.settings = settings
         self.training = training
-        self.config: Any = training.config
+        self.config = training.config
         self.data = training.data
         self.seed: int = self.config.fitting.seed
         self.configs = configs_of(self.config, settings)
@@ -451,7 +367,13 @@ class Rounds:
         return measured(seen, self.trainer.student, result.validation_accuracy, result.weights)
 
     def finetune(
-        self, config: Any, network: nn.Module, labeled: Any, *, phase: str, **options: Any
+        self,
+        config: TrainingConfig,
+        network: nn.Module,
+        labeled: Any,
+        *,
+        phase: str,
+        **options: Any,
     ) -> tuple[LossTrainer, FitResult]:
         trainer = LossTrainer(network, optimizer=config.finetuner(network), **self.training.options)
         fit_options = {**config.finetuning(), "schedule": "cosine", **options}
@@ -749,7 +671,7 @@ def picked(images: Any, positions: Tensor) -> Any:
 # ------------------------------------------------------------------------------- networks and rates
 
 
-def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
+def configs_of(config: TrainingConfig, settings: NoisyStudent) -> list[TrainingConfig]:
     """Return the settings with the network of each round, the first teacher's first.
 
     Networks that do not go on from one another are refused.
@@ -785,7 +707,7 @@ def configs_of(config: Any, settings: NoisyStudent) -> list[Any]:
     return configs
 
 
-def check_selection(config: Any, settings: NoisyStudent) -> None:
+def check_selection(config: TrainingConfig, settings: NoisyStudent) -> None:
     """Refuse a store for --select-by that is of other classes or pictures, or not selected.
 
     Nothing is written.
@@ -794,18 +716,14 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
     if folder is None:
         return
     flag = f"--select-by {folder}"
-    if not config.places:
-        raise MetaplError(
-            f"{flag}: expected each or once; a store names pictures in folders, and digits have "
-            "none."
-        )
+    files = config.scan("unlabeled")
+    classes = config.scan("labeled").classes
     if not (folder / "store.json").is_file():
         raise MetaplError(
             f"{flag}: expected each, once, or the folder of a store that metapl labels select "
             "wrote."
         )
     store = LabelStore(folder)
-    classes = scan_labeled(config.labeled).classes
     if "selected" not in store.provenance:
         raise MetaplError(
             f"{flag}: nothing was selected in it; expected what metapl labels select wrote of it."
@@ -813,18 +731,19 @@ def check_selection(config: Any, settings: NoisyStudent) -> None:
     if store.classes != classes:
         raise MetaplError(
             f"{flag} was selected by a network of the classes {few(store.classes)}; expected those "
-            f"of {config.labeled}: {few(classes)}."
+            f"of the labeled pictures: {few(classes)}."
         )
-    files = scan_unlabeled(config.unlabeled)
     paths = dict(zip(store.ids_of_files(files.root, files.names), files.paths(), strict=True))
     if not any(name in paths for name in store):
         raise MetaplError(
-            f"{flag} was selected of other pictures: it has none of those in {config.unlabeled}."
+            f"{flag} was selected of other pictures: it has none of those in {files.root}."
         )
     refuse_other_pictures(store, paths.get, lambda text: None)
 
 
-def optimizer(config: Any, network: nn.Module, rate: float = 1.0) -> torch.optim.Optimizer:
+def optimizer(
+    config: TrainingConfig, network: nn.Module, rate: float = 1.0
+) -> torch.optim.Optimizer:
     """Return the optimizer of a round's network, with ``rate`` times the usual learning rate."""
     usual: torch.optim.Optimizer = config.optimizer("teacher", network)
     for group in usual.param_groups:

@@ -1,0 +1,1 @@
+"""The methods by which networks are trained, one a file."""
