@@ -201,7 +201,7 @@ def test_what_is_no_backbone_is_refused_in_a_line(
         ("--backbone {root}/weights.pt --weights {root}/weights.pt", "leave one out"),
         ("--backbone {root}/weights.pt --dropout 0.5", "noise"),
         ("--backbone {root}/weights.pt --grey True", "takes color pictures"),
-        ("--backbone none --tuning head", "--tuning"),
+        ("--backbone none --tuning head", "expected --backbone beside it"),
         ("--backbone {root}/test/red/red-0.png", "read"),
     ):
         error = metapl(*command(f"{IMAGES} uda {more}", root, tmp_path / "run"), code=2).stderr
