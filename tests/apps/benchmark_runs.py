@@ -29,7 +29,6 @@ FIRST = (
     "noisy_student",
     "scale",
     "step",
-    "tables",
 )
 SECOND = (
     "digits_study",

@@ -122,8 +122,9 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
         f"{by_forward} of" in page
     )
     missed = right_elsewhere - right["metapl, forward"]
-    assert missed == {"a captured teacher", "a count in an attribute"}
-    assert missed - right["metapl, unrolled"] == {"a captured teacher"}
+    refused_by_name = {"Python's random numbers", "weight norm, the old one"}
+    assert missed == {"a captured teacher", "a count in an attribute"} | refused_by_name
+    assert missed - right["metapl, unrolled"] == {"a captured teacher"} | refused_by_name
 
 
 def test_the_claims_of_the_readme_are_those_of_the_rows() -> None:
