@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +33,12 @@ from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.training.loop import Callback, Fit, FitRequest, FitResult
+from metapl.training.network_settings import (
+    NetworkSettings,
+    is_evaluating_as_a_whole,
+    network_settings,
+    set_network_settings,
+)
 from metapl.training.options import FitKeywords, FitOptions, fit_options
 from metapl.updates.optimizers import summary_of
 
@@ -89,6 +96,7 @@ class Trainer(ABC):
     teacher_classifies: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
+    _has_told_evaluation: bool = False
 
     @property
     @abstractmethod
@@ -441,6 +449,30 @@ class Trainer(ABC):
         self.load_state_dict(state["trainer"])
         # Last, for loading may draw.
         checkpoint.set_rng_state(state["rng"])
+
+    def network_settings(self) -> dict[str, Any]:
+        """Return what of the networks is frozen and in evaluation, and their numbers, by role."""
+        return {role: network_settings(network) for role, network in self.networks.items()}
+
+    def set_network_settings(self, settings: Mapping[str, NetworkSettings]) -> None:
+        """Give the networks the settings that :meth:`network_settings` has returned."""
+        for role, network in self.networks.items():
+            set_network_settings(network, settings[role], role)
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(text.removeprefix("warning: "), stacklevel=4)
+
+    def tell_evaluation(self, say: Say) -> None:
+        """Say once which networks are in evaluation mode as a whole; they stay so."""
+        if self._has_told_evaluation:
+            return
+        self._has_told_evaluation = True
+        for role, network in self.networks.items():
+            if is_evaluating_as_a_whole(network):
+                say(
+                    f"warning: the {role} is in eval() as a whole: its dropout is off and its "
+                    f"statistics stay; call {role}.train() before, unless that is meant"
+                )
 
     def _autocast(self) -> AbstractContextManager[Any]:
         """Return a block in which the networks run in the trainer's precision."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol, TypeGuard
 
+from metapl.feedback.report import Say
 from metapl.protocols import AnyTrainer, TwoLevelTrainer
 from metapl.training.options import FitOptions
 
@@ -12,6 +13,7 @@ class Fittable(AnyTrainer, Protocol):
     """A trainer whose fit may begin with steps that the student takes alone."""
 
     def first_steps(self, options: FitOptions) -> int: ...
+    def tell_evaluation(self, say: Say) -> None: ...
 
 
 def is_two_level(trainer: AnyTrainer) -> TypeGuard[TwoLevelTrainer]:

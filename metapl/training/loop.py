@@ -258,8 +258,12 @@ class Fit:
 
     def begin(self) -> None:
         """Begin at the first step, or where the newest whole checkpoint is."""
-        if not self.resumes:
-            return
+        if self.resumes:
+            self.resume()
+        self.trainer.tell_evaluation(self.say)
+
+    def resume(self) -> None:
+        """Begin where the newest whole checkpoint is, or at the first step where there is none."""
         path, state = self.checkpoints.newest()
         phase = self.options.phase
         if path is None:

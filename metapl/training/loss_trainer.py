@@ -142,6 +142,8 @@ class LossTrainer(Trainer):
         outer = labeled_pair(outer)
         inner = plain(inner)
         self.layout.begin_step()
+        if self.steps_done == 0:
+            self.tell_evaluation(self._warn)
         if self.steps_done == 0 and not self._optimizer_holds_any_weight():
             raise MetaplError(
                 "the optimizer holds none of the network's trainable parameters; expected those."
@@ -238,6 +240,7 @@ class LossTrainer(Trainer):
         """Return all that a checkpoint holds of the trainer, without copies; see :meth:`_load`."""
         return {
             "student": self.student.state_dict(),
+            "settings": self.network_settings(),
             "optimizer": self.optimizer.state_dict(),
             "steps_done": self.steps_done,
         }
@@ -246,6 +249,7 @@ class LossTrainer(Trainer):
         """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part."""
         refuse_missing_entries(state, self.live_state())
         load_whole(self.student, state["student"])
+        self.set_network_settings(state["settings"])
         refuse_state_of_another(state["optimizer"], self.optimizer, "optimizer")
         self.optimizer.load_state_dict(
             laid_out_for(copy.deepcopy(state["optimizer"]), self.optimizer)

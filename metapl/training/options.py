@@ -193,18 +193,19 @@ class Rates:
     Attributes:
         optimizers: those of ``torch.optim`` by the names of their arguments, such as
             ``"inner_optimizer"``, whose rate has the column ``"inner_lr"``.
+        begun_groups: the settings of the groups of each as the fit began, or as they were added.
     """
 
     def __init__(self, trainer: AnyTrainer, options: FitOptions) -> None:
         self.options = options
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.base_rates: dict[str, list[Any]] = {}
+        self.begun_groups: dict[str, list[dict[str, Any]]] = {}
         for name, optimizer in trainer.optimizers.items():
             # A transform of TorchOpt has no rate to move.
             if not isinstance(optimizer, torch.optim.Optimizer):
                 continue
             self.optimizers[name] = optimizer
-            self.base_rates[name] = [group["lr"] for group in optimizer.param_groups]
+            self.begun_groups[name] = [settings_of_group(group) for group in optimizer.param_groups]
 
     def move(self, step: int | None) -> None:
         """Set the rates of a step; None: the base rates."""
@@ -213,12 +214,12 @@ class Rates:
             wait = 0 if name == "outer_optimizer" else self.options.wait
             factor = 1.0 if step is None else self.options.rate(step, wait)
             groups = optimizer.param_groups
-            base_rates = self.base_rates[name]
+            begun_groups = self.begun_groups[name]
             # Groups may have been added since, such as those of layers that were unfrozen.
-            for group in groups[len(base_rates) :]:
-                base_rates.append(group["lr"])
-            for group, rate in zip(groups, base_rates, strict=True):
-                group["lr"] = rate * factor
+            for group in groups[len(begun_groups) :]:
+                begun_groups.append(settings_of_group(group))
+            for group, begun in zip(groups, begun_groups, strict=True):
+                group["lr"] = begun["lr"] * factor
 
     def now(self) -> dict[str, float]:
         """Return the rates of the first param groups, by column of a row."""
@@ -227,6 +228,13 @@ class Rates:
             column = name.removesuffix("optimizer") + "lr"
             rates[column] = optimizer.param_groups[0]["lr"]
         return rates
+
+
+def settings_of_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the settings of a param group, with the number of its parameters."""
+    settings = {key: value for key, value in group.items() if key != "params"}
+    settings["parameters"] = len(group["params"])
+    return settings
 
 
 class Average:

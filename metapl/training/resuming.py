@@ -34,11 +34,9 @@ from metapl.training.options import FitOptions, Rates
 from metapl.training.sources import Sources
 
 # Options that do not decide where a fit goes, and settings of an optimizer that change its speed
-# alone. The rate is compared as the schedule found it.
+# alone.
 FREE_OPTIONS = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
 SPEED_SETTINGS = (
-    "params",
-    "lr",
     "foreach",
     "fused",
     "capturable",
@@ -182,17 +180,12 @@ def settings_of(
     settings["validation metric"] = metric and (metric.name, metric.better)
     settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
     for name, optimizer in rates.optimizers.items():
-        groups_and_rates = zip(optimizer.param_groups, rates.base_rates[name], strict=False)
-        for number, (group, rate) in enumerate(groups_and_rates):
-            group_settings: dict[str, Any] = {}
-            for key, value in group.items():
-                if key not in SPEED_SETTINGS:
-                    group_settings[key] = value
-            group_settings["optimizer"] = type(optimizer).__name__
-            group_settings["lr"] = float(rate)
-            group_settings["parameters"] = len(group["params"])
+        for number, group in enumerate(rates.begun_groups[name]):
+            group_settings = {**group, "optimizer": type(optimizer).__name__}
+            group_settings["lr"] = float(group["lr"])
             for key, value in group_settings.items():
-                settings[f"{name}.{number}.{key}"] = value
+                if key not in SPEED_SETTINGS:
+                    settings[f"{name}.{number}.{key}"] = value
     # A frozen dataclass shows its fields; other values may show where they are in memory.
     return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
 

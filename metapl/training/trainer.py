@@ -430,6 +430,8 @@ class BilevelTrainer(Trainer):
         student_slots.watch_losses_of(self.problem)
         fingerprint = hash((teacher_slots.mark, student_slots.mark))
         look = None
+        if fingerprint not in self._looked_at:
+            self.tell_evaluation(self._warn)
         if fingerprint not in self._looked_at and self.mode.credits != "nothing":
             refuse_gradients_of_batches(outer_batch, inner_batches)
             refuse_learned_settings(self.update)
@@ -880,6 +882,7 @@ class BilevelTrainer(Trainer):
             "lookahead": self.lookahead,
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "student": self.student.state_dict(),
+            "settings": self.network_settings(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "mode_state": self.mode_state,
@@ -899,11 +902,15 @@ class BilevelTrainer(Trainer):
             raise MetaplError(
                 f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}"
             )
+        if (self.generator is None) != (state["generator"] is None):
+            has_generator = "none" if self.generator is None else "one"
+            raise MetaplError(f"its generator is another: the trainer has {has_generator}")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
+        self.set_network_settings(state["settings"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
         self.update.load_state_dict(
             laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)

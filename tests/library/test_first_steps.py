@@ -255,6 +255,7 @@ def test_patience_is_counted_from_where_the_teacher_begins() -> None:
     assert trainer.steps_done == 9
 
 
+@pytest.mark.filterwarnings("ignore:the student is in eval")
 def test_first_steps_are_with_micro_batches_and_a_clip_what_they_are_without() -> None:
     plain = weight_trainer(clip_norm=0.5)
     parts = weight_trainer(clip_norm=0.5, accumulate=2)

@@ -551,6 +551,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the student is in eval")
 @pytest.mark.parametrize("mode", ["forward", "reinforce", "unrolled"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_between_steps_is_seen(change: str, mode: Any) -> None:

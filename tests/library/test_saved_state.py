@@ -1,0 +1,337 @@
+"""What is saved is the whole state: a resumed run is the run that nobody stopped.
+
+Finetuning in stages freezes, thaws and puts into evaluation while a fit runs; the program that
+resumes builds its networks as the first one did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import metapl
+from metapl.training.network_settings import network_settings
+
+STOPPED_IN = 8
+CHANGED_IN = 4
+
+
+def networks() -> list[nn.Sequential]:
+    """Return two small networks, the same in each call."""
+    torch.manual_seed(0)
+    return [
+        nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.2), nn.Linear(8, 3))
+        for _ in range(2)
+    ]
+
+
+def trainer_of(kind: str) -> metapl.BilevelTrainer | metapl.LossTrainer:
+    """Return a new trainer, whose student's first layer is frozen."""
+    teacher, student = networks()
+    student[3].requires_grad_(requires_grad=False)
+    if kind == "bilevel":
+        return metapl.BilevelTrainer(teacher, student)
+    return metapl.LossTrainer(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
+
+
+def freeze(trainer: Any) -> None:
+    trainer.student[0].requires_grad_(requires_grad=False)
+
+
+def thaw(trainer: Any) -> None:
+    trainer.student[3].requires_grad_(requires_grad=True)
+
+
+def evaluate_norm(trainer: Any) -> None:
+    trainer.student[1].eval()
+
+
+def evaluate_teacher(trainer: Any) -> None:
+    next(reversed(trainer.networks.values()))[1].eval()
+
+
+def drop_less(trainer: Any) -> None:
+    trainer.student[2].p = 0.05
+
+
+def follow_slower(trainer: Any) -> None:
+    trainer.student[1].momentum = 0.01
+
+
+def decay_more(trainer: Any) -> None:
+    trainer.schedulable[0].param_groups[0]["weight_decay"] = 0.01
+
+
+CHANGES = (freeze, thaw, evaluate_norm, evaluate_teacher, drop_less, follow_slower, decay_more)
+
+
+def fit(kind: str, out: Path, change: Callable[[Any], None], *, stops: bool, **options: Any) -> Any:
+    """Fit a new trainer, change it in a step, and perhaps stop; return the trainer."""
+    trainer = trainer_of(kind)
+
+    def at_step(step: int, row: dict[str, float], trainer: Any) -> None:
+        if step == CHANGED_IN:
+            change(trainer)
+        if stops and step == STOPPED_IN:
+            raise KeyboardInterrupt
+
+    generator = torch.Generator().manual_seed(1)
+    labeled = torch.randn(40, 6, generator=generator), torch.arange(40) % 3
+    inner = torch.randn(40, 6, generator=generator) if kind == "bilevel" else None
+    torch.manual_seed(2)
+    trainer.fit(
+        labeled,
+        inner,
+        steps=20,
+        batch_size=8,
+        out=out,
+        save_every=3,
+        log_every=1,
+        callbacks=[at_step],
+        progress=False,
+        say=lambda text: None,
+        **options,
+    )
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["bilevel", "loss"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resumed_run_ends_as_one_left_alone(
+    kind: str, change: Callable[[Any], None], tmp_path: Path
+) -> None:
+    whole = fit(kind, tmp_path / "whole", change, stops=False)
+    with pytest.raises(KeyboardInterrupt):
+        fit(kind, tmp_path / "stopped", change, stops=True)
+    resumed = fit(kind, tmp_path / "stopped", change, stops=False, resume=True)
+    for role, network in whole.networks.items():
+        assert network_settings(network) == network_settings(resumed.networks[role])
+        state = resumed.networks[role].state_dict()
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, state[name]), f"{role}.{name}"
+
+
+def test_a_run_without_the_change_ends_elsewhere(tmp_path: Path) -> None:
+    """Each change matters, so that the test above can fail."""
+    plain = fit("bilevel", tmp_path / "plain", lambda trainer: None, stops=False)
+    for change in CHANGES:
+        changed = fit("bilevel", tmp_path / change.__name__, change, stops=False)
+        assert any(
+            not torch.equal(value, changed.networks[role].state_dict()[name])
+            for role, network in plain.networks.items()
+            for name, value in network.state_dict().items()
+        ), change.__name__
+
+
+def exchange_layer(trainer: Any) -> None:
+    trainer.student[2] = nn.AlphaDropout(0.2)
+
+
+def count(trainer: Any) -> None:
+    trainer.student[2].calls = 3
+
+
+def draw_apart(trainer: Any) -> None:
+    trainer.generator = torch.Generator().manual_seed(5)
+
+
+REFUSED = {
+    exchange_layer: "its student.2 is a AlphaDropout, and the trainer's Dropout",
+    count: "its student.2 has a number calls, and the trainer's has none",
+    draw_apart: "its generator is another: the trainer has none",
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_what_cannot_be_restored_is_refused_by_name(change: Callable[[Any], None]) -> None:
+    trainer = trainer_of("bilevel")
+    change(trainer)
+    with pytest.raises(metapl.MetaplError, match=REFUSED[change]):
+        trainer_of("bilevel").load_state_dict(trainer.state_dict())
+
+
+def test_a_refused_state_changes_nothing() -> None:
+    other = trainer_of("bilevel")
+    freeze(other)
+    exchange_layer(other)
+    trainer = trainer_of("bilevel")
+    before = trainer.network_settings()
+    with pytest.raises(metapl.MetaplError):
+        trainer.load_state_dict(other.state_dict())
+    assert trainer.network_settings() == before
+
+
+# --------------------------------------------------------------------- no attribute without a place
+
+SAVED = "in the checkpoint"
+BY_THE_PROGRAM = "an argument or code, which the program that resumes gives again"
+FOLLOWS = "follows from what is saved, and is made anew in the next step"
+
+MODULE_ATTRIBUTES = {
+    "training": SAVED,
+    "_parameters": SAVED,
+    "_buffers": SAVED,
+    "_modules": SAVED,
+    "_non_persistent_buffers_set": BY_THE_PROGRAM,
+    "_backward_pre_hooks": BY_THE_PROGRAM,
+    "_backward_hooks": BY_THE_PROGRAM,
+    "_is_full_backward_hook": BY_THE_PROGRAM,
+    "_forward_hooks": BY_THE_PROGRAM,
+    "_forward_hooks_with_kwargs": BY_THE_PROGRAM,
+    "_forward_hooks_always_called": BY_THE_PROGRAM,
+    "_forward_pre_hooks": BY_THE_PROGRAM,
+    "_forward_pre_hooks_with_kwargs": BY_THE_PROGRAM,
+    "_state_dict_hooks": BY_THE_PROGRAM,
+    "_state_dict_pre_hooks": BY_THE_PROGRAM,
+    "_load_state_dict_pre_hooks": BY_THE_PROGRAM,
+    "_load_state_dict_post_hooks": BY_THE_PROGRAM,
+}
+
+OPTIMIZER_ATTRIBUTES = {
+    "state": SAVED,
+    "param_groups": SAVED,
+    "defaults": BY_THE_PROGRAM,
+    "_warned_capturable_if_run_uncaptured": BY_THE_PROGRAM,
+    "_optimizer_step_pre_hooks": BY_THE_PROGRAM,
+    "_optimizer_step_post_hooks": BY_THE_PROGRAM,
+    "_optimizer_state_dict_pre_hooks": BY_THE_PROGRAM,
+    "_optimizer_state_dict_post_hooks": BY_THE_PROGRAM,
+    "_optimizer_load_state_dict_pre_hooks": BY_THE_PROGRAM,
+    "_optimizer_load_state_dict_post_hooks": BY_THE_PROGRAM,
+    "_zero_grad_profile_name": BY_THE_PROGRAM,
+    "_opt_called": FOLLOWS,
+    "_need_device_dtype_check_for_fused": BY_THE_PROGRAM,
+}
+
+TRAINER_ATTRIBUTES = {
+    "steps_done": SAVED,
+    "mode_state": SAVED,
+    "generator": SAVED,
+    "verification": SAVED,
+    "orders": SAVED,
+    "student": SAVED,
+    "teacher": SAVED,
+    "update": SAVED,
+    "optimizer": SAVED,
+    "inner_optimizer": SAVED,
+    "outer_optimizer": SAVED,
+    "as_given": BY_THE_PROGRAM,
+    "network": BY_THE_PROGRAM,
+    "mode": BY_THE_PROGRAM,
+    "problem": BY_THE_PROGRAM,
+    "given_problem": BY_THE_PROGRAM,
+    "losses": BY_THE_PROGRAM,
+    "teacher_losses": BY_THE_PROGRAM,
+    "feedback_weight": BY_THE_PROGRAM,
+    "feedback_ratio": BY_THE_PROGRAM,
+    "feedback_bound": BY_THE_PROGRAM,
+    "lookahead": BY_THE_PROGRAM,
+    "accumulate": BY_THE_PROGRAM,
+    "clip_norm": BY_THE_PROGRAM,
+    "compile": BY_THE_PROGRAM,
+    "precision": BY_THE_PROGRAM,
+    "recompute_teacher": BY_THE_PROGRAM,
+    "classifies": BY_THE_PROGRAM,
+    "teacher_classifies": BY_THE_PROGRAM,
+    "device": FOLLOWS,
+    "distributed": FOLLOWS,
+    "ranks": FOLLOWS,
+    "layout": FOLLOWS,
+    "layouts": FOLLOWS,
+    "teacher_layout": FOLLOWS,
+    "pair": FOLLOWS,
+    "slots": FOLLOWS,
+    "compiled_step": FOLLOWS,
+    "measures_feedback": FOLLOWS,
+    "_student_type": FOLLOWS,
+    "_teacher_trainer": FOLLOWS,
+    "_own_step": FOLLOWS,
+    "_looked_at": FOLLOWS,
+    "_compared_weights": FOLLOWS,
+    "_has_compared_halves": FOLLOWS,
+    "_has_told_evaluation": FOLLOWS,
+}
+
+
+@pytest.mark.parametrize("kind", ["bilevel", "loss"])
+def test_every_attribute_has_a_place(kind: str) -> None:
+    """Whoever adds state to a trainer says here what a checkpoint does with it."""
+    trainer = trainer_of(kind)
+    x = torch.randn(8, 6)
+    trainer.step((x, torch.arange(8) % 3), x if kind == "bilevel" else None)
+    assert vars(trainer).keys() <= TRAINER_ATTRIBUTES.keys()
+    for network in trainer.networks.values():
+        assert vars(network).keys() <= MODULE_ATTRIBUTES.keys()
+    for optimizer in trainer.schedulable:
+        assert vars(optimizer).keys() <= OPTIMIZER_ATTRIBUTES.keys()
+
+
+# --------------------------------------------------------------------------- networks in evaluation
+
+
+class Wrapped(nn.Module):
+    """A network from elsewhere within a wrapper, which is in training itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.network(x)
+        return logits
+
+
+@pytest.mark.parametrize("kind", ["bilevel", "loss"])
+@pytest.mark.parametrize("is_wrapped", [False, True])
+def test_a_network_in_evaluation_as_a_whole_is_named_once(kind: str, is_wrapped: bool) -> None:
+    teacher, student = networks()
+    student.eval()
+    model = Wrapped(student) if is_wrapped else student
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    trainer: Any = metapl.LossTrainer(model, optimizer=optimizer)
+    if kind == "bilevel":
+        trainer = metapl.BilevelTrainer(teacher, model, inner_optimizer=optimizer)
+    x = torch.randn(40, 6)
+    said: list[str] = []
+    for steps in (4, 8):
+        trainer.fit(
+            (x, torch.arange(40) % 3),
+            x if kind == "bilevel" else None,
+            steps=steps,
+            batch_size=8,
+            progress=False,
+            say=said.append,
+        )
+    lines = [text for text in said if "eval()" in text]
+    assert len(lines) == 1
+    assert lines[0].startswith("warning: the student is in eval() as a whole")
+    assert not student.training
+
+
+@pytest.mark.parametrize("kind", ["bilevel", "loss"])
+def test_a_step_warns_of_a_network_in_evaluation(kind: str) -> None:
+    trainer: Any = trainer_of(kind)
+    trainer.student.eval()
+    x = torch.randn(8, 6)
+    batches = ((x, torch.arange(8) % 3), x if kind == "bilevel" else None)
+    with pytest.warns(UserWarning, match="the student is in eval"):
+        trainer.step(*batches)
+    # Another warning would be an error.
+    trainer.step(*batches)
+
+
+def test_frozen_statistics_and_plain_networks_are_not_named() -> None:
+    said: list[str] = []
+    trainer = trainer_of("loss")
+    evaluate_norm(trainer)
+    trainer.student[2].p = 0.0
+    trainer.tell_evaluation(said.append)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    metapl.LossTrainer(plain, optimizer=optimizer).tell_evaluation(said.append)
+    assert said == []
