@@ -99,6 +99,7 @@ class FitResult:
             fit too.
         metric: its name: ``"accuracy"``, whose value is a fraction, ``"loss"``, or that of the
             metric that was given.
+        warnings: what the fit has said that went wrong, such as a feedback that does nothing.
     """
 
     value: float | None
@@ -107,6 +108,7 @@ class FitResult:
     teacher_weights: dict[str, Tensor] | None = field(default=None, repr=False)
     history: list[dict[str, float]] = field(default_factory=list, repr=False)
     metric: str | None = "accuracy"
+    warnings: tuple[str, ...] = ()
 
     @property
     def validation_accuracy(self) -> float | None:
@@ -506,6 +508,7 @@ class Fit:
             # resumed.
             history=self.ranks.gathered(self.records.history)[0],
             metric=None if self.metric is None else self.metric.name,
+            warnings=tuple(self.outcomes.warnings),
         )
 
 

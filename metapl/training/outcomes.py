@@ -25,6 +25,12 @@ from metapl.training.options import FitOptions
 # decides alone where the teacher goes.
 TOO_LARGE = 10.0
 
+# Below this ratio, in the mean of so many rows or more, the teacher learns as without feedback. The
+# mean is over all rows after warm-up: the feedback is as small as the student's rate, and so it is
+# small at the end of every schedule.
+TOO_SMALL = 1e-3
+FEWEST_ROWS = 10
+
 # A single batch may be odd: so many rows in a row show it before anything is said.
 ROWS = 3
 
@@ -75,10 +81,15 @@ class Outcomes:
         self.trainer = trainer
         self.options = options
         self._say = say
-        # The kinds of warnings that have been said.
+        # The kinds of warnings that have been said, or were looked for once, and what was said.
         self.said: list[str] = []
+        self.warnings: list[str] = []
         # How many recorded rows in a row have shown a kind, of those that are said after several.
         self.rows_in_a_row: dict[str, int] = {}
+        # The mean ratio of the feedback's gradient to that of the teacher's own losses, of so many
+        # rows.
+        self.mean_ratio = 0.0
+        self.compared_rows = 0
         # The first entropy of each prediction, and the least one of the labeled examples' classes.
         self.entropies: dict[str, float] = {}
         # Roughly the first step in which the outer variables are taught.
@@ -88,7 +99,10 @@ class Outcomes:
     def state_dict(self) -> dict[str, Any]:
         return {
             "said": list(self.said),
+            "warnings": list(self.warnings),
             "rows_in_a_row": dict(self.rows_in_a_row),
+            "mean_ratio": self.mean_ratio,
+            "compared_rows": self.compared_rows,
             "entropies": dict(self.entropies),
             "first_step": self.first_step,
             "start": self.start,
@@ -153,7 +167,11 @@ class Outcomes:
         """Say something, unless something of its kind has been said."""
         if kind not in self.said:
             self.said.append(kind)
-            self._say(f"warning: {text}")
+            self._warn(text)
+
+    def _warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self._say(f"warning: {text}")
 
     def _remedies(self, role: str) -> list[str]:
         """Return what to do about a network that has learned nothing, or has forgotten it."""
@@ -190,6 +208,8 @@ class Outcomes:
         ratio = row.get("feedback_ratio")
         if ratio is None:
             return
+        if step > self.options.warmup:
+            self._look_for_no_effect(step, ratio, weight=row.get("feedback_weight", 1.0))
         # It is infinite where the own losses say nothing, such as before they begin.
         if self._count("feedback", TOO_LARGE <= ratio < math.inf) >= ROWS:
             remedies = self._less_feedback() or ["lower its learning rate"]
@@ -200,6 +220,28 @@ class Outcomes:
                 "so the teacher may forget its labels: "
                 f"{listed(remedies)}",
             )
+
+    def _look_for_no_effect(self, step: int, ratio: float, *, weight: float) -> None:
+        """Look whether the feedback is so small that the teacher learns as without it."""
+        mode = self.trainer.mode if is_two_level(self.trainer) else None
+        if mode is None or mode.credits == "nothing" or weight == 0:
+            return
+        self.compared_rows += 1
+        self.mean_ratio += (ratio - self.mean_ratio) / self.compared_rows
+        if self.compared_rows < FEWEST_ROWS or self.mean_ratio >= TOO_SMALL:
+            return
+        remedies = ["give feedback_ratio=0.1 in place of a weight"]
+        if self.mean_ratio > 0:
+            tenth = weight * DEFAULT_BOUND / self.mean_ratio
+            remedies = [f"give feedback_weight={tenth:.1g}, by which it would be a tenth"]
+        if mode.credits == "batch":
+            remedies.append("take a mode with less noise, such as 'reinforce_per_example'")
+        self.say_once(
+            "no feedback",
+            f"the feedback does nothing: up to step {step:,} its gradient was in the mean "
+            f"{self.mean_ratio:.1g} of that of the teacher's own losses, so the teacher learns as "
+            f"without it; {listed(remedies)}",
+        )
 
     def _look_for_collapse(
         self, step: int, row: Mapping[str, float], *, counts_labels: bool
@@ -262,8 +304,8 @@ class Outcomes:
             rate = "0.1"
         if move >= least_move:
             return
-        self._say(
-            f"warning: the teacher's parameters have hardly moved after {step:,} steps, by "
+        self._warn(
+            f"the teacher's parameters have hardly moved after {step:,} steps, by "
             f"{move:.1g} each {compared}; give it a greater rate, as by "
             f"outer_optimizer=torch.optim.Adam(teacher.parameters(), lr={rate})"
         )

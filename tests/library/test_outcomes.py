@@ -5,6 +5,7 @@ By real trainings on digits.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -191,6 +192,27 @@ def test_adam_moves_a_table() -> None:
 
 
 # ----------------------------------------------------------------------------- what goes wrong does
+
+
+@pytest.mark.parametrize("mode", ["forward", "reinforce"])
+def test_a_feedback_that_does_nothing_is_said_once(mode: str) -> None:
+    """The teacher of a feedback a million times smaller than its own losses learns as without."""
+    texts, result, _ = trained(mode, feedback_weight=1e-5, fit={"steps": 100, "validate_every": 20})
+    (warning,) = result.warnings
+    assert texts == [f"warning: {warning}"]
+    assert "the feedback does nothing" in warning
+    assert "give feedback_weight=" in warning
+    assert ("reinforce_per_example" in warning) == (mode == "reinforce")
+
+
+def test_the_weight_that_is_proposed_gives_a_tenth() -> None:
+    _, result, _ = trained(feedback_weight=1e-5, fit={"steps": 100})
+    (warning,) = result.warnings
+    (proposed,) = re.findall(r"feedback_weight=([0-9.e+-]+),", warning)
+    _, again, _ = trained(feedback_weight=float(proposed), fit={"steps": 100})
+    ratios = [row["feedback_ratio"] for row in again.history]
+    assert 0.02 < sum(ratios) / len(ratios) < 0.5
+    assert again.warnings == ()
 
 
 def test_a_student_that_dies_is_said_with_its_remedy() -> None:
