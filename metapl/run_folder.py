@@ -51,6 +51,7 @@ from metapl.runs.files import (
     write_whole,
 )
 from metapl.runs.folder import LOCK, Folder
+from metapl.words import composed
 
 # The layout of run folders that this version writes and reads.
 FORMAT = 4
@@ -446,7 +447,7 @@ class EndedRun:
         return cls(
             folder=folder,
             title=about["title"],
-            classes=tuple(about["classes"]),
+            classes=tuple(map(composed, about["classes"])),
             cards=cards,
             description=description,
             result=result,

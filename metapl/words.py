@@ -16,6 +16,14 @@ TURNS = frozenset(
 """Characters that change the direction of a line, or end it."""
 
 
+def composed(name: str) -> str:
+    """Return a name in the Unicode form in which names are compared, NFC.
+
+    Names that came through a Mac are in another one, and look alike.
+    """
+    return unicodedata.normalize("NFC", name)
+
+
 def shown(text: object, keep: str = "") -> str:
     """Return a name or a message in which what a terminal would not show is escaped.
 

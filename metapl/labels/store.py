@@ -46,6 +46,7 @@ from metapl.runs.files import (
     sha256_of,
     write_whole,
 )
+from metapl.words import composed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,7 +134,7 @@ class LabelStore:
                 f"the store in {folder} is not whole: go on with resume=True (--resume)."
             )
         self.complete: bool = content["complete"]
-        self.classes: tuple[str, ...] = tuple(content["classes"])
+        self.classes: tuple[str, ...] = tuple(map(composed, content["classes"]))
         self.top_k: int | None = content["top_k"]
         self.rows_per_part: int = content["rows_per_part"]
         self.provenance: Mapping[str, Any] = content["provenance"]
@@ -230,8 +231,14 @@ class LabelStore:
         names: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
         wanted = [name if is_text(name) else None for name in names]
         stored_ids = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
-        rows = pc.index_in(pa.array(wanted, stored_ids.type), value_set=stored_ids).fill_null(-1)
-        return np.asarray(rows.to_numpy(zero_copy_only=False), dtype=np.int64)
+        wanted_ids = pa.array(wanted, stored_ids.type)
+        rows = pc.index_in(wanted_ids, value_set=stored_ids)
+        if rows.null_count and pa.types.is_string(stored_ids.type):
+            # Names of files may have changed their Unicode form on the way.
+            composed_ids = pc.utf8_normalize(stored_ids, "NFC")
+            composed_rows = pc.index_in(pc.utf8_normalize(wanted_ids, "NFC"), composed_ids)
+            rows = pc.coalesce(rows, composed_rows)
+        return np.asarray(rows.fill_null(-1).to_numpy(zero_copy_only=False), dtype=np.int64)
 
     def at(self, rows: Sequence[int] | Values | Tensor) -> Tensor:
         """Return the distributions of B rows in any order, float32 (B, C) on the CPU.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from metapl.pictures.reader import (
     size_of,
     tar_members,
 )
-from metapl.words import shown
+from metapl.words import composed, shown
 
 # Called now and then with the number of files that are done.
 Progress = Callable[[int], object]
@@ -44,6 +45,19 @@ WHOLE_BYTES = 2**30
 # The most files that are decoded before a training, and the most bytes.
 DECODE_UP_TO = 5_000
 DECODE_BYTES = 2**29
+
+# Names that systems give to folders and files of their own.
+SYSTEM_NAMES = (
+    "#recycle",
+    "$recycle.bin",
+    "@eadir",
+    "@recycle",
+    "__macosx",
+    "desktop.ini",
+    "lost+found",
+    "system volume information",
+    "thumbs.db",
+)
 
 
 def silent(done: int) -> None:
@@ -87,7 +101,7 @@ class LabeledFiles(Files):
     """The pictures of a folder that holds one folder a class.
 
     Args:
-        classes: the names of the class folders, in the order of their characters.
+        classes: the names of the class folders in NFC, in the order of their characters.
         labels: of each file, an index into the classes.
     """
 
@@ -106,7 +120,7 @@ class LabeledFiles(Files):
             MetaplError: there are pictures of another class.
         """
         expected = self.classes if classes is None else classes
-        numbers = {name: number for number, name in enumerate(expected)}
+        numbers = {composed(name): number for number, name in enumerate(expected)}
         names = [self.classes[label] for label in self.labels]
         unknown = sorted({*names} - numbers.keys())
         if unknown:
@@ -125,10 +139,11 @@ def scan_unlabeled(folder: str | Path) -> Files:
     """List the pictures of a folder and all folders in it.
 
     Their order depends on their names alone. Files are known by their suffix, and not opened.
-    Hidden ones (``.name``, ``__MACOSX``) are left out; links are followed, and a folder is listed
-    once. Where there are tar files and no pictures, the pictures in these are listed:
-    ``000000.tar/deep/er/a.png``. In the place of a folder may stand a text file with the path of a
-    picture in each line, from the file's own folder on. Cost: about a second for 100,000 files.
+    Hidden ones and those of systems (``.name``, ``__MACOSX``, ``@eaDir``) are left out; links are
+    followed, and a folder is listed once. Where there are tar files and no pictures, the pictures
+    in these are listed: ``000000.tar/deep/er/a.png``. In the place of a folder may stand a text
+    file with the path of a picture in each line, from the file's own folder on. Cost: about a
+    second for 100,000 files.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
@@ -138,7 +153,7 @@ def scan_unlabeled(folder: str | Path) -> Files:
     ('b.jpg', 'deep/er/a.PNG')
     """
     root = Path(folder).expanduser()
-    if root.suffix == ".txt" and root.is_file():
+    if root.suffix.lower() == ".txt" and root.is_file():
         root, files = _files_of_list(root)
     else:
         files = _files_below(root)
@@ -155,12 +170,21 @@ def scan_unlabeled(folder: str | Path) -> Files:
 
 def _files_of_list(file: Path) -> tuple[Path, list[str]]:
     """Return the folder that the files of a list have in common, and the files relative to it."""
-    lines = file.read_text("utf-8", "surrogateescape").splitlines()
-    paths = {os.path.abspath(file.parent / line) for line in lines if line}
+    # Editors of some systems begin a file with a mark of its encoding.
+    lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+    paths = {_path_on_disk(os.path.abspath(file.parent / line)) for line in lines if line}
     if not paths:
         return file, []
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
     return Path(root), [os.path.relpath(path, root) for path in paths]
+
+
+def _path_on_disk(path: str) -> str:
+    """Return a path in the form that the file has on the disk, or as it is where there is none."""
+    for form in (path, composed(path), unicodedata.normalize("NFD", path)):
+        if os.path.lexists(form):
+            return form
+    return path
 
 
 def _files_below(root: Path, above: Path | None = None) -> list[str]:
@@ -193,7 +217,8 @@ def _members_of(tar: Path) -> list[str]:
 def scan_labeled(folder: str | Path) -> LabeledFiles:
     """List the pictures of a folder that holds one folder a class, with all folders in those.
 
-    Files are found as by :func:`scan_unlabeled`, without lists and tar files.
+    Files are found as by :func:`scan_unlabeled`, without lists and tar files. Folders whose names
+    differ in their Unicode form alone are one class.
 
     >>> import tempfile
     >>> root = Path(tempfile.mkdtemp())
@@ -204,8 +229,8 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
     (('cat', 'dog'), (0, 1, 1))
     """
     root = Path(folder).expanduser()
-    classes, files = next(_listed(root))
-    if not classes:
+    folders, files = next(_listed(root))
+    if not folders:
         raise MetaplError(
             f"{root} has no folder in it; expected one folder a class, with its pictures: "
             f"{root / 'cat'}, {root / 'dog'}"
@@ -214,11 +239,11 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
     _, passed_over = _pictures(files)
     names: list[str] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        pictures, others = _pictures(_files_below(root / name, above=root))
-        for picture in pictures:
-            names.append(f"{name}/{picture}")
-            labels.append(label)
+    classes = sorted({composed(folder) for folder in folders})
+    for folder in sorted(folders, key=composed):
+        pictures, others = _pictures(_files_below(root / folder, above=root))
+        names += [f"{folder}/{picture}" for picture in pictures]
+        labels += [classes.index(composed(folder))] * len(pictures)
         passed_over.update(others)
     _refuse_none(names, root, passed_over)
     return LabeledFiles(root, tuple(names), passed_over, tuple(classes), tuple(labels))
@@ -272,7 +297,7 @@ def _listed(root: Path, above: Path | None = None) -> Iterator[tuple[list[str], 
 
 def _is_visible(name: str) -> bool:
     """Return whether a file or folder is one of the user's, and not of the system."""
-    return not name.startswith(".") and name != "__MACOSX"
+    return not name.startswith(".") and name.lower() not in SYSTEM_NAMES
 
 
 def walk(

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,41 @@ def test_one_folder_a_class(tmp_path: Path) -> None:
     )
     with pytest.raises(MetaplError, match="cat"):
         files.targets(("dog", "fish"))
+
+
+def other_form(name: str) -> str:
+    """Return a name as it is after its way through a Mac."""
+    return unicodedata.normalize("NFD", name)
+
+
+def test_names_in_two_unicode_forms_are_one_class(tmp_path: Path) -> None:
+    """In the order of their characters, whichever form comes first."""
+    names = ("Äpfel/1.png", other_form("Äpfel/1.png"), other_form("Nüsse/2.png"), "Zimt/3.png")
+    files = scan_labeled(fill(tmp_path / "few", *names))
+    assert files.classes == ("Nüsse", "Zimt", "Äpfel")
+    assert sorted(files.names) == sorted(names)
+    assert files.labels == (0, 1, 2, 2)
+    assert all(path.exists() for path in map(Path, files.paths()))
+    assert files.targets([other_form(name) for name in files.classes]).tolist() == [0, 1, 2, 2]
+    # Validation and test have them in other forms than the labeled ones.
+    few = labeled(tmp_path / "a", **{"Äpfel": [1, 2], "Nüsse": [3, 4]})
+    test = labeled(tmp_path / "b", **{other_form("Äpfel"): [5, 6], other_form("Nüsse"): [7, 8]})
+    assert check_folders(few, test=test) == []
+    # A list may have them in other forms than the disk.
+    lines = [other_form("few/Äpfel/1.png"), "few/Nüsse/2.png", "few/gone.png"]
+    (tmp_path / "list.TXT").write_text("\n".join(lines), "utf-8-sig")
+    found = scan_unlabeled(tmp_path / "list.TXT")
+    assert [(found.root / name).exists() for name in found.names] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "__MACOSX"])
+def test_folders_of_the_system_are_no_classes(name: str, tmp_path: Path) -> None:
+    root = fill(tmp_path, "a/1.png", "b/2.png", "a/Thumbs.db", "desktop.ini", ".DS_Store")
+    fill(tmp_path, f"{name}/3.png", f"a/{name}/1.png/SYNOPHOTO_THUMB_M.jpg")
+    files = scan_labeled(root)
+    assert (files.classes, files.names) == (("a", "b"), ("a/1.png", "b/2.png"))
+    assert files.passed_over == {}
+    assert scan_unlabeled(root).names == files.names
 
 
 def test_what_cannot_be_scanned(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,18 @@ WRONG: list[tuple[Any, Any, dict[str, Any], str]] = [
     ([], softmax(0), {}, "no example"),
     (["a"], softmax(1), {"top_k": 6}, "top_k"),
 ]
+
+
+def test_names_are_compared_in_one_unicode_form(tmp_path: Path) -> None:
+    """After a way through a Mac, ids are found again; what is written exactly so goes first."""
+    p = softmax(3)
+    composed, decomposed, plain = "b/é.png", unicodedata.normalize("NFD", "b/é.png"), "c/ö.png"
+    both = written(tmp_path / "both", [decomposed, composed, plain], p)
+    wanted = [composed, decomposed, unicodedata.normalize("NFD", plain), "d.png"]
+    assert both.find(wanted).tolist() == [1, 0, 2, -1]
+    with LabelWriter(tmp_path / "store", [unicodedata.normalize("NFD", "é"), "f"]) as writer:
+        writer.add([1], softmax(1, 2))
+    assert LabelStore(tmp_path / "store").classes == ("é", "f")
 
 
 def test_wrong_rows_and_settings_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
