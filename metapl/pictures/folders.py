@@ -59,6 +59,22 @@ SYSTEM_NAMES = (
     "thumbs.db",
 )
 
+# The flags of the parts of a data set, by the names that their folders have.
+PARTS = {
+    "train": "--labeled",
+    "training": "--labeled",
+    "labeled": "--labeled",
+    "labelled": "--labeled",
+    "val": "--val",
+    "valid": "--val",
+    "validation": "--val",
+    "dev": "--val",
+    "test": "--test",
+    "testing": "--test",
+    "unlabeled": "--unlabeled",
+    "unlabelled": "--unlabeled",
+}
+
 
 def silent(done: int) -> None:
     """Take the number of files that are done, and say nothing."""
@@ -478,11 +494,12 @@ def check_folders(
 ) -> list[Finding]:
     """Find what would spoil a training with these folders; errors come first.
 
-    Errors: fewer than two classes; another of these folders inside that of the classes; a class
-    without pictures; a class of validation or test that training does not know; a picture of test
-    or validation, by its bytes, among the labeled or unlabeled ones, or in two classes. Warnings: a
-    picture of test in validation; a class that validation or test lacks; all labeled pictures among
-    the unlabeled ones.
+    Errors: fewer than two classes; parts of a data set in the place of classes; another of these
+    folders inside that of the classes; a class without pictures; a class of validation or test that
+    training does not know; a picture of test or validation, by its bytes, among the labeled or
+    unlabeled ones, or in two classes. Warnings: a picture of test in validation; a class that
+    validation or test lacks; a class with one picture; classes whose names differ in case alone;
+    all labeled pictures among the unlabeled ones.
 
     Args:
         labeled: the pictures with labels.
@@ -516,13 +533,36 @@ def check_folders(
                 del sides[side]
 
     # 2. Classes to learn.
-    if len(counts) < 2:
-        text = f"{root} has one class, {few(counts)}; expected two or more folders."
-        findings.append(Finding("error", text))
+    parts = _parts_for_classes(labeled)
+    if parts is not None:
+        findings.append(parts)
+    elif len(counts) < 2:
+        text = f"{root} has one class, {few(counts)}; expected two or more folders"
+        inner = {name.split("/")[1] for name in labeled.names if name.count("/") > 1}
+        if len(inner) > 1:
+            text += f", as in {shown(root / labeled.classes[0])}: {few(sorted(inner))}"
+        findings.append(Finding("error", f"{text}."))
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
         text = f"{root} has no picture of {few(empty)}; add some, or remove the folder."
         findings.append(Finding("error", text))
+    single = [name for name, count in counts.items() if count == 1]
+    if single:
+        text = (
+            f"{root} has one picture of {few(single)}: with one, a class is learned or measured, "
+            "and not both; give more."
+        )
+        findings.append(Finding("warning", text))
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in counts:
+        alike[unicodedata.normalize("NFKC", name).casefold().strip()].append(name)
+    for names in alike.values():
+        if len(names) > 1:
+            text = (
+                f"{few(names)} in {root} are {len(names)} classes; where they are one, put their "
+                "pictures into one folder."
+            )
+            findings.append(Finding("warning", text))
 
     # 3. The same pictures on several sides.
     if copies:
@@ -546,6 +586,35 @@ def check_folders(
             text = f"{folder} has no picture of {few(missing)}: nothing is measured there."
             findings.append(Finding("warning", text))
     return sorted(findings, key=lambda finding: finding.level != "error")
+
+
+def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
+    """Return an error where parts of a data set stand in the place of its classes."""
+    parts = [name for name, count in labeled.counts().items() if count]
+    if parts and {name.lower() for name in parts} <= PARTS.keys():
+        flags = " ".join(f"{PARTS[name.lower()]} {shown(labeled.root / name)}" for name in parts)
+        text = f"{labeled.root} has parts of a data set, {few(parts)}; expected {flags}"
+        return Finding("error", f"{text}, with one folder a class in each.")
+    if len(parts) < 2 or any(name.count("/") == 1 for name in labeled.names):
+        # Folders with pictures of their own are classes.
+        return None
+    places = [composed(name).split("/") for name in labeled.names]
+    # The folders that are alike may lie deeper: in hospitals, then in years.
+    for level in (1, -2):
+        folders_by_part: defaultdict[str, set[str]] = defaultdict(set)
+        for place in places:
+            folders_by_part[place[0]].add(place[level])
+        shared = set.intersection(*folders_by_part.values())
+        all_folders = set.union(*folders_by_part.values())
+        if len(shared) > 1 and 2 * len(shared) >= len(all_folders):
+            example = shown(labeled.root.joinpath(*labeled.names[0].split("/")[:level]))
+            return Finding(
+                "error",
+                f"{few(parts)} in {labeled.root} all have the folders {few(sorted(shared))} and no "
+                f"pictures of their own; expected one folder a class, as in {example}, or, where "
+                f"{few(parts)} are the classes, their pictures without folders between.",
+            )
+    return None
 
 
 def _nested(labeled: LabeledFiles, side: str, files: Files) -> Finding | None:

@@ -334,6 +334,58 @@ def test_what_would_spoil_a_training_is_found(name: str, tmp_path: Path) -> None
         assert word in one.message
 
 
+INNER = ("leaf/1.png", "stem/2.png")
+PARTS_OF_DATA: dict[str, tuple[list[str], str | None]] = {
+    # What is in the folder; and what is said of it, or None where these are classes.
+    "folds": ([f"fold{i}/{name}" for i in range(3) for name in INNER], "as in ROOT/fold0, or"),
+    "one fold lacks a class": (
+        ["a/x/1.png", "a/y/1.png", "a/z/1.png", "b/x/1.png", "b/y/1.png"],
+        "a, b in ROOT all have the folders x, y",
+    ),
+    "deeper": (
+        [f"north/2020/{INNER[0]}", f"north/2020/{INNER[1]}", *(f"s/21/{name}" for name in INNER)],
+        "as in ROOT/north/2020, or",
+    ),
+    "two forms": (
+        ["1/Äpfel/1.png", "1/b/1.png", other_form("2/Äpfel/1.png"), "2/b/1.png"],
+        "b, Äpfel",
+    ),
+    "train, val and test": (
+        [f"{part}/{name}" for part in ("train", "val", "test") for name in INNER],
+        "expected --test ROOT/test --labeled ROOT/train --val ROOT/val",
+    ),
+    "without classes": (
+        ["Train/1.png", "Unlabeled/2.png"],
+        "expected --labeled ROOT/Train --unlabeled ROOT/Unlabeled",
+    ),
+    "one more level": ([f"data/{name}" for name in INNER], "as in ROOT/data: leaf, stem"),
+    "in a folder each": (["cat/images/1.png", "dog/images/2.png"], None),
+    "pictures of their own": ([f"{i}/{name}" for i in "ab" for name in (*INNER, "3.png")], None),
+    "other years": (["a/2019/1.png", "a/2020/2.png", "b/2020/1.png", "b/2021/1.png"], None),
+    "a class of that name": (["test/1.png", "bus/2.png"], None),
+}
+
+
+@pytest.mark.parametrize("name", PARTS_OF_DATA)
+def test_parts_of_a_data_set_are_no_classes(name: str, tmp_path: Path) -> None:
+    files, words = PARTS_OF_DATA[name]
+    found = check_folders(scan_labeled(fill(tmp_path, *files)), copies=False)
+    errors = [one.message for one in found if one.level == "error"]
+    if words is None:
+        assert errors == []
+    else:
+        (message,) = errors
+        assert words.replace("ROOT", str(tmp_path)) in message
+
+
+def test_what_is_odd_about_classes_is_said(tmp_path: Path) -> None:
+    few = labeled(tmp_path, cat=[1, 2], Cat=[3, 4], dog=[5], fish=[6], cow=[7, 8])
+    single, alike = check_folders(few)
+    assert {single.level, alike.level} == {"warning"}
+    assert "one picture of dog, fish:" in single.message
+    assert alike.message.startswith(f"Cat, cat in {tmp_path} are 2 classes")
+
+
 def only(findings: list[Finding], *words: str) -> Finding:
     (one,) = [finding for finding in findings if all(word in finding.message for word in words)]
     return one
