@@ -46,6 +46,7 @@ from metapl.pictures.batches import (
     UnlabeledBatches,
 )
 from metapl.pictures.folders import Files, LabeledFiles, hash_files, without_copies
+from metapl.pictures.reader import Levels
 from metapl.pictures.splits import stratified_split
 from metapl.pictures.views.base import Chain, Identity, View
 from metapl.pictures.views.transforms import (
@@ -200,6 +201,7 @@ class Pictures:
     stochastic_depth: Share = 0.0
     mean: tyro.conf.Suppress[tuple[float, ...] | None] = None
     std: tyro.conf.Suppress[tuple[float, ...] | None] = None
+    levels: tyro.conf.Suppress[Levels | None] = None
     # The SHA-256 of the weights, once they were found.
     weights_sha256: tyro.conf.Suppress[str | None] = None
 
@@ -218,7 +220,8 @@ class Pictures:
     def input(self) -> Input:
         """Return what the network takes."""
         assert self.image_size is not None, "choose_settings gave it"
-        return Input(channels=1 if self.grey else 3, size=self.image_size)
+        channels: Literal[1, 3] = 1 if self.grey else 3
+        return Input(channels=channels, size=self.image_size, levels=self.levels)
 
     def views(self) -> Views:
         """Return how the pictures of a step are augmented."""
@@ -279,7 +282,7 @@ class Pictures:
         """
         side = self.input.size
         colors: Literal["L", "RGB"] = "L" if self.grey else "RGB"
-        images = FileImages([*paths], size=(side, side), colors=colors, log=log)
+        images = FileImages([*paths], size=(side, side), colors=colors, levels=self.levels, log=log)
         fits = len(images) * side * side * images.shape[0] <= IN_MEMORY
         return images.cached() if fits and not self.crop else images
 
@@ -437,7 +440,7 @@ class Images:
             say(f"{name}: files without the name of a picture are passed over: {others}")
         word = "validation" if name == "val" else name
         with count_bar(f"looking at {word} files", progress, len(files)) as count:
-            verified = verify_files(files, progress=count)
+            verified = verify_files(files, progress=count, levels=self.pictures.levels)
         if verified.skipped:
             say(
                 f"{name}: {len(verified.skipped):,} of {len(files):,} files are left "

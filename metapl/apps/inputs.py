@@ -21,6 +21,7 @@ from metapl.pictures import load_digits_split
 from metapl.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
 from metapl.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.runs.files import owned
+from metapl.words import composed
 
 # Examples in a pass.
 BATCH = 256
@@ -194,7 +195,9 @@ class Inputs:
         self.skipped = 0
         self.files: list[str] = []
         for path in paths:
-            self.files += scan_unlabeled(path).paths() if path.is_dir() else [str(path)]
+            is_list = path.suffix.lower() == ".txt"
+            is_scanned = is_list or path.is_dir()
+            self.files += scan_unlabeled(path).paths() if is_scanned else [str(path)]
 
     def batches(self) -> Iterator[tuple[list[str], Tensor]]:
         """Yield where each picture stands, and the network's input (B, C, H, W)."""
@@ -377,6 +380,6 @@ def files_of(run: EndedRun, part: Literal["validation", "test"]) -> LabeledFiles
         return files
     # The run noted the names of the files that it used. It did not use those that could not be
     # read, nor those that it set aside for validation.
-    recorded = set(names)
-    numbers = [number for number, name in enumerate(files.names) if name in recorded]
+    recorded = {composed(name) for name in names}
+    numbers = [number for number, name in enumerate(files.names) if composed(name) in recorded]
     return files.keep(numbers)

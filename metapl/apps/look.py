@@ -31,7 +31,8 @@ from metapl.machine import device
 from metapl.metrics.predictions import logits_of
 from metapl.networks.tuned import IMAGENET, begin_as
 from metapl.networks.weights import fetch_imagenet_weights
-from metapl.pictures.reader import LUMA, UnreadableImage, read_image
+from metapl.pictures.levels import find_levels
+from metapl.pictures.reader import LUMA, Levels, UnreadableImage, read_image
 from metapl.problems.losses import UDA
 from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
@@ -135,10 +136,16 @@ def choose_settings(
     # 3. What the folders and some of their pictures show.
     config.check_first()
     tell_copies(config, len(few), say)
+    held_out = [config.scan(name) for name in ("val", "test") if getattr(config, name)]
+    levels = find_levels([few, many], held_out, say)
+    config = dataclasses.replace(
+        config, pictures=dataclasses.replace(config.pictures, levels=levels)
+    )
     seen = look(
         [Path(path) for path in few.paths()],
         few.targets(),
         [Path(path) for path in many.paths()],
+        levels,
     )
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
@@ -484,12 +491,18 @@ class Look:
         return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
-def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> Look:
+def look(
+    labeled: Sequence[Path],
+    labels: Tensor,
+    unlabeled: Sequence[Path],
+    levels: Levels | None = None,
+) -> Look:
     """Look at ``LOOKED_AT`` pictures of each kind at most, evenly spread.
 
     Args:
         labeled, unlabeled: files of pictures.
         labels: of the labeled ones, int64 (len(labeled),).
+        levels: as for :func:`metapl.pictures.read_image`.
     """
     examples = [
         *evenly(list(zip(labeled, labels.tolist(), strict=True))),
@@ -499,11 +512,13 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     pictures = []
     classes = []
     square = True
+    fault = ""
     for path, label in examples:
         try:
-            picture = read_image(path)
-        except UnreadableImage:
-            # It is listed, with the reason, when the folders are checked.
+            picture = read_image(path, levels=levels)
+        except UnreadableImage as error:
+            # It is listed when the folders are checked.
+            fault = str(error)
             continue
         _, height, width = picture.shape
         sides.append(min(height, width))
@@ -514,7 +529,7 @@ def look(labeled: Sequence[Path], labels: Tensor, unlabeled: Sequence[Path]) -> 
     if all(label == UNLABELED for label in classes):
         looked_at = len(evenly(labeled))
         raise MetaplError(
-            f"none of the {looked_at} labeled pictures that were looked at can be read."
+            f"none of the {looked_at} labeled pictures that were looked at can be read: {fault}"
         )
     levels_N3HW = torch.stack(pictures)
     label_N = torch.tensor(classes)

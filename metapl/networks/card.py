@@ -15,7 +15,7 @@ from metapl.models import mlp
 from metapl.networks.architectures import Architecture
 from metapl.networks.tuned import Normalized
 from metapl.pictures.batches import in_unit_range
-from metapl.pictures.reader import gray_image, read_image
+from metapl.pictures.reader import Levels, gray_image, read_image
 from metapl.runs.fields import AtLeastOne, Range, check_fields
 
 # The greatest side in pixels: a batch of larger pictures would not fit into any memory.
@@ -33,12 +33,15 @@ class Input:
         channels: 3 for colors, 1 for grey.
         size: side in pixels that a picture is brought to.
         center: share of the sides of a picture's largest centered square that is looked at.
+        levels: the numbers that become 0 and 1 in pictures of more than 8 bits; None: 0 and the
+            greatest number of the file's type.
     """
 
     kind: Literal["picture", "digit"] = "picture"
     channels: Literal[1, 3] = 3
     size: Annotated[int, Range(1, most=LARGEST_SIDE)] = 32
     center: Annotated[float, Range(above=0, most=1)] = 1.0
+    levels: Levels | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,18 +60,23 @@ class Input:
             )
         colors = "grey (0.299 R + 0.587 G + 0.114 B)" if self.channels == 1 else "in colors"
         middle = "" if self.center == 1 else f"the middle {self.center:.1%} of "
+        scaled = ""
+        if self.levels is not None:
+            low, high = self.levels
+            scaled = f" where the file has {low:,g} to {high:,g}"
         return (
-            f"Pictures were {colors}, from 0 to 1: {middle}the largest centered square of each, "
-            f"brought to {self.size}x{self.size} by antialiased bilinear resampling."
+            f"Pictures were {colors}, from 0 to 1{scaled}: {middle}the largest centered square of "
+            f"each, brought to {self.size}x{self.size} by antialiased bilinear resampling."
         )
 
     def read(self, path: Path) -> Tensor:
         """Return the network's input for a picture in a file."""
         if self.kind == "picture":
             colors: Literal["L", "RGB"] = "L" if self.channels == 1 else "RGB"
-            return in_unit_range(
-                read_image(path, colors=colors, size=self.shape[1:], center=self.center)
+            picture = read_image(
+                path, colors=colors, size=self.shape[1:], center=self.center, levels=self.levels
             )
+            return in_unit_range(picture)
         image = gray_image(path, self.size)
         # The digits are bright ink on dark, paper is the other way round.
         return (1 - image if image.mean() > 0.5 else image)[None]
@@ -130,5 +138,6 @@ def card_of(card: Mapping[str, Any]) -> NetworkCard:
         fields[name] = tuple(value) if isinstance(value, list) else value
     if card["architecture"] is not None:
         fields["architecture"] = Architecture(**card["architecture"])
-    fields["input"] = Input(**card["input"])
+    levels = card["input"].get("levels")
+    fields["input"] = Input(**{**card["input"], "levels": levels and tuple(levels)})
     return NetworkCard(**fields)

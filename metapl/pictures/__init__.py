@@ -19,6 +19,7 @@ from metapl.pictures.folders import (
     scan_unlabeled,
     verify_files,
 )
+from metapl.pictures.levels import find_levels
 from metapl.pictures.reader import UnreadableImage, read_image
 from metapl.pictures.splits import DigitsSplit, load_digits_split, stratified_split
 from metapl.pictures.views.base import Chain, Identity, Seeded, View
@@ -65,6 +66,7 @@ __all__ = [
     "View",
     "Weak",
     "check_folders",
+    "find_levels",
     "load_digits_split",
     "read_image",
     "replaced_files",

@@ -28,7 +28,7 @@ from metapl.data import draws
 from metapl.data.steps import BatchT, StepBatches, StepSampler
 from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
-from metapl.pictures.reader import Box, Crop, UnreadableImage, read_crops, read_image
+from metapl.pictures.reader import Box, Crop, Levels, UnreadableImage, read_crops, read_image
 from metapl.pictures.views.base import View, rows_needed
 from metapl.pictures.views.transforms import ResizedCrop
 from metapl.runs.files import read_plain
@@ -111,7 +111,7 @@ class FileImages:
 
     Args:
         paths: of the files.
-        size, colors, center: as for :func:`metapl.pictures.reader.read_image`.
+        size, colors, center, levels: as for :func:`metapl.pictures.reader.read_image`.
         log: the file in which broken files are recorded, a line of JSON each, see
             :func:`replaced_files`. None: a warning tells of each.
     """
@@ -123,6 +123,7 @@ class FileImages:
         size: tuple[int, int],
         colors: Literal["RGB", "L"] = "RGB",
         center: float = 1.0,
+        levels: Levels | None = None,
         log: Path | None = None,
     ) -> None:
         if isinstance(size, int):
@@ -139,6 +140,7 @@ class FileImages:
         self.size = size
         self.colors = colors
         self.center = center
+        self.levels = levels
         self.log = log
         self._kept: KeptPictures | None = None
 
@@ -239,8 +241,12 @@ class FileImages:
         path = str(self.path(index))
         try:
             if crops:
-                return read_crops(path, crops, size=self.size, colors=self.colors)
-            picture = read_image(path, size=self.size, colors=self.colors, center=self.center)
+                return read_crops(
+                    path, crops, size=self.size, colors=self.colors, levels=self.levels
+                )
+            picture = read_image(
+                path, size=self.size, colors=self.colors, center=self.center, levels=self.levels
+            )
         except UnreadableImage as error:
             if self.log is None:
                 warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)

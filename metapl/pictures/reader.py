@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -186,6 +186,23 @@ LUMA = (0.299, 0.587, 0.114)
 _ORIENTATION = 0x0112
 _ON_ITS_SIDE = (5, 6, 7, 8)
 
+# The tags of TIFF that say whether 0 is white, and whether numbers have a sign, with these values.
+_PHOTOMETRIC = 262
+_ZERO_IS_WHITE = 0
+_SAMPLE_FORMAT = 339
+_SIGNED = 2
+
+# How many numbers of a picture stand for all of them, about.
+_SAMPLED = 256
+
+# The kinds of numbers beside those from 0 to 255.
+INTEGERS = "integers of other bits"
+FLOATS = "floating point"
+COLORS = "colors of 16 bits"
+
+# The greatest number of 16 bits.
+MOST_OF_16_BITS = 2**16 - 1
+
 Colors = Literal["RGB", "L"]
 
 # Left, top, right and bottom edges in pixels, from the upper left corner of the picture.
@@ -193,6 +210,9 @@ Box = tuple[float, float, float, float]
 
 # From the height and width of a picture to a box of it.
 Crop = Callable[[int, int], Box]
+
+# The numbers that become 0 and 255 in pictures of more than 8 bits.
+Levels = tuple[float, float]
 
 
 class UnreadableImage(MetaplError):
@@ -219,12 +239,13 @@ def read_image(
     colors: Colors = "RGB",
     size: tuple[int, int] | None = None,
     center: float = 1.0,
+    levels: Levels | None = None,
 ) -> Tensor:
     """Read a picture as bytes, uint8 (3, H, W), or (1, H, W) of brightness.
 
     Whatever the file holds comes out the same way: turned as the camera noted (EXIF), palettes
-    looked up, transparent parts on white, 16 bits scaled (not clipped) to 8, CMYK and others
-    converted as Pillow does, without color profiles; of several frames the first.
+    looked up, transparent parts on white, more than 8 bits scaled to 8, CMYK and others converted
+    as Pillow does, without color profiles; of several frames the first.
 
     Args:
         path: a BMP, GIF, JPEG, PNG, PNM, TIFF or WebP file, whatever its suffix.
@@ -233,6 +254,8 @@ def read_image(
             is resized to it, bilinearly over areas: a side that is too long loses both ends.
         center: share of the sides of that box that is used, about its center: 224/256 for ImageNet;
             needs a size.
+        levels: the numbers that become 0 and 255 in grey pictures of more than 8 bits, others being
+            refused, see :func:`metapl.pictures.find_levels`; None: 0 and 65,535.
 
     A JPEG of more than twice the needed size is decoded at a half, a quarter or an eighth of its
     size, which is several times as fast; values then differ from those of full decoding by a few
@@ -250,13 +273,19 @@ def read_image(
             f"read_image got center {center}; expected a share of the sides, above 0 and at most 1."
         )
     if size is not None:
-        return read_crops(path, [_centered(size, center)], size=size, colors=colors)[0]
+        crop = _centered(size, center)
+        return read_crops(path, [crop], size=size, colors=colors, levels=levels)[0]
     with _opened(path) as image:
-        return _as_tensor(_plain(_turned(image), colors))
+        return _as_tensor(_plain(_turned(image), colors, levels))
 
 
 def read_crops(
-    path: str | Path, crops: Sequence[Crop], *, size: tuple[int, int], colors: Colors = "RGB"
+    path: str | Path,
+    crops: Sequence[Crop],
+    *,
+    size: tuple[int, int],
+    colors: Colors = "RGB",
+    levels: Levels | None = None,
 ) -> list[Tensor]:
     """Read boxes of a picture, decoding it once.
 
@@ -264,7 +293,7 @@ def read_crops(
         path: of the picture, as for :func:`read_image`.
         crops: give the boxes of the upright picture.
         size: (height, width) to which each box is resized.
-        colors: as for :func:`read_image`.
+        colors, levels: as for :func:`read_image`.
 
     Returns: uint8 (3, H, W) or (1, H, W) for each crop.
     """
@@ -288,8 +317,43 @@ def read_crops(
             image = image.reduce(math.floor(shrink))
             # It says which side is up.
             image.getexif().update(exif)
-        upright = _plain(_turned(image), colors)
+        upright = _plain(_turned(image), colors, levels)
         return [_resized(upright, size, box, (width, height)) for box in boxes]
+
+
+class Depth(NamedTuple):
+    """What a file has beyond one picture of 8 bits.
+
+    The sample of the numbers has the lowest and the highest one; there is none of 8 bits.
+    """
+
+    path: str | Path
+    kind: str
+    has_frames: bool
+    sample: NDArray[np.float64]
+
+
+def depth_of(path: str | Path) -> Depth:
+    """Return what a file has beyond one picture of 8 bits; it is decoded where there is more.
+
+    Raises:
+        UnreadableImage: it is no usable picture.
+    """
+    with _opened(path) as image:
+        # A photograph with its preview is one picture.
+        has_frames = image.format != "MPO" and getattr(image, "is_animated", False)
+        if _has_numbers(image):
+            kind = FLOATS if image.mode == "F" else INTEGERS
+            numbers = _numbers(image)
+        elif image.format in ("PNG", "TIFF") and ";16" in str(getattr(image, "tile", "")):
+            kind = COLORS
+            numbers = np.asarray(image)[..., :3] * 257.0
+        else:
+            return Depth(path, "8 bits", has_frames, np.empty(0))
+        # By an odd step, the sample does not go down a column.
+        step = numbers.size // _SAMPLED | 1
+        sample = np.append(numbers.ravel()[::step], [numbers.min(), numbers.max()])
+        return Depth(path, kind, has_frames, sample)
 
 
 def _is_on_its_side(image: Image) -> bool:
@@ -357,8 +421,10 @@ def _opened(path: str | Path) -> Iterator[Image]:
                         path, f"more than {MAX_PIXELS:,} pixels ({image.width}x{image.height})"
                     )
                 yield image
-    except MetaplError:
+    except UnreadableImage:
         raise
+    except MetaplError as error:
+        raise UnreadableImage(path, str(error)) from None
     except MemoryError as error:
         raise MetaplError(
             f"{path}: the memory does not suffice to decode it; use fewer workers."
@@ -369,8 +435,8 @@ def _opened(path: str | Path) -> Iterator[Image]:
     except Exception as error:
         # Each of Pillow's readers has exceptions of its own.
         reason = reason_of(error)
-        # For a pipe, a device or a folder the reason is in the system's words.
-        is_no_file = isinstance(error, OSError) and error.errno in (errno.EINVAL, errno.EISDIR)
+        # For a pipe, a folder or a file that is gone the reason is in the system's words.
+        is_no_file = isinstance(error, OSError) and error.errno is not None
         if not is_no_file:
             fault = "is truncated" if "truncated" in reason else "cannot be decoded"
             reason = f"the picture {fault} ({reason})"
@@ -401,28 +467,62 @@ def _turned(image: Image) -> Image:
     return image
 
 
-def _plain(image: Image, colors: Colors) -> Image:
+def _plain(image: Image, colors: Colors, levels: Levels | None = None) -> Image:
     """Return the picture in 8 bits and without transparency."""
     with needed_for("metapl.pictures"):
         from PIL import Image
 
-    if image.mode.startswith(("I", "F")):
-        # Brightness of 16 bits is scaled down; Pillow's own conversion would clip it at 255.
-        values = np.asarray(image)
-        is_float = image.mode == "F"
-        if is_float or (values.size and (values.min() < 0 or values.max() > 65535)):
-            kind = "floating point" if is_float else "32 bits"
-            raise ValueError(
-                f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits"
-            )
-        levels = (values.astype(np.uint32) + 128) // 257
-        image = Image.fromarray(levels.astype(np.uint8))
+    if _has_numbers(image):
+        image = Image.fromarray(_scaled(image, levels))
+    elif levels is not None:
+        raise MetaplError("8 bits, where numbers from {:,g} to {:,g} are expected".format(*levels))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "P":
         image = image.convert("RGB")
     return image if image.mode == colors else image.convert(colors)
+
+
+def _has_numbers(image: Image) -> bool:
+    """Return whether a picture is grey and has other numbers than 0 to 255."""
+    is_signed = image.mode == "L" and _has_tag(image, _SAMPLE_FORMAT, _SIGNED)
+    return is_signed or image.mode.startswith(("I", "F"))
+
+
+def _numbers(image: Image) -> NDArray[np.float64]:
+    """Return the numbers of a grey picture, (H, W)."""
+    numbers = np.asarray(image)
+    # Pillow has no modes for these two.
+    is_signed = _has_tag(image, _SAMPLE_FORMAT, _SIGNED)
+    if numbers.dtype == np.uint8 and is_signed:
+        numbers = numbers.view(np.int8)
+    if numbers.dtype == np.int32 and not is_signed:
+        numbers = numbers.view(np.uint32)
+    if not np.isfinite(numbers).all():
+        raise MetaplError("numbers that are not finite")
+    return numbers.astype(np.float64)
+
+
+def _has_tag(image: Image, tag: int, value: int) -> bool:
+    """Return whether a picture comes from a TIFF file with a tag of this value."""
+    return getattr(image, "tag_v2", {}).get(tag) in (value, (value,))
+
+
+def _scaled(image: Image, levels: Levels | None) -> NDArray[np.uint8]:
+    """Return a grey picture in 8 bits; Pillow's own conversion would clip it."""
+    numbers = _numbers(image)
+    low, high = levels or (0, MOST_OF_16_BITS)
+    is_float = image.mode == "F"
+    if levels is None and (is_float or numbers.min() < low or numbers.max() > high):
+        kind = FLOATS if is_float else "32 bits"
+        raise MetaplError(f"numbers in {kind}, whose range is unknown: save it with 8 or 16 bits")
+    scaled = ((numbers - low) * (255 / (high - low))).round().clip(0, 255).astype(np.uint8)
+    if _has_tag(image, _PHOTOMETRIC, _ZERO_IS_WHITE):
+        scaled = 255 - scaled
+    if "transparency" in image.info:
+        scaled[numbers == image.info["transparency"]] = 255
+    return scaled
 
 
 def _resized(image: Image, size: tuple[int, int], box: Box, full: tuple[int, int]) -> Tensor:

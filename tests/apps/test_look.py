@@ -328,6 +328,7 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
         "minutes",
         "weights",
         "tuning",
+        "levels",
         "weights_sha256",
         "ema_decay",
         "patience",

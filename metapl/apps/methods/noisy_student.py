@@ -734,7 +734,7 @@ def check_selection(config: TrainingConfig, settings: NoisyStudent) -> None:
             f"of the labeled pictures: {few(classes)}."
         )
     paths = dict(zip(store.ids_of_files(files.root, files.names), files.paths(), strict=True))
-    if not any(name in paths for name in store):
+    if not (store.find([*paths]) >= 0).any():
         raise MetaplError(
             f"{flag} was selected of other pictures: it has none of those in {files.root}."
         )

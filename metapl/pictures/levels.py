@@ -1,0 +1,103 @@
+"""The range of the numbers in a folder's pictures, where they have more than 8 bits.
+
+Cameras of depth, microscopes and X-rays fill the lowest 10 to 14 of 16 bits: by the type of such a
+file alone, a few of 256 levels would be left of its picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from metapl.errors import MetaplError, few
+from metapl.pictures import reader
+from metapl.pictures.folders import DECODE_UP_TO, Files
+from metapl.words import shown
+
+# Integers of 16 bits with a wider range keep their levels: 128 or more of 256 are left.
+WIDE = 2**15
+
+# Where different numbers become so few levels, some of them may be outliers.
+FEW_LEVELS = 32
+
+
+def find_levels(
+    learned: Sequence[Files],
+    measured: Sequence[Files] = (),
+    say: Callable[[str], object] = lambda text: None,
+) -> reader.Levels | None:
+    """Return the numbers that become 0 and 255 in pictures of more than 8 bits.
+
+    They are the lowest and the highest number of the pictures that are learned from. None: no
+    picture has more than 8 bits, or they use more than half of 16 bits, which stay as they are.
+
+    Args:
+        learned: the folders that are learned from.
+        measured: other folders, whose pictures have to be of the same kind.
+        say: is told what becomes of the pictures.
+
+    Cost: the headers of up to 5,000 files a folder, and decoding those of more than 8 bits.
+
+    Raises:
+        MetaplError: pictures would lose their levels, or cannot be compared.
+    """
+    depths = _depths_of(learned)
+    all_depths = depths + _depths_of(measured)
+    with_frames = [depth.path for depth in all_depths if depth.has_frames]
+    if with_frames:
+        say(f"note: of {few(with_frames)} the first frame or page is taken, and no other")
+
+    # 1. Files of more than 8 bits.
+    first = {depth.kind: shown(depth.path) for depth in reversed(all_depths)}
+    colors = [depth.sample.max() for depth in all_depths if depth.kind == reader.COLORS]
+    if colors and max(colors) < WIDE:
+        raise MetaplError(
+            f"{first[reader.COLORS]} has {reader.COLORS}, of which the upper 8 alone are read, and "
+            f"{max(colors):,.0f} is the highest of all such pictures; save them with 8 bits."
+        )
+    kinds = (reader.INTEGERS, reader.FLOATS)
+    samples = [depth.sample for depth in depths if depth.kind in kinds]
+    if not samples:
+        # Perhaps those that are measured on are of another kind.
+        samples = [depth.sample for depth in all_depths if depth.kind in kinds]
+    if not samples:
+        return None
+
+    # 2. The range of their numbers.
+    numbers = np.concatenate(samples)
+    low = float(numbers.min())
+    high = float(numbers.max())
+    if low == high:
+        return None
+    has_16_bits = reader.FLOATS not in first and low >= 0 and high <= reader.MOST_OF_16_BITS
+    is_wide = has_16_bits and high - low >= WIDE
+    if len(first) > 1 and not is_wide:
+        examples = ", ".join(f"{path} has {kind}" for kind, path in first.items())
+        raise MetaplError(
+            f"{examples}: numbers from {low:,g} to {high:,g} cannot be compared with others; save all "
+            "with 8 bits."
+        )
+    used = len(np.unique(np.round((numbers - low) * (255 / (high - low)))))
+    if used < min(FEW_LEVELS, len(np.unique(numbers)) / 2):
+        say(
+            f"note: numbers from {low:,g} to {high:,g} use {used} of 256 levels, for some are far "
+            "from the others; if these are faults, replace them"
+        )
+    if is_wide:
+        return None
+    say(f"pictures of more than 8 bits: {low:,g} to {high:,g} become 0 to 255")
+    return low, high
+
+
+def _depths_of(folders: Sequence[Files]) -> list[reader.Depth]:
+    """Return what the files of folders have, evenly spread where there are many."""
+    depths = []
+    for files in folders:
+        step = -(-len(files) // DECODE_UP_TO)
+        for path in list(files.paths())[::step]:
+            # A file that cannot be read is listed when the files are verified.
+            with suppress(reader.UnreadableImage):
+                depths.append(reader.depth_of(path))
+    return depths
