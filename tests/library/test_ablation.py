@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import everything, same, toy
-from torch import Tensor
+from test_problems import METHODS, teacher_of
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.ablation import Ablation, Altered, ModeCost, ablate, recommendation
-from metapl.ablation.cost import seconds
+from metapl.ablation.cost import flops, seconds
 from metapl.execution.ranks import ALONE
 from metapl.feedback import Difference, Estimator, Forward
 
@@ -95,6 +98,68 @@ def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
         "forward_permuted"
         in ablation_of("mlp", ["forward", Altered(Forward(), "permuted")]).altered
     )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_problem_has_its_table(name: str) -> None:
+    case = toy("mlp")
+    trainer = metapl.BilevelTrainer(
+        teacher_of(name), case.student, "forward", problem=METHODS[name].problem
+    )
+    cost = ablate(trainer, case.labeled, METHODS[name].batch, ["forward"], **QUICK).modes["forward"]
+    assert isinstance(cost, ModeCost)
+    assert cost.cosine > 0.9999
+    assert cost.passes > 5
+
+
+class ClassWeights(nn.Module):
+    """Returns a number for each class, as a parameter or as the result of an operation."""
+
+    def __init__(self, *, returns_leaf: bool) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.ones(3))
+        self.returns_leaf = returns_leaf
+
+    def forward(self) -> Tensor:
+        return self.weights if self.returns_leaf else 1 * self.weights
+
+
+class Balanced(metapl.BilevelProblem):
+    signal_has_rows = False
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher())
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return signal.value[batch[1]] * F.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+def test_a_teacher_that_returns_its_parameter_costs_what_another_does() -> None:
+    batch = torch.randn(12, 4), torch.arange(12) % 3
+    passes: list[float] = []
+    for returns_leaf in (True, False):
+        teacher = ClassWeights(returns_leaf=returns_leaf)
+        trainer = metapl.BilevelTrainer(teacher, nn.Linear(4, 3), "forward", problem=Balanced())
+        cost = ablate(trainer, batch, batch, ["forward"], **QUICK).modes["forward"]
+        assert isinstance(cost, ModeCost)
+        passes.append(cost.passes)
+    assert passes[0] == passes[1]
+
+
+def test_the_operations_are_those_of_pytorch_own_counter() -> None:
+    network = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    x = torch.randn(4, 5, requires_grad=True)
+
+    def step() -> None:
+        network(x).square().sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    # Each product of the forward pass has two in the backward pass.
+    assert flops(step) == counter.get_total_flops() == 3 * 2 * 4 * (5 * 7 + 7 * 3)
 
 
 class TooLarge(Difference):
