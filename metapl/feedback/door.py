@@ -49,11 +49,37 @@ class DrawsOutside(MetaplError):
 def refuse_gradients_of_batches(outer: Batch, inner_batches: InnerBatches) -> None:
     """Refuse a tensor of a batch that requires a gradient, which the feedback would leave out.
 
-    Batches that a function returns as they are taken are looked at by the first look alone.
-
     Args:
         outer: the outer batch.
         inner_batches: those of the student's steps.
+    """
+    for name, t in named_tensors(outer, inner_batches):
+        if t.requires_grad:
+            raise MetaplError(
+                f"{name} requires a gradient, which a batch does not carry; expected data: "
+                ".detach() it, or let the signal carry it (problem.signal, and "
+                "student_input(self, batch, signal))."
+            )
+
+
+def refuse_inference_tensors(outer: Batch, inner_batches: InnerBatches) -> None:
+    """Refuse a tensor of a batch that a pass cannot keep for its gradient.
+
+    Args:
+        outer, inner_batches: as for :func:`refuse_gradients_of_batches`.
+    """
+    for name, t in named_tensors(outer, inner_batches):
+        if t.is_inference():
+            raise MetaplError(
+                f"{name} was made under torch.inference_mode(), and no pass keeps it for a "
+                "gradient; expected its .clone(), or torch.no_grad() where it is made."
+            )
+
+
+def named_tensors(outer: Batch, inner_batches: InnerBatches) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of batches, each with its name and place.
+
+    Batches that a function returns as they are taken are looked at by the first look alone.
     """
     batches_by_name: dict[str, Any] = {"outer": outer}
     for k, batch in enumerate(inner_batches.in_memory()):
@@ -61,12 +87,8 @@ def refuse_gradients_of_batches(outer: Batch, inner_batches: InnerBatches) -> No
         batches_by_name[name] = batch
     for name, batch in batches_by_name.items():
         for place, t in named_leaves_of(batch):
-            if isinstance(t, Tensor) and t.requires_grad:
-                raise MetaplError(
-                    f"{name}{place} requires a gradient, which a batch does not carry; expected "
-                    "data: .detach() it, or let the signal carry it (problem.signal, and "
-                    "student_input(self, batch, signal))."
-                )
+            if isinstance(t, Tensor):
+                yield f"{name}{place}", t
 
 
 def refuse_learned_settings(update: Update) -> None:

@@ -33,6 +33,7 @@ from metapl.feedback.door import (
     has_direct_term,
     refuse_direct_term_in_parts,
     refuse_gradients_of_batches,
+    refuse_inference_tensors,
     refuse_learned_settings,
 )
 from metapl.feedback.lookahead import InnerBatches, Lookahead
@@ -196,6 +197,7 @@ class Differentiation:
         self.compiles = compiles
         has_feedback = self.estimate.credits != "nothing"
         self.inner_batches = InnerBatches.of_hypergradient(request.inner)
+        refuse_inference_tensors(request.outer, self.inner_batches)
         if has_feedback:
             refuse_gradients_of_batches(request.outer, self.inner_batches)
         self.problem = prepare(request.problem, self.estimate)

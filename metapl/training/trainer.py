@@ -38,6 +38,7 @@ from metapl.feedback.door import (
     refuse_direct_term_in_parts,
     refuse_gradients_of_batches,
     refuse_hooks,
+    refuse_inference_tensors,
     refuse_learned_settings,
 )
 from metapl.feedback.hypergradient import Hypergradient
@@ -432,6 +433,7 @@ class BilevelTrainer(Trainer):
         look = None
         if fingerprint not in self._looked_at:
             self.tell_evaluation(self._warn)
+            refuse_inference_tensors(outer_batch, inner_batches)
         if fingerprint not in self._looked_at and self.mode.credits != "nothing":
             refuse_gradients_of_batches(outer_batch, inner_batches)
             refuse_learned_settings(self.update)

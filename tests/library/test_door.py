@@ -5,6 +5,7 @@ What carries a gradient past the signal is refused by name, and nothing has move
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from functools import partial
@@ -192,6 +193,49 @@ def test_a_batch_that_requires_a_gradient() -> None:
         teacher,
         naming=r"inner\[0\]\[0\]",
     )
+
+
+@pytest.mark.parametrize("mode", [*MODES, "reinforce", "none"])
+@pytest.mark.parametrize("place", ["outer[0]", "outer[1]", "inner"])
+def test_a_tensor_of_inference_mode(mode: Any, place: str) -> None:
+    torch.manual_seed(0)
+    networks = nn.Linear(4, CLASSES), nn.Linear(4, CLASSES)
+    x, y = batches()["outer"]
+    values = {"outer[0]": x, "outer[1]": y, "inner": torch.randn(ROWS, 4)}
+    with torch.inference_mode():
+        made_there = values[place].clone()
+    naming = re.escape(f"{place} was made under torch.inference_mode()")
+
+    def data(t: Tensor) -> dict[str, Any]:
+        tensors = {**values, place: t}
+        return {"outer": (tensors["outer[0]"], tensors["outer[1]"]), "inner": tensors["inner"]}
+
+    three_doors(*networks, data(made_there), naming, mode=mode)
+    if mode in MODES:
+        options = {"mode": mode, "inner_optimizer": torch.optim.SGD(networks[1].parameters(), 0.1)}
+        refused(
+            partial(metapl.hypergradient, *networks, **data(made_there), **options),
+            *networks,
+            naming=naming,
+        )
+    # What the error proposes is the same step.
+    reports = []
+    for t in (values[place], made_there.clone()):
+        with torch.random.fork_rng():
+            trainer = metapl.BilevelTrainer(*copy.deepcopy(networks), mode)
+            reports.append(trainer.step(**data(t)))
+    assert reports[0].inner_loss == reports[1].inner_loss
+    assert reports[0].feedback.equal(reports[1].feedback)
+
+
+def test_a_tensor_of_inference_mode_in_a_training_on_losses() -> None:
+    network = nn.Linear(4, CLASSES)
+    trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
+    with torch.inference_mode():
+        features = torch.randn(ROWS, 4)
+    labels = torch.arange(ROWS) % CLASSES
+    refused(lambda: trainer.step((features, labels)), network, naming=r"outer\[0\] was made under")
+    trainer.step((features.clone(), labels))
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "momentum"])

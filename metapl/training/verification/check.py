@@ -31,6 +31,7 @@ from metapl.feedback.door import (
     PastTheSignal,
     refuse_gradients_of_batches,
     refuse_hooks,
+    refuse_inference_tensors,
     refuse_learned_settings,
     refusing_draws_outside,
 )
@@ -232,6 +233,7 @@ def check_step(
         update = update.inner
     update.follow(parameters)
     refuse_replaced_step(update)
+    refuse_inference_tensors(outer_batch, inner_batches)
     if gives_feedback:
         refuse_gradients_of_batches(outer_batch, inner_batches)
         refuse_learned_settings(update)
