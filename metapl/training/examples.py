@@ -133,12 +133,14 @@ def with_tensors(example: Any) -> Any:
     return entries
 
 
-def examples_of(data: Any, name: str, like: Tensor) -> Examples:
+def examples_of(data: Any, name: str, like: Tensor, *, each_once: bool = True) -> Examples:
     """Return data as examples by number.
 
     Args:
         data: what a call was given as the argument ``name``.
         like: a weight, on whose device and in whose type the examples are.
+        each_once: refuse a DataLoader that does not draw each example once. A recording has the
+            draws of its loop itself.
     """
     columns = columns_of(data)
     if columns is not None:
@@ -146,7 +148,7 @@ def examples_of(data: Any, name: str, like: Tensor) -> Examples:
         return Columns(as_tensors(columns, like.dtype, f"{name} holds data"), name, like.device)
     collate: Callable[[list[Any]], Any] = default_collate
     if isinstance(data, DataLoader):
-        refuse_loader(data, name)
+        refuse_loader(data, name, each_once=each_once)
         collate = data.collate_fn
         data = data.dataset
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
@@ -189,8 +191,8 @@ def refuse_lists(columns: Any, name: str) -> None:
             )
 
 
-def refuse_loader(loader: DataLoader[Any], name: str) -> None:
-    """Refuse a DataLoader whose examples have no numbers, or which does not take each once."""
+def refuse_loader(loader: DataLoader[Any], name: str, *, each_once: bool) -> None:
+    """Refuse a DataLoader whose batches are not made of its data set's examples, each once."""
     if isinstance(loader.dataset, IterableDataset):
         raise MetaplError(
             f"{name} is a DataLoader over an IterableDataset, whose examples have no numbers; "
@@ -201,16 +203,33 @@ def refuse_loader(loader: DataLoader[Any], name: str) -> None:
             f"{name} is a DataLoader with batch_size=None, whose data set gives batches; expected "
             "one of examples."
         )
-    sampler = loader.sampler
-    takes_each_once = type(sampler) is SequentialSampler or (
-        type(sampler) is RandomSampler
-        and not sampler.replacement
-        and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
-    )
-    if type(loader.batch_sampler) is not BatchSampler or not takes_each_once:
-        kind = type(loader.batch_sampler if takes_each_once else sampler).__name__
+    reason = why_not_each_once(loader)
+    if each_once and reason:
         raise MetaplError(
-            f"{name} is a DataLoader that draws by a {kind}, and its examples are read by number; "
-            "expected DataLoader(loader.dataset, collate_fn=loader.collate_fn), over "
+            f"{name} is a DataLoader {reason}, and its examples are read by number; expected "
+            "DataLoader(loader.dataset, collate_fn=loader.collate_fn), over "
             "torch.utils.data.Subset(dataset, numbers) for some of the examples."
         )
+
+
+def why_not_each_once(loader: DataLoader[Any]) -> str:
+    """Return what a DataLoader does that its data set and collate_fn do not tell; "" for nothing.
+
+    A drop_last that shuffles drops other examples in each pass, and those count.
+    """
+    # The loaders of accelerate move batches to a device, and change nothing else.
+    iterates = type(loader).__iter__
+    if iterates is not DataLoader.__iter__ and not iterates.__module__.startswith("accelerate."):
+        return f"with an __iter__ of its own ({type(loader).__name__})"
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        return f"that draws by a {type(batches).__name__}"
+    sampler = batches.sampler
+    is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
+    if not is_shuffled and type(sampler) is not SequentialSampler:
+        return f"that draws by a {type(sampler).__name__}"
+    if len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
+        return f"that draws {len(sampler)} examples by a {type(sampler).__name__}"
+    if batches.drop_last and not is_shuffled and len(sampler) % batches.batch_size:
+        return "that drops its last examples (drop_last=True)"
+    return ""

@@ -18,9 +18,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
+    RandomSampler,
+    SequentialSampler,
     Subset,
     SubsetRandomSampler,
     TensorDataset,
@@ -130,6 +133,11 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "a loader of dicts": lambda table: DataLoader(Records(table), batch_size=3, shuffle=True),
     "a loader that gives what tokenizers do": lambda table: DataLoader(
         Records(table), collate_fn=collate_as_a_tokenizer
+    ),
+    "a loader of shuffled batches": lambda table: DataLoader(
+        Records(table),
+        batch_sampler=BatchSampler(RandomSampler(Records(table)), 4, drop_last=True),
+        num_workers=0,
     ),
     "a loader of pairs": lambda table: DataLoader(
         [pair(row) for row in list_of_dicts(table)], batch_size=7
@@ -433,7 +441,14 @@ class Stream(IterableDataset[Any]):
         return iter(Records(columns(IDS, LABELS)))
 
 
+class Doubling(DataLoader[Any]):
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            yield {name: 2 * t for name, t in batch.items()}
+
+
 TABLE = columns(IDS, LABELS)
+WEIGHTED = WeightedRandomSampler([1.0] * N, N)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "lists of a tokenizer": (lambda: {**TABLE, "input_ids": IDS.tolist()}, "return_tensors='pt'"),
     "texts": (lambda: {**TABLE, "text": np.array(["a"] * N)}, "train holds data of ndarray"),
@@ -446,12 +461,46 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a stream": (lambda: DataLoader(Stream()), r"train=list\(dataset\)"),
     "a generator": (lambda: iter(Records(TABLE)), r"train=list\(...\)"),
     "a weighted sampler": (
-        lambda: DataLoader(Records(TABLE), sampler=WeightedRandomSampler([1.0] * N, N)),
+        lambda: DataLoader(Records(TABLE), sampler=WEIGHTED),
         "WeightedRandomSampler",
     ),
     "a subset's sampler": (
         lambda: DataLoader(Records(TABLE), sampler=SubsetRandomSampler(range(5))),
         "Subset",
+    ),
+    "a weighted sampler in batches": (
+        lambda: DataLoader(Records(TABLE), batch_sampler=BatchSampler(WEIGHTED, 2, drop_last=True)),
+        "draws by a WeightedRandomSampler",
+    ),
+    "numbers in batches": (
+        lambda: DataLoader(Records(TABLE), batch_sampler=BatchSampler([0, 1], 2, drop_last=True)),  # type: ignore[arg-type]
+        "draws by a list",
+    ),
+    "batches of one's own": (
+        lambda: DataLoader(Records(TABLE), batch_sampler=[[0, 1]]),
+        "draws by a list",
+    ),
+    "a sampler with replacement": (
+        lambda: DataLoader(Records(TABLE), sampler=RandomSampler(Records(TABLE), replacement=True)),
+        "draws by a RandomSampler",
+    ),
+    "a sampler of the first examples": (
+        lambda: DataLoader(Records(TABLE), sampler=SequentialSampler(range(4))),
+        "draws 4 examples by a SequentialSampler",
+    ),
+    "batches of the first examples": (
+        lambda: DataLoader(
+            Records(TABLE), batch_sampler=BatchSampler(RandomSampler(range(4)), 2, drop_last=False)
+        ),
+        "draws 4 examples by a RandomSampler",
+    ),
+    "a loader that drops the last ones": (
+        lambda: DataLoader(Records(TABLE), batch_size=N - 1, drop_last=True),
+        "drops its last examples",
+    ),
+    "a loader that changes its batches": (
+        lambda: Doubling(Records(TABLE)),
+        "with an __iter__ of its own",
     ),
     "a loader of batches": (lambda: DataLoader(Records(TABLE), batch_size=None), "batch_size=None"),
     "a data set without examples": (lambda: Subset(Records(TABLE), []), "train has no examples"),

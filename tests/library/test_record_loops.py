@@ -361,6 +361,32 @@ def test_a_sequence_is_one_example_however_it_is_padded(padding: int, tmp_path: 
 # ----------------------------------------------------------------------------- what is warned about
 
 
+def test_a_loader_may_draw_as_it_likes(tmp_path: Path) -> None:
+    """A recording has the draws of the loop itself."""
+    data = torch.utils.data.TensorDataset(X, Y)
+    sampler = torch.utils.data.WeightedRandomSampler(
+        [1.0] * 12 + [0.1] * 12, 30, generator=torch.Generator().manual_seed(0)
+    )
+    batch_sampler = torch.utils.data.BatchSampler(sampler, 8, drop_last=True)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=batch_sampler)
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        sampler.generator.manual_seed(4)
+        torch.manual_seed(3)
+        optimizer = optimizer_of(model)
+        for _ in range(2):
+            for x, y in loader:
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+
+    scores = [
+        recorded(loop, tmp_path / name, train=train).attribute(OUTER, progress=False).scores
+        for name, train in (("loader", loader), ("columns", (X, Y)))
+    ]
+    assert scores[0].equal(scores[1])
+
+
 def test_equal_examples_are_named(tmp_path: Path) -> None:
     x = X.clone()
     y = Y.clone()

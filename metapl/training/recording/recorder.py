@@ -501,7 +501,7 @@ class Recorder:
         self._form = CallForm.of(batch)
         if self.train is not None:
             first = next(self.model.parameters())
-            examples = examples_of(self.train, "train", first)
+            examples = examples_of(self.train, "train", first, each_once=False)
             self._data = Data(examples, self.problem, self._form)
             self._in_data = NumbersInData(self._data)
             self._in_data.warn_of_equal_examples()

@@ -525,7 +525,7 @@ def data_of(
             f"the recording in {folder.path} has numbers of examples alone; expected train= with "
             "the data set of the recording."
         )
-    data = Data(examples_of(train, "train", first), problem, form)
+    data = Data(examples_of(train, "train", first, each_once=False), problem, form)
     if len(data) != len(digests):
         raise MetaplError(
             f"train has {len(data):,} examples, and the recording was of {len(digests):,}; "
