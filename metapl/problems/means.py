@@ -30,8 +30,9 @@ from metapl.execution.state import RandomState, Slots, replay
 from metapl.problems.base import Signal, joined_signals
 
 # How far the mean of micro-batches may be from the loss of their rows together, relative to them.
-# The rows of a batch are computed by other kernels in batches of another size.
-TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+# The rows of a batch are computed by other kernels in batches of another size, and a network in
+# float64 may take its loss in float32.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 # For each loss, by its place, the factor of a micro-batch; a loss without one has the factor 1.
 Shares = Mapping[int, Tensor]

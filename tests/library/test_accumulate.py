@@ -477,6 +477,34 @@ def test_own_losses_that_are_no_means_are_refused_before_anything_moves(
     LossTrainer(model, (loss,), optimizer=torch.optim.SGD(model.parameters())).step(batch)
 
 
+class InFloat32(nn.Module):
+    """A network in float64 whose logits are taken to float32, and perhaps back."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.Linear(5, 3).double()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).float().to(self.dtype)
+
+
+class PlainMean(OwnMean):
+    def __call__(self, teacher: nn.Module, *, outer: Any, **_: Any) -> Tensor:
+        return F.cross_entropy(teacher(outer[0]), outer[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_mean_may_be_taken_in_a_coarser_type_than_the_weights_have(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch = torch.randn(24, 5, dtype=torch.float64), torch.arange(24) % 3
+    model = InFloat32(dtype)
+    by_hand = F.cross_entropy(model(batch[0]), batch[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    report = LossTrainer(model, (PlainMean(),), optimizer=optimizer, accumulate=2).step(batch)
+    assert report.as_dict()["loss"] == pytest.approx(float(by_hand.detach()), rel=1e-6)
+
+
 def test_a_loss_of_each_micro_batch_is_allowed_where_it_says_so() -> None:
     batch = torch.randn(8, 5, dtype=torch.float64), LABELS
     model, _ = _networks()
