@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -33,6 +34,14 @@ def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
         nodes.append(node)
         to_visit += [next_node for next_node, _ in node.next_functions]
     return nodes
+
+
+def types_in_graphs(tensors: Iterable[Tensor]) -> set[torch.dtype]:
+    """Return the types of floating point in the graphs of tensors, of results and of weights."""
+    types: set[torch.dtype] = set()
+    for node in nodes_of(tensors):
+        types |= {result.dtype for result in getattr(node, "_input_metadata", ())}
+    return {dtype for dtype in types if dtype.is_floating_point}
 
 
 def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> None:

@@ -5,6 +5,7 @@ The reference is a loop of plain PyTorch that keeps the graph of the whole train
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -474,6 +475,79 @@ def test_a_call_that_is_not_backpropagated_does_not_count(has_data: bool, tmp_pa
         scores.append(recording.attribute(outer, progress=False).scores)
     assert scores[0].equal(scores[1])
     assert scores[0].abs().max() > 0
+
+
+class Rounding(nn.Module):
+    """A network in float64 that rounds in some places, as many language models do."""
+
+    def __init__(self, place: str = "", dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.body = network(dropout=0.0)
+        self.place = place
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.body[0](x)
+        if self.place == "inside":
+            hidden = hidden.to(self.dtype).double()
+        outputs: Tensor = self.body[3](hidden.tanh())
+        return outputs.to(self.dtype) if self.place == "outputs" else outputs
+
+
+ROUNDING = {
+    "outputs": Rounding("outputs"),
+    "inside": Rounding("inside"),
+    "inside in half precision": Rounding("inside", torch.bfloat16),
+    "the loop": Rounding(),
+}
+
+
+@pytest.mark.parametrize("case", ROUNDING)
+def test_rounding_is_that_of_the_coarsest_type_on_the_way_to_the_loss(
+    case: str, tmp_path: Path
+) -> None:
+    start = ROUNDING[case]
+
+    def losses_of(outputs: Tensor, rows: Tensor) -> Tensor:
+        if case == "the loop":
+            outputs = outputs.float()
+        # Not by cross_entropy, which has the bits of the problem's.
+        return outputs.logsumexp(1) - outputs[torch.arange(len(rows)), Y[rows]]
+
+    def smoothed_losses_of(outputs: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(outputs, Y[rows], reduction="none", label_smoothing=0.1)
+
+    def loop(out: Path, losses_of: Callable[[Tensor, Tensor], Tensor]) -> Recording:
+        model = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        with record(model, optimizer, out=out, train=(X, Y), states_every=4) as recording:
+            for parts in batches():
+                rows = torch.cat(parts)
+                optimizer.zero_grad()
+                losses_of(model(X[rows]), rows).mean().backward()
+                optimizer.step()
+        return recording
+
+    theta = {n: p.detach().clone().requires_grad_() for n, p in start.named_parameters()}
+    weights = torch.ones(EXAMPLES, dtype=torch.float64, requires_grad=True)
+    for parts in batches():
+        rows = torch.cat(parts)
+        losses = losses_of(torch.func.functional_call(start, theta, (X[rows],)), rows)
+        total = (weights[rows] * losses).mean()
+        gradients = torch.autograd.grad(total, [*theta.values()], create_graph=True)
+        theta = {n: t - 0.3 * g for (n, t), g in zip(theta.items(), gradients, strict=True)}
+    outputs = torch.func.functional_call(start, theta, (OUTER[0],))
+    (slope,) = torch.autograd.grad(F.cross_entropy(outputs, OUTER[1]), weights)
+
+    recording = loop(tmp_path / "r", losses_of)
+    opened = Recording.open(tmp_path / "r", copy.deepcopy(start), train=(X, Y))
+    for read in (recording, opened):
+        scores = read.attribute(OUTER, progress=False).scores
+        assert (scores + slope).abs().max() < 1e-5 * slope.abs().max()
+        assert read._read().network.types == {torch.float64, start.dtype}
+    # Another loss is refused as it is without the rounding.
+    with pytest.raises(MetaplError, match="differs from p.grad"):
+        loop(tmp_path / "s", smoothed_losses_of)
 
 
 def test_steps_with_a_closure_and_an_optimizer_that_comes_late(tmp_path: Path) -> None:

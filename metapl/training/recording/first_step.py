@@ -26,8 +26,8 @@ from metapl.training.recording.folder import KeptState
 from metapl.training.recording.network import (
     Call,
     RecordedNetwork,
+    precision_of,
     precision_of_products,
-    precision_of_weights,
 )
 from metapl.updates import TorchUpdate, parameters_of, update_of
 
@@ -43,6 +43,7 @@ class SeenStep:
         state: before the step.
         calls: of the network, one for each micro-batch.
         loss: the sum of the losses that were backpropagated; NaN where none was seen.
+        loss_types: in which types they were.
         clip_norm: the greatest norm of the gradient; None: it was not clipped.
         gradients: those that the optimizer has used, by name.
         sizes: how many examples each call has, or tokens, as the problem counts.
@@ -51,6 +52,7 @@ class SeenStep:
     state: KeptState
     calls: Sequence[Call]
     loss: float
+    loss_types: set[torch.dtype]
     clip_norm: float | None
     gradients: Tree
     sizes: Sequence[float]
@@ -59,21 +61,21 @@ class SeenStep:
 def tolerance_of(network: RecordedNetwork) -> float:
     """Return the relative difference of a loss or a gradient that rounding may cause.
 
-    That is the root of the weights' precision, or twice that of products under autocast if it is
-    more: 3.5e-4 in float32, and 1.6e-2 with autocast to bfloat16. An entry is rounded by half of
-    that precision at most, and most passes are repeated bit for bit. The root of bfloat16's own
-    would be 9 %, which is what label smoothing of 0.1 changes of a gradient.
+    That is the root of the precision from the weights to the loss, or twice that of products under
+    autocast if it is more: 3.5e-4 in float32, and 1.6e-2 with autocast to bfloat16. An entry is
+    rounded by half of that precision at most, and most passes are repeated bit for bit. The root of
+    bfloat16's own would be 9 %, which is what label smoothing of 0.1 changes of a gradient.
     """
-    return max(math.sqrt(precision_of_weights(network)), 2 * precision_of_products(network))
+    return max(math.sqrt(precision_of(network)), 2 * precision_of_products(network))
 
 
 def tolerance_of_replay(network: RecordedNetwork) -> float:
     """Return the relative difference that rounding may cause over many steps.
 
-    It is ten times that of one pass in the type of the weights, or that of one pass under autocast
-    if it is more: the weights that lead from step to step are not rounded to the autocast's type.
+    It is ten times that of one pass without autocast, or that of one pass under it if that is more:
+    the weights that lead from step to step are not rounded to the autocast's type.
     """
-    return max(10 * math.sqrt(precision_of_weights(network)), tolerance_of(network))
+    return max(10 * math.sqrt(precision_of(network)), tolerance_of(network))
 
 
 def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[list[float]]:
@@ -124,7 +126,7 @@ def factor_of_loop(loss: float, mean: float, precision: float) -> float:
     taken for that quotient, without the rounding of the two losses.
 
     Args:
-        precision: of the type that losses are in.
+        precision: from the weights to the losses.
     """
     if math.isnan(loss) or mean == 0:
         return 1.0
@@ -194,14 +196,12 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
 
     Cost: a forward and a backward pass on the step's batch.
     """
-    tolerance = tolerance_of(network)
-    precision = precision_of_weights(network)
     means: list[Tensor] = []
     gradients: list[Tree] = []
     buffers = step.state.buffers
     for call in step.calls:
         try:
-            result = network.gradient(step.state.params, buffers, call, None)
+            result = network.gradient(step.state.params, buffers, call, None, notes_types=True)
         except MetaplError:
             raise
         except Exception as error:
@@ -215,12 +215,14 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
         buffers = {**buffers, **result.buffers}
         means.append(result.loss)
         gradients.append(result.gradient)
+    network.types |= step.loss_types
+    tolerance = tolerance_of(network)
     mean_losses = torch.stack(means)
     # Each may be the loop's up to a factor, and the gradient decides.
     gaps: list[tuple[float, float, float]] = []
     for weighting in weightings(step.sizes, step.sizes):
         mean = weighted_sum(weighting, mean_losses)
-        factor = factor_of_loop(step.loss, mean, precision)
+        factor = factor_of_loop(step.loss, mean, precision_of(network))
         gradient = weighted_trees([factor * f for f in weighting], gradients)
         if step.clip_norm is not None:
             scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)

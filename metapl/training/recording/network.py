@@ -6,7 +6,7 @@ it held before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
-from metapl.execution.graphs import refuse_once_differentiable
+from metapl.execution.graphs import refuse_once_differentiable, types_in_graphs
 from metapl.execution.layout import layouts
 from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
@@ -78,6 +78,10 @@ class RecordedNetwork:
         model: the network.
         problem: with weights of 1.
         autocast: the type that products were rounded to; None: there was no autocast.
+        types: further types that a loss is computed in.
+
+    Attributes:
+        types: of floating point, from the weights to a loss, by which its rounding is judged.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class RecordedNetwork:
         model: nn.Module,
         problem: EqualWeights,
         autocast: torch.dtype | None,
+        types: Iterable[torch.dtype] = (),
     ) -> None:
         self.model = model
         self.problem = problem
@@ -97,6 +102,9 @@ class RecordedNetwork:
                 "record: the network is trained in several processes; expected one process."
             )
         self.parameters = trainable(model)
+        self.types = {*types, *(p.dtype for p in self.parameters.values())}
+        if autocast is not None:
+            self.types.add(autocast)
         half = [name for name, p in self.parameters.items() if p.dtype in HALF]
         if half:
             raise MetaplError(
@@ -109,14 +117,25 @@ class RecordedNetwork:
                 if buffer is not None:
                     self._buffer_places.append((part._buffers, name, prefix + name))
 
-    def gradient(self, params: Tree, buffers: Tree, call: Call, weights: Tensor | None) -> Gradient:
+    def gradient(
+        self,
+        params: Tree,
+        buffers: Tree,
+        call: Call,
+        weights: Tensor | None,
+        *,
+        notes_types: bool = False,
+    ) -> Gradient:
         """Return the mean loss of a call, its gradient, and the buffers after it.
 
         Args:
             weights: of its examples, (B,) or as the problem's; None: 1 each.
+            notes_types: whether the types of the loss's graph are added to :attr:`types`.
         """
         with self.at(params, buffers, call.draws, call.training_parts) as (leaves, places):
             loss, _ = self._loss(leaves, call.batch, weights)
+            if notes_types:
+                self.types |= types_in_graphs([loss])
             buffers_after = {name: table[key] for table, key, name in places if name in buffers}
             gradient = gradient_of(loss, leaves)
         return Gradient(loss.detach(), gradient, buffers_after)
@@ -196,7 +215,7 @@ class RecordedNetwork:
         below = self.gradient(params, buffers, call, 1 - r / 2).gradient
         difference = float(WHOLE.dot(above, w) - WHOLE.dot(below, w))
         derivative = float((in_weights * r).sum())
-        rounding = 100 * precision_of_weights(self) + 2 * precision_of_products(self)
+        rounding = 100 * precision_of(self) + 2 * precision_of_products(self)
         size = float(in_weights.norm() * r.norm())
         allowed = rounding * float(WHOLE.dot(gradient, w)) + 1e-3 * size
         if not abs(derivative - difference) <= allowed:
@@ -232,7 +251,7 @@ class RecordedNetwork:
         if self.loss(params, with_all, call) == loss:
             return []
         names_that_count: list[str] = []
-        rounding = 100 * precision_of_weights(self) + 2 * precision_of_products(self)
+        rounding = 100 * precision_of(self) + 2 * precision_of_products(self)
         for name in moved_names:
             with_one = {**buffers, name: buffers_after[name]}
             gap = (self.loss(params, with_one, call) - loss).abs()
@@ -338,14 +357,18 @@ class RecordedNetwork:
         return losses.mean(), weights
 
 
-def precision_of_weights(network: RecordedNetwork) -> float:
-    """Return the coarsest precision of a network's weights, 1.2e-7 of float32."""
-    return max(torch.finfo(p.dtype).eps for p in network.parameters.values())
+def precision_of(network: RecordedNetwork) -> float:
+    """Return the coarsest precision from a network's weights to its loss, 1.2e-7 of float32.
+
+    A network with weights in float64 may take its loss in float32. Types of half precision are
+    those of products alone.
+    """
+    return max(torch.finfo(dtype).eps for dtype in network.types - HALF)
 
 
 def precision_of_products(network: RecordedNetwork) -> float:
-    """Return the precision that products are rounded to under autocast; 0 without it."""
-    return 0.0 if network.autocast is None else torch.finfo(network.autocast).eps
+    """Return the precision that products are rounded to, as under autocast; 0 without such ones."""
+    return max((torch.finfo(dtype).eps for dtype in network.types & HALF), default=0.0)
 
 
 def gradient_of(

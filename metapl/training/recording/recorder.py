@@ -554,6 +554,7 @@ class Recorder:
             state=self._state(self._params, self._optimizer_state or {}, self._buffers),
             calls=calls,
             loss=sum_of(self._watch.losses),
+            loss_types={loss.dtype for loss in self._watch.losses},
             clip_norm=self._norm(),
             gradients={
                 name: p.grad.detach().clone()
@@ -562,9 +563,12 @@ class Recorder:
             },
             sizes=[self.problem.batch_weight(call.batch) for call in calls],
         )
+        factor = self._compare(step, network)
         description = {
             **self._description(optimizer, network),
-            "factor": self._compare(step, network),
+            # Those that the comparison has seen, too.
+            "types": sorted(map(str, network.types)),
+            "factor": factor,
             "first_sizes": [*step.sizes],
         }
         self.folder.write_description(description)

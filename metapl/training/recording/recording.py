@@ -388,7 +388,8 @@ class OpenedRecording:
         network = RecordedNetwork(
             model,
             problem,
-            None if autocast is None else getattr(torch, autocast.removeprefix("torch.")),
+            None if autocast is None else type_named(autocast),
+            map(type_named, description["types"]),
         )
         state, _ = folder.read_state(0, network.device)
         fixed = network.fixed_digest([*state.buffers])
@@ -452,6 +453,12 @@ class OpenedRecording:
     def outer_batch(self, batch: Any) -> Any:
         """Return an outer batch as the problem reads it."""
         return self.network.problem.outer_batch(self.data.form.selected(batch))
+
+
+def type_named(name: str) -> torch.dtype:
+    """Return a type of PyTorch by its name in a recording."""
+    dtype: torch.dtype = getattr(torch, name.removeprefix("torch."))
+    return dtype
 
 
 def refuse_other_network(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from metapl.errors import few
 from metapl.execution.batch import leaves_of
+from metapl.execution.graphs import nodes_of, types_in_graphs
 from metapl.training.verification.case import Case
 from metapl.training.verification.real_step import Evaluation, RealStep
 
@@ -60,23 +59,11 @@ def changes_batches(before: RealStep, after: RealStep) -> bool:
     return False
 
 
-def graph_nodes(*tensors: Tensor) -> list[Any]:
-    """Return all nodes of the graphs that end in some tensors, each once."""
-    nodes: list[Any] = [t.grad_fn for t in tensors if t.grad_fn is not None]
-    seen = set(nodes)
-    # The list grows while it is read.
-    for node in nodes:
-        inputs = {before for before, _ in node.next_functions if before is not None}
-        nodes += inputs - seen
-        seen |= inputs
-    return nodes
-
-
 def own_functions_in(t: Tensor) -> list[str]:
     """Return the names of a user's autograd functions in a graph."""
     names = {
         type(node).__name__.removesuffix("Backward")
-        for node in graph_nodes(t)
+        for node in nodes_of([t])
         if hasattr(node, "_forward_cls")
     }
     return sorted(names)
@@ -90,8 +77,5 @@ def coarsest_rounding(evaluation: Evaluation) -> float:
     ends = [evaluation.inner_loss, evaluation.outputs[-1]]
     for signal in evaluation.signals:
         ends += signal.fields().values()
-    dtypes: set[torch.dtype] = set()
-    for node in graph_nodes(*ends):
-        dtypes |= {result.dtype for result in getattr(node, "_input_metadata", ())}
-    shorter = [dtype for dtype in dtypes - {torch.float64} if dtype.is_floating_point]
+    shorter = types_in_graphs(ends) - {torch.float64}
     return max((torch.finfo(dtype).eps for dtype in shorter), default=0.0)
