@@ -273,16 +273,16 @@ def layouts(
     of_teacher = None if teacher is None else layout_of("teacher", teacher)
     of_student = layout_of("student", student)
     if of_teacher is not None:
-        _refuse_untrainable("teacher", of_teacher)
-    _refuse_untrainable("student", of_student)
+        refuse_untrainable("teacher", of_teacher)
+    refuse_untrainable("student", of_student)
     device = next(of_student.network.parameters()).device
     if of_teacher is not None:
         of_teacher = _beside_student(of_teacher, of_student)
     return of_teacher, of_student, device
 
 
-def _refuse_untrainable(name: str, layout: Layout) -> None:
-    """Refuse a network in which no pass runs at other weights, or that learns nothing.
+def refuse_wrappers(name: str, layout: Layout) -> None:
+    """Refuse a network in which no pass runs at other weights, or is differentiated wrongly.
 
     Args:
         name: its role.
@@ -298,6 +298,15 @@ def _refuse_untrainable(name: str, layout: Layout) -> None:
                     "kernel has a wrong second derivative; expected "
                     "torch.nn.utils.parametrizations.weight_norm."
                 )
+
+
+def refuse_untrainable(name: str, layout: Layout) -> None:
+    """Refuse a network in which no pass runs at other weights, or that learns nothing.
+
+    Args:
+        name: its role.
+    """
+    refuse_wrappers(name, layout)
     for path, t in _named_tensors(layout.network):
         if nn.parameter.is_lazy(t):
             raise MetaplError(
@@ -434,7 +443,11 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     )
 
 
-def refuse_compiled(name: str, network: nn.Module | None) -> None:
+def refuse_compiled(
+    name: str,
+    network: nn.Module | None,
+    mend: str = "the plain module, and compile=True, which compiles the whole step",
+) -> None:
     """Refuse a network that is under ``torch.compile``, or has a part that is.
 
     A compiled backward pass runs once, and cannot be differentiated. Some modes would get along
@@ -443,6 +456,7 @@ def refuse_compiled(name: str, network: nn.Module | None) -> None:
 
     Args:
         name: its role, for errors.
+        mend: what the error expects.
     """
     if not isinstance(network, nn.Module):
         return
@@ -453,8 +467,7 @@ def refuse_compiled(name: str, network: nn.Module | None) -> None:
             where = f" in its part {prefix[:-1]!r}" if prefix else ""
             raise MetaplError(
                 f"the {name} is under torch.compile{where}, whose backward pass cannot be "
-                "differentiated; expected the plain module, and compile=True, which compiles the "
-                "whole step."
+                f"differentiated; expected {mend}."
             )
 
 

@@ -10,13 +10,13 @@ import copy
 import io
 import pickle
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError, Recording, record
@@ -359,6 +359,88 @@ def test_a_sequence_is_one_example_however_it_is_padded(padding: int, tmp_path: 
 
 
 # ----------------------------------------------------------------------------- what is warned about
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
+    yield
+    distributed.destroy_process_group()
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "DistributedDataParallel": nn.parallel.DistributedDataParallel,
+    "DataParallel": lambda model: nn.DataParallel(model),
+}
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=[*WRAPPERS])
+@pytest.mark.parametrize("build", [network, with_batch_norm])
+def test_a_wrapper_in_one_process_is_seen_through(
+    wrap: Callable[[nn.Module], nn.Module], build: Callable[[], nn.Module], tmp_path: Path
+) -> None:
+    loop = loop_with()
+    plain = recorded(loop, tmp_path, build).attribute(OUTER, progress=False)
+    model = wrap(build())
+    with record(model, out=tmp_path / "w", train=(X, Y), states_every=STATES_EVERY) as recording:
+        loop(model, None)
+    assert recording.attribute(OUTER, progress=False).scores.equal(plain.scores)
+    for other in (wrap(build()), build()):
+        opened = Recording.open(tmp_path / "w", other, train=(X, Y))
+        assert opened.attribute(OUTER, progress=False).scores.equal(plain.scores)
+
+
+def averaged_in_two_processes(rank: int, meeting: str, out: str, pipe: Any) -> None:
+    """Record a training in two processes, and send what is refused."""
+    distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{meeting}")
+    model = network(dropout=0.0)
+    replicated = nn.parallel.DistributedDataParallel(model)
+    refusals: list[str] = []
+    try:
+        record(replicated, out=f"{out}/whole{rank}", train=(X, Y))
+    except MetaplError as error:
+        refusals.append(str(error))
+    try:
+        with record(model, out=f"{out}/inside{rank}", train=(X, Y)):
+            optimizer = optimizer_of(model)
+            F.cross_entropy(replicated(X[rank::2]), Y[rank::2]).backward()
+            optimizer.step()
+    except MetaplError as error:
+        refusals.append(str(error))
+    pipe.put(refusals)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_several_processes_are_refused_in_these_words(tmp_path: Path) -> None:
+    spawn = torch.multiprocessing.get_context("spawn")
+    queue = spawn.SimpleQueue()
+    arguments = str(tmp_path / "meeting"), str(tmp_path), queue
+    processes = [
+        spawn.Process(target=averaged_in_two_processes, args=(rank, *arguments)) for rank in (0, 1)
+    ]
+    for process in processes:
+        process.start()
+    for _ in processes:
+        refusals = queue.get()
+        assert len(refusals) == 2
+        for text in refusals:
+            assert "trained in several processes; expected one process" in text
+    for process in processes:
+        process.join()
+
+
+def test_wrappers_that_no_pass_goes_through_are_named(tmp_path: Path) -> None:
+    compiled = torch.compile(network())
+    for model in (compiled, nn.Sequential(compiled)):
+        with pytest.raises(MetaplError, match="the network is under torch.compile.* a loop that"):
+            record(model, out=tmp_path, train=(X, Y))
+    scripted = torch.jit.script(network())
+    with pytest.raises(MetaplError, match="the network has a ScriptModule, .* made from"):
+        record(scripted, out=tmp_path, train=(X, Y))
+    with pytest.raises(MetaplError, match="the network has a DataParallel at '0'"):
+        record(nn.Sequential(nn.DataParallel(network())), out=tmp_path, train=(X, Y))
 
 
 def test_a_loader_may_draw_as_it_likes(tmp_path: Path) -> None:

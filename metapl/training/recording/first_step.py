@@ -15,7 +15,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.numerics import WHOLE, Tree
@@ -24,6 +24,7 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import IGNORED, NextToken
 from metapl.training.recording.folder import KeptState
 from metapl.training.recording.network import (
+    IN_SEVERAL_PROCESSES,
     Call,
     RecordedNetwork,
     precision_of,
@@ -233,6 +234,9 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     if gap <= tolerance:
         refuse_counted_labels(network.problem, step, factor)
         return factor
+    if distributed.is_available() and distributed.is_initialized():
+        if distributed.get_world_size() > 1:
+            raise MetaplError(IN_SEVERAL_PROCESSES)
     in_losses = ""
     if not math.isnan(step.loss):
         in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"

@@ -18,7 +18,13 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
 from metapl.execution.graphs import refuse_once_differentiable, types_in_graphs
-from metapl.execution.layout import layouts
+from metapl.execution.layout import (
+    Layout,
+    layout_of,
+    refuse_compiled,
+    refuse_untrainable,
+    refuse_wrappers,
+)
 from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
 from metapl.execution.state import RandomState, Slot, named_parts, replayed, swapped, trainable
@@ -26,6 +32,8 @@ from metapl.feedback.replays import sketch
 from metapl.models import Logits
 from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
+
+IN_SEVERAL_PROCESSES = "record: the network is trained in several processes; expected one process."
 
 # The name of the recorded network in the module that gives its outputs as one tensor.
 PREFIX = "network."
@@ -94,13 +102,13 @@ class RecordedNetwork:
         self.model = model
         self.problem = problem
         self.autocast = autocast
-        _, layout, self.device = layouts(None, Logits(model))
+        # A loop may have wrapped it since the recording began.
+        network_in(model)
+        refuse_untrainable("network", Layout(model))
+        layout = Layout(Logits(model))
         self._student = LocalStudent(layout)
         self.ranks = layout.ranks
-        if not layout.ranks.alone or layout.kind != "plain":
-            raise MetaplError(
-                "record: the network is trained in several processes; expected one process."
-            )
+        self.device = next(model.parameters()).device
         self.parameters = trainable(model)
         self.types = {*types, *(p.dtype for p in self.parameters.values())}
         if autocast is not None:
@@ -355,6 +363,24 @@ class RecordedNetwork:
                 f"({len(outputs)},)."
             )
         return losses.mean(), weights
+
+
+def network_in(model: nn.Module) -> nn.Module:
+    """Return the network in a wrapper that runs it as it is, in one process on one device.
+
+    Raises: :class:`metapl.MetaplError` for other wrappers of PyTorch, and for several processes.
+    """
+    is_on_one_device = isinstance(model, nn.DataParallel) and len(model.device_ids) < 2
+    if is_on_one_device:
+        model = model.module
+    layout = layout_of("network", model)
+    if not layout.ranks.alone:
+        raise MetaplError(IN_SEVERAL_PROCESSES)
+    if layout.is_sharded:
+        raise MetaplError(f"record: the network is {layout.description}; expected a plain module.")
+    refuse_wrappers("network", layout)
+    refuse_compiled("network", layout.network, mend="a loop that calls the plain module")
+    return layout.network
 
 
 def precision_of(network: RecordedNetwork) -> float:

@@ -27,7 +27,7 @@ from metapl.training.attribution import (
 from metapl.training.examples import examples_of
 from metapl.training.recording.calls import CallForm, Data, RecordedRows
 from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
-from metapl.training.recording.network import RecordedNetwork
+from metapl.training.recording.network import RecordedNetwork, network_in
 from metapl.training.recording.recorder import Recorder, shape_of
 from metapl.training.recording.replay import (
     Cotangents,
@@ -82,8 +82,8 @@ def record(
     and not of predictions, so that c = (T − 1)/T; :attr:`Recording.loss_factor`.)
 
     Args:
-        model: the network that the loop calls, in one process on one device, as it is and not
-            wrapped: of a Lightning module the network in it.
+        model: the network that the loop calls, in one process on one device, or that network in
+            ``DistributedDataParallel``; of a Lightning module the network in it.
         optimizer: ``torch.optim`` SGD, Adam or AdamW over the network's weights. None: the first
             optimizer that steps over them, since Trainers make theirs late.
         out: a folder for the recording; it is made if need be, and may have no recording.
@@ -132,6 +132,7 @@ def record(
     check_arguments(record, locals())
     if not isinstance(model, nn.Module):
         raise MetaplError(f"record: model is of type {type(model).__name__}; expected a module.")
+    model = network_in(model)
     folder = RecordingFolder(out)
     folder.refuse_existing()
     problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
@@ -194,7 +195,7 @@ class Recording:
         another order of them, and a state that is missing.
         """
         problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
-        recording = cls(RecordingFolder(out), model, problem=problem, train=train)
+        recording = cls(RecordingFolder(out), network_in(model), problem=problem, train=train)
         recording._read()
         return recording
 
