@@ -15,6 +15,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.checks import described
 
 Batch = Any
@@ -254,6 +255,39 @@ def labeled_pair(batch: Batch, name: str = "outer", mend: str = "") -> Any:
         f"{name} is {described(batch)}; expected (inputs, labels), the inputs a tensor, or a dict "
         f"or tuple of tensors, or one dict with the labels under 'labels'.{mend}"
     )
+
+
+def returned_by(network: nn.Module, inputs: Inputs) -> Any:
+    """Return what a network returns for its inputs, which it is given as one argument.
+
+    Raises: :class:`metapl.MetaplError` where it fails, and takes their parts as arguments.
+    """
+    try:
+        return network(inputs)
+    except (TypeError, AttributeError, LookupError) as error:
+        if not takes_parts(network, inputs):
+            raise
+        kind = type(network).__name__
+        raise MetaplError(
+            f"{kind} was called with its inputs, {described(inputs)}, as one argument, and its "
+            f"forward takes their parts ({reason_of(error)}); expected "
+            f"metapl.models.Logits({kind}(...)), which passes the parts as arguments."
+        ) from error
+
+
+def takes_parts(network: nn.Module, inputs: Inputs) -> bool:
+    """Return whether a network's forward takes the parts of its inputs as its arguments."""
+    try:
+        signature = inspect.signature(network.forward)
+        if isinstance(inputs, Mapping):
+            signature.bind(**inputs)
+            return True
+        if isinstance(inputs, tuple | list):
+            signature.bind(*inputs)
+            return True
+    except (TypeError, ValueError):
+        pass
+    return False
 
 
 def first_input(batch: Batch) -> Any:

@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, map_tensors
+from metapl.execution.batch import Batch, Inputs, map_tensors, returned_by
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.graphs import refuse_once_differentiable
 from metapl.execution.layout import Layout
@@ -363,7 +363,7 @@ class Pass:
         self._state = slots.state or slots.snapshot()
         slots.state = None
         with self._running():
-            outputs = checks.logits(student.module(inputs), "student")
+            outputs = checks.logits(returned_by(student.module, inputs), "student")
         self.random_state_after = RandomState.now(student.device)
         self._output_dtype = outputs.dtype
         self._half_types = slots.half_types(outputs)

@@ -22,6 +22,7 @@ from metapl.execution.batch import (
     labeled_pair,
     length,
     plain,
+    returned_by,
     rows,
     to_device,
 )
@@ -82,7 +83,7 @@ def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
     def outputs_of(inputs: Inputs) -> Tensor:
         if first_parameter is not None:
             inputs = to_device(inputs, first_parameter.device)
-        return checks.logits(model(inputs), "network")
+        return checks.logits(returned_by(model, inputs), "network")
 
     try:
         # Not inference mode: what a module keeps of it can have no gradient later.

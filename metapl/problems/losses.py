@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, views
+from metapl.execution.batch import Batch, returned_by, views
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import Signal
@@ -130,7 +130,7 @@ class CrossEntropy:
 
     def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
         """Return what the teacher makes of the outer batch."""
-        return teacher(outer[0])
+        return returned_by(teacher, outer[0])
 
     def reads_inner(self, step: int) -> bool:
         """Return whether the loss reads the inner batch of a step: it never does."""

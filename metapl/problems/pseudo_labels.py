@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, views
+from metapl.execution.batch import Batch, Inputs, returned_by, views
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -133,7 +133,7 @@ class PseudoLabels(BilevelProblem):
         generator: Random,
     ) -> Signal:
         """Return q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
-        logits = checks.logits(teacher(self.teacher_input(batch)), "teacher")
+        logits = checks.logits(returned_by(teacher, self.teacher_input(batch)), "teacher")
         # There are no outputs yet where a subclass lets the signal enter the student's input.
         if student_outputs is not None and logits.shape != student_outputs.shape:
             raise MetaplError(

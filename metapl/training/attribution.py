@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import Batch, labeled_pair, map_tensors
+from metapl.execution.batch import Batch, labeled_pair, map_tensors, returned_by
 from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import MissingDerivative, deterministic, wide
@@ -482,7 +482,7 @@ def look_at_passes(training: WeightedTraining) -> None:
     versions_before = [b._version for b in network.buffers()]
     # A forward may ask for a gradient.
     with torch.enable_grad(), replayed(training.start):
-        first_outputs = checks.logits(network(inputs), "student").detach()
+        first_outputs = checks.logits(returned_by(network, inputs), "student").detach()
     written: list[str] = []
     for (name, p), weight in zip(network.named_parameters(), weights_before, strict=True):
         if not torch.equal(p, weight):

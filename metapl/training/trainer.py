@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metapl.data.feed import Source
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, labeled_pair, plain
+from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_by
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import MissingDerivative, no_fast_path
@@ -825,7 +825,7 @@ class BilevelTrainer(Trainer):
 
     def outer_terms(self) -> list[Term]:
         def outer_loss(network: Any, inputs: Inputs, batch: Batch) -> OuterLoss:
-            outputs = checks.logits(network(inputs), "student")
+            outputs = checks.logits(returned_by(network, inputs), "student")
             return self.problem.outer_loss(outputs, batch)
 
         return [outer_loss]

@@ -315,3 +315,57 @@ def test_the_arguments_of_a_network_decide_how_a_batch_goes_in() -> None:
     assert torch.equal(Logits(Keywords())({"a": a, "b": b}), a + b)
     assert torch.equal(Logits(One())((a, b)), a + b)
     assert torch.equal(copy.deepcopy(Logits(One()))((a, b)), a + b)
+
+
+class Optional(TwoInputs):
+    def forward(self, input_ids: Any = None, attention_mask: Any = None) -> Any:
+        return super().forward(input_ids, attention_mask)
+
+
+class Keywords(TwoInputs):
+    def forward(self, **inputs: Tensor) -> Any:
+        return super().forward(**inputs)
+
+
+@pytest.mark.parametrize("network", [TwoInputs, Optional, Keywords])
+@pytest.mark.parametrize("kind", ["dict", "tuple"])
+def test_a_network_of_several_arguments_is_told_of_logits(
+    network: type[TwoInputs], kind: str
+) -> None:
+    if network is Keywords and kind == "tuple":
+        pytest.skip("it takes no positions")
+    batches = data(kind, views=False)
+    labeled = batches["outer"]
+    student = network().double()
+    wrapped = Logits(network()).double()
+    sgd = torch.optim.SGD(student.parameters(), 0.1)
+    problem = metapl.problems.EqualWeights()
+    of_attribute: Any = {"optimizer": sgd, "steps": 2, "batch_size": 3, "progress": False}
+    calls: dict[str, Callable[[], Any]] = {
+        "step": lambda: metapl.BilevelTrainer(wrapped, student).step(**batches),
+        "compiled": lambda: metapl.BilevelTrainer(wrapped, student, compile=True).step(**batches),
+        "teacher": lambda: metapl.BilevelTrainer(student, wrapped).step(**batches),
+        "hypergradient": lambda: metapl.hypergradient(
+            None, student, outer=labeled, inner=labeled, problem=problem, inner_optimizer=sgd
+        ),
+        "attribute": lambda: metapl.attribute(student, labeled, labeled, **of_attribute),
+        "losses": lambda: metapl.LossTrainer(student, optimizer=sgd).step(labeled),
+        "evaluate": lambda: metapl.LossTrainer(student, optimizer=sgd).evaluate(labeled),
+        "predict": lambda: metapl.metrics.predict_logits(student, [labeled]),
+    }
+    for name, call in calls.items():
+        with pytest.raises(metapl.MetaplError, match="as one argument") as refused:
+            call()
+        assert f"metapl.models.Logits({network.__name__}(...))" in str(refused.value), name
+    # What is proposed is right.
+    metapl.BilevelTrainer(wrapped, Logits(student)).step(**batches)
+
+
+def test_an_error_of_a_networks_own_stays_as_it_is() -> None:
+    class Broken(nn.Linear):
+        def forward(self, pair: Any) -> Tensor:
+            raise TypeError("of its own")
+
+    batches = data("dict", views=False)
+    with pytest.raises(TypeError, match="of its own"):
+        metapl.BilevelTrainer(networks("dict")[0], Broken(4, CLASSES)).step(**batches)
