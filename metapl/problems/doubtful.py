@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, holds_tensors, length
+from metapl.execution.batch import Batch, Inputs, holds_tensors, labeled_pair, length
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -116,6 +116,22 @@ class EqualWeights(Weighted):
     """
 
     has_teacher: ClassVar[bool] = False
+    inputs_have_labels: ClassVar[bool] = False
+    """Whether a batch of inputs alone has the labels in it, as sequences do."""
+
+    def labeled_batch(self, batch: Batch, name: str) -> Batch:
+        """Return a batch of a data set as the losses read it.
+
+        That is (inputs, labels), or the batch itself for a ``student_input`` of a subclass.
+
+        Args:
+            name: of the data set, for errors.
+        """
+        if type(self).student_input is not EqualWeights.student_input:
+            return batch
+        return labeled_pair(
+            batch, name, " For other batches, give the problem a method student_input(batch)."
+        )
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
         """Return the shape of the weights that the inner loss multiplies by.

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, inputs_of, plain
+from metapl.execution.batch import LABEL_KEYS, Batch, Inputs, inputs_of, plain
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import rows_of_all
 from metapl.problems.base import BilevelProblem, Params, Random, Signal
@@ -148,7 +148,8 @@ class NextToken(EqualWeights):
 
     A batch is (ids, labels): ids (B, T), int64, or the dict of them that the network takes, and
     labels (B, T), the ids themselves with -100 where none is to be predicted; n_i is the number of
-    the others after the first. The student is a causal language model, with logits (B, T, words).
+    the others after the first. A data set of ids alone has them for labels, without what an
+    ``attention_mask`` masks. The student is a causal language model, with logits (B, T, words).
     The outer loss is the mean over all tokens of the outer batch.
 
     Args:
@@ -163,8 +164,8 @@ class NextToken(EqualWeights):
     >>> train, outer = torch.randint(20, (12, 7)), torch.randint(20, (4, 7))
     >>> attribution = metapl.attribute(
     ...     student,
-    ...     (train, train),
-    ...     (outer, outer),
+    ...     train,
+    ...     outer,
     ...     problem=NextToken(per="token"),
     ...     optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
     ...     steps=5,
@@ -177,9 +178,18 @@ class NextToken(EqualWeights):
     per: Literal["sequence", "token"] = "sequence"
     mean: Literal["sequence", "token"] = "sequence"
     classifies: ClassVar[bool] = False
+    inputs_have_labels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def labeled_batch(self, batch: Batch, name: str) -> Batch:
+        """Return a batch of a data set as (ids, labels); of ids alone these are the labels too."""
+        return super().labeled_batch(with_labels(batch, name), name)
+
+    def outer_batch(self, batch: Batch) -> Batch:
+        """Return the outer batch as (ids, labels); of ids alone these are the labels too."""
+        return super().outer_batch(with_labels(batch, "outer"))
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
         dimensions = 1 if self.per == "sequence" else 2
@@ -231,7 +241,21 @@ def check_words(outputs: Tensor, *, inner_labels: Tensor, outer_labels: Tensor) 
         )
 
 
-def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor]:
+def with_labels(batch: Batch, name: str) -> Batch:
+    """Return a batch of ids alone as (ids, labels), and any other as it is.
+
+    Args:
+        name: of the data set, for errors.
+    """
+    contents = plain(batch)
+    has_one_part = isinstance(contents, tuple | list) and len(contents) == 1
+    is_ids = isinstance(contents, Tensor) or has_one_part
+    if isinstance(contents, dict):
+        is_ids = not any(key in contents for key in LABEL_KEYS)
+    return inputs_and_labels(batch, name) if is_ids else batch
+
+
+def inputs_and_labels(batch: Batch, name: str = "the batch of DataRater") -> tuple[Any, Tensor]:
     """Return the networks' input and the labels (B, T) of a batch, or refuse the batch."""
     contents = plain(batch)
     # A DataLoader of a TensorDataset has lists of one tensor.
@@ -245,8 +269,8 @@ def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor]:
     labels: Any = entries.get("labels", ids)
     if not are_tokens(ids, labels, mask):
         raise MetaplError(
-            f"the batch of DataRater is {checks.described(batch)}; expected token ids (B, T), "
-            "int64, two or more, or a dict of input_ids, attention_mask and labels."
+            f"{name} is {checks.described(batch)}; expected token ids (B, T), int64, two or more, "
+            "or a dict of input_ids, attention_mask and labels."
         )
     if mask is not None and "labels" not in entries:
         is_token = mask != 0

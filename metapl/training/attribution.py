@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import Batch, labeled_pair, map_tensors, returned_by
+from metapl.execution.batch import Batch, map_tensors, returned_by
 from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import MissingDerivative, deterministic, wide
@@ -710,12 +710,7 @@ class WeightedTraining:
 
         (inputs, labels), unless it says otherwise.
         """
-        batch = self.data[numbers]
-        if type(self.problem).student_input is not EqualWeights.student_input:
-            return batch
-        return labeled_pair(
-            batch, "train", " For other batches, give the problem a method student_input(batch)."
-        )
+        return self.problem.labeled_batch(self.data[numbers], "train")
 
     def summed(self, feedback: Sequence[Tensor], judges: int, has_first_dimension: bool) -> Tensor:
         """Return the sum of each example's feedback over the steps, (M, N, ...).

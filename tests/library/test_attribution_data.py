@@ -97,7 +97,7 @@ class Records(Dataset[Any]):
         self.columns = columns
 
     def __len__(self) -> int:
-        return len(self.columns["labels"])
+        return len(self.columns["input_ids"])
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         return {name: t[number] for name, t in self.columns.items()}
@@ -216,8 +216,41 @@ def test_tokens_of_a_dict_are_scored_too() -> None:
 
     expected = token_scores(pair(table))
     assert expected.shape == (10, 6)
-    for data in (table, Records(table), DataLoader(Records(table))):
+    alone = {"input_ids": ids}
+    for data in (table, Records(table), DataLoader(Records(table)), alone, Records(alone)):
         assert torch.equal(token_scores(data), expected)
+
+
+class Causal(nn.Module):
+    """A language model of ids, or of a dict with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.embed = nn.Embedding(17, 5).double()
+        self.head = nn.Linear(5, 17).double()
+
+    def forward(self, batch: Any) -> Tensor:
+        ids = batch["input_ids"] if isinstance(batch, dict) else batch
+        return self.head(self.embed(ids).cumsum(1).tanh())
+
+
+def test_ids_alone_are_their_labels() -> None:
+    ids = torch.randint(17, (10, 6), generator=torch.Generator().manual_seed(0))
+    options: Any = {"problem": NextToken(per="token"), "batch_size": 5}
+    expected = attributed((ids, ids), (ids, ids), Causal(), **options).scores
+    for data in (ids, TensorDataset(ids), [*ids]):
+        assert torch.equal(attributed(data, data, Causal(), **options).scores, expected)
+    # What is masked is no label.
+    mask = torch.ones_like(ids)
+    mask[4:, 3:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    labeled = {**inputs, "labels": ids.masked_fill(mask == 0, -100)}
+    scores = [attributed(data, data, Causal(), **options).scores for data in (inputs, labeled)]
+    assert torch.equal(*scores)
+    assert not torch.equal(scores[0], expected)
+    with pytest.raises(MetaplError, match="train is .*; expected token ids"):
+        attributed(ids.double(), (ids, ids), Causal(), **options)
 
 
 @dataclass(frozen=True)

@@ -1153,6 +1153,45 @@ def test_examples_of_a_tokenizer_are_lists_of_numbers(tmp_path: Path) -> None:
     assert scores[0].abs().max() > 0
 
 
+@pytest.mark.parametrize("form", ["pair", "ids", "rows", "by sight"])
+def test_ids_alone_are_the_labels_of_a_language_model(form: str, tmp_path: Path) -> None:
+    """The reference is double backward through the loop."""
+    ids = torch.randint(7, (EXAMPLES, 4), generator=torch.Generator().manual_seed(2))
+    data = {"pair": (ids, ids), "ids": ids, "rows": [*ids], "by sight": None}[form]
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 7)).double()
+
+    def losses_of(outputs: Tensor, batch: Tensor) -> Tensor:
+        words = outputs[:, :-1].transpose(1, 2)
+        return F.cross_entropy(words, batch[:, 1:], reduction="none").mean(1)
+
+    theta = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    weights = torch.ones(EXAMPLES, dtype=torch.float64, requires_grad=True)
+    for parts in batches():
+        rows = torch.cat(parts)
+        outputs = torch.func.functional_call(model, theta, (ids[rows],))
+        loss = (weights[rows] * losses_of(outputs, ids[rows])).mean()
+        gradients = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
+        theta = {n: t - 0.3 * g for (n, t), g in zip(theta.items(), gradients, strict=True)}
+    outputs = torch.func.functional_call(model, theta, (ids[:5],))
+    (slope,) = torch.autograd.grad(losses_of(outputs, ids[:5]).mean(), weights)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    problem = metapl.problems.NextToken()
+    with record(model, optimizer, out=tmp_path / "r", problem=problem, train=data) as recording:
+        for parts in batches():
+            batch = ids[torch.cat(parts)]
+            optimizer.zero_grad()
+            losses_of(model(batch), batch).mean().backward()
+            optimizer.step()
+    outer = (ids[:5], ids[:5]) if form == "pair" else ids[:5]
+    scores = recording.attribute(outer, progress=False).scores
+    # Without a data set, in the order in which they were first seen.
+    seen = [*dict.fromkeys(torch.cat([torch.cat(parts) for parts in batches()]).tolist())]
+    expected = -slope[seen] if form == "by sight" else -slope
+    assert (scores - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
 def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:
     from metapl.execution.batch import row_digests
 

@@ -21,7 +21,6 @@ from metapl.execution.batch import (
     LABEL_KEYS,
     Batch,
     inputs_of,
-    labeled_pair,
     leaves_of,
     length,
     map_tensors,
@@ -135,7 +134,8 @@ class Data:
 
     def batch(self, numbers: Tensor) -> Batch:
         """Return the examples with these numbers as the problem reads them."""
-        return as_read(self.examples[numbers], self.problem, self.form, self.examples.name)
+        batch = self.form.selected(self.examples[numbers])
+        return self.problem.labeled_batch(batch, self.examples.name)
 
     def digests(self) -> tuple[Tensor, Tensor]:
         """Return two numbers of each example, both (N,): of its inputs, and of all of it.
@@ -162,21 +162,6 @@ class Data:
             of_inputs.append(digests)
             of_all.append(digests + 3 * row_digests(labels_of(batch, digests)))
         return torch.cat(of_inputs), torch.cat(of_all)
-
-
-def as_read(batch: Batch, problem: EqualWeights, form: CallForm, name: str) -> Batch:
-    """Return a batch as a problem reads it: (inputs, labels), unless the problem says otherwise.
-
-    Args:
-        form: of the network's calls, which the inputs are reduced to.
-        name: of the data, for errors.
-    """
-    batch = form.selected(batch)
-    if type(problem).student_input is not EqualWeights.student_input:
-        return batch
-    return labeled_pair(
-        batch, name, " For other batches, give the problem a method student_input(batch)."
-    )
 
 
 def labels_of(batch: Batch, like: Tensor) -> Any:

@@ -48,7 +48,6 @@ from metapl.training.recording.calls import (
     NumbersBySight,
     NumbersInData,
     SeenRows,
-    as_read,
     batch_of_call,
     refuse_other_rows,
     refuse_unknown,
@@ -508,7 +507,8 @@ class Recorder:
             return
         self._by_sight = NumbersBySight()
         reads_inputs_alone = type(self.problem).student_input is not EqualWeights.student_input
-        if not self._form.has_labels and not reads_inputs_alone:
+        has_labels = self._form.has_labels or self.problem.inputs_have_labels
+        if not has_labels and not reads_inputs_alone:
             raise MetaplError(
                 "record: the network is called without labels, so that the loss of an example is "
                 "not known; expected train= with (inputs, labels) or the loop's data set."
@@ -581,8 +581,8 @@ class Recorder:
                 batch = self._data.batch(self._numbers_of(seen_call.numbers()))
             else:
                 assert self._form is not None, "the form is known since the first call"
-                batch = as_read(
-                    seen_call.batch, self.problem, self._form, "the call of the network"
+                batch = self.problem.labeled_batch(
+                    self._form.selected(seen_call.batch), "the call of the network"
                 )
             calls.append(Call(batch, seen_call.random_state, frozenset(seen_call.training_parts)))
             seen_call.batch = None
