@@ -224,7 +224,7 @@ def why_not_each_once(loader: DataLoader[Any]) -> str:
     batches = loader.batch_sampler
     if type(batches) is not BatchSampler:
         return f"that draws by a {type(batches).__name__}"
-    sampler = batches.sampler
+    sampler: Any = batches.sampler
     is_shuffled = type(sampler) is RandomSampler and not sampler.replacement
     if not is_shuffled and type(sampler) is not SequentialSampler:
         return f"that draws by a {type(sampler).__name__}"

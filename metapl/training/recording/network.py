@@ -370,10 +370,10 @@ def network_in(model: nn.Module) -> nn.Module:
 
     Raises: :class:`metapl.MetaplError` for other wrappers of PyTorch, and for several processes.
     """
-    is_on_one_device = isinstance(model, nn.DataParallel) and len(model.device_ids) < 2
-    if is_on_one_device:
-        model = model.module
-    layout = layout_of("network", model)
+    network = model
+    if isinstance(model, nn.DataParallel) and len(model.device_ids) < 2:
+        network = model.get_submodule("module")
+    layout = layout_of("network", network)
     if not layout.ranks.alone:
         raise MetaplError(IN_SEVERAL_PROCESSES)
     if layout.is_sharded:
