@@ -76,8 +76,8 @@ def find_levels(
     if len(first) > 1 and not is_wide:
         examples = ", ".join(f"{path} has {kind}" for kind, path in first.items())
         raise MetaplError(
-            f"{examples}: numbers from {low:,g} to {high:,g} cannot be compared with others; save all "
-            "with 8 bits."
+            f"{examples}: numbers from {low:,g} to {high:,g} cannot be compared with others; save "
+            "all with 8 bits."
         )
     used = len(np.unique(np.round((numbers - low) * (255 / (high - low)))))
     if used < min(FEW_LEVELS, len(np.unique(numbers)) / 2):
