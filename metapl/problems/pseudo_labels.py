@@ -46,14 +46,17 @@ class PseudoLabels(BilevelProblem):
 
     with t = q (soft) or t = ŷ ~ q (hard). A batch of unlabeled inputs is one tensor, or a pair
     (weak, strong): the teacher labels the weak view and is fed back through that pass, the student
-    learns the label on the strong view. Inputs may also be a dict of tensors, or a tuple of
-    tensors, written ``(inputs,)``, since a pair is two views.
+    learns the label on the strong view, or on the teacher's. Inputs may also be a dict of tensors,
+    or a tuple of tensors, written ``(inputs,)``, since a pair is two views.
 
     Args:
         kind: ``"soft"``, ``"hard"``, or None for the kind that the mode takes.
         temperature: τ; below 1 it sharpens q. Hard labels are drawn from the same q.
         label_smoothing: α of the student's loss. The teacher's score term is not smoothed, which
             would bias it.
+        student_view: of two views, the one that the student learns: ``"strong"``, as the authors'
+            code has it, or ``"weak"``, that of the teacher, as Algorithm 1 is written, whose one
+            x_u stands in lines 2, 3 and 5.
 
     Raises: :class:`metapl.MetaplError` for labels, views, lengths or class counts that do not fit.
 
@@ -66,6 +69,7 @@ class PseudoLabels(BilevelProblem):
     kind: Literal["soft", "hard"] | None = None
     temperature: Annotated[float, Range(above=0)] = 1.0
     label_smoothing: Annotated[float, Range(0, 1)] = 0.0
+    student_view: Literal["strong", "weak"] = "strong"
 
     classifies: ClassVar[bool] = True
     teacher_classifies: ClassVar[bool] = True
@@ -109,7 +113,8 @@ class PseudoLabels(BilevelProblem):
         return views(batch)[0]
 
     def student_input(self, batch: Batch) -> Inputs:
-        return views(batch)[-1]
+        both = views(batch)
+        return both[0] if self.student_view == "weak" else both[-1]
 
     def default_teacher_losses(self, batch: Batch) -> tuple[TeacherLoss, ...]:
         """Return cross-entropy, and UDA where the inner batch has two views.
@@ -209,6 +214,14 @@ class ReducedLabels(PseudoLabels):
     """
 
     teacher_classifies: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.student_view != "strong":
+            raise MetaplError(
+                f"ReducedLabels(student_view={self.student_view!r}) was given, and its batches "
+                "have one view; leave it out."
+            )
 
     def teacher_input(self, batch: Batch) -> Tensor:
         return stored_pair(batch)[1]

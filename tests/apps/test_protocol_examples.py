@@ -291,10 +291,12 @@ def test_the_rows_of_the_paper_are_algorithm_1() -> None:
             1.0,
         )
         assert (c.label_smoothing, c.uda_threshold, c.uda_ramp, c.wait) == (0.0, 0.0, 0, 0)
+        assert c.student_view == "weak"
         assert protocols.estimator_of(c) == Reinforce()
     for name in ("cifar10-4k", "imagenet-10pct"):
         c = protocols.PROTOCOLS[name][1]
         assert (c.feedback, c.uda_threshold_on) == ("exact", "sharpened")
+        assert c.student_view == "strong"
 
 
 @pytest.mark.parametrize("method", ["uda", "supervised", "headroom"])

@@ -5,6 +5,7 @@ No draw is left to chance.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,11 +18,14 @@ import torch
 import torchopt
 from problems_zoo import CLASSES, OPTIMISERS, Optimiser, Toy, gradient, toy, warm
 from reference import error, flat
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 import metapl
 from metapl.feedback import LossDifference, Reinforce, ReinforcePerExample
 from metapl.problems import pseudo_labels
+from metapl.problems.base import draw_classes
+from metapl.problems.losses import UDA, CrossEntropy
 
 ROWS = 2
 
@@ -340,3 +344,55 @@ def test_labels_are_drawn_from_the_tempered_softmax(temperature: float) -> None:
     frequency = signal.value.bincount(minlength=CLASSES) / len(many)
     assert ((frequency - q).abs() < 4 * (q * (1 - q) / len(many)).sqrt()).all()
     torch.testing.assert_close(signal.log_prob, q.log()[signal.value])
+
+
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_a_step_is_algorithm_1_on_the_student_s_view(view: Any) -> None:
+    """Lines 2, 3 and 5 have one x_u, the teacher's; the authors' code has the other view there."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+    student = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x_l, y_l = torch.randn(8, 5).double(), torch.arange(8) % 3
+    weak, strong = torch.randn(2, 10, 5).double()
+    rate = 0.3
+
+    # Algorithm 1, line by line; the student's label is drawn as the library draws it.
+    by_hand = copy.deepcopy((teacher, student))
+    T, S = by_hand
+    x_u = weak if view == "weak" else strong
+    q = T(weak).softmax(-1)
+    drawn = draw_classes(q.detach(), torch.Generator().manual_seed(3)).squeeze(-1)
+    g_u = torch.autograd.grad(F.cross_entropy(S(x_u), drawn), [*S.parameters()])
+    with torch.no_grad():
+        for p, g in zip(S.parameters(), g_u, strict=True):
+            p -= rate * g
+    g_l = torch.autograd.grad(F.cross_entropy(S(x_l), y_l), [*S.parameters()])
+    h = rate * sum((a * b).sum() for a, b in zip(g_l, g_u, strict=True))
+    loss = h * F.cross_entropy(T(weak), drawn) + F.cross_entropy(T(x_l), y_l)
+    loss = loss + F.cross_entropy(T(strong), T(weak).softmax(-1).detach())
+    g_T = torch.autograd.grad(loss, [*T.parameters()])
+    with torch.no_grad():
+        for p, g in zip(T.parameters(), g_T, strict=True):
+            p -= rate * g
+
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        "reinforce",
+        problem=metapl.PseudoLabels("hard", student_view=view),
+        teacher_losses=(CrossEntropy(), UDA()),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=rate),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=rate),
+        feedback_weight=1.0,
+        generator=torch.Generator().manual_seed(3),
+        verify=False,
+    )
+    trainer.step((x_l, y_l), (weak, strong))
+    for network, expected in ((teacher, T), (student, S)):
+        for p, q_p in zip(network.parameters(), expected.parameters(), strict=True):
+            assert float((p - q_p).detach().abs().max()) < 1e-14
+
+
+def test_stored_labels_have_one_view() -> None:
+    with pytest.raises(metapl.MetaplError, match="its batches have one view; leave it out"):
+        metapl.problems.ReducedLabels(student_view="weak")
