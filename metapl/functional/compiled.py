@@ -938,7 +938,7 @@ def step_of_copy(
     if trainer.generator is not None:
         memo[id(trainer.generator)] = trainer.generator.clone_state()
     twin = copy.deepcopy(trainer, memo)
-    vars(twin)["compile"] = False
+    vars(twin)["compiled_step"] = None
     # A loss may read the networks by a closure, which no copy changes.
     pairs = (
         (twin.problem, trainer.problem),

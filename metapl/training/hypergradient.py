@@ -20,7 +20,6 @@ from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
 from metapl.feedback.lookahead import require_batches
 from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
-from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training.verification import check_gradient
@@ -151,6 +150,8 @@ def hypergradient(
 
 def compiled(differentiation: Differentiation) -> Hypergradient:
     """Return the gradient by compiled steps."""
+    from metapl.functional.training import differentiate
+
     request = differentiation.request
     if outer_loss_reads_more(differentiation.problem, request.teacher):
         raise MetaplError(

@@ -22,7 +22,6 @@ from metapl.feedback.door import refuse_inference_tensors
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import Report
 from metapl.feedback.teacher import NOT_FINITE, mean_scalars
-from metapl.functional import compiled
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
@@ -117,6 +116,8 @@ class LossTrainer(Trainer):
         self.accumulate = accumulate
         self.network: Any = self.student
         if compile:
+            from metapl.functional import compiled
+
             with warnings.catch_warnings():
                 # Inductor warns while it is imported.
                 warnings.simplefilter("ignore", DeprecationWarning)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -48,10 +48,6 @@ from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
 from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
 from metapl.feedback.teacher import Teaching
-from metapl.functional.compiled import CompiledStep, functional
-from metapl.functional.cuda_graphs import refuse_device
-from metapl.functional.state import State
-from metapl.functional.step import Step
 from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
@@ -81,6 +77,11 @@ from metapl.updates import (
     refuse_tensor_settings,
     update_of,
 )
+
+if TYPE_CHECKING:
+    from metapl.functional.compiled import CompiledStep
+    from metapl.functional.state import State
+    from metapl.functional.step import Step
 
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; "
@@ -254,8 +255,15 @@ class BilevelTrainer(Trainer):
             teacher, student, differentiated=gives_feedback or bool(compile)
         )
         checks.generator_of(generator, self.device, "the networks are on")
-        if compile == "cudagraphs":
-            refuse_device(self.device)
+        # The pure step is loaded where it is used: an eager step needs nothing of it.
+        self.compiled_step: CompiledStep | None = None
+        if compile:
+            from metapl.functional.compiled import CompiledStep
+            from metapl.functional.cuda_graphs import refuse_device
+
+            self.compiled_step = CompiledStep()
+            if compile == "cudagraphs":
+                refuse_device(self.device)
         # The layouts of the networks that there are, the teacher's first.
         self.layouts = [self.layout]
         self.teacher = None
@@ -307,7 +315,6 @@ class BilevelTrainer(Trainer):
         self.mode_state = self.mode.init()
         self.orders = Orders()
         self.steps_done = 0
-        self.compiled_step = CompiledStep()
         # Whether the next step finds the feedback's size also where its rule does not need it; a
         # fit says so before the steps that it records. Without effect on weights, and in compiled
         # steps.
@@ -400,7 +407,7 @@ class BilevelTrainer(Trainer):
         require_batches(outer, inner)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
         opened = self._open_step(outer, inner_batches)
-        if self.compile:
+        if self.compiled_step is not None:
             report = self.compiled_step(self, plain(outer), inner_batches)
             self._looked_at.add(opened.fingerprint)
             return report
@@ -709,6 +716,8 @@ class BilevelTrainer(Trainer):
             several processes, more than 3 steps, and outer optimizers other than SGD, Adam, AdamW
             and Muon.
         """
+        from metapl.functional.compiled import functional
+
         return functional(self)
 
     def teacher_step(self, outer: Batch, inner: Batch = None) -> Report:
@@ -774,7 +783,7 @@ class BilevelTrainer(Trainer):
             opened = self._open_step(outer, inner_batches)
             teacher_slots = opened.teacher_slots
             student_slots = opened.student_slots
-            if self.compile:
+            if self.compiled_step is not None:
                 self.compiled_step.prepare(self, plain(outer), inner_batches)
         else:
             # This is one step, and the mode is used over several here: it is not verified yet.
