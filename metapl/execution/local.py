@@ -425,22 +425,12 @@ class Pass:
         return value, mean
 
     def _first_value(self, loss: Loss) -> Tensor:
-        """Return the loss of this pass, and keep the state of the generators where it draws.
-
-        Whether it does is found in the first step; a loss that did not draw there is not watched in
-        later ones.
-        """
+        """Return the loss of this pass, and keep the state of the generators where it draws."""
         assert self.graph is not None, "a pass learns once"
-        findings = self.student.slots.findings
-        # None until it is known. A step in which no loss has drawn sets it to False at its end, in
-        # `restored`.
-        if findings.draws_in_loss is False:
-            return loss(self.graph, self._weights)
         device = self.student.device
         before = RandomState.now(device)
         value = loss(self.graph, self._weights)
         if not RandomState.now(device).equals(before):
-            findings.draws_in_loss = True
             self._random_state_of_loss = before
         return value
 

@@ -12,11 +12,9 @@ places where a module holds its tensors, and :class:`State` a snapshot of what i
 from __future__ import annotations
 
 import hashlib
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import lru_cache, wraps
 from itertools import chain
 from operator import attrgetter, is_
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.graphs import nodes_of
+from metapl.execution.graphs import types_in_graphs
 from metapl.execution.numerics import HALF, explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
 from metapl.execution.weight_norm import formulas_of
@@ -174,7 +172,6 @@ class Slots:
         state: the snapshot with which a step begins; None when its first pass has taken it over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every
             pass; found by trying.
-        findings: what the first step with this network in these modes has found.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -228,6 +225,8 @@ class Slots:
         self._tensors = [p for _, _, p in self.parameters]
 
         self._empty_state: State | None = None
+        # Found in the first pass, and the same in all passes with these modes and hooks.
+        self._half_types: frozenset[torch.dtype] | None = None
         self._modes = [*map(_is_training, parts)]
         self._hook_counts = [*map(len, self._hooks)]
         self._parts_have_hooks = any(self._hooks)
@@ -235,7 +234,6 @@ class Slots:
         self._parameters_have_hooks = any(map(_hooks_of_parameter, self._tensors))
         marks = [*self._modes, *self._hook_counts, *self._are_learned]
         self.mark = hash((*marks, -1) if self._parameters_have_hooks else tuple(marks))
-        self.findings = _FINDINGS.setdefault(module, {}).setdefault(self.mark, Findings())
 
     def __setstate__(self, values: dict[str, Any]) -> None:
         # A copy of a module may hold its parts in other tables than the copies of these.
@@ -274,32 +272,14 @@ class Slots:
             return self.formulas
         return []
 
-    def watch_losses_of(self, problem: Any) -> None:
-        """Look at the draws again where the losses are those of another problem than before.
-
-        The library's own losses draw none.
-        """
-        if type(problem).__module__.startswith("metapl.problems"):
-            return
-        findings = self.findings
-        if findings.problem is not None and findings.problem() is problem:
-            return
-        findings.problem = weakref.ref(problem)
-        # A loss that draws still does. For one that does not, the question is open again.
-        if findings.draws_in_loss is False:
-            findings.draws_in_loss = None
-
     def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
         """Return the types of half precision in which a part of the network computes.
 
         They are found in the graph of its first outputs.
         """
-        if self.findings.half_types is None and outputs.grad_fn is not None:
-            dtypes: set[torch.dtype] = set()
-            for node in nodes_of([outputs]):
-                dtypes.update(result.dtype for result in getattr(node, "_input_metadata", ()))
-            self.findings.half_types = frozenset(HALF.intersection(dtypes))
-        return self.findings.half_types or frozenset()
+        if self._half_types is None and outputs.grad_fn is not None:
+            self._half_types = frozenset(HALF.intersection(types_in_graphs([outputs])))
+        return self._half_types or frozenset()
 
     def snapshot(self, *, copies: bool = True) -> State:
         """Return the network's state as it is now.
@@ -315,26 +295,6 @@ class Slots:
             self._empty_state = State(self)
         return self._empty_state
 
-
-@dataclass
-class Findings:
-    """What the first step with a network finds, and what holds until its modes or hooks change.
-
-    Attributes:
-        draws_in_loss: whether inner losses draw from torch's generators; None until a step has been
-            watched.
-        problem: whose inner loss that was.
-        half_types: see :meth:`Slots.half_types`.
-    """
-
-    draws_in_loss: bool | None = None
-    problem: weakref.ref[Any] | None = None
-    half_types: frozenset[torch.dtype] | None = None
-
-
-# By networks, and their marks: a call of hypergradient reads the tables anew, and finds nothing
-# new.
-_FINDINGS: weakref.WeakKeyDictionary[nn.Module, dict[int, Findings]] = weakref.WeakKeyDictionary()
 
 # Readers of attributes that map() calls without a frame of Python for each part.
 _hooks_of = attrgetter(
@@ -621,10 +581,6 @@ def restored(
         else:
             for p in trained:
                 p.grad = None
-            # What has been watched in the whole step, and has not been seen, is not so.
-            for slots in networks:
-                if slots.findings.draws_in_loss is None:
-                    slots.findings.draws_in_loss = False
         finally:
             torch._C._set_grad_enabled(had_grad_enabled)
             checks.deferred.reset(token)

@@ -298,7 +298,6 @@ class Differentiation:
             )
         student_type = ShardedStudent if self.of_student.is_sharded else LocalStudent
         self.student = student_type(self.of_student, double_backward=self.estimate.keep_graph)
-        self.student.slots.watch_losses_of(self.problem)
         if self.settings and self.estimate.keep_graph:
             self._make_settings_leaves()
         self._begin()

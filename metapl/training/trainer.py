@@ -321,9 +321,6 @@ class BilevelTrainer(Trainer):
         self.measures_feedback = False
         # The fingerprints of networks whose first step was looked at.
         self._looked_at: set[int] = set()
-        # The addresses of the weights that the outer optimizer moves, and of those that the teacher
-        # learns, when they were last compared.
-        self._compared_weights: tuple[list[int], list[int]] = ([], [])
 
     def _refuse_mode_that_does_not_fit(self) -> None:
         """Refuse options of the mode that a trainer's step, or its options, cannot have."""
@@ -433,9 +430,14 @@ class BilevelTrainer(Trainer):
         """
         for layout in self.distributed:
             layout.begin_step()
+        known_teacher_slots = self.slots[0]
         self.slots = [slots if slots.are_current() else Slots(slots.module) for slots in self.slots]
         teacher_slots, student_slots = self.slots
-        student_slots.watch_losses_of(self.problem)
+        if self.outer_optimizer is not None and teacher_slots is not known_teacher_slots:
+            # Layers may have been added since, or thawed.
+            refuse_missing(
+                "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
+            )
         fingerprint = hash((teacher_slots.mark, student_slots.mark))
         look = None
         if fingerprint not in self._looked_at:
@@ -523,7 +525,7 @@ class BilevelTrainer(Trainer):
         with restored(
             *self.slots,
             device=self.device,
-            trained=self._weights_of_outer_optimizer(opened.teacher_slots),
+            trained=[] if self.outer_optimizer is None else parameters_of(self.outer_optimizer),
             generator=self.generator,
         ) as fault:
             with self._autocast(), kernels, looking(opened.look):
@@ -597,20 +599,6 @@ class BilevelTrainer(Trainer):
             self.steps_done += 1
             self._looked_at.add(opened.fingerprint)
             return report
-
-    def _weights_of_outer_optimizer(self, teacher_slots: Slots) -> list[Tensor]:
-        """Return what the outer optimizer moves; refuse one without a weight that is learned."""
-        if self.outer_optimizer is None:
-            return []
-        weights = parameters_of(self.outer_optimizer)
-        compared = (list(map(id, weights)), list(map(id, teacher_slots.learned.values())))
-        # Layers may have been added since, or thawed. To compare names takes longer than this look.
-        if compared != self._compared_weights:
-            refuse_missing(
-                "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
-            )
-            self._compared_weights = compared
-        return weights
 
     def _reshard(self) -> None:
         """Let the blocks of sharded networks give up what a pass that failed has gathered."""

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.execution.state import Slots
 from metapl.feedback import Forward
 
 
@@ -97,11 +96,3 @@ def test_a_wrong_gradient_is_refused_there_too() -> None:
     problem.student.body.register_forward_hook(reversed_gradient)
     with pytest.raises(metapl.MetaplError, match="slopes"):
         gradient(problem, Forward(by="tangent"))
-
-
-def test_what_is_found_of_a_network_holds_for_it_alone() -> None:
-    rounded, exact = case("norm", 6, torch.float64)
-    gradient(rounded)
-    gradient(exact)
-    assert Slots(rounded.student).findings.half_types == {torch.bfloat16}
-    assert Slots(exact.student).findings.half_types == frozenset()

@@ -250,10 +250,7 @@ TRAINER_ATTRIBUTES = {
     "measures_feedback": FOLLOWS,
     "_student_type": FOLLOWS,
     "_teacher_trainer": FOLLOWS,
-    "_own_step": FOLLOWS,
     "_looked_at": FOLLOWS,
-    "_compared_weights": FOLLOWS,
-    "_has_compared_halves": FOLLOWS,
     "_has_told_evaluation": FOLLOWS,
 }
 
