@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from metapl import feedback, models, problems
+from metapl import feedback, problems
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.feedback.hypergradient import Hypergradient
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         integrations,
         labels,
         metrics,
+        models,
         networks,
         noisy_student,
         pictures,
@@ -80,6 +81,7 @@ _LAZY_MODULES = (
     "integrations",
     "labels",
     "metrics",
+    "models",
     "networks",
     "noisy_student",
     "pictures",

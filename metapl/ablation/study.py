@@ -338,7 +338,7 @@ def ablate(
     try:
         with (
             closing(_batches(trainer, outer, inner, stop=steps + 1)) as batches_by_step,
-            step_bar(progress, steps + 1, name="steps", start=0) as advance,
+            step_bar(progress, steps + 1, name="steps") as advance,
         ):
             for step, batches in enumerate(batches_by_step):
                 if step in points:
@@ -416,7 +416,7 @@ class Study:
 
         Modes that have failed before are left out.
         """
-        with step_bar(self.shows_progress, len(names), name="modes", start=0) as advance:
+        with step_bar(self.shows_progress, len(names), name="modes") as advance:
             for name in names:
                 if name not in self.reasons:
                     self._measure_mode(name, batches, exact_gradient)
@@ -498,7 +498,7 @@ class Study:
         start = time.perf_counter()
         # Without a number of rounds there are more than these only where all of them are short.
         shown_rounds = rounds or LEAST_ROUNDS
-        with step_bar(self.shows_progress, shown_rounds, name="timings", start=0) as advance:
+        with step_bar(self.shows_progress, shown_rounds, name="timings") as advance:
             for number in range(rounds or MOST_ROUNDS):
                 is_long_enough = time.perf_counter() - start > SECONDS_OF_ROUNDS
                 if rounds is None and number >= LEAST_ROUNDS and is_long_enough:
@@ -508,7 +508,7 @@ class Study:
                 if number < shown_rounds:
                     advance()
         costs = {}
-        with step_bar(self.shows_progress, len(calls), name="memory", start=0) as advance:
+        with step_bar(self.shows_progress, len(calls), name="memory") as advance:
             for name, call in calls.items():
                 distances = self.distances[name]
                 passes = math.nan

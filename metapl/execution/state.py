@@ -512,6 +512,19 @@ def all_with_contents_of(pairs: Iterable[tuple[Any, Any]]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_modes(model: nn.Module, training_parts: frozenset[str]) -> Iterator[None]:
+    """Let these parts of a network train in this block, and the others evaluate."""
+    modes = [(part, part.training) for part in model.modules()]
+    try:
+        for name, part in model.named_modules():
+            part.training = name in training_parts
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 # ------------------------------------------------------------------------------------- whole steps
 
 

@@ -369,7 +369,7 @@ class Differentiation:
             if steps > 1:
                 stack.enter_context(deterministic(self.device))
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            with step_bar(is_shown, steps, "steps", 0) as show_step:
+            with step_bar(is_shown, steps, "steps") as show_step:
                 path = take_steps(
                     student,
                     self.update,
@@ -390,7 +390,7 @@ class Differentiation:
                 )
             path.is_tried = is_tried
             # h = −dL(θ′)/d(signal)
-            with step_bar(is_shown, steps, "steps back", 0) as show_step_back:
+            with step_bar(is_shown, steps, "steps back") as show_step_back:
                 path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, estimate.init())
             direct = teaching.direct_gradient(path) if self.takes_direct_term else {}

@@ -463,7 +463,7 @@ class CompiledPath:
         """Take the steps, and return the carry after the last one."""
         plan = self.plan
         carry = plan.start
-        with step_bar(self.request.shows_progress, plan.steps, "steps", 0) as advance:
+        with step_bar(self.request.shows_progress, plan.steps, "steps") as advance:
             for number in range(plan.steps):
                 if number % plan.spacings[0] == 0:
                     self._keep(number, carry)
@@ -496,7 +496,7 @@ class CompiledPath:
         """Take the adjoints of the steps from the last to the first one that is differentiated."""
         plan = self.plan
         to_go = plan.steps - plan.first
-        with step_bar(self.request.shows_progress, to_go, "steps back", 0) as advance:
+        with step_bar(self.request.shows_progress, to_go, "steps back") as advance:
             for number, carry in self._backwards(0, plan.steps, plan.spacings):
                 if number < plan.first:
                     break

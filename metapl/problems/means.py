@@ -14,8 +14,7 @@ A loss that says nothing and is no mean over rows is refused at the first step, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from metapl.execution.batch import Batch, length, map_tensors
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
-from metapl.execution.state import RandomState, Slots, replay
+from metapl.execution.state import RandomState, Slots, in_modes, replay
 from metapl.problems.base import Signal, joined_signals
 
 # How far the mean of micro-batches may be from the loss of their rows together, relative to them.
@@ -118,7 +117,7 @@ def refuse_other_than_means(
     tolerance = TOLERANCES[coarsest_dtype([p.dtype for p in network.parameters()], device)]
     refusal = ""
     random = RandomState.now(device)
-    with torch.no_grad(), no_fast_path(), evaluating(network):
+    with torch.no_grad(), no_fast_path(), in_modes(network, frozenset()):
         slots = Slots(network)
         for loss in losses:
             if refusal or getattr(loss, "of_micro_batches", False):
@@ -170,22 +169,6 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             return True
     return False
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Put a network into evaluation in this block.
-
-    Afterwards each of its modules trains or evaluates as it did before.
-    """
-    training_flags = [(module, module.training) for module in network.modules()]
-    try:
-        for module, _ in training_flags:
-            module.training = False
-        yield
-    finally:
-        for module, training in training_flags:
-            module.training = training
 
 
 def joined_batches(parts: Sequence[Any]) -> Any:

@@ -103,15 +103,15 @@ class Pace:
 
 
 @contextmanager
-def step_bar(shown: bool, steps: int, name: str, start: int) -> Iterator[Callable[[], object]]:
+def step_bar(shown: bool, steps: int, name: str) -> Iterator[Callable[[], object]]:
     """Give a function to call after each step.
 
     It advances the bar of :func:`progress`. Where standard error is no terminal it logs a line
     every half minute, with the steps that are done and the time that is left.
     """
     logs_lines = shown and not sys.stderr.isatty()
-    with progress(shown, name=name, start=start, steps=steps) as bar:
-        yield ShownSteps(name, steps, start, bar=bar, logs_lines=logs_lines).advance
+    with progress(shown, name=name, start=0, steps=steps) as bar:
+        yield ShownSteps(name, steps, bar=bar, logs_lines=logs_lines).advance
 
 
 class ShownSteps:
@@ -120,18 +120,17 @@ class ShownSteps:
     Args:
         name: what they are called.
         steps: how many there are.
-        start: how many were done when this began.
         bar: of tqdm.
         logs_lines: whether a line is logged every half minute.
     """
 
-    def __init__(self, name: str, steps: int, start: int, *, bar: Any, logs_lines: bool) -> None:
+    def __init__(self, name: str, steps: int, *, bar: Any, logs_lines: bool) -> None:
         self.name = name
         self.steps = steps
-        self.done = start
+        self.done = 0
         self.bar = bar
         self.logs_lines = logs_lines
-        self.pace = Pace(steps, start)
+        self.pace = Pace(steps)
 
     def advance(self) -> None:
         """Count one step as done."""

@@ -756,7 +756,7 @@ class WeightedTraining:
             v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
         trained = list[Tensor]()
         losses = list[Tensor]()
-        with step_bar(progress, 3, "trainings", 0) as advance:
+        with step_bar(progress, 3, "trainings") as advance:
             for number in range(3):
                 params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
                 trained.append(torch.cat([t.flatten() for t in params.values()]))

@@ -611,7 +611,7 @@ class Removals:
         losses = list[Tensor]()
         name = f"steps of {size} trainings at once"
         count = math.ceil(len(rows_of_stacks) / size)
-        with step_bar(progress, count * steps, name, 0) as advance:
+        with step_bar(progress, count * steps, name) as advance:
             for rows in rows_of_stacks.split(size):
                 stack = rows
                 missing = size - len(rows)
@@ -641,7 +641,7 @@ class Removals:
                 stacklevel=4,
             )
         losses = list[Tensor]()
-        with step_bar(progress, len(weights), "trainings without examples", 0) as advance:
+        with step_bar(progress, len(weights), "trainings without examples") as advance:
             for row in weights:
                 losses.append(self.alone(row))
                 advance()

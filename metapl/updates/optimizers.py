@@ -116,7 +116,7 @@ def refuse_missing(
     if missing or not parameters:
         expected = f"{network}.parameters(), and new ones by add_param_group"
         if network == "student" and missing:
-            expected += as_group_at_rest(name, optimizer)
+            expected += ", those that the inner steps leave as they are in a group with lr=0"
         raise MetaplError(
             f"{name} holds {len(optimized)} tensors, without {few(missing, 3) or 'any'} of the "
             f"{len(parameters)} trainable parameters of the {network}; expected {expected}."
@@ -129,31 +129,6 @@ def refuse_missing(
                 f"{name} has Muon over tensors that are no real matrices; give them to another "
                 "optimizer."
             )
-
-
-def as_group_at_rest(name: str, optimizer: torch.optim.Optimizer) -> str:
-    """Return the end of an error: how weights are left out of the inner steps.
-
-    They stay as they are, as in ANIL, and have a gradient of the outer loss.
-    """
-    parts = parts_of(optimizer)
-    takers = [number for number, part in enumerate(parts) if not isinstance(part, torch.optim.Muon)]
-    if not takers:
-        return ""
-    groups = f"{name}.param_groups"
-    owner = name
-    was_given_as_tuple = hasattr(optimizer, "optimizers")
-    if was_given_as_tuple:
-        groups = f"[g for one in {name} for g in one.param_groups]"
-        owner = f"{name}[{takers[0]}]"
-    other_weights = (
-        '[p for p in student.parameters() if all(p is not q for g in groups for q in g["params"])]'
-    )
-    return (
-        "; those that the inner steps leave as they are go into a group with lr=0: groups = "
-        f"{groups}; "
-        f'{owner}.add_param_group({{"params": {other_weights}, "lr": 0.0}})'
-    )
 
 
 def refuse_state_of_another(

@@ -162,12 +162,12 @@ def test_a_step_is_logged_only_where_it_is_to_be_shown_and_no_terminal_shows_it(
     monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
     caplog.set_level("INFO", logger="metapl")
     for is_shown in (False, True):
-        with terminal.step_bar(is_shown, 1000, "steps", 998) as advance:
+        with terminal.step_bar(is_shown, 3, "steps") as advance:
             advance()
-    assert [record.getMessage() for record in caplog.records] == ["steps: 999 of 1,000, 1 s left"]
+    assert [record.getMessage() for record in caplog.records] == ["steps: 1 of 3, 1 s left"]
     caplog.clear()
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with terminal.step_bar(is_shown, 1000, "steps", 998) as advance:
+    with terminal.step_bar(is_shown, 3, "steps") as advance:
         advance()
     assert not caplog.records
 

@@ -258,21 +258,14 @@ def test_an_outer_batch_that_is_a_lookahead_is_refused() -> None:
 # -------------------------------------------------------------- a part of the weights, and closures
 
 
-def proposal_of(refusal: MetaplError) -> str:
-    """Return the statement that an error on missing weights ends with."""
-    _, _, proposal = str(refusal).partition("a group with lr=0: ")
-    return proposal.removesuffix(".")
-
-
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("mode", [Forward(), Unrolled()])
-def test_the_proposal_for_a_part_of_the_weights_runs_and_is_anil(mode: Any, compile: bool) -> None:
+def test_a_group_at_rest_leaves_a_part_of_the_weights_as_in_anil(mode: Any, compile: bool) -> None:
     student = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     inner_optimizer = SGD(student[2].parameters(), lr=0.3, momentum=0.9)
-    with pytest.raises(MetaplError, match=r"without 0\.weight, 0\.bias") as refusal:
+    with pytest.raises(MetaplError, match=r"without 0\.weight, 0\.bias .* in a group with lr=0"):
         hypergradient(student, inner_optimizer, wrt="start")
-    assert "\n" not in str(refusal.value)
-    exec(proposal_of(refusal.value), {"student": student, "inner_optimizer": inner_optimizer})
+    inner_optimizer.add_param_group({"params": student[0].parameters(), "lr": 0.0})
     gradient = hypergradient(student, inner_optimizer, mode=mode, compile=compile, wrt="start")
 
     start = reference.weights(student)
@@ -292,21 +285,16 @@ def test_the_proposal_for_a_part_of_the_weights_runs_and_is_anil(mode: Any, comp
             assert torch.equal(gradient.student_params[name], p)
 
 
-def test_the_proposal_runs_for_a_tuple_of_optimizers() -> None:
+def test_one_of_several_optimizers_takes_the_weights_at_rest() -> None:
     student = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    inner_optimizer = (
-        torch.optim.Muon([student[2].weight], lr=0.1),
-        torch.optim.Adam([student[2].bias], lr=0.1),
-    )
-    with pytest.raises(MetaplError, match="lr=0") as refusal:
-        hypergradient(student, inner_optimizer, wrt="start")
-    exec(proposal_of(refusal.value), {"student": student, "inner_optimizer": inner_optimizer})
-    gradient = hypergradient(student, inner_optimizer, wrt="start")
+    muon = torch.optim.Muon([student[2].weight], lr=0.1)
+    adam = torch.optim.Adam([student[2].bias], lr=0.1)
+    with pytest.raises(MetaplError, match="lr=0"):
+        hypergradient(student, (muon, adam), wrt="start")
+    adam.add_param_group({"params": student[0].parameters(), "lr": 0.0})
+    gradient = hypergradient(student, (muon, adam), wrt="start")
     assert gradient.start["0.weight"].any()
     assert torch.equal(gradient.student_params["0.weight"], student[0].weight)
-    muon = torch.optim.Muon([student[2].weight], lr=0.1)
-    with pytest.raises(MetaplError, match=r"new ones by add_param_group\.$"):
-        hypergradient(student, muon, wrt="start")
 
 
 def test_optimizers_with_a_closure_are_refused_when_they_are_given() -> None:

@@ -27,7 +27,15 @@ from metapl.execution.layout import (
 )
 from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
-from metapl.execution.state import RandomState, Slot, named_parts, replayed, swapped, trainable
+from metapl.execution.state import (
+    RandomState,
+    Slot,
+    in_modes,
+    named_parts,
+    replayed,
+    swapped,
+    trainable,
+)
 from metapl.feedback.replays import sketch
 from metapl.models import Logits
 from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
@@ -413,19 +421,6 @@ def gradient_of(
         allow_unused=True,
     )
     return {name: g for name, g in zip(leaves, tensors, strict=True) if g is not None}
-
-
-@contextmanager
-def in_modes(model: nn.Module, training_parts: frozenset[str]) -> Iterator[None]:
-    """Let these parts of a network train in this block, and the others evaluate."""
-    modes = [(part, part.training) for part in model.modules()]
-    try:
-        for name, part in model.named_modules():
-            part.training = name in training_parts
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
 
 
 def parts_in_training(model: nn.Module) -> list[str]:

@@ -306,7 +306,7 @@ class Replay:
         kept_state, _ = self.read_state(number)
         state = kept_state
         steps = range(number, len(self.rows))
-        with step_bar(progress and bool(steps), len(steps), "steps", 0) as advance:
+        with step_bar(progress and bool(steps), len(steps), "steps") as advance:
             for step in steps:
                 _, state = self.step(step, state)
                 advance()
@@ -327,7 +327,7 @@ class Replay:
         """
         ends = [*self.state_numbers[1:], len(self.rows)]
         segments = [(a, b) for a, b in zip(self.state_numbers, ends, strict=True) if a < b]
-        with step_bar(progress, len(self.rows), "steps back", 0) as advance:
+        with step_bar(progress, len(self.rows), "steps back") as advance:
             for begin, end in reversed(segments):
                 state, digest = self.read_state(begin)
                 for number, replayed_step in self._block(begin, end, state, digest):
