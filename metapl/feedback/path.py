@@ -539,6 +539,7 @@ def take_steps(
     return path
 
 
+@dataclass
 class _Walk:
     """A student on its way along a path.
 
@@ -549,37 +550,29 @@ class _Walk:
         state: the optimizer's state before it.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        teach: Teach,
-        accumulate: int,
-        keep_graph: bool,
-        credits: Credited,
-        truncate: int | None,
-        keep: Keep | None,
-        updates: Sequence[Update],
-    ) -> None:
-        self.path = path
+    path: Path
+    teach: Teach
+    accumulate: int
+    keep_graph: bool
+    credits: Credited
+    truncate: int | None
+    keep: Keep | None
+    updates: Sequence[Update]
+
+    def __post_init__(self) -> None:
+        path = self.path
         self.problem = path.problem
         self.student = path.student
         self.ranks = path.student.ranks
         self.inner_batches = path.inner_batches
-        self.teach = teach
-        self.accumulate = accumulate
-        self.keep_graph = keep_graph
-        self.credits = credits
-        self.keep = keep
-        self.updates = updates
         self.is_alone_step = len(self.inner_batches) == 1
         # The steps after the first one that is differentiated take a Hessian product, by a graph
         # that they make then.
         self.first_differentiated = 0
-        if truncate:
-            self.first_differentiated = max(0, len(self.inner_batches) - truncate)
+        if self.truncate:
+            self.first_differentiated = max(0, len(self.inner_batches) - self.truncate)
         self.params = self.student.params
-        if keep_graph and (not self.is_alone_step or "start" in path.wrt):
+        if self.keep_graph and (not self.is_alone_step or "start" in path.wrt):
             # A graph of several steps begins at leaves, so that the student's own parameters are in
             # none but by mistake.
             self.params = plain_leaves(self.student.params)

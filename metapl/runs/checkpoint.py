@@ -109,19 +109,16 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     try:
         content = Path(path).read_bytes()
-        # Files of the old format 2 begin with a line of text.
-        version = "2, which metapl 0.2 reads"
-        if not content.startswith(b"metapl-checkpoint "):
-            header_size = int.from_bytes(content[:8], "little")
-            metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
-            version = metadata["metapl"]
-            tree = metadata["tree"]
-            tensors = safetensors.torch.load(content)
-            if _digest(version, tree, tensors) != metadata["sha256"]:
-                raise ValueError("it has another checksum than when it was written")
-            if version == FORMAT:
-                state: dict[str, Any] = decoded(tree, tensors)
-                return state
+        header_size = int.from_bytes(content[:8], "little")
+        metadata = json.loads(content[8 : 8 + header_size])["__metadata__"]
+        version = metadata["metapl"]
+        tree = metadata["tree"]
+        tensors = safetensors.torch.load(content)
+        if _digest(version, tree, tensors) != metadata["sha256"]:
+            raise ValueError("it has another checksum than when it was written")
+        if version == FORMAT:
+            state: dict[str, Any] = decoded(tree, tensors)
+            return state
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except FileNotFoundError as error:

@@ -298,10 +298,10 @@ class Fit:
             callback.load_state_dict(callback_state)
         self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
         self.selection.load_state_dict(state)
-        self.patience.load_state_dict(state.get("patience", {}))
+        self.patience.load_state_dict(state["patience"])
         self.step = state["step"]
         self.is_ended = state["ended"]
-        self.outcomes.load_state_dict(state.get("outcomes", {}))
+        self.outcomes.load_state_dict(state["outcomes"])
         self.checkpoints.go_on_from(path)
         self.sources.load_state_dict({**positions, **process_state["feeds"]})
         # Last, for what comes before may draw.

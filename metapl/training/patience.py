@@ -63,6 +63,6 @@ class Patience:
         return {"best": self.best, "validations_since_best": self.validations_since_best}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`; checkpoints of earlier versions have an empty one."""
-        self.best = state.get("best")
-        self.validations_since_best = state.get("validations_since_best", 0)
+        """Go on from :meth:`state_dict`."""
+        self.best = state["best"]
+        self.validations_since_best = state["validations_since_best"]

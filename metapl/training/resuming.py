@@ -164,13 +164,8 @@ def settings_of(
     for name, value in vars(options).items():
         if name not in FREE_OPTIONS:
             settings[name] = value
-    # Steps of the student alone, and patience, are compared where there are any; a fit of an
-    # earlier version has no such entry.
-    del settings["first_steps"]
-    if first_steps > 0:
-        settings["first_steps"] = first_steps
-    if options.patience is None:
-        del settings["patience"]
+    # The steps of the student alone that are taken, which the problem may have chosen.
+    settings["first_steps"] = first_steps
     if options.schedule == "constant" or options.decay_every is not None:
         # The rates do not depend on the number of steps.
         del settings["steps"]

@@ -191,7 +191,6 @@ class Selection:
         """Go on from a checkpoint's ``seen``, ``best``, ``best_teacher`` and ``averages``."""
         self.latest = state["seen"]
         self.best_student = Best(**state["best"])
-        # Checkpoints of earlier versions have no best teacher.
-        self.best_teacher = Best(**state.get("best_teacher", {}))
+        self.best_teacher = Best(**state["best_teacher"])
         for role, average in self.averages.items():
             average.load_state_dict(state["averages"][role])

@@ -103,7 +103,6 @@ class OpenedStep:
     Args:
         outer_batch: as it was given, before the problem reads it.
         inner_batches: one for each step of the student.
-        teacher_slots, student_slots: the tables of the networks, as they are now.
         fingerprint: of the networks: it changes with their modes, frozen parts and hooks.
         look: looks at the graphs of both losses; None: networks with this fingerprint were looked
             at before.
@@ -111,8 +110,6 @@ class OpenedStep:
 
     outer_batch: Batch
     inner_batches: InnerBatches
-    teacher_slots: Slots
-    student_slots: Slots
     fingerprint: int
     look: FirstLook | None
 
@@ -412,7 +409,7 @@ class BilevelTrainer(Trainer):
         if steps != self.lookahead:
             check_mode(self.mode, steps, self.problem, self.layout)
         student = self._student_type(
-            self.layout, opened.student_slots, double_backward=self.mode.keep_graph
+            self.layout, self.slots[1], double_backward=self.mode.keep_graph
         )
         candidates = self.mode.orders(steps, self.problem, student)
         take_in_order = partial(self._step_in_order, opened=opened, student=student)
@@ -468,8 +465,6 @@ class BilevelTrainer(Trainer):
         return OpenedStep(
             outer_batch=outer_batch,
             inner_batches=inner_batches,
-            teacher_slots=teacher_slots,
-            student_slots=student_slots,
             fingerprint=fingerprint,
             look=look,
         )
@@ -517,7 +512,7 @@ class BilevelTrainer(Trainer):
             inner_batches=inner_batches,
             accumulate=self.accumulate,
             recompute=self.recompute_teacher,
-            slots=opened.teacher_slots,
+            slots=self.slots[0],
         )
         # Fused attention has no second derivative, which a kept graph of g needs.
         needs_second_derivatives = mode.keep_graph or order == "graph"
@@ -768,9 +763,7 @@ class BilevelTrainer(Trainer):
         require_batches(outer, inner)
         inner_batches = InnerBatches.of_one_step(inner)
         if self.lookahead == 1:
-            opened = self._open_step(outer, inner_batches)
-            teacher_slots = opened.teacher_slots
-            student_slots = opened.student_slots
+            self._open_step(outer, inner_batches)
             if self.compiled_step is not None:
                 self.compiled_step.prepare(self, plain(outer), inner_batches)
         else:
@@ -779,7 +772,7 @@ class BilevelTrainer(Trainer):
                 layout.begin_step()
             # This step is rare, so the tables are read anew without asking whether they changed.
             self.slots = [Slots(slots.module) for slots in self.slots]
-            teacher_slots, student_slots = self.slots
+        teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer)
         student = self._student_type(self.layout, student_slots, double_backward=False)
         self.update.follow(student.parameters)
