@@ -140,6 +140,22 @@ def refuse_hooks(student: nn.Module) -> None:
         )
 
 
+def hooked(network: nn.Module) -> list[str]:
+    """Return the names of the parameters with hooks that may change their gradients."""
+    return [name for name, p in network.named_parameters() if p._backward_hooks]
+
+
+def refuse_hooks_one_by_one(teacher: nn.Module) -> None:
+    """Refuse hooks on the teacher's parameters where two gradients are compared and added."""
+    names = hooked(teacher)
+    if names:
+        raise MetaplError(
+            f"the teacher's parameters {few(names, 3)} have hooks, which would change the "
+            "gradients of the feedback and of the own losses one by one; expected "
+            "feedback_weight=1.0, or clip_norm without hooks."
+        )
+
+
 # ------------------------------------------------------------------------ draws by Python and NumPy
 
 

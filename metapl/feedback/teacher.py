@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
@@ -22,6 +22,7 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
+from metapl.feedback.door import hooked
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.path import Path
 from metapl.feedback.size import FeedbackSize, ratio_of
@@ -263,16 +264,8 @@ class Teaching:
         shares = shares_of_losses(losses, outer_parts, inner_parts, self.ranks, self.device)
         has_feedback = self.mode.credits != "nothing"
         compares = size.compares and has_feedback
-        hooked = [name for name, p in layout.parameters().items() if p._backward_hooks]
-        # A hook that changes gradients would be called with each of them, and twice where the size
-        # is measured.
-        measures = measure and has_feedback and bool(losses) and not hooked
-        if compares and hooked:
-            raise MetaplError(
-                f"the teacher's parameters {few(hooked, 3)} have hooks, which would change the "
-                "gradients of the feedback and of the own losses one by one; expected "
-                "feedback_weight=1.0, or clip_norm without hooks."
-            )
+        # A hook that changes gradients would be called twice where the size is measured.
+        measures = measure and has_feedback and bool(losses) and not hooked(self.network)
 
         scalars: list[dict[str, Tensor]] = []
         feedback_gradient: dict[str, Tensor] = {}

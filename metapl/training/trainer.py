@@ -38,6 +38,7 @@ from metapl.feedback.door import (
     refuse_direct_term_in_parts,
     refuse_gradients_of_batches,
     refuse_hooks,
+    refuse_hooks_one_by_one,
     refuse_inference_tensors,
     refuse_learned_settings,
 )
@@ -444,6 +445,8 @@ class BilevelTrainer(Trainer):
             refuse_gradients_of_batches(outer_batch, inner_batches)
             refuse_learned_settings(self.update)
             refuse_hooks(self.student)
+            if self.teacher is not None and self.feedback_size.compares:
+                refuse_hooks_one_by_one(self.teacher)
             look = FirstLook(
                 self.teacher,
                 self.student,

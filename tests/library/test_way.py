@@ -24,12 +24,12 @@ class Way(NamedTuple):
 
 
 BOUNDS = {
-    "eager": Way(files=28, functions=185, lines=1074),
-    "hypergradient": Way(files=34, functions=236, lines=1336),
-    "compiled": Way(files=11, functions=42, lines=198),
+    "eager": Way(files=27, functions=170, lines=996),
+    "hypergradient": Way(files=33, functions=226, lines=1262),
+    "compiled": Way(files=10, functions=36, lines=184),
 }
 
-IMPORTED_LINES = 30_554
+IMPORTED_LINES = 23_790
 """Lines of the files of the package that ``import metapl`` loads."""
 
 SLACK = 0.9
