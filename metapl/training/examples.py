@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,10 @@ class Examples(ABC):
     def __getitem__(self, numbers: Tensor) -> Any:
         return map_tensors(lambda t: t.to(self.device), self.read(numbers))
 
+    def groups(self, size: int) -> Sequence[Tensor]:
+        """Return the numbers of all examples, in groups that are read together."""
+        return [*torch.arange(len(self)).split(size)]
+
 
 class Columns(Examples):
     """Tensors that have a row for each example."""
@@ -87,10 +91,11 @@ class Numbered(Examples):
     """A data set of examples by number, and what makes a batch of some of them."""
 
     def __init__(
-        self, source: Any, name: str, device: torch.device, collate: Callable[[list[Any]], Any]
+        self, source: Any, name: str, like: Tensor, collate: Callable[[list[Any]], Any]
     ) -> None:
-        super().__init__(name, device)
+        super().__init__(name, like.device)
         self.source = source
+        self.dtype = like.dtype
         self.collate = collate
         if len(source) == 0:
             raise MetaplError(f"{name} has no examples; expected one or more.")
@@ -101,7 +106,7 @@ class Numbered(Examples):
     def read(self, numbers: Tensor) -> Any:
         examples = [self.source[i] for i in numbers.tolist()]
         if self.collate is default_collate:
-            examples = [with_tensors(example) for example in examples]
+            examples = [with_tensors(example, self.dtype) for example in examples]
         try:
             batch = self.collate(examples)
         except (RuntimeError, TypeError) as error:
@@ -116,11 +121,14 @@ class Numbered(Examples):
         return tuple(batch) if type(batch) is list else batch
 
 
-def with_tensors(example: Any) -> Any:
+def with_tensors(example: Any, dtype: torch.dtype) -> Any:
     """Return an example whose lists of numbers, as of a tokenizer, are tensors where it is a dict.
 
     PyTorch's own collate function would take such a list for a column of several numbers, where
     those of Trainers make one tensor of all rows.
+
+    Args:
+        dtype: of those with a fraction.
     """
     if not isinstance(example, Mapping):
         return example
@@ -128,7 +136,8 @@ def with_tensors(example: Any) -> Any:
     for name, value in example.items():
         is_list = isinstance(value, list) and len(value) > 0
         if is_list and all(isinstance(number, int | float) for number in value):
-            value = torch.tensor(value)
+            has_fractions = any(isinstance(number, float) for number in value)
+            value = torch.tensor(value, dtype=dtype if has_fractions else None)
         entries[name] = value
     return entries
 
@@ -156,7 +165,7 @@ def examples_of(data: Any, name: str, like: Tensor, *, each_once: bool = True) -
         if isinstance(data, Iterable):
             mend = f"; {name}=list(...) of an iterable of examples is such a data set"
         raise MetaplError(f"{name} is {described(data)}; {EXPECTED}{mend}.")
-    return Numbered(data, name, like.device, collate)
+    return Numbered(data, name, like, collate)
 
 
 def columns_of(data: Any) -> Any:

@@ -1077,48 +1077,6 @@ def test_wrong_arguments_are_refused_at_once(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------- what it leads to
 
 
-def test_a_table_has_scores_weights_and_draws(tmp_path: Path) -> None:
-    recording, _ = recorded(tmp_path)
-    attribution = recording.attribute(OUTER, progress=False)
-    weights = attribution.weights()
-    assert abs(weights.mean() - 1) < 1e-12
-    assert (weights >= 0).all()
-    assert weights.argmax() == attribution.scores.argmax()
-    columns = attribution.columns()
-    assert columns["score"] == attribution.scores.tolist()
-    assert columns["weight"] == weights.tolist()
-    assert sum(columns["draws"]) == 8 * STEPS
-    # A small step of descent lowers the loss.
-    better = attribution._losses_with(attribution.weights(rate=0.1))
-    assert better < attribution.outer_loss
-    with pytest.raises(MetaplError, match="expected a name.parquet"):
-        attribution.save_table(tmp_path / "scores.csv")
-    with pytest.raises(MetaplError, match="expected a datasets.Dataset"):
-        attribution.add_to([1, 2])
-    attribution.save(tmp_path / "scores.safetensors")
-
-
-def test_a_table_is_read_as_parquet(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed")
-    recording, _ = recorded(tmp_path)
-    attribution = recording.attribute(OUTER, progress=False)
-    attribution.save_table(tmp_path / "tables" / "scores.parquet")
-    table = parquet.read_table(tmp_path / "tables" / "scores.parquet")
-    assert table.column_names == ["example", "score", "weight", "draws"]
-    assert table["weight"].to_pylist() == attribution.weights().tolist()
-
-
-def test_a_data_set_of_hugging_face_gets_the_columns(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    recording, _ = recorded(tmp_path)
-    attribution = recording.attribute(OUTER, progress=False)
-    data = datasets.Dataset.from_dict({"x": X.tolist(), "label": Y.tolist()})
-    weighted = attribution.add_to(data)
-    assert weighted["weight"][:] == attribution.weights().tolist()
-    with pytest.raises(MetaplError, match="dataset has 29 rows"):
-        attribution.add_to(data.select(range(29)))
-
-
 def test_examples_of_a_tokenizer_are_lists_of_numbers(tmp_path: Path) -> None:
     """As those of a ``datasets.Dataset``, of which a Trainer makes tensors."""
     ids = torch.randint(7, (EXAMPLES, 4), generator=torch.Generator().manual_seed(2))

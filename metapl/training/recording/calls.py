@@ -137,15 +137,17 @@ class Data:
         batch = self.form.selected(self.examples[numbers])
         return self.problem.labeled_batch(batch, self.examples.name)
 
-    def digests(self) -> tuple[Tensor, Tensor]:
+    def digests(self, at_once: int = READ_AT_ONCE) -> tuple[Tensor, Tensor]:
         """Return two numbers of each example, both (N,): of its inputs, and of all of it.
+
+        Args:
+            at_once: how many examples are read together.
 
         Cost: each example is read once.
         """
         of_inputs: list[Tensor] = []
         of_all: list[Tensor] = []
-        for first in range(0, len(self), READ_AT_ONCE):
-            numbers = torch.arange(first, min(first + READ_AT_ONCE, len(self)))
+        for numbers in self.examples.groups(at_once):
             batch = self.batch(numbers)
             inputs = self.problem.student_input(batch)
             if self.form.keys is not None and isinstance(inputs, dict):
@@ -160,7 +162,11 @@ class Data:
                 inputs = {key: inputs[key] for key in self.form.keys}
             digests = row_digests(inputs, ignores_padding=True)
             of_inputs.append(digests)
-            of_all.append(digests + 3 * row_digests(labels_of(batch, digests)))
+            labels = labels_of(batch, digests)
+            if isinstance(inputs, dict) and "attention_mask" in inputs:
+                # They are padded as the inputs are.
+                labels = {"labels": labels, "attention_mask": inputs["attention_mask"]}
+            of_all.append(digests + 3 * row_digests(labels, ignores_padding=True))
         return torch.cat(of_inputs), torch.cat(of_all)
 
 
@@ -172,6 +178,19 @@ def labels_of(batch: Batch, like: Tensor) -> Any:
     if isinstance(batch, tuple) and len(batch) > 1:
         return batch[1:]
     return like
+
+
+class DigestIndex:
+    """Finds digests among others, (N,), by their places."""
+
+    def __init__(self, digests: Tensor) -> None:
+        self._ordered, self._places = digests.sort(stable=True)
+
+    def find(self, digests: Tensor) -> Tensor:
+        """Return the first place of each of these digests, and −1 for those that are not there."""
+        candidates = torch.searchsorted(self._ordered, digests).clamp_max(len(self._ordered) - 1)
+        is_there = self._ordered[candidates] == digests
+        return torch.where(is_there, self._places[candidates], -1)
 
 
 class NumbersInData:
@@ -187,42 +206,34 @@ class NumbersInData:
     def __init__(self, data: Data) -> None:
         self._name = data.examples.name
         of_inputs, self.of_all = data.digests()
-        self._sorted, self._places = of_inputs.sort(stable=True)
-        is_equal = self._sorted[1:] == self._sorted[:-1]
-        all_sorted = self.of_all[self._places]
-        is_other = is_equal & (all_sorted[1:] != all_sorted[:-1])
+        index = DigestIndex(of_inputs)
+        self.find = index.find
+        # Where the first example with the same inputs is.
+        self._firsts = index.find(of_inputs)
+        is_other = self.of_all != self.of_all[self._firsts]
         if bool(is_other.any()):
-            place = int(is_other.nonzero()[0])
-            first = int(self._places[place])
-            second = int(self._places[place + 1])
+            number = int(is_other.nonzero()[0])
             raise MetaplError(
-                f"{data.examples.name} has equal inputs with different labels, examples {first} "
-                f"and {second}, which the network's inputs do not tell apart; expected each input "
-                "once, as without one of these two in the loop's data, or a network that is called "
-                "with the labels, without train=."
+                f"{data.examples.name} has equal inputs with different labels, examples "
+                f"{int(self._firsts[number])} and {number}, which the network's inputs do not tell "
+                "apart; expected each input once, as without one of these two in the loop's data, "
+                "or a network that is called with the labels, without train=."
             )
 
     def warn_of_equal_examples(self) -> None:
         """Warn where several examples are one to the recording."""
-        is_equal = self._sorted[1:] == self._sorted[:-1]
-        equal = int(is_equal.sum())
-        if not equal:
+        numbers = torch.arange(len(self._firsts), device=self._firsts.device)
+        copies = (self._firsts != numbers).nonzero()[:, 0]
+        if not len(copies):
             return
-        place = int(is_equal.nonzero()[0])
-        first = int(self._places[place])
-        second = int(self._places[place + 1])
+        number = int(copies[0])
         warnings.warn(
-            f"{equal:,} of the {len(self.of_all):,} examples of {self._name} equal an earlier one, "
-            f"such as example {second} example {first}. Which of them the network is called with "
-            "is not seen: the first has the score of all of them, and the others have 0.",
+            f"{len(copies):,} of the {len(self.of_all):,} examples of {self._name} equal an "
+            f"earlier one, such as example {number} example {int(self._firsts[number])}. Which of "
+            "them the network is called with is not seen: the first has the score of all of them, "
+            "and the others have 0.",
             stacklevel=2,
         )
-
-    def find(self, digests: Tensor) -> Tensor:
-        """Return the number of each row with these digests, and −1 for rows of no example."""
-        places = torch.searchsorted(self._sorted, digests).clamp_max(len(self._sorted) - 1)
-        is_example = self._sorted[places] == digests
-        return torch.where(is_example, self._places[places], -1)
 
 
 @dataclass(frozen=True)
@@ -324,6 +335,10 @@ class RecordedRows(Examples):
 
     def __len__(self) -> int:
         return len(self._place)
+
+    def groups(self, size: int) -> Sequence[Tensor]:
+        # Rows of different batches may be padded to different lengths.
+        return [*torch.arange(len(self)).split([length(part) for part in self._parts])]
 
     def read(self, numbers: Tensor) -> Any:
         rows: list[Any] = []

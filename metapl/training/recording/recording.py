@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +27,7 @@ from metapl.training.attribution import (
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
-from metapl.training.recording.calls import CallForm, Data, RecordedRows
+from metapl.training.recording.calls import CallForm, Data, DigestIndex, RecordedRows
 from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.training.recording.network import RecordedNetwork, network_in
 from metapl.training.recording.recorder import Recorder, shape_of
@@ -188,7 +190,8 @@ class Recording:
                 have to be those of the recording.
             problem: of the same class as for the recording. Its fields may differ, such as
                 ``NextToken(per="token")`` for the scores of tokens.
-            train: the data set, where the recording was given one.
+            train: the data set, where the recording was given one. One that was given none has its
+                examples itself, and numbers them as the rows of this data set.
 
         Raises: :class:`metapl.MetaplError`, in one line, for a folder without a recording, a
         network with other weights, another version of torch, another problem, other data or
@@ -328,6 +331,8 @@ class Recording:
             _losses_with=losses_with,
             replay_error=replay.error,
             float32_products=float32_products(network.device),
+            has_data_set=contents.has_data_set,
+            _numbers_in=contents.numbers_in,
         )
         warn_of_negative_loss(attribution, self._problem)
         return attribution
@@ -355,6 +360,9 @@ class OpenedRecording:
         update: the rule of the optimizer.
         data: the examples, or the rows that the recording has itself.
         example_numbers: the number of the example that each of these is, (rows,).
+        digests: by which each example is known in a data set, (N,).
+        has_data_set: whether examples are numbered as the rows of a data set, and not as they were
+            first seen.
         states_every: steps from one kept state to the next.
         training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
@@ -367,6 +375,8 @@ class OpenedRecording:
     update: TorchUpdate
     data: Data
     example_numbers: Tensor
+    digests: Tensor
+    has_data_set: bool
     states_every: int
     training_parts: list[str]
     first_sizes: list[float]
@@ -405,9 +415,8 @@ class OpenedRecording:
             has_labels=description["has_labels"],
             constants=description["constants"],
         )
-        data, example_numbers = data_of(
-            description, folder, problem, train, form, next(model.parameters())
-        )
+        first = next(model.parameters())
+        data, example_numbers, digests = data_of(description, folder, problem, train, form, first)
         contents = OpenedRecording(
             folder=folder,
             rows=rows,
@@ -415,6 +424,8 @@ class OpenedRecording:
             update=rule_of(description, rows[0], model),
             data=data,
             example_numbers=example_numbers,
+            digests=digests,
+            has_data_set=train is not None,
             states_every=description["states_every"],
             training_parts=description["training_parts"],
             first_sizes=description["first_sizes"],
@@ -445,7 +456,19 @@ class OpenedRecording:
     @property
     def example_count(self) -> int:
         """Return how many examples there are."""
-        return int(self.example_numbers.max()) + 1
+        return len(self.digests)
+
+    def numbers_in(self, dataset: Any) -> Tensor:
+        """Return the number of the example that each row of a data set is, −1 for none, (rows,).
+
+        Of equal examples it is the number of the first. None: the data set of the recording.
+        """
+        of_rows = self.digests
+        if dataset is not None:
+            first = next(self.network.model.parameters())
+            of_rows = digests_of(dataset, "dataset", self.data.problem, self.data.form, first)
+            found_among(self.digests, of_rows, "dataset")
+        return DigestIndex(self.digests).find(of_rows)
 
     def examples_of(self, row: StepRow) -> Tensor:
         """Return the numbers of the examples of a step, (B,)."""
@@ -514,20 +537,25 @@ def data_of(
     train: Any,
     form: CallForm,
     first: Tensor,
-) -> tuple[Data, Tensor]:
-    """Return the examples of a recording, those of a data set or its own, and their numbers.
+) -> tuple[Data, Tensor, Tensor]:
+    """Return the examples of a recording, their numbers, and the digest of each number.
 
-    Of its own, several rows may be one example that was padded to several lengths.
+    Of its own examples, several rows may be one example that was padded to several lengths. They
+    are numbered as they were first seen, or as the rows of a data set.
     """
     digests = description["examples"]
     if digests is None:
-        if train is not None:
-            raise MetaplError(
-                "train was given, and the recording has its examples itself; expected none."
-            )
-        parts, example_numbers = folder.read_examples()
+        parts, numbers = folder.read_examples()
         rows = Data(RecordedRows(parts, first.device), problem, form)
-        return rows, torch.tensor(example_numbers)
+        _, of_rows = rows.digests()
+        of_rows = of_rows.cpu()
+        example_numbers = torch.tensor(numbers)
+        if train is None:
+            digests = of_rows.new_zeros(max(numbers) + 1)
+            digests[example_numbers] = of_rows
+            return rows, example_numbers, digests
+        digests = digests_of(train, "train", problem, form, first)
+        return rows, found_among(of_rows, digests, "train"), digests
     if train is None:
         raise MetaplError(
             f"the recording in {folder.path} has numbers of examples alone; expected train= with "
@@ -547,18 +575,61 @@ def data_of(
             f"train has other examples than the recording, or another order: example {number} is "
             "the first that differs; expected the data set of the recording."
         )
-    return data, torch.arange(len(data))
+    return data, torch.arange(len(data)), digests
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+def digests_of(
+    dataset: Any, name: str, problem: EqualWeights, form: CallForm, first: Tensor
+) -> Tensor:
+    """Return a number of each row of a data set, by which its example is known, (rows,)."""
+    data = Data(examples_of(dataset, name, first, each_once=False), problem, form)
+    try:
+        _, digests = data.digests()
+    except MetaplError:
+        # Rows of several lengths, which the loop pads.
+        _, digests = data.digests(at_once=1)
+    return digests.cpu()
+
+
+def found_among(examples: Tensor, of_rows: Tensor, name: str) -> Tensor:
+    """Return the first row of a data set that each example is, by their digests, or refuse it.
+
+    Args:
+        examples: of a recording.
+        name: of the data set.
+    """
+    places = DigestIndex(of_rows).find(examples)
+    missing = int((places < 0).sum())
+    if missing:
+        raise MetaplError(
+            f"{name} has {len(of_rows):,} rows, and {missing:,} of the {len(examples):,} examples "
+            "of the recording are none of them; expected the data set of the loop, as the network "
+            "was called with it."
+        )
+    return places
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class RecordedAttribution(Attribution):
     """The result of :meth:`Recording.attribute`: an Attribution, with weights for a next training.
 
     ``order`` is (K, B), with −1 behind the examples of a smaller step. :meth:`validate` trains by
     the recorded steps with other weights, as the loop did.
+
+    Examples are numbered as the rows of ``train=``. Without it they are numbered as they were first
+    seen, in all that is returned and in what is removed, and no row of a data set is known by its
+    number. The tables below find rows of a ``dataset=`` by their bits, in any order: then they have
+    a row for each of its rows. Of equal ones each has the mean of their scores, and one that no
+    step has drawn has the score 0.
+
+    Attributes:
+        has_data_set: whether examples are numbered as the rows of a data set.
     """
 
-    def weights(self, rate: AboveZero = 1.0) -> Tensor:
+    has_data_set: bool
+    _numbers_in: Callable[[Any], Tensor]
+
+    def weights(self, rate: AboveZero = 1.0, dataset: Any = None) -> Tensor:
         r"""Return weights of the examples that are a step of descent away from 1, (N,) or (N, T).
 
         .. math:: a_i = N\, \frac{\max(0,\, 1 + \mathrm{rate}\cdot s_i / \mathrm{rms}(s))}
@@ -571,81 +642,124 @@ class RecordedAttribution(Attribution):
 
         Args:
             rate: 1 leaves out what is as harmful as the typical size of a score.
-        """
-        check_arguments(RecordedAttribution.weights, {"rate": rate})
-        scores = self._mean_scores()
-        size = scores.square().mean().sqrt()
-        if not bool(size > 0):
-            return torch.ones_like(scores)
-        weights = (1 + rate * scores / size).clamp_min(0)
-        return weights * (weights.numel() / weights.sum())
+            dataset: the data set whose rows get the weights, in a form that
+                :func:`metapl.attribute` takes; None: that of the recording.
 
-    def columns(self, rate: AboveZero = 1.0) -> dict[str, list[Any]]:
+        Raises: :class:`metapl.MetaplError` for a recording without a data set, and for a data set
+        that lacks examples of it.
+        """
+        if dataset is None and not self.has_data_set:
+            raise MetaplError(
+                "the recording was made without train=, so that its examples are numbered as they "
+                "were first seen; expected weights(dataset=) with the data set of the loop."
+            )
+        scores, _ = self._rows(dataset)
+        return weights_by(scores, rate)
+
+    def columns(self, rate: AboveZero = 1.0, dataset: Any = None) -> dict[str, list[Any]]:
         """Return a table with a row for each example, as columns by name.
 
-        ``example`` is its number, ``score`` its score, which of tokens is the sum, ``weight`` as
-        :meth:`weights` has it, and ``draws`` how often it was drawn. Of tokens, ``token_score`` and
+        ``example`` is its number in the data set, or ``first_seen`` where there is none, ``score``
+        its score, which of tokens is the sum, ``weight`` as :meth:`weights` has it, and ``draws``
+        how often it, or one that is equal to it, was drawn. Of tokens, ``token_score`` and
         ``token_weight`` are lists, and ``weight`` is the mean of the example's.
 
         Args:
-            rate: as for :meth:`weights`.
+            rate, dataset: as for :meth:`weights`.
         """
-        scores = self._mean_scores()
-        weights = self.weights(rate)
-        drawn = self.order[self.order >= 0]
+        scores, draws = self._rows(dataset)
+        weights = weights_by(scores, rate)
+        has_rows = self.has_data_set or dataset is not None
         columns: dict[str, list[Any]] = {
-            "example": list(range(len(scores))),
+            "example" if has_rows else "first_seen": list(range(len(scores))),
             "score": scores.reshape(len(scores), -1).sum(1).tolist(),
             "weight": weights.reshape(len(scores), -1).mean(1).tolist(),
-            "draws": torch.bincount(drawn, minlength=len(scores)).tolist(),
+            "draws": draws.tolist(),
         }
         if scores.ndim > 1:
             columns["token_score"] = scores.tolist()
             columns["token_weight"] = weights.tolist()
         return columns
 
-    def save_table(self, file: str | Path, rate: AboveZero = 1.0) -> None:
-        """Write :meth:`columns` to a Parquet file, which ``datasets`` and pandas read.
+    def save_table(self, file: str | Path, rate: AboveZero = 1.0, dataset: Any = None) -> None:
+        """Write :meth:`columns` to a CSV file, or to a Parquet file.
 
         Args:
-            file: its path, which ends in ``.parquet``.
-            rate: as for :meth:`weights`.
+            file: its path, which ends in ``.csv`` or ``.parquet``.
+            rate, dataset: as for :meth:`weights`.
 
-        Raises: :class:`metapl.MetaplError` for another suffix, and without pyarrow.
+        Raises: :class:`metapl.MetaplError` for another suffix, and for Parquet without pyarrow.
         """
         path = Path(file)
-        if path.suffix != ".parquet":
-            raise MetaplError(f"{path} would be written as Parquet; expected a name.parquet.")
+        if path.suffix not in (".csv", ".parquet"):
+            raise MetaplError(
+                f"{path} would be a table of no known kind; expected a name.csv or name.parquet."
+            )
+        columns = self.columns(rate, dataset)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".csv":
+            with path.open("w", newline="") as stream:
+                writer = csv.writer(stream)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+            return
         with needed_for("a table of scores"):
             import pyarrow
             import pyarrow.parquet
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.table(self.columns(rate)), path)
+        pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
-    def add_to(self, dataset: Any, rate: AboveZero = 1.0) -> Any:
+    def add_to(self, dataset: Any, rate: AboveZero = 1.0, *, replace: bool = False) -> Any:
         """Return a ``datasets.Dataset`` with the columns ``score`` and ``weight`` beside its own.
 
         Args:
-            dataset: that of the recording, with N rows.
+            dataset: that of the loop, in any order.
             rate: as for :meth:`weights`.
+            replace: put them in the place of columns of these names.
 
-        Raises: :class:`metapl.MetaplError` for another number of rows, and what is no such data
-        set.
+        Raises: :class:`metapl.MetaplError` for a data set that lacks examples of the recording,
+        for one that has such a column, and for what is no such data set.
         """
         if not hasattr(dataset, "add_column"):
             raise MetaplError(
                 f"dataset is of type {type(dataset).__name__}; expected a datasets.Dataset."
             )
-        columns = self.columns(rate)
-        if len(dataset) != len(columns["weight"]):
+        columns = self.columns(rate, dataset)
+        names = ("score", "weight")
+        present = [name for name in names if name in dataset.column_names]
+        if present and not replace:
             raise MetaplError(
-                f"dataset has {len(dataset):,} rows, and there are scores of "
-                f"{len(columns['weight']):,} examples; expected the data set of the recording."
+                f"dataset has the columns {few(present)} already; expected replace=True for new "
+                "ones in their place."
             )
-        for name in ("score", "weight"):
+        if present:
+            dataset = dataset.remove_columns(present)
+        for name in names:
             dataset = dataset.add_column(name, columns[name])
         return dataset
 
-    def _mean_scores(self) -> Tensor:
-        """Return the scores, (N,) or (N, T); of M outer losses the means of theirs."""
-        return self.scores.mean(0) if self.outer_loss.ndim else self.scores
+    def _rows(self, dataset: Any) -> tuple[Tensor, Tensor]:
+        """Return the scores of the rows of a data set, (N,) or (N, T), and their draws, (N,).
+
+        Of M outer losses they are the means. None: the data set of the recording, or the examples
+        as they were first seen.
+        """
+        scores = self.scores.mean(0) if self.outer_loss.ndim else self.scores
+        draws = torch.bincount(self.order[self.order >= 0], minlength=len(scores))
+        if dataset is None and not self.has_data_set:
+            return scores, draws
+        numbers = self._numbers_in(dataset)
+        copies = torch.bincount(numbers[numbers >= 0], minlength=len(scores)).clamp_min(1)
+        means = scores / copies.reshape(-1, *[1] * (scores.ndim - 1))
+        # Rows of no example, whose number is −1, read what is behind the last one.
+        means = torch.cat([means, torch.zeros_like(means[:1])])
+        draws = torch.cat([draws, torch.zeros_like(draws[:1])])
+        return means[numbers], draws[numbers]
+
+
+def weights_by(scores: Tensor, rate: float) -> Tensor:
+    """Return weights that are a step along scores away from 1, with the mean 1."""
+    size = scores.square().mean().sqrt()
+    if not bool(size > 0):
+        return torch.ones_like(scores)
+    weights = (1 + rate * scores / size).clamp_min(0)
+    return weights * (weights.numel() / weights.sum())
