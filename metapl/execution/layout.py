@@ -281,8 +281,8 @@ def layouts(
     return of_teacher, of_student, device
 
 
-def refuse_wrappers(name: str, layout: Layout) -> None:
-    """Refuse a network in which no pass runs at other weights, or is differentiated wrongly.
+def refuse_untrainable(name: str, layout: Layout) -> None:
+    """Refuse a network in which no pass runs at other weights, or that learns nothing.
 
     Args:
         name: its role.
@@ -298,15 +298,6 @@ def refuse_wrappers(name: str, layout: Layout) -> None:
                     "kernel has a wrong second derivative; expected "
                     "torch.nn.utils.parametrizations.weight_norm."
                 )
-
-
-def refuse_untrainable(name: str, layout: Layout) -> None:
-    """Refuse a network in which no pass runs at other weights, or that learns nothing.
-
-    Args:
-        name: its role.
-    """
-    refuse_wrappers(name, layout)
     for path, t in _named_tensors(layout.network):
         if nn.parameter.is_lazy(t):
             raise MetaplError(
@@ -443,11 +434,7 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     )
 
 
-def refuse_compiled(
-    name: str,
-    network: nn.Module | None,
-    mend: str = "the plain module, and compile=True, which compiles the whole step",
-) -> None:
+def refuse_compiled(name: str, network: nn.Module | None) -> None:
     """Refuse a network that is under ``torch.compile``, or has a part that is.
 
     A compiled backward pass runs once, and cannot be differentiated. Some modes would get along
@@ -456,7 +443,6 @@ def refuse_compiled(
 
     Args:
         name: its role, for errors.
-        mend: what the error expects.
     """
     if not isinstance(network, nn.Module):
         return
@@ -467,7 +453,8 @@ def refuse_compiled(
             where = f" in its part {prefix[:-1]!r}" if prefix else ""
             raise MetaplError(
                 f"the {name} is under torch.compile{where}, whose backward pass cannot be "
-                f"differentiated; expected {mend}."
+                "differentiated; expected the plain module (compile=True of a trainer compiles "
+                "the whole step)."
             )
 
 

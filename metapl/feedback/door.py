@@ -2,11 +2,10 @@
 
 They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
 from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
-is looked for once: in what is given (:func:`refuse_gradients_of_batches`,
-:func:`refuse_learned_settings`, :func:`refuse_hooks`), and in the graphs of both losses of the
-first step (:class:`FirstLook`). So are draws that a second pass would not repeat
-(:func:`refusing_draws_outside`). Nothing is copied, so that networks of any size, and sharded ones,
-are looked at. Later steps are not.
+is looked for once: in what is given (:func:`refuse_tensors`, :func:`refuse_learned_settings`,
+:func:`refuse_hooks`), and in the graphs of both losses of the first step (:class:`FirstLook`). So
+are draws that a second pass would not repeat (:func:`refusing_draws_outside`). Nothing is copied,
+so that networks of any size, and sharded ones, are looked at. Later steps are not.
 """
 
 from __future__ import annotations
@@ -46,40 +45,17 @@ class DrawsOutside(MetaplError):
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_gradients_of_batches(outer: Batch, inner_batches: InnerBatches) -> None:
-    """Refuse a tensor of a batch that requires a gradient, which the feedback would leave out.
+def refuse_tensors(outer: Batch, inner_batches: InnerBatches, *, gradients: bool) -> None:
+    """Refuse a tensor of a batch that no gradient goes through as the feedback takes it.
+
+    It was made in inference mode, whose tensors no pass keeps for its gradient, or it requires a
+    gradient itself. Batches that a function returns as they are taken are looked at by the first
+    look alone.
 
     Args:
         outer: the outer batch.
         inner_batches: those of the student's steps.
-    """
-    for name, t in named_tensors(outer, inner_batches):
-        if t.requires_grad:
-            raise MetaplError(
-                f"{name} requires a gradient, which a batch does not carry; expected data: "
-                ".detach() it, or let the signal carry it (problem.signal, and "
-                "student_input(self, batch, signal))."
-            )
-
-
-def refuse_inference_tensors(outer: Batch, inner_batches: InnerBatches) -> None:
-    """Refuse a tensor of a batch that a pass cannot keep for its gradient.
-
-    Args:
-        outer, inner_batches: as for :func:`refuse_gradients_of_batches`.
-    """
-    for name, t in named_tensors(outer, inner_batches):
-        if t.is_inference():
-            raise MetaplError(
-                f"{name} was made under torch.inference_mode(), and no pass keeps it for a "
-                "gradient; expected its .clone(), or torch.no_grad() where it is made."
-            )
-
-
-def named_tensors(outer: Batch, inner_batches: InnerBatches) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of batches, each with its name and place.
-
-    Batches that a function returns as they are taken are looked at by the first look alone.
+        gradients: refuse tensors that require a gradient, which a feedback would leave out.
     """
     batches_by_name: dict[str, Any] = {"outer": outer}
     for k, batch in enumerate(inner_batches.in_memory()):
@@ -87,8 +63,19 @@ def named_tensors(outer: Batch, inner_batches: InnerBatches) -> Iterator[tuple[s
         batches_by_name[name] = batch
     for name, batch in batches_by_name.items():
         for place, t in named_leaves_of(batch):
-            if isinstance(t, Tensor):
-                yield f"{name}{place}", t
+            if not isinstance(t, Tensor):
+                continue
+            if t.is_inference():
+                raise MetaplError(
+                    f"{name}{place} was made under torch.inference_mode(), and no pass keeps it "
+                    "for a gradient; expected its .clone(), or torch.no_grad() where it is made."
+                )
+            if gradients and t.requires_grad:
+                raise MetaplError(
+                    f"{name}{place} requires a gradient, which a batch does not carry; expected "
+                    "data: .detach() it, or let the signal carry it (problem.signal, and "
+                    "student_input(self, batch, signal))."
+                )
 
 
 def refuse_learned_settings(update: Update) -> None:

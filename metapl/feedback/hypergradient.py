@@ -32,9 +32,8 @@ from metapl.feedback import Mode, check_mode, check_teacher, estimator, in_place
 from metapl.feedback.door import (
     has_direct_term,
     refuse_direct_term_in_parts,
-    refuse_gradients_of_batches,
-    refuse_inference_tensors,
     refuse_learned_settings,
+    refuse_tensors,
 )
 from metapl.feedback.lookahead import InnerBatches, Lookahead
 from metapl.feedback.order import Order, Orders
@@ -197,9 +196,7 @@ class Differentiation:
         self.compiles = compiles
         has_feedback = self.estimate.credits != "nothing"
         self.inner_batches = InnerBatches.of_hypergradient(request.inner)
-        refuse_inference_tensors(request.outer, self.inner_batches)
-        if has_feedback:
-            refuse_gradients_of_batches(request.outer, self.inner_batches)
+        refuse_tensors(request.outer, self.inner_batches, gradients=has_feedback)
         self.problem = prepare(request.problem, self.estimate)
         self.inner_optimizer = as_one_optimizer(request.inner_optimizer)
         check_teacher(request.teacher, self.problem, recompute_teacher=request.recompute_teacher)

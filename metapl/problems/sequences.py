@@ -248,11 +248,11 @@ def with_labels(batch: Batch, name: str) -> Batch:
         name: of the data set, for errors.
     """
     contents = plain(batch)
-    has_one_part = isinstance(contents, tuple | list) and len(contents) == 1
-    is_ids = isinstance(contents, Tensor) or has_one_part
-    if isinstance(contents, dict):
-        is_ids = not any(key in contents for key in LABEL_KEYS)
-    return inputs_and_labels(batch, name) if is_ids else batch
+    if isinstance(contents, tuple | list) and len(contents) > 1:
+        return batch
+    if isinstance(contents, dict) and any(key in contents for key in LABEL_KEYS):
+        return batch
+    return inputs_and_labels(contents, name)
 
 
 def inputs_and_labels(batch: Batch, name: str = "the batch of DataRater") -> tuple[Any, Tensor]:

@@ -18,7 +18,7 @@ from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import Slots, restored
-from metapl.feedback.door import refuse_inference_tensors
+from metapl.feedback.door import refuse_tensors
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import Report
 from metapl.feedback.teacher import NOT_FINITE, mean_scalars
@@ -147,7 +147,7 @@ class LossTrainer(Trainer):
         self.layout.begin_step()
         if self.steps_done == 0:
             self.tell_evaluation(self._warn)
-            refuse_inference_tensors(outer, InnerBatches.of_one_step(inner))
+            refuse_tensors(outer, InnerBatches.of_one_step(inner), gradients=False)
             if not self._optimizer_holds_any_weight():
                 raise MetaplError(
                     "the optimizer holds none of the network's trainable parameters; expected "

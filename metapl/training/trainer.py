@@ -36,11 +36,10 @@ from metapl.feedback.door import (
     looking,
     outer_loss_reads_more,
     refuse_direct_term_in_parts,
-    refuse_gradients_of_batches,
     refuse_hooks,
     refuse_hooks_one_by_one,
-    refuse_inference_tensors,
     refuse_learned_settings,
+    refuse_tensors,
 )
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.lookahead import InnerBatches, require_batches
@@ -438,11 +437,12 @@ class BilevelTrainer(Trainer):
             )
         fingerprint = hash((teacher_slots.mark, student_slots.mark))
         look = None
-        if fingerprint not in self._looked_at:
+        is_new = fingerprint not in self._looked_at
+        gives_feedback = self.mode.credits != "nothing"
+        if is_new:
             self.tell_evaluation(self._warn)
-            refuse_inference_tensors(outer_batch, inner_batches)
-        if fingerprint not in self._looked_at and self.mode.credits != "nothing":
-            refuse_gradients_of_batches(outer_batch, inner_batches)
+            refuse_tensors(outer_batch, inner_batches, gradients=gives_feedback)
+        if is_new and gives_feedback:
             refuse_learned_settings(self.update)
             refuse_hooks(self.student)
             if self.teacher is not None and self.feedback_size.compares:

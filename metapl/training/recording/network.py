@@ -23,7 +23,6 @@ from metapl.execution.layout import (
     layout_of,
     refuse_compiled,
     refuse_untrainable,
-    refuse_wrappers,
 )
 from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
@@ -112,7 +111,6 @@ class RecordedNetwork:
         self.autocast = autocast
         # A loop may have wrapped it since the recording began.
         network_in(model)
-        refuse_untrainable("network", Layout(model))
         layout = Layout(Logits(model))
         self._student = LocalStudent(layout)
         self.ranks = layout.ranks
@@ -386,8 +384,8 @@ def network_in(model: nn.Module) -> nn.Module:
         raise MetaplError(IN_SEVERAL_PROCESSES)
     if layout.is_sharded:
         raise MetaplError(f"record: the network is {layout.description}; expected a plain module.")
-    refuse_wrappers("network", layout)
-    refuse_compiled("network", layout.network, mend="a loop that calls the plain module")
+    refuse_compiled("network", layout.network)
+    refuse_untrainable("network", layout)
     return layout.network
 
 

@@ -29,10 +29,9 @@ from metapl.feedback import Estimator, Mode, estimator, prepare
 from metapl.feedback.door import (
     DrawsOutside,
     PastTheSignal,
-    refuse_gradients_of_batches,
     refuse_hooks,
-    refuse_inference_tensors,
     refuse_learned_settings,
+    refuse_tensors,
     refusing_draws_outside,
 )
 from metapl.feedback.lookahead import InnerBatches, require_batches
@@ -233,9 +232,8 @@ def check_step(
         update = update.inner
     update.follow(parameters)
     refuse_replaced_step(update)
-    refuse_inference_tensors(outer_batch, inner_batches)
+    refuse_tensors(outer_batch, inner_batches, gradients=gives_feedback)
     if gives_feedback:
-        refuse_gradients_of_batches(outer_batch, inner_batches)
         refuse_learned_settings(update)
         refuse_hooks(student_layout.network)
     verified_steps = min(len(inner_batches), STEPS)
