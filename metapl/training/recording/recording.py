@@ -312,7 +312,7 @@ class Recording:
             ends = [Cotangents(gradient) for gradient in gradients]
             feedback = feedback_of(replay, ends, progress=progress)
         by_example = [(contents.example_numbers[numbers], by_loss) for numbers, by_loss in feedback]
-        scores = summed_scores(by_example, contents.example_count, first.dtype)
+        scores = summed_scores(by_example, len(contents.digests), first.dtype)
 
         def losses_with(weights: Tensor) -> Tensor:
             with torch.enable_grad(), deterministic(network.device):
@@ -452,11 +452,6 @@ class OpenedRecording:
             factor=self.factor,
             tolerance=tolerance,
         )
-
-    @property
-    def example_count(self) -> int:
-        """Return how many examples there are."""
-        return len(self.digests)
 
     def numbers_in(self, dataset: Any) -> Tensor:
         """Return the number of the example that each row of a data set is, −1 for none, (rows,).
@@ -758,6 +753,7 @@ class RecordedAttribution(Attribution):
 
 def weights_by(scores: Tensor, rate: float) -> Tensor:
     """Return weights that are a step along scores away from 1, with the mean 1."""
+    check_arguments(RecordedAttribution.weights, {"rate": rate})
     size = scores.square().mean().sqrt()
     if not bool(size > 0):
         return torch.ones_like(scores)
