@@ -434,9 +434,7 @@ def test_several_processes_are_refused_in_these_words(tmp_path: Path) -> None:
 def test_wrappers_that_no_pass_goes_through_are_named(tmp_path: Path) -> None:
     compiled = torch.compile(network())
     for model in (compiled, nn.Sequential(compiled)):
-        with pytest.raises(
-            MetaplError, match="the network is under torch.compile"
-        ):
+        with pytest.raises(MetaplError, match="the network is under torch.compile"):
             record(model, out=tmp_path, train=(X, Y))
     scripted = torch.jit.script(network())
     with pytest.raises(MetaplError, match="the network has a ScriptModule, .* made from"):
