@@ -27,6 +27,8 @@ OF_THE_BASE = (
     "keep_graph",
     "keep_on",
     "looks_ahead",
+    "takes_differences",
+    "has_direct_term",
     "keeping",
     "requires",
     "orders",
@@ -66,6 +68,8 @@ class Altered(Estimator):
     name: ClassVar[str] = "altered"
     labels: ClassVar[tuple[Kind, ...]] = ()
     requires: ClassVar[frozenset[Capability]] = frozenset()
+    has_direct_term: ClassVar[bool] = False
+    takes_differences: ClassVar[bool] = False
     normalization: ClassVar[Normalization] = "gradient"
 
     def __post_init__(self) -> None:

@@ -183,15 +183,18 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
     kind = kind_of(problem)
     revises_signal = overrides(problem, "revised_signal")
     signal_enters_input = enters_input(problem)
-    # That of an altered estimator is the one that it alters.
-    base = getattr(mode, "base", mode)
+    if revises_signal and mode.credits == "nothing":
+        raise MetaplError(
+            f"mode '{mode.name}' was given with {kind}, which makes its signal of the feedback; "
+            "expected feedback on each example: 'forward', or Implicit()."
+        )
     if steps > 1 and (revises_signal or not mode.looks_ahead):
         who = kind if revises_signal else f"mode '{mode.name}'"
         raise MetaplError(
             f"{who} takes one student step, and {steps} were given; expected one, or one of "
             f"{', '.join(modes_for(looks_ahead=True))}."
         )
-    if signal_enters_input and base.name == "difference":
+    if signal_enters_input and mode.takes_differences and mode.credits == "signal":
         raise MetaplError(
             f"{kind} has student_input(batch, signal); expected mode 'forward' or 'unrolled'."
         )

@@ -235,6 +235,20 @@ class Estimator(ABC):
         return "signal"
 
     @property
+    def has_direct_term(self) -> bool:
+        """Whether the teacher also gets the direct term of an outer loss that reads it.
+
+        That is ∂L(θ′; φ)/∂φ at fixed θ′. It belongs to a feedback on each entry of a soft signal,
+        and to no scalar of labels that were drawn.
+        """
+        return self.credits == "signal" and "soft" in self.labels
+
+    @property
+    def takes_differences(self) -> bool:
+        """Whether h comes from a difference of outputs, which errs by their curvature."""
+        return False
+
+    @property
     def exact(self) -> bool:
         """Whether the feedback on a differentiable signal is the whole gradient, to rounding."""
         return False

@@ -82,6 +82,7 @@ class Difference(Estimator):
 
     name: ClassVar[str] = "difference"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
+    takes_differences: ClassVar[bool] = True
     is_pure: ClassVar[bool] = True
 
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:

@@ -214,15 +214,6 @@ def outer_loss_reads_more(problem: BilevelProblem, teacher: nn.Module | None) ->
     return bool(outer_variables(problem, teacher)) or reads_signal_in_outer_input(problem)
 
 
-def has_direct_term(mode_name: str, problem: BilevelProblem, teacher: nn.Module | None) -> bool:
-    """Return whether the teacher's gradient has a direct term besides that of the feedback.
-
-    That is ∂L(θ′; φ)/∂φ at fixed θ′. It is left out in ``none``, which has no feedback, and in the
-    sampled modes, whose scalars it does not belong to.
-    """
-    return mode_name in MODES_WITH_DIRECT_TERM and outer_loss_reads_more(problem, teacher)
-
-
 def refuse_direct_term_in_parts(problem: BilevelProblem, *, parts: int, is_alone: bool) -> None:
     """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
     if not is_alone:

@@ -30,7 +30,7 @@ from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import Mode, check_mode, check_teacher, estimator, in_place_of, prepare
 from metapl.feedback.door import (
-    has_direct_term,
+    outer_loss_reads_more,
     refuse_direct_term_in_parts,
     refuse_learned_settings,
     refuse_tensors,
@@ -215,8 +215,10 @@ class Differentiation:
         self.settings = [name for name in self.wrt if name in self.update.numbers]
         self.truncate = getattr(self.estimate, "truncate", None)
         self._check_wrt()
-        self.takes_direct_term = "teacher" in self.wrt and has_direct_term(
-            self.estimate.name, self.problem, request.teacher
+        self.takes_direct_term = (
+            "teacher" in self.wrt
+            and self.estimate.has_direct_term
+            and outer_loss_reads_more(self.problem, request.teacher)
         )
 
     def _read_batches(self) -> None:
@@ -252,7 +254,8 @@ class Differentiation:
 
         "" for nothing.
         """
-        if self.estimate.name not in ("forward", "unrolled"):
+        walks_back = self.estimate.looks_ahead and self.estimate.credits == "signal"
+        if not walks_back:
             return f"mode {self.estimate.name!r}; expected 'forward' or 'unrolled'"
         if self.truncate is not None and self.settings:
             return "truncate; expected all steps, or wrt='start'"
@@ -391,6 +394,14 @@ class Differentiation:
                 path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, estimate.init())
             direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
+            lacks_start = "start" in self.wrt and not path.start
+            lacks_settings = bool(self.settings) and not path.setting_gradients
+            if lacks_start or lacks_settings:
+                raise MetaplError(
+                    f"wrt={self.wrt!r} was given with mode {estimate.name!r}, which does not walk "
+                    "back over the steps by path.adjoints or path.gradients_in_signals; expected "
+                    "one that does, such as 'forward'."
+                )
             grads: dict[str, Tensor] = {}
             if "teacher" in self.wrt:
                 # The gradient of −Σ h·signal(θ_T), and of an outer loss that reads the teacher.

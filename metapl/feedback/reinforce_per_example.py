@@ -55,6 +55,10 @@ class ReinforcePerExample(Estimator):
     is_pure: ClassVar[bool] = True
 
     @property
+    def takes_differences(self) -> bool:
+        return self.tangent == "difference"
+
+    @property
     def requires(self) -> frozenset[Capability]:
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 

@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator
-from metapl.feedback.door import has_direct_term, outer_loss_reads_more
+from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.functional.call import Options, StepCall, StepRules
 from metapl.functional.path import End, PurePath
@@ -158,6 +158,7 @@ def make_step(
     The other arguments are those of :class:`StepRules`.
     """
     inner_constants, outer_constants = constants
+    reads_teacher = outer_loss_reads_more(problem, teacher)
     rules = StepRules(
         teacher=Function(teacher, "teacher"),
         student=Function(student),
@@ -172,8 +173,8 @@ def make_step(
         feedback_size=feedback_size,
         signal_enters_input=enters_input(problem),
         signal_enters_outer_input=reads_signal_in_outer_input(problem),
-        outer_loss_reads_teacher=outer_loss_reads_more(problem, teacher),
-        has_direct_term=has_direct_term(mode.name, problem, teacher),
+        outer_loss_reads_teacher=reads_teacher,
+        has_direct_term=reads_teacher and mode.has_direct_term,
         has_feedback=mode.credits != "nothing",
         revises_signal=overrides(problem, "revised_signal"),
         replays_tangent=replays_tangent,

@@ -37,7 +37,7 @@ from metapl.execution.numerics import (
     no_fast_path,
 )
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
-from metapl.feedback import Estimator, Forward
+from metapl.feedback import Estimator, Forward, Unrolled
 from metapl.feedback.door import refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.feedback.keeping import Keeping, States, keeping
@@ -168,7 +168,8 @@ def why_not_compiled(
     is_in_own_units = getattr(mode, "normalization", "gradient") == "gradient"
     networks = [network for network in (student, teacher) if network is not None]
     is_alone = student.ranks.alone and all(network.kind == "plain" for network in networks)
-    if mode.name not in ("forward", "unrolled") or not is_in_own_units:
+    # The graphs have the formula of these two, and never ask the estimator.
+    if type(mode) not in (Forward, Unrolled) or not is_in_own_units:
         return f"{mode!r}; expected Forward() or Unrolled(), in the gradient's own units"
     if accumulate > 1:
         return "accumulate"

@@ -303,7 +303,7 @@ class LearningToReweight(Weighted):
             labels: the kinds of signal that the mode takes; not labels of examples.
             mode: its name.
         """
-        if "soft" not in labels or mode == "none":
+        if "soft" not in labels:
             raise MetaplError(
                 f"mode '{mode}' was given; expected feedback on each example: 'forward', or "
                 "Implicit()."

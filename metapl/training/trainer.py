@@ -32,7 +32,6 @@ from metapl.feedback import (
 )
 from metapl.feedback.door import (
     FirstLook,
-    has_direct_term,
     looking,
     outer_loss_reads_more,
     refuse_direct_term_in_parts,
@@ -611,9 +610,7 @@ class BilevelTrainer(Trainer):
         """
         if not outer_loss_reads_more(self.problem, self.teacher):
             return ""
-        if has_direct_term(self.mode.name, self.problem, self.teacher):
-            return "included"
-        return "left out"
+        return "included" if self.mode.has_direct_term else "left out"
 
     def _losses_for(self, inner_batch: Batch) -> Sequence[TeacherLoss]:
         """Return the teacher's own losses in a step, whose last inner batch they may depend on."""

@@ -5,6 +5,7 @@ The feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +16,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError, Signal
-from metapl.feedback import Implicit
+from metapl.ablation.altered import Altered
+from metapl.feedback import Difference, Estimator, Feedback, Forward, Implicit
+from metapl.feedback.base import exact_feedback
 
 ROWS = 6
 CLASSES = 3
@@ -149,6 +152,117 @@ def test_the_sum_is_that_of_double_backward(kind: str, mode: Any, steps: int) ->
     assert check.status == "right", str(check)
     for verify in (True, False):
         metapl.hypergradient(teacher, student, **inputs, verify=verify)
+
+
+@dataclass(frozen=True)
+class Renamed(Difference):
+    """The library's own formula."""
+
+    name: ClassVar[str] = "renamed"
+
+
+@dataclass(frozen=True)
+class Own(Estimator):
+    """A formula of a user's own, which happens to be right."""
+
+    name: ClassVar[str] = "own"
+    labels: ClassVar[Any] = ("soft",)
+
+    def feedback(self, path: Any, state: Any) -> tuple[list[Feedback], Any]:
+        step, w = path.pullback()
+        return [exact_feedback(step, w)], state
+
+
+@dataclass(frozen=True)
+class RenamedForward(Forward):
+    name: ClassVar[str] = "renamed_forward"
+
+
+@dataclass(frozen=True)
+class WithoutDirect(Own):
+    """An estimator that says that it leaves the direct term out."""
+
+    has_direct_term: ClassVar[bool] = False
+
+
+@pytest.mark.parametrize("mode", [Renamed(), Own(), RenamedForward()], ids=lambda mode: mode.name)
+def test_an_estimator_of_a_users_own_has_it_whatever_its_name(mode: Any) -> None:
+    teacher, student, outer, inner = networks()
+    problem = ReadsModule(teacher)
+    expected = by_hand(teacher, student, problem, outer, inner[:1])
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR)
+    inputs: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": problem,
+        "inner_optimizer": optimizer,
+        "mode": mode,
+    }
+    gradient = metapl.hypergradient(teacher, student, **inputs, verify=True)
+    assert close(gradient.grads, expected, 1e-6)
+    assert metapl.check_gradient(teacher, student, **inputs).status == "right"
+    trainer = metapl.BilevelTrainer(
+        teacher, student, mode, problem=problem, teacher_losses=(), inner_optimizer=optimizer
+    )
+    assert trainer.direct_term == "included"
+
+
+def test_gradients_in_the_start_ask_for_a_walk_back_and_no_name() -> None:
+    teacher, student, outer, inner = networks()
+    inputs: dict[str, Any] = {
+        "outer": outer,
+        "inner": Lookahead(inner),
+        "problem": ReadsModule(teacher),
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
+        "wrt": ["start", "lr"],
+    }
+    own = metapl.hypergradient(teacher, student, mode=RenamedForward(), **inputs)
+    expected = metapl.hypergradient(teacher, student, mode="unrolled", **inputs)
+    assert close(own.start, expected.start, 1e-10)
+    assert close(own.settings, expected.settings, 1e-10)
+    inputs["inner"] = inner[0]
+    with pytest.raises(MetaplError, match="mode 'own'; expected 'forward' or 'unrolled'"):
+        metapl.hypergradient(teacher, student, mode=Own(), **inputs)
+
+
+def test_a_control_alters_the_feedback_and_keeps_the_direct_term() -> None:
+    teacher, student, outer, inner = networks()
+    problem = ReadsModule(teacher)
+    inputs: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": problem,
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
+    }
+    control = metapl.hypergradient(teacher, student, mode=Altered(Own(), "permuted"), **inputs)
+    h = control.feedback
+    assert torch.equal(
+        h.sort()[0], metapl.hypergradient(teacher, student, **inputs).feedback.sort()[0]
+    )
+    # θ′ by hand, at which the outer loss is differentiated in the teacher alone.
+    theta: dict[str, Tensor] = dict(student.named_parameters())
+    signal = problem.signal(teacher, inner[0], None, generator=None)
+    loss = problem.inner_loss(functional_call(student, theta, (inner[0][0],)), signal, inner[0])
+    g = torch.autograd.grad(loss.mean(), [*theta.values()], retain_graph=True)
+    theta = {name: (t - LR * g_t).detach() for (name, t), g_t in zip(theta.items(), g, strict=True)}
+    direct = problem.outer_loss(functional_call(student, theta, (outer[0],)), outer)
+    total = direct - (h * signal.value).sum()
+    names = dict(teacher.named_parameters())
+    grads = torch.autograd.grad(total, [*names.values()], allow_unused=True, materialize_grads=True)
+    assert close(control.grads, dict(zip(names, grads, strict=True)), 1e-10)
+
+
+def test_a_term_that_is_left_out_is_called_by_its_name() -> None:
+    teacher, student, outer, inner = networks()
+    inputs: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": ReadsModule(teacher),
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
+    }
+    check = metapl.check_gradient(teacher, student, mode=WithoutDirect(), **inputs)
+    assert check.status == "allowed"
+    assert "leaves out that direct term" in str(check)
 
 
 @pytest.mark.parametrize(

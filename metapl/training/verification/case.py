@@ -137,10 +137,7 @@ class Case:
             # An implicit gradient: F is ⟨g, w⟩ at the mode's own w, not L at the optimum.
             or bool(self.implicit_w)
         )
-        is_by_difference = (
-            self.mode.name == "difference" or getattr(self.mode, "tangent", "") == "difference"
-        )
-        if is_derivative_of_f and not is_by_difference and self.eps < EPS32:
+        if is_derivative_of_f and not self.mode.takes_differences and self.eps < EPS32:
             return EXACT
         return APPROXIMATE
 

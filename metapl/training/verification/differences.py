@@ -22,18 +22,21 @@ def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
         return compare(case, "teacher", case.whole_gradient, states=states)
     errors = errors_of_h(case, states)
     if case.teacher_gradient:
-        # And the gradient of the teacher alone, while the student's step is held.
-        of_teacher = compare(
-            case,
-            "teacher",
-            case.teacher_gradient,
-            value=case.score,
-            name="the signal in the teacher",
-            signals=case.signals,
-            states=states,
-        )
-        errors = errors | of_teacher
+        errors = errors | errors_of_signal(case, states)
     return errors
+
+
+def errors_of_signal(case: Case, states: list[Tree] | None = None) -> Errors:
+    """Return how far the gradient of the signal in the teacher is off, with the step held."""
+    return compare(
+        case,
+        "teacher",
+        case.teacher_gradient,
+        value=case.score,
+        name="the signal in the teacher",
+        signals=case.signals,
+        states=states,
+    )
 
 
 def errors_of_h(case: Case, states: list[Tree] | None = None) -> Errors:

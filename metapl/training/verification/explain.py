@@ -10,10 +10,15 @@ from typing import Literal
 import torch
 
 from metapl.errors import MetaplError, few
-from metapl.feedback import estimator
+from metapl.feedback import Estimator, estimator
 from metapl.training.verification.case import Case, flat
 from metapl.training.verification.causes import likely_causes, own_functions_in
-from metapl.training.verification.differences import compare, errors_of, errors_of_h
+from metapl.training.verification.differences import (
+    compare,
+    errors_of,
+    errors_of_h,
+    errors_of_signal,
+)
 from metapl.training.verification.real_step import Evaluation, Move
 
 Explanation = tuple[Literal["allowed", "refused"], str]
@@ -52,7 +57,7 @@ def explain(case: Case) -> Explanation:
         )
     likely = [which] if bent else []
     likely += likely_causes(case)
-    if not likely and case.mode.name == "difference" and is_right_by_forward(case):
+    if not likely and case.mode.takes_differences and is_right_by_forward(case):
         likely = [
             "something that the inner loss reads of the forward besides its outputs, such as an "
             "auxiliary loss in an attribute or features by a hook, which a difference of outputs "
@@ -79,14 +84,25 @@ def explain_signal(case: Case) -> Explanation:
             "refused",
             f"the backward of {few(functions)} in the signal is not the derivative of its forward.",
         )
+    if case.outer_loss_reads_teacher and not case.mode.has_direct_term:
+        return "allowed", (
+            f"the outer loss reads the teacher, and mode {case.mode.name!r} leaves out that direct "
+            "term (has_direct_term)."
+        )
     if len(case.step.inner_batches) > 1:
         return "allowed", (
             "the signal is detached in part (detach, no_grad, argmax), or reads the student, "
             "which the mode takes for a constant in each step: that part is left out."
         )
+    if case.off(errors_of_signal(case)):
+        return (
+            "allowed",
+            "the signal is detached in part (detach, no_grad, argmax), which leaves out that part.",
+        )
     return (
-        "allowed",
-        "the signal is detached in part (detach, no_grad, argmax), which leaves out that part.",
+        "refused",
+        "h is right, and so is the gradient of the signal in the teacher; the loss depends on the "
+        "teacher in a way that neither has.",
     )
 
 
@@ -134,16 +150,18 @@ def outer_loss_of(evaluation: Evaluation) -> torch.Tensor:
     return evaluation.loss
 
 
-REFERENCE_MODES = {
-    "unrolled": "forward",
-    "reinforce": "reinforce_per_example",
-    "reinforce_per_example": "reinforce",
-}
+def reference_for(mode: Estimator) -> str:
+    """Return the name of a mode of the same kind of feedback that takes another way to it."""
+    if mode.credits == "batch":
+        return "reinforce_per_example"
+    if mode.credits == "example":
+        return "reinforce"
+    return "forward" if mode.keep_graph else "unrolled"
 
 
 def follows_double_backward(case: Case) -> bool:
     """Return whether h is that of double backward on the same copies, or of a mode like it."""
-    reference = REFERENCE_MODES.get(case.mode.name, "unrolled")
+    reference = reference_for(case.mode)
     try:
         expected = flat(case.step.by_mode(estimator(reference)).feedback)
     except (RuntimeError, MetaplError):
