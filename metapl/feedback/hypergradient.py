@@ -346,6 +346,7 @@ class Differentiation:
             inner_batches=self.inner_batches,
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
+            is_first=True,
         )
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
@@ -393,7 +394,6 @@ class Differentiation:
             with step_bar(is_shown, steps, "steps back") as show_step_back:
                 path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, estimate.init())
-            direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
             lacks_start = "start" in self.wrt and not path.start
             lacks_settings = bool(self.settings) and not path.setting_gradients
             if lacks_start or lacks_settings:
@@ -402,6 +402,7 @@ class Differentiation:
                     "back over the steps by path.adjoints or path.gradients_in_signals; expected "
                     "one that does, such as 'forward'."
                 )
+            direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
             grads: dict[str, Tensor] = {}
             if "teacher" in self.wrt:
                 # The gradient of −Σ h·signal(θ_T), and of an outer loss that reads the teacher.

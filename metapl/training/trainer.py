@@ -515,6 +515,7 @@ class BilevelTrainer(Trainer):
             accumulate=self.accumulate,
             recompute=self.recompute_teacher,
             slots=self.slots[0],
+            is_first=is_first,
         )
         # Fused attention has no second derivative, which a kept graph of g needs.
         needs_second_derivatives = mode.keep_graph or order == "graph"

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import metapl
-from metapl import UDA, CrossEntropy
+from metapl import UDA, CrossEntropy, MetaplError, Signal
 from metapl.feedback import Difference, Reinforce
 from metapl.problems import BilevelProblem
 from metapl.problems.losses import TeacherLoss
@@ -642,3 +642,58 @@ def test_a_training_with_micro_batches_ends_where_that_on_whole_batches_does() -
         accuracy.append(float((predicted == digits[-400:]).float().mean()))
     assert accuracy[0] > 0.8
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.005)
+
+
+class Threshold(metapl.BilevelProblem):
+    """Labels that are surer than their running mean count double."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.level = torch.tensor(0.5, dtype=torch.float64)
+        self.last = torch.tensor(0.0)
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        q = teacher(batch).softmax(-1)
+        holder = {"problem": self, "teacher": teacher, "note": None}[self.where]
+        self.last = q.detach().mean()
+        if holder is not None:
+            holder.level = 0.9 * holder.level + 0.1 * q.detach().amax(1).mean()
+        return Signal(q)
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return -(signal.value * outputs.log_softmax(-1)).sum(-1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute_teacher": True}, {"accumulate": 2}])
+@pytest.mark.parametrize("where", ["problem", "teacher", "note"])
+def test_state_that_signal_writes_moves_once_or_is_refused(
+    where: str, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    teacher.register_buffer("level", torch.tensor(0.5, dtype=torch.float64))
+    problem = Threshold(where)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", problem=problem, teacher_losses=(), **options
+    )
+    outer = torch.ones(8, 4).double(), torch.arange(8) % 3
+    inner = torch.randn(12, 4).double()
+    if where == "problem" and options:
+        weight = teacher.weight.clone()
+        with pytest.raises(MetaplError, match="Threshold keeps state between calls of signal"):
+            trainer.step(outer, inner)
+        assert torch.equal(teacher.weight, weight)
+        return
+    level = 0.5
+    for _ in range(3):
+        # The running mean by hand, of each micro-batch.
+        for part in inner.chunk(options.get("accumulate", 1)):
+            surest = teacher(part).softmax(-1).detach().amax(1).mean()
+            level = 0.9 * level + 0.1 * float(surest)
+        trainer.step(outer, inner)
+    if where != "note":
+        holder: Any = problem if where == "problem" else teacher
+        assert float(holder.level) == pytest.approx(level)
