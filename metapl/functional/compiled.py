@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
@@ -43,6 +43,8 @@ from metapl.execution.state import (
     replay,
     trainable,
 )
+from metapl.feedback import LossDifference
+from metapl.feedback.door import same_to_rounding, values_in
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -62,7 +64,7 @@ from metapl.functional.state import (
     with_fields,
 )
 from metapl.functional.step import Step, make_step
-from metapl.problems.base import Signal, enters_input, gumbel
+from metapl.problems.base import Signal, enters_input, gumbel, kind_of
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
@@ -159,7 +161,7 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
             "library's, other than implicit, or is_pure = True in an estimator that asks for "
             "nothing but metapl.feedback.roads"
         )
-    if mode.name == "loss_difference" and trainer.precision != "float32":
+    if isinstance(mode, LossDifference) and trainer.precision != "float32":
         # Its two outer losses run as one vmapped pass, in which autocast leaves biases in float32.
         return f'loss_difference with precision="{trainer.precision}"; expected "float32"'
     if trainer.accumulate > 1:
@@ -243,7 +245,13 @@ class Capturing:
     """A block that names what cannot be captured by a graph that is called there.
 
     Every step enters such a block, so this is a class: a generator would take longer.
+
+    Args:
+        written: what the problem writes in a step, in words; "" where it is not known to write.
     """
+
+    def __init__(self, written: str = "") -> None:
+        self.written = written
 
     def __enter__(self) -> None:
         pass
@@ -258,11 +266,29 @@ class Capturing:
             return
         # Dynamo leaves these hooks disabled where a transform fails.
         torch._C._autograd._saved_tensors_hooks_enable()
+        if is_recompile_limit(error):
+            raise MetaplError(TOO_MANY_SHAPES) from error
         reason = why_not_captured(error)
+        if reason and self.written:
+            reason = self.written
         if reason:
             raise MetaplError(
                 f"torch.compile cannot take this step: {reason}; leave compile out."
             ) from error
+
+
+TOO_MANY_SHAPES = (
+    "this shape of a batch is one more than the graphs that torch.compile makes of a step "
+    "(torch._dynamo.config.recompile_limit); expected batches of a few shapes: pad to a few "
+    "lengths, drop the last short batch (drop_last=True), or leave compile out."
+)
+
+
+def is_recompile_limit(error: BaseException) -> bool:
+    """Return whether Dynamo has made as many graphs of a function as it makes."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
+    return isinstance(error, FailOnRecompileLimitHit)
 
 
 # What autograd says of an operation without a derivative, somewhere in Dynamo's account of it.
@@ -664,7 +690,8 @@ class CompiledStep:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
-            with torch.no_grad(), switches, Capturing():
+            written = "" if eager is None else eager.written
+            with torch.no_grad(), switches, Capturing(written):
                 moved, report = compiled.run(live.state, outer_batch, inner, noise)
                 step_report = step_report_of(compiled, trainer, report, inner_batches)
                 if eager is not None:
@@ -869,7 +896,7 @@ def step_report_of(
     scalars = {"inner_loss": report.inner_loss}
     for name, loss in report.teacher_losses.items():
         scalars[f"teacher_{name}"] = loss
-    if mode.name != "none":
+    if mode.credits != "nothing":
         scalars["outer_loss"] = report.outer_loss
     if trainer.teacher is not None:
         scalars["teacher_loss"] = report.teacher_loss
@@ -878,7 +905,7 @@ def step_report_of(
         scalars["step_rounding"] = report.step_rounding
 
     greatest = GREATEST_GAP
-    if mode.name == "difference" or getattr(mode, "tangent", "") == "difference":
+    if mode.takes_differences:
         greatest = GREATEST_GAP_BY_DIFFERENCE
 
     feedback = report.feedback
@@ -900,10 +927,15 @@ def step_report_of(
 
 
 class Outcome(NamedTuple):
-    """The state after a step, and the trainer's report of it."""
+    """The state after a step, and the trainer's report of it.
+
+    Attributes:
+        written: what the problem has written in an eager step, in words; "" for nothing.
+    """
 
     state: State
     report: StepReport
+    written: str = ""
 
 
 def eager_step(
@@ -927,7 +959,24 @@ def eager_step(
         start.restore()
     refuse_changed_attributes(trainer.student, twin.student)
     refuse_changed_attributes(trainer.teacher, twin.teacher)
-    return Outcome(state_of(twin, updates_of(twin)), report)
+    return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
+
+
+def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
+    """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
+    no_teacher = nn.Module()
+    values = values_in(trainer.problem, trainer.teacher or no_teacher)
+    written = []
+    for name, (value, _) in values_in(twin.problem, twin.teacher or no_teacher).items():
+        value_before, _ = values.get(name, (None, 0))
+        if not same_to_rounding(value, value_before):
+            written.append(name)
+    if not written:
+        return ""
+    return (
+        f"{kind_of(trainer.problem)} writes state in a step ({few(written, 3)}), which no graph "
+        "carries on, as it does a registered buffer of the teacher"
+    )
 
 
 def step_of_copy(
@@ -977,20 +1026,34 @@ def refuse_other(
     Args:
         is_reduced: see :func:`refuse_gap`.
     """
-    for role in ("student", "teacher"):
+    trees_compiled = compared_trees(before, compiled)
+    trees_eager = compared_trees(before, eager)
+    loss = eager.report.scalars["inner_loss"]
+    for role, optimizer in (("student", before.inner), ("teacher", before.outer)):
         params_before, params_eager, params_compiled = (
             getattr(state, role).params for state in (before, eager.state, compiled.state)
         )
+        gradients = trees_eager[f"the {role}'s gradient"]
+        gradients_compiled = trees_compiled[f"the {role}'s gradient"]
+        eps = torch.finfo(loss.dtype).eps
         for name, p in params_before.items():
-            is_left = torch.equal(p, params_eager[name])
-            if is_left and not torch.equal(p, params_compiled[name]):
+            if not torch.equal(p, params_eager[name]) or torch.equal(p, params_compiled[name]):
+                continue
+            if decays(optimizer):
+                # A loss that reached it, by rounding alone, would have let it decay.
+                gap = (params_compiled[name] - p).norm()
+                allowed = 2 * eps * p.norm()
+            else:
+                # Such as the gradient of a bias before a norm, which is 0 but for rounding: that of
+                # the terms that were summed.
+                gap = (gradients_compiled[name] - gradients[name]).norm()
+                allowed = 1e3 * eps * norm(gradients)
+            if not bool(gap <= allowed):
                 raise MetaplError(
-                    f"no loss reaches the {role}'s {name}, which would decay; expected "
+                    f"no loss reaches the {role}'s {name}, which would move or decay; expected "
                     "requires_grad=False."
                 )
-    trees_compiled = compared_trees(before, compiled)
-    loss = eager.report.scalars["inner_loss"]
-    for name, tree in compared_trees(before, eager).items():
+    for name, tree in trees_eager.items():
         refuse_gap(
             name,
             trees_compiled[name],
@@ -999,6 +1062,11 @@ def refuse_other(
             rounding=name == "h",
             is_reduced=is_reduced,
         )
+
+
+def decays(optimizer: Any) -> bool:
+    """Return whether a param group of an optimizer, as a pure step holds it, has a weight decay."""
+    return any(bool(group.get("weight_decay", 0) != 0) for group in optimizer.settings)
 
 
 def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
