@@ -31,8 +31,6 @@ from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_
 from metapl.runs.checkpoint import plain_states
 from metapl.updates import Clipped, Update, parts_of
 
-NUMBERS = (Tensor, int, float)
-
 
 class PastTheSignal(MetaplError):
     """A loss depends on what the feedback does not know of, or a batch changes under it."""
@@ -193,37 +191,35 @@ class KeptBySignal:
     moved twice in one step. A note of the last signal has not.
 
     Args:
-        problem: whose attributes are looked at, whatever holds them.
-        teacher: whose buffers are rewound between the calls, and are left out.
+        problem: whose attributes that are tensors or numbers are looked at.
     """
 
-    def __init__(self, problem: BilevelProblem, teacher: nn.Module) -> None:
+    def __init__(self, problem: BilevelProblem) -> None:
         self.problem = problem
-        self.teacher = teacher
         self.left_by_first_calls: list[dict[str, Any]] = []
 
     @contextmanager
     def first_call(self) -> Iterator[None]:
-        """Note what the call in this block writes."""
-        before = values_in(self.problem, self.teacher)
+        """Note what the call in this block leaves."""
         yield
-        self.left_by_first_calls.append(written_since(before, self.problem, self.teacher))
+        self.left_by_first_calls.append(numbers_in(self.problem))
 
     @contextmanager
     def second_call(self, number: int) -> Iterator[None]:
-        """Refuse what the call in this block leaves otherwise than the first of the same batch.
+        """Refuse what the call in this block changes otherwise than the first of the same batch.
 
         Args:
             number: of that first call.
         """
-        before = values_in(self.problem, self.teacher)
+        before = numbers_in(self.problem)
         yield
-        left = written_since(before, self.problem, self.teacher)
+        after = numbers_in(self.problem)
         left_first = self.left_by_first_calls[number]
         moved = []
-        for name in sorted({*left, *left_first}):
-            is_in_both = name in left and name in left_first
-            if not is_in_both or not same_to_rounding(left[name], left_first[name]):
+        for name, value in after.items():
+            is_written = name not in before or not same_to_rounding(value, before[name])
+            is_as_first = name in left_first and same_to_rounding(value, left_first[name])
+            if is_written and not is_as_first:
                 moved.append(name)
         if moved:
             raise PastTheSignal(
@@ -234,56 +230,19 @@ class KeptBySignal:
             )
 
 
-def values_in(problem: BilevelProblem, teacher: nn.Module) -> dict[str, tuple[Any, int]]:
-    """Return the tensors and numbers that a problem holds, each with its version, by their names.
-
-    Of modules that it holds these are the buffers; those of the teacher are left out.
-    """
-    values: dict[str, tuple[Any, int]] = {}
-    seen = {id(part) for part in teacher.modules()} | ids(teacher.buffers())
-
-    def read(holder: Any, path: str) -> None:
-        for keys, leaf in pytree.tree_flatten_with_path(holder)[0]:
-            names = [str(getattr(key, "key", getattr(key, "idx", key))) for key in keys]
-            name = ".".join([path, *names] if path else names)
-            if isinstance(leaf, int | float | str):
-                values[name] = (leaf, 0)
-            elif id(leaf) in seen:
-                continue
-            elif isinstance(leaf, Tensor):
-                values[name] = (leaf, version_of(leaf))
-            elif isinstance(leaf, nn.Module):
-                seen.add(id(leaf))
-                buffers = {key: t for key, t in leaf.named_buffers() if id(t) not in seen}
-                read(buffers, name)
-            elif hasattr(leaf, "__dict__") and not isinstance(leaf, type) and not callable(leaf):
-                seen.add(id(leaf))
-                read(dict(vars(leaf)), name)
-
-    read(dict(vars(problem)), "")
-    return values
-
-
-def written_since(
-    before: Mapping[str, tuple[Any, int]], problem: BilevelProblem, teacher: nn.Module
-) -> dict[str, Any]:
-    """Return copies of what a problem holds now and did not hold before, by their names."""
-    written = {}
-    for name, (value, version) in values_in(problem, teacher).items():
-        value_before, version_before = before.get(name, (None, 0))
+def numbers_in(problem: BilevelProblem) -> dict[str, Tensor]:
+    """Return copies of the tensors and numbers among a problem's attributes, by their names."""
+    copies: dict[str, Tensor] = {}
+    for name, value in vars(problem).items():
         if isinstance(value, Tensor):
-            if value is not value_before or version != version_before:
-                written[name] = value.detach().clone()
-        elif value != value_before:
-            written[name] = value
-    return written
+            copies[name] = value.detach().clone()
+        elif isinstance(value, int | float):
+            copies[name] = torch.tensor(value, dtype=torch.float64)
+    return copies
 
 
-def same_to_rounding(a: Any, b: Any) -> bool:
-    """Return whether two tensors or numbers are the same but for the rounding of a pass."""
-    if not isinstance(a, NUMBERS) or not isinstance(b, NUMBERS):
-        return bool(a == b)
-    a, b = torch.as_tensor(a), torch.as_tensor(b)
+def same_to_rounding(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors are the same but for the rounding of a pass."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     if not a.is_floating_point():

@@ -44,7 +44,7 @@ from metapl.execution.state import (
     trainable,
 )
 from metapl.feedback import LossDifference
-from metapl.feedback.door import same_to_rounding, values_in
+from metapl.feedback.door import numbers_in, same_to_rounding
 from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -964,12 +964,10 @@ def eager_step(
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
     """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
-    no_teacher = nn.Module()
-    values = values_in(trainer.problem, trainer.teacher or no_teacher)
+    before = numbers_in(trainer.problem)
     written = []
-    for name, (value, _) in values_in(twin.problem, twin.teacher or no_teacher).items():
-        value_before, _ = values.get(name, (None, 0))
-        if not same_to_rounding(value, value_before):
+    for name, value in numbers_in(twin.problem).items():
+        if name not in before or not same_to_rounding(value, before[name]):
             written.append(name)
     if not written:
         return ""
