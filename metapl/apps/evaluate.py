@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from torch import nn
 
@@ -15,7 +15,6 @@ from metapl.apps.inputs import ROOM, Factory, HeldOut, Network, Run, check_out, 
 from metapl.apps.labeling import refuse_infinite
 from metapl.apps.printing import WIDTH, short, table, tell
 from metapl.apps.progress import count_bar
-from metapl.apps.report_picture import COLORS, LINES, png_of
 from metapl.errors import MetaplError
 from metapl.metrics import Evaluation, evaluate_logits, interval, predict_logits
 from metapl.robustness import CORRUPTIONS, LEVELS, SEVERITIES, Attack, measure
@@ -24,12 +23,7 @@ from metapl.runs.fields import Range
 from metapl.runs.files import write_whole
 from metapl.words import shown
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 EVALUATION = "evaluation.json"
-PICTURE = "evaluation.png"
 
 # How far an attack changes a value where --eps is not given.
 USUAL_EPS = (2.0, 8.0)
@@ -50,7 +44,7 @@ class Evaluate:
 
     With --corruptions the pictures are damaged in 15 ways and 5 severities each, as in ImageNet-C,
     and with --attack they are changed to mislead the network. All accuracies are then written to
-    evaluation.json in the folder of --out, and their curves to evaluation.png.
+    evaluation.json in the folder of --out.
 
     examples/robustness.py measures on ImageNet-A, -C, -P and ReaL, and takes files of weights.
     examples/compare_two_networks.py shows the pictures that one of two networks alone is right on.
@@ -158,13 +152,9 @@ class Evaluate:
             )
 
     def write(self, out: Path, content: Mapping[str, Any]) -> str:
-        """Write the figures, and the curves where there are some; return where they are."""
+        """Write the figures, and return where they are."""
         write_whole(out / EVALUATION, f"{json.dumps(content, indent=1)}\n".encode(), ROOM)
-        written = f"the figures are in {out / EVALUATION}"
-        if "corruptions" in content or "attacks" in content:
-            write_whole(out / PICTURE, png_of(robustness_curves(content)), ROOM)
-            written += f", and drawn in {out / PICTURE}"
-        return written
+        return f"the figures are in {out / EVALUATION}"
 
 
 # ------------------------------------------------------------------------------------ what is shown
@@ -211,95 +201,6 @@ def robustness_tables(damaged: Mapping[str, Any], clean: Evaluation) -> Iterator
             for eps, accuracy in accuracies_by_eps.items():
                 attack_rows.append((name, eps, f"{accuracy:.1%}"))
         yield table(attack_rows)
-
-
-# The kinds of damage of ImageNet-C, a panel of the figure each: fifteen curves in one cannot be
-# told apart.
-GROUPS = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
-
-# The size of letters, in points.
-LETTERS = 8.0
-
-
-# By name, points of severity or ε and accuracy.
-Curves = dict[str, list[tuple[float, float]]]
-
-
-def robustness_curves(content: Mapping[str, Any]) -> Figure:
-    """Draw the accuracies over the severity of each damage, and over ε of each attack.
-
-    Every curve begins at the pictures as they are.
-
-    Args:
-        content: what ``evaluation.json`` holds.
-    """
-    from matplotlib.figure import Figure
-
-    clean = content["accuracy"]
-    panels: dict[str, Curves] = {}
-    for group, names in GROUPS.items():
-        curves: Curves = {}
-        for name in names:
-            if name in content.get("corruptions", {}):
-                accuracies = content["corruptions"][name]["accuracy_by_severity"]
-                curves[name] = [(0.0, clean), *zip(map(float, SEVERITIES), accuracies, strict=True)]
-        if curves:
-            panels[group] = curves
-    attacks: Curves = {}
-    for name, by_eps in content.get("attacks", {}).items():
-        moved = {float(eps): accuracy for eps, accuracy in by_eps.items()}
-        attacks[name] = sorted(({0.0: clean} | moved).items())
-    # Panels below one another, 4 inches wide: at 400 pixels the letters are 11 pixels high.
-    rows = len(panels)
-    if attacks:
-        rows += 1
-    figure = Figure((4.0, 1.9 * rows + 0.1), 200, layout="constrained")
-    places = [figure.add_subplot(rows, 1, number + 1) for number in range(rows)]
-    # The last place is that of the attacks.
-    for axes, (group, curves) in zip(places, panels.items(), strict=False):
-        _draw_curves(axes, curves, f"accuracy, {group}", "severity", content["chance"])
-        axes.set_xticks([0, *SEVERITIES], ["none", *map(str, SEVERITIES)])
-    if attacks:
-        _draw_curves(places[-1], attacks, "accuracy, attacked", "ε in 1/255", content["chance"])
-    return figure
-
-
-def _draw_curves(axes: Axes, curves: Curves, title: str, label: str, chance: float) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    for number, (name, points) in enumerate(curves.items()):
-        places = [place for place, _ in points]
-        accuracies = [accuracy for _, accuracy in points]
-        axes.plot(
-            places,
-            accuracies,
-            color=COLORS[number % len(COLORS)],
-            linestyle=LINES[number % len(LINES)],
-            marker="o",
-            markersize=3,
-            label=name.replace("_", " "),
-        )
-    axes.axhline(chance, color="0.6", linewidth=1, linestyle="--", label="chance")
-    axes.set_title(title, fontsize=LETTERS + 1, loc="left")
-    axes.set_xlabel(label, fontsize=LETTERS)
-    axes.tick_params(labelsize=LETTERS)
-    axes.set_ylim(0, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.grid(color="#dddddd")
-    axes.spines[["top", "right"]].set_visible(False)
-    # Beside the panel, where it hides no curve.
-    axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(1.0, 1.05),
-        fontsize=LETTERS,
-        frameon=False,
-        handlelength=1.6,
-    )
 
 
 def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:

@@ -250,9 +250,7 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     assert found["attacks"]["fgsm"]["8"] <= found["accuracy"]
     contrast = found["corruptions"]["contrast"]
     assert contrast["error"] == pytest.approx(1 - sum(contrast["accuracy_by_severity"]) / 5)
-    with Image.open(tmp_path / "evaluation.png") as picture:
-        assert picture.size[0] > 600
-    assert str(tmp_path / "evaluation.png") in text
+    assert str(tmp_path / "evaluation.json") in text
     del few["shot_noise"]
     again = json.loads(metapl("evaluate", tiny, "--corruptions", "--json").stdout)
     assert again["corruptions"] == {"contrast": contrast}

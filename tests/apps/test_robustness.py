@@ -36,7 +36,6 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from metapl import robustness as kinds
-from metapl.apps.evaluate import GROUPS, robustness_curves
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.networks.architectures import Architecture
@@ -505,25 +504,3 @@ def test_weights_by_the_networks_name(name: str, side: int, tmp_path: Path) -> N
     )
     with torch.no_grad():
         torch.testing.assert_close(taken.network(x), network((x - mean) / std))
-
-
-def test_curves_begin_at_the_pictures_as_they_are_and_have_a_panel_for_each_group() -> None:
-    assert sorted(name for names in GROUPS.values() for name in names) == sorted(CORRUPTIONS)
-    accuracies = {name: [0.8 - 0.1 * severity for severity in SEVERITIES] for name in CORRUPTIONS}
-    accuracies["snow"] = [0.75, 0.7, 0.65, 0.6, 0.55]
-    content: dict[str, Any] = {"accuracy": 0.9, "chance": 0.1, **kinds.by_severity(accuracies)}
-    content["attacks"] = {"pgd": {"8": 0.2, "2": 0.5}}
-    figure = robustness_curves(content)
-    drawn = {axes.get_title(loc="left"): axes for axes in figure.axes}
-    assert [*drawn] == [*(f"accuracy, {group}" for group in GROUPS), "accuracy, attacked"]
-    curves = {line.get_label(): line for axes in figure.axes for line in axes.lines}
-    assert [*curves["snow"].get_xdata()] == [0, *SEVERITIES]
-    assert [*curves["snow"].get_ydata()] == [0.9, *accuracies["snow"]]
-    assert [*curves["pgd"].get_xdata()] == [0, 2, 8]
-    assert [*curves["pgd"].get_ydata()] == [0.9, 0.5, 0.2]
-    assert {*curves["chance"].get_ydata()} == {0.1}
-    assert drawn["accuracy, weather"].get_xlabel() == "severity"
-    assert drawn["accuracy, attacked"].get_xlabel() == "ε in 1/255"
-    del content["corruptions"]
-    (alone,) = robustness_curves(content).axes
-    assert [line.get_label() for line in alone.lines] == ["pgd", "chance"]
