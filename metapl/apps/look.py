@@ -9,26 +9,23 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.data import Data
 from metapl.apps.images import Images, Pictures
-from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.settings import with_flags, with_stored
 from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
-from metapl.metrics.predictions import logits_of
 from metapl.networks.tuned import IMAGENET, begin_as
 from metapl.networks.weights import fetch_imagenet_weights
 from metapl.pictures.levels import find_levels
@@ -61,15 +58,6 @@ MINUTES = 5.0
 
 # The steps of the training that is measured, of which a few are taken.
 REHEARSED = 1000
-
-# How often the number of steps is measured again where parts of it were given in steps.
-AGAIN = 2
-
-# The number of steps below which a network that starts from nothing has hardly learned.
-FEW_STEPS = 300
-
-# How often a picture may be in one batch before that is told.
-MANY_COPIES = 10
 
 # The share of the steps over which learning rates grow, and how often is validated in a training.
 WARMUP = 0.05
@@ -135,7 +123,6 @@ def choose_settings(
 
     # 3. What the folders and some of their pictures show.
     config.check_first()
-    tell_copies(config, len(few), say)
     held_out = [config.scan(name) for name in ("val", "test") if getattr(config, name)]
     levels = find_levels([few, many], held_out, say)
     config = dataclasses.replace(
@@ -160,11 +147,9 @@ def choose_settings(
     }
     method = with_stored(method, usual_settings)
 
-    # 4. The steps. Then all that was chosen is said in a line, and what else is to be known.
-    steps_are_open = config.fitting.steps is None
+    # 4. The steps. Then all that was chosen is said in a line.
     config, method = with_steps(config, method, clock)
     tell_choices(config, method, seen, say)
-    tell_advice(config, seen, say, steps_are_open=steps_are_open)
     return config, method
 
 
@@ -230,17 +215,6 @@ def resumed_settings(
         ) from error
 
 
-def tell_copies(config: Images, count: int, say: Say) -> None:
-    """Say where a batch of labeled pictures has each of them many times."""
-    size = config.fitting.labeled_batch
-    if size > MANY_COPIES * count:
-        say(
-            f"note: --labeled-batch {size:,} is {size // count:,} times the {count:,} pictures "
-            "that it is drawn from: each is in every batch so often, and each copy costs the time "
-            "of a picture"
-        )
-
-
 def with_backbone(pictures: Pictures, chosen: Backbone, seen: Look, say: Say) -> Pictures:
     """Return the settings of pictures with a backbone; refuse what does not go with it."""
     asked = pictures.backbone
@@ -301,23 +275,6 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
         f"{mirrored}; adamw at {fitting.lr:g}, {fitting.precision}, "
         f"{fitting.chosen_steps:,} steps"
     )
-
-
-def tell_advice(config: Images, seen: Look, say: Say, *, steps_are_open: bool) -> None:
-    """Say where few steps, colors or weights may make a network worse than it could be."""
-    pictures = config.pictures
-    steps = config.fitting.chosen_steps
-    if steps_are_open and steps < FEW_STEPS:
-        say(
-            f"note: {steps} steps are few, for this machine is slow or busy: give more --minutes, "
-            "or --steps"
-        )
-    if seen.colors.may_tell and pictures.recolor and not pictures.grey:
-        say(
-            f"note: by their colors alone {seen.colors.right:.0%} of the labeled pictures are told "
-            f"apart, and by chance {seen.colors.chance:.0%}, so colors may matter, and are "
-            "exchanged: if they do, give --recolor False"
-        )
     is_from_scratch = pictures.weights is None and pictures.backbone == "none"
     if is_from_scratch and not pictures.grey and seen.side >= PHOTOGRAPHS:
         say(
@@ -377,15 +334,11 @@ def with_steps(
     """
     if config.fitting.steps is not None:
         return with_number_of_steps(config, method, config.fitting.steps)
-    # Phases that were given in steps do not grow with the number of steps: it is measured again
-    # with what fits.
-    phase_steps = max((steps or 0 for steps in method.waits), default=0)
     minutes = config.minutes or MINUTES
-    rehearsal = with_number_of_steps(config, method, 2 * phase_steps or REHEARSED)
+    # A phase that was given in steps counts as in a training of twice its length at least.
+    phase_steps = max((steps or 0 for steps in method.waits), default=0)
+    rehearsal = with_number_of_steps(config, method, max(REHEARSED, 2 * phase_steps))
     steps = steps_within(*rehearsal, minutes, clock)
-    for _ in range(AGAIN if phase_steps else 0):
-        rehearsal = with_number_of_steps(config, method, max(steps, phase_steps + 1))
-        steps = steps_within(*rehearsal, minutes, clock)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
 
@@ -420,13 +373,11 @@ ALIKE = 8
 SMALLEST_STD = 0.05
 
 # Shuffles of the labels that colors are compared with; of these and the labels as they are, the
-# most that find the classes as well where color tells them apart, and where it may: by chance it
-# does so in one set of a hundred, and may in one of ten. Colors that are exchanged for nothing cost
-# the only thing that tells such classes apart, and colors that are kept for nothing a kind of
-# augmentation.
+# most that find the classes as well where color tells them apart: by chance it does so in one set
+# of a hundred. Colors that are exchanged for nothing cost the only thing that tells such classes
+# apart, and colors that are kept for nothing a kind of augmentation.
 SHUFFLES = 199
 CHANCES = 2
-DOUBTS = 20
 
 # Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with
 # marks of the rarer kind where both light and dark marks are usual.
@@ -439,24 +390,6 @@ UNLABELED = -1
 
 
 @dataclass(frozen=True)
-class Colors:
-    """How well the mean color of pictures' middle tells their classes apart, or the mean grey.
-
-    Args:
-        right: share of the pictures that are nearest to the mean of the others of their class,
-            averaged over the classes.
-        chance: the same share expected of guessing evenly among the classes.
-        tell: whether ``right`` is more than chance explains.
-        may_tell: whether it is rather more, and the pictures are too few to say.
-    """
-
-    right: float
-    chance: float
-    tell: bool
-    may_tell: bool = False
-
-
-@dataclass(frozen=True)
 class Look:
     """A data set as a few of its pictures show it.
 
@@ -465,7 +398,7 @@ class Look:
         grey: whether none of the pictures has colors.
         mean, std: of each channel (one where grey), in [0, 1].
         level: mean and standard deviation of the pictures without their colors.
-        colors: how well colors tell the classes apart.
+        colors_tell: whether the mean color, or grey, of a picture's middle tells the classes apart.
         light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: shares of the classes among all labeled pictures, as if each had one more, so that
             none is 0.
@@ -477,7 +410,7 @@ class Look:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     level: tuple[float, float]
-    colors: Colors
+    colors_tell: bool
     light: float
     shares: tuple[float, ...]
     square: bool = True
@@ -488,7 +421,7 @@ class Look:
 
         They may not where all marks are light, as in an X-ray.
         """
-        return not self.colors.tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
+        return not self.colors_tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
 
 
 def look(
@@ -549,7 +482,7 @@ def look(
         mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
         std=tuple(divisible(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), divisible(float(level_NHW.std()))),
-        colors=colors_tell(middle_colors_NC, label_N[is_labeled_N]),
+        colors_tell=colors_tell(middle_colors_NC, label_N[is_labeled_N]),
         light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
         shares=tuple(count / sum(counts) for count in counts),
         square=square,
@@ -566,7 +499,7 @@ def divisible(std: float) -> float:
     return round(max(std, SMALLEST_STD), 3)
 
 
-def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
+def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> bool:
     """Return whether the nearest class mean finds the class of an example that is not in it.
 
     ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over
@@ -575,26 +508,20 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> Colors:
     do not where no class has two examples.
 
     >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
-    >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3)).tell
+    >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3))
     True
-    >>> colors_tell(reds, torch.tensor([0, 1, 0, 1, 0, 1]).repeat(3)).tell
+    >>> colors_tell(reds, torch.tensor([0, 1, 0, 1, 0, 1]).repeat(3))
     False
     """
     classes, labels = labels_N.unique(return_inverse=True)
-    chance = 1 / len(classes)
     if len(classes) < 2 or int(labels.bincount().max()) < 2:
-        return Colors(right=chance, chance=chance, tell=False)
+        return False
     scaled = (colors_NC - colors_NC.mean(0)) / colors_NC.std(0).clamp_min(1e-6)
     generator = torch.Generator().manual_seed(0)
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
     right = _right_share(scaled, labels)
     as_well = 1 + sum(_right_share(scaled, order) >= right for order in shuffled)
-    return Colors(
-        right=right,
-        chance=chance,
-        tell=as_well <= CHANCES,
-        may_tell=CHANCES < as_well <= DOUBTS,
-    )
+    return as_well <= CHANCES
 
 
 def _right_share(colors_NC: Tensor, labels: Tensor) -> float:
@@ -631,39 +558,12 @@ SECONDS = 4.0
 PICTURES = 128
 
 
-# The share of a time that steps get at the least where all pictures are labeled, however long that
-# takes.
-LEAST_SHARE_OF_STEPS = 0.5
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a training takes on this machine.
-
-    Args:
-        per_step: seconds of a step, in the mean over all of the training.
-        labels: seconds in which networks label all pictures for others, as often as they do so.
-    """
-
-    per_step: float
-    labels: float = 0.0
-
-    def steps_in(self, minutes: float) -> int:
-        """Return the number of steps that fit into a time, rounded to two digits.
-
-        The time for labels comes first. Where it would take more than half of the time, steps get
-        half of it.
-        """
-        seconds = SHARE * 60 * minutes
-        left_for_steps = max(seconds - self.labels, LEAST_SHARE_OF_STEPS * seconds)
-        return max(1, int(float(f"{left_for_steps / self.per_step:.2g}")))
-
-
 def steps_within(
     config: Images, method: Method, minutes: float, clock: Clock = time.monotonic
 ) -> int:
     """Return the number of steps that fit into a time, rounded to two digits."""
-    return timing_of(config, method, clock).steps_in(minutes)
+    steps = SHARE * 60 * minutes / seconds_per_step(config, method, clock)
+    return max(1, int(float(f"{steps:.2g}")))
 
 
 def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
@@ -681,12 +581,11 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     return kinds
 
 
-def timing_of(config: Images, method: Method, clock: Clock = time.monotonic) -> Timing:
-    """Return what a training by a method takes on this machine, by a few of the labeled pictures.
+def seconds_per_step(config: Images, method: Method, clock: Clock = time.monotonic) -> float:
+    """Return what a step takes on this machine, in the mean over a training by a method.
 
-    Each kind of step is timed, and counts as often as it comes. Where a network labels pictures, a
-    batch is timed, and all pictures are counted. Cost: some seconds; the default generator is put
-    back.
+    Each kind of step is timed on a few of the labeled pictures, and counts as often as it comes.
+    Cost: some seconds; the default generator is put back.
     """
     stopwatch = Stopwatch(config, clock)
     place = device(config.fitting.device)
@@ -710,11 +609,11 @@ def timing_of(config: Images, method: Method, clock: Clock = time.monotonic) -> 
             teacher=teacher,
             student=student,
             fit=stopwatch.fit,
-            label=partial(stopwatch.label, data),
-            read_labels=partial(even_labels, data),
+            label=lambda network: even_labels(data, ("unlabeled", "labeled")),
+            read_labels=lambda stores: even_labels(data, stores),
         )
         method.train(training)
-    return stopwatch.timing
+    return stopwatch.per_step
 
 
 def even_labels(data: Data, parts: Iterable[str]) -> dict[str, Tensor]:
@@ -727,7 +626,7 @@ def even_labels(data: Data, parts: Iterable[str]) -> dict[str, Tensor]:
 
 
 class Stopwatch:
-    """Times a few steps of each phase, in the place of a fit, and a batch that is labeled.
+    """Times a few steps of each phase, in the place of a fit.
 
     Args:
         config: the settings of the training.
@@ -735,47 +634,11 @@ class Stopwatch:
     """
 
     def __init__(self, config: Images, clock: Clock) -> None:
-        self.config = config
         self.fitting = config.fitting
         self.clock = clock
 
-        # Of the phases so far.
-        self.timing = Timing(per_step=0.0)
-
-        # How many pictures there are to label, by the folders that were counted.
-        self.counts: dict[str, int] = {}
-
-    def label(self, data: Data, network: nn.Module) -> dict[str, Tensor]:
-        """Return even labels of a few pictures, and count what labels of all of them take."""
-        parts = ("unlabeled", "labeled")
-        for part in parts:
-            self.count_labels(network, getattr(data, part).images, part)
-        return even_labels(data, parts)
-
-    def count_labels(self, network: nn.Module, images: Any, part: str) -> None:
-        """Add what labels of all pictures of a part take."""
-        to_label = ToLabel(
-            images=images, ids=range(len(images)), name=part, input=self.config.input
-        )
-        per_label = self.seconds_per_label(network, to_label)
-        if part not in self.counts:
-            self.counts[part] = len(self.config.scan(part))
-        labels = self.timing.labels + self.counts[part] * per_label
-        self.timing = dataclasses.replace(self.timing, labels=labels)
-
-    def seconds_per_label(self, network: nn.Module, to_label: ToLabel) -> float:
-        """Return what it takes to read a picture and to label it.
-
-        A file is read once in a training, and the second pass of a network is the usual one.
-        """
-        since = self.clock()
-        pictures, *_ = to_label.batch(0)
-        seconds = self.clock() - since
-        logits_of(network, [pictures])
-        since = self.clock()
-        logits_of(network, [pictures])
-        seconds += self.clock() - since
-        return seconds / max(1, len(pictures))
+        # Seconds of a step, in the mean over all of the training, by the phases so far.
+        self.per_step = 0.0
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         """Take some steps of each kind, and count them as often as the phase has them."""
@@ -800,8 +663,7 @@ class Stopwatch:
             for first, last, step in kinds_of_steps(trainer, steps, wait):
                 trainer.steps_done = first
                 seconds = self.median_seconds(trainer, step, feeds)
-                per_step = self.timing.per_step + (last - first) / fitting.chosen_steps * seconds
-                self.timing = dataclasses.replace(self.timing, per_step=per_step)
+                self.per_step += (last - first) / fitting.chosen_steps * seconds
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 

@@ -452,10 +452,6 @@ class Rounds:
     def choose(self, number: int) -> tuple[Chosen, dict[str, Any]]:
         """Let the last network label, select as the settings say, and return a record of it."""
         if self.training.folder is None:
-            # Where steps are timed, so are the labels of a round, but for those of a selection
-            # that a store has, whose size is not known here. The few labeled pictures count too.
-            if self.settings.stored_selection is None:
-                self.training.label(self.teacher)
             return self.evenly_labeled(), {}
         stored = self.settings.stored_selection
         if stored is not None and self.selection is None:
