@@ -263,17 +263,12 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     recipe = folder.recipe()
     result = folder.unsealed("result.json", result)
     # Both files have the same name in every folder, so one may have been put beside another.
-    if "compare" in recipe:
-        key = "methods"
-        is_same = sorted(result.get("methods", ())) == sorted(recipe["compare"])
-    else:
-        key = "method"
-        is_same_method = result.get("method") == recipe.get("method")
-        is_same = is_same_method and result.get("seed") == recipe.get("fields", {}).get("seed")
+    is_same_method = result.get("method") == recipe.get("method")
+    is_same = is_same_method and result.get("seed") == recipe.get("fields", {}).get("seed")
     if not is_same:
         raise MetaplError(
-            f"{folder.path / 'result.json'} is damaged or of another run: its {key} or its seed is "
-            "not that of recipe.json."
+            f"{folder.path / 'result.json'} is damaged or of another run: its method or its seed "
+            "is not that of recipe.json."
         )
     return result
 
@@ -310,29 +305,6 @@ def guessing(result: Mapping[str, Any]) -> dict[str, float]:
         if low <= chance:
             guesses[name] = accuracy
     return guesses
-
-
-def results_within(
-    path: Path, compared: Mapping[str, Any]
-) -> dict[tuple[str, int], dict[str, Any]]:
-    """Return what the runs of a comparison ended with, by method and seed.
-
-    Args:
-        path: the folder of the comparison.
-        compared: what its own ``result.json`` holds.
-    """
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    for method, accuracies in compared["methods"].items():
-        for seed, accuracy in zip(compared["seeds"], accuracies[STUDENT_READOUT], strict=True):
-            folder = RunFolder(path / method / f"seed-{seed}")
-            result = stored_result(folder)
-            is_same_run = result["method"] == method and result["seed"] == seed
-            if not is_same_run or result.get(STUDENT_READOUT) != accuracy:
-                raise MetaplError(
-                    f"{folder.path} holds another run than the one that was compared. {ANOTHER}"
-                )
-            results[method, seed] = result
-    return results
 
 
 def seal(
@@ -397,8 +369,6 @@ def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
 class EndedRun:
     """A run that has ended, read from its folder alone.
 
-    Of a comparison, the run whose networks it delivers.
-
     Args:
         folder: of the run.
         title: what it is called.
@@ -452,18 +422,6 @@ class EndedRun:
             description=description,
             result=result,
         )
-
-    @property
-    def is_comparison(self) -> bool:
-        """Return whether it is a comparison."""
-        return "compare" in self.description
-
-    @property
-    def source(self) -> RunFolder:
-        """Return where its data are described; of a comparison, in the run that it delivers."""
-        if not self.is_comparison:
-            return RunFolder(self.folder.path)
-        return RunFolder(self.folder.path / self.result["method"] / f"seed-{self.result['seed']}")
 
     @property
     def networks(self) -> tuple[str, ...]:

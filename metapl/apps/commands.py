@@ -147,6 +147,10 @@ class ComparisonPlan:
     seeds: tuple[int, ...]
     jobs: int | None
 
+    def first_run(self, folder: RunFolder) -> RunFolder:
+        """Return the folder of the first run, whose settings all runs have."""
+        return RunFolder(folder.path / self.names[0] / f"seed-{self.seeds[0]}")
+
 
 # ---------------------------------------------------------------------------------- what they start
 
@@ -228,7 +232,6 @@ class Train:
         seeds: tuple[int, ...] = (self.config.fitting.seed,)
         if options.seeds:
             seeds = parse_seeds(options.seeds)
-        # The run's own method is the first, which is delivered where validation cannot tell.
         names = (self.method.name, *self.methods.COMPARED)
         if options.methods is not None:
             # Commas may stand between them too.
@@ -261,15 +264,19 @@ class Train:
         path: Path | None = self.options.out
         try:
             with open_run_folder(
-                self.options.out, self.config.name, resume=self.options.resume
+                self.options.out,
+                self.config.name,
+                resume=self.options.resume,
+                holds_runs=comparison is not None,
             ) as folder:
                 path = folder.path
-                if self.options.resume and not folder.exists:
+                first = folder if comparison is None else comparison.first_run(folder)
+                if self.options.resume and not first.exists:
                     say(f"there is no run in {path} to resume: it begins")
                 # Another program that calls this is not told how to start it again.
                 if sys.argv[1:] and sys.argv[1] in TRAINING_COMMANDS:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
-                config, method = self.choose_open_settings(folder, comparison)
+                config, method = self.choose_open_settings(first)
                 if comparison is None:
                     self.train_one(config, method, folder, processes=processes, others=others)
                 else:
@@ -291,9 +298,7 @@ class Train:
             others.leave(NOT_STARTED)
         return 0
 
-    def choose_open_settings(
-        self, folder: RunFolder, comparison: ComparisonPlan | None
-    ) -> tuple[TrainingConfig, Method]:
+    def choose_open_settings(self, folder: RunFolder) -> tuple[TrainingConfig, Method]:
         """Return the settings with a value for each that was left open: those of a resumed run."""
         config = self.config
         method = self.method

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from metapl.apps.methods_over_seeds import ENOUGH_SEEDS, STUDENT, spread
 from metapl.apps.printing import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
-from metapl.run_folder import (
-    READOUTS,
-    EndedRun,
-    RunFolder,
-    results_within,
-    stored_data,
-)
+from metapl.run_folder import READOUTS, STUDENT_READOUT, EndedRun, RunFolder, stored_data
+
+# With fewer, no claim is made on a difference: a t-test over 3 pairs hardly ever finds one, and one
+# that it finds is as often luck.
+ENOUGH_SEEDS = 5
 
 # Fields in which runs may differ: the seed, what a method is called by, which is looked at apart,
 # and what changes no number.
@@ -31,7 +28,7 @@ BY_STEPS = ("steps", "warmup", "validate_every", "wait", "uda_start", "uda_ramp"
 
 
 class Entry(NamedTuple):
-    """A run, or one of those of a comparison.
+    """A run, or one of those in a folder.
 
     Args:
         given: the folder that was named on the command line.
@@ -45,7 +42,7 @@ class Entry(NamedTuple):
 
     def reached(self, readout: str) -> float:
         """Return an accuracy; of a run that has none of this kind, the student's."""
-        return float(self.result.get(readout, self.result[STUDENT]))
+        return float(self.result.get(readout, self.result[STUDENT_READOUT]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +55,7 @@ class Compare:
     test sets differ.
 
     Args:
-        folders: folders of runs, or of comparisons.
+        folders: folders of runs, or folders that --compare of metapl train has put runs into.
     """
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
@@ -70,46 +67,66 @@ class Compare:
             raise MetaplError(
                 f"metapl compare RUN RUN...: expected runs, each once, and {given} was given."
             )
-        same_data = SameData(self.folders[0])
-        groups: dict[tuple[str, str], list[Entry]] = {}
-        for path in self.folders:
-            for place, entry in entries_of(path):
-                same_data.check(place, entry)
-                key = (str(path), entry.result["method"])
-                groups.setdefault(key, []).append(entry)
-        rows: list[tuple[str, ...]] = [
-            ("run", "method", "seeds", "delivered", "student", "finetuned")
-        ]
-        for (folder, method), group in groups.items():
-            seeds = spoken_seeds(entry.result["seed"] for entry in group)
-            accuracies = []
-            for readout in READOUTS:
-                accuracies.append(spread([entry.reached(readout) for entry in group]))
-            rows.append((folder, method, seeds, *accuracies))
-        evaluations = same_data.evaluations
-        chance = statistics.fmean(evaluation.chance for evaluation in evaluations)
-        caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
-        entries = [entry for group in groups.values() for entry in group]
-        tell(f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries))}")
+        tell(comparison_of(self.folders))
         return 0
 
 
-def entries_of(path: Path) -> Iterator[tuple[Path, Entry]]:
-    """Yield a run, or the runs of a comparison, each with its folder."""
-    run = EndedRun.load(path)
+def comparison_of(folders: Sequence[Path]) -> str:
+    """Return a table of the accuracies of runs by their methods, and whether the students' differ.
+
+    Args:
+        folders: of runs, or of the runs of a comparison.
+    """
+    same_data = SameData(folders[0])
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for path in folders:
+        for place in places_of(path):
+            entry = entry_of(path, place)
+            same_data.check(place, entry)
+            groups.setdefault((str(path), entry.result["method"]), []).append(entry)
+    rows: list[tuple[str, ...]] = [("run", "method", "seeds", "delivered", "student", "finetuned")]
+    for (folder, method), group in groups.items():
+        seeds = spoken_seeds(entry.result["seed"] for entry in group)
+        accuracies = [spread([entry.reached(readout) for entry in group]) for readout in READOUTS]
+        rows.append((folder, method, seeds, *accuracies))
+    entries = [entry for group in groups.values() for entry in group]
+    baselines: dict[int, float] = {}
+    for entry in entries:
+        if "control_accuracy" in entry.result:
+            baselines[entry.result["seed"]] = entry.result["control_accuracy"]
+    if baselines:
+        baseline = spread([*baselines.values()])
+        rows.append(("", "linear baseline", spoken_seeds(baselines), baseline, "", ""))
+    evaluations = same_data.evaluations
+    chance = statistics.fmean(evaluation.chance for evaluation in evaluations)
+    caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
+    return f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries))}"
+
+
+def places_of(path: Path) -> list[Path]:
+    """Return the folder of a run, or those of the runs of a comparison, METHOD/seed-N in it."""
+    places = sorted(recipe.parent for recipe in path.glob("*/seed-*/recipe.json"))
+    if RunFolder(path).exists or not places:
+        return [path]
+    return places
+
+
+def entry_of(path: Path, place: Path) -> Entry:
+    """Return a run for the comparison; refuse one that was not tested.
+
+    Args:
+        path: the folder that was named.
+        place: of the run.
+    """
+    run = EndedRun.load(place)
     settings = run.description["fields"]
     ignored = set(IRRELEVANT)
     if settings.get("minutes"):
         ignored |= set(BY_STEPS)
     fields = {name: str(value) for name, value in settings.items() if name not in ignored}
-    results: Mapping[tuple[str, int], Mapping[str, Any]] = {("", 0): run.result}
-    if run.is_comparison:
-        results = results_within(path, run.result)
-    for (method, seed), result in results.items():
-        place = path / method / f"seed-{seed}" if run.is_comparison else path
-        if "evaluation" not in result:
-            raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
-        yield place, Entry(given=path, fields=fields, result=result)
+    if "evaluation" not in run.result:
+        raise MetaplError(f"{place} has no test accuracy; train it again with --test.")
+    return Entry(given=path, fields=fields, result=run.result)
 
 
 class SameData:
@@ -180,7 +197,7 @@ def verdict(entries: Sequence[Entry]) -> str:
         accuracies = variants.setdefault(variant, {})
         if seed in accuracies:
             return f"Not paired: {variant} with seed {seed} is there twice."
-        accuracies[seed] = entry.reached(STUDENT)
+        accuracies[seed] = entry.reached(STUDENT_READOUT)
     first, *others = variants
     seeds = sorted(variants[first])
     for variant in others:
@@ -201,3 +218,15 @@ def verdict(entries: Sequence[Entry]) -> str:
             p = f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {variant} ({p})")
     return "\n".join(lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the mean in %, and the standard deviation of several values.
+
+    >>> spread([0.8, 0.9]), spread([0.8])
+    ('85.0 ± 7.1', '80.0')
+    """
+    mean = f"{100 * statistics.fmean(values):.1f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {100 * statistics.stdev(values):.1f}"

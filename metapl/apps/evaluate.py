@@ -79,7 +79,7 @@ class Evaluate:
             )
         run = EndedRun.load(self.folder)
         if self.out is not None:
-            check_out(self.out, run.source.recipe().get("fields", {}), {"test": self.test})
+            check_out(self.out, run.folder.recipe().get("fields", {}), {"test": self.test})
         with held(self.out):
             # 1. All that is refused is refused before anything is measured.
             name = run.name(self.network)

@@ -26,7 +26,7 @@ class Export:
     before anything is written.
 
     Args:
-        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        folder: folder of a run.
         out: folder to write to. It is made if it does not exist.
         onnx: write model.onnx too. It needs pip install 'metapl[onnx]'.
     """
@@ -42,7 +42,7 @@ class Export:
         run = EndedRun.load(self.folder)
         name = run.name(self.network)
         card = run.cards[name]
-        check_out(self.out, run.source.recipe().get("fields", {}))
+        check_out(self.out, run.folder.recipe().get("fields", {}))
         sections = sections_of(run, name)
         with held(self.out):
             digests = export(

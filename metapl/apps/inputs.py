@@ -105,7 +105,9 @@ def check_file(file: Path | None, suffix: str) -> None:
 
 
 @contextmanager
-def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[RunFolder]:
+def open_run_folder(
+    out: Path | None, recipe: str, *, resume: bool, holds_runs: bool
+) -> Iterator[RunFolder]:
     """Lock the folder of a run, so that nobody else writes to it until the block ends.
 
     Args:
@@ -113,6 +115,7 @@ def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[Run
             there.
         recipe: the name of the recipe.
         resume: whether a run in the folder is gone on with.
+        holds_runs: whether it is the folder of several runs, which may be there to resume.
     """
     path = out
     is_new = out is None and not resume
@@ -120,11 +123,14 @@ def open_run_folder(out: Path | None, recipe: str, resume: bool) -> Iterator[Run
         path = _last_run_folder(recipe) if resume else _next_run_folder(recipe)
     folder = RunFolder(path)
     try:
-        # Where that is clear already, nobody is waited for.
-        folder.check(resume)
-        with folder.locked():
-            # And again once it is locked, before anything is measured.
+        is_checked = not (holds_runs and resume)
+        if is_checked:
+            # Where that is clear already, nobody is waited for.
             folder.check(resume)
+        with folder.locked():
+            if is_checked:
+                # And again once it is locked, before anything is measured.
+                folder.check(resume)
             yield folder
     except Exception:
         if is_new:
@@ -242,7 +248,7 @@ class HeldOut:
         self.note = ""
         self._digits: tuple[Tensor, Tensor] | None = None
         if folder is None and run.result["recipe"] == "digits":
-            fields = run.source.recipe()["fields"]
+            fields = run.folder.recipe()["fields"]
             self._digits = load_digits_split(fields["labels_per_class"], fields["seed"]).test
             self.recorded = run.result.get(f"{network}_test_accuracy")
         else:
@@ -291,7 +297,7 @@ class HeldOut:
         notes = []
         if missing:
             notes.append(f"{folder} has no picture of {few(missing)}.")
-        fields = run.source.recipe().get("fields", {})
+        fields = run.folder.recipe().get("fields", {})
         if fields.get("labeled"):
             notes += copies_of_training(fields, files)
         for note in notes:
@@ -367,8 +373,8 @@ def copies_of_training(fields: Mapping[str, Any], files: LabeledFiles) -> list[s
 
 def files_of(run: EndedRun, part: Literal["validation", "test"]) -> LabeledFiles | None:
     """Return the pictures that a run selected by or tested on, as it found them, or None."""
-    fields = run.source.recipe().get("fields", {})
-    names = stored_data(run.source).get(part)
+    fields = run.folder.recipe().get("fields", {})
+    names = stored_data(run.folder).get(part)
     place = fields.get(part)
     # Validation pictures were set aside from others where no folder of their own was given.
     if part == "validation" and names:

@@ -42,7 +42,7 @@ class Label:
     is then 1. It needs pip install 'metapl[labels]'.
 
     Args:
-        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        folder: folder of a run.
         pictures: folder of pictures, or the word digits.
         out: folder of the store. It is made if it does not exist.
         temperature: temperature of the softmax. Below 1 it sharpens the probabilities, above 1 it

@@ -112,8 +112,7 @@ def text_of(entries: Sequence[Mapping[str, Any]]) -> str:
             state = (
                 f"{100 * entry['accuracy']:.1f} ({100 * low:.1f}-{100 * high:.1f}) {entry['on']}"
             )
-        methods = entry.get("methods", [""])
-        method = short(methods[0]) if len(methods) == 1 else f"{len(methods)} methods"
+        method = short(entry.get("method", ""))
         data = short(entry.get("data", ""))
         rows.append((name, method, data, steps, state, entry["date"][:10]))
     notes_text = "\n".join(notes)
@@ -124,27 +123,19 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
     """Return what a run is, how far it has come and what it reached; refuse a damaged one."""
     recipe = folder.recipe()
     fields = recipe["fields"]
-    methods = recipe.get("compare")
-    seeds = recipe.get("seeds", [fields.get("seed", 0)])
     labeled = Path(fields.get("labeled") or recipe["name"])
     entry: dict[str, Any] = {
         "recipe": recipe["name"],
         "data": "/".join(labeled.parts[-2:]),
-        "seeds": seeds,
-        "methods": methods or [recipe["method"]],
+        "seed": fields.get("seed", 0),
+        "method": recipe["method"],
     }
     if folder.ended:
         result = stored_result(folder)
-        if methods is None:
-            # Those of a comparison are in its runs.
-            for name in HASHED:
-                refuse_changed(folder.path / name, result)
+        for name in HASHED:
+            refuse_changed(folder.path / name, result)
         return entry | _reached(result)
     entry["state"] = "running" if is_owned(folder.path) else "interrupted"
-    if methods is not None:
-        places = [folder.path / name / f"seed-{seed}" for name in methods for seed in seeds]
-        done = sum((place / "result.json").exists() for place in places)
-        return entry | {"phase": "runs", "done": done, "steps": len(places)}
     rows = read_rows(folder.path / "metrics.jsonl") or [{"step": 0, "phase": "fit"}]
     last_row = rows[-1]
     return entry | {

@@ -29,12 +29,12 @@ def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
             metrics[f"{part} accuracy"] = f"{100 * accuracy:.1f} %"
         else:
             metrics[f"{part} accuracy"] = spoken(accuracy, size, None)
-    data = stored_data(run.source)
+    data = stored_data(run.folder)
     about_data: dict[str, Any] = dict(counts_of(data))
     for part, digest in data["hash"].items():
         about_data[f"SHA-256 of {part}"] = digest
     fields: dict[str, Any] = {}
-    for field, value in run.source.recipe().get("fields", {}).items():
+    for field, value in run.folder.recipe().get("fields", {}).items():
         if field == "classes":
             continue
         # Of the place of a file, the last name alone is left.

@@ -42,7 +42,7 @@ class Predict:
     out, with the reason on standard error; the exit code is then 1.
 
     Args:
-        folder: folder of a run. Of a comparison, the run that it delivers is taken.
+        folder: folder of a run.
         files: pictures, or folders of pictures.
         out: file to write to in the place of standard output. It is written when all is predicted.
         top: number of classes to give of each picture, the most probable first.

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from metapl.apps import web
-from metapl.apps.inputs import HeldOut, Run, check_file, plural
+from metapl.apps.inputs import HeldOut, Run, check_file
 from metapl.apps.list_runs import state_of
-from metapl.apps.methods_over_seeds import Comparison
 from metapl.apps.printing import short, tell
 from metapl.apps.report_picture import draw
 from metapl.apps.run_summary import summary
@@ -27,18 +26,13 @@ from metapl.run_folder import (
     RunFolder,
     counts_of,
     refuse_changed,
-    results_within,
     stored_data,
-    stored_result,
 )
 from metapl.runs.files import read_plain, write_whole
 from metapl.runs.folder import read_rows
 
 PAGE = "report.html"
 PICTURE = "report.png"
-
-# The most methods whose curves can be told apart.
-MOST_CURVES = 7
 
 # Mistakes that are shown.
 SHOWN = 12
@@ -54,8 +48,7 @@ class Report:
     The page is one file, and a run that ended has written it already. It shows the accuracy, the
     curves of losses, validation and feedback, the confusion matrix, each class, the surest mistakes
     on the test set if its pictures are still there, the settings, the command and the versions. The
-    page of a comparison shows its methods side by side, the paired test, and the run that it
-    delivers. The page of a run that has not ended shows how far it has come.
+    page of a run that has not ended shows how far it has come.
 
     A page that was written before is replaced; another file is not.
 
@@ -159,13 +152,13 @@ def write_report(run: EndedRun, judged: Mistakes | None = None) -> None:
 def page_of_unfinished(folder: RunFolder) -> tuple[str, list[str]]:
     """Return the heading and the parts of the page of a run that has not ended."""
     state = state_of(folder)
-    heading = f"{state['recipe']}: {' and '.join(state['methods'])}, {state['state']}"
+    heading = f"{state['recipe']}: {state['method']}, {state['state']}"
     rows = read_rows(folder.path / "metrics.jsonl", state["phase"])
-    picture = draw(title=heading, curves={state["phase"]: rows}, evaluation=None, network="network")
+    picture = draw(title=heading, rows=rows, evaluation=None, network="network")
     parts = [
         web.rows([(name, json.dumps(value)) for name, value in state.items()]),
         drawn(picture),
-        *provenance(folder, folder.recipe(), folder),
+        *provenance(folder),
     ]
     return heading, parts
 
@@ -174,35 +167,24 @@ def page_of(run: EndedRun, judged: Mistakes | None = None) -> tuple[str, bytes, 
     """Return the heading, the picture and the parts of the page of a run that has ended.
 
     Args:
-        run: of one method, or a comparison.
+        run: that has ended.
         judged: the mistakes on its test set; None: they are looked for.
     """
     result = run.result
-    path = run.folder.path
     evaluation = Evaluation(**result["evaluation"]) if "evaluation" in result else None
 
-    # 1. What it reached; of a comparison, the methods side by side and the paired test.
+    # 1. What it reached.
     parts = []
     accuracy = result.get("test_accuracy", result.get("validation_accuracy"))
     if accuracy is not None:
         parts.append(f'<p class="number">{100 * accuracy:.1f} %</p>')
     parts += map(web.paragraph, summary(result))
     heading = f"{result['recipe']}: {result['title']}, seed {result['seed']}"
-    network = "network"
-    note = ""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    if run.is_comparison and evaluation is not None:
-        count_of_seeds = plural(len(result["seeds"]), "seed")
-        heading = f"{result['recipe']}: {len(result['methods'])} methods, {count_of_seeds}"
-        parts = comparison_parts(result, evaluation, parts)
-        curves, note = curves_of_comparison(path, result)
-    else:
-        curves[result["title"]] = last_fit(path, result)
-        network = run.cards["student"].title
-
     # 2. Curves and the confusion matrix.
-    picture = draw(title=heading, curves=curves, evaluation=evaluation, network=network)
-    parts.append(drawn(picture, note))
+    rows = last_fit(run.folder.path, result)
+    network = run.cards["student"].title
+    picture = draw(title=heading, rows=rows, evaluation=evaluation, network=network)
+    parts.append(drawn(picture))
 
     # 3. Rounds of Noisy Student: what each of them reached and kept.
     if "rounds" in result:
@@ -212,76 +194,8 @@ def page_of(run: EndedRun, judged: Mistakes | None = None) -> tuple[str, bytes, 
     if evaluation is not None:
         parts.append(web.section("Classes", classes_of(evaluation)))
         parts.append(mistakes_shown(run, judged))
-    parts += provenance(run.folder, run.description, run.source)
+    parts += provenance(run.folder)
     return heading, picture, parts
-
-
-def comparison_parts(
-    result: Mapping[str, Any], evaluation: Evaluation, delivered: Sequence[str]
-) -> list[str]:
-    """Return the parts of a page on what the methods of a comparison reached.
-
-    Args:
-        result: what ``result.json`` holds.
-        evaluation: of the network that is delivered.
-        delivered: the parts on that network.
-    """
-    comparison = Comparison(
-        seeds=tuple(result["seeds"]),
-        methods=result["methods"],
-        titles=result["titles"],
-        controls=result["controls"],
-        examples=evaluation.n,
-        chance=result["chance"],
-    )
-    head, *cells = comparison.rows()
-    caption = web.paragraph(comparison.caption(), "quiet")
-    parts = [
-        web.paragraph(result["sentence"]),
-        web.section("Methods", web.rows(cells, head), caption),
-    ]
-    against = comparison.against_control()
-    if against is not None:
-        test = against.test
-        figures: dict[str, object] = {
-            "difference": f"{100 * test.mean:+.2f} points",
-            "pairs of one seed": test.n,
-        }
-        if test.interval is not None:
-            figures["95 % interval"] = " to ".join(f"{100 * end:+.2f}" for end in test.interval)
-        if test.p is not None:
-            figures["p, paired t-test"] = f"{test.p:.2g}"
-        if test.p_permutation is not None:
-            figures["p, exact permutation test"] = f"{test.p_permutation:.2g}"
-        titles = result["titles"]
-        title = f"{titles[against.method]} against {titles[against.control]}"
-        parts.append(web.section(title, web.rows([*figures.items()])))
-    sentence = f"{result['delivery'][:1].upper()}{result['delivery'][1:]}."
-    parts.append(web.section(sentence, *delivered))
-    return parts
-
-
-def curves_of_comparison(
-    path: Path, result: Mapping[str, Any]
-) -> tuple[dict[str, list[dict[str, Any]]], str]:
-    """Return the rows of the first seed by method, and a note on them.
-
-    There are none where the folders of the runs that were compared are gone.
-    """
-    seeds = result["seeds"]
-    folders: dict[tuple[str, int], RunFolder] = {}
-    for method in result["methods"]:
-        for seed in seeds:
-            folders[method, seed] = RunFolder(path / method / f"seed-{seed}")
-    if not all(folder.exists for folder in folders.values()):
-        return {}, "Without curves: the folders of the runs are not there any more."
-    # It refuses runs that have changed since.
-    results_within(path, result)
-    curves = {}
-    for method in [*result["methods"]][:MOST_CURVES]:
-        first = folders[method, seeds[0]]
-        curves[method] = last_fit(first.path, stored_result(first))
-    return curves, f"Curves are those of seed {seeds[0]}."
 
 
 def rounds_shown(rounds: Sequence[Mapping[str, Any]]) -> str:
@@ -339,14 +253,13 @@ def last_fit(folder: Path, content: Mapping[str, Any]) -> list[dict[str, Any]]:
     return read_rows(file, phase)
 
 
-def drawn(picture: bytes, note: str = "") -> str:
+def drawn(picture: bytes) -> str:
     """Return the picture of a run in its page."""
     image = (
         '<img class="drawn" alt="curves over the steps, and the confusion matrix" '
         f'src="{web.picture(picture)}">'
     )
-    caption = web.paragraph(note, "quiet") if note else ""
-    return web.section("Curves and confusion", image, caption)
+    return web.section("Curves and confusion", image)
 
 
 def share(accuracy: float | None) -> str:
@@ -386,22 +299,15 @@ def classes_of(evaluation: Evaluation) -> str:
     return web.folded(f"all {len(names):,} classes", table)
 
 
-def provenance(
-    folder: RunFolder, description: Mapping[str, Any], source: RunFolder
-) -> Iterator[str]:
-    """Yield the parts of a page on what, with which settings and by what a run was made, folded.
-
-    Args:
-        folder: of the run.
-        description: its recipe.
-        source: the folder with its data; of a comparison, that of the run that it delivers.
-    """
-    about = folder.description() if folder.exists else {}
+def provenance(folder: RunFolder) -> Iterator[str]:
+    """Yield the parts of a page on what, with which settings and by what a run was made, folded."""
+    about = folder.description()
+    description = about["recipe"]
     if "command" in about:
         yield web.section("Command", f"<pre>{web.text(about['command'])}</pre>")
     data: Mapping[str, Any] = {}
-    if source.exists and (source.ended or (source.path / "data.json").exists()):
-        data = stored_data(source)
+    if (folder.path / "data.json").exists():
+        data = stored_data(folder)
     about_data: dict[str, str] = {}
     for part, count in counts_of(data).items():
         about_data[part] = f"{count:,} examples"

@@ -83,37 +83,33 @@ PLAIN: dict[str, Any] = {"parse_math": False}
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity of a method over the steps.
+    """A quantity over the steps.
 
     Args:
-        method: the number of the method among those that are drawn.
         rank: the number of the quantity in its panel.
         name: in the legend.
         points: (step, value) in the order of the steps.
     """
 
-    method: int
     rank: int
     name: str
     points: list[tuple[float, float]]
 
 
-def panels_of(curves: Mapping[str, Sequence[Row]], network: str) -> dict[str, list[Curve]]:
+def panels_of(rows: Sequence[Row], network: str) -> dict[str, list[Curve]]:
     """Return the curves of each panel that has any.
 
     Args:
-        curves: the rows of each method.
-        network: what it is called where no method has a teacher beside it.
+        rows: of a phase.
+        network: what it is called where it has a teacher beside it.
     """
     panels: dict[str, list[Curve]] = {}
     for panel, names in PANELS.items():
         lines: list[Curve] = []
-        for number, (method, rows) in enumerate(curves.items()):
-            for rank, (column, quantity) in enumerate(names.items()):
-                points = points_of(rows, column, is_logarithmic=panel in LOGARITHMIC)
-                if points:
-                    name = f"{method}, {quantity}" if len(curves) > 1 else quantity
-                    lines.append(Curve(method=number, rank=rank, name=name, points=points))
+        for rank, (column, quantity) in enumerate(names.items()):
+            points = points_of(rows, column, is_logarithmic=panel in LOGARITHMIC)
+            if points:
+                lines.append(Curve(rank=rank, name=quantity, points=points))
         has_teacher = any(curve.rank for curve in lines)
         if panel == "Validation accuracy" and not has_teacher:
             lines = [replace(curve, name=curve.name.replace("student", network)) for curve in lines]
@@ -143,7 +139,7 @@ def points_of(
 def draw(
     *,
     title: str,
-    curves: Mapping[str, Sequence[Row]],
+    rows: Sequence[Row],
     evaluation: Evaluation | None,
     network: str,
 ) -> bytes:
@@ -151,35 +147,34 @@ def draw(
 
     Args:
         title: above all panels.
-        curves: rows by method.
+        rows: of a phase, as metrics.jsonl has them.
         evaluation: on the test set; None: there is no matrix.
-        network: what it is called where no method has a teacher beside it.
+        network: what it is called where it has no teacher beside it.
     """
     from matplotlib.figure import Figure
 
-    panels = panels_of(curves, network)
+    panels = panels_of(rows, network)
     count = len(panels)
     if evaluation is not None:
         count += 1
     # On the page, more columns would be too small to read.
     columns = 1 if count <= 1 else 2
-    rows = math.ceil(max(1, count) / columns)
-    figure = Figure((4.6 * columns, 3.6 * rows + 0.5), 150, layout="constrained")
+    lines_of_panels = math.ceil(max(1, count) / columns)
+    figure = Figure((4.6 * columns, 3.6 * lines_of_panels + 0.5), 150, layout="constrained")
     figure.suptitle(short(title, 90), x=0.01, ha="left", **PLAIN)
-    places = [figure.add_subplot(rows, columns, number + 1) for number in range(count)]
+    places = [figure.add_subplot(lines_of_panels, columns, number + 1) for number in range(count)]
     # The last place is that of the matrix.
     for (panel, lines), axes in zip(panels.items(), places, strict=False):
-        draw_panel(axes, panel, lines, is_comparison=len(curves) > 1)
+        draw_panel(axes, panel, lines)
     if evaluation is not None:
         draw_confusion(places[-1], evaluation)
     return png_of(figure)
 
 
-def draw_panel(axes: Axes, panel: str, curves: Sequence[Curve], *, is_comparison: bool) -> None:
+def draw_panel(axes: Axes, panel: str, curves: Sequence[Curve]) -> None:
     """Draw the curves of a panel.
 
-    They are moving averages over a fortieth of the points, shorter at both ends. In a comparison
-    each method has a color, elsewhere each quantity.
+    They are moving averages over a fortieth of the points, shorter at both ends.
     """
     from matplotlib.ticker import NullLocator, PercentFormatter
 
@@ -188,11 +183,10 @@ def draw_panel(axes: Axes, panel: str, curves: Sequence[Curve], *, is_comparison
         steps, values = np.array(curve.points).T
         window = np.ones(2 * (len(values) // 80) + 1)
         counts = np.convolve(np.ones(len(values)), window, "same")
-        color = curve.method if is_comparison else curve.rank
         axes.plot(
             steps,
             np.convolve(values, window, "same") / counts,
-            color=COLORS[color % len(COLORS)],
+            color=COLORS[curve.rank % len(COLORS)],
             linestyle=LINES[curve.rank % len(LINES)],
             marker="o" if len(values) == 1 else None,
             label=curve.name,

@@ -18,24 +18,15 @@ from typing import Any
 import torch
 from joblib import cpu_count
 
+from metapl.apps.compare_runs import comparison_of
 from metapl.apps.inputs import plural
 from metapl.apps.methods.base import Method, TrainingConfig
-from metapl.apps.methods_over_seeds import Comparison
-from metapl.apps.printing import table, tell, wrapped
-from metapl.apps.report import write_report
-from metapl.apps.run_summary import linear_baseline
+from metapl.apps.printing import tell
 from metapl.apps.settings import with_flags
 from metapl.apps.train import describe, train
 from metapl.errors import MetaplError
 from metapl.machine import default_threads, device
-from metapl.run_folder import (
-    ANOTHER,
-    NETWORK,
-    WEIGHTS,
-    EndedRun,
-    RunFolder,
-    stored_result,
-)
+from metapl.run_folder import ANOTHER, RunFolder, stored_result
 from metapl.runs.files import read_sealed
 
 # Seconds that a worker has to save the step under way before it is killed.
@@ -113,27 +104,17 @@ def train_and_compare(
 
     Args:
         config: what is trained on; all settings are chosen.
-        methods: by their names; the first is delivered where validation cannot tell them apart.
+        methods: by their names.
         seeds: of the runs of each method.
         folder: of the comparison; each run has a folder METHOD/seed-N in it.
-        resume: go on with the comparison that is there.
+        resume: go on with the runs that are there.
         jobs: runs at a time; None: one a core, or one on a GPU.
     """
-    names = list(methods)
-    recipe = describe(config, methods[names[0]], compare=names, seeds=list(seeds))
-    with folder.claimed(recipe, resume=resume):
-        if not folder.ended:
-            # This shows the notes on the data once, for the jobs are silent.
-            config.data(tell, progress=True, log=None)
-        queue = jobs_of(config, methods, seeds, folder, resume=resume)
-        results = results_of(queue, folder, jobs=jobs)
-        comparison = Comparison.of(tuple(seeds), names, results)
-        deliver(comparison, results, folder)
-        result = stored_result(folder)
-    tell(f"figures, report and the delivered networks are in {folder.path}")
-    tell(f"\n{wrapped(comparison.caption())}\n\n{table(comparison.rows(), left=4)}\n")
-    for text in (result["sentence"], result["delivery"], *linear_baseline(result)):
-        tell(wrapped(text))
+    # This shows the notes on the data once, for the jobs are silent.
+    config.data(tell, progress=True, log=None)
+    run_queue(jobs_of(config, methods, seeds, folder, resume=resume), folder, jobs=jobs)
+    tell(f"the runs, each with its networks and its report, are in {folder.path}\n")
+    tell(comparison_of([folder.path]))
 
 
 def jobs_of(
@@ -172,10 +153,8 @@ def is_on_gpu(config: TrainingConfig) -> bool:
     return device(config.fitting.device).type == "cuda"
 
 
-def results_of(
-    queue: Sequence[Job], folder: RunFolder, *, jobs: int | None
-) -> dict[tuple[str, int], dict[str, Any]]:
-    """Run what has not ended, and return what each run reached by its method and seed."""
+def run_queue(queue: Sequence[Job], folder: RunFolder, *, jobs: int | None) -> None:
+    """Run what has not ended, and say what each run reached."""
     usual_jobs = 1 if is_on_gpu(queue[0].config) else cpu_count()
     workers = min(jobs or usual_jobs, len(queue))
     methods = {job.method.name for job in queue}
@@ -184,34 +163,12 @@ def results_of(
         f"{plural(len(methods), 'method')} x {plural(len(seeds), 'seed')}, {workers} at a time "
         f"-> {folder.path}"
     )
-    results = {}
     width = len(str(len(queue)))
     # The workers end before the command does.
     with closing(run_all(queue, workers)) as running:
         for number, (job, result) in enumerate(running, 1):
-            results[job.method.name, job.config.fitting.seed] = result
             reached = f"{result['test_accuracy']:.1%} of {result['evaluation']['n']:,}"
             tell(f"[{number:>{width}}/{len(queue)}] {job.title}: {reached}")
-    return results
-
-
-def deliver(
-    comparison: Comparison,
-    results: Mapping[tuple[str, int], Mapping[str, Any]],
-    folder: RunFolder,
-) -> None:
-    """Put the networks of the run that is delivered, and the report, into the folder."""
-    method, seed, _ = comparison.delivered()
-    result = results[method, seed]
-    source = RunFolder(folder.path / method / f"seed-{seed}")
-    for name in WEIGHTS.values():
-        if (source.path / name).is_file():
-            # The same weights are the same bytes: the checksums of the run hold here too.
-            weights = source.read_weights(name, result["sha256"][name])
-            folder.write_weights(name, weights)
-    folder.write_json(NETWORK, source.read_json(NETWORK))
-    folder.write_json("result.json", {**result, **comparison.to_json()})
-    write_report(EndedRun.load(folder.path))
 
 
 def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, dict[str, Any]], None, None]:

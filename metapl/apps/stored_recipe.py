@@ -77,12 +77,6 @@ class StoredRecipe:
         refuse_other_keys(path, content, needed=NEEDED_CONTENT, allowed=CONTENT, kind="entry")
         made_with = mapping_in(path, content, "made_with")
         recipe = mapping_in(path, content, "recipe")
-        if "compare" in recipe:
-            example = f"{path.parent}/{recipe.get('method')}/seed-0/{path.name}"
-            raise MetaplError(
-                f"{path} is the recipe of a comparison; expected that of one of its runs, such as "
-                f"{example}, with --compare to compare again."
-            )
         refuse_other_keys(path, recipe, needed=RECIPE, allowed=RECIPE, kind="entry of its recipe")
         # A run writes the file with an empty entry "sha256", and then notes in it the hash of what
         # it wrote, by the file's name.

@@ -45,12 +45,11 @@ SELECTED_ON = 50
 LABELING = timedelta(days=7)
 
 
-def describe(config: TrainingConfig, method: Method, **run_by: Any) -> dict[str, Any]:
+def describe(config: TrainingConfig, method: Method) -> dict[str, Any]:
     """Return what recipe.json says of a training."""
     return {
         "name": config.name,
         "method": method.name,
-        **run_by,
         "fields": {**flag_values(config), **flag_values(method)},
     }
 

@@ -39,9 +39,9 @@ def test_predict_label_evaluate_and_runs_read_it(
 
     assert f"{accuracy:.2%} of 18, as in result.json" in metapl("evaluate", folder, *FACTORY).stdout
     (entry,) = json.loads(metapl("runs", folder, "--json").stdout)
-    assert (entry["state"], entry["methods"], entry["steps"], entry["n"]) == (
+    assert (entry["state"], entry["method"], entry["steps"], entry["n"]) == (
         "finished",
-        ["own_run"],
+        "own_run",
         12,
         18,
     )

@@ -210,10 +210,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda content: content["recipe"]["fields"].update(learns_from_student=False),
         "its method is 'mpl', and its settings are those of 'none'",
     ),
-    "a comparison": (
-        lambda content: content["recipe"].update(compare=["mpl"], seeds=[0]),
-        "is the recipe of a comparison",
-    ),
     "another file": (lambda content: content.clear(), "has no entry format, recipe, made_with"),
     "settings that are none": (
         lambda content: content["recipe"].update(fields=[1]),

@@ -31,7 +31,7 @@ FLOORS = (
     ("apps.printing", "apps.progress"),
     ("apps.settings", "apps.web", "apps.data"),
     ("apps.backbone", "apps.inputs"),
-    ("apps.list_runs", "apps.methods_over_seeds", "apps.labeling"),
+    ("apps.list_runs", "apps.compare_runs", "apps.labeling"),
     ("apps.report_picture", "apps.run_summary"),
     ("apps.report",),
     ("apps.measured",),
@@ -43,7 +43,6 @@ FLOORS = (
     ("apps.stored_recipe",),
     (
         "apps.commands",
-        "apps.compare_runs",
         "apps.label_commands",
         "apps.predict",
         "apps.evaluate",
