@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import (
     Any,
     ClassVar,
     Literal,
-    Protocol,
     Self,
     TypeAlias,
     get_type_hints,
@@ -26,7 +25,7 @@ from typing import (
 import torch
 import tyro
 
-from metapl.apps import digits, images, rounds
+from metapl.apps import digits, images
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
 from metapl.apps.inputs import check_out, open_run_folder
@@ -35,7 +34,7 @@ from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.methods.noisy_student import NoisyStudent
 from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
-from metapl.apps.rounds import DigitsOfRounds, ImagesOfRounds
+from metapl.apps.rounds import METHODS, DigitsOfRounds, ImagesOfRounds
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import with_settings_of
 from metapl.apps.several_runs import train_and_compare
@@ -97,46 +96,25 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparing(Place):
-    """The flags that say whether and how methods are compared.
+class Started(Place):
+    """The flags that compare methods, and those for processes that torchrun has started.
 
     Args:
         compare: train by other methods too, and compare what they reach.
         seeds: seeds with which --compare trains by each method, such as 0-4 or 0,3,5.
         methods: methods by which --compare trains. By default it takes some usual ones.
         jobs: number of trainings that --compare runs at a time. By default it runs one per core.
+        replicate: number of groups of processes that torchrun has started. Each group has a copy of
+            the weights.
+        shard: number of processes in a group. They share one copy of the weights.
     """
 
     compare: bool = False
     seeds: Annotated[str | None, tyro.conf.arg(metavar="SEEDS")] = None
     methods: tuple[str, ...] | None = None
     jobs: Annotated[int, Range(1)] | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Started(Comparing):
-    """The flags for processes that torchrun has started, which train together.
-
-    Args:
-        replicate: number of groups of processes that torchrun has started. Each group has a copy of
-            the weights.
-        shard: number of processes in a group. They share one copy of the weights.
-    """
-
     replicate: Annotated[int, tyro.conf.arg(name="mesh.replicate")] = 1
     shard: Annotated[int, tyro.conf.arg(name="mesh.shard")] = 1
-
-
-class Methods(Protocol):
-    """A module with the methods of a command, such as :mod:`metapl.apps.digits`."""
-
-    @property
-    def METHODS(self) -> dict[str, Method]:
-        """Return the methods by their names, with their usual settings."""
-
-    @property
-    def COMPARED(self) -> tuple[str, ...]:
-        """Return the names of those that are compared unless others are named."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +147,9 @@ class Train:
     method_name: tyro.conf.Suppress[str]
     method: Method
 
-    # The module whose METHODS --method names, and --compare compares.
-    methods: ClassVar[Methods]
+    # What --method names, and what --compare compares unless other methods are named.
+    methods: ClassVar[Mapping[str, Method]]
+    compared: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def default_for(cls, words: Sequence[str]) -> Self:
@@ -181,7 +160,7 @@ class Train:
                 ``--config`` names a recipe with the values.
         """
         asked = asked_among(words)
-        methods = cls.methods.METHODS
+        methods = cls.methods
         # tyro refuses a method that there is not.
         name = asked.method if asked.method in methods else None
         # What is missing has the default of its field.
@@ -224,7 +203,7 @@ class Train:
     def plan_comparison(self, mesh: Mesh) -> ComparisonPlan | None:
         """Return the methods and seeds to compare, or None; refuse flags that conflict."""
         options = self.options
-        if not isinstance(options, Comparing):
+        if not isinstance(options, Started):
             return None
         for name in ("seeds", "methods", "jobs"):
             if getattr(options, name) is not None and not options.compare:
@@ -232,18 +211,18 @@ class Train:
         seeds: tuple[int, ...] = (self.config.fitting.seed,)
         if options.seeds:
             seeds = parse_seeds(options.seeds)
-        names = (self.method.name, *self.methods.COMPARED)
+        names = (self.method.name, *self.compared)
         if options.methods is not None:
             # Commas may stand between them too.
             listed = ",".join(options.methods).split(",")
             names = tuple(name for name in listed if name)
         names = tuple(dict.fromkeys(names))
-        expected = f"some of {', '.join(self.methods.METHODS)}."
+        expected = f"some of {', '.join(self.methods)}."
         if not names:
             raise MetaplError(f"--methods was given without a value; expected {expected}")
-        unknown = [name for name in names if name not in self.methods.METHODS]
+        unknown = [name for name in names if name not in self.methods]
         if unknown:
-            meant = did_you_mean(unknown[0], [*self.methods.METHODS]) or "."
+            meant = did_you_mean(unknown[0], [*self.methods]) or "."
             raise MetaplError(f"--methods {few(unknown)}{meant} Expected {expected}")
         if not options.compare:
             return None
@@ -331,7 +310,7 @@ class Train:
     ) -> dict[str, Method]:
         """Return the methods to compare, with the settings in which the run's own is not usual."""
         assert steps is not None, "the settings were chosen"
-        usual = self.methods.METHODS
+        usual = self.methods
         compared = {}
         for name in names:
             like_own = with_settings_of(usual[name], method, usual[method.name])
@@ -468,7 +447,8 @@ class TrainImages(Train):
     options: Annotated[Started, tyro.conf.arg(name="run")] = field(default_factory=Started)
     method_name: MethodOfImages = "uda"
     method: Method = images.METHODS["uda"]
-    methods: ClassVar[Methods] = images
+    methods: ClassVar[Mapping[str, Method]] = images.METHODS
+    compared: ClassVar[tuple[str, ...]] = images.COMPARED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -479,7 +459,8 @@ class TrainDigits(Train):
     options: Annotated[Started, tyro.conf.arg(name="run")] = field(default_factory=Started)
     method_name: MethodOfDigits = "mpl"
     method: Method = digits.METHODS["mpl"]
-    methods: ClassVar[Methods] = digits
+    methods: ClassVar[Mapping[str, Method]] = digits.METHODS
+    compared: ClassVar[tuple[str, ...]] = digits.COMPARED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -496,7 +477,7 @@ class RoundsOfImages(Train):
     config: ImagesOfRounds
     method_name: tyro.conf.Suppress[str] = NoisyStudent.name
     method: NoisyStudent = field(default_factory=NoisyStudent)
-    methods: ClassVar[Methods] = rounds
+    methods: ClassVar[Mapping[str, Method]] = METHODS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -506,7 +487,7 @@ class RoundsOfDigits(Train):
     config: DigitsOfRounds = field(default_factory=DigitsOfRounds)
     method_name: tyro.conf.Suppress[str] = NoisyStudent.name
     method: NoisyStudent = field(default_factory=NoisyStudent)
-    methods: ClassVar[Methods] = rounds
+    methods: ClassVar[Mapping[str, Method]] = METHODS
 
 
 def program() -> str:

@@ -176,8 +176,7 @@ class Digits:
     def scan(self, name: str) -> Any:
         """Refuse what is read from files."""
         raise MetaplError(
-            "a store of --labels, or of --select-by, is of pictures in folders, and digits have "
-            "none; leave it out."
+            "a store of --labels is of pictures in folders, and digits have none; leave it out."
         )
 
     def with_network(self, name: str) -> Self:

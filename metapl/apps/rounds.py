@@ -41,9 +41,6 @@ RATIO_OF_PICTURES = 1
 
 METHODS: dict[str, Method] = {NoisyStudent.name: NoisyStudent()}
 
-# Rounds are not compared.
-COMPARED = ()
-
 
 @dataclass(frozen=True, kw_only=True)
 class DigitsOfRounds(Digits):

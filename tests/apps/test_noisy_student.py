@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import itertools
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -152,7 +151,6 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
     ({"training": "pretrain", "loss": "two_means"}, "mean"),
     ({"threshold": 0.5, "at_most": 0.4}, "the interval of confidence is empty"),
-    ({"select_by": "chosen", "threshold": 0.2}, "selected already"),
     ({"warm_start": True, "warm_steps": 7}, "warm-steps"),
 ]
 
@@ -430,81 +428,6 @@ def test_a_selection_that_is_made_once_outlives_a_stop(
     whole, again = result(tmp_path / "whole"), result(tmp_path / "stopped")
     assert again["rounds"] == whole["rounds"]
     assert again["sha256"]["student.safetensors"] == whole["sha256"]["student.safetensors"]
-
-
-def test_another_network_s_selection_is_labeled_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the paper has it.
-
-    One network selects for all; and stores that are of something else are refused at once.
-    """
-    root, run = color_folders(tmp_path / "colors", few=3, many=8), tmp_path / "run"
-    places = images_command(root)[2:5]
-    names = [f"{color}-{n}.png" for color in ("blue", "red") for n in range(8)]
-    chosen = made_selection(
-        tmp_path / "chosen", root / "unlabeled", sorted(names)[:5], ["blue", "red"]
-    )
-    tiny = (
-        "--steps 2 --rounds 2 --network small_cnn --image-size 8 --labeled-batch 4 "
-        "--finetune-steps 2 --device cpu"
-    )
-    command = ["noisy-student", "images", *places, *tiny.split(), "--ratio", "2", "--select-by"]
-
-    def stopped(*arguments: Any, **options: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(noisy_student.Rounds, "relabel", stopped)
-        metapl(*command, chosen, "--out", run, code=130)
-    # Of another selection under its name, the run does not go on.
-    moved = chosen.rename(tmp_path / "moved")
-    made_selection(chosen, root / "unlabeled", sorted(names)[2:9], ["blue", "red"])
-    assert (
-        "the data have changed" in metapl(*command, chosen, "--out", run, "--resume", code=2).stderr
-    )
-    shutil.rmtree(chosen)
-    moved.rename(chosen)
-    metapl(*command, chosen, "--out", run, "--resume")
-    for each in result(run)["rounds"]:
-        assert [*LabelStore(run / each["store"])] == [0, 1, 2, 3, 4]
-        assert (each["selection"], each["copies"]) == (
-            str(chosen),
-            int(LabelStore(chosen).column("copies").sum()),
-        )
-    unfit = {
-        "of the classes": made_selection(
-            tmp_path / "other", root / "unlabeled", names[:2], ["cat", "dog"]
-        ),
-        "nothing was selected": tmp_path / "other all",
-        "selected of other pictures": made_selection(
-            tmp_path / "x", root / "unlabeled", ["a.png"], ["blue", "red"]
-        ),
-        "expected each, once": tmp_path / "nowhere",
-    }
-    for word, store in unfit.items():
-        refused = metapl(*command, store, "--out", tmp_path / "no", code=2).stderr
-        assert word in refused
-        assert not (tmp_path / "no").exists()
-    of_digits = metapl(
-        "noisy-student", "digits", "--select-by", chosen, "--out", tmp_path / "no", code=2
-    ).stderr
-    assert "digits have none" in of_digits
-
-
-def made_selection(folder: Path, pictures: Path, names: list[str], classes: list[str]) -> Path:
-    """Store labels that are as good as even, and return the store that is selected from them.
-
-    In it the rarer class is filled up; the store of all labels stays beside it.
-    """
-    generator = torch.Generator().manual_seed(3)
-    every = folder.parent / f"{folder.name} all"
-    shutil.rmtree(every, ignore_errors=True)
-    with LabelWriter(every, classes, provenance={"pictures": str(pictures)}) as writer:
-        p = torch.rand(len(names), 2, generator=generator)
-        writer.add(sorted(names), p / p.sum(dim=1, keepdim=True))
-    select(LabelStore(every), folder, balance=True)
-    return folder
 
 
 WAYS = (

@@ -9,10 +9,9 @@ as one that was not stopped.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -21,7 +20,7 @@ import tyro
 from torch import Tensor, nn
 
 from metapl.apps.data import Data
-from metapl.apps.labeling import Read, ToLabel, refuse_other_pictures, write_labels
+from metapl.apps.labeling import Read, ToLabel, write_labels
 from metapl.apps.measured import evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.settings import (
@@ -36,7 +35,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import digest
 from metapl.execution.shards import weights_of
 from metapl.labels.selection import check_interval, select, statistics
-from metapl.labels.store import DESCRIPTION, LabelStore, Values
+from metapl.labels.store import LabelStore, Values
 from metapl.networks.tuned import begin_as
 from metapl.noisy_student import (
     Chosen,
@@ -71,13 +70,6 @@ SELECTED = "selected"
 MOST_ROUNDS = 1000
 MOST_RATIO = 2**12
 
-# How often a selection is made, beside the folder of a store that has one.
-EACH = "each"
-ONCE = "once"
-
-# Of examples of which the teacher is less confident nothing is learned.
-THRESHOLD = 0.3
-
 # Unlabeled examples in a batch for each labeled one: the paper's for most networks.
 USUAL_RATIO = 3
 
@@ -96,8 +88,7 @@ class NoisyStudent(Method):
         allow_smaller: allow a student with fewer parameters than its teacher.
         labels: labels that a student learns: soft are its teacher's probabilities, hard is the most
             probable class of each example.
-        select_by: when unlabeled examples are selected: in each round, once in the first round, or
-            beforehand, in the store of this folder, which metapl labels select wrote.
+        select_by: when unlabeled examples are selected: in each round, or once in the first round.
         threshold: keep unlabeled examples of which the teacher is more confident than this.
         at_most: leave out unlabeled examples of which the teacher is more confident than this.
         balance: whether to repeat examples of classes that have fewer, so that all have as many.
@@ -130,8 +121,9 @@ class NoisyStudent(Method):
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
     allow_smaller: bool = False
     labels: Literal["soft", "hard"] = "soft"
-    select_by: Annotated[str, tyro.conf.arg(metavar="each|once|STORE")] = EACH
-    threshold: Share = THRESHOLD
+    select_by: Literal["each", "once"] = "each"
+    # Of examples of which the teacher is less confident nothing is learned.
+    threshold: Share = 0.3
     at_most: Annotated[float, Range(above=0, most=1)] | None = None
     balance: tyro.conf.FlagConversionOff[bool] = True
     per_class: Steps | None = None
@@ -158,44 +150,11 @@ class NoisyStudent(Method):
         require(self, finetunes, "frozen", "--finetune-size beside it")
         most_names = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most_names)
-        if self.stored_selection is not None:
-            self._refuse_flags_of_selection()
-
-    def _refuse_flags_of_selection(self) -> None:
-        """Refuse flags that select, beside a store in which examples are selected already."""
-        usual = {
-            "threshold": THRESHOLD,
-            "at_most": None,
-            "balance": True,
-            "per_class": None,
-            "share": None,
-        }
-        expected = f"no such flag beside --select-by {self.select_by}, which is selected already"
-        for name, value in usual.items():
-            require(self, getattr(self, name) == value, name, expected)
-
-    @property
-    def stored_selection(self) -> Path | None:
-        """Return the store that another network has selected, where --select-by names one."""
-        if self.select_by in (EACH, ONCE):
-            return None
-        return Path(self.select_by)
 
     @property
     def named_networks(self) -> tuple[str, ...]:
         """Return the networks of the rounds, as far as they are named."""
         return self.networks
-
-    @property
-    def descriptions(self) -> Mapping[str, Path]:
-        """Return the description of the store that has the selection, which has its hashes."""
-        if self.stored_selection is None:
-            return {}
-        return {"selection": self.stored_selection / DESCRIPTION}
-
-    def check(self, config: TrainingConfig) -> None:
-        """Refuse a store for --select-by that is of other data, or not selected."""
-        check_selection(config, self)
 
     def check_chosen(self, config: TrainingConfig) -> None:
         """Refuse networks that do not go on from one another."""
@@ -244,7 +203,7 @@ class Rounds:
         self.result: FitResult | None = None
         self.reached: dict[str, Any] = {}
         self.records: list[dict[str, Any]] = []
-        # What was selected once, and which round's labels, or whose store, it was selected by.
+        # What was selected once, and the labels of the last round.
         self.selection: Selected | None = None
         self.labels_of_last: LabelStore | None = None
 
@@ -453,9 +412,6 @@ class Rounds:
         """Let the last network label, select as the settings say, and return a record of it."""
         if self.training.folder is None:
             return self.evenly_labeled(), {}
-        stored = self.settings.stored_selection
-        if stored is not None and self.selection is None:
-            self.selection = self.read_selection(LabelStore(stored))
         if self.selection is not None:
             return self.relabel(number, self.selection)
         labels = self.write_labels(number, None)
@@ -491,7 +447,7 @@ class Rounds:
             threshold=threshold,
             store=place.relative_to(self.training.folder).as_posix(),
         )
-        if self.settings.select_by == ONCE:
+        if self.settings.select_by == "once":
             self.selection = selected
         record = self.record(
             number,
@@ -604,33 +560,6 @@ class Rounds:
             "changed_labels": changed_labels,
         }
 
-    def read_selection(self, store: LabelStore) -> Selected:
-        """Return the unlabeled examples that a store of another network's labels has."""
-        images: Any = self.data.unlabeled.images
-        numbers = np.arange(len(images))
-        root = self.config.scan("unlabeled").root
-        paths = [images.path(n).relative_to(root).as_posix() for n in numbers.tolist()]
-        names = store.ids_of_files(root, paths)
-        rows = store.find(names)
-        is_there = rows >= 0
-        if not is_there.any():
-            raise MetaplError(
-                f"--select-by {store.folder} has none of the {len(images):,} unlabeled pictures."
-            )
-        missing = len(store) - int(is_there.sum())
-        if missing:
-            self.training.say(
-                f"note: {missing:,} pictures of {store.folder} are not among the unlabeled ones"
-            )
-        return Selected(
-            positions=numbers[is_there],
-            copies=store.column("copies")[rows[is_there]],
-            rows=len(images),
-            unsure=0,
-            threshold=None,
-            store=str(store.folder),
-        )
-
     def evenly_labeled(self) -> Chosen:
         """Return all unlabeled examples with even labels, for timing a step without networks."""
         every = torch.arange(len(self.data.unlabeled.images))
@@ -647,7 +576,7 @@ class Selected:
         copies: how often each counts, int64 (n,).
         rows: how many examples there were to select from.
         unsure: how many were dropped because the teacher was not confident of them.
-        threshold: the confidence above which they were kept; None: another store has selected them.
+        threshold: the confidence above which they were kept.
         store: where the selection is.
     """
 
@@ -655,7 +584,7 @@ class Selected:
     copies: Values
     rows: int
     unsure: int
-    threshold: float | None
+    threshold: float
     store: str
 
 
@@ -701,40 +630,6 @@ def configs_of(config: TrainingConfig, settings: NoisyStudent) -> list[TrainingC
     if settings.finetune_size is not None:
         configs[-1].at_size(settings.finetune_size)
     return configs
-
-
-def check_selection(config: TrainingConfig, settings: NoisyStudent) -> None:
-    """Refuse a store for --select-by that is of other classes or pictures, or not selected.
-
-    Nothing is written.
-    """
-    folder = settings.stored_selection
-    if folder is None:
-        return
-    flag = f"--select-by {folder}"
-    files = config.scan("unlabeled")
-    classes = config.scan("labeled").classes
-    if not (folder / "store.json").is_file():
-        raise MetaplError(
-            f"{flag}: expected each, once, or the folder of a store that metapl labels select "
-            "wrote."
-        )
-    store = LabelStore(folder)
-    if "selected" not in store.provenance:
-        raise MetaplError(
-            f"{flag}: nothing was selected in it; expected what metapl labels select wrote of it."
-        )
-    if store.classes != classes:
-        raise MetaplError(
-            f"{flag} was selected by a network of the classes {few(store.classes)}; expected those "
-            f"of the labeled pictures: {few(classes)}."
-        )
-    paths = dict(zip(store.ids_of_files(files.root, files.names), files.paths(), strict=True))
-    if not (store.find([*paths]) >= 0).any():
-        raise MetaplError(
-            f"{flag} was selected of other pictures: it has none of those in {files.root}."
-        )
-    refuse_other_pictures(store, paths.get, lambda text: None)
 
 
 def optimizer(
