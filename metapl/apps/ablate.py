@@ -82,16 +82,22 @@ class Looking:
                 "each once."
             )
 
-    def look(self, subject: Subject) -> int:
-        """Compare the modes on networks and data, and print and write what was measured."""
+    def look(self, trainer: BilevelTrainer, labeled: Any, unlabeled: Any, *, steps: int) -> int:
+        """Compare the modes on networks and data, and print and write what was measured.
+
+        Args:
+            trainer: the networks and the problem.
+            labeled, unlabeled: sources of batches.
+            steps: of the training that is looked at.
+        """
         modes: list[Any] | None = None if self.modes is None else [*self.modes]
         with held(self.out):
             ablation = ablate(
-                subject.trainer,
-                subject.labeled,
-                subject.unlabeled,
+                trainer,
+                labeled,
+                unlabeled,
                 modes,
-                steps=subject.steps,
+                steps=steps,
                 draws=self.draws,
                 rounds=self.rounds,
                 altered=self.altered,
@@ -107,22 +113,6 @@ class Looking:
                 write_whole(picture, png_of(ablation.plot(), DOTS_PER_INCH), ROOM)
                 tell(f"\nthe figures are in {figures}, and drawn in {picture}")
         return 0
-
-
-@dataclass(frozen=True)
-class Subject:
-    """Networks and data, on which the modes are compared.
-
-    Args:
-        trainer: the networks and the problem.
-        labeled, unlabeled: sources of batches.
-        steps: of the training that is looked at.
-    """
-
-    trainer: BilevelTrainer
-    labeled: Any
-    unlabeled: Any
-    steps: int
 
 
 def explained(points: Sequence[int]) -> str:
@@ -154,7 +144,7 @@ class AblateDigits:
     def run(self) -> int:
         """Compare the modes in a training on the digits."""
         steps = self.config.fitting.steps or 1
-        return self.looking.look(subject_of(self.config, self.method.scheduled(steps)))
+        return look_at(self.config, self.method.scheduled(steps), self.looking)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +162,11 @@ class AblateImages:
     def run(self) -> int:
         """Compare the modes in a training on the pictures."""
         config, method = choose_settings(self.config, self.method, tell)
-        return self.looking.look(subject_of(config, method))
+        return look_at(config, method, self.looking)
 
 
-def subject_of(config: TrainingConfig, method: Mpl) -> Subject:
-    """Return the networks of a training as they are at its start, and its data."""
+def look_at(config: TrainingConfig, method: Mpl, looking: Looking) -> int:
+    """Compare the modes on the networks of a training as they are at its start, and its data."""
     torch.manual_seed(config.fitting.seed)
     data = config.data(tell, progress=True, log=None)
     place = device(config.fitting.device)
@@ -193,12 +183,8 @@ def subject_of(config: TrainingConfig, method: Mpl) -> Subject:
         label=unused,
         read_labels=unused,
     )
-    return Subject(
-        trainer=method.trainer(training),
-        labeled=data.labeled,
-        unlabeled=data.unlabeled,
-        steps=config.fitting.steps or 0,
-    )
+    trainer = method.trainer(training)
+    return looking.look(trainer, data.labeled, data.unlabeled, steps=config.fitting.steps or 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,4 +227,4 @@ class AblateFactory:
                 "unlabeled), a metapl.BilevelTrainer and sources of batches as for its fit."
             )
         trainer, labeled, unlabeled = built
-        return self.looking.look(Subject(trainer, labeled, unlabeled, self.steps))
+        return self.looking.look(trainer, labeled, unlabeled, steps=self.steps)

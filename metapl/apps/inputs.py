@@ -120,7 +120,7 @@ def open_run_folder(
     path = out
     is_new = out is None and not resume
     if path is None:
-        path = _last_run_folder(recipe) if resume else _next_run_folder(recipe)
+        path = _run_folder(recipe, resume=resume)
     folder = RunFolder(path)
     try:
         is_checked = not (holds_runs and resume)
@@ -141,40 +141,24 @@ def open_run_folder(
         raise
 
 
-def _last_number(recipe: str) -> int:
-    """Return the greatest number of the folders runs/<recipe>-NNN, 0 where there are none."""
-    numbers = [0]
+def _run_folder(recipe: str, *, resume: bool) -> Path:
+    """Return the last folder runs/<recipe>-NNN, to resume, or make the next free one."""
+    number = 0
     for place in Path("runs").glob(f"{recipe}-*"):
         end = place.name[len(recipe) + 1 :]
         if end.isdecimal() and place.is_dir():
-            numbers.append(int(end))
-    return max(numbers)
-
-
-def _numbered_run_folder(recipe: str, number: int) -> Path:
-    return Path("runs") / f"{recipe}-{number:03d}"
-
-
-def _last_run_folder(recipe: str) -> Path:
-    """Return the last folder of a recipe's runs, to resume."""
-    number = _last_number(recipe)
-    if not number:
+            number = max(number, int(end))
+    if resume and not number:
         raise MetaplError(
             f"there is no run runs/{recipe}-* to resume here; name its folder with --out, or leave "
             "out --resume."
         )
-    path = _numbered_run_folder(recipe, number)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def _next_run_folder(recipe: str) -> Path:
-    """Make the next free folder of a recipe's runs."""
-    number = _last_number(recipe) + 1
+    if not resume:
+        number += 1
     while True:
-        path = _numbered_run_folder(recipe, number)
+        path = Path("runs") / f"{recipe}-{number:03d}"
         try:
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=resume)
             return path
         except FileExistsError:
             # Who asked for one at the same moment has it.
