@@ -12,7 +12,6 @@ from torch import nn
 
 from metapl.apps.data import Data
 from metapl.apps.methods.base import Method
-from metapl.apps.methods.ent_min import EntMin
 from metapl.apps.methods.feedback import Feedback
 from metapl.apps.methods.fixmatch import FixMatch
 from metapl.apps.methods.mpl import Mpl
@@ -62,7 +61,6 @@ METHODS: dict[str, Method] = {
     "pseudo_labels": PseudoLabels(),
     "uda": Uda(uda=_UDA),
     "fixmatch": FixMatch(uda=dataclasses.replace(FixMatch().uda, uda_start=0, uda_ramp=0)),
-    "ent_min": EntMin(),
     "none": dataclasses.replace(MPL, feedback=_NO_FEEDBACK),
     "reduced_mpl": ReducedMpl(uda=_NO_UDA),
     "reduced_none": ReducedMpl(feedback=_NO_FEEDBACK, uda=_NO_UDA),
@@ -188,9 +186,3 @@ class Digits:
                 "one."
             )
         return dataclasses.replace(self, hidden=tuple(int(width) for width in widths))
-
-    def at_size(self, size: int) -> Self:
-        """Refuse another size of the images."""
-        raise MetaplError(
-            f"--finetune-size {size}: the pictures of digits have one size; leave it out."
-        )

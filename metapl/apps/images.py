@@ -15,7 +15,6 @@ from torch import nn
 
 from metapl.apps.data import Data
 from metapl.apps.methods.base import Method
-from metapl.apps.methods.ent_min import EntMin
 from metapl.apps.methods.feedback import Feedback
 from metapl.apps.methods.fixmatch import FixMatch
 from metapl.apps.methods.mpl import Mpl
@@ -127,7 +126,6 @@ CLIP_NORM = 1.0
 METHODS: dict[str, Method] = {
     "uda": Uda(),
     "fixmatch": FixMatch(),
-    "ent_min": EntMin(),
     "supervised": Supervised(),
     "pseudo_labels": PseudoLabels(),
     "mpl": Mpl(),
@@ -555,35 +553,6 @@ class Images:
                 crop=views.crop,
             ),
         }
-
-    def at_size(self, size: int) -> Self:
-        """Return the settings with larger pictures, where the network takes those."""
-        if size <= (self.pictures.image_size or 0):
-            raise MetaplError(
-                f"--finetune-size {size}: expected more pixels than the {self.pictures.image_size} "
-                "of --image-size, which the student is trained on."
-            )
-        if not self.fitting.finetune_steps:
-            raise MetaplError(
-                f"--finetune-size {size} was given with --finetune-steps 0; expected 1 step or "
-                "more."
-            )
-        pictures = dataclasses.replace(self.pictures, image_size=size)
-        larger = dataclasses.replace(self, pictures=pictures)
-        if larger._shapes() != self._shapes():
-            raise MetaplError(
-                f"--finetune-size {size}: {self.pictures.network} is built for pictures of one "
-                "size; expected a network that takes any, such as small_cnn, a resnet or an "
-                "efficientnet."
-            )
-        return larger
-
-    def _shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of the network's tensors by their names."""
-        fresh = dataclasses.replace(self.pictures, weights=None)
-        with torch.device("meta"):
-            state = fresh.build(len(self.classes)).state_dict()
-        return {name: tensor.shape for name, tensor in state.items()}
 
 
 # ---------------------------------------------------------------------------------------- the files

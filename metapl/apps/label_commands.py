@@ -53,8 +53,6 @@ class Label:
         batch: number of pictures that the network takes at a time.
         num_workers: number of extra processes that read pictures. It only changes the speed.
         resume: go on with the store that is in the folder.
-        check: with --resume, check that each labeled picture is still the same, and not only 1,000
-            of them.
     """
 
     folder: Run
@@ -67,7 +65,6 @@ class Label:
     batch: Annotated[int, Range(1, most=MOST_IN_A_BATCH)] = BATCH
     num_workers: Annotated[int, Range(0, most=MOST_WORKERS)] = 0
     resume: bool = False
-    check: bool = False
 
     def run(self) -> int:
         """Label the pictures; return 1 where files were left out."""
@@ -115,7 +112,6 @@ class Label:
                 top_k=self.top_k,
                 num_workers=self.num_workers,
                 resume=self.resume,
-                check=self.check,
                 shows=True,
             )
         except KeyboardInterrupt:

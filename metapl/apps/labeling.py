@@ -38,7 +38,7 @@ PARTS = 1000
 FEWEST_ROWS = 1024
 MOST_ROWS = 16_384
 
-# The pictures that are compared with those that were labeled, unless all are.
+# The pictures that are compared with those that were labeled.
 COMPARED = 1000
 
 # Pictures (B, C, H, W); their numbers, int64 (B,); the first bytes of the SHA-256 of their files,
@@ -107,7 +107,6 @@ def write_labels(
     top_k: int | None = None,
     num_workers: int = 0,
     resume: bool = True,
-    check: bool = False,
     shows: bool = False,
 ) -> LabelStore:
     """Store softmax(network(x) / temperature) of every picture, and return the store.
@@ -125,15 +124,15 @@ def write_labels(
         about: what else the store says of its labels.
         temperature: of the softmax.
         num_workers: processes that read pictures.
-        check: compare all pictures that are labeled already with what they were, not a sample.
         shows: show the progress on a terminal.
     """
+    images = labeled.images
     ids: Sequence[Any] = labeled.ids
     names = "".join(f"{name}\0" for name in ids)
     pictures_sha256 = None
-    if isinstance(labeled.images, Tensor):
+    if isinstance(images, Tensor):
         # Of each picture in a file, the store has the digest.
-        pictures_sha256 = hashes(of=labeled.images)["of"]
+        pictures_sha256 = hashes(of=images)["of"]
     writer = LabelWriter(
         place,
         classes,
@@ -157,7 +156,11 @@ def write_labels(
         done = 0
         if writer.there is not None and writer.last is not None:
             done = ids.index(writer.last) + 1
-            _check_labeled_already(labeled, writer.there, leave_out, check=check)
+            if not isinstance(images, Tensor):
+                # Of those in a tensor, the store's provenance has the hash.
+                refuse_other_pictures(
+                    writer.there, lambda name: images.path(bisect_left(ids, name)), leave_out
+                )
         first_batch = 0
         batches = 0
         if not writer.complete:
@@ -167,7 +170,7 @@ def write_labels(
         batches_done = first_batch
         with progress(shows, name="labels", start=first_batch, steps=batches) as bar:
             for batch in loader(labeled, first_batch, batches, num_workers):
-                images, numbers, digests, left_out = batch
+                pictures, numbers, digests, left_out = batch
                 for number, reason in left_out:
                     if number >= done:
                         leave_out(reason)
@@ -175,7 +178,7 @@ def write_labels(
                 # otherwise.
                 is_new = numbers >= done
                 if is_new.any():
-                    logits_BC = logits_of(network, [images]).float() / temperature
+                    logits_BC = logits_of(network, [pictures]).float() / temperature
                     refuse_infinite(logits_BC, [ids[number] for number in numbers.tolist()])
                     new_ids = [ids[number] for number in numbers[is_new].tolist()]
                     probabilities = logits_BC[is_new].softmax(dim=1)
@@ -188,39 +191,23 @@ def write_labels(
     return LabelStore(place)
 
 
-def _check_labeled_already(
-    labeled: ToLabel, store: LabelStore, leave_out: Say, *, check: bool
-) -> None:
-    """Refuse to go on with a store of pictures that were replaced."""
-    if isinstance(labeled.images, Tensor):
-        # The store's provenance has their hash.
-        return
-    images = labeled.images
-    ids: Sequence[Any] = labeled.ids
-    refuse_other_pictures(
-        store, lambda name: images.path(bisect_left(ids, name)), leave_out, check=check
-    )
-
-
 def refuse_other_pictures(
-    store: LabelStore, file: Callable[[Any], str | Path | None], unread: Say, *, check: bool = False
+    store: LabelStore, file: Callable[[Any], str | Path | None], unread: Say
 ) -> None:
     """Refuse labels of pictures that were replaced under their names.
 
-    1,000 pictures are compared by their bytes, or with ``check`` all.
+    1,000 pictures are compared by their bytes.
 
     Args:
         store: of the labels.
         file: return the file of an id, or None, which is not compared.
         unread: is told of a file that cannot be read, and is not compared either.
-        check: compare all.
 
-    Cost: one reading of a file; of a million of 100 KB some four minutes of a local disk, and no
-    decoding.
+    Cost: one reading of each of these files, and no decoding.
     """
     if not store.has_digests:
         return
-    compared = len(store) if check else min(len(store), COMPARED)
+    compared = min(len(store), COMPARED)
     # Evenly over the store, in the order of the names.
     rows = np.linspace(0, len(store) - 1, compared).astype(int)
     others = []

@@ -36,7 +36,6 @@ PANELS = {
     "Losses of the network": {
         "loss_cross_entropy": "labeled",
         "loss_uda": "unlabeled (strong view, own label)",
-        "loss_entropy": "unlabeled (entropy)",
         "loss_noisy_student": "with pseudo-labels",
     },
     "Losses apart, with noise and without": {

@@ -50,7 +50,6 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             "steps, or lower learning rates."
         )
     lines += linear_baseline(content)
-    lines += better_round(content)
     return lines
 
 
@@ -64,23 +63,6 @@ def reason_of_delivery(content: Mapping[str, Any]) -> str:
     if is_validated:
         return "of the last round, at its best step by validation"
     return "of the last round"
-
-
-def better_round(content: Mapping[str, Any]) -> list[str]:
-    """Return a sentence on an earlier round that reached more on test than the last one."""
-    tested = content.get("evaluation")
-    rounds = content.get("rounds")
-    if tested is None or not rounds:
-        return []
-    earlier = [rounds[0]["teacher"], *rounds[:-1]]
-    accuracies = [record.get("test_accuracy") or 0.0 for record in earlier]
-    best = max(accuracies)
-    if best <= tested["accuracy"]:
-        return []
-    return [
-        f"Round {accuracies.index(best)} reached {100 * best:.1f} % on test, more than the last, "
-        "which is delivered by rule: the test set chooses nothing."
-    ]
 
 
 def linear_baseline(content: Mapping[str, Any]) -> list[str]:

@@ -26,8 +26,7 @@ from metapl.apps.settings import with_flags
 from metapl.apps.train import describe, train
 from metapl.errors import MetaplError
 from metapl.machine import default_threads, device
-from metapl.run_folder import ANOTHER, RunFolder, stored_result
-from metapl.runs.files import read_sealed
+from metapl.run_folder import RunFolder, stored_result
 
 # Seconds that a worker has to save the step under way before it is killed.
 PATIENCE = 30.0
@@ -59,14 +58,14 @@ class Job:
         """Run it in this process, and return what its result.json holds.
 
         It says a line every half minute, which names the run, and nothing else. A run that has
-        ended only gives its result, if its networks are still the ones that the result is about.
+        ended only gives its result.
         """
         folder = RunFolder(self.folder)
         torch.set_num_threads(self.config.threads or self.threads)
         try:
             with folder.claimed(describe(self.config, self.method), resume=self.resume):
                 if folder.ended:
-                    return self._checked_result(folder)
+                    return stored_result(folder)
                 return train(
                     self.config,
                     self.method,
@@ -79,16 +78,6 @@ class Job:
 
     def _say_progress(self, text: str) -> None:
         tell(f"{self.title}: {text}")
-
-    def _checked_result(self, folder: RunFolder) -> dict[str, Any]:
-        """Return the result of a run that has ended; refuse networks that are not its own."""
-        result = stored_result(folder)
-        for name, sha256 in result["sha256"].items():
-            file = folder.path / name
-            # Weights may have been removed for their room.
-            if file.is_file():
-                read_sealed(file, sha256, mend=ANOTHER)
-        return result
 
 
 def train_and_compare(

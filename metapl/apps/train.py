@@ -173,9 +173,7 @@ def train(
         accuracy = evaluated(network, data.validation).accuracy
         if accuracy - (result.validation_accuracy or 0.0) >= FAR_BEHIND:
             networks["teacher"] = measured(data, network, accuracy, weights)
-    if callable(trained.finetunes):
-        networks["finetuned"] = trained.finetunes()
-    elif trained.finetunes:
+    if trained.finetunes:
         finetuned = finetune(trained, training, processes, selects=selects)
         network = inside(trained.trainer.as_given)
         networks["finetuned"] = measured(

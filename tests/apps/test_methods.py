@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from metapl import UDA, BilevelTrainer, CrossEntropy, LossTrainer, MetaplError, problems
 from metapl.apps import digits, images
 from metapl.apps.methods.base import Training
-from metapl.apps.methods.ent_min import Entropy
 from metapl.apps.methods.feedback import Feedback
 from metapl.apps.methods.uda import Consistency
 from metapl.apps.settings import flag_values, with_flags, with_settings_of
@@ -149,7 +148,6 @@ ALONE = {
     "supervised": (CrossEntropy(),),
     "uda": (CrossEntropy(), UDA()),
     "fixmatch": (CrossEntropy(), UDA(temperature=0.0, threshold=0.85)),
-    "ent_min": (CrossEntropy(), Entropy(0.1)),
 }
 
 
@@ -166,15 +164,6 @@ def test_one_network_learns_as_a_loss_trainer_with_these_losses_does(name: str) 
         plain.step(phase.labeled[t], None if phase.unlabeled is None else phase.unlabeled[t])
     assert same(weights(phase.trainer.student), weights(network))
     assert not same(weights(network), phase.before[0])
-
-
-def test_entropy_minimization_adds_the_mean_entropy_of_the_weak_view() -> None:
-    torch.manual_seed(0)
-    network, weak, strong = nn.Linear(4, 3), torch.randn(6, 4), torch.full((6, 4), torch.nan)
-    p = network(weak).softmax(1).detach()
-    for unlabeled in (weak, (weak, strong)):
-        found = Entropy(0.5)(network, outer=None, inner=unlabeled, signal=None, step=0)
-        torch.testing.assert_close(found, -0.5 * (p * p.log()).sum() / 6)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reinforce"])

@@ -14,7 +14,7 @@ import torch
 from command import metapl, result
 from noisy_student_imagenet import AS_PUBLISHED
 from test_methods import Phase, phases_of, weights
-from tiny_runs import NOISY_STUDENT, built_once, color_folders, images_command
+from tiny_runs import NOISY_STUDENT, built_once
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -141,13 +141,12 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     *(
         ({"per_class": 0}, "per_class"),
         ({"warm_steps": 5}, "warm-start"),
-        ({"frozen": 0.1}, "finetune-size"),
     ),
     *(
         ({"networks": ("16x16", "8")}, "smaller"),
         ({"networks": ("8", "16"), "warm_start": True}, "warm-start"),
     ),
-    *(({"networks": ("8y8",)}, "8y8"), ({"finetune_size": 16}, "one size")),
+    ({"networks": ("8y8",)}, "8y8"),
     ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
     ({"training": "pretrain", "loss": "two_means"}, "mean"),
     ({"threshold": 0.5, "at_most": 0.4}, "the interval of confidence is empty"),
@@ -458,31 +457,3 @@ def test_each_way_of_training_leaves_a_run(flags: str, tmp_path: Path) -> None:
     assert (only["copies"] == only["kept"]) or "False" not in flags
     found = json.loads(metapl("evaluate", run, "--json").stdout)
     assert found["accuracy"] == found["recorded_accuracy"]
-
-
-def test_pictures_end_at_a_larger_size(tmp_path: Path) -> None:
-    places, out = images_command(color_folders(tmp_path, few=3, many=8))[2:5], tmp_path / "run"
-    tiny = (
-        "--steps 4 --rounds 1 --network small_cnn --image-size 8 --labeled-batch 4 "
-        "--finetune-steps 2 --device cpu"
-    )
-    own = ("--ratio", "2", "--threshold", "0", "--save-every", "2")
-    command = [
-        "noisy-student",
-        "images",
-        *places,
-        *tiny.split(),
-        *own,
-        "--out",
-        out,
-        "--finetune-size",
-    ]
-    for size in ("8", "4"):
-        assert "--finetune-size" in metapl(*command, size, code=2).stderr
-    assert not (out / "recipe.json").exists()
-    metapl(*command, "12")
-    network = json.loads((out / "network.json").read_text())["networks"]
-    assert [network[name]["input"]["size"] for name in ("student", "finetuned")] == [8, 12]
-    found = json.loads(metapl("evaluate", out, "--network", "finetuned", "--json").stdout)
-    assert found["accuracy"] == result(out)["finetuned_test_accuracy"]
-    assert np.isfinite(found["negative_log_likelihood"])

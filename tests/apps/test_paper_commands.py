@@ -419,9 +419,7 @@ def run_metapl(words: list[str]) -> None:
     rules = [name for name in METAPL if tuple(words[: len(name)]) == name]
     assert rules, f"no rule for metapl {' '.join(words[:2])}"
     more = METAPL[rules[0]].split()
-    if "--finetune-size" in words:
-        more += ["--finetune-steps", "2"]
-    elif rules[0] == ("noisy-student", "images"):
+    if rules[0] == ("noisy-student", "images"):
         more += ["--image-size", "8"]
     metapl(*words, *more)
 

@@ -89,9 +89,6 @@ class TrainingConfig(Protocol):
     def with_network(self, name: str) -> Self:
         """Return the settings with another network."""
 
-    def at_size(self, size: int) -> Self:
-        """Return the settings with larger pictures; refuse a network that does not take them."""
-
 
 @dataclass(frozen=True, eq=False)
 class Trained:
@@ -102,7 +99,7 @@ class Trained:
         result: of the fit of that network.
         teacher: a network that is kept beside it, with its weights.
         fallback: a network that is kept where the student is far behind, with its weights.
-        finetunes: whether the student is finetuned as usual; or a function that finetunes it.
+        finetunes: whether the student is finetuned as usual.
         rounds: what result.json says of the rounds of a method that has them.
         configs: settings of kept networks that are not those of the training.
     """
@@ -111,7 +108,7 @@ class Trained:
     result: FitResult
     teacher: tuple[nn.Module, Mapping[str, Tensor]] | None = None
     fallback: tuple[nn.Module, Mapping[str, Tensor]] | None = None
-    finetunes: bool | Callable[[], Any] = True
+    finetunes: bool = True
     rounds: list[dict[str, Any]] | None = None
     configs: Mapping[str, Any] = field(default_factory=dict)
 

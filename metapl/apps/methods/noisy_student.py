@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from metapl.apps.data import Data
 from metapl.apps.labeling import Read, ToLabel, write_labels
-from metapl.apps.measured import evaluated, measured
+from metapl.apps.measured import evaluated
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.settings import (
     Share,
@@ -43,7 +43,6 @@ from metapl.noisy_student import (
     Noised,
     PseudoLabeledBatches,
     end_matched,
-    freeze_first_layers,
 )
 from metapl.pictures.batches import LabeledBatches
 from metapl.pictures.views.base import Identity, View
@@ -55,11 +54,9 @@ from metapl.training import FitResult
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import decay_interval
 
-# The phase of the first teacher, the end of the name of one that finetunes a student, and the phase
-# that finetunes the last student on larger pictures.
+# The phase of the first teacher, and the end of the name of one that finetunes a student.
 FIRST = "round-0"
 FINETUNED = "-finetune"
-LARGER = "resolution"
 
 # Where a run keeps the stores of its rounds: of the examples that were labeled, and of the selected
 # ones.
@@ -72,9 +69,6 @@ MOST_RATIO = 2**12
 
 # Unlabeled examples in a batch for each labeled one: the paper's for most networks.
 USUAL_RATIO = 3
-
-# The share of the layers that are kept as they are in finetuning.
-USUAL_FROZEN = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +101,6 @@ class NoisyStudent(Method):
         unlabeled_noise: noise with which a student learns unlabeled examples: all is strong
             augmentation with dropout and stochastic depth, standard has weak augmentation, model
             has none, and none has no noise at all.
-        finetune_size: side in pixels of larger pictures, on which the last student is finetuned at
-            the end (FixRes).
-        frozen: share of the layers that are kept as they are in the finetuning of --finetune-size.
         label_smoothing: label smoothing of the loss on labeled examples, from 0 to 1.
     """
 
@@ -135,8 +126,6 @@ class NoisyStudent(Method):
     warm_steps: Steps | None = None
     noisy_teacher: bool = False
     unlabeled_noise: Literal["all", "standard", "model", "none"] = "all"
-    finetune_size: Annotated[Steps | None, tyro.conf.arg(metavar="PIXELS")] = None
-    frozen: Share = USUAL_FROZEN
     label_smoothing: Share = 0.0
 
     def __post_init__(self) -> None:
@@ -146,8 +135,6 @@ class NoisyStudent(Method):
         require(self, starts_warm, "warm_steps", "--warm-start beside it")
         has_means = self.training == "joint" or self.loss == "mean"
         require(self, has_means, "loss", f"mean with training={self.training}, which has no sum")
-        finetunes = self.finetune_size is not None or self.frozen == USUAL_FROZEN
-        require(self, finetunes, "frozen", "--finetune-size beside it")
         most_names = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most_names)
 
@@ -286,44 +273,20 @@ class Rounds:
     def ended(self) -> Trained:
         """Return what the run keeps.
 
-        That is the last student and its teacher, and the student finetuned on larger pictures.
+        That is the last student and its teacher.
         """
         assert self.trainer is not None
         assert self.result is not None
         last = len(self.configs) - 1
         configs = {"student": self.configs[last], "teacher": self.configs[last - 1]}
-        finetunes: Any = False
-        if self.settings.finetune_size is not None:
-            configs["finetuned"] = self.configs[last].at_size(self.settings.finetune_size)
-            finetunes = self.finetune_larger
         return Trained(
             self.trainer,
             self.result,
             teacher=(self.teacher_of_last, weights_of(self.teacher_of_last)),
-            finetunes=finetunes,
+            finetunes=False,
             rounds=self.records,
             configs=configs,
         )
-
-    def finetune_larger(self) -> Any:
-        """Finetune the last student where it is, on larger pictures as they are: FixRes.
-
-        The paper ("Fixing the train-test resolution discrepancy") does not tell which layers are
-        frozen; here the first ones are, with the statistics of their norms.
-        """
-        assert self.trainer is not None
-        assert self.settings.finetune_size is not None
-        larger = self.configs[-1].at_size(self.settings.finetune_size)
-        skipped = self.training.folder / "skipped.jsonl"
-        seen = larger.data(lambda text: None, self.training.progress, skipped)
-        torch.manual_seed(fold_in(self.seed, self.settings.rounds + 1))
-        student = self.trainer.as_given
-        freeze_first_layers(student, self.settings.frozen)
-        plain = dataclasses.replace(seen.finetuning, view=Identity(), crop=None)
-        _, result = self.finetune(
-            larger, student, plain, phase=LARGER, validation=seen.validation, truth=seen.truth
-        )
-        return measured(seen, self.trainer.student, result.validation_accuracy, result.weights)
 
     def finetune(
         self,
@@ -627,8 +590,6 @@ def configs_of(config: TrainingConfig, settings: NoisyStudent) -> list[TrainingC
             f"--warm-steps {settings.warm_steps:,}: expected --schedule exponential beside it, by "
             "which a shorter training ends at the usual rate."
         )
-    if settings.finetune_size is not None:
-        configs[-1].at_size(settings.finetune_size)
     return configs
 
 
