@@ -56,8 +56,9 @@ PHOTOGRAPHS = 128
 # Minutes for training, where neither minutes nor steps are given.
 MINUTES = 5.0
 
-# The steps of the training that is measured, of which a few are taken.
-REHEARSED = 1000
+# The steps of the training that is measured, of which a few are taken. A phase that was given in
+# steps is short beside so many, and hardly counts.
+REHEARSED = 100_000
 
 # The share of the steps over which learning rates grow, and how often is validated in a training.
 WARMUP = 0.05
@@ -335,9 +336,7 @@ def with_steps(
     if config.fitting.steps is not None:
         return with_number_of_steps(config, method, config.fitting.steps)
     minutes = config.minutes or MINUTES
-    # A phase that was given in steps counts as in a training of twice its length at least.
-    phase_steps = max((steps or 0 for steps in method.waits), default=0)
-    rehearsal = with_number_of_steps(config, method, max(REHEARSED, 2 * phase_steps))
+    rehearsal = with_number_of_steps(config, method, REHEARSED)
     steps = steps_within(*rehearsal, minutes, clock)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)

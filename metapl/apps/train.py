@@ -194,7 +194,6 @@ def train(
         "recipe": config.name,
         "method": method.name,
         "title": method.title,
-        "control": method.control,
         "networks": words,
         "seed": fitting.seed,
         "steps": fitting.steps,

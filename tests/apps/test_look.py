@@ -280,12 +280,10 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
     )
     assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
     assert asked == []
-    # A phase that is given in steps is in the training that is measured.
-    found, _ = with_steps(config(), with_flags(images.METHODS["mpl"], wait=200))
-    assert (found.fitting.steps, found.minutes) == (2600, look.MINUTES)
-    assert asked == [1000]
-    with_steps(config(), with_flags(images.METHODS["mpl"], wait=2000))
-    assert asked == [1000, 4000]
+    # A phase that is given in steps is in the training that is measured, and stays as it is.
+    found, method = with_steps(config(), with_flags(images.METHODS["mpl"], wait=200))
+    assert (found.fitting.steps, found.minutes, method.wait) == (2600, look.MINUTES, 200)
+    assert asked == [look.REHEARSED]
 
 
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(

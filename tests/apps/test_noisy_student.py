@@ -142,10 +142,7 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
         ({"per_class": 0}, "per_class"),
         ({"warm_steps": 5}, "warm-start"),
     ),
-    *(
-        ({"networks": ("16x16", "8")}, "smaller"),
-        ({"networks": ("8", "16"), "warm_start": True}, "warm-start"),
-    ),
+    *(({"networks": ("8", "16"), "warm_start": True}, "warm-start"),),
     ({"networks": ("8y8",)}, "8y8"),
     ({"rounds": 1, "networks": ("a", "b", "c")}, "2 names"),
     ({"training": "pretrain", "loss": "two_means"}, "mean"),

@@ -227,18 +227,8 @@ class Method:
         raise NotImplementedError
 
     @property
-    def control(self) -> str | None:
-        """Return the name of the method that a comparison tests it against; None: there is none."""
-        return None
-
-    @property
     def named_networks(self) -> tuple[str, ...]:
         """Return the networks that it trains one after another; empty: the usual one."""
-        return ()
-
-    @property
-    def waits(self) -> tuple[int | None, ...]:
-        """Return the steps after which steps of another kind begin; None: a share of all steps."""
         return ()
 
     @property

@@ -50,16 +50,6 @@ class Mpl(Method):
             return "Meta Pseudo Labels"
         return "same loop, no feedback"
 
-    @property
-    def control(self) -> str | None:
-        """Return the same loop without feedback."""
-        return "none" if self.feedback.learns_from_student else None
-
-    @property
-    def waits(self) -> tuple[int | None, ...]:
-        """Return when the student begins, and the consistency loss."""
-        return self.wait, self.uda.uda_start
-
     def scheduled(self, steps: int) -> Self:
         """Return the method with a number of steps before the student begins."""
         wait = self.wait

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
@@ -27,7 +26,6 @@ from metapl.apps.settings import (
     Share,
     Steps,
     require,
-    with_flags,
 )
 from metapl.data.draws import fold_in
 from metapl.data.steps import StepSampler
@@ -79,7 +77,6 @@ class NoisyStudent(Method):
         networks: network of each round, that of the first teacher first. The last one that is named
             is also the network of all later rounds.
         rounds: number of students. Each learns from the labels of the network before it.
-        allow_smaller: allow a student with fewer parameters than its teacher.
         labels: labels that a student learns: soft are its teacher's probabilities, hard is the most
             probable class of each example.
         select_by: when unlabeled examples are selected: in each round, or once in the first round.
@@ -110,7 +107,6 @@ class NoisyStudent(Method):
 
     networks: tuple[str, ...] = ()
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
-    allow_smaller: bool = False
     labels: Literal["soft", "hard"] = "soft"
     select_by: Literal["each", "once"] = "each"
     # Of examples of which the teacher is less confident nothing is learned.
@@ -568,19 +564,6 @@ def configs_of(config: TrainingConfig, settings: NoisyStudent) -> list[TrainingC
     asked = settings.networks or (None,)
     names = [asked[min(number, len(asked) - 1)] for number in range(settings.rounds + 1)]
     configs = [config if name is None else config.with_network(name) for name in names]
-    sizes: dict[str | None, int] = {}
-    with torch.device("meta"):
-        for name, config_of_round in zip(names, configs, strict=True):
-            if name not in sizes:
-                network = with_flags(config_of_round, weights=None).network()
-                sizes[name] = sum(p.numel() for p in network.parameters())
-    for number, (teacher, student) in enumerate(pairwise(names), 1):
-        if sizes[student] < sizes[teacher] and not settings.allow_smaller:
-            raise MetaplError(
-                f"--networks: the student of round {number}, {student}, has {sizes[student]:,} "
-                f"parameters, and its teacher {teacher} {sizes[teacher]:,}; expected equal or "
-                "larger ones, or --allow-smaller."
-            )
     if settings.warm_start and len(set(names)) > 1:
         raise MetaplError(
             "--warm-start: expected one network in --networks, whose weights students begin with."

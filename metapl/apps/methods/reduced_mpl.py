@@ -74,16 +74,6 @@ class ReducedMpl(Method):
         return "Reduced MPL (stored labels, adjusted)"
 
     @property
-    def control(self) -> str | None:
-        """Return the same adjustment without feedback."""
-        return "reduced_none" if self.feedback.learns_from_student else None
-
-    @property
-    def waits(self) -> tuple[int | None, ...]:
-        """Return when the consistency loss of the teacher begins."""
-        return (self.uda.uda_start,)
-
-    @property
     def descriptions(self) -> Mapping[str, Path]:
         """Return the descriptions of the stores, which have the hashes of their labels."""
         return {

@@ -89,11 +89,6 @@ class Uda(Method):
     title: ClassVar[str] = "UDA alone"
     has_teacher: ClassVar[bool] = False
 
-    @property
-    def waits(self) -> tuple[int | None, ...]:
-        """Return when the consistency loss begins."""
-        return (self.uda.uda_start,)
-
     def scheduled(self, steps: int) -> Self:
         """Return the method with the steps of the consistency loss."""
         return dataclasses.replace(self, uda=self.uda.scheduled(steps))
