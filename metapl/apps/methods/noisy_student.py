@@ -65,6 +65,9 @@ SELECTED = "selected"
 MOST_ROUNDS = 1000
 MOST_RATIO = 2**12
 
+# Of examples of which the teacher is less confident nothing is learned.
+THRESHOLD = 0.3
+
 # Unlabeled examples in a batch for each labeled one: the paper's for most networks.
 USUAL_RATIO = 3
 
@@ -109,8 +112,7 @@ class NoisyStudent(Method):
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
     labels: Literal["soft", "hard"] = "soft"
     select_by: Literal["each", "once"] = "each"
-    # Of examples of which the teacher is less confident nothing is learned.
-    threshold: Share = 0.3
+    threshold: Share = THRESHOLD
     at_most: Annotated[float, Range(above=0, most=1)] | None = None
     balance: tyro.conf.FlagConversionOff[bool] = True
     per_class: Steps | None = None
