@@ -1,92 +1,33 @@
 """What a long run says of how far it is.
 
 On a terminal a bar shows it (:mod:`metapl.runs.terminal`), or a count. Into a pipe or a log file
-goes a line every half minute: the step, the loss, the last validation, and the time that is left.
+goes a line every half minute.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from tqdm import tqdm
 
 from metapl.apps.printing import tell
-from metapl.runs.terminal import Pace
+from metapl.runs.terminal import Pace, draws_bars
 from metapl.training import Say
 
 # Seconds between two updates of a count on a terminal.
 BAR_EVERY = 0.1
 
-# The column of a recorded row that is shown as its loss: the first of these that the row has. The
-# first is that of a network that learns alone, the others those of a student and of its teacher.
-LOSS_COLUMNS = ("loss", "inner_loss", "teacher_loss")
-
 
 def is_watched() -> bool:
-    """Return whether both standard streams are a terminal, so that a bar is all that is asked for.
+    """Return whether both standard streams show the bar, so that it is all that is asked for.
 
     Where one of them is not, lines are said too: ``metapl ... > log`` shows the bar on the screen,
     and the log has the lines.
     """
-    return sys.stdout.isatty() and sys.stderr.isatty()
-
-
-class FitLines:
-    """A callback of a fit that says a line every half minute, with the row that is recorded then.
-
-    Rows are recorded at ``log_every`` and ``validate_every``: where those are further apart than
-    half a minute, each of them is said.
-
-    Args:
-        say: where a line goes.
-        steps: of the fit.
-        phase: its name; "fit" is left out.
-        resume: whether the fit goes on from a checkpoint, at a step that is not known yet.
-        clock: gives seconds.
-    """
-
-    def __init__(
-        self,
-        say: Say,
-        *,
-        steps: int,
-        phase: str = "fit",
-        resume: bool = False,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.say = say
-        self.steps = steps
-        self.prefix = "" if phase == "fit" else f"{phase}, "
-        self.pace = Pace(steps, None if resume else 0, clock)
-        self.loss: float | None = None
-        self.validation: dict[str, float] = {}
-
-    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> None:
-        """Remember the row, and say a line where one is due."""
-        for column in LOSS_COLUMNS:
-            if column in row:
-                self.loss = row[column]
-                break
-        for column, value in row.items():
-            role, separator, metric = column.partition("_validation_")
-            if separator and metric == "accuracy":
-                self.validation[role] = value
-        time_left = self.pace.time_left(step)
-        if not self.pace.is_due():
-            return
-        text = f"{self.prefix}step {step:,} of {self.steps:,}"
-        if self.loss is not None:
-            text += f", loss {self.loss:.3g}"
-        # That of the student, which is what is delivered; of a teacher only while it learns alone.
-        for role in ("student", "teacher"):
-            if role in self.validation:
-                text += f", validation {self.validation[role]:.1%}"
-                break
-        self.say(text + time_left)
+    return sys.stdout.isatty() and draws_bars()
 
 
 class CountLines:
@@ -129,10 +70,10 @@ def count_lines(
 ) -> Callable[[int], None]:
     """Return a function that takes how many are done, and says so on standard error now and then.
 
-    It says nothing where ``is_shown`` is False or standard error is a terminal, which has a bar.
-    Standard output is left to what the command makes, such as rows of CSV.
+    It says nothing where ``is_shown`` is False or standard error has a bar. Standard output is left
+    to what the command makes, such as rows of CSV.
     """
-    if not is_shown or sys.stderr.isatty():
+    if not is_shown or draws_bars():
         return lambda done: None
 
     def say(text: str) -> None:
@@ -163,8 +104,7 @@ def count_bar(
         delay=BAR_EVERY,
         mininterval=BAR_EVERY,
         miniters=1,
-        # None shows the bar on a terminal alone.
-        disable=None if is_shown else True,
+        disable=not (is_shown and draws_bars()),
     )
 
     def update(done: int) -> None:

@@ -18,7 +18,6 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import read_labels, write_all_labels
 from metapl.apps.measured import Measured, evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
-from metapl.apps.progress import FitLines
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
@@ -33,6 +32,7 @@ from metapl.problems.model_noise import model_noise
 from metapl.processes import Processes, done_by_first
 from metapl.run_folder import EndedRun, RunFolder, seal
 from metapl.runs.files import sha256_of
+from metapl.runs.terminal import FitLines, draws_bars
 from metapl.training import FitResult, Say, Trainer
 from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
@@ -123,7 +123,8 @@ def train(
         "validation": data.validation,
         "out": folder,
         "resume": resume,
-        "progress": progress,
+        # Where there is no bar, what is said of how far it is goes to say_progress.
+        "progress": progress and draws_bars(),
         "say": say,
         "steps": fitting.steps,
         **fitting.options(),
@@ -309,7 +310,7 @@ class Phases:
                 self.say_progress,
                 steps=fit_options["steps"],
                 phase=phase,
-                resume=fit_options["resume"],
+                done=None if fit_options["resume"] else 0,
             )
             all_callbacks.append(lines)
         try:

@@ -1,16 +1,18 @@
 """What a long run shows of how far it is, and how it is asked to end.
 
-On a terminal a bar shows it. Elsewhere, as in a pipe or a log file, a line every half minute goes
-to the logger "metapl" at the level INFO, which the command prints on standard error.
+On a terminal a bar shows it. Elsewhere, as in a pipe or a log file, a fit says a line every half
+minute. Lines of anything else go to the logger "metapl" at the level INFO, which the command prints
+on standard error.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
@@ -22,6 +24,10 @@ LOG = logging.getLogger("metapl")
 # Seconds between two lines: a log of a day has some 3,000.
 LINE_EVERY = 30.0
 
+# The column of a recorded row that is shown as its loss: the first of these that the row has. The
+# first is that of a network that learns alone, the others those of a student and of its teacher.
+LOSS_COLUMNS = ("loss", "inner_loss", "teacher_loss")
+
 # What matters most comes first: what a narrow terminal has no room for is cut off at the end.
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
@@ -30,19 +36,31 @@ BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{p
 END = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
+def draws_bars() -> bool:
+    """Return whether standard error is a terminal with a size, which that of a container may lack.
+
+    tqdm shows no bar in a terminal of no lines.
+    """
+    if not sys.stderr.isatty():
+        return False
+    try:
+        return 0 not in os.get_terminal_size(sys.stderr.fileno())
+    except OSError:
+        # Its size is not known, and tqdm takes the usual one.
+        return True
+
+
 def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
     """Return a bar of tqdm over so many steps, at step ``start``.
 
-    It is shown on standard error, where that is a terminal. Close it, or use it in a ``with``
-    block.
+    It is shown where :func:`draws_bars`. Close it, or use it in a ``with`` block.
     """
     return tqdm(
         total=steps,
         initial=start,
         desc=name,
         bar_format=BAR,
-        # With None, tqdm shows the bar where standard error is a terminal.
-        disable=None if shown else True,
+        disable=not (shown and draws_bars()),
         leave=False,
         dynamic_ncols=True,
     )
@@ -102,14 +120,68 @@ class Pace:
         return f", {spoken_time(seconds_per_step * (self.total - done))} left"
 
 
+class FitLines:
+    """A callback of a fit that says a line every half minute: step, loss, validation, time left.
+
+    Called with recorded rows alone, which are perhaps further apart, it says each of them.
+
+    Args:
+        say: where a line goes.
+        steps: of the fit.
+        phase: its name; "fit" is left out.
+        done: steps before this began; None where that is not known, as in a fit that is resumed.
+        clock: gives seconds.
+    """
+
+    def __init__(
+        self,
+        say: Callable[[str], object],
+        *,
+        steps: int,
+        phase: str = "fit",
+        done: int | None = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.say = say
+        self.steps = steps
+        self.prefix = "" if phase == "fit" else f"{phase}, "
+        self.pace = Pace(steps, done, clock)
+        self.loss: float | None = None
+        self.validation: dict[str, str] = {}
+
+    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> None:
+        """Remember the row, and say a line where one is due."""
+        for column in LOSS_COLUMNS:
+            if column in row:
+                self.loss = row[column]
+                break
+        for column, value in row.items():
+            role, separator, metric = column.partition("_validation_")
+            if separator:
+                is_accuracy = metric == "accuracy"
+                self.validation[role] = f"{value:.1%}" if is_accuracy else f"{metric} {value:.4g}"
+        time_left = self.pace.time_left(step)
+        if not self.pace.is_due():
+            return
+        text = f"{self.prefix}step {step:,} of {self.steps:,}"
+        if self.loss is not None:
+            text += f", loss {self.loss:.3g}"
+        # That of the student, which is what is delivered; of a teacher only while it learns alone.
+        for role in ("student", "teacher"):
+            if role in self.validation:
+                text += f", validation {self.validation[role]}"
+                break
+        self.say(text + time_left)
+
+
 @contextmanager
 def step_bar(shown: bool, steps: int, name: str) -> Iterator[Callable[[], object]]:
     """Give a function to call after each step.
 
-    It advances the bar of :func:`progress`. Where standard error is no terminal it logs a line
-    every half minute, with the steps that are done and the time that is left.
+    It advances the bar of :func:`progress`. Where no bar is drawn it logs a line every half minute,
+    with the steps that are done and the time that is left.
     """
-    logs_lines = shown and not sys.stderr.isatty()
+    logs_lines = shown and not draws_bars()
     with progress(shown, name=name, start=0, steps=steps) as bar:
         yield ShownSteps(name, steps, bar=bar, logs_lines=logs_lines).advance
 

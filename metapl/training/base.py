@@ -258,7 +258,8 @@ class Trainer(ABC):
                 checkpoints of this phase is refused. So are, by name, other options, losses,
                 settings of the optimizers, and data of another size or with another first batch;
                 ``"anyway"`` compares nothing.
-            progress: show on standard error how far it is, where that is a terminal.
+            progress: show how far it is: a bar on standard error, or where that is no terminal, a
+                line every half minute by ``say``.
             say: where messages go; default: standard error.
             callbacks: each is called as ``callback(step, row, trainer)`` after every row that is
                 recorded; numbers that it returns by their names join the row. It may raise

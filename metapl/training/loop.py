@@ -27,7 +27,7 @@ from metapl.metrics.metric import Metric, metric_for
 from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
-from metapl.runs.terminal import progress, stop_requests
+from metapl.runs.terminal import FitLines, draws_bars, progress, stop_requests
 from metapl.training.fittable import Fittable, is_two_level
 from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
@@ -199,6 +199,11 @@ class Fit:
                     self.shows_progress, name=options.phase, start=self.step, steps=options.steps
                 )
                 stack.enter_context(bar)
+                lines = None
+                if self.shows_progress and not draws_bars():
+                    lines = FitLines(
+                        self.say, steps=options.steps, phase=options.phase, done=self.step
+                    )
                 folder = None if self.out is None else self.out.path
                 self.records = Records(folder, options.phase, self.step, self.say)
                 stack.callback(self.records.close)
@@ -209,6 +214,8 @@ class Fit:
                         value = row[self.selection.student_column]
                         bar.set_postfix_str(f"validation {value:.4g}", refresh=False)
                     bar.update()
+                    if lines is not None:
+                        lines(self.step, row, self.trainer)
                     is_saved = self.is_ended or options.due(options.save_every, self.step)
                     if is_saved:
                         self.save()

@@ -21,10 +21,11 @@ from command import metapl
 from tiny_runs import TINY, images_command
 from torch import nn
 
-from metapl import attribute
+from metapl import LossTrainer, attribute
 from metapl.apps.main import main
-from metapl.apps.progress import CountLines, FitLines, count_bar
+from metapl.apps.progress import CountLines, count_bar
 from metapl.runs import terminal
+from metapl.runs.terminal import FitLines
 
 # The command with a line at every row that is recorded, for a test has no half minute.
 AT_EVERY_ROW = """
@@ -75,7 +76,7 @@ def test_a_fit_that_goes_on_is_timed_from_its_own_first_row() -> None:
     """The steps before the interruption took no time of this process."""
     clock = Clock()
     said: list[str] = []
-    lines = FitLines(said.append, steps=1000, phase="finetune", resume=True, clock=clock)
+    lines = FitLines(said.append, steps=1000, phase="finetune", done=None, clock=clock)
     for step in (900, 920):
         clock.now += 40.0
         lines(step, {"loss": 2.0}, None)
@@ -83,6 +84,39 @@ def test_a_fit_that_goes_on_is_timed_from_its_own_first_row() -> None:
         "finetune, step 900 of 1,000, loss 2",
         "finetune, step 920 of 1,000, loss 2, 3 min left",
     ]
+
+
+@pytest.mark.parametrize("size", [(24, 80), (0, 0)])
+def test_a_fit_speaks_where_no_bar_can_be_drawn(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A terminal without a size is that of a container, or of a CI."""
+    pty = pytest.importorskip("pty", reason="the system has no pseudo-terminals")
+    termios = pytest.importorskip("termios")
+    reader, screen = pty.openpty()
+    termios.tcsetwinsize(screen, size)
+    monkeypatch.setattr(terminal, "LINE_EVERY", 0.0)
+    student = nn.Linear(3, 2)
+    trainer = LossTrainer(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
+    x = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    data = (x, (x.sum(1) > 0).long())
+    with open(screen, "w") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        trainer.fit(
+            data,
+            steps=2,
+            batch_size=4,
+            validation=data,
+            metric="loss",
+            validate_every=1,
+            log_every=1,
+        )
+        stream.flush()
+        shown = os.read(reader, 4096).decode()
+    os.close(reader)
+    said = re.findall(r"step 1 of 2, loss [\d.]+, validation loss [\d.]+, 1 s left", shown)
+    assert bool(said) is (size == (0, 0)), shown
+    assert ("|" in shown) is (size == (24, 80)), shown
 
 
 def test_a_count_is_said_every_half_minute() -> None:
