@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from metapl.apps.printing import as_flags
 from metapl.metrics import Evaluation, interval
 from metapl.run_folder import guessing
 
@@ -49,6 +50,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
             f"Not shown to be better than guessing on {part}: {', '.join(named)}. It may need more "
             "steps, or lower learning rates."
         )
+    for warning in content.get("warnings", ()):
+        lines.append(f"Warning of the training: {as_flags(warning)}.")
     lines += linear_baseline(content)
     return lines
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,7 @@ def train(
         "delivered": chosen,
         "delivered_by": "validation" if selects else "rule",
         "sha256": seal(folder, title, data.classes, cards, weights_by_name),
+        "warnings": phases.warnings,
         **baseline,
         **networks[chosen].accuracies(),
     }
@@ -265,6 +266,7 @@ class Phases:
         options: of every fit.
         say: where messages go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
+        warnings: what the phases so far have warned of.
     """
 
     config: TrainingConfig
@@ -276,6 +278,7 @@ class Phases:
     options: Mapping[str, Any]
     say: Say
     say_progress: Say | None
+    warnings: list[str] = field(default_factory=list)
 
     def fit(
         self,
@@ -314,7 +317,7 @@ class Phases:
             )
             all_callbacks.append(lines)
         try:
-            return trainer.fit(
+            result = trainer.fit(
                 self.processes.share(labeled),
                 self.processes.share(unlabeled),
                 phase=phase,
@@ -330,6 +333,8 @@ class Phases:
             raise MetaplError(
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
+        self.warnings.extend(result.warnings)
+        return result
 
     def lay_out(self, network: nn.Module) -> nn.Module:
         """Lay a network out over the processes that train together."""

@@ -5,6 +5,7 @@ By its lines, in the listing, on the page, in the result.
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import metapl
+from command import metapl, result
 from sklearn.linear_model import LogisticRegression
 
 from metapl.apps.digits import METHODS
@@ -52,6 +53,12 @@ def test_a_dead_student_behind_a_healthy_teacher_is_said_everywhere(dead: tuple[
     assert re.search(
         r"Not shown to be better than guessing on test: the student \(\d+\.\d %\)", said
     )
+    page = html.unescape((out / "report.html").read_text())
+    warnings = result(out)["warnings"]
+    assert any(warning.startswith("the student is at chance") for warning in warnings)
+    for warning in warnings:
+        assert f"Warning of the training: {warning}." in page
+        assert f"Warning of the training: {warning}." in said
     assert "the teacher (" not in said.partition("Not shown to be")[2].partition(". ")[0]
     listed = text_of("runs", str(out))
     assert re.search(r"not better than guessing: .*student \d+\.\d %", listed)
