@@ -27,7 +27,7 @@ from metapl.apps.methods.mpl import Mpl
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.report_picture import png_of
 from metapl.apps.settings import SomeSteps
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, require_packages
 from metapl.feedback import MODES
 from metapl.machine import device
 from metapl.networks.tuned import begin_as
@@ -90,6 +90,8 @@ class Looking:
             labeled, unlabeled: sources of batches.
             steps: of the training that is looked at.
         """
+        if self.out is not None:
+            require_packages("the figure of an ablation", "matplotlib")
         modes: list[Any] | None = None if self.modes is None else [*self.modes]
         with held(self.out):
             ablation = ablate(

@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,7 @@ from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.methods.noisy_student import NoisyStudent
 from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
+from metapl.apps.report import PAGE
 from metapl.apps.rounds import METHODS, DigitsOfRounds, ImagesOfRounds
 from metapl.apps.run_summary import summary
 from metapl.apps.settings import with_settings_of
@@ -42,12 +44,12 @@ from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.train import check_shares, describe, train
 from metapl.data.seeds import parse_seeds
 from metapl.distributed import Mesh
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, require_packages
 from metapl.machine import default_threads, device
 from metapl.processes import Processes, from_first, joined
 from metapl.run_folder import RunFolder, stored_result
 from metapl.runs.fields import Range, check_fields
-from metapl.runs.terminal import exit_code
+from metapl.runs.terminal import exit_code, spoken_time
 from metapl.training import Interrupted
 from metapl.words import did_you_mean
 
@@ -194,6 +196,7 @@ class Train:
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
         check_shares(self.config, mesh)
+        self.refuse_missing_packages(comparison)
         self.method.check(self.config)
         with joined(mesh, place) as processes:
             if processes.first:
@@ -237,8 +240,17 @@ class Train:
             )
         return ComparisonPlan(names=names, seeds=seeds, jobs=options.jobs)
 
+    def refuse_missing_packages(self, comparison: ComparisonPlan | None) -> None:
+        """Refuse to begin without a package that a later phase, or the report, needs."""
+        names = (self.method.name,) if comparison is None else comparison.names
+        packages = ["matplotlib"]
+        for name in names:
+            packages += self.methods.METHODS[name].packages
+        require_packages("a training", *packages)
+
     def run_first(self, processes: Processes, comparison: ComparisonPlan | None) -> int:
         """Run in the first process, which shows and writes everything, and return the exit code."""
+        begun = time.monotonic()
         others = Others()
         path: Path | None = self.options.out
         try:
@@ -267,6 +279,7 @@ class Train:
                         resume=self.options.resume,
                         jobs=comparison.jobs,
                     )
+                tell_next(folder.path, seconds=time.monotonic() - begun)
         except KeyboardInterrupt as stopped:
             # Exit as a process that the signal ended would, after the line that resumes.
             if path is None:
@@ -337,7 +350,8 @@ class Train:
                 others.leave(0)
             else:
                 seed = config.fitting.seed
-                tell(f"{config.name} by {method.title}, seed {seed} -> {folder.path}")
+                steps = method.planned(config.fitting)
+                say(f"{config.name} by {method.title}: {steps}, seed {seed} -> {folder.path}")
                 result = train(
                     config,
                     method,
@@ -350,9 +364,8 @@ class Train:
                 )
         for line in summary(result):
             say(line)
-        say(f"the networks, the report and the figures are in {folder.path}")
         if method.advice:
-            tell(method.advice)
+            say(method.advice)
 
 
 def asked_among(words: Sequence[str]) -> argparse.Namespace:
@@ -422,6 +435,15 @@ def train_beside_first(processes: Processes) -> int:
 def say(text: str) -> None:
     """Print a message of a training, in which arguments of the library are called as the flags."""
     tell(wrapped(as_flags(text)))
+
+
+def tell_next(path: Path, *, seconds: float) -> None:
+    """Print how long a command took, and what one looks at and types next."""
+    tell(
+        f"after {spoken_time(seconds)} the networks, the report and the figures are in {path}:\n"
+        f"  {path / PAGE}  (open it in a browser)\n"
+        f"  metapl predict {shlex.quote(str(path))} PICTURES"
+    )
 
 
 def tell_how_to_resume(stopped: KeyboardInterrupt, path: Path) -> None:

@@ -210,6 +210,9 @@ class Method:
     # Otherwise the best one by validation is.
     delivers_last: ClassVar[bool] = False
 
+    # The optional packages that it needs, by the names that they are imported by.
+    packages: ClassVar[tuple[str, ...]] = ()
+
     # What is told at the end of a run.
     advice: ClassVar[str] = ""
 
@@ -232,6 +235,16 @@ class Method:
         return ()
 
     @property
+    def trainings(self) -> int:
+        """Return how many networks are trained for --steps, one after another."""
+        return 1
+
+    @property
+    def finetunes(self) -> bool:
+        """Return whether a network is trained on labeled examples alone at the end."""
+        return True
+
+    @property
     def descriptions(self) -> Mapping[str, Path]:
         """Return the files that describe what it reads beside the data, by what they are of."""
         return {}
@@ -248,6 +261,15 @@ class Method:
         Values that do not go with this number of steps are refused.
         """
         return self
+
+    def planned(self, fitting: Fitting) -> str:
+        """Return in words how many steps the run takes."""
+        text = f"{fitting.chosen_steps:,} steps"
+        if self.trainings > 1:
+            text += f" of each of {self.trainings} networks"
+        if self.finetunes and fitting.finetune_steps:
+            text += f", then {fitting.finetune_steps:,} of finetuning"
+        return text
 
     def train(self, t: Training) -> Trained:
         """Go through the phases of the method."""

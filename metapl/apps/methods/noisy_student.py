@@ -107,6 +107,7 @@ class NoisyStudent(Method):
     name: ClassVar[str] = "noisy_student"
     title: ClassVar[str] = "Noisy Student"
     delivers_last: ClassVar[bool] = True
+    packages: ClassVar[tuple[str, ...]] = ("pyarrow",)
 
     networks: tuple[str, ...] = ()
     rounds: Annotated[int, Range(1, most=MOST_ROUNDS)] = 3
@@ -135,6 +136,16 @@ class NoisyStudent(Method):
         require(self, has_means, "loss", f"mean with training={self.training}, which has no sum")
         most_names = f"{self.rounds + 1} names at most: the first teacher's, then one a round"
         require(self, len(self.networks) <= self.rounds + 1, "networks", most_names)
+
+    @property
+    def trainings(self) -> int:
+        """Return the number of networks: the first teacher, then one a round."""
+        return self.rounds + 1
+
+    @property
+    def finetunes(self) -> bool:
+        """Return whether a flag asks for finetuning."""
+        return self.training == "pretrain_finetune"
 
     @property
     def named_networks(self) -> tuple[str, ...]:

@@ -39,6 +39,11 @@ class PseudoLabels(Method):
         check_fields(self)
         self.problem()
 
+    @property
+    def trainings(self) -> int:
+        """Return 2: the teacher, and the student of its labels."""
+        return 2
+
     def problem(self) -> problems.PseudoLabels:
         """Return the labels that the student learns."""
         return problems.PseudoLabels(kind=self.pseudo_labels, temperature=self.temperature)

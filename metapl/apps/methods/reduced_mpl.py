@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import tyro
@@ -32,6 +32,8 @@ class ReducedMpl(Method):
         labeled_label_store: store of labels of the labeled examples, which metapl label wrote. It
             needs --labels beside it.
     """
+
+    packages: ClassVar[tuple[str, ...]] = ("pyarrow",)
 
     feedback: Feedback = field(default_factory=Feedback)
     uda: Consistency = field(default_factory=Consistency)
@@ -72,6 +74,11 @@ class ReducedMpl(Method):
         if not self.feedback.learns_from_student:
             return "stored labels, adjusted without feedback"
         return "Reduced MPL (stored labels, adjusted)"
+
+    @property
+    def trainings(self) -> int:
+        """Return 1 where labels are stored, and else 2: a teacher gives them first."""
+        return 1 if self.stores else 2
 
     @property
     def descriptions(self) -> Mapping[str, Path]:
