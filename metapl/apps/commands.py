@@ -29,7 +29,7 @@ import tyro
 from metapl.apps import digits, images
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import check_out, open_run_folder
+from metapl.apps.inputs import check_out, open_run_folder, run_folder
 from metapl.apps.look import choose_settings
 from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.methods.noisy_student import NoisyStudent
@@ -85,7 +85,8 @@ class Place:
 
     Args:
         out: folder that the run is written to. By default it is the next free one in runs/.
-        resume: go on with a run that was stopped, in the folder of --out or the last one in runs/.
+        resume: go on with a run that was stopped, in the folder of --out or the last one in runs/,
+            by its own settings.
         recipe: repeat the run that left this recipe.json. Other flags override the file.
     """
 
@@ -155,11 +156,11 @@ class Train:
 
     @classmethod
     def default_for(cls, words: Sequence[str]) -> Self:
-        """Return the command with the defaults of its flags, which depend on two of them.
+        """Return the command with the defaults of its flags, which depend on some of them.
 
         Args:
-            words: the flags that were typed. ``--method`` says whose settings are flags, and
-                ``--config`` names a recipe with the values.
+            words: the flags that were typed. ``--method`` says whose settings are flags;
+                ``--config`` names a recipe with the values, and ``--resume`` a run that has one.
         """
         asked = asked_among(words)
         methods = cls.methods
@@ -167,13 +168,19 @@ class Train:
         name = asked.method if asked.method in methods else None
         # What is missing has the default of its field.
         default: Self = tyro.MISSING_NONPROP
-        if asked.config is None:
+        types = get_type_hints(cls)
+        recipe = None
+        if asked.config is not None:
+            recipe = StoredRecipe.read(asked.config)
+        elif asked.resume and not asked.compare:
+            place = asked.out or run_folder(types["config"].name, resume=True)
+            recipe = StoredRecipe.of_run(place)
+        if recipe is None:
             if name is not None:
                 config = tyro.MISSING_NONPROP
                 default = cls(config=config, method_name=name, method=methods[name])
             return default
-        recipe = StoredRecipe.read(asked.config)
-        config, method = recipe.settings(get_type_hints(cls)["config"], methods)
+        config, method = recipe.settings(types["config"], methods)
         if name is None:
             name = method.name
         if name != method.name:
@@ -369,18 +376,21 @@ class Train:
 
 
 def asked_among(words: Sequence[str]) -> argparse.Namespace:
-    """Return the method and the path of a recipe among the flags of a training, each perhaps None.
+    """Return the flags of a training on which the defaults of the others depend.
 
     Nothing is refused here: tyro reads the same flags again.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--method")
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--compare", action="store_true")
     try:
         asked, _ = parser.parse_known_args(words)
     except argparse.ArgumentError:
         # One of them has no value.
-        return argparse.Namespace(method=None, config=None)
+        return argparse.Namespace(method=None, config=None, resume=False)
     return asked
 
 

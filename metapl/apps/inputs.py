@@ -120,7 +120,7 @@ def open_run_folder(
     path = out
     is_new = out is None and not resume
     if path is None:
-        path = _run_folder(recipe, resume=resume)
+        path = run_folder(recipe, resume=resume)
     folder = RunFolder(path)
     try:
         is_checked = not (holds_runs and resume)
@@ -141,7 +141,7 @@ def open_run_folder(
         raise
 
 
-def _run_folder(recipe: str, *, resume: bool) -> Path:
+def run_folder(recipe: str, *, resume: bool) -> Path:
     """Return the last folder runs/<recipe>-NNN, to resume, or make the next free one."""
     number = 0
     for place in Path("runs").glob(f"{recipe}-*"):

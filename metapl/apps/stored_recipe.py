@@ -14,7 +14,7 @@ from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.settings import with_flags
 from metapl.errors import MetaplError, few
 from metapl.machine import environment
-from metapl.run_folder import FORMAT
+from metapl.run_folder import FORMAT, RunFolder
 from metapl.runs.fields import unmet
 from metapl.runs.files import read_json
 from metapl.words import did_you_mean, shown
@@ -46,6 +46,23 @@ class StoredRecipe:
     method: str
     fields: Mapping[str, Any]
     made_with: Mapping[str, Any]
+
+    @classmethod
+    def of_run(cls, path: Path) -> StoredRecipe | None:
+        """Read the recipe of a run that is resumed; None where there is no run in the folder.
+
+        A comparison is refused: its recipe has the settings of one of its methods alone.
+        """
+        folder = RunFolder(path)
+        if not folder.exists:
+            return None
+        description = folder.description()
+        if "compare" in description["recipe"]:
+            command = description.get("command", "--compare and its flags")
+            raise MetaplError(
+                f"{path} holds a comparison; resume it as it was started: {command} --resume."
+            )
+        return cls.read(path / "recipe.json")
 
     @classmethod
     def read(cls, path: Path) -> StoredRecipe:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from command import metapl, rows
-from tiny_runs import TINY, images_command
+from tiny_runs import NOISY_STUDENT, TINY, images_command
 
 from metapl.errors import origin
 
@@ -78,8 +78,74 @@ def test_the_last_lines_are_what_one_looks_at_and_types_next(colors: Path, tmp_p
     assert len(rows(metapl(*words[1:]).stdout)) == 12
 
 
-def test_a_comparison_ends_with_them_too(tmp_path: Path) -> None:
+# ------------------------------------------------------------------------------------------- resume
+
+
+def files(run: Path) -> dict[Path, bytes]:
+    """Return what each file of a run holds."""
+    return {
+        path: path.read_bytes()
+        for path in run.rglob("*")
+        if path.name != ".lock" and path.is_file()
+    }
+
+
+def stopped(*words: str | Path) -> None:
+    """Run the command until its first checkpoint is written."""
+
+    def stop(*given: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metapl.training.loop.Checkpoints.write", stop)
+        metapl(*words, code=130)
+
+
+@pytest.mark.parametrize("names_folder", [True, False])
+@pytest.mark.parametrize("kind", ["train images", "train digits", "noisy-student digits"])
+def test_a_run_is_resumed_by_its_folder_alone(
+    kind: str, names_folder: bool, colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folders, method and settings are in its recipe; without a folder it is the last run."""
+    commands = {
+        "train images": [*images_command(colors), "--lr", "0.01", "--method", "fixmatch"],
+        "train digits": [*TINY, "--method", "uda", "--uda-weight", "2"],
+        "noisy-student digits": [*NOISY_STUDENT],
+    }
+    monkeypatch.chdir(tmp_path)
+    run = Path("run") if names_folder else Path("runs") / f"{kind.split()[1]}-001"
+    place = ["--out", run] if names_folder else []
+    stopped(*commands[kind], *place)
+    before = files(run)
+    metapl(*kind.split(), *place, "--resume", "--seed", "3", code=2)
+    told = metapl(*kind.split(), *place, "--resume", "--lr", "0.5", code=2)
+    assert "lr was" in told.stderr
+    assert files(run) == before
+    metapl(*kind.split(), *place, "--resume")
+    assert (run / "recipe.json").read_bytes() == before[run / "recipe.json"]
+    metapl(*commands[kind], "--out", "whole")
+    for name in ("student.safetensors", "result.json"):
+        assert (run / name).read_bytes() == (Path("whole") / name).read_bytes()
+
+
+def test_a_comparison_is_resumed_by_its_command(tmp_path: Path) -> None:
     words = [*TINY, "--compare", "--methods", "supervised", "uda", "--jobs", "1"]
-    *_, page, command = metapl(*words, "--out", tmp_path / "compared").stdout.splitlines()
-    assert str(tmp_path / "compared" / "report.html") in page
-    assert command == f"  metapl predict {tmp_path / 'compared'} PICTURES"
+    out = tmp_path / "compared"
+    stopped(*words, "--out", out)
+    before = files(out)
+    told = metapl("train", "digits", "--out", out, "--resume", code=2).stderr
+    assert files(out) == before
+    again = shlex.split(told.partition("as it was started: ")[2].strip().removesuffix("."))
+    assert again[0] == "metapl"
+    *_, page, command = metapl(*again[1:]).stdout.splitlines()
+    assert str(out / "report.html") in page
+    assert command == f"  metapl predict {out} PICTURES"
+
+
+def test_a_run_of_another_command_is_not_resumed(tiny: Path, colors: Path) -> None:
+    for words, folder, expected in (
+        ("train images", tiny, "the recipe of a training on digits; expected one on images"),
+        ("noisy-student images", colors / "run", "there is no method 'uda' of images"),
+    ):
+        told = metapl(*words.split(), "--out", folder, "--resume", code=2)
+        assert expected in " ".join(told.stderr.split())
