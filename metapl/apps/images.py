@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,10 +60,16 @@ from metapl.pictures.views.transforms import (
 )
 from metapl.runs.fields import Range, check_fields
 from metapl.training import Say
+from metapl.words import shown
 
 # Bytes of decoded pictures that are kept in memory. The files of a larger folder are read each time
 # that they are drawn.
 IN_MEMORY = 2**30
+
+# The share of the labeled pictures that is set aside to select by, and from how many on: too few to
+# select on are better trained on.
+SET_ASIDE = 0.2
+SPLIT_FROM = 250
 
 # Pictures in a batch of an evaluation.
 EVALUATED_AT_ONCE = 256
@@ -401,9 +408,15 @@ class Images:
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
             val = few.keep(aside.tolist())
+            say(set_aside(few, val))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
                 many = apart(many, val, say)
+        elif val is None:
+            say(
+                f"no labeled pictures are set aside for validation: {SET_ASIDE:.0%} of them are "
+                f"where there are {SPLIT_FROM} or more; --val names others"
+            )
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
         summary = f"{len(few):,} labeled pictures of {classes}, {len(many):,} unlabeled"
         validated = str(len(val)) if val else "none"
@@ -585,6 +598,18 @@ def apart(unlabeled: Files, val: Files, say: Say) -> Files:
             "copies of labeled ones that are set aside for validation"
         )
     return others
+
+
+def set_aside(few: LabeledFiles, val: LabeledFiles) -> str:
+    """Return how many labeled pictures validation takes, and of the class with the fewest."""
+    counts = Counter(few.labels)
+    smallest, count = min(counts.items(), key=lambda item: item[1])
+    return (
+        f"{len(val):,} of {len(few):,} labeled pictures are set aside for validation, as there are "
+        f"{SPLIT_FROM} or more: of each class {SET_ASIDE:.0%}, such as "
+        f"{Counter(val.labels)[smallest]:,} of {count:,} of {shown(few.classes[smallest])}; --val "
+        "names others"
+    )
 
 
 def refuse_errors(findings: Sequence[Finding]) -> None:

@@ -19,10 +19,9 @@ from torch import Tensor
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.data import Data
-from metapl.apps.images import Images, Pictures
+from metapl.apps.images import SET_ASIDE, SPLIT_FROM, Images, Pictures
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.settings import with_flags, with_stored
-from metapl.apps.train import SELECTED_ON
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
@@ -33,10 +32,6 @@ from metapl.pictures.reader import LUMA, Levels, UnreadableImage, read_image
 from metapl.problems.losses import UDA
 from metapl.runs.files import sha256_of
 from metapl.training import FitResult, Say, Trainer
-
-# The share of the labeled pictures that is set aside to select on, where that is enough of them to
-# tell anything.
-SET_ASIDE = 0.2
 
 # The sides of pictures in pixels: the least and the greatest where a network starts from nothing,
 # and that of a pretrained network.
@@ -138,9 +133,8 @@ def choose_settings(
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
-    # Too few pictures to select on are better trained on.
-    aside = 0 if config.val else round(SET_ASIDE * len(few))
-    config = fitted(config, seen, val_fraction=SET_ASIDE if aside >= SELECTED_ON else 0.0)
+    is_split = config.val is None and len(few) >= SPLIT_FROM
+    config = fitted(config, seen, val_fraction=SET_ASIDE if is_split else 0.0)
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,

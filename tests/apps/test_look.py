@@ -349,9 +349,10 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
 
 
 def test_enough_labels_are_set_aside(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(look, "SELECTED_ON", 2)
+    monkeypatch.setattr(look, "SPLIT_FROM", 2)
     assert (
-        choose_settings(given(root), images.METHODS["uda"], print)[0].val_fraction == look.SET_ASIDE
+        choose_settings(given(root), images.METHODS["uda"], print)[0].val_fraction
+        == images.SET_ASIDE
     )
     given_some = given(root, val=str(root / "test"))
     assert choose_settings(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,34 @@ def test_the_last_lines_are_what_one_looks_at_and_types_next(colors: Path, tmp_p
     assert words[0] == "metapl"
     words[words.index("PICTURES")] = str(colors / "test")
     assert len(rows(metapl(*words[1:]).stdout)) == 12
+
+
+def test_what_validation_takes_is_one_line_with_the_reason(
+    three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight pictures of each of two classes, and five of red: 20 % of those are one."""
+    shutil.copytree(three_colors, tmp_path, dirs_exist_ok=True)
+    for number in range(3):
+        (tmp_path / f"labeled/red/red-{number}.png").unlink()
+    for fewest, expected in (
+        (
+            21,
+            "5 of 21 labeled pictures are set aside for validation, as there are 21 or more: of "
+            "each class 20%, such as 1 of 5 of red; --val names others",
+        ),
+        (
+            22,
+            "no labeled pictures are set aside for validation: 20% of them are where there are 22 "
+            "or more; --val names others",
+        ),
+    ):
+        for module in ("images", "look"):
+            monkeypatch.setattr(f"metapl.apps.{module}.SPLIT_FROM", fewest)
+        said = metapl(*images_command(tmp_path, "--steps", "1"), "--out", tmp_path / str(fewest))
+        assert expected in " ".join(said.stdout.split())
+        named = images_command(tmp_path, "--steps", "1", "--val", str(tmp_path / "spare"))
+        said = metapl(*named, "--out", tmp_path / f"{fewest}-named")
+        assert "set aside" not in said.stdout
 
 
 # ------------------------------------------------------------------------------------------- resume
