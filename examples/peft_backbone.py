@@ -1,6 +1,6 @@
 """Meta Pseudo Labels on a pretrained network, of which LoRA by peft is trained.
 
-    pip install 'metapl[integrations]'
+    pip install '.[integrations]'
     python examples/peft_backbone.py [resnet18.pth]
 
 Low-rank updates of the convolutions and a new last layer are trained, in the teacher and in the
@@ -21,7 +21,7 @@ from metapl.pictures import ShiftNoiseCutout, load_digits_split
 try:
     import peft
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}; expected pip install 'metapl[integrations]'") from None
+    raise SystemExit(f"{error}; expected pip install '.[integrations]'") from None
 
 
 def from_backbone() -> Any:

@@ -30,7 +30,7 @@ try:
     from transformers import BertConfig, BertForSequenceClassification
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+        f"{error}; expected it to be installed: pip install '.[integrations]'"
     ) from None
 
 PACKAGES = "torch", "scipy", "matplotlib", "sklearn"

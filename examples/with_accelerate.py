@@ -28,7 +28,7 @@ try:
     from accelerate.utils import DataLoaderConfiguration
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+        f"{error}; expected it to be installed: pip install '.[integrations]'"
     ) from None
 
 

@@ -24,7 +24,7 @@ try:
     from lightning.pytorch.callbacks import ModelCheckpoint
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+        f"{error}; expected it to be installed: pip install '.[integrations]'"
     ) from None
 
 

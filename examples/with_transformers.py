@@ -17,7 +17,7 @@ try:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 except ModuleNotFoundError as error:
     raise SystemExit(
-        f"{error}; expected it to be installed: pip install 'metapl[integrations]'"
+        f"{error}; expected it to be installed: pip install '.[integrations]'"
     ) from None
 
 WORDS = 50

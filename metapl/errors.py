@@ -61,10 +61,14 @@ class MissingPackage(MetaplError, ImportError):
     def __init__(self, need: str, module: str) -> None:
         package, extra = OPTIONAL_PACKAGES[module]
         super().__init__(
-            f"{need}: expected the package {package}, which `pip install '{origin()}[{extra}]'` "
-            "installs."
+            f"{need}: expected the package {package}, which `{installation(extra)}` installs."
         )
         self.module = module
+
+
+def installation(extra: str) -> str:
+    """Return the command that installs an extra, which names no index, for metapl is on none."""
+    return f"pip install '{origin()}[{extra}]'"
 
 
 def origin() -> str:

@@ -28,7 +28,7 @@ class Export:
     Args:
         folder: folder of a run.
         out: folder to write to. It is made if it does not exist.
-        onnx: write model.onnx too. It needs pip install 'metapl[onnx]'.
+        onnx: write model.onnx too. It needs the extra onnx, see metapl --help.
     """
 
     folder: Run

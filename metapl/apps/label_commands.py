@@ -39,7 +39,7 @@ class Label:
     Arrow files, part by part. A command that was stopped goes on with --resume, and ends with the
     same files. In the store, a picture is called by its path in PICTURES, and a digit by its
     number. A file that cannot be read is left out, with the reason on standard error; the exit code
-    is then 1. It needs pip install 'metapl[labels]'.
+    is then 1. It needs the extra labels, see metapl --help.
 
     Args:
         folder: folder of a run.

@@ -26,7 +26,7 @@ import torch
 import tyro
 
 from metapl.apps.printing import as_flags, tell
-from metapl.errors import MetaplError, needed_for
+from metapl.errors import MetaplError, installation, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, exit_code, is_heard
 from metapl.words import shown
@@ -105,6 +105,9 @@ Train a classifier from a few labeled examples and many unlabeled ones.
   metapl COMMAND --help
   metapl --tyro-print-completion bash|zsh|fish
   metapl --version"""
+
+# What stands in help above the command that installs them.
+EXTRAS = "Stored labels, ONNX and the networks of timm need extras, by these names:"
 
 # The fields of a dataclass that stands in another are flags without its name in front.
 CONFIG = (
@@ -264,7 +267,8 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
             print(f"metapl {version('metapl')}")
             raise SystemExit(0)
         commands = command_tree(is_complete="--tyro-print-completion" in words)
-        commands.cli(prog="metapl", description=DESCRIPTION, args=words, config=CONFIG)
+        description = f"{DESCRIPTION}\n\n{EXTRAS}\n\n  {installation('labels,onnx,timm')}"
+        commands.cli(prog="metapl", description=description, args=words, config=CONFIG)
         raise SystemExit(0)
     kind = COMMANDS[name].load()
     flags = words[len(name.split()) :]

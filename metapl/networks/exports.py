@@ -130,7 +130,7 @@ def export(
         architecture: what builds the network. None, for a network of your own, whose building the
             card leaves to you.
         center: share of a picture's sides that the network is evaluated on.
-        onnx: ``model.onnx`` too, which needs ``pip install 'metapl[onnx]'``.
+        onnx: ``model.onnx`` too, which needs the extra ``onnx``.
 
     Returns:
         The SHA-256 of the files but for the card, by their names. The same network and card give

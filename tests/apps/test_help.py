@@ -11,6 +11,7 @@ import pytest
 from command import metapl
 
 from metapl.apps.main import COMMANDS
+from metapl.errors import origin
 
 IMAGES = "train images --labeled few --unlabeled many"
 
@@ -115,3 +116,12 @@ def test_a_shell_completes_commands_and_flags(tmp_path: Path) -> None:
         )
         done = subprocess.run(["bash", "-c", commands], capture_output=True, text=True, check=True)
         assert {*done.stdout.split()} == expected, line
+
+
+def test_help_says_how_to_install_an_extra_as_the_errors_do() -> None:
+    """Metapl is on no package index."""
+    installed = f"pip install '{origin()}[labels,onnx,timm]'"
+    assert installed in metapl("--help").stdout
+    for name, extra in (("label", "labels"), ("export", "onnx")):
+        text = unboxed(metapl(*name.split(), "--help").stdout)
+        assert f"It needs the extra {extra}, see metapl --help." in text
