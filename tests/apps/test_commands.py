@@ -130,7 +130,6 @@ REFUSED = {
     IMAGES.replace("--out {new}", "--out {few}/out"): "would be read",
     IMAGES.replace("--test {few}", "--compare"): "--test",
     IMAGES.replace("{few}", "{new}"): "new",
-    "noisy-student digits --out {new} --networks 16x16 8": "smaller",
     "predict {run}": "FILE_OR_FOLDER",
     "predict {run} {few}/blue/blue-0.png --top 11": "--top",
     "predict {run} {few}/blue/blue-0.png --out {few}/blue/blue-0.png": ".csv",
