@@ -252,7 +252,7 @@ class Train:
         names = (self.method.name,) if comparison is None else comparison.names
         packages = ["matplotlib"]
         for name in names:
-            packages += self.methods.METHODS[name].packages
+            packages += self.methods[name].packages
         require_packages("a training", *packages)
 
     def run_first(self, processes: Processes, comparison: ComparisonPlan | None) -> int:
