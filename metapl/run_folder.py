@@ -392,9 +392,10 @@ class EndedRun:
         folder = RunFolder(path)
         if not path.is_dir() or not folder.exists:
             state = "there is no recipe.json in it" if path.is_dir() else "there is no such folder"
-            raise MetaplError(
-                f"{path}: {state}; expected the folder of a run, such as runs/digits-001."
-            )
+            # A comparison has its runs in folders METHOD/seed-N.
+            runs_within = sorted(path.glob("*/seed-*"))
+            example = runs_within[0] if runs_within else "runs/digits-001"
+            raise MetaplError(f"{path}: {state}; expected the folder of a run, such as {example}.")
         if not folder.ended:
             command = folder.description().get(
                 "command", f"the command that started it, with --out {path}"

@@ -286,7 +286,7 @@ class Train:
                         resume=self.options.resume,
                         jobs=comparison.jobs,
                     )
-                tell_next(folder.path, seconds=time.monotonic() - begun)
+                tell_next(first.path, seconds=time.monotonic() - begun)
         except KeyboardInterrupt as stopped:
             # Exit as a process that the signal ended would, after the line that resumes.
             if path is None:
