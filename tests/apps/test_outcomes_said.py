@@ -209,7 +209,7 @@ def test_the_size_of_the_feedback_is_recorded_and_drawn_in_every_mode(
         row["feedback_rms"] > 0 and row["feedback_ratio"] > 0 and row["feedback_weight"] > 0
         for row in taught
     )
-    panels = panels_of({"MPL": taught}, "network")
+    panels = panels_of(taught, "network")
     (curve,) = panels["Size of the feedback"]
     assert curve.points == [(row["step"], row["feedback_ratio"]) for row in taught]
     drawn = [curve.name for curve in panels["Feedback to the teacher"]]
