@@ -269,6 +269,7 @@ class Train:
             ) as folder:
                 path = folder.path
                 first = folder if comparison is None else comparison.first_run(folder)
+                was_ended = comparison is None and folder.ended
                 if self.options.resume and not first.exists:
                     say(f"there is no run in {path} to resume: it begins")
                 # Another program that calls this is not told how to start it again.
@@ -286,7 +287,8 @@ class Train:
                         resume=self.options.resume,
                         jobs=comparison.jobs,
                     )
-                tell_next(first.path, seconds=time.monotonic() - begun)
+                seconds = None if was_ended else time.monotonic() - begun
+                tell_next(first.path, seconds)
         except KeyboardInterrupt as stopped:
             # Exit as a process that the signal ended would, after the line that resumes.
             if path is None:
@@ -447,10 +449,11 @@ def say(text: str) -> None:
     tell(wrapped(as_flags(text)))
 
 
-def tell_next(path: Path, *, seconds: float) -> None:
-    """Print how long a command took, and what one looks at and types next."""
+def tell_next(path: Path, seconds: float | None) -> None:
+    """Print how long a training took, unless it was done before, and what one types next."""
+    after = "" if seconds is None else f"after {spoken_time(seconds)} "
     tell(
-        f"after {spoken_time(seconds)} the networks, the report and the figures are in {path}:\n"
+        f"{after}the networks, the report and the figures are in {path}:\n"
         f"  {path / PAGE}  (open it in a browser)\n"
         f"  metapl predict {shlex.quote(str(path))} PICTURES"
     )

@@ -73,6 +73,8 @@ def test_the_last_lines_are_what_one_looks_at_and_types_next(colors: Path, tmp_p
     assert re.match(r"after \d+ s the networks, the report and the figures are in ", time)
     assert Path(page.partition("  (")[0].strip()) == out / "report.html"
     assert (out / "report.html").is_file()
+    again = metapl("train", "images", "--resume", "--out", out).stdout.splitlines()
+    assert again[-3:] == [re.sub(r"after \d+ s ", "", time), page, command]
     words = shlex.split(command)
     assert words[0] == "metapl"
     words[words.index("PICTURES")] = str(colors / "test")
