@@ -24,12 +24,12 @@ class Way(NamedTuple):
 
 
 BOUNDS = {
-    "eager": Way(files=27, functions=170, lines=996),
-    "hypergradient": Way(files=33, functions=226, lines=1262),
-    "compiled": Way(files=10, functions=36, lines=184),
+    "eager": Way(files=27, functions=170, lines=1002),
+    "hypergradient": Way(files=33, functions=223, lines=1265),
+    "compiled": Way(files=11, functions=38, lines=189),
 }
 
-IMPORTED_LINES = 23_790
+IMPORTED_LINES = 23_984
 """Lines of the files of the package that ``import metapl`` loads."""
 
 SLACK = 0.9
