@@ -58,7 +58,15 @@ OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
 class Undescribed(Exception):
-    """What a value computes cannot be told from its description."""
+    """What a value computes cannot be told from its description.
+
+    Args:
+        what: the value, in words.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        self.what = what
 
 
 def description_of(value: Any) -> Hashable:
@@ -92,7 +100,9 @@ def description_of(value: Any) -> Hashable:
         return kind, description_of((value.func, value.args, value.keywords))
     if dataclasses.is_dataclass(value):
         return description_of_object(value)
-    raise Undescribed
+    if kind is FunctionType:
+        raise Undescribed("a closure, or a function that reads a network by its name")
+    raise Undescribed(f"a value of type {kind.__name__}")
 
 
 def description_of_object(value: Any) -> Hashable:
@@ -115,7 +125,7 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
             # What a property or a static method calls.
             method = getattr(value, "fget", None) or getattr(value, "__func__", value)
             if isinstance(method, FunctionType) and reads_a_module(method):
-                raise Undescribed
+                raise Undescribed(f"the method {name}, which reads a network by its name")
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 contents.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.
@@ -174,7 +184,7 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
     Raises: :class:`Undescribed`.
     """
     if any(EVERYWHERE):
-        raise Undescribed
+        raise Undescribed("hooks on all modules")
     describer = Describer()
     return tuple(describer.module(network) for network in networks)
 
@@ -196,7 +206,7 @@ class Describer:
             return number
         attributes = object.__getstate__(part)
         if not isinstance(attributes, dict) or any(attributes.get(name) for name in PASS_HOOKS):
-            raise Undescribed
+            raise Undescribed(f"a {type(part).__name__} with hooks, or a state of its own")
         named_tensors = (*part._parameters.items(), *part._buffers.items())
         tensors = [(name, self._tensor(t)) for name, t in named_tensors]
         modules = [(name, self.module(inner)) for name, inner in part._modules.items()]
@@ -218,7 +228,7 @@ class Describer:
             return None
         is_plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
         if not is_plain or not vars(t).keys() <= BUFFER_MARKS:
-            raise Undescribed
+            raise Undescribed(f"a tensor of type {type(t).__name__}")
         return self._number_of(t), type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
 
     def _number_of(self, part: nn.Module | Tensor) -> int:

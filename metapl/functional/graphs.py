@@ -7,6 +7,7 @@ trainings of the same architecture, losses and rule.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
@@ -30,7 +31,7 @@ from metapl.functional.architecture import (
 )
 from metapl.functional.compiled import captured
 from metapl.functional.state import clipped, constants_of
-from metapl.problems.base import BilevelProblem
+from metapl.problems.base import BilevelProblem, kind_of
 from metapl.updates import TorchUpdate, parts_of
 
 # The structure of a batch, and the shapes of its tensors.
@@ -109,13 +110,17 @@ def graphs_of(
 
     try:
         subject = described(teacher, student, problem, rule)
-    except Undescribed:
+        undescribed = ""
+    except Undescribed as error:
         subject = by_identity(teacher, student, problem, rule)
+        undescribed = error.what
     if subject.key in _CACHE:
         # The one that was asked for last goes to the end.
         _CACHE[subject.key] = _CACHE.pop(subject.key)
         return _CACHE[subject.key]
 
+    if undescribed:
+        warn_of_second_compiling(subject, undescribed)
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     if dtype is not None:
         # Without the cache, which would keep casts of tensors inside a transform.
@@ -134,6 +139,27 @@ def graphs_of(
     graphs = Graphs(captured(step, device), captured(adjoint, device), subject.alive)
     _CACHE[subject.key] = graphs
     return graphs
+
+
+def warn_of_second_compiling(subject: Subject, undescribed: str) -> None:
+    """Warn where graphs of the same classes, which are known by identity, are in the cache.
+
+    Args:
+        subject: what is compiled now.
+        undescribed: what of it has no description.
+    """
+    subjects = (subject.teacher, subject.student, subject.problem)
+    for graphs in _CACHE.values():
+        # With a changed setting the same objects compile again too, for another reason.
+        are_same = all(a is b for a, b in zip(graphs.alive[:3], subjects, strict=False))
+        if list(map(type, graphs.alive[:3])) == list(map(type, subjects)) and not are_same:
+            warnings.warn(
+                f"compiled again, which takes seconds: {kind_of(subject.problem)} or a network "
+                f"holds {undescribed}, so that its graphs serve the same objects alone; give the "
+                "same problem and networks in each call",
+                stacklevel=2,
+            )
+            return
 
 
 def make_room() -> None:

@@ -176,6 +176,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:compiled again")
 def test_what_computes_something_else_is_never_taken_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -338,3 +339,23 @@ def test_parts_that_networks_share_are_told_from_parts_of_their_own() -> None:
     together = description_of_networks([nn.Sequential(shared), nn.Sequential(shared)])
     apart = description_of_networks([nn.Sequential(shared), nn.Sequential(other_layer)])
     assert together != apart
+
+
+class WithTemplate(EqualWeights):
+    """A problem that holds a module, as one for ``functional_call`` does."""
+
+    def __init__(self) -> None:
+        self.template = nn.Linear(2, 2)
+
+
+def test_a_second_compiling_says_what_could_not_be_described() -> None:
+    network = student()
+    problem = WithTemplate()
+    compiled_of: list[int] = []
+    for case in (problem, problem):
+        gradient(network, problem=case)
+        compiled_of.append(graphs_compiled())
+    assert compiled_of[0] == compiled_of[1], "the same objects again compile nothing"
+    with pytest.warns(UserWarning, match=r"WithTemplate or a network holds .* Linear"):
+        gradient(network, problem=WithTemplate())
+    assert graphs_compiled() > compiled_of[1]

@@ -555,3 +555,150 @@ def test_an_outer_batch_is_read_once_on_both_roads(monkeypatch: pytest.MonkeyPat
         report = metapl.BilevelTrainer(None, network, **options).step(labeled, unlabeled)
         ends.append([gradient.feedback, report.feedback, network.weight.detach()])
     torch.testing.assert_close(*ends)
+
+
+def normed_network() -> nn.Module:
+    """Return a network with biases before batch norms, whose gradients are 0 but for rounding."""
+    return nn.Sequential(
+        nn.Linear(6, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
+    )
+
+
+def test_a_bias_before_a_norm_is_no_reason_at_any_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    with_other_bits = 0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        teacher, student = normed_network(), normed_network()
+        optimizers = [
+            torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+            for network in (student, teacher)
+        ]
+        outer, inner = (torch.randn(24, 6), torch.arange(24) % 3), torch.randn(30, 6)
+        states = []
+        twin = copy.deepcopy((teacher, student, optimizers))
+        for networks, compile in ((twin, False), ((teacher, student, optimizers), True)):
+            trainer = metapl.BilevelTrainer(
+                networks[0],
+                networks[1],
+                "forward",
+                inner_optimizer=networks[2][0],
+                outer_optimizer=networks[2][1],
+                compile=compile,
+                verify=False,
+            )
+            trainer.step(outer, inner)
+            states.append([p.detach() for p in networks[1].parameters()])
+        with_other_bits += not same(states[0], states[1])
+        for eager, by_graph in zip(*states, strict=True):
+            torch.testing.assert_close(by_graph, eager, rtol=1e-4, atol=1e-6)
+    assert with_other_bits, "the roads round alike, and nothing was tested"
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-4])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_layer_that_no_loss_reaches_is_refused_where_it_would_decay(
+    make: Any, decay: float
+) -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    torch.manual_seed(0)
+    student = Unused()
+    inner = make(student.parameters(), lr=1e-2, weight_decay=decay)
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, 3), student, "forward", inner_optimizer=inner, compile=True, verify=False
+    )
+    batches = (torch.randn(6, 4), torch.arange(6) % 3), torch.randn(6, 4)
+    before = student.unused.weight.clone()
+    if decay:
+        with pytest.raises(MetaplError, match=r"no loss reaches the student's unused\.weight"):
+            trainer.step(*batches)
+    else:
+        trainer.step(*batches)
+    assert torch.equal(student.unused.weight, before)
+
+
+@pytest.mark.parametrize("entry", ["trainer", "hypergradient", "attribute"])
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_one_shape_too_many_is_said_with_the_way_out(entry: str) -> None:
+    torch.manual_seed(0)
+    teacher = nn.Linear(4, 3)
+    student = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    outer = torch.randn(8, 4), torch.arange(8) % 3
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "forward", inner_optimizer=optimizer, compile=True, verify=False
+    )
+
+    def take(rows: int) -> None:
+        if entry == "trainer":
+            trainer.step(outer, torch.randn(rows, 4))
+        elif entry == "hypergradient":
+            metapl.hypergradient(
+                teacher,
+                student,
+                outer=outer,
+                inner=torch.randn(rows, 4),
+                inner_optimizer=optimizer,
+                compile=True,
+            )
+        else:
+            data = torch.randn(2 * rows, 4), torch.arange(2 * rows) % 3
+            metapl.attribute(
+                student,
+                data,
+                outer,
+                optimizer=optimizer,
+                steps=2,
+                batch_size=rows,
+                compile=True,
+                progress=False,
+            )
+
+    take(9)
+    take(11)
+    weights = copy.deepcopy(student.state_dict())
+    with pytest.raises(MetaplError, match=r"pad to a few lengths.*drop_last=True") as raised:
+        take(13)
+    assert "\n" not in str(raised.value)
+    assert same([*weights.values()], [*student.state_dict().values()])
+
+
+class Rising(metapl.BilevelProblem):
+    """Weights that count more with each step, by a tensor that the problem writes to."""
+
+    def __init__(self) -> None:
+        self.step = torch.zeros(())
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Any:
+        self.step += 1
+        return metapl.Signal(teacher(batch[0]).sigmoid().squeeze(1) * (1 - 0.5**self.step))
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return signal.value * nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def test_a_problem_that_writes_state_is_named() -> None:
+    batch = torch.randn(8, 4), torch.arange(8) % 3
+    problem = Rising()
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, 1), nn.Linear(4, 3), "forward", problem=problem, compile=True
+    )
+    with pytest.raises(MetaplError, match=r"Rising writes state in a step \(step\)"):
+        trainer.step(batch, batch)
+    assert float(problem.step) == 0.0
