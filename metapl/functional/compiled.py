@@ -278,9 +278,10 @@ class Capturing:
 
 
 TOO_MANY_SHAPES = (
-    "this shape of a batch is one more than the graphs that torch.compile makes of a step "
-    "(torch._dynamo.config.recompile_limit); expected batches of a few shapes: pad to a few "
-    "lengths, drop the last short batch (drop_last=True), or leave compile out."
+    "torch.compile has made as many graphs of this step as it makes "
+    "(torch._dynamo.config.recompile_limit), one for each shape of a batch, or number that a "
+    "problem changes; expected few shapes: pad to a few lengths, drop the last short batch "
+    "(drop_last=True), or leave compile out."
 )
 
 
