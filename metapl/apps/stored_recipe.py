@@ -49,19 +49,12 @@ class StoredRecipe:
 
     @classmethod
     def of_run(cls, path: Path) -> StoredRecipe | None:
-        """Read the recipe of a run that is resumed; None where there is no run in the folder.
-
-        A comparison is refused: its recipe has the settings of one of its methods alone.
-        """
+        """Read the recipe of a run that is resumed; None where there is no run in the folder."""
         folder = RunFolder(path)
         if not folder.exists:
             return None
-        description = folder.description()
-        if "compare" in description["recipe"]:
-            command = description.get("command", "--compare and its flags")
-            raise MetaplError(
-                f"{path} holds a comparison; resume it as it was started: {command} --resume."
-            )
+        # A damaged one is refused.
+        folder.description()
         return cls.read(path / "recipe.json")
 
     @classmethod

@@ -24,14 +24,12 @@ from metapl.errors import origin
         ("train digits --compare --methods uda reduced_mpl", "pyarrow", "labels"),
         ("train digits --out run", "matplotlib", "apps"),
         ("ablate digits --out there", "matplotlib", "apps"),
-        ("evaluate {run} --attack fgsm --out there", "matplotlib", "apps"),
     ],
 )
 def test_a_package_of_a_later_part_is_asked_for_before_anything_is_made(
     words: str,
     missing: str,
     extra: str,
-    tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -42,7 +40,7 @@ def test_a_package_of_a_later_part_is_asked_for_before_anything_is_made(
 
     monkeypatch.setattr(importlib.util, "find_spec", found)
     monkeypatch.chdir(tmp_path)
-    told = metapl(*words.format(run=tiny).split(), code=2)
+    told = metapl(*words.split(), code=2)
     install = f"expected the package {missing}, which `pip install '{origin()}[{extra}]'` installs"
     assert install in told.stderr
     assert told.stdout == ""
@@ -157,20 +155,6 @@ def test_a_run_is_resumed_by_its_folder_alone(
     metapl(*commands[kind], "--out", "whole")
     for name in ("student.safetensors", "result.json"):
         assert (run / name).read_bytes() == (Path("whole") / name).read_bytes()
-
-
-def test_a_comparison_is_resumed_by_its_command(tmp_path: Path) -> None:
-    words = [*TINY, "--compare", "--methods", "supervised", "uda", "--jobs", "1"]
-    out = tmp_path / "compared"
-    stopped(*words, "--out", out)
-    before = files(out)
-    told = metapl("train", "digits", "--out", out, "--resume", code=2).stderr
-    assert files(out) == before
-    again = shlex.split(told.partition("as it was started: ")[2].strip().removesuffix("."))
-    assert again[0] == "metapl"
-    *_, page, command = metapl(*again[1:]).stdout.splitlines()
-    assert str(out / "report.html") in page
-    assert command == f"  metapl predict {out} PICTURES"
 
 
 def test_a_run_of_another_command_is_not_resumed(tiny: Path, colors: Path) -> None:
