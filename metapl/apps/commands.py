@@ -172,7 +172,7 @@ class Train:
         recipe = None
         if asked.config is not None:
             recipe = StoredRecipe.read(asked.config)
-        elif asked.resume and not asked.compare:
+        elif asked.resume and not asked.compare and not {"-h", "--help"} & {*words}:
             place = asked.out or run_folder(types["config"].name, resume=True)
             recipe = StoredRecipe.of_run(place)
         if recipe is None:
