@@ -104,6 +104,7 @@ def test_dir_shows_the_public_names_alone() -> None:
         "apps",
         "data",
         "distributed",
+        "functional",
         "integrations",
         "labels",
         "metrics",
@@ -112,7 +113,6 @@ def test_dir_shows_the_public_names_alone() -> None:
         "pictures",
         "robustness",
         "run_folder",
-        "sklearn",
         "__version__",
     }
     assert {*dir(metapl)} == {*metapl.__all__, *names_of_modules}
