@@ -72,8 +72,9 @@ WEIGHTS = {
     "teacher": "teacher.safetensors",
 }
 # What is compared: the network that a run delivers, the student, and the student finetuned.
+DELIVERED_READOUT = "test_accuracy"
 STUDENT_READOUT = "student_test_accuracy"
-READOUTS = ("test_accuracy", STUDENT_READOUT, "finetuned_test_accuracy")
+READOUTS = (DELIVERED_READOUT, STUDENT_READOUT, "finetuned_test_accuracy")
 
 ANOTHER = "Put the file back from a copy, or train again with another --out."
 _MEND = "what was there before is whole. Mend that (is the disk full?), then go on with --resume."

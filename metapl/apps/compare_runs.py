@@ -13,7 +13,14 @@ import tyro
 from metapl.apps.printing import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
-from metapl.run_folder import READOUTS, STUDENT_READOUT, EndedRun, RunFolder, stored_data
+from metapl.run_folder import (
+    DELIVERED_READOUT,
+    READOUTS,
+    STUDENT_READOUT,
+    EndedRun,
+    RunFolder,
+    stored_data,
+)
 
 # With fewer, no claim is made on a difference: a t-test over 3 pairs hardly ever finds one, and one
 # that it finds is as often luck.
@@ -178,26 +185,31 @@ def spoken_seeds(seeds: Iterable[int]) -> str:
 
 
 def verdict(entries: Sequence[Entry]) -> str:
-    """Compare the students of each method with those of the first one, in pairs of a seed.
+    """Compare what the runs of each method deliver with those of the first, in pairs of a seed.
 
-    Return the differences, or why the students are not paired.
+    Every method has chosen among its networks by validation, so that one whose student is finetuned
+    on the labels is measured as such. Return the differences, or why the runs are not paired.
     """
-    # Methods have fields of their own, so what the entries have of each field is looked at.
-    values: dict[str, set[str]] = {}
+    # Methods have settings of their own, which differ between them. Runs are told apart by settings
+    # in which those of one method differ, and by those that all of the runs have.
+    values: dict[tuple[str, str], set[str]] = {}
     for entry in entries:
         for name, value in entry.fields.items():
-            values.setdefault(name, set()).add(value)
+            is_shared = all(name in other.fields for other in entries)
+            method = "" if is_shared else entry.result["method"]
+            values.setdefault((method, name), set()).add(value)
+    differing = {key for key, different_values in values.items() if len(different_values) > 1}
     variants: dict[str, dict[int, float]] = {}
     for entry in entries:
         variant = entry.result["method"]
         for name, value in entry.fields.items():
-            if len(values[name]) > 1:
+            if {("", name), (entry.result["method"], name)} & differing:
                 variant += f", {name} {value}"
         seed = entry.result["seed"]
         accuracies = variants.setdefault(variant, {})
         if seed in accuracies:
             return f"Not paired: {variant} with seed {seed} is there twice."
-        accuracies[seed] = entry.reached(STUDENT_READOUT)
+        accuracies[seed] = entry.reached(DELIVERED_READOUT)
     first, *others = variants
     seeds = sorted(variants[first])
     for variant in others:
@@ -208,7 +220,7 @@ def verdict(entries: Sequence[Entry]) -> str:
             )
     if not others:
         return "Nothing to pair: one method with one set of options."
-    lines = [f"The students by seed ({spoken_seeds(seeds)}), against those of {first}:"]
+    lines = [f"What is delivered, by seed ({spoken_seeds(seeds)}), against {first}:"]
     for variant in others:
         test = paired_test(
             [variants[variant][seed] for seed in seeds], [variants[first][seed] for seed in seeds]

@@ -102,7 +102,7 @@ def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(compared: Path) 
         "compare", *(compared / m / f"seed-{s}" for m in ("mpl", "none") for s in (0, 1))
     ).stdout
     folders = [[compared / m / f"seed-{s}" for s in (0, 1)] for m in ("mpl", "none")]
-    mpl, none = (sum(result(one)["student_test_accuracy"] for one in both) for both in folders)
+    mpl, none = (sum(result(one)["test_accuracy"] for one in both) for both in folders)
     for text in (singles, metapl("compare", compared).stdout):
         assert f"{50 * (none - mpl):+.2f} points  none" in text
     accuracy = result(compared / "none" / "seed-1")["test_accuracy"]
