@@ -117,7 +117,7 @@ class Teaching:
         self.passes: list[TeacherPass] = []
         self.kept_by_signal: KeptBySignal | None = None
         if is_first and self.recompute:
-            self.kept_by_signal = KeptBySignal(problem)
+            self.kept_by_signal = KeptBySignal(problem, self.network)
 
     def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).

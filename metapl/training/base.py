@@ -35,7 +35,7 @@ from metapl.runs.folder import Folder
 from metapl.training.loop import Callback, Fit, FitRequest, FitResult
 from metapl.training.network_settings import (
     NetworkSettings,
-    is_evaluating_as_a_whole,
+    changed_by_evaluation,
     network_settings,
     set_network_settings,
 )
@@ -96,7 +96,7 @@ class Trainer(ABC):
     teacher_classifies: bool = False
     precision: Literal["float32", "bfloat16"] = "float32"
     steps_done: int = 0
-    _has_told_evaluation: bool = False
+    _told_in_evaluation: tuple[str, ...] = ()
 
     @property
     @abstractmethod
@@ -464,15 +464,18 @@ class Trainer(ABC):
         warnings.warn(text.removeprefix("warning: "), stacklevel=4)
 
     def tell_evaluation(self, say: Say) -> None:
-        """Say once which networks are in evaluation mode as a whole; they stay so."""
-        if self._has_told_evaluation:
-            return
-        self._has_told_evaluation = True
+        """Say which networks are in evaluation mode as a whole, once until they are not."""
+        told_before = self._told_in_evaluation
+        self._told_in_evaluation = ()
         for role, network in self.networks.items():
-            if is_evaluating_as_a_whole(network):
+            changes = changed_by_evaluation(network)
+            if not changes:
+                continue
+            self._told_in_evaluation += (role,)
+            if role not in told_before:
                 say(
-                    f"warning: the {role} is in eval() as a whole: its dropout is off and its "
-                    f"statistics stay; call {role}.train() before, unless that is meant"
+                    f"warning: the {role} is in eval() as a whole: {', and '.join(changes)}; call "
+                    f"{role}.train() before, unless that is meant"
                 )
 
     def _autocast(self) -> AbstractContextManager[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard
 
 from metapl.feedback.report import Say
 from metapl.protocols import AnyTrainer, TwoLevelTrainer
@@ -14,6 +14,7 @@ class Fittable(AnyTrainer, Protocol):
 
     def first_steps(self, options: FitOptions) -> int: ...
     def tell_evaluation(self, say: Say) -> None: ...
+    def network_settings(self) -> dict[str, Any]: ...
 
 
 def is_two_level(trainer: AnyTrainer) -> TypeGuard[TwoLevelTrainer]:

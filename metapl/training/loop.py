@@ -29,6 +29,7 @@ from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import FitLines, draws_bars, progress, stop_requests
 from metapl.training.fittable import Fittable, is_two_level
+from metapl.training.network_settings import restored_in_words
 from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
 from metapl.training.patience import Patience
@@ -303,7 +304,12 @@ class Fit:
             self.callbacks_with_state, state["callbacks"], strict=False
         ):
             callback.load_state_dict(callback_state)
+        settings_before = self.trainer.network_settings()
         self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
+        for role, settings in self.trainer.network_settings().items():
+            changes = restored_in_words(settings_before[role], settings)
+            if changes:
+                self.say(f"as when it was saved, of the {role} are {'; '.join(changes)}")
         self.selection.load_state_dict(state)
         self.patience.load_state_dict(state["patience"])
         self.step = state["step"]

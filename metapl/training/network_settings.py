@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 NetworkSettings = Mapping[str, Any]
 
@@ -86,20 +86,39 @@ def numbers_of(module: nn.Module) -> dict[str, bool | int | float]:
     return numbers
 
 
-def is_evaluating_as_a_whole(network: nn.Module) -> bool:
-    """Return whether a network is in evaluation mode, and has layers that differ there.
+def changed_by_evaluation(network: nn.Module) -> list[str]:
+    """Return what a network does otherwise that is in evaluation mode as a whole, in words.
 
     Networks come so from ``from_pretrained`` and most hubs; a wrapper around such a network may be
-    in training itself. A network whose batch norms alone were put into evaluation is none: other
-    layers of it train.
+    in training itself. Of a network whose batch norms alone were put into evaluation it is nothing:
+    other layers of it train.
     """
     layers = [module for module in network.modules() if not any(True for _ in module.children())]
-    differ = any(isinstance(layer, DIFFERENT_LAYERS) for layer in layers)
-    return differ and not any(layer.training for layer in layers)
+    if any(layer.training for layer in layers):
+        return []
+    changes = []
+    if any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers):
+        changes.append("its dropout is off")
+    norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.track_running_stats for norm in norms):
+        changes.append("the statistics of its batch norms stay")
+    return changes
 
 
-# Layers that do another thing in evaluation: all dropouts, and batch norms with statistics.
-DIFFERENT_LAYERS = (
-    nn.modules.dropout._DropoutNd,
-    nn.modules.batchnorm._BatchNorm,
-)
+def restored_in_words(before: NetworkSettings, after: NetworkSettings) -> list[str]:
+    """Return what a checkpoint has changed in a network's settings, in words."""
+    changes = []
+    for words, names in (
+        ("frozen again", {*after[FROZEN]} - {*before[FROZEN]}),
+        ("trained again", {*before[FROZEN]} - {*after[FROZEN]}),
+    ):
+        if names:
+            changes.append(f"{words}: {few(sorted(names), 3)}")
+    numbers = []
+    for name, numbers_after in after[NUMBERS].items():
+        for attribute, number in numbers_after.items():
+            if before[NUMBERS].get(name, {}).get(attribute) != number:
+                numbers.append(f"{name}.{attribute} = {number}".lstrip("."))
+    if numbers:
+        changes.append(f"set again: {few(numbers, 3)}")
+    return changes

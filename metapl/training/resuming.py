@@ -189,6 +189,13 @@ def refuse_other_settings(
     stored: Mapping[str, str], current: Mapping[str, str], path: Path
 ) -> None:
     """Refuse to go on from a checkpoint of a fit with other data, options or settings."""
+    groups = {name.rpartition(".")[0] for name in stored if name.endswith(".parameters")}
+    groups_now = {name.rpartition(".")[0] for name in current if name.endswith(".parameters")}
+    if missing := sorted(groups - groups_now):
+        raise MetaplError(
+            f"{path} has param groups that are not there now: {few(missing)}; expected them, by "
+            "add_param_group before the fit that resumes."
+        )
     changes = []
     for name in {**stored, **current}:
         if stored.get(name) != current.get(name):

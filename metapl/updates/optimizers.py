@@ -141,6 +141,13 @@ def refuse_state_of_another(
     """
     if not isinstance(state, Mapping) or "param_groups" not in state:
         raise MetaplError(f"its {name} has no param_groups: it is no state of torch.optim")
+    saved_groups = len(state["param_groups"])
+    own_groups = len(optimizer.param_groups)
+    if saved_groups != own_groups:
+        raise MetaplError(
+            f"its {name} has {saved_groups} param groups, and the trainer's {own_groups}; expected "
+            "as many, by add_param_group"
+        )
     own_settings = {key for group in optimizer.param_groups for key in group}
     saved_settings = {key for group in state["param_groups"] for key in group}
     only_saved = sorted(saved_settings - own_settings - _NO_SETTINGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -642,6 +643,50 @@ def test_a_training_with_micro_batches_ends_where_that_on_whole_batches_does() -
         accuracy.append(float((predicted == digits[-400:]).float().mean()))
     assert accuracy[0] > 0.8
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.005)
+
+
+@pytest.mark.parametrize("holder", ["dict", "list", "array", "module", "number"])
+def test_state_anywhere_in_the_problem_is_refused(holder: str) -> None:
+    class Counting(metapl.BilevelProblem):
+        def __init__(self) -> None:
+            self.held: Any = {
+                "dict": {"level": torch.tensor(0.5)},
+                "list": [0.5],
+                "array": numpy.array([0.5]),
+                "module": nn.BatchNorm1d(3),
+                "number": 0.5,
+            }[holder]
+
+        def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Signal:
+            q = teacher(batch).softmax(-1)
+            surest = q.detach().amax(1).mean()
+            if holder == "dict":
+                self.held["level"] = 0.9 * self.held["level"] + 0.1 * surest
+            elif holder == "module":
+                self.held(q.detach())
+            elif holder == "number":
+                self.held = 0.9 * self.held + 0.1 * float(surest)
+            else:
+                self.held[0] = 0.9 * self.held[0] + 0.1 * float(surest)
+            return Signal(q)
+
+        def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            return -(signal.value * outputs.log_softmax(-1)).sum(-1)
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return F.cross_entropy(outputs, batch[1])
+
+    torch.manual_seed(0)
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, 3),
+        nn.Linear(4, 3),
+        "forward",
+        problem=Counting(),
+        teacher_losses=(),
+        recompute_teacher=True,
+    )
+    with pytest.raises(MetaplError, match="Counting keeps state between calls of signal"):
+        trainer.step((torch.randn(8, 4), torch.arange(8) % 3), torch.randn(12, 4))
 
 
 class Threshold(metapl.BilevelProblem):

@@ -128,6 +128,72 @@ def test_a_run_without_the_change_ends_elsewhere(tmp_path: Path) -> None:
         ), change.__name__
 
 
+def test_what_a_checkpoint_thaws_is_said(tmp_path: Path) -> None:
+    """The program freezes a layer at its start, after the run was begun without."""
+    with pytest.raises(KeyboardInterrupt):
+        fit("loss", tmp_path, lambda trainer: None, stops=True)
+    trainer = trainer_of("loss")
+    trainer.student[0].requires_grad_(requires_grad=False)
+    trainer.student[1].eval()
+    said: list[str] = []
+    labeled = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3
+    torch.manual_seed(2)
+    trainer.fit(
+        labeled,
+        steps=20,
+        batch_size=8,
+        out=tmp_path,
+        resume="anyway",
+        progress=False,
+        say=said.append,
+    )
+    (line,) = [text for text in said if text.startswith("as when it was saved")]
+    assert "of the student are trained again: 0.bias, 0.weight; set again: 1.training" in line
+
+
+@pytest.mark.parametrize("resume", [True, "anyway"])
+def test_a_param_group_that_was_added_is_asked_for(resume: Any, tmp_path: Path) -> None:
+    def add_group(trainer: Any) -> None:
+        trainer.student[3].requires_grad_(requires_grad=True)
+        trainer.optimizer.add_param_group({"params": list(trainer.student[3].parameters())})
+
+    def run(**options: Any) -> Any:
+        student = networks()[1]
+        student[3].requires_grad_(requires_grad=False)
+        trained = [p for p in student.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.01)
+        trainer = metapl.LossTrainer(student, optimizer=optimizer)
+
+        def at_step(step: int, row: Any, trainer: Any) -> None:
+            if step == CHANGED_IN and len(trainer.optimizer.param_groups) == 1:
+                add_group(trainer)
+            if step == STOPPED_IN and "resume" not in options:
+                raise KeyboardInterrupt
+
+        if options.pop("adds", False):
+            add_group(trainer)
+        torch.manual_seed(2)
+        trainer.fit(
+            (torch.ones(40, 6), torch.arange(40) % 3),
+            steps=12,
+            batch_size=8,
+            out=tmp_path,
+            save_every=3,
+            log_every=1,
+            callbacks=[at_step],
+            progress=False,
+            say=lambda text: None,
+            **options,
+        )
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    with pytest.raises(metapl.MetaplError, match="add_param_group"):
+        run(resume=resume)
+    assert run(resume=resume, adds=True).steps_done == 12
+
+
 def exchange_layer(trainer: Any) -> None:
     trainer.student[2] = nn.AlphaDropout(0.2)
 
@@ -251,7 +317,7 @@ TRAINER_ATTRIBUTES = {
     "_student_type": FOLLOWS,
     "_teacher_trainer": FOLLOWS,
     "_looked_at": FOLLOWS,
-    "_has_told_evaluation": FOLLOWS,
+    "_told_in_evaluation": FOLLOWS,
 }
 
 
@@ -320,6 +386,17 @@ def test_a_step_warns_of_a_network_in_evaluation(kind: str) -> None:
         trainer.step(*batches)
     # Another warning would be an error.
     trainer.step(*batches)
+
+
+def test_a_network_that_is_put_into_evaluation_between_two_fits_is_named() -> None:
+    trainer = trainer_of("loss")
+    said: list[str] = []
+    data = torch.randn(16, 6), torch.arange(16) % 3
+    trainer.fit(data, steps=2, batch_size=8, progress=False, say=said.append)
+    trainer.student.eval()
+    trainer.fit(data, steps=4, batch_size=8, progress=False, say=said.append)
+    (line,) = [text for text in said if "eval()" in text]
+    assert "its dropout is off, and the statistics of its batch norms stay" in line
 
 
 def test_frozen_statistics_and_plain_networks_are_not_named() -> None:
