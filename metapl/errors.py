@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
-import importlib.util
 import json
 import urllib.parse
 from collections.abc import Iterable, Iterator
@@ -107,8 +107,11 @@ def needed_for(need: str) -> Iterator[None]:
 def require_packages(need: str, *modules: str) -> None:
     """Refuse to go on without these optional packages, before anything has been done."""
     for module in modules:
-        if importlib.util.find_spec(module) is None:
-            raise MissingPackage(need, module)
+        try:
+            # A package may be there, and lack a library of its own.
+            importlib.import_module(module)
+        except ImportError as error:
+            raise MissingPackage(need, module) from error
 
 
 def reason_of(error: BaseException) -> str:

@@ -414,8 +414,8 @@ class Images:
                 many = apart(many, val, say)
         elif val is None:
             say(
-                f"no labeled pictures are set aside for validation: {SET_ASIDE:.0%} of them are "
-                f"where there are {SPLIT_FROM} or more; --val names others"
+                f"with fewer than {SPLIT_FROM} labeled pictures (here {len(few)}) none are set "
+                "aside for validation; --val DIR gives some"
             )
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
         summary = f"{len(few):,} labeled pictures of {classes}, {len(many):,} unlabeled"

@@ -566,6 +566,10 @@ def check_folders(
     return sorted(findings, key=lambda finding: finding.level != "error")
 
 
+# The share of pictures that may lie beside the folders of parts, such as an overview of each.
+FEW_OWN_PICTURES = 0.1
+
+
 def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
     """Return an error where parts of a data set stand in the place of its classes."""
     parts = [name for name, count in labeled.counts().items() if count]
@@ -575,10 +579,11 @@ def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
     if parts and len(words) == len(parts):
         text = f"{labeled.root} has parts of a data set, {few(parts)}; expected {' '.join(words)}"
         return Finding("error", f"{text}, with one folder a class in each.")
-    if len(parts) < 2 or any(name.count("/") == 1 for name in labeled.names):
+    own_pictures = sum(name.count("/") == 1 for name in labeled.names)
+    if len(parts) < 2 or own_pictures > FEW_OWN_PICTURES * len(labeled.names):
         # Folders with pictures of their own are classes.
         return None
-    places = [composed(name).split("/") for name in labeled.names]
+    places = [composed(name).split("/") for name in labeled.names if name.count("/") > 1]
     # The folders that are alike may lie deeper: in hospitals, then in years.
     for level in (1, -2):
         folders_by_part: defaultdict[str, set[str]] = defaultdict(set)
@@ -587,12 +592,13 @@ def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
         shared = set.intersection(*folders_by_part.values())
         all_folders = set.union(*folders_by_part.values())
         if len(shared) > 1 and 2 * len(shared) >= len(all_folders):
-            example = shown(labeled.root.joinpath(*labeled.names[0].split("/")[:level]))
+            first = next(name for name in labeled.names if name.count("/") > 1)
+            example = shown(labeled.root.joinpath(*first.split("/")[:level]))
             return Finding(
                 "error",
-                f"{few(parts)} in {labeled.root} all have the folders {few(sorted(shared))} and no "
-                f"pictures of their own; expected one folder a class, as in {example}, or, where "
-                f"{few(parts)} are the classes, their pictures without folders between.",
+                f"{few(parts)} in {labeled.root} all have the folders {few(sorted(shared))} and "
+                f"hardly a picture of their own; expected one folder a class, as in {example}, or, "
+                f"where {few(parts)} are the classes, their pictures without folders between.",
             )
     return None
 

@@ -338,6 +338,11 @@ INNER = ("leaf/1.png", "stem/2.png")
 PARTS_OF_DATA: dict[str, tuple[list[str], str | None]] = {
     # What is in the folder; and what is said of it, or None where these are classes.
     "folds": ([f"fold{i}/{name}" for i in range(3) for name in INNER], "as in ROOT/fold0, or"),
+    "a stray picture": (
+        [f"fold{i}/{kind}/{k}.png" for i in range(3) for kind in "xy" for k in range(3)]
+        + ["fold0/overview.png"],
+        "as in ROOT/fold0, or",
+    ),
     "one fold lacks a class": (
         ["a/x/1.png", "a/y/1.png", "a/z/1.png", "b/x/1.png", "b/y/1.png"],
         "a, b in ROOT all have the folders x, y",

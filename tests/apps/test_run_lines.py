@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from command import metapl, rows
@@ -33,12 +32,8 @@ def test_a_package_of_a_later_part_is_asked_for_before_anything_is_made(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    find_spec = importlib.util.find_spec
-
-    def found(name: str, *more: Any) -> Any:
-        return None if name == missing else find_spec(name, *more)
-
-    monkeypatch.setattr(importlib.util, "find_spec", found)
+    # A module of None is one that cannot be imported.
+    monkeypatch.setitem(sys.modules, missing, None)
     monkeypatch.chdir(tmp_path)
     told = metapl(*words.split(), code=2)
     install = f"expected the package {missing}, which `pip install '{origin()}[{extra}]'` installs"
@@ -94,8 +89,8 @@ def test_what_validation_takes_is_one_line_with_the_reason(
         ),
         (
             22,
-            "no labeled pictures are set aside for validation: 20% of them are where there are 22 "
-            "or more; --val names others",
+            "with fewer than 22 labeled pictures (here 21) none are set aside for validation; "
+            "--val DIR gives some",
         ),
     ):
         for module in ("images", "look"):
