@@ -114,11 +114,8 @@ class RandomState(NamedTuple):
             (self.accelerator, other.accelerator),
             (self.generator_state, other.generator_state),
         )
-        for a, b in pairs:
-            # The states are on the host, also those of a device's generator.
-            if a is not None and b is not None and not numpy.array_equal(a.numpy(), b.numpy()):
-                return False
-        return True
+        # The states are on the host, also those of a device's generator.
+        return all(numpy.array_equal(a, b) for a, b in pairs if a is not None and b is not None)
 
 
 # Where nothing draws, every step begins in the same state, and branches to the same stream.

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pickle
+import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -184,7 +185,7 @@ def test_what_is_no_store_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     for path in (tmp_path, tmp_path / "no", tmp_path / "mine.txt"):
         with pytest.raises(MetaplError, match="expected"):
             LabelStore(path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MetaplError, match="pip install"):
         LabelStore(tmp_path)
 
