@@ -19,6 +19,7 @@ from metapl.metrics import Evaluation
 from metapl.networks.card import Input
 from metapl.pictures import load_digits_split
 from metapl.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
+from metapl.pictures.levels import refuse_other_levels
 from metapl.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.runs.files import owned
 from metapl.words import composed
@@ -186,8 +187,12 @@ class Inputs:
         self.files: list[str] = []
         for path in paths:
             is_list = path.suffix.lower() == ".txt"
-            is_scanned = is_list or path.is_dir()
-            self.files += scan_unlabeled(path).paths() if is_scanned else [str(path)]
+            if is_list or path.is_dir():
+                scanned = scan_unlabeled(path)
+                refuse_other_levels(scanned, network_input.levels)
+                self.files += scanned.paths()
+            else:
+                self.files.append(str(path))
 
     def batches(self) -> Iterator[tuple[list[str], Tensor]]:
         """Yield where each picture stands, and the network's input (B, C, H, W)."""
@@ -244,7 +249,10 @@ class HeldOut:
             paths = [Path(path) for path in files.paths()]
             self.root = files.root
             self._labels = dict(zip(files.paths(), targets, strict=True))
-            self._inputs = Inputs(run.cards[network].input, paths)
+            network_input = run.cards[network].input
+            if folder is not None:
+                refuse_other_levels(files, network_input.levels)
+            self._inputs = Inputs(network_input, paths)
         if folder is None:
             self.about = {"recorded_accuracy": self.recorded}
 

@@ -19,6 +19,7 @@ from metapl.errors import few
 from metapl.labels.selection import select, statistics
 from metapl.labels.store import LabelStore
 from metapl.pictures.folders import scan_unlabeled
+from metapl.pictures.levels import refuse_other_levels
 from metapl.run_folder import WEIGHTS, EndedRun
 from metapl.runs.fields import Range
 from metapl.runs.files import sha256_of, write_whole
@@ -83,6 +84,7 @@ class Label:
             ids = range(len(images))
         else:
             images = scan_unlabeled(self.pictures)
+            refuse_other_levels(images, run.cards[name].input.levels)
             ids = images.names
         labeled = ToLabel(
             images=images,

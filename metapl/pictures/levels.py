@@ -19,6 +19,9 @@ from metapl.words import shown
 # Integers of 16 bits with a wider range keep their levels: 128 or more of 256 are left.
 WIDE = 2**15
 
+# From this share of numbers on that lie outside of a network's range, pictures are of another kind.
+MOST_OUTSIDE = 0.5
+
 # Where different numbers become so few levels, some of them may be outliers.
 FEW_LEVELS = 32
 
@@ -89,6 +92,39 @@ def find_levels(
         return None
     say(f"pictures of more than 8 bits: {low:,g} to {high:,g} become 0 to 255")
     return low, high
+
+
+def refuse_other_levels(files: Files, levels: reader.Levels | None) -> None:
+    """Refuse pictures for a network whose numbers are not those that it was trained on.
+
+    Args:
+        files: of the pictures.
+        levels: of the network, see :func:`find_levels`.
+
+    Raises:
+        MetaplError: they use a part of 16 bits, and the network was trained on 8 bits or on all 16;
+            or half of their numbers or more lie outside of its range.
+    """
+    if levels is None:
+        found = find_levels([files])
+        if found is not None:
+            low, high = found
+            raise MetaplError(
+                f"{shown(files.root)} has numbers from {low:,g} to {high:,g}, and the network was "
+                "trained on pictures of 8 bits, or on all of 16; expected such."
+            )
+        return
+    samples = [depth.sample for depth in _depths_of([files]) if len(depth.sample)]
+    if not samples:
+        return
+    numbers = np.concatenate(samples)
+    outside = float(((numbers < levels[0]) | (numbers > levels[1])).mean())
+    if outside >= MOST_OUTSIDE:
+        raise MetaplError(
+            f"{shown(files.root)} has {outside:.0%} of its numbers outside of {levels[0]:,g} to "
+            f"{levels[1]:,g}, the range that the network was trained on; expected pictures of the "
+            "same kind."
+        )
 
 
 def _depths_of(folders: Sequence[Files]) -> list[reader.Depth]:

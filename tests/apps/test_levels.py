@@ -6,6 +6,7 @@ Every kind of number is compared with its definition, and with Pillow where Pill
 import dataclasses
 import io
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from metapl.pictures import (
     scan_unlabeled,
     verify_files,
 )
+from metapl.pictures.levels import refuse_other_levels
 from metapl.pictures.reader import read_crops
 
 Numbers = np.ndarray[Any, Any]
@@ -306,3 +308,27 @@ def test_a_list_of_pictures_is_predicted(tmp_path: Path) -> None:
     folder(tmp_path / "a", x_png=saved(EIGHT, "PNG"))
     (tmp_path / "list.txt").write_text("a/x.png\n")
     assert Inputs(Input(), [tmp_path / "list.txt"]).files == [str(tmp_path / "a" / "x.png")]
+
+
+TRAINED_RANGE = (700.0, 4000.0)
+OTHER_LEVELS = {
+    "16 bits for a network of 8": ((700, 1500), None, "trained on pictures of 8 bits"),
+    "another range": ((0, 500), TRAINED_RANGE, "100% of its numbers outside of 700 to 4,000"),
+    "the same range": ((800, 3900), TRAINED_RANGE, ""),
+    "all of 16 bits": ((0, 65_535), None, ""),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_LEVELS)
+def test_pictures_of_another_range_are_refused_where_they_are_predicted(
+    name: str, tmp_path: Path
+) -> None:
+    (low, high), levels, words = OTHER_LEVELS[name]
+    ramp = np.linspace(low, high, 64).reshape(8, 8).astype(np.uint16)
+    for number in range(3):
+        Image.fromarray(ramp).save(tmp_path / f"{number}.png")
+    if not words:
+        refuse_other_levels(scan_unlabeled(tmp_path), levels)
+        return
+    with pytest.raises(MetaplError, match=re.escape(words)):
+        refuse_other_levels(scan_unlabeled(tmp_path), levels)
