@@ -155,7 +155,8 @@ class Protocol:
     ema_decay: float
     label_smoothing: float  # of the teacher's cross-entropy
     pseudo_label_smoothing: float  # of the student's
-    student_view: Literal["weak", "strong"]  # of an unlabeled picture; weak: the teacher's
+    # The view of an unlabeled picture that the student learns; the weak one is the teacher's.
+    student_view: Literal["weak", "strong"]
     uda_weight: float
     uda_temperature: float
     uda_threshold: float
