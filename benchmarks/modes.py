@@ -126,12 +126,16 @@ MODES = [
     ),
     Mode("unrolled", "double backward, soft labels", "yes", "unrolled", "soft"),
 ]
-# The mode that has no place at the state where the others are measured, far from an optimum.
+# The modes that have no place where the others are measured: that is far from an optimum, and its
+# outer loss does not read the teacher.
 NOT_MEASURED = (
-    "`implicit`",
-    "through an optimum of the student's loss, soft labels",
-    "at that optimum",
-    "15 + 6 n",
+    (
+        "`implicit`",
+        "through an optimum of the student's loss, soft labels",
+        "at that optimum",
+        "15 + 6 n",
+    ),
+    ("`direct`", "the direct term alone, of an outer loss that reads the teacher", NONE, "5.0"),
 )
 
 
@@ -392,7 +396,7 @@ def table(run: Row) -> str:
             )
             cells[-2:] = ["0" if of_small["noise"] == 0 else f"{of_small['noise']:.2g}", bias]
         lines.append(cells)
-    lines.append([*NOT_MEASURED, *[NONE] * 4])
+    lines += [[*cells, *[NONE] * 4] for cells in NOT_MEASURED]
     head = [
         "mode",
         "what",

@@ -44,7 +44,14 @@ from metapl.execution.local import (
     plain_leaves,
 )
 from metapl.execution.numerics import HALF, Tree
-from metapl.execution.shards import as_sharded, is_sharded, local, whole, whole_together
+from metapl.execution.shards import (
+    as_sharded,
+    by_backward,
+    is_sharded,
+    local,
+    whole,
+    whole_together,
+)
 from metapl.execution.state import (
     RandomState,
     Slot,
@@ -375,32 +382,6 @@ class ShardedPass(Pass):
 
 
 ShardedStudent.pass_type = ShardedPass
-
-
-def by_backward(
-    value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False
-) -> dict[str, Any]:
-    """Return the gradient of a scalar by ``.backward()``, whose hooks average over the ranks.
-
-    ``.grad`` stays as it is.
-    """
-    grads_before = {name: p.grad for name, p in parameters.items()}
-    try:
-        for p in parameters.values():
-            p.grad = None
-        value.backward(retain_graph=retain)
-        gradient: dict[str, Any] = {
-            name: p.grad for name, p in parameters.items() if p.grad is not None
-        }
-    finally:
-        for name, p in parameters.items():
-            p.grad = grads_before[name]
-    for name, g in gradient.items():
-        like: Any = parameters[name]
-        if is_sharded(g) and g.placements != like.placements:
-            # parallelize_module leaves sums over processes that are still to be taken.
-            gradient[name] = g.redistribute(like.device_mesh, like.placements)
-    return gradient
 
 
 # ----------------------------------------------------------- operations that are run again backward

@@ -252,3 +252,29 @@ class ShardedSpace(Space):
         for group in self.groups:
             dist.all_reduce(total, group=group)
         return total.unbind()
+
+
+def by_backward(
+    value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False
+) -> dict[str, Any]:
+    """Return the gradient of a scalar by ``.backward()``, whose hooks average over the ranks.
+
+    ``.grad`` stays as it is.
+    """
+    grads_before = {name: p.grad for name, p in parameters.items()}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        value.backward(retain_graph=retain)
+        gradient: dict[str, Any] = {
+            name: p.grad for name, p in parameters.items() if p.grad is not None
+        }
+    finally:
+        for name, p in parameters.items():
+            p.grad = grads_before[name]
+    for name, g in gradient.items():
+        like: Any = parameters[name]
+        if is_sharded(g) and g.placements != like.placements:
+            # parallelize_module leaves sums over processes that are still to be taken.
+            gradient[name] = g.redistribute(like.device_mesh, like.placements)
+    return gradient

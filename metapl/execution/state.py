@@ -155,6 +155,21 @@ def replayed(state: RandomState) -> Iterator[None]:
         caller_state.restore()
 
 
+@contextmanager
+def drawing_by(generator: torch.Generator, device: torch.device) -> Iterator[None]:
+    """Let torch's default generators draw in this block what a generator of one's own says.
+
+    The generator advances where the block has drawn, and the default ones stay as they were.
+    """
+    digest = hashlib.blake2b(generator.get_state().numpy().data, digest_size=8).digest()
+    start = _seeded(digest, device, has_accelerator=device.type != "cpu")
+    with replayed(start):
+        yield
+        has_drawn = not RandomState.now(device).equals(start)
+    if has_drawn:
+        torch.rand((), generator=generator, device=generator.device)
+
+
 # ------------------------------------------------------------------------------ tables and tensors
 
 

@@ -19,6 +19,8 @@ from metapl.execution import checks
 from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layout
 from metapl.feedback.base import Estimator, Feedback
 from metapl.feedback.difference import Difference
+from metapl.feedback.direct import Direct
+from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
 from metapl.feedback.lookahead import Lookahead
@@ -34,6 +36,7 @@ from metapl.words import did_you_mean
 __all__ = [
     "MODES",
     "Difference",
+    "Direct",
     "Estimator",
     "Feedback",
     "Forward",
@@ -58,6 +61,7 @@ ModeName = Literal[
     "reinforce_per_example",
     "loss_difference",
     "implicit",
+    "direct",
     "none",
 ]
 Mode = ModeName | Estimator
@@ -71,6 +75,7 @@ _REGISTRY: dict[ModeName, Estimator] = {
     "reinforce_per_example": ReinforcePerExample(),
     "loss_difference": LossDifference(),
     "implicit": Implicit(),
+    "direct": Direct(),
     "none": NoFeedback(),
 }
 """The modes by name, with their defaults.
@@ -172,6 +177,19 @@ def check_teacher(teacher: nn.Module | None, problem: BilevelProblem, **is_given
                 f"{name} was given with teacher=None, and there is no teacher to use it; leave it "
                 "out."
             )
+
+
+def refuse_direct_term_alone(
+    mode: Estimator, problem: BilevelProblem, teacher: nn.Module | None
+) -> None:
+    """Refuse a mode of the direct term alone where the outer loss does not read the teacher."""
+    gives_it_alone = mode.has_direct_term and mode.credits == "nothing"
+    if gives_it_alone and not outer_loss_reads_more(problem, teacher):
+        raise MetaplError(
+            f"mode {mode.name!r} gives the direct term alone, and the outer loss of "
+            f"{kind_of(problem)} does not read the teacher; expected a problem that holds the "
+            "teacher, or a module of it, or mode='none'."
+        )
 
 
 def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: Layout) -> None:

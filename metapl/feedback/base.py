@@ -32,7 +32,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -44,6 +43,7 @@ from metapl.execution import checks
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import Tree
+from metapl.execution.state import drawing_by
 from metapl.feedback.inner_step import Credited, Credits, InnerStep, Move, credited
 from metapl.feedback.keeping import ALL, Keeping
 from metapl.feedback.order import NotFiniteFeedback, Order
@@ -89,6 +89,7 @@ class Feedback:
             at, as without feedback, it is True, so that no step is refused for it.
         mean_over: the number of examples by which the sum over the signal is divided: B in all
             processes for the mean of Algorithm 1, 1 for a sum.
+        numbers: what reports and results have of the estimator besides h, scalars by name.
     """
 
     h: Tensor
@@ -96,6 +97,7 @@ class Feedback:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     used: bool = True
     mean_over: int = 1
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def by_field(self) -> dict[str, Tensor]:
         """Return h on each field of the signal by the field's name; empty for no feedback."""
@@ -147,8 +149,7 @@ class Feedback:
             change: of a field's name, and of h on that field.
         """
         others = {name: change(name, h) for name, h in self.others.items()}
-        h = change(self.part or "", self.h)
-        return Feedback(h, self.part, others, used=self.used, mean_over=self.mean_over)
+        return replace(self, h=change(self.part or "", self.h), others=others)
 
     def divided_by(self, divisor: Tensor | float) -> Feedback:
         """Return the same over a number, such as that of :func:`divisor`."""
@@ -205,6 +206,8 @@ class Estimator(ABC):
     ``"signal"``: for each entry of the signal. ``"example"``: for each example. ``"batch"``: one
     number for the whole batch. ``"nothing"``: there is no feedback.
     """
+    gives_gradient: ClassVar[bool] = True
+    """Whether the teacher gets any gradient of the outer loss: feedback, or the direct term."""
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     keep_on: Literal["cpu"] | None = None
@@ -276,6 +279,16 @@ class Estimator(ABC):
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         """Return one :class:`Feedback` per step of the path, and the next state."""
 
+    def doubt(self, numbers: Mapping[str, Tensor]) -> str:
+        """Return why a gradient that is what the mode says may still be far from what it is for.
+
+        Verification warns of it. "" for nothing.
+
+        Args:
+            numbers: of the mode's :class:`Feedback`.
+        """
+        return ""
+
     def orders(
         self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
@@ -290,8 +303,14 @@ class Estimator(ABC):
         """
         return ()
 
-    def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+    def checked_feedback(
+        self, path: Path, state: State, generator: torch.Generator | None = None
+    ) -> tuple[list[Feedback], State]:
         """Return :meth:`feedback`, or refuse one that the teacher cannot learn from, on all ranks.
+
+        Args:
+            generator: that of labels, by which torch's default generators then draw for the
+                estimator; None: they draw as anywhere else.
 
         Raises: :class:`metapl.MetaplError` for losses or feedback that are NaN or infinite, and
             where the inner loss depends on the signal in no step. An error on the way to the
@@ -299,7 +318,8 @@ class Estimator(ABC):
         """
         try:
             # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
-            feedback, state = self.feedback(path, state)
+            with NOTHING if generator is None else drawing_by(generator, path.student.device):
+                feedback, state = self.feedback(path, state)
         except MetaplError as error:
             # What is computed from a NaN is NaN, and the checks on the way would name causes of
             # their own.
@@ -310,8 +330,7 @@ class Estimator(ABC):
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)
         ranks = path.student.ranks
-        agreement: AbstractContextManager[object] = NOTHING if ranks.alone else ranks.agreed()
-        with agreement:
+        with NOTHING if ranks.alone else ranks.agreed():
             if not any(of_step.used for of_step in feedback):
                 raise MetaplError(
                     f"the inner loss of {kind_of(path.problem)} does not depend on its signal; "

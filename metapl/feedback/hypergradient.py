@@ -26,9 +26,16 @@ from metapl.execution.numerics import (
     float32_products,
     no_fast_path,
 )
-from metapl.execution.sharded import ShardedStudent
 from metapl.execution.state import one_at_a_time, restored
-from metapl.feedback import Mode, check_mode, check_teacher, estimator, in_place_of, prepare
+from metapl.feedback import (
+    Mode,
+    check_mode,
+    check_teacher,
+    estimator,
+    in_place_of,
+    prepare,
+    refuse_direct_term_alone,
+)
 from metapl.feedback.door import (
     outer_loss_reads_more,
     refuse_direct_term_in_parts,
@@ -88,6 +95,8 @@ class Hypergradient:
         float32_products: in what precision matrix products and convolutions of float32 were taken
             on the device: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has
             no such switches.
+        numbers: what the mode says besides its feedback, scalars by name; of ``implicit`` the
+            residual of its solver and the norm of the inner gradient.
     """
 
     grads: dict[str, Tensor]
@@ -103,25 +112,30 @@ class Hypergradient:
     direct: dict[str, Tensor] = field(default_factory=dict)
     replay_error: float = 0.0
     float32_products: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, Tensor] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
 
 
-def stacked_settings(gradients: Sequence[Any], names: Sequence[str]) -> dict[str, Tensor]:
+def stacked_settings(
+    gradients: Sequence[Any], names: Sequence[str], *, steps: int
+) -> dict[str, Tensor]:
     """Return gradients in settings by name, (K, groups), of betas (K, groups, 2).
 
-    They are 0 where a group has no such setting.
+    They are 0 where a group has no such setting, and in steps that are not differentiated.
 
     Args:
-        gradients: by step and param group, a dict by name.
+        gradients: by step and param group, a dict by name, of the last steps.
         names: of the settings.
+        steps: K.
     """
     stacked: dict[str, Tensor] = {}
     for name in names:
         by_step = [torch.stack(gradients_of_groups(groups, name)) for groups in gradients]
-        stacked[name] = torch.stack(by_step)
+        zeros = [torch.zeros_like(by_step[0])] * (steps - len(by_step))
+        stacked[name] = torch.stack([*zeros, *by_step])
     return stacked
 
 
@@ -207,6 +221,8 @@ class Differentiation:
         update = update_of(self.inner_optimizer, self.of_student.parameters(), request.inner_state)
         if has_feedback:
             refuse_learned_settings(update)
+        else:
+            refuse_direct_term_alone(self.estimate, self.problem, request.teacher)
         if request.clip_norm is not None:
             update = Clipped(update, request.clip_norm, self.of_student.space)
         self.update = update
@@ -257,8 +273,6 @@ class Differentiation:
         walks_back = self.estimate.looks_ahead and self.estimate.credits == "signal"
         if not walks_back:
             return f"mode {self.estimate.name!r}; expected 'forward' or 'unrolled'"
-        if self.truncate is not None and self.settings:
-            return "truncate; expected all steps, or wrt='start'"
         if self.of_student.is_sharded and self.settings:
             return "a sharded student; expected one process, or DistributedDataParallel"
         if "momentum" not in self.wrt:
@@ -296,7 +310,12 @@ class Differentiation:
                 parts=self.request.accumulate,
                 is_alone=self.of_student.ranks.alone,
             )
-        student_type = ShardedStudent if self.of_student.is_sharded else LocalStudent
+        student_type = LocalStudent
+        if self.of_student.is_sharded:
+            # It is loaded where it is used.
+            from metapl.execution.sharded import ShardedStudent
+
+            student_type = ShardedStudent
         self.student = student_type(self.of_student, double_backward=self.estimate.keep_graph)
         if self.settings and self.estimate.keep_graph:
             self._make_settings_leaves()
@@ -393,7 +412,7 @@ class Differentiation:
             # h = −dL(θ′)/d(signal)
             with step_bar(is_shown, steps, "steps back") as show_step_back:
                 path.progress = show_step_back
-                feedback, _ = estimate.checked_feedback(path, estimate.init())
+                feedback, _ = estimate.checked_feedback(path, estimate.init(), request.generator)
             lacks_start = "start" in self.wrt and not path.start
             lacks_settings = bool(self.settings) and not path.setting_gradients
             if lacks_start or lacks_settings:
@@ -411,12 +430,11 @@ class Differentiation:
                 grads = {name: g + direct[name] for name, g in grads.items()}
             # The path has gone backwards, and has the last step's first.
             setting_gradients = path.setting_gradients[::-1]
-            settings = stacked_settings(setting_gradients, self.settings)
+            settings = stacked_settings(setting_gradients, self.settings, steps=steps)
             h = tuple(
                 feedback_of_step.of_batch(step)
                 for step, feedback_of_step in zip(path.steps, feedback, strict=True)
             )
-            start = path.start if "start" in self.wrt else {}
             # The path of the real step: the same, unless the problem makes another signal of the
             # feedback.
             real_path = path.revised(h[-1])
@@ -430,10 +448,11 @@ class Differentiation:
                 student_params=self.of_student.as_parameters(real_path.params),
                 inner_state=None if is_torch_optimizer else real_path.state,
                 kept=real_path.keeping.words(steps) if is_lookahead else "",
-                start=self.of_student.as_parameters(start),
+                start=self.of_student.as_parameters(path.start if "start" in self.wrt else {}),
                 settings=settings,
                 order=order or "",
                 direct=direct,
                 replay_error=replays.error,
                 float32_products=float32_products(self.device),
+                numbers=dict(feedback[-1].numbers),
             )

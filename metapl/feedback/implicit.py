@@ -11,11 +11,12 @@ with v = ∇L(θ*), H = ∂²ℓ/∂θ² and g = ∇_θ ℓ: the same form as fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -33,6 +34,14 @@ Product = Callable[[Tree], Tree]
 """Products with H, from which alone (H + damping) x = v is solved."""
 dot = WHOLE.dot
 norm = WHOLE.norm
+
+# The relative residual of a system that counts as solved.
+SOLVED = 0.01
+
+# ‖∇ℓ‖ over ‖v‖ of a student that counts as being at its optimum.
+AT_OPTIMUM = 0.1
+
+TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ class Implicit(Estimator):
             step_size·(H + damping))ⁱ v; ``"identity"``, w = −step_size·v.
         iterations: of the solver, a product with H each; conjugate gradients end where the residual
             is within rounding. Too few leave errors in the directions of the least eigenvalues,
-            which count the most. Compare with a run of twice as many.
+            which count the most: a residual above 1 % of v is warned of.
         step_size: of the series and of the identity; None: the student's learning rate, and 1 for
             the identity.
         damping: a number added to the eigenvalues of H, in their unit (the inner loss over weights
@@ -90,13 +99,35 @@ class Implicit(Estimator):
         v = path.outer_gradient_before()
         rate = step.update.learning_rate
         if self.solver == "identity":
-            x = self.solved(None, v, rate)
+            solution = self.solution(None, v, rate)
         else:
             with step.hessian() as product:
-                x = self.solved(product, v, rate)
-        return [exact_feedback(step, scaled(x, -1.0))], state
+                solution = self.solution(product, v, rate)
+        numbers = {"gradient_norm": norm(step.gradient), "outer_gradient_norm": norm(v)}
+        if solution.residual is not None:
+            numbers["solver_residual"] = solution.residual
+        feedback = exact_feedback(step, scaled(solution.x, -1.0))
+        return [replace(feedback, numbers=numbers)], state
 
-    def solved(self, product: Product | None, v: Tree, rate: float | None) -> Tree:
+    def doubt(self, numbers: Mapping[str, Tensor]) -> str:
+        residual = float(numbers.get("solver_residual", 0.0))
+        if residual > SOLVED:
+            return (
+                f"after {self.iterations} iterations the solver has left a residual of "
+                f"{residual:.1%} of v; expected more iterations, or a damping, until it is below "
+                f"{SOLVED:.0%}."
+            )
+        gradient_norm = float(numbers["gradient_norm"])
+        outer_gradient_norm = float(numbers["outer_gradient_norm"])
+        if gradient_norm > AT_OPTIMUM * outer_gradient_norm:
+            return (
+                f"the inner gradient has a norm of {gradient_norm:.2g}, and v of "
+                f"{outer_gradient_norm:.2g}: the student is not at the optimum that the mode is "
+                "for; expected more inner steps first, or mode='forward'."
+            )
+        return ""
+
+    def solution(self, product: Product | None, v: Tree, rate: float | None) -> Solution:
         """Return about (H + damping)⁻¹ v.
 
         Args:
@@ -104,7 +135,7 @@ class Implicit(Estimator):
             rate: the learning rate of the inner optimizer, for the series.
         """
         if self.solver == "identity":
-            return scaled(v, float(self.step_size or 1.0))
+            return Solution(scaled(v, float(self.step_size or 1.0)))
         assert product is not None, "the other solvers read products with H"
         damping = float(self.damping)
         if self.solver == "cg":
@@ -121,7 +152,14 @@ class Implicit(Estimator):
         )
 
 
-def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Tree:
+class Solution(NamedTuple):
+    """What a solver leaves: x, and ‖v − (H + damping) x‖ / ‖v‖ where it knows that."""
+
+    x: Tree
+    residual: Tensor | None = None
+
+
+def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: float) -> Solution:
     """Return (H + damping)⁻¹ v by conjugate gradients.
 
     Exact to rounding after as many iterations as a positive H has distinct eigenvalues.
@@ -156,7 +194,7 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
         previous = squared
         squared = float(dot(residual, residual))
         direction = _plus(residual, direction, squared / previous)
-    return x
+    return Solution(x, norm(residual) / norm(v).clamp_min(TINY))
 
 
 def neumann(
@@ -167,8 +205,10 @@ def neumann(
     damping: float,
     *,
     is_default: bool = False,
-) -> Tree:
+) -> Solution:
     """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, 1, ...
+
+    Its residual is said as that of the series with one term fewer, whose norm is at hand.
 
     Args:
         iterations: the greatest i.
@@ -188,7 +228,7 @@ def neumann(
         "step_size=... below 2 over the greatest eigenvalue of H + damping (damping is "
         f"{damping:g}), or, where the inner loss curves downwards, a larger damping.",
     )
-    return x
+    return Solution(x, norm(term) / (step_size * norm(v)).clamp_min(TINY))
 
 
 def _plus(a: Tree, b: Tree, factor: float) -> Tree:

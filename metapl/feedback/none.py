@@ -27,6 +27,7 @@ class NoFeedback(Estimator):
     name: ClassVar[str] = "none"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     credits: ClassVar[Credits] = "nothing"
+    gives_gradient: ClassVar[bool] = False
     looks_ahead: ClassVar[bool] = True
     is_pure: ClassVar[bool] = True
 

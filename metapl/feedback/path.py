@@ -197,6 +197,8 @@ class Path:
                 sums.append(total)
                 counts.append(weight)
         loss: Tensor = torch.stack(sums).sum() / sum(counts)
+        if not self.knows_outer_loss:
+            vars(self)["outer_loss"] = loss.detach()
         return loss
 
     def _outer_loss_at(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:

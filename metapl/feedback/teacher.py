@@ -17,8 +17,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.local import NOTHING
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks, rows_shared
-from metapl.execution.sharded import by_backward
-from metapl.execution.shards import local
+from metapl.execution.shards import by_backward, local
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import Estimator, modes_for
 from metapl.feedback.base import Feedback
@@ -281,7 +280,7 @@ class Teaching:
                     parts=parts,
                 )
         shares = shares_of_losses(losses, outer_parts, inner_parts, self.ranks, self.device)
-        has_feedback = self.mode.credits != "nothing"
+        has_feedback = self.mode.gives_gradient
         compares = size.compares and has_feedback
         # A hook that changes gradients would be called twice where the size is measured.
         measures = measure and has_feedback and bool(losses) and not hooked(self.network)

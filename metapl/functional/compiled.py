@@ -897,7 +897,7 @@ def step_report_of(
     scalars = {"inner_loss": report.inner_loss}
     for name, loss in report.teacher_losses.items():
         scalars[f"teacher_{name}"] = loss
-    if mode.credits != "nothing":
+    if mode.gives_gradient:
         scalars["outer_loss"] = report.outer_loss
     if trainer.teacher is not None:
         scalars["teacher_loss"] = report.teacher_loss

@@ -100,14 +100,19 @@ def run_student(call: StepCall, theta_T: Tree) -> tuple[tuple[Tensor, Tensor], O
         signal = Signal(**fields)
         from_feedback = from_feedback + of_step.loss_term(signal)
         shown.append(of_step.on_value(signal.value))
+    outer_loss = path.known_outer_loss
     if rules.has_direct_term:
         # L(θ′; θ_T) at fixed θ′.
         theta = {name: t.detach() for name, t in end.carry.theta.items()}
         student_state = {name: t.detach() for name, t in end.carry.student_state.items()}
         signal = Signal(**end.signals[-1])
-        from_feedback = from_feedback + call.outer_loss(theta, student_state, signal, theta_T)
+        direct_loss = call.outer_loss(theta, student_state, signal, theta_T)
+        from_feedback = from_feedback + direct_loss
+        if rules.mode.credits == "nothing":
+            # No other pass has taken it.
+            outer_loss = direct_loss.detach()
     own = torch.stack([0 * from_feedback, *end.own_losses.values()]).sum()
-    outcome = Outcome(end, path.known_outer_loss, shown, mode_state, path.gap)
+    outcome = Outcome(end, outer_loss, shown, mode_state, path.gap)
     if rules.revises_signal:
         outcome = with_fields(outcome, end=revised(path, shown[0]))
     return (from_feedback, own), outcome
@@ -175,7 +180,7 @@ def make_step(
         signal_enters_outer_input=reads_signal_in_outer_input(problem),
         outer_loss_reads_teacher=reads_teacher,
         has_direct_term=reads_teacher and mode.has_direct_term,
-        has_feedback=mode.credits != "nothing",
+        has_feedback=mode.gives_gradient,
         revises_signal=overrides(problem, "revised_signal"),
         replays_tangent=replays_tangent,
     )

@@ -537,7 +537,7 @@ class CompiledPath:
             inner_state=None,
             kept=plan.keeping.words(plan.steps),
             start=back.bars.params if "start" in request.wrt else {},
-            settings=stacked_settings(back.in_settings[::-1], request.settings),
+            settings=stacked_settings(back.in_settings[::-1], request.settings, steps=plan.steps),
             replay_error=self.replays.error,
             float32_products=float32_products(plan.device),
         )

@@ -188,7 +188,7 @@ class Outcomes:
         trainer = self.trainer
         if not is_two_level(trainer) or trainer.teacher is None:
             return []
-        if trainer.mode.credits == "nothing" or not trainer.has_losses:
+        if not trainer.mode.gives_gradient or not trainer.has_losses:
             return []
         bound = f"give feedback_bound={DEFAULT_BOUND:g}"
         if trainer.feedback_bound is not None:
@@ -224,7 +224,7 @@ class Outcomes:
     def _look_for_no_effect(self, step: int, ratio: float, *, weight: float) -> None:
         """Look whether the feedback is so small that the teacher learns as without it."""
         mode = self.trainer.mode if is_two_level(self.trainer) else None
-        if mode is None or mode.credits == "nothing" or weight == 0:
+        if mode is None or not mode.gives_gradient or weight == 0:
             return
         self.compared_rows += 1
         self.mean_ratio += (ratio - self.mean_ratio) / self.compared_rows
@@ -332,7 +332,7 @@ def is_taught(trainer: TwoLevelTrainer) -> bool:
 
     That are losses of its own, or a feedback that counts.
     """
-    has_feedback = trainer.mode.credits != "nothing" and trainer.feedback_weight != 0
+    has_feedback = trainer.mode.gives_gradient and trainer.feedback_weight != 0
     return bool(has_feedback or trainer.has_losses)
 
 

@@ -18,7 +18,6 @@ from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_
 from metapl.execution.layout import layouts
 from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import MissingDerivative, no_fast_path
-from metapl.execution.sharded import ShardedStudent
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import (
@@ -29,6 +28,7 @@ from metapl.feedback import (
     estimator,
     in_place_of,
     prepare,
+    refuse_direct_term_alone,
 )
 from metapl.feedback.door import (
     FirstLook,
@@ -271,7 +271,12 @@ class BilevelTrainer(Trainer):
         self.ranks = self.layout.ranks
         self.student = self.layout.network
         refuse_hooks(self.student)
-        self._student_type = ShardedStudent if self.layout.is_sharded else LocalStudent
+        self._student_type = LocalStudent
+        if self.layout.is_sharded:
+            # It is loaded where it is used.
+            from metapl.execution.sharded import ShardedStudent
+
+            self._student_type = ShardedStudent
 
         # How a step is taken.
         self.teacher_losses: Sequence[TeacherLoss] | None = None
@@ -287,6 +292,7 @@ class BilevelTrainer(Trainer):
         self._refuse_mode_that_does_not_fit()
         self._set_feedback_size(feedback_weight, ratio=feedback_ratio, bound=feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
+        refuse_direct_term_alone(self.mode, self.problem, self.teacher)
         if self.direct_term:
             refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
 
@@ -544,7 +550,7 @@ class BilevelTrainer(Trainer):
                 )
                 path.is_tried = is_tried
                 # Line 4: h.
-                feedback, mode_state = mode.checked_feedback(path, self.mode_state)
+                feedback, mode_state = mode.checked_feedback(path, self.mode_state, self.generator)
                 # Lines 5 to 7: the gradient of −Σ h·signal and of the teacher's own losses.
                 teacher_scalars = teaching.backward(
                     feedback,
@@ -560,7 +566,8 @@ class BilevelTrainer(Trainer):
                     feedback_of_step.of_batch(step)
                     for step, feedback_of_step in zip(path.steps, feedback, strict=True)
                 ]
-                scalars: dict[str, Tensor] = {}
+                # What the estimator says besides h.
+                scalars: dict[str, Tensor] = {**feedback[-1].numbers}
                 # The modes that take v have L(θ′); for others it would be one more pass.
                 if path.knows_outer_loss:
                     scalars["outer_loss"] = path.outer_loss

@@ -130,7 +130,10 @@ def options_by_step(
         if not bool(values.isfinite().all()):
             raise MetaplError(f"settings has {name!r} with NaN or infinity; expected numbers.")
         if name == "lr" and bool((values < 0).any()):
-            raise MetaplError("settings has 'lr' with a negative rate; expected 0 or more.")
+            raise MetaplError(
+                "settings has 'lr' with a negative rate; expected 0 or more, such as "
+                "torch.nn.functional.softplus of the numbers that are learned."
+            )
     return options_by_settings(options_of(optimizer), settings, steps=steps)
 
 

@@ -19,7 +19,7 @@ import metapl
 
 CLASSES = 3
 
-ANYWHERE = tuple(mode for mode in metapl.MODES if mode != "implicit")
+ANYWHERE = tuple(mode for mode in metapl.MODES if mode not in ("implicit", "direct"))
 """The modes for any student.
 
 ``implicit`` is for one that is near an optimum, and has tests of its own.

@@ -428,3 +428,63 @@ def test_an_architecture_search_comes_out() -> None:
         inner_rows, outer_rows = torch.randperm(400, generator=draw).split(200)
         trainer.step(outer=(x[outer_rows], y[outer_rows]), inner=(x[inner_rows], y[inner_rows]))
     assert float(teacher.alpha.detach().softmax(0)[1]) > 0.6
+
+
+def test_the_direct_term_alone_is_the_first_order_of_darts() -> None:
+    """That is the outer gradient at fixed θ′: by double backward through none of the steps."""
+    teacher, student, outer, inner = networks()
+    problem = ReadsModule(teacher)
+    options: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": problem,
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
+    }
+    result = metapl.hypergradient(teacher, student, **options, mode="direct")
+    theta = result.student_params
+    loss = problem.outer_loss(functional_call(student, theta, (outer[0],)), outer)
+    grads = torch.autograd.grad(
+        loss, [*teacher.parameters()], allow_unused=True, materialize_grads=True
+    )
+    expected = dict(zip(dict(teacher.named_parameters()), grads, strict=True))
+    assert close(result.grads, expected, 1e-14)
+    assert torch.equal(result.outer_loss, loss.detach())
+    assert not result.feedback.any()
+    whole = metapl.hypergradient(teacher, student, **options, mode="forward")
+    assert close(result.grads, whole.direct, 1e-14)
+    assert not close(result.grads, whole.grads, 1e-3)
+
+
+def test_a_trainer_of_the_direct_term_alone_steps_as_the_pure_step_does() -> None:
+    teacher, student, outer, inner = networks()
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "direct", problem=ReadsModule(teacher), teacher_losses=()
+    )
+    step, state = trainer.functional()
+    report = trainer.step(outer, inner[0])
+    state, pure_report = step(state, outer, inner[0])
+    assert report.direct_term == "included"
+    assert abs(report.outer_loss - float(pure_report.outer_loss)) < 1e-14
+    for name, p in teacher.named_parameters():
+        if name.startswith("scale"):
+            assert torch.allclose(p, state.teacher.params[name], rtol=0, atol=1e-14)
+    for name, p in student.named_parameters():
+        assert torch.allclose(p, state.student.params[name], rtol=0, atol=1e-14)
+
+
+def test_the_direct_term_alone_of_an_outer_loss_without_one_is_refused() -> None:
+    teacher, student, outer, inner = networks()
+    with pytest.raises(
+        MetaplError, match="the direct term alone, and the outer loss of PseudoLabels"
+    ):
+        metapl.BilevelTrainer(nn.Linear(4, 3), nn.Linear(4, 3), "direct")
+    with pytest.raises(MetaplError, match="or mode='none'"):
+        metapl.hypergradient(
+            teacher,
+            student,
+            outer=outer,
+            inner=inner[0],
+            problem=metapl.problems.ExampleWeights(),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=LR),
+            mode="direct",
+        )

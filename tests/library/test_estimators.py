@@ -59,7 +59,7 @@ def test_modes_run_on_the_layouts_that_offer_what_they_require() -> None:
     of_products = {"unrolled", "implicit", "forward", "reinforce_per_example"}
     assert refused(kind="sharded", product_ranks=2) == of_products
     assert "forward" not in refused(steps=2)
-    of_one_step = {*metapl.MODES} - {"forward", "none"}
+    of_one_step = {*metapl.MODES} - {"forward", "direct", "none"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "DTENSOR_TWICE", "2.0")
         assert (

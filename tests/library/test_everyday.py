@@ -60,7 +60,7 @@ OUTER = {
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("outer", OUTER)
 @pytest.mark.parametrize(
-    "mode", [mode for mode in metapl.MODES if mode not in ("none", "implicit")]
+    "mode", [mode for mode in metapl.MODES if mode not in ("none", "direct", "implicit")]
 )
 def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify: bool) -> None:
     """And neither the student's passes nor another mode.

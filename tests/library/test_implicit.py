@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import metapl
 from metapl import MetaplError
 from metapl.feedback import Implicit
+from metapl.training.verification import VerificationWarning
 
 N = 12
 D = 4
@@ -215,3 +216,69 @@ def test_a_series_that_diverges_says_where_its_step_size_is_from(step_size: floa
         step_size is None
     )
     assert "expected step_size=... below 2 over" in str(caught.value)
+
+
+def unsolved_ridge(scales: Tensor, *, at_optimum: bool, **options: Any) -> Any:
+    """Return the implicit gradient of a ridge regression in the weights of its examples."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 20, generator=draw).double() * scales
+    y = x @ torch.randn(20, 1, generator=draw).double()
+    y = y + 0.1 * torch.randn(60, 1, generator=draw).double()
+    student = nn.Linear(20, 1, bias=False).double()
+    if at_optimum:
+        eye = 1e-5 * torch.eye(20).double()
+        student.weight.data = torch.linalg.solve(x.T @ x / 120 + eye, x.T @ y / 120).T
+    else:
+        nn.init.ones_(student.weight)
+    return metapl.hypergradient(
+        metapl.problems.Table(torch.zeros(60).double()),
+        student,
+        outer=(x, y),
+        inner=(x, y, torch.arange(60)),
+        problem=WeightedRidge(),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        **options,
+    )
+
+
+class WeightedRidge(metapl.BilevelProblem):
+    """A weight for each example, and a penalty."""
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch[2]).sigmoid())
+
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
+        penalty = 1e-5 * params["weight"].square().sum()
+        return signal.value * (outputs - batch[1]).square().sum(1) + penalty
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs - batch[1]).square().mean()
+
+
+def test_a_system_that_is_not_solved_is_said() -> None:
+    """Columns in different units, as in a table: ten iterations leave a fifth of v and more."""
+    scales = torch.logspace(0, -2, 20).double()
+    with pytest.warns(
+        VerificationWarning, match="after 10 iterations the solver has left a residual"
+    ):
+        few = unsolved_ridge(scales, at_optimum=True, mode=Implicit(iterations=10), verify=True)
+    many = unsolved_ridge(scales, at_optimum=True, mode=Implicit(iterations=200), verify=True)
+    assert error(few.feedback, many.feedback) > 0.1
+    assert few.numbers["solver_residual"] > 0.1
+    assert many.numbers["solver_residual"] < 1e-9
+    assert many.numbers["gradient_norm"] < 1e-9
+
+
+def test_a_student_away_from_its_optimum_is_said() -> None:
+    scales = torch.ones(20).double()
+    options: dict[str, Any] = {"mode": Implicit(iterations=100), "verify": True}
+    with pytest.warns(VerificationWarning, match="not at the optimum"):
+        away = unsolved_ridge(scales, at_optimum=False, **options)
+    assert away.numbers["gradient_norm"] > 0.1 * away.numbers["outer_gradient_norm"]
+    report = metapl.BilevelTrainer(
+        **toy("mlp").networks(), mode=Implicit(damping=1.0), verify=False
+    ).step(toy("mlp").labeled, toy("mlp").unlabeled)
+    assert report.gradient_norm > 0
+    assert report.solver_residual >= 0

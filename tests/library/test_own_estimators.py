@@ -298,3 +298,68 @@ def test_what_a_road_does_not_have_is_refused_by_its_name() -> None:
     with pytest.raises(MetaplError, match="leave compile out"):
         trainer.step(labeled, u)
     assert all(map(torch.equal, weights_before, trainer.student.parameters()))
+
+
+@dataclass(frozen=True)
+class HalfOfW(Estimator):
+    """The whole gradient in the mean: half of the entries of w, drawn anew, count twice."""
+
+    name: ClassVar[str] = "half_of_w"
+    labels: ClassVar[tuple[Kind, ...]] = ("soft",)
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        step, w = path.pullback()
+        sketch = {name: 2 * t * (torch.rand_like(t) < 0.5) for name, t in w.items()}
+        return [exact_feedback(step, sketch)], state
+
+
+def test_a_study_sees_the_draws_of_an_estimator() -> None:
+    """Its noise is its spread over draws, and its error falls with them."""
+    torch.manual_seed(0)
+    teacher, student = (
+        nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Dropout(0.2), nn.Linear(12, 3))
+        for _ in range(2)
+    )
+    outer = (torch.randn(64, 6), torch.arange(64) % 3)
+    inner = torch.randn(64, 6)
+    trainer = metapl.BilevelTrainer(teacher, student, HalfOfW(), verify=False)
+    random = torch.get_rng_state()
+    modes: list[Any] = ["forward", HalfOfW()]
+    study = metapl.ablate(trainer, outer, inner, modes, draws=60, rounds=1, altered=False)
+    assert torch.equal(random, torch.get_rng_state())
+    forward, half = study.modes["forward"], study.modes["half_of_w"]
+    assert not isinstance(forward, str)
+    assert not isinstance(half, str)
+    # Dropout is that of the networks, and the same in each draw.
+    assert forward.noise_to_signal == 0
+    assert 0.2 < half.noise_to_signal < 1
+    assert half.relative_error < half.noise_to_signal / 3
+
+
+def test_an_estimator_draws_by_the_generator_that_is_given() -> None:
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3), nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    outer = (torch.randn(8, 4), torch.arange(8) % 3)
+    inner = torch.randn(6, 4)
+
+    def feedback(seed: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        result = metapl.hypergradient(
+            teacher,
+            student,
+            outer=outer,
+            inner=inner,
+            mode=HalfOfW(),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            generator=generator,
+        )
+        # It has drawn, so that the next call draws something else.
+        assert not torch.equal(
+            generator.get_state(), torch.Generator().manual_seed(seed).get_state()
+        )
+        return result.feedback
+
+    first = feedback(1)
+    torch.rand(3)
+    assert torch.equal(feedback(1), first)
+    assert not torch.equal(feedback(2), first)

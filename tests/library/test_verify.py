@@ -261,7 +261,7 @@ CLEAN: dict[str, Callable[[], nn.Module]] = {
     "an orthogonal layer": lambda: model(norms.orthogonal(nn.Linear(4, 6))),
     "a zero in a relu": lambda: model(nn.Linear(4, 6), TwoLayers(lambda s, x: (0 * x).relu() + x)),
 }
-MODES = [mode for mode in metapl.MODES if mode not in ("implicit", "none")]
+MODES = [mode for mode in metapl.MODES if mode not in ("implicit", "direct", "none")]
 MODES_AND_TANGENT = [*MODES, Forward(by="tangent")]
 
 

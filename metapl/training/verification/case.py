@@ -215,12 +215,12 @@ def implicit_w(step: RealStep, mode: Implicit) -> Tree:
             ).sum()
             return dict(zip(theta, torch.autograd.grad(along_w, weights, **options), strict=True))
 
-        solution = mode.solved(
+        solution = mode.solution(
             hessian_product, at_theta.gradients["outer"], step.update.learning_rate
         )
     # The solution is about (∂²ℓ/∂θ²)⁻¹ v. At an optimum θ*, dL/d(signal) is the derivative of
     # −⟨g, (∂²ℓ/∂θ²)⁻¹ v⟩ in the signal, so that w is minus the solution.
-    return {name: -t for name, t in solution.items()}
+    return {name: -t for name, t in solution.x.items()}
 
 
 def flat(tree: Any) -> Tensor:
