@@ -871,7 +871,9 @@ def pictures_of(data: str, root: str, image_size: int) -> PictureSet:
 @cache
 def folder_of(folder: str, image_size: int) -> FileImages:
     return FileImages(
-        scan_unlabeled(folder).paths(), size=(image_size, image_size), center=224 / 256
+        scan_unlabeled(folder).without_repeats().paths(),
+        size=(image_size, image_size),
+        center=224 / 256,
     )
 
 

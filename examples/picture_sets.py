@@ -7,6 +7,7 @@ of these settings it reads.
 
 import gzip
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -314,8 +315,14 @@ class StoredBatches(UnlabeledBatches):
 
 
 def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[FileImages, Tensor]:
-    """Return a folder's pictures that a store has labels of, and their rows in it, (n,) int64."""
-    files = scan_unlabeled(folder)
+    """Return a folder's pictures that a store has labels of, and their rows in it, (n,) int64.
+
+    A picture counts as often as the store or, of a list, the list says; a selection's list and its
+    store say the same.
+    """
+    listed = scan_unlabeled(folder)
+    times = Counter(listed.names)
+    files = listed.without_repeats()
     rows = torch.from_numpy(np.asarray(store.find(store.ids_of_files(files.root, files.names))))
     if not (rows >= 0).any():
         raise MetaplError(
@@ -323,7 +330,11 @@ def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[Fi
             "label`'s."
         )
     pictures = FileImages(files.paths(), size=(image_size, image_size), center=224 / 256)
-    return pictures.select((rows >= 0).nonzero()[:, 0]), rows[rows >= 0]
+    numbers = (rows >= 0).nonzero()[:, 0]
+    copies_listed = torch.tensor([times[name] for name in files.names])[numbers]
+    copies_stored = torch.from_numpy(store.column("copies").astype(np.int64))[rows[numbers]]
+    numbers = numbers.repeat_interleave(torch.maximum(copies_listed, copies_stored))
+    return pictures.select(numbers), rows[numbers]
 
 
 def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -> nn.Module:

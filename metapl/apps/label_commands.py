@@ -83,7 +83,7 @@ class Label:
             images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
             ids = range(len(images))
         else:
-            images = scan_unlabeled(self.pictures)
+            images = scan_unlabeled(self.pictures).without_repeats()
             refuse_other_levels(images, run.cards[name].input.levels)
             ids = images.names
         labeled = ToLabel(
@@ -193,8 +193,8 @@ class Select:
 
     The flags are applied in this order: --drop-overlap, --threshold and --at-most, --per-class,
     --balance, --share. Of each class the most confident pictures are kept; of equals, those whose
-    names come first. The new store has a file list.txt with the paths of its pictures, which
-    --unlabeled of metapl train images takes in the place of a folder.
+    names come first. The new store has a file list.txt with the paths of its pictures, each as
+    often as it counts, which --unlabeled of metapl train images takes in the place of a folder.
 
     Args:
         store: folder of the store to select from.
@@ -206,8 +206,9 @@ class Select:
         per_class: largest number of examples of a class, by the most probable class of each. Noisy
             Student has 130000.
         any_class: keep, for each class, the --per-class examples with the greatest probability of
-            it, even if another class is more probable. With 12800 it is the filter of Meta Pseudo
-            Labels' ResNet-50.
+            it, even if another class is more probable. A picture of two classes is kept once, so
+            that fewer than --per-class times the classes may be left. With 12800 it is the filter
+            of Meta Pseudo Labels' ResNet-50.
         balance: repeat examples of classes that have fewer than --per-class, or than the largest
             class.
         share: share of the selected examples, with copies, to keep, drawn at random. Noisy
@@ -259,10 +260,12 @@ class Select:
         selected = LabelStore(self.out)
         pictures = Path(str(selected.provenance.get("pictures")))
         if pictures.is_dir():
-            paths = "".join(f"{relpath(pictures / str(name), self.out)}\n" for name in selected)
+            listed = []
+            for name, copies in zip(selected, selected.column("copies").tolist(), strict=True):
+                listed += [f"{relpath(pictures / str(name), self.out)}\n"] * copies
             write_whole(
                 self.out / LIST,
-                paths.encode("utf-8", "surrogateescape"),
+                "".join(listed).encode("utf-8", "surrogateescape"),
                 "make room, and select again.",
             )
         if selection.missing:

@@ -127,7 +127,8 @@ def select(
     2. examples are kept whose confidence is above a threshold, and not above an upper bound;
     3. of each class, the most probable one of an example, the most confident are kept; of equals,
        those whose ids come first. With ``any_class``, those with the greatest stored probability of
-       the class, whatever their most probable one is; an example is kept once;
+       the class, whatever their most probable one is; an example of several classes is kept once,
+       so that fewer than ``per_class`` times the classes may be left;
     4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and
        N mod n of them, drawn by the MD5 of their ids, once more; see
        :meth:`~metapl.labels.store.LabelStore.rows_with_copies`;

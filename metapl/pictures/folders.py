@@ -94,6 +94,10 @@ class Files:
         """Return the same folder with some of its files."""
         return dataclasses.replace(self, names=tuple(self.names[i] for i in indices))
 
+    def without_repeats(self) -> Files:
+        """Return the same pictures, each of them once, however often a list names it."""
+        return Files(self.root, tuple(dict.fromkeys(self.names)), self.passed_over)
+
 
 @dataclass(frozen=True)
 class LabeledFiles(Files):
@@ -141,7 +145,8 @@ def scan_unlabeled(folder: str | Path) -> Files:
     Hidden ones and those of systems (``.name``, ``__MACOSX``, ``@eaDir``) are left out; links are
     followed, and a folder is listed once. Where there are tar files and no pictures, the pictures
     in these are listed: ``000000.tar/deep/er/a.png``. In the place of a folder may stand a text
-    file with the path of a picture in each line, from the file's own folder on. Cost: about a
+    file with the path of a picture in each line, from the file's own folder on. A picture counts
+    as often as the file names it, as in a selection whose classes were balanced. Cost: about a
     second for 100,000 files.
 
     >>> import tempfile
@@ -171,11 +176,14 @@ def _files_of_list(file: Path) -> tuple[Path, list[str]]:
     """Return the folder that the files of a list have in common, and the files relative to it."""
     # Editors of some systems begin a file with a mark of its encoding.
     lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
-    paths = {_path_on_disk(os.path.abspath(file.parent / line)) for line in lines if line}
-    if not paths:
+    times: Counter[str] = Counter()
+    for line, count in Counter(filter(None, lines)).items():
+        times[_path_on_disk(os.path.abspath(file.parent / line))] += count
+    if not times:
         return file, []
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return Path(root), [os.path.relpath(path, root) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in times])
+    names = {os.path.relpath(path, root): count for path, count in times.items()}
+    return Path(root), [*Counter(names).elements()]
 
 
 def _path_on_disk(path: str) -> str:

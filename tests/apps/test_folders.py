@@ -111,6 +111,11 @@ def test_any_tree(tmp_path: Path) -> None:
     assert scan_unlabeled(root).names == ("B/4.png", *files.names[1:], "c/2.png")
     (tmp_path / "list.txt").write_text("a/z.PNG\nelsewhere/2.png\n\n")
     assert scan_unlabeled(tmp_path / "list.txt").names == ("a/z.PNG", "elsewhere/2.png")
+    # A line that stands several times is a picture that counts so often, however it is written.
+    (tmp_path / "list.txt").write_text("b.jpg\nb.jpg\na/z.PNG\n./b.jpg\nB/4.png\n")
+    files = scan_unlabeled(tmp_path / "list.txt")
+    assert files.names == ("B/4.png", "a/z.PNG", "b.jpg", "b.jpg", "b.jpg")
+    assert files.without_repeats().names == ("B/4.png", "a/z.PNG", "b.jpg")
 
 
 def test_one_folder_a_class(tmp_path: Path) -> None:

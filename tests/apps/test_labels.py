@@ -10,6 +10,7 @@ import os
 import pickle
 import sys
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -600,3 +601,8 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
         assert [Path(path) for path in found.paths()] == [many / name for name in chosen]
         labels = read_labels(str(tmp_path / out), found, found, print)
         assert labels.argmax(1).tolist() == [*chosen.values()]
+    metapl("labels", "select", tmp_path / "store", "--balance", "--out", tmp_path / "balanced")
+    found = scan_unlabeled(tmp_path / "balanced" / "list.txt")
+    assert Counter(found.names) == {"b.png": 1, "c d.png": 1, "deep/a.png": 2}
+    labels = read_labels(str(tmp_path / "balanced"), found, found, print)
+    assert labels.argmax(1).bincount().tolist() == [2, 2]

@@ -385,7 +385,7 @@ METAPL = {
     ("noisy-student", "images"): f"{PICTURES} --ratio 2 --threshold 0 --rounds 1",
     ("ablate", "digits"): "--steps 2 --rounds 1 --draws 2",
     ("label",): "",
-    ("labels", "select"): "",
+    ("labels", "select"): "--per-class 20",
     ("evaluate",): "",
     ("predict",): "",
 }

@@ -30,7 +30,8 @@ from torchvision.datasets import imagenet
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.feedback import Reinforce
-from metapl.labels.store import LabelWriter
+from metapl.labels.selection import select
+from metapl.labels.store import LabelStore, LabelWriter
 from metapl.metrics import evaluate_logits
 from metapl.metrics.predictions import predict_logits
 from metapl.pictures import EvaluationBatches, scan_unlabeled
@@ -239,6 +240,28 @@ def test_a_protocol_runs_from_end_to_end(
         assert result["delivered"] == "finetuned"
     # After its end it takes no step.
     assert protocols.train(dataclasses.replace(c, resume=True)) == result
+
+
+@pytest.mark.parametrize("name", ["imagenet-jft", "imagenet-b7-reduced"])
+def test_a_selection_counts_its_copies(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list of the pictures 0, 0, 0, 1, 2 counts five, with stored labels and without."""
+    c = tiny(name, tmp_path, monkeypatch, steps=2, wait=0, finetune_steps=0)
+    paths = [*scan_unlabeled(c.unlabeled).paths()][:3]
+    place = Path(c.unlabeled).parent / "list.txt"
+    place.write_text("".join(f"{path}\n" for path in (paths[0], paths[0], *paths)))
+    assert protocols.train(dataclasses.replace(c, unlabeled=str(place)))["unlabeled"] == 5
+
+
+def test_stored_labels_are_read_as_often_as_the_store_says(tmp_path: Path) -> None:
+    folder = str(color_folders(tmp_path / "colors") / "unlabeled")
+    store = LabelStore(stored(folder, tmp_path / "labels"))
+    select(store, tmp_path / "balanced", balance=True)
+    balanced = LabelStore(tmp_path / "balanced")
+    pictures, rows = picture_sets.stored_pictures(folder, balanced, 8)
+    assert sorted(rows.tolist()) == balanced.rows_with_copies().tolist()
+    assert len(pictures) == len(rows) > len(balanced)
 
 
 @pytest.mark.parametrize("method", ["none", "uda", "supervised", "headroom"])
