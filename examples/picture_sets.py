@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from released_sets import Part, read_released
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision import datasets
@@ -60,12 +61,12 @@ class SetSettings(Protocol):
 
     @property
     def data(self) -> str:
-        """Return "cifar10", "svhn", "fashion" or "imagenet"."""
+        """Return "cifar10", "cifar100", "svhn", "fashion" or "imagenet"."""
         ...
 
     @property
     def root(self) -> str:
-        """Return the folder, as torchvision calls it."""
+        """Return the folder of its files."""
         ...
 
     @property
@@ -143,39 +144,30 @@ class PictureSet(NamedTuple):
 
 
 def load_pictures(c: SetSettings) -> PictureSet:
-    """Read a set from the files that torchvision expects below ``c.root``.
+    """Read a set from its files below ``c.root``.
 
-    Nothing is downloaded.
+    ImageNet's are those that torchvision expects, ``released_sets`` has the forms of CIFAR and
+    SVHN. Nothing is downloaded.
     """
     if c.data == "imagenet":
         return load_imagenet(c.root, c.image_size)
-    if c.data == "svhn":
-        return load_svhn(c.root)
     if c.data == "fashion":
         return load_fashion(c.root)
-    return load_cifar10(c.root)
+    return load_released(c.data, c.root)
 
 
-def load_cifar10(root: str) -> PictureSet:
-    parts = [datasets.CIFAR10(root, train=is_train) for is_train in (True, False)]
-    train, test = (
-        MemoryImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()) for part in parts
-    )
-    train_labels, test_labels = (torch.tensor(part.targets) for part in parts)
+def load_released(name: str, root: str) -> PictureSet:
+    """Read CIFAR or SVHN, whose extra pictures come after those that may keep their labels."""
+    parts, classes = read_released(name, root)
+    train, test = parts["train"], parts["test"]
+    extra = parts.get("extra", Part(test.pictures[:0], test.labels[:0]))
     return PictureSet(
-        train, train_labels, test, test_labels, parts[0].classes, labelable=len(train_labels)
-    )
-
-
-def load_svhn(root: str) -> PictureSet:
-    parts = [datasets.SVHN(root, split=split) for split in ("train", "extra", "test")]
-    core, extra, test = (torch.from_numpy(part.data) for part in parts)
-    core_labels, extra_labels, test_labels = (torch.as_tensor(part.labels) for part in parts)
-    train = MemoryImages(torch.cat([core, extra]))
-    train_labels = torch.cat([core_labels, extra_labels])
-    classes = list("0123456789")
-    return PictureSet(
-        train, train_labels, MemoryImages(test), test_labels, classes, labelable=len(core_labels)
+        MemoryImages(torch.cat([train.pictures, extra.pictures])),
+        torch.cat([train.labels, extra.labels]),
+        MemoryImages(test.pictures),
+        test.labels,
+        classes,
+        labelable=len(train.labels),
     )
 
 

@@ -1,10 +1,13 @@
-"""The picture protocols of Meta Pseudo Labels, on torchvision's files; nothing is downloaded.
+"""The picture protocols of Meta Pseudo Labels, on files that you have; nothing is downloaded.
 
     # 4,000 labels of 50,000; mean and deviation of ten runs; 128 labels a class
     python examples/protocols.py cifar10-4k --root data/ --out runs/cifar
     python examples/protocols.py svhn-1k-paper --root data/ --out runs/svhn \\
         --seeds 0-9
     python examples/protocols.py imagenet-10pct --root data/ --out runs/tenth
+    # CIFAR and SVHN as torchvision reads them, as the binary version, Parquet or folders
+    python examples/protocols.py cifar10-4k --data cifar100 --labels-per-class 100 --root data/ \\
+        --out runs/hundred
     # 4,000 or 400 labels of Fashion-MNIST's 60,000, a package of Debian
     python examples/protocols.py fashion-4k \\
         --root /usr/share/datasets/fashion-mnist --out runs/f
@@ -90,7 +93,8 @@ from metapl.runs.terminal import exit_code
 Feedback = Literal["exact", "dot", "dot-sum", "cosine", "loss-difference", "per-example"]
 WITH_BASELINE = ("dot", "dot-sum", "cosine", "loss-difference")
 
-SIDES = {"cifar10": 32, "svhn": 32, "fashion": 28}  # of the sets whose pictures lie in memory
+# Of the sets whose pictures lie in memory.
+SIDES = {"cifar10": 32, "cifar100": 32, "svhn": 32, "fashion": 28}
 
 
 # ------------------------------------------------------------------------------------- the settings
@@ -103,7 +107,9 @@ class Protocol:
     root: Annotated[
         str,
         tyro.conf.arg(
-            metavar="DIR", help="Torchvision's folder of the data; of fashion, that of its 4 files."
+            metavar="DIR",
+            help="Folder of the data as torchvision reads it; of CIFAR also its binary version, of "
+            "CIFAR and SVHN Parquet files or folders; of fashion, its 4 files.",
         ),
     ]
     out: Annotated[str, tyro.conf.arg(metavar="DIR", help="Folder that the run is written to.")]
@@ -113,7 +119,7 @@ class Protocol:
     ] = None
     resume: Annotated[bool, tyro.conf.arg(help="Go on with a run that was stopped.")] = False
 
-    data: Literal["cifar10", "svhn", "fashion", "imagenet"]
+    data: Literal["cifar10", "cifar100", "svhn", "fashion", "imagenet"]
     unlabeled: str | None = (
         None  # a folder of other pictures: all of the training pictures then keep their labels
     )
