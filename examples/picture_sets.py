@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision import datasets
 
 from metapl.data import draws
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.labels import LabelStore
 from metapl.metrics import Evaluation
 from metapl.networks import Architecture, Input, NetworkCard, Normalized, create
@@ -32,6 +32,7 @@ from metapl.pictures import (
     Chain,
     FileImages,
     Identity,
+    LabeledBatches,
     MemoryImages,
     RandAugment,
     ResizedCrop,
@@ -40,7 +41,7 @@ from metapl.pictures import (
     Weak,
     scan_unlabeled,
 )
-from metapl.pictures.batches import Images
+from metapl.pictures.batches import ExampleBatches, Images
 from metapl.run_folder import save
 
 # The streams of the two draws of a split. They keep these draws apart from every other use of a
@@ -287,8 +288,8 @@ def views_of(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StoredBatches(UnlabeledBatches):
-    """Batches (x, stored) of pictures; their distributions are read from a store when needed.
+class WithStored(ExampleBatches[Any]):
+    """Batches whose last tensor is the distributions of a store, read when needed.
 
     Args:
         rows: (n,) int64, where in the store each picture's distribution is.
@@ -299,11 +300,21 @@ class StoredBatches(UnlabeledBatches):
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        return {"rows": self.rows}
+        return {**super().columns, "rows": self.rows}
 
     def fetch(self, step: int) -> tuple[Tensor, ...]:
-        *pictures, rows = super().fetch(step)
-        return (*pictures, self.store.at(rows))
+        *tensors, rows = super().fetch(step)
+        return (*tensors, self.store.at(rows))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StoredBatches(WithStored, UnlabeledBatches):
+    """Batches (x, stored) of unlabeled pictures."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StoredLabeledBatches(WithStored, LabeledBatches):
+    """Batches (x, y, stored) of labeled pictures."""
 
 
 def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[FileImages, Tensor]:
@@ -327,6 +338,19 @@ def stored_pictures(folder: str, store: LabelStore, image_size: int) -> tuple[Fi
     copies_stored = torch.from_numpy(store.column("copies").astype(np.int64))[rows[numbers]]
     numbers = numbers.repeat_interleave(torch.maximum(copies_listed, copies_stored))
     return pictures.select(numbers), rows[numbers]
+
+
+def stored_rows_of(images: FileImages, root: Path, store: LabelStore) -> Tensor:
+    """Return the rows in a store of all pictures of a folder, (n,) int64; all have to be there."""
+    names = [images.path(number).relative_to(root).as_posix() for number in range(len(images))]
+    rows = torch.from_numpy(np.asarray(store.find(store.ids_of_files(root, names))))
+    missing = [names[number] for number in (rows < 0).nonzero()[:, 0].tolist()]
+    if missing:
+        raise MetaplError(
+            f"the store {store.folder} has no labels of {len(missing):,} of {len(rows):,} labeled "
+            f"pictures ({few(missing)}); expected those of `metapl label RUN {root}`."
+        )
+    return rows
 
 
 def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -> nn.Module:

@@ -444,8 +444,11 @@ def main() -> None:
             torch.empty(rows, 3, c.image_size, c.image_size)
             for rows in (labeled, unlabeled, unlabeled)
         ]
-        second = torch.empty(unlabeled, CLASSES) if is_reduced else views[2]
-        return (views[0], torch.empty(labeled, dtype=torch.int64)), (views[1], second)
+        targets = torch.empty(labeled, dtype=torch.int64)
+        if is_reduced:
+            stored = [torch.empty(rows, CLASSES) for rows in (labeled, unlabeled)]
+            return (views[0], targets, stored[0]), (views[1], stored[1])
+        return (views[0], targets), (views[1], views[2])
 
     step = rehearse(
         [teacher, student],

@@ -50,12 +50,14 @@ import torch
 import tyro
 from picture_sets import (
     StoredBatches,
+    StoredLabeledBatches,
     build_network,
     deliver,
     load_pictures,
     save_weights,
     split_labels,
     stored_pictures,
+    stored_rows_of,
     views_of,
 )
 from torch import Tensor, nn
@@ -80,7 +82,7 @@ from metapl.pictures import (
     UnlabeledBatches,
     scan_unlabeled,
 )
-from metapl.problems import ReducedLabels
+from metapl.problems import ReducedLabels, StoredCrossEntropy
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.processes import Processes, joined
 from metapl.runs.terminal import exit_code
@@ -124,6 +126,9 @@ class Protocol:
         None  # a folder of other pictures: all of the training pictures then keep their labels
     )
     labels: str | None = None  # of reduced_mpl: the store of their labels, by `metapl label`
+    # Of reduced_mpl: the store of the labeled pictures' labels, on which the small network has a
+    # loss of its own.
+    labeled_labels: str | None = None
     split: str | None = None  # the split.json of another run, instead of drawing one from the seed
     labels_per_class: int | None  # None: all keep their labels
     validation: int  # training pictures that are selected on, and not trained on
@@ -462,7 +467,7 @@ reduced = l2.but(
     ours(student_lr=0.128, teacher_lr=0.128, schedule="exponential", weight_decay=1e-5),
     ours(ema_decay=0.9999, warmup=5 * 1_281_167 // 2_048),
     ours(feedback="dot", feedback_baseline=None, feedback_weight=1.0),
-    # The small network has no losses of its own, so these do nothing.
+    # The small network's loss is on the stored labels of the labeled pictures. It has no UDA.
     ours(label_smoothing=0.0, uda_threshold=0.0, uda_ramp=0),
 )
 for_imagenet = ours(channels_last=True, num_workers=8, validate_every=5_000)
@@ -481,7 +486,9 @@ ROWS = {
     "imagenet-l2": l2.but(l2.title, for_imagenet, ours(unlabeled=tyro.MISSING)),
     "imagenet-b6-wide": wide.but(wide.title, for_imagenet, ours(unlabeled=tyro.MISSING)),
     "imagenet-b7-reduced": reduced.but(
-        reduced.title, for_imagenet, ours(unlabeled=tyro.MISSING, labels=tyro.MISSING)
+        reduced.title,
+        for_imagenet,
+        ours(unlabeled=tyro.MISSING, labels=tyro.MISSING, labeled_labels=tyro.MISSING),
     ),
 }
 PROTOCOLS = {name: (row.title, row.settings()) for name, row in ROWS.items()}
@@ -684,6 +691,11 @@ def check(c: Protocol) -> None:
         raise MetaplError(
             f"--labels {c.labels}: expected --method reduced_mpl or reduced_none, which read them."
         )
+    if c.labeled_labels is not None and (c.labels is None or c.data != "imagenet"):
+        raise MetaplError(
+            f"--labeled-labels {c.labeled_labels}: expected --labels beside it, and --data "
+            "imagenet, whose pictures are files."
+        )
     if c.seeds is not None:
         parse_seeds(c.seeds)
     elif Path(c.out, "config.json").exists() and not c.resume:
@@ -737,6 +749,23 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
         sampler = StepSampler(len(rows), batch_size, seed=c.seed, stream=stream)
         return LabeledBatches(
             sets.train.select(rows), sets.train_labels[rows], sampler, weak, seed, crop=crop
+        )
+
+    def with_stored(batches: LabeledBatches) -> LabeledBatches:
+        if c.labeled_labels is None:
+            return batches
+        assert isinstance(batches.images, FileImages)
+        store = LabelStore(c.labeled_labels)
+        rows = stored_rows_of(batches.images, Path(c.root) / "train", store)
+        return StoredLabeledBatches(
+            batches.images,
+            batches.labels,
+            batches.sampler,
+            batches.view,
+            batches.seed,
+            crop=batches.crop,
+            rows=rows,
+            store=store,
         )
 
     def unlabeled_batches() -> UnlabeledBatches:
@@ -805,8 +834,9 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
         "log_every": c.log_every,
         "save_every": c.save_every,
     }
+    fitted_on = with_stored(labeled_batches(trained_on, c.labeled_batch, stream=0, seed=c.seed))
     fitted = trainer.fit(
-        processes.share(labeled_batches(trained_on, c.labeled_batch, stream=0, seed=c.seed)),
+        processes.share(fitted_on),
         processes.share(unlabeled) if reads_unlabeled else None,
         steps=c.steps,
         wait=waits_of(c),
@@ -927,6 +957,8 @@ def trainer_of(c: Protocol, teacher: nn.Module, student: nn.Module) -> Any:
     if c.method.startswith("reduced"):
         problem: metapl.PseudoLabels = ReducedLabels(kind, label_smoothing=c.pseudo_label_smoothing)
         teacher_losses: tuple[Any, ...] = ()
+        if c.labeled_labels is not None:
+            teacher_losses = (StoredCrossEntropy(c.label_smoothing),)
     else:
         problem = metapl.PseudoLabels(
             kind, label_smoothing=c.pseudo_label_smoothing, student_view=c.student_view

@@ -152,6 +152,9 @@ def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> An
         places["unlabeled"] = str(color_folders(tmp_path / "colors") / "unlabeled")
     if config.labels is not None:
         places["labels"] = stored(places["unlabeled"], tmp_path / "labels")
+    if config.labeled_labels is not None:
+        training = f"{places['root']}/train"
+        places["labeled_labels"] = stored(training, tmp_path / "labeled", left_out=0)
     sides = AT_32 if config.data == "imagenet" else {}
     # A row that holds nothing out, or keeps all labels, stays so.
     kept = {
@@ -179,10 +182,10 @@ def tiny(name: str, tmp_path: Path, patch: pytest.MonkeyPatch, **own: Any) -> An
     return dataclasses.replace(config, **changes)
 
 
-def stored(folder: str, place: Path) -> str:
+def stored(folder: str, place: Path, left_out: int = 1) -> str:
     """Store labels of all pictures of a folder but the last, as ``metapl label`` writes them."""
     files = scan_unlabeled(folder)
-    names = sorted(files.names)[:-1]
+    names = sorted(files.names)[: len(files) - left_out]
     p = torch.rand(len(names), len(WNIDS), generator=torch.Generator().manual_seed(0)).softmax(1)
     with LabelWriter(place, list(WNIDS), provenance={"pictures": str(files.root)}) as writer:
         writer.add(names, p)
@@ -228,6 +231,7 @@ def test_a_protocol_runs_from_end_to_end(
         "the student waits for a step, but for stored labels"
     )
     assert "inner_loss" in fitted[1]
+    assert "teacher_cross_entropy" in fitted[1]
     if c.feedback_weight is None and c.method == "mpl":
         assert fitted[1]["feedback_ratio"] <= 0.1 + 1e-6, "a row of ours is bounded"
     else:
@@ -262,6 +266,16 @@ def test_stored_labels_are_read_as_often_as_the_store_says(tmp_path: Path) -> No
     pictures, rows = picture_sets.stored_pictures(folder, balanced, 8)
     assert sorted(rows.tolist()) == balanced.rows_with_copies().tolist()
     assert len(pictures) == len(rows) > len(balanced)
+
+
+def test_labeled_pictures_without_stored_labels_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = tiny("imagenet-b7-reduced", tmp_path, monkeypatch)
+    few = stored(f"{c.root}/train", tmp_path / "few", left_out=2)
+    text = "has no labels of 2 of 36 labeled pictures"
+    with pytest.raises(MetaplError, match=text):
+        protocols.train(dataclasses.replace(c, labeled_labels=few, out=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize("method", ["none", "uda", "supervised", "headroom"])
@@ -463,6 +477,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a baseline": ({"feedback": "exact", "feedback_baseline": 0.99}, "exact has none"),
     "stored labels": ({"method": "reduced_mpl"}, "expected --unlabeled DIR, and --labels STORE"),
     "labels": ({"labels": "store"}, "expected --method reduced_mpl"),
+    "labeled labels": ({"labeled_labels": "store"}, "expected --labels beside it"),
     "steps": ({"steps": 5, "wait": 4, "warmup": 2}, "--steps 5: expected more than --wait 4"),
     "a side": ({"image_size": 28}, "the pictures of svhn have 32 pixels"),
 }
