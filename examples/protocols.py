@@ -644,7 +644,7 @@ def check(c: Protocol) -> None:
     if c.mesh.tensor > 1:
         raise MetaplError(
             f"--mesh.tensor {c.mesh.tensor}: expected 1, for these networks have no plan of "
-            "products."
+            "products; examples/tensor_parallel.py trains transformers by one."
         )
     parts = c.mesh.shares * c.accumulate
     batches = {"labeled_batch": c.labeled_batch, "finetune_batch": c.finetune_batch}

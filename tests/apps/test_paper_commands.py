@@ -7,6 +7,7 @@ committed rows here; the tests of the benchmarks run its miniature.
 """
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import os
@@ -24,7 +25,9 @@ import noisy_student_imagenet
 import protocols
 import pytest
 import robustness
+import tensor_parallel
 import training_accuracy
+import tyro
 from benchmark_runs import BENCHMARKS, SCRIPTS, committed
 from benchmark_runs import run as run_benchmark
 from command import metapl
@@ -38,6 +41,7 @@ from test_protocol_examples import (
 from test_robustness import save
 from tiny_runs import color_folders
 
+from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.networks.architectures import Architecture
 from metapl.networks.exports import WEIGHTS, export
@@ -504,6 +508,13 @@ def run_script(name: str, more: str) -> Callable[[list[str], int], None]:
     return run
 
 
+def run_tensor_parallel(words: list[str], processes: int) -> None:
+    """Train in one process; `test_tensor_parallel.py` starts as many as the page does."""
+    c = tyro.cli(tensor_parallel.Settings, args=words)
+    assert c.mesh.size == processes
+    tensor_parallel.train(dataclasses.replace(c, mesh=Mesh(), steps=1))
+
+
 SCRIPT_RULES: dict[str, Callable[[list[str], int], None]] = {
     "examples/protocols.py": run_protocol,
     "examples/noisy_student_imagenet.py": run_noisy_student,
@@ -511,6 +522,7 @@ SCRIPT_RULES: dict[str, Callable[[list[str], int], None]] = {
     "examples/training_accuracy.py": run_training_accuracy,
     "examples/compare_two_networks.py": run_script("examples/compare_two_networks.py", ""),
     "examples/two_moons.py": run_script("examples/two_moons.py", "--seeds 2 --steps 20"),
+    "examples/tensor_parallel.py": run_tensor_parallel,
     "examples/plan.py": run_script(
         "examples/plan.py",
         "--network small_cnn --batch-norm-ranks 1 --size 32 --replicate 1 --shard 2 --labeled 4 "
