@@ -8,8 +8,8 @@
 
 By default the network is a narrow copy of ``vit_1b_14``, and the pictures are the digits, enlarged.
 ``PLAN`` cuts the two products of each block's perceptron, which are two thirds of the weights, over
-``--mesh.tensor`` processes; attention, whose projections torch holds in one weight, stays whole, and
-``--mesh.shard`` cuts it. All processes of ``--mesh.tensor`` see the same rows. In float64 two
+``--mesh.tensor`` processes; attention, whose projections torch holds in one weight, stays whole,
+and ``--mesh.shard`` cuts it. All processes of ``--mesh.tensor`` see the same rows. In float64 two
 processes end on the numbers of one, to 1e-10; ``--out`` writes the student's weights.
 """
 
