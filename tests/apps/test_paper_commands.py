@@ -522,6 +522,7 @@ SCRIPT_RULES: dict[str, Callable[[list[str], int], None]] = {
     "examples/training_accuracy.py": run_training_accuracy,
     "examples/compare_two_networks.py": run_script("examples/compare_two_networks.py", ""),
     "examples/two_moons.py": run_script("examples/two_moons.py", "--seeds 2 --steps 20"),
+    "examples/darts.py": run_script("examples/darts.py", "--steps 2"),
     "examples/tensor_parallel.py": run_tensor_parallel,
     "examples/plan.py": run_script(
         "examples/plan.py",
