@@ -18,7 +18,7 @@ from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.networks.card import Input
 from metapl.pictures import load_digits_split
-from metapl.pictures.folders import LabeledFiles, find_copies, scan_labeled, scan_unlabeled
+from metapl.pictures.folders import Files, LabeledFiles, find_copies, scan_labeled, scan_unlabeled
 from metapl.pictures.levels import refuse_other_levels
 from metapl.run_folder import PLACES, EndedRun, NetworkName, RunFolder, stored_data
 from metapl.runs.files import owned
@@ -185,6 +185,7 @@ class Inputs:
         self.input = network_input
         self.skipped = 0
         self.files: list[str] = []
+        named_files: list[str] = []
         for path in paths:
             is_list = path.suffix.lower() == ".txt"
             if is_list or path.is_dir():
@@ -193,6 +194,12 @@ class Inputs:
                 self.files += scanned.paths()
             else:
                 self.files.append(str(path))
+                named_files.append(str(path))
+        # Files that were named together are of one kind, as those of a folder are.
+        if named_files:
+            names = tuple(os.path.relpath(os.path.abspath(file), "/") for file in named_files)
+            together = Files(Path("/"), names)
+            refuse_other_levels(together, network_input.levels, few(named_files))
 
     def batches(self) -> Iterator[tuple[list[str], Tensor]]:
         """Yield where each picture stands, and the network's input (B, C, H, W)."""
@@ -250,8 +257,6 @@ class HeldOut:
             self.root = files.root
             self._labels = dict(zip(files.paths(), targets, strict=True))
             network_input = run.cards[network].input
-            if folder is not None:
-                refuse_other_levels(files, network_input.levels)
             self._inputs = Inputs(network_input, paths)
         if folder is None:
             self.about = {"recorded_accuracy": self.recorded}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 
@@ -33,8 +34,9 @@ def find_levels(
 ) -> reader.Levels | None:
     """Return the numbers that become 0 and 255 in pictures of more than 8 bits.
 
-    They are the lowest and the highest number of the pictures that are learned from. None: no
-    picture has more than 8 bits, or they use more than half of 16 bits, which stay as they are.
+    They are the lowest and the highest number of the pictures that are learned from. Where these
+    use more than half of 16 bits, which stay as they are, they are 0 and 65,535; or None where
+    others have 8 bits. None: no picture has more than 8 bits.
 
     Args:
         learned: the folders that are learned from.
@@ -44,7 +46,8 @@ def find_levels(
     Cost: the headers of up to 5,000 files a folder, and decoding those of more than 8 bits.
 
     Raises:
-        MetaplError: pictures would lose their levels, or cannot be compared.
+        MetaplError: pictures would lose their levels, or cannot be compared; or a folder that is
+            measured has half of its numbers or more outside of the range.
     """
     depths = _depths_of(learned)
     all_depths = depths + _depths_of(measured)
@@ -88,30 +91,40 @@ def find_levels(
             f"note: numbers from {low:,g} to {high:,g} use {used} of 256 levels, for some are far "
             "from the others; if these are faults, replace them"
         )
-    if is_wide:
+    if is_wide and len(first) > 1:
         return None
+    if is_wide:
+        low = 0.0
+        high = float(reader.MOST_OF_16_BITS)
     say(f"pictures of more than 8 bits: {low:,g} to {high:,g} become 0 to 255")
+    for files in measured:
+        refuse_other_levels(files, (low, high))
     return low, high
 
 
-def refuse_other_levels(files: Files, levels: reader.Levels | None) -> None:
+def refuse_other_levels(
+    files: Files, levels: reader.Levels | None, name: str | Path | None = None
+) -> None:
     """Refuse pictures for a network whose numbers are not those that it was trained on.
 
     Args:
         files: of the pictures.
         levels: of the network, see :func:`find_levels`.
+        name: what messages call them; by default, their folder.
 
     Raises:
-        MetaplError: they use a part of 16 bits, and the network was trained on 8 bits or on all 16;
-            or half of their numbers or more lie outside of its range.
+        MetaplError: they use a part of 16 bits, and the network was trained on 8 bits; or half of
+            their numbers or more lie outside of its range.
     """
+    place = shown(files.root if name is None else name)
     if levels is None:
         found = find_levels([files])
-        if found is not None:
+        # All of 16 bits become levels by their type.
+        if found is not None and found != (0, reader.MOST_OF_16_BITS):
             low, high = found
             raise MetaplError(
-                f"{shown(files.root)} has numbers from {low:,g} to {high:,g}, and the network was "
-                "trained on pictures of 8 bits, or on all of 16; expected such."
+                f"the numbers of {place} go from {low:,g} to {high:,g}, and the network was "
+                "trained on pictures of 8 bits; expected such."
             )
         return
     samples = [depth.sample for depth in _depths_of([files]) if len(depth.sample)]
@@ -121,9 +134,9 @@ def refuse_other_levels(files: Files, levels: reader.Levels | None) -> None:
     outside = float(((numbers < levels[0]) | (numbers > levels[1])).mean())
     if outside >= MOST_OUTSIDE:
         raise MetaplError(
-            f"{shown(files.root)} has {outside:.0%} of its numbers outside of {levels[0]:,g} to "
-            f"{levels[1]:,g}, the range that the network was trained on; expected pictures of the "
-            "same kind."
+            f"{outside:.0%} of the numbers of {place} lie outside of {levels[0]:,g} to "
+            f"{levels[1]:,g}, the range of the pictures that are learned from; expected pictures "
+            "of the same kind."
         )
 
 

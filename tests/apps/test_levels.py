@@ -167,16 +167,21 @@ def folder(root: Path, **files: bytes) -> list[Any]:
 def test_the_range_is_that_of_all_pictures_that_are_learned_from(tmp_path: Path) -> None:
     few = folder(tmp_path / "few", a_png=saved(SIXTEEN, "PNG"))
     many = folder(tmp_path / "many", b_tif=saved(SIXTEEN + 500, "TIFF"), c_png=b"no picture")
-    test = folder(tmp_path / "test", d_png=saved(SIXTEEN + 5000, "PNG"))
+    test = folder(tmp_path / "test", d_png=saved(SIXTEEN + 600, "PNG"))
     said: list[str] = []
     assert find_levels(few + many, test, said.append) == (700, 1992)
     assert said == ["pictures of more than 8 bits: 700 to 1,992 become 0 to 255"]
-    # What lies outside is cut.
-    assert read_image(tmp_path / "test" / "d.png", levels=(700, 1992)).unique().tolist() == [255]
-    # Pictures of one number, and of a range that is wide enough, have the levels of their type.
+    # What lies outside is cut, unless it is the most: then it is another kind of picture.
+    assert int(read_image(tmp_path / "test" / "d.png", levels=(700, 1992))[0, -1, -1]) == 255
+    test += folder(tmp_path / "other", d_png=saved(SIXTEEN + 5000, "PNG"))
+    with pytest.raises(MetaplError, match="100% of the numbers of .*other lie outside of 700 to"):
+        find_levels(few + many, test)
+    # A range that is wide enough has the levels of its type, also beside pictures of 8 bits.
     (tmp_path / "many" / "b.tif").write_bytes(saved(WIDE, "TIFF"))
+    assert find_levels(few + many) == (0, 65_535)
     few += folder(tmp_path / "plain", e_png=saved(EIGHT, "PNG"))
     assert find_levels(few + many) is None
+    # So have pictures of one number.
     flat = folder(tmp_path / "flat", a_png=saved(np.full((4, 4), 30_000, np.uint16), "PNG"))
     assert find_levels(flat) is None
 
@@ -251,13 +256,13 @@ def test_frames_and_outliers_are_said(tmp_path: Path) -> None:
     hot[3, 3] = 65535
     for i in range(4):
         folder(tmp_path / "hot", **{f"{i}_png": saved(hot, "PNG")})
-    assert find_levels([scan_unlabeled(tmp_path / "hot")], say=said.append) is None
-    assert "numbers from 700 to 65,535 use 5 of 256 levels" in said[-1]
+    assert find_levels([scan_unlabeled(tmp_path / "hot")], say=said.append) == (0, 65_535)
+    assert "numbers from 700 to 65,535 use 5 of 256 levels" in said[-2]
     # As cameras of depth mark what they have not measured.
     unmeasured = np.where(np.arange(100) % 5, SIXTEEN.ravel(), 65535).reshape(10, 10)
     depth = folder(tmp_path / "depth", a_png=saved(unmeasured.astype(np.uint16), "PNG"))
-    assert find_levels(depth, say=said.append) is None
-    assert "use 5 of 256 levels" in said[-1]
+    assert find_levels(depth, say=said.append) == (0, 65_535)
+    assert "use 5 of 256 levels" in said[-2]
     # Sparse marks on a dark ground, and a few numbers as in maps of regions, are no faults.
     marks = np.where(np.arange(10_000) % 50, 100, np.arange(10_000) * 4).reshape(100, 100)
     regions = (np.arange(100) % 7).reshape(10, 10)
@@ -313,9 +318,10 @@ def test_a_list_of_pictures_is_predicted(tmp_path: Path) -> None:
 TRAINED_RANGE = (700.0, 4000.0)
 OTHER_LEVELS = {
     "16 bits for a network of 8": ((700, 1500), None, "trained on pictures of 8 bits"),
-    "another range": ((0, 500), TRAINED_RANGE, "100% of its numbers outside of 700 to 4,000"),
+    "another range": ((0, 500), TRAINED_RANGE, "100% of the numbers of "),
     "the same range": ((800, 3900), TRAINED_RANGE, ""),
     "all of 16 bits": ((0, 65_535), None, ""),
+    "a dark one of 16 bits": ((700, 1500), (0.0, 65_535.0), ""),
 }
 
 
@@ -327,8 +333,12 @@ def test_pictures_of_another_range_are_refused_where_they_are_predicted(
     ramp = np.linspace(low, high, 64).reshape(8, 8).astype(np.uint16)
     for number in range(3):
         Image.fromarray(ramp).save(tmp_path / f"{number}.png")
-    if not words:
-        refuse_other_levels(scan_unlabeled(tmp_path), levels)
-        return
-    with pytest.raises(MetaplError, match=re.escape(words)):
-        refuse_other_levels(scan_unlabeled(tmp_path), levels)
+    network_input = Input(levels=levels)
+    # A folder, and its files one by one.
+    for paths in ([tmp_path], sorted(tmp_path.iterdir()), [tmp_path / "1.png"]):
+        if not words:
+            assert len(Inputs(network_input, paths).files) in (1, 3)
+            continue
+        with pytest.raises(MetaplError, match=re.escape(words)) as refused:
+            Inputs(network_input, paths)
+        assert str(paths[0]) in str(refused.value)
