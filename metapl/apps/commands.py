@@ -505,7 +505,8 @@ class RoundsOfImages(Train):
     labels the unlabeled examples without noise; those it is confident of are kept, as many of each
     class; and a new network of the same size, or larger, learns from both with augmentation,
     dropout and stochastic depth. --steps counts the steps of each round. --minutes, for your own
-    pictures, is the time of the steps of all rounds together.
+    pictures, is the time of all rounds together, with their labeling. It needs the extra labels,
+    see metapl --help.
     """
 
     config: ImagesOfRounds

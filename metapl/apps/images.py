@@ -350,7 +350,8 @@ class Images:
             part of --labeled is set aside.
         test: folder of other labeled pictures, on which the accuracy is reported at the end.
         unlabeled_batch: number of unlabeled pictures in each step.
-        minutes: minutes that the training may take. By default it takes 5.
+        minutes: minutes of the clock that the training may take, with its labeling and finetuning.
+            They are a plan that is made as it begins. By default it takes 5.
     """
 
     name: ClassVar[str] = "images"

@@ -14,24 +14,28 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.data import Data
 from metapl.apps.images import SET_ASIDE, SPLIT_FROM, Images, Pictures
+from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.settings import with_flags, with_stored
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
+from metapl.metrics.predictions import logits_of
 from metapl.networks.tuned import IMAGENET, begin_as
 from metapl.networks.weights import fetch_imagenet_weights
 from metapl.pictures.levels import find_levels
 from metapl.pictures.reader import LUMA, Levels, UnreadableImage, read_image
 from metapl.problems.losses import UDA
 from metapl.runs.files import sha256_of
+from metapl.runs.terminal import spoken_time
 from metapl.training import FitResult, Say, Trainer
+from metapl.training.loss_trainer import LossTrainer
 
 # The sides of pictures in pixels: the least and the greatest where a network starts from nothing,
 # and that of a pretrained network.
@@ -143,7 +147,7 @@ def choose_settings(
     method = with_stored(method, usual_settings)
 
     # 4. The steps. Then all that was chosen is said in a line.
-    config, method = with_steps(config, method, clock)
+    config, method = with_steps(config, method, clock, say)
     tell_choices(config, method, seen, say)
     return config, method
 
@@ -321,7 +325,10 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
 
 
 def with_steps(
-    config: Images, method: MethodT, clock: Clock = time.monotonic
+    config: Images,
+    method: MethodT,
+    clock: Clock = time.monotonic,
+    say: Say = lambda text: None,
 ) -> tuple[Images, MethodT]:
     """Return the settings and the method with a number of steps.
 
@@ -331,7 +338,7 @@ def with_steps(
         return with_number_of_steps(config, method, config.fitting.steps)
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, REHEARSED)
-    steps = steps_within(*rehearsal, minutes, clock)
+    steps = steps_within(*rehearsal, minutes, clock, say)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
 
@@ -537,9 +544,12 @@ def _right_share(colors_NC: Tensor, labels: Tensor) -> float:
 
 # ------------------------------------------------------------------- how many steps fit into a time
 
-# The share of the time that steps get. The rest is for reading, validation, finetuning and the
-# report.
+# The share of the time that steps, labeling and finetuning get. The rest is for reading, validation
+# and the report.
 SHARE = 0.85
+
+# The share of this time that steps get at least, however long the rest takes.
+LEAST_SHARE = 0.5
 
 # Of each kind of step: steps before the timing, the most timed steps, and the most seconds of
 # these.
@@ -552,10 +562,26 @@ PICTURES = 128
 
 
 def steps_within(
-    config: Images, method: Method, minutes: float, clock: Clock = time.monotonic
+    config: Images,
+    method: Method,
+    minutes: float,
+    clock: Clock = time.monotonic,
+    say: Say = lambda text: None,
 ) -> int:
-    """Return the number of steps that fit into a time, rounded to two digits."""
-    steps = SHARE * 60 * minutes / seconds_per_step(config, method, clock)
+    """Return the number of steps that fit into a time, rounded to two digits.
+
+    What labeling and finetuning take is not theirs; ``say`` is told where little is left.
+    """
+    stopwatch = timed(config, method, clock)
+    seconds = SHARE * 60 * minutes
+    seconds_of_steps = max(seconds - stopwatch.beside, LEAST_SHARE * seconds)
+    if seconds - stopwatch.beside < seconds_of_steps:
+        beside = spoken_time(stopwatch.beside)
+        say(
+            f"note: labeling and finetuning take about {beside} beside the steps, which is too "
+            f"long for --minutes {minutes:g}: it will take longer"
+        )
+    steps = seconds_of_steps / stopwatch.per_step
     return max(1, int(float(f"{steps:.2g}")))
 
 
@@ -574,11 +600,12 @@ def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, 
     return kinds
 
 
-def seconds_per_step(config: Images, method: Method, clock: Clock = time.monotonic) -> float:
-    """Return what a step takes on this machine, in the mean over a training by a method.
+def timed(config: Images, method: Method, clock: Clock = time.monotonic) -> Stopwatch:
+    """Return what a training by a method takes on this machine: its steps, and what is beside them.
 
-    Each kind of step is timed on a few of the labeled pictures, and counts as often as it comes.
-    Cost: some seconds; the default generator is put back.
+    Each kind of step is timed on a few of the labeled pictures, and counts as often as it comes. So
+    is labeling, on a few of the unlabeled ones. Cost: some seconds; the default generator is put
+    back.
     """
     stopwatch = Stopwatch(config, clock)
     place = device(config.fitting.device)
@@ -596,17 +623,25 @@ def seconds_per_step(config: Images, method: Method, clock: Clock = time.monoton
         student = config.network().to(place)
         begin_as(teacher, student)
 
+        def label(network: nn.Module) -> dict[str, Tensor]:
+            stopwatch.label(network)
+            return even_labels(data, ("unlabeled", "labeled"))
+
         training = Training(
             config=config,
             data=data,
             teacher=teacher,
             student=student,
             fit=stopwatch.fit,
-            label=lambda network: even_labels(data, ("unlabeled", "labeled")),
+            label=label,
             read_labels=lambda stores: even_labels(data, stores),
         )
-        method.train(training)
-    return stopwatch.per_step
+        trained = method.train(training)
+        if trained.finetunes and config.fitting.finetune_steps:
+            finetuner = config.finetuner(student)
+            trainer = LossTrainer(student, optimizer=finetuner, **config.trainer_options())
+            stopwatch.fit(trainer, data.finetuning, None, steps=config.fitting.finetune_steps)
+    return stopwatch
 
 
 def even_labels(data: Data, parts: Iterable[str]) -> dict[str, Tensor]:
@@ -627,11 +662,14 @@ class Stopwatch:
     """
 
     def __init__(self, config: Images, clock: Clock) -> None:
+        self.config = config
         self.fitting = config.fitting
         self.clock = clock
 
-        # Seconds of a step, in the mean over all of the training, by the phases so far.
+        # Seconds of a step, in the mean over all of the training, by the phases so far; and those
+        # of what takes as long whatever the number of steps is.
         self.per_step = 0.0
+        self.beside = 0.0
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         """Take some steps of each kind, and count them as often as the phase has them."""
@@ -656,9 +694,25 @@ class Stopwatch:
             for first, last, step in kinds_of_steps(trainer, steps, wait):
                 trainer.steps_done = first
                 seconds = self.median_seconds(trainer, step, feeds)
-                self.per_step += (last - first) / fitting.chosen_steps * seconds
+                if steps == fitting.chosen_steps:
+                    self.per_step += (last - first) / steps * seconds
+                else:
+                    self.beside += (last - first) * seconds
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
+
+    def label(self, network: nn.Module) -> None:
+        """Label some unlabeled pictures, and count all of them, which are read from their files."""
+        files = self.config.scan("unlabeled")
+        some = files.keep(range(len(files))[:: -(-len(files) // PICTURES)])
+        examples = ToLabel(
+            images=some, ids=range(len(some)), name="unlabeled", input=self.config.input
+        )
+        since = self.clock()
+        for pictures, *_ in examples:
+            if len(pictures):
+                logits_of(network, [pictures])
+        self.beside += (self.clock() - since) * len(files) / len(some)
 
     def median_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
         """Return the median time of some steps, after the first ones.

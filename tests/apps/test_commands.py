@@ -171,7 +171,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_refused_leaves_every_file_as_it_was(
     line: str, tiny: Path, colors: Path, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(look, "seconds_per_step", lambda *given: pytest.fail("measured"))
+    monkeypatch.setattr(look, "timed", lambda *given: pytest.fail("measured"))
     monkeypatch.chdir(tmp_path)
     if "cuda" in line and torch.cuda.is_available():
         pytest.skip("there is a GPU")

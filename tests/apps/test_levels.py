@@ -30,7 +30,6 @@ from metapl.pictures import (
     scan_unlabeled,
     verify_files,
 )
-from metapl.pictures.levels import refuse_other_levels
 from metapl.pictures.reader import read_crops
 
 Numbers = np.ndarray[Any, Any]

@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from metapl.apps.look import (
     steps_within,
     with_steps,
 )
+from metapl.apps.rounds import METHODS
 from metapl.apps.settings import flag_values, with_flags
 from metapl.data import draws
 from metapl.problems.losses import UDA
@@ -195,6 +197,7 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
         "labeled_batch": 2,
         "unlabeled_batch": 2,
         "image_size": 8,
+        "finetune_steps": 0,
     }
     settings = given(color_folders(tmp_path), classes=("blue", "red"), device="cpu", **own)
     settings, state = fitted(with_flags(settings, steps=1000), seen(), 0.0), torch.get_rng_state()
@@ -207,7 +210,31 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
         assert (
             steps_within(settings, method, minutes, lambda s=seconds, t=ticks: s * next(t)) == steps
         )
+    # Of 5.1 seconds, 200 steps of finetuning take 2.
+    finetuned, ticks = with_flags(settings, finetune_steps=200), itertools.count()
+    supervised = images.METHODS["supervised"].scheduled(1000)
+    assert steps_within(finetuned, supervised, 0.1, lambda: 0.01 * next(ticks)) == 310
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_labeling_is_not_the_time_of_steps(tmp_path: Path) -> None:
+    """A quarter of the unlabeled pictures are labeled between two looks at the clock."""
+    root = color_folders(tmp_path, side=8, many=2 * look.PICTURES)
+    settings = small_settings(root, steps=1000, finetune_steps=0)
+    said: list[str] = []
+    method = with_flags(METHODS["noisy_student"], rounds=2).scheduled(1000)
+    for minutes, steps, notes in (
+        (0.01, 14, 0),  # (0.51 - 2 · 0.04) / (3 · 0.01)
+        (0.001, 1, 1),
+    ):
+        ticks = itertools.count()
+
+        def clock(ticks: Iterator[int] = ticks) -> float:
+            return 0.01 * next(ticks)
+
+        assert steps_within(settings, method, minutes, clock, said.append) == steps
+        assert len(said) == notes
+    assert "too long for --minutes 0.001" in said[-1]
 
 
 def small_settings(root: Path, **length: Any) -> Images:
@@ -250,7 +277,9 @@ def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(stopwatch, "median_seconds", seconds)
     stopwatch.fit(trainer, None, None, steps=300)
-    assert stopwatch.per_step == pytest.approx((120 * 1.0 + 180 * 3.0) / 1_000)
+    assert (stopwatch.per_step, stopwatch.beside) == (0.0, pytest.approx(120 * 1.0 + 180 * 3.0))
+    stopwatch.fit(trainer, None, None)
+    assert stopwatch.per_step == pytest.approx((120 * 1.0 + 880 * 3.0) / 1_000)
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
@@ -267,11 +296,12 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(
-        look,
-        "seconds_per_step",
-        lambda config, *given: asked.append(config.fitting.steps) or 0.0981,
-    )
+
+    def timed(config: Images, *given: Any) -> Any:
+        asked.append(config.fitting.steps)
+        return SimpleNamespace(per_step=0.0981, beside=0.0)
+
+    monkeypatch.setattr(look, "timed", timed)
     found, method = with_steps(config(steps=1000), images.METHODS["mpl"])
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)

@@ -383,6 +383,7 @@ class Rounds:
     def choose(self, number: int) -> tuple[Chosen, dict[str, Any]]:
         """Let the last network label, select as the settings say, and return a record of it."""
         if self.training.folder is None:
+            self.training.label(self.teacher)
             return self.evenly_labeled(), {}
         if self.selection is not None:
             return self.relabel(number, self.selection)
