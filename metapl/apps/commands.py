@@ -29,7 +29,7 @@ import tyro
 from metapl.apps import digits, images
 from metapl.apps.digits import Digits
 from metapl.apps.images import Images
-from metapl.apps.inputs import check_out, open_run_folder, run_folder
+from metapl.apps.inputs import check_out, open_run_folder, run_folder, runs_of_comparison
 from metapl.apps.look import choose_settings
 from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.methods.noisy_student import NoisyStudent
@@ -172,9 +172,19 @@ class Train:
         recipe = None
         if asked.config is not None:
             recipe = StoredRecipe.read(asked.config)
-        elif asked.resume and not asked.compare and not {"-h", "--help"} & {*words}:
+            refuse_other_command(recipe, cls, f"repeat it by {{}} --config {asked.config}")
+        elif asked.resume and not {"-h", "--help"} & {*words}:
             place = asked.out or run_folder(types["config"].name, resume=True)
-            recipe = StoredRecipe.of_run(place)
+            if not asked.compare:
+                recipe = StoredRecipe.of_run(place)
+            if recipe is not None:
+                refuse_other_command(recipe, cls, f"go on with it by {{}} --resume --out {place}")
+                recipe.refuse_other_steps(asked.steps)
+            elif not asked.compare and runs_of_comparison(place):
+                raise MetaplError(resume_of_comparison(place))
+            elif types["config"].places and asked.labeled is None:
+                # It would begin where its folders were named.
+                raise MetaplError(nothing_to_resume(place))
         if recipe is None:
             if name is not None:
                 config = tyro.MISSING_NONPROP
@@ -386,6 +396,8 @@ def asked_among(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--method")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--steps")
+    parser.add_argument("--labeled")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--compare", action="store_true")
     try:
@@ -394,6 +406,57 @@ def asked_among(words: Sequence[str]) -> argparse.Namespace:
         # One of them has no value.
         return argparse.Namespace(method=None, config=None, resume=False)
     return asked
+
+
+def refuse_other_command(recipe: StoredRecipe, kind: type[Train], way_out: str) -> None:
+    """Refuse a recipe that another command has made, by the name of that command.
+
+    Args:
+        recipe: which is repeated or gone on with.
+        kind: of the command that was typed.
+        way_out: what to type, with ``{}`` in the place of the command.
+    """
+    config_kind = get_type_hints(kind)["config"]
+    own_command = command_of(config_kind.name, [*kind.methods][0])
+    command = command_of(recipe.name, recipe.method)
+    if command is not None and command != own_command:
+        raise MetaplError(
+            f"{recipe.path} is of metapl {command}; {way_out.format('metapl ' + command)}"
+        )
+
+
+def command_of(name: str, method: str) -> str | None:
+    """Return the words of the command that trains on such data by a method, or None."""
+    if name in ("digits", "images") and method in METHODS:
+        return f"noisy-student {name}"
+    methods = {"digits": digits.METHODS, "images": images.METHODS}.get(name, {})
+    return f"train {name}" if method in methods else None
+
+
+def resume_of_comparison(place: Path) -> str:
+    """Return what to type to go on with the runs of a comparison."""
+    runs = runs_of_comparison(place)
+    command = RunFolder(runs[0]).description().get("command")
+    started = f"by {command}" if command else "by --compare and all that it was started with"
+    if "--resume" not in started.split():
+        started += " --resume"
+    return f"{place} has the runs of a comparison, {few(runs)}; go on with it {started}"
+
+
+def nothing_to_resume(place: Path) -> str:
+    """Return why there is nothing to go on with in a folder, and what to type."""
+    if runs_of_comparison(place):
+        return resume_of_comparison(place)
+    if RunFolder(place).exists:
+        return f"{place} has one run, and no comparison; leave --compare out to go on with it."
+    places = sorted(place.glob("*/recipe.json")) or sorted(place.parent.glob("*/recipe.json"))
+    others = ""
+    if places:
+        others = f", but in {few(recipe.parent for recipe in places)}"
+    return (
+        f"there is no run in {place} to resume{others}; expected --out with the folder of a run, "
+        "or --labeled and --unlabeled to begin one."
+    )
 
 
 def started_mesh(options: Place) -> Mesh:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
+from metapl.apps.inputs import runs_of_comparison
 from metapl.apps.printing import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
@@ -112,7 +113,7 @@ def comparison_of(folders: Sequence[Path]) -> str:
 
 def places_of(path: Path) -> list[Path]:
     """Return the folder of a run, or those of the runs of a comparison, METHOD/seed-N in it."""
-    places = sorted(recipe.parent for recipe in path.glob("*/seed-*/recipe.json"))
+    places = runs_of_comparison(path)
     if RunFolder(path).exists or not places:
         return [path]
     return places

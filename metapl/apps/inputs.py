@@ -166,6 +166,11 @@ def run_folder(recipe: str, *, resume: bool) -> Path:
             number += 1
 
 
+def runs_of_comparison(path: Path) -> list[Path]:
+    """Return the folders of the runs that a comparison has put into a folder, METHOD/seed-N."""
+    return sorted(recipe.parent for recipe in path.glob("*/seed-*/recipe.json"))
+
+
 # ---------------------------------------------------------------------------------------- reading
 
 

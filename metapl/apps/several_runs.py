@@ -41,6 +41,7 @@ class Job:
         folder: of the run.
         resume: go on with what is there.
         threads: of the linear algebra, on whose number rounding depends.
+        command: what starts the comparison, for the record.
     """
 
     config: TrainingConfig
@@ -48,6 +49,7 @@ class Job:
     folder: Path
     resume: bool
     threads: int
+    command: str | None = None
 
     @property
     def title(self) -> str:
@@ -61,6 +63,7 @@ class Job:
         ended only gives its result.
         """
         folder = RunFolder(self.folder)
+        folder.command = self.command
         torch.set_num_threads(self.config.threads or self.threads)
         try:
             with folder.claimed(describe(self.config, self.method), resume=self.resume):
@@ -132,6 +135,7 @@ def jobs_of(
                     folder=place,
                     resume=resume or has_begun,
                     threads=threads,
+                    command=folder.command,
                 )
             )
     return queue

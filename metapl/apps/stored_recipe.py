@@ -91,6 +91,18 @@ class StoredRecipe:
                 "the recipe.json of a run."
             ) from error
 
+    def refuse_other_steps(self, steps: str | None) -> None:
+        """Refuse another number of steps than that of the run that is gone on with.
+
+        What follows from that number, such as the warm-up, would not fit either.
+        """
+        stored = self.fields.get("steps")
+        if steps is not None and steps.isdecimal() and int(steps) != stored:
+            raise MetaplError(
+                f"the run in {self.path.parent} takes {stored:,} steps, and --steps {steps} was "
+                "given; leave it out to go on, or begin another run with another --out."
+            )
+
     @property
     def threads(self) -> int | None:
         """Return the threads of the run's linear algebra, on whose number rounding depends."""

@@ -122,7 +122,16 @@ REFUSED = {
     "train digits --out {run}": "--resume",
     "train digits --out {few}": "another --out",
     "train digits --out {few} --resume": "another --out",
-    "train digits --steps 7 --out {run} --resume": "steps",
+    "train digits --steps 7 --out {run} --resume": "takes 6 steps, and --steps 7 was given",
+    # Fewer than the steps of the warm-up, which nobody typed.
+    "train images --steps 1 --out {colors} --resume": "takes 4 steps, and --steps 1 was given",
+    # What is there, and what to type.
+    "train images --resume --out {new}": "expected --out with the folder of a run",
+    "train images --resume --out {colors}/..": "but in",
+    "train images --resume --compare --out {colors}": "leave --compare out",
+    "train images --resume --out {run}": "go on with it by metapl train digits --resume --out",
+    "noisy-student images --resume --out {colors}": "by metapl train images --resume --out",
+    "noisy-student digits --config {run}/recipe.json": "by metapl train digits --config",
     f"{IMAGES} --minutes 0": "minutes=0.0",
     f"{IMAGES} --weights {{new}}/none.pt": "no such file",
     f"{IMAGES} --method reduced_mpl --labeled-labels x": "--labels",

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_the_runs_of_a_comparison_are_those_of_one_alone_and_stand_side_by_side(
         ("none", 1),
     ]
     assert "recipe.json" in metapl("predict", compared, compared, code=2).stderr
+
+
+def test_a_comparison_is_gone_on_with_by_the_line_that_its_folder_proposes(
+    compared: Path, tmp_path: Path
+) -> None:
+    place = tmp_path / "compared"
+    shutil.copytree(compared, place)
+    # A comparison that was stopped before its last run.
+    last = place / "none" / "seed-1"
+    there = contents(last)
+    shutil.rmtree(last)
+    edited(
+        place / "mpl" / "seed-0" / "recipe.json",
+        command=shlex.join(["metapl", *SHORT, "--out", str(place)]),
+    )
+    refused = metapl("train", "digits", "--resume", "--out", place, code=2).stderr
+    assert "mpl/seed-0" in refused
+    proposed = refused.partition("go on with it by metapl ")[2]
+    metapl(*shlex.split(proposed))
+    assert contents(last) == there
 
 
 def test_a_comparison_that_was_stopped_goes_on_with_what_has_ended(
