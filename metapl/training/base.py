@@ -33,12 +33,6 @@ from metapl.metrics.predictions import input_batches, logits_of, outer_batches
 from metapl.runs import checkpoint
 from metapl.runs.folder import Folder
 from metapl.training.loop import Callback, Fit, FitRequest, FitResult
-from metapl.training.network_settings import (
-    NetworkSettings,
-    changed_by_evaluation,
-    network_settings,
-    set_network_settings,
-)
 from metapl.training.options import FitKeywords, FitOptions, fit_options
 from metapl.updates.optimizers import summary_of
 
@@ -64,6 +58,25 @@ def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
     missing = sorted({*expected} - {*state})
     if missing:
         raise MetaplError(f"it has no {', '.join(missing)}")
+
+
+def changed_by_evaluation(network: nn.Module) -> list[str]:
+    """Return what a network does otherwise that is in evaluation mode as a whole, in words.
+
+    Networks come so from ``from_pretrained`` and most hubs; a wrapper around such a network may be
+    in training itself. Of a network whose batch norms alone were put into evaluation it is nothing:
+    other layers of it train.
+    """
+    layers = [module for module in network.modules() if not any(True for _ in module.children())]
+    if any(layer.training for layer in layers):
+        return []
+    changes = []
+    if any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers):
+        changes.append("its dropout is off")
+    norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.track_running_stats for norm in norms):
+        changes.append("the statistics of its batch norms stay")
+    return changes
 
 
 class Trainer(ABC):
@@ -452,13 +465,36 @@ class Trainer(ABC):
         checkpoint.set_rng_state(state["rng"])
 
     def network_settings(self) -> dict[str, Any]:
-        """Return what of the networks is frozen and in evaluation, and their numbers, by role."""
+        """Return what of the networks is frozen and in evaluation, and their values, by role."""
+        from metapl.training.network_settings import network_settings
+
         return {role: network_settings(network) for role, network in self.networks.items()}
 
-    def set_network_settings(self, settings: Mapping[str, NetworkSettings]) -> None:
+    def set_network_settings(self, settings: Mapping[str, Any]) -> None:
         """Give the networks the settings that :meth:`network_settings` has returned."""
+        from metapl.training.network_settings import set_network_settings
+
         for role, network in self.networks.items():
             set_network_settings(network, settings[role], role)
+
+    def registered_tensors(self) -> set[int]:
+        """Return the ids of the networks' parameters and buffers."""
+        networks = self.networks.values()
+        return {id(t) for n in networks for t in chain(n.parameters(), n.buffers())}
+
+    def unsaved(self) -> list[str]:
+        """Return what may be state of networks and problem and is in no checkpoint, in words."""
+        from metapl.training.held_values import unsaved
+
+        registered = self.registered_tensors()
+        words = []
+        for role, owner in {**self.networks, "problem": getattr(self, "problem", None)}.items():
+            parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
+            for name, part in parts:
+                for attribute, reason in unsaved(part, registered).items():
+                    place = f"{name}.{attribute}".lstrip(".")
+                    words.append(f"the {role}'s {place} ({reason})")
+        return words
 
     def _warn(self, text: str) -> None:
         warnings.warn(text.removeprefix("warning: "), stacklevel=4)

@@ -7,6 +7,7 @@ for bit as one that was not.
 
 from __future__ import annotations
 
+import copy
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, as_tensors, length
 from metapl.execution.checks import Fault
 from metapl.execution.shards import local
@@ -29,7 +30,6 @@ from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import FitLines, draws_bars, progress, stop_requests
 from metapl.training.fittable import Fittable, is_two_level
-from metapl.training.network_settings import restored_in_words
 from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
 from metapl.training.patience import Patience
@@ -40,6 +40,7 @@ from metapl.training.resuming import (
     settings_of,
     sharded_tensors,
     state_of_process,
+    texts_of,
 )
 from metapl.training.selection import Selection
 from metapl.training.sources import Sources
@@ -183,6 +184,8 @@ class Fit:
         # How far the fit is, and whether a callback, or its patience, has ended it.
         self.step = 0
         self.is_ended = False
+        # As text, for steps may move what a problem holds.
+        self.trainer_settings = texts_of(trainer.settings())
         # What may have gone wrong in steps so far: on the device until something is read anyway.
         self.faults: list[tuple[int, Fault]] = []
         self.records: Records
@@ -291,6 +294,8 @@ class Fit:
 
     def go_on_from(self, path: Path, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint has."""
+        from metapl.training.network_settings import restored_in_words
+
         process_state = state_of_process(state["ranks"], self.trainer, path, self.sources)
         if state["step"] > self.options.steps:
             raise MetaplError(
@@ -304,12 +309,14 @@ class Fit:
             self.callbacks_with_state, state["callbacks"], strict=False
         ):
             callback.load_state_dict(callback_state)
-        settings_before = self.trainer.network_settings()
+        settings_before = copy.deepcopy(self.trainer.network_settings())
         self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
         for role, settings in self.trainer.network_settings().items():
             changes = restored_in_words(settings_before[role], settings)
             if changes:
                 self.say(f"as when it was saved, of the {role} are {'; '.join(changes)}")
+        if words := self.trainer.unsaved():
+            self.say(f"warning: no checkpoint has {few(words, 3)}; expected a buffer or a module")
         self.selection.load_state_dict(state)
         self.patience.load_state_dict(state["patience"])
         self.step = state["step"]
@@ -477,6 +484,7 @@ class Fit:
             self.options,
             self.sources,
             self.rates,
+            trainer_settings=self.trainer_settings,
             first_steps=self.teacher_begins - self.options.wait,
             metric=self.metric,
             callbacks=self.callbacks_with_state,

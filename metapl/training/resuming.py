@@ -148,6 +148,7 @@ def settings_of(
     sources: Sources,
     rates: Rates,
     *,
+    trainer_settings: Mapping[str, str],
     first_steps: int,
     metric: Metric | None,
     callbacks: Sequence[Any],
@@ -171,7 +172,6 @@ def settings_of(
         del settings["steps"]
     settings["trainer"] = type(trainer).__name__
     settings["dtype"] = trainer.dtype
-    settings.update(trainer.settings())
     settings["validation metric"] = metric and (metric.name, metric.better)
     settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
     for name, optimizer in rates.optimizers.items():
@@ -181,7 +181,11 @@ def settings_of(
             for key, value in group_settings.items():
                 if key not in SPEED_SETTINGS:
                     settings[f"{name}.{number}.{key}"] = value
-    # A frozen dataclass shows its fields; other values may show where they are in memory.
+    return {**texts_of(settings), **trainer_settings}
+
+
+def texts_of(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Return settings as text: a dataclass shows its fields, and nothing where it is in memory."""
     return {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in settings.items()}
 
 

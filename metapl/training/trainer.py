@@ -883,6 +883,7 @@ class BilevelTrainer(Trainer):
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "student": self.student.state_dict(),
             "settings": self.network_settings(),
+            "problem": self._problem_values(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "mode_state": self.mode_state,
@@ -891,6 +892,18 @@ class BilevelTrainer(Trainer):
             "verification": self.verification.state_dict(),
             "orders": self.orders.state_dict(),
         }
+
+    def _problem_values(self) -> dict[str, Any]:
+        """Return what the problem holds in attributes, such as a running mean."""
+        from metapl.training.held_values import held_values
+
+        return held_values(self.problem, self.registered_tensors())
+
+    def _put_problem_values(self, values: dict[str, Any]) -> None:
+        """Give the problem what :meth:`_problem_values` has returned."""
+        from metapl.training.held_values import put_values
+
+        put_values(self.problem, values, device=self.device)
 
     def _load(self, state: dict[str, Any]) -> None:
         """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part.
@@ -911,6 +924,7 @@ class BilevelTrainer(Trainer):
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
         self.set_network_settings(state["settings"])
+        self._put_problem_values(state["problem"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
         self.update.load_state_dict(
             laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)

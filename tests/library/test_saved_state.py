@@ -6,10 +6,13 @@ resumes builds its networks as the first one did.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -198,17 +201,12 @@ def exchange_layer(trainer: Any) -> None:
     trainer.student[2] = nn.AlphaDropout(0.2)
 
 
-def count(trainer: Any) -> None:
-    trainer.student[2].calls = 3
-
-
 def draw_apart(trainer: Any) -> None:
     trainer.generator = torch.Generator().manual_seed(5)
 
 
 REFUSED = {
     exchange_layer: "its student.2 is a AlphaDropout, and the trainer's Dropout",
-    count: "its student.2 has a number calls, and the trainer's has none",
     draw_apart: "its generator is another: the trainer has none",
 }
 
@@ -230,6 +228,178 @@ def test_a_refused_state_changes_nothing() -> None:
     with pytest.raises(metapl.MetaplError):
         trainer.load_state_dict(other.state_dict())
     assert trainer.network_settings() == before
+
+
+# ------------------------------------------------------------------------ state in plain attributes
+
+
+class Remembering(nn.Module):
+    """A network that moves towards what it has seen, which it remembers in an attribute."""
+
+    def __init__(self, holder: str) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+        self.holder = holder
+        generator = numpy.random.default_rng(3)
+        self._memory: Any = {
+            "tensor": torch.zeros(3),
+            "dict": {"mean": torch.zeros(3), "seen": 0},
+            "list": [torch.zeros(3)],
+            "deque": deque([torch.zeros(3)], maxlen=2),
+            "array": numpy.zeros(3),
+            "number": numpy.float32(0.0),
+            "generator": generator,
+            "late": None,
+        }[holder]
+
+    def moved(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return a part of what is remembered, after it has moved."""
+        mean = logits.detach().mean(0)
+        if self.holder == "tensor":
+            self._memory.mul_(0.9).add_(mean)
+        elif self.holder == "late":
+            self._memory = mean if self._memory is None else 0.9 * self._memory + mean
+        elif self.holder == "dict":
+            self._memory["mean"] = 0.9 * self._memory["mean"] + mean
+            self._memory["seen"] += 1
+            return self._memory["mean"] / self._memory["seen"]
+        elif self.holder in ("list", "deque"):
+            self._memory.append(0.9 * self._memory[-1] + mean)
+            return self._memory[-1] * len(self._memory)
+        elif self.holder == "generator":
+            return torch.as_tensor(self._memory.normal(size=3), dtype=torch.float32)
+        else:
+            self._memory = 0.9 * self._memory + numpy.float32(mean.mean())
+            return torch.as_tensor(self._memory, dtype=torch.float32)
+        remembered: torch.Tensor = self._memory
+        return remembered
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(x)
+        if self.training:
+            return logits + 0.1 * self.moved(logits)
+        return logits
+
+
+HOLDERS = ("tensor", "dict", "list", "deque", "array", "number", "generator", "late")
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+def test_what_a_network_holds_in_an_attribute_is_saved(holder: str, tmp_path: Path) -> None:
+    def weights(out: str, **options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        network = Remembering(holder)
+        trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
+        fit_and_stop(trainer, tmp_path / out, **options)
+        return network.net.weight.detach()
+
+    whole = weights("whole")
+    with pytest.raises(KeyboardInterrupt):
+        weights("stopped", stops=True)
+    assert torch.equal(weights("stopped", resume=True), whole)
+
+
+def fit_and_stop(trainer: Any, out: Path, *, stops: bool = False, **options: Any) -> None:
+    """Fit a trainer for some steps, and perhaps stop between two of them."""
+
+    def at_step(step: int, row: Any, trainer: Any) -> None:
+        if stops and step == STOPPED_IN:
+            raise KeyboardInterrupt
+
+    generator = torch.Generator().manual_seed(1)
+    labeled = torch.randn(40, 6, generator=generator), torch.arange(40) % 3
+    inner = None
+    if isinstance(trainer, metapl.BilevelTrainer):
+        inner = torch.randn(40, 6, generator=generator)
+    torch.manual_seed(2)
+    options = {"say": lambda text: None} | options
+    trainer.fit(
+        labeled,
+        inner,
+        steps=20,
+        batch_size=8,
+        out=out,
+        save_every=3,
+        log_every=1,
+        callbacks=[at_step],
+        progress=False,
+        **options,
+    )
+
+
+@dataclass
+class Rising(metapl.BilevelProblem):
+    """A problem whose signal counts more with each step, by a number and by a tensor in a dict."""
+
+    steps: int = 0
+    table: dict[str, torch.Tensor] = field(default_factory=lambda: {"level": torch.tensor(0.5)})
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        self.steps += 1
+        q = teacher(batch).softmax(-1)
+        self.table["level"] = 0.9 * self.table["level"] + 0.1 * q.detach().amax(1).mean()
+        return metapl.Signal(q * (1 - 0.5**self.steps) * self.table["level"])
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = -(signal.value * outputs.log_softmax(-1)).sum(-1)
+        return loss
+
+    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+def test_what_a_problem_holds_in_attributes_is_saved(tmp_path: Path) -> None:
+    def weights(out: str, **options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        student = nn.Linear(6, 3)
+        trainer = metapl.BilevelTrainer(
+            nn.Linear(6, 3),
+            student,
+            "forward",
+            problem=Rising(),
+            teacher_losses=(),
+            verify=False,
+        )
+        fit_and_stop(trainer, tmp_path / out, **options)
+        return student.weight.detach()
+
+    whole = weights("whole")
+    with pytest.raises(KeyboardInterrupt):
+        weights("stopped", stops=True)
+    assert torch.equal(weights("stopped", resume=True), whole)
+
+
+def test_what_no_checkpoint_has_is_named_where_a_fit_is_resumed(tmp_path: Path) -> None:
+    def run(**options: Any) -> None:
+        torch.manual_seed(0)
+        network = nn.Sequential(Remembering("dict"))
+        network[0].hidden = [nn.Linear(3, 3)]
+        trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
+        fit_and_stop(trainer, tmp_path, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stops=True)
+    said: list[str] = []
+    run(resume=True, say=said.append)
+    (line,) = [text for text in said if "no checkpoint" in text]
+    assert "the student's 0.hidden (a value in it is of type Linear)" in line
+
+
+def test_a_loaded_state_keeps_containers_that_others_hold() -> None:
+    """A dict that two modules share stays one, and the state that is loaded is the caller's."""
+    network = nn.Sequential(Remembering("dict"), nn.Linear(3, 3))
+    network[1].shared = network[0]._memory
+    trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
+    state = trainer.state_dict()
+    batch = torch.randn(8, 6), torch.arange(8) % 3
+    trainer.step(batch)
+    assert network[0]._memory["seen"] > 0
+    trainer.load_state_dict(state)
+    assert network[0]._memory["seen"] == 0
+    assert network[1].shared is network[0]._memory
+    trainer.step(batch)
+    trainer.load_state_dict(state)
+    assert torch.equal(network[0]._memory["mean"], torch.zeros(3))
 
 
 # --------------------------------------------------------------------- no attribute without a place
@@ -289,7 +459,7 @@ TRAINER_ATTRIBUTES = {
     "as_given": BY_THE_PROGRAM,
     "network": BY_THE_PROGRAM,
     "mode": BY_THE_PROGRAM,
-    "problem": BY_THE_PROGRAM,
+    "problem": SAVED,
     "given_problem": BY_THE_PROGRAM,
     "losses": BY_THE_PROGRAM,
     "teacher_losses": BY_THE_PROGRAM,

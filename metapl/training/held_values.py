@@ -1,0 +1,202 @@
+"""The values that a network or a problem holds in attributes, and that a checkpoint holds too.
+
+These are numbers, texts, tensors, arrays and generators, also in dicts, lists, tuples, deques and
+sets: a running mean, a queue of features, a counter. A value that is anything else, or that has
+anything else in it, is left to the program that resumes, and :func:`unsaved` names those in which a
+run may have left something.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Container, Mapping
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metapl.data.feed import read_state, write_state
+from metapl.errors import MetaplError
+from metapl.execution.checks import described
+from metapl.execution.shards import is_sharded
+from metapl.runs.checkpoint import plain_states
+
+Values = Mapping[str, Any]
+
+GENERATORS = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
+
+# The key of a dict that stands for a value that the file's format does not have.
+KIND = "kind of value"
+
+# PyTorch's own attributes of a module: its tables and hooks, which state_dict() and the program
+# that builds it have. Which modules are in training is saved.
+OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+
+
+class NotPlain(MetaplError):
+    """A value that a checkpoint does not hold."""
+
+
+def held_values(owner: object, registered: Container[int]) -> dict[str, Any]:
+    """Return the attributes of a module or a problem that a checkpoint holds.
+
+    Args:
+        owner: the module or the problem.
+        registered: the ids of tensors that the checkpoint holds elsewhere, as weights and buffers.
+    """
+    values: dict[str, Any] = {}
+    for attribute, value in attributes_of(owner).items():
+        try:
+            values[attribute] = plain(value, registered)
+        except NotPlain:
+            continue
+    return values
+
+
+def unsaved(owner: object, registered: Container[int]) -> dict[str, str]:
+    """Return attributes that a checkpoint does not hold and that may have tensors, in words.
+
+    They are tensors with a graph, and containers of these, of modules or of other objects.
+    """
+    names: dict[str, str] = {}
+    for attribute, value in attributes_of(owner).items():
+        is_torch_class = type(owner).__module__.startswith("torch.")
+        if is_torch_class or isinstance(value, nn.Module):
+            continue
+        leaves = pytree.tree_leaves(value)
+        if all(id(leaf) in registered for leaf in leaves):
+            continue
+        try:
+            plain(value, registered)
+        except NotPlain as error:
+            if any(isinstance(leaf, Tensor | nn.Module) for leaf in leaves):
+                names[attribute] = str(error)
+    return names
+
+
+def attributes_of(owner: object) -> dict[str, Any]:
+    """Return the attributes of an object without those that are PyTorch's own."""
+    is_torch_class = type(owner).__module__.startswith("torch.")
+    attributes: dict[str, Any] = {}
+    for attribute, value in getattr(owner, "__dict__", {}).items():
+        is_private = attribute.startswith("_")
+        if attribute not in OF_TORCH and not (is_private and is_torch_class):
+            attributes[attribute] = value
+    return attributes
+
+
+def plain(value: Any, registered: Container[int]) -> Any:
+    """Return a value as a checkpoint holds it; its tensors share their memory with it.
+
+    Raises: :class:`NotPlain`.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        is_own = id(value) not in registered and not isinstance(value, nn.Parameter)
+        is_whole = value.layout == torch.strided and not is_sharded(value)
+        if is_own and is_whole and not value.requires_grad:
+            return value.detach()
+    elif isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufc":
+        kind = "array" if isinstance(value, numpy.ndarray) else "number"
+        return {KIND: kind, "value": torch.as_tensor(value)}
+    elif isinstance(value, GENERATORS):
+        return {KIND: "generator", "value": plain_states(read_state(value))}
+    elif isinstance(value, dict):
+        entries = {}
+        for key, entry in value.items():
+            if type(key) not in (bool, int, float, str):
+                raise NotPlain(f"a key in it is {described(key)}")
+            entries[key] = plain(entry, registered)
+        return entries
+    elif isinstance(value, deque):
+        plain_entries = [plain(entry, registered) for entry in value]
+        return {KIND: "deque", "value": plain_entries, "length": value.maxlen}
+    elif type(value) is set:
+        return {KIND: "set", "value": [plain(entry, ()) for entry in sorted(value, key=repr)]}
+    elif type(value) in (list, tuple):
+        plain_entries = [plain(entry, registered) for entry in value]
+        return plain_entries if isinstance(value, list) else tuple(plain_entries)
+    raise NotPlain(f"a value in it is {described(value)}")
+
+
+def put_values(owner: object, values: Values, *, device: torch.device) -> None:
+    """Give a module or a problem the attributes that :func:`held_values` has returned.
+
+    Containers and generators stay the same objects, which others may hold too.
+
+    Args:
+        device: of the networks, for tensors that are held where there is none now.
+    """
+    current_values = held_values(owner, registered=())
+    attributes = vars(owner)
+    for attribute, value in values.items():
+        if attribute not in current_values or not same(current_values[attribute], value):
+            new_value = put_value(attributes.get(attribute), value, device)
+            # Frozen dataclasses have a __setattr__ of their own.
+            object.__setattr__(owner, attribute, new_value)
+
+
+def put_value(current: Any, saved: Any, device: torch.device) -> Any:
+    """Return a saved value, in the container that is held now where that is of the same kind."""
+    if isinstance(saved, dict) and KIND in saved:
+        return put_kind(current, saved, device)
+    if isinstance(saved, dict):
+        table: dict[Any, Any] = current if isinstance(current, dict) else {}
+        entries = {key: put_value(table.get(key), t, device) for key, t in saved.items()}
+        table.clear()
+        table.update(entries)
+        return table
+    if isinstance(saved, list | tuple):
+        entries_now = [*current] if isinstance(current, list | tuple | deque) else []
+        entries_now += [None] * len(saved)
+        new = [put_value(t, entry, device) for t, entry in zip(entries_now, saved, strict=False)]
+        if isinstance(saved, tuple):
+            return tuple(new)
+        if isinstance(current, list):
+            current[:] = new
+            return current
+        return new
+    if isinstance(saved, Tensor):
+        if isinstance(current, Tensor):
+            device = current.device
+        return saved.detach().to(device, copy=True)
+    return saved
+
+
+def put_kind(current: Any, saved: Mapping[str, Any], device: torch.device) -> Any:
+    """Return a value for which a dict stands; see :func:`put_value`."""
+    kind = saved[KIND]
+    value = saved["value"]
+    if kind == "generator":
+        if not isinstance(current, GENERATORS):
+            raise MetaplError(f"it has a generator where the trainer has {described(current)}")
+        write_state(current, value)
+        return current
+    if kind == "set":
+        return set(value)
+    if kind == "deque":
+        entries = put_value([*current] if isinstance(current, deque) else None, value, device)
+        if not isinstance(current, deque):
+            return deque(entries, saved["length"])
+        current.clear()
+        current.extend(entries)
+        return current
+    array = value.cpu().numpy().copy()
+    return array if kind == "array" else array[()]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Return whether two values of :func:`plain` are equal, of one kind, with all in them."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(entry, b[key]) for key, entry in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b) or (a != a and b != b)
