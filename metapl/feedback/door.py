@@ -26,6 +26,7 @@ from metapl.execution.batch import Batch, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
+from metapl.execution.state import Slots, State
 from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
 from metapl.runs.checkpoint import plain_states
@@ -333,6 +334,7 @@ class FirstLook:
         blocks: of a sharded student, the submodules that gather their weights while they run.
         named_by: the original teacher, problem and student, where the step is taken by copies: a
             tensor that is called by its name may be theirs.
+        accumulate: micro-batches of a batch, for each of which the signal is made once.
     """
 
     def __init__(
@@ -345,8 +347,14 @@ class FirstLook:
         *,
         blocks: Sequence[Any] = (),
         named_by: tuple[nn.Module | None, BilevelProblem, nn.Module] | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.problem = problem
+        self.teacher = teacher
+        self.accumulate = accumulate
+        self.teacher_before: State | None = None
+        if teacher is not None and accumulate > 1:
+            self.teacher_before = Slots(teacher).snapshot()
         self.named_by = [(teacher, problem, student)]
         if named_by is not None:
             self.named_by.append(named_by)
@@ -380,6 +388,9 @@ class FirstLook:
                 in their places.
         """
         allowed = ids(made_here)
+        for t in made_here:
+            # The signal of a micro-batch is a part of a leaf.
+            allowed |= ids(leaves_of(t))
         if at_own_weights or self.keeps_weights:
             allowed |= self.weights
         leaf = self._strange_leaf(value, allowed, again)
@@ -391,6 +402,37 @@ class FirstLook:
                 "teacher to reach it by problem.signal alone: put it into the signal "
                 "(student_input(self, batch, signal) takes that to the student), make it a "
                 "parameter of the student, or .detach() it."
+            )
+        self._refuse_moved_state(again)
+
+    def _refuse_moved_state(self, again: Callable[[], Tensor]) -> None:
+        """Refuse an inner loss of micro-batches that reads what signal moves in the teacher.
+
+        It moves once for each of them, and a loss that is taken after the first signal reads
+        another state than one that is taken after the last.
+
+        Args:
+            again: computes the loss once more.
+        """
+        if self.teacher is None or self.teacher_before is None:
+            return
+        state_now = Slots(self.teacher).snapshot()
+        buffers_now = {name: t.clone() for name, t in self.teacher.named_buffers()}
+        with_state_now = again().detach()
+        self.teacher_before.restore()
+        try:
+            with_state_before = again().detach()
+            moved = []
+            for name, t in self.teacher.named_buffers():
+                if name in buffers_now and not same_values(t, buffers_now[name]):
+                    moved.append(name)
+        finally:
+            state_now.restore()
+        if not same_to_rounding(with_state_now, with_state_before):
+            raise PastTheSignal(
+                f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and "
+                f"with accumulate={self.accumulate} that moves once for each micro-batch; expected "
+                "it in the signal, a number for each row, or accumulate=1."
             )
 
     def at_outer_loss(

@@ -37,6 +37,8 @@ from metapl.feedback import (
     refuse_direct_term_alone,
 )
 from metapl.feedback.door import (
+    FirstLook,
+    looking,
     outer_loss_reads_more,
     refuse_direct_term_in_parts,
     refuse_learned_settings,
@@ -343,6 +345,20 @@ class Differentiation:
                 with_leaves.append({**group, **pytree.tree_map(as_leaf, numbers)})
             self.options.append(with_leaves)
 
+    def _look(self) -> FirstLook | None:
+        """Return a look at the losses of micro-batches; None where no feedback reads them."""
+        if self.estimate.credits == "nothing":
+            return None
+        return FirstLook(
+            self.request.teacher,
+            self.request.student,
+            self.problem,
+            outer_batch=self.request.outer,
+            inner_batches=self.inner_batches,
+            blocks=self.of_student.blocks,
+            accumulate=self.request.accumulate,
+        )
+
     def _begin(self) -> None:
         """Prepare the networks of several processes for a path."""
         for layout in (self.of_teacher, self.of_student):
@@ -388,6 +404,8 @@ class Differentiation:
                 stack.enter_context(no_fast_path(math=True))
             if steps > 1:
                 stack.enter_context(deterministic(self.device))
+            if request.accumulate > 1:
+                stack.enter_context(looking(self._look()))
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
             with step_bar(is_shown, steps, "steps") as show_step:
                 path = take_steps(
@@ -429,8 +447,7 @@ class Differentiation:
             if direct:
                 grads = {name: g + direct[name] for name, g in grads.items()}
             # The path has gone backwards, and has the last step's first.
-            setting_gradients = path.setting_gradients[::-1]
-            settings = stacked_settings(setting_gradients, self.settings, steps=steps)
+            settings = stacked_settings(path.setting_gradients[::-1], self.settings, steps=steps)
             h = tuple(
                 feedback_of_step.of_batch(step)
                 for step, feedback_of_step in zip(path.steps, feedback, strict=True)

@@ -459,6 +459,7 @@ class BilevelTrainer(Trainer):
                 outer_batch=outer_batch,
                 inner_batches=inner_batches,
                 blocks=self.layout.blocks,
+                accumulate=self.accumulate,
             )
         verification = self.verification
         is_verified = fingerprint in verification.verified_marks

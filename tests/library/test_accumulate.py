@@ -742,3 +742,73 @@ def test_state_that_signal_writes_moves_once_or_is_refused(
     if where != "note":
         holder: Any = problem if where == "problem" else teacher
         assert float(holder.level) == pytest.approx(level)
+
+
+class WeighedByLevel(metapl.BilevelProblem):
+    """Losses that are weighed by how sure the teacher has been so far, which a buffer has."""
+
+    def __init__(self, teacher: nn.Module, *, in_signal: bool) -> None:
+        self.teacher = teacher
+        self.in_signal = in_signal
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        q = teacher(batch).softmax(-1)
+        teacher.level.mul_(0.5).add_(0.5 * q.detach().amax(1).mean())
+        return Signal({"q": q, "level": teacher.level.expand(len(q)).clone()})
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        level = signal.value["level"] if self.in_signal else self.teacher.level
+        return -level * (signal.value["q"] * outputs.log_softmax(-1)).sum(-1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize("in_signal", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_inner_loss_of_a_state_that_signal_moves(accumulate: int, *, in_signal: bool) -> None:
+    """Of a micro-batch it is another number before and after the signals of the others."""
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    teacher.register_buffer("level", torch.tensor(0.5, dtype=torch.float64))
+    problem = WeighedByLevel(teacher, in_signal=in_signal)
+    outer = torch.randn(8, 4).double(), torch.arange(8) % 3
+    inner = torch.randn(12, 4).double()
+    refused = accumulate > 1 and not in_signal
+    words = r"the inner loss reads what signal moves in the teacher \(level\)"
+
+    def gradient(mode: str) -> Any:
+        return metapl.hypergradient(
+            teacher,
+            student,
+            outer=outer,
+            inner=inner,
+            mode=mode,
+            problem=problem,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            accumulate=accumulate,
+        )
+
+    trainer = metapl.BilevelTrainer(
+        teacher, student, problem=problem, accumulate=accumulate, verify=False, teacher_losses=()
+    )
+    if refused:
+        for mode in ("forward", "unrolled"):
+            with pytest.raises(MetaplError, match=words):
+                gradient(mode)
+        with pytest.raises(MetaplError, match=words):
+            trainer.step(outer, inner)
+        assert float(teacher.level) == 0.5
+        return
+    forward, unrolled = gradient("forward"), gradient("unrolled")
+    torch.testing.assert_close(forward.feedback["q"], unrolled.feedback["q"])
+    # The loss by hand, on the signal of each micro-batch.
+    level = 0.5
+    losses = []
+    for part in inner.chunk(accumulate):
+        q = teacher(part).softmax(-1).detach()
+        level = 0.5 * level + 0.5 * float(q.amax(1).mean())
+        losses.append(-level * (q * student(part).log_softmax(-1)).sum(-1))
+    assert float(forward.inner_loss) == pytest.approx(float(torch.cat(losses).detach().mean()))
+    trainer.step(outer, inner)
+    assert float(teacher.level) == pytest.approx(level)

@@ -197,6 +197,7 @@ class RealStep:
             outer_batch=step.outer_batch,
             inner_batches=InnerBatches(step.inner_batches, is_lookahead=True),
             named_by=(originals.teacher, originals.problem, originals.student),
+            accumulate=step.micro_batches,
         )
         with step.in_the_originals(), looking(look):
             return through_steps(
