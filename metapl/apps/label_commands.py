@@ -192,9 +192,10 @@ class Select:
     """Select examples of a store into a new one, as the papers select their pictures.
 
     The flags are applied in this order: --drop-overlap, --threshold and --at-most, --per-class,
-    --balance, --share. Of each class the most confident pictures are kept; of equals, those whose
-    names come first. The new store has a file list.txt with the paths of its pictures, each as
-    often as it counts, which --unlabeled of metapl train images takes in the place of a folder.
+    --balance, --share or --count. Of each class the most confident pictures are kept; of equals,
+    those whose names come first. The new store has a file list.txt with the paths of its pictures,
+    each as often as it counts, which --unlabeled of metapl train images takes in the place of a
+    folder.
 
     Args:
         store: folder of the store to select from.
@@ -213,7 +214,9 @@ class Select:
             class.
         share: share of the selected examples, with copies, to keep, drawn at random. Noisy
             Student's Table 10 does so.
-        seed: seed with which --share is drawn.
+        count: number of the selected examples, with copies, to keep, drawn at random. Noisy
+            Student's Figure 5 has 1300000 of each interval. Refused where there are fewer.
+        seed: seed with which --share or --count is drawn.
         drop_overlap: folder of other pictures, such as your test pictures. Files that are also in
             it are left out.
     """
@@ -226,6 +229,7 @@ class Select:
     any_class: bool = False
     balance: bool = False
     share: float | None = None
+    count: int | None = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     drop_overlap: Path | None = None
 
@@ -240,10 +244,12 @@ class Select:
             any_class=self.any_class,
             balance=self.balance,
             share=self.share,
+            count=self.count,
             seed=self.seed,
             drop_overlap=self.drop_overlap,
         )
         of_class = "of any class" if self.any_class else "of its class"
+        drawn = f"among {self.count:,}" if self.count else f"in a share of {self.share or 0:g}"
         lines = [
             (selection.rows, "examples in the store"),
             (selection.overlapping, f"dropped: in {shown(self.drop_overlap)}"),
@@ -251,7 +257,7 @@ class Select:
             (selection.unsure, f"dropped: confidence not above {self.threshold or 0:g}"),
             (selection.too_sure, f"dropped: confidence above {self.at_most or 0:g}"),
             (selection.beyond, f"dropped: not among the {self.per_class or 0:,} {of_class}"),
-            (selection.not_drawn, f"dropped: not drawn in a share of {self.share or 0:g}"),
+            (selection.not_drawn, f"dropped: not drawn {drawn}"),
             (selection.kept, "kept"),
             (selection.copies, "with copies"),
         ]

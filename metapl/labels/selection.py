@@ -89,7 +89,7 @@ class Selection:
         missing: classes of which nothing was kept.
         unread: files of the folder that cannot be read, and were not compared.
         too_sure: dropped, for they are more confident than the upper bound.
-        not_drawn: dropped, for none of their copies is in the share that was drawn.
+        not_drawn: dropped, for none of their copies is among those that were drawn.
     """
 
     rows: int
@@ -114,6 +114,7 @@ def select(
     any_class: bool = False,
     balance: bool = False,
     share: Annotated[float, Range(above=0, most=1)] | None = None,
+    count: Annotated[int, Range(1)] | None = None,
     seed: int = 0,
     drop_overlap: Path | None = None,
 ) -> Selection:
@@ -132,8 +133,8 @@ def select(
     4. smaller classes are filled up: of n examples and a goal of N, each counts ⌊N / n⌋ times, and
        N mod n of them, drawn by the MD5 of their ids, once more; see
        :meth:`~metapl.labels.store.LabelStore.rows_with_copies`;
-    5. of all that is left, each example as often as it counts, a uniform share is drawn by the
-       seed; a smaller share of the same seed lies within a larger one.
+    5. of all that is left, each example as often as it counts, a uniform share, or so many, are
+       drawn by the seed; a smaller share of the same seed lies within a larger one.
 
     Args:
         store: to select from.
@@ -144,13 +145,14 @@ def select(
         any_class: needs ``per_class``.
         balance: fill classes up to ``per_class``, or without it to the size of the largest one.
         share: in (0, 1]; at least one example is drawn.
-        seed: of the share.
+        count: how many are drawn, in the place of a share; refused where there are fewer.
+        seed: of the draw.
         drop_overlap: a folder of pictures, in which all folders are searched.
 
-    Cost: some 40 bytes of memory a row; with ``share`` 24 more for each copy. Source: Noisy
-    Student's filtering and balancing of JFT; its Figure 5 for intervals of confidence, its Table 10
-    for uniform shares. With ``any_class``, how Meta Pseudo Labels selects the pictures of JFT for
-    its ResNet-50.
+    Cost: some 40 bytes of memory a row; with ``share`` or ``count`` 24 more for each copy. Source:
+    Noisy Student's filtering and balancing of JFT; its Figure 5 for intervals of confidence, of
+    which each has the same count, its Table 10 for uniform shares. With ``any_class``, how Meta
+    Pseudo Labels selects the pictures of JFT for its ResNet-50.
     """
     with needed_for("stored labels"):
         import pyarrow as pa
@@ -160,6 +162,8 @@ def select(
         raise MetaplError(
             "any_class needs per_class, and no balance: an example can be of several classes."
         )
+    if count is not None and share is not None:
+        raise MetaplError(f"count={count:,} and share={share:g} were given; expected one of them.")
     check_interval(threshold, at_most)
     if drop_overlap is not None and not store.has_digests:
         raise MetaplError(
@@ -216,9 +220,19 @@ def select(
         copies = _balanced_copies(store, rows, label, counts, copies=copies, goal=goal)
     rows_balanced = len(rows)
 
-    # 5. A uniform share.
+    # 5. A uniform share, or a count.
+    with_copies = int(copies[rows].sum(dtype=np.int64))
+    drawn = count
     if share is not None:
-        copies = _drawn_share(rows, copies, share=share, seed=seed)
+        drawn = max(1, round(share * with_copies))
+    if drawn is not None:
+        if drawn > with_copies:
+            raise MetaplError(
+                f"{with_copies:,} of the {len(store):,} examples of {store.folder} are left, with "
+                f"copies; expected the {drawn:,} that are to be drawn: a smaller count, or a "
+                "wider interval of confidence."
+            )
+        copies = _drawn_copies(rows, copies, count=drawn, seed=seed)
         rows = rows[copies[rows] > 0]
         counts = np.bincount(label[rows], minlength=classes)
 
@@ -237,6 +251,8 @@ def select(
         asked["at_most"] = at_most
     if share is not None:
         asked |= {"share": share, "seed": seed}
+    if count is not None:
+        asked |= {"count": count, "seed": seed}
     writer = LabelWriter(
         out,
         store.classes,
@@ -354,13 +370,12 @@ def _balanced_copies(
     return balanced
 
 
-def _drawn_share(rows: Values, copies: Values, *, share: float, seed: int) -> Values:
-    """Return how often each example counts in a share of the copies, drawn without replacement."""
+def _drawn_copies(rows: Values, copies: Values, *, count: int, seed: int) -> Values:
+    """Return how often each example counts among so many copies, drawn without replacement."""
     rows_of_copies = np.repeat(rows, copies[rows])
     keys = draws.bits(seed, 0, torch.arange(len(rows_of_copies)), 1, stream=SHARE)[:, 0].numpy()
-    number = max(1, round(share * len(rows_of_copies)))
     # A stable sort, so that of equal keys the first is drawn, on every machine.
-    drawn = rows_of_copies[np.argsort(keys, kind="stable")[:number]]
+    drawn = rows_of_copies[np.argsort(keys, kind="stable")[:count]]
     return np.bincount(drawn, minlength=len(copies)).astype(copies.dtype)
 
 

@@ -468,6 +468,34 @@ def test_a_uniform_share_is_drawn_of_the_copies_and_lies_within_a_larger_one(
         select(store, tmp_path / "half", **asked, share=0.5, seed=8)
 
 
+def test_a_count_is_drawn_of_an_interval_and_refused_where_there_are_fewer(tmp_path: Path) -> None:
+    """As Figure 5 has it: the same number of pictures of each interval of confidence."""
+    store = made(tmp_path / "store")
+    confidence = store.column("confidence")
+    for lower, upper in ((0.3, 0.4), (0.4, 0.5)):
+        interval: dict[str, Any] = {"threshold": lower, "at_most": upper}
+        is_within = (confidence > np.float32(lower)) & (confidence <= np.float32(upper))
+        within = {name for name, inside in zip(store, is_within, strict=True) if inside}
+        out = tmp_path / f"{lower}"
+        selection = select(store, out, **interval, count=7)
+        assert (selection.kept, selection.copies) == (7, 7)
+        assert selection.not_drawn == len(within) - 7 > 0
+        assert within > {*LabelStore(out)}
+        whole = select(store, tmp_path / f"all {lower}", **interval, count=len(within))
+        assert whole.kept == len(within)
+        with pytest.raises(
+            MetaplError, match=f"^{len(within)} of the 400 .* the {len(within) + 1}"
+        ):
+            select(store, tmp_path / "more", **interval, count=len(within) + 1)
+    assert not (tmp_path / "more").exists()
+    select(store, tmp_path / "balanced", balance=True)
+    copies = copies_of(LabelStore(tmp_path / "balanced"))
+    drawn = select(store, tmp_path / "of copies", balance=True, count=401)
+    assert drawn.copies == 401
+    some = copies_of(LabelStore(tmp_path / "of copies"))
+    assert all(count <= copies[name] for name, count in some.items())
+
+
 @pytest.mark.parametrize(("top_k", "threshold", "gone"), [(None, None, []), (2, 0.4, [5, 6, 7])])
 def test_of_any_class_the_most_probable_are_kept(
     top_k: int | None, threshold: float | None, gone: list[int], tmp_path: Path
@@ -530,6 +558,8 @@ UNFIT: list[tuple[dict[str, Any], str]] = [
     ({"at_most": 0.01}, "400 are above 0.01"),
     ({"at_most": 0.0}, "at_most"),
     ({"share": 0.0}, "share"),
+    ({"count": 0}, "count"),
+    ({"count": 3, "share": 0.5}, "expected one of them"),
     ({"drop_overlap": Path("nowhere")}, "nowhere"),
 ]
 
@@ -576,6 +606,10 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
         line for line in told.splitlines() if "dropped" in line or line.endswith("  kept")
     ]
     assert sum(int(line.split()[0]) for line in dropped_or_kept) == 400
+    counted = (*interval[:4], "--count", "5")
+    told = metapl("labels", "select", store.folder, "--out", tmp_path / "five", *counted).stdout
+    assert "dropped: not drawn among 5" in told
+    assert "\n  5  kept\n" in told
     empty = metapl(
         "labels", "select", store.folder, "--out", tmp_path / "none", *interval[:3], "0.2", code=2
     ).stderr
