@@ -6,10 +6,11 @@ of these settings it reads.
 """
 
 import gzip
+import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -364,9 +365,32 @@ def build_network(c: NetworkSettings, classes: int, dropout: float, name: str) -
     return normalized
 
 
-def save_weights(weights: Mapping[str, Tensor], file: Path) -> None:
-    """Write the weights of a network as a file of safetensors."""
-    save_file({name: t.contiguous().cpu() for name, t in weights.items()}, file)
+def save_weights(
+    weights: Mapping[str, Tensor],
+    file: Path,
+    name: str,
+    *,
+    size: int,
+    test: Images,
+    classes: list[str],
+) -> None:
+    """Write the weights of a network, and what network it is, as a file of safetensors.
+
+    What it is stands where ``metapl export`` has it, so that ``robustness.py`` evaluates the file
+    by its own mean and std.
+
+    Args:
+        name: of the network, as :func:`metapl.networks.create` takes it.
+        size: side of the pictures that it was tested on, which are ``test``.
+    """
+    about = {
+        "architecture": asdict(Architecture(name=name, num_classes=len(classes), image_size=size)),
+        "normalization": {"mean": MEAN, "std": STD},
+        "classes": classes,
+        "center": getattr(test, "center", 1.0),
+    }
+    tensors = {name: t.contiguous().cpu() for name, t in weights.items()}
+    save_file(tensors, file, metadata={"metapl": json.dumps(about, sort_keys=True)})
 
 
 def deliver(

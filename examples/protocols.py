@@ -891,7 +891,14 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     }
     if processes.first:
         for name, of_network in weights.items():
-            save_weights(of_network, out / f"{name}.safetensors")
+            save_weights(
+                of_network,
+                out / f"{name}.safetensors",
+                c.network,
+                size=c.image_size,
+                test=sets.test,
+                classes=sets.classes,
+            )
         network = build_network(c, classes, c.dropout, c.network)
         network.load_state_dict(weights[delivered])
         deliver(

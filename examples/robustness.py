@@ -1,6 +1,10 @@
-"""A network on ImageNet's released test sets, as JSON.
+"""Networks on ImageNet's released test sets, and attacked, as JSON.
 
     python examples/robustness.py runs/imagenet --imagenet-a DIR
+    # a network with Noisy Student beside one without
+    python examples/robustness.py runs/b0/round-0.safetensors runs/b0/delivered \\
+        --test DIR --imagenet-a DIR --imagenet-c DIR --imagenet-p DIR \\
+        --attack fgsm pgd --eps 2 16
 
     ImageNet-A  --imagenet-a DIR   DIR/<class>/<picture>: 200 folders, called as ImageNet's classes
                                    (n01498041)
@@ -10,10 +14,15 @@
                                    for each video
     ReaL        --test DIR         DIR/<class>/ILSVRC2012_val_<number>.JPEG, and all right outputs
                 --real real.json   of each
+    attacks     --test DIR         these pictures, moved against the network by --eps of 1/255
 
-The network is that of a run, or of a file of weights: a model.safetensors of ``metapl export`` says
-what it is of; of any other, ``--network resnet50`` (torchvision's, or timm:NAME) says it, and
-pictures are read as timm or torchvision evaluate it. Class folders are found among the network's
+A network is that of a run, or of a file of weights: one that metapl wrote says what it is of, such
+as model.safetensors of ``metapl export`` or a round of ``noisy_student_imagenet.py``; of any other,
+``--network resnet50`` (torchvision's, or timm:NAME) says it. Pictures are normalized by the mean
+and the std in the file; one that has none is evaluated as timm or torchvision do. ``--size 475``
+brings the pictures of ImageNet-C and -P to this side, as Noisy Student has those of L2, whose other
+pictures are of 800 pixels. Of several networks, ``figures`` has a list of each figure, in the order
+of the command line. Class folders are found among the network's
 classes by name; of a network of a thousand outputs whose names are others or unknown, all folders
 of a set are taken in the order of their names, which is ImageNet's.
 """
@@ -26,16 +35,17 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import islice
+from operator import getitem
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from joblib import cpu_count
 from PIL import Image, ImageOps
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -44,11 +54,16 @@ from metapl.metrics import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of
 from metapl.networks import Architecture, Normalized
 from metapl.networks.tuned import IMAGENET
-from metapl.networks.weights import load_weights, read_weights
+from metapl.networks.weights import (
+    load_weights,
+    read_metadata,
+    read_normalization,
+    read_weights,
+)
 from metapl.pictures.batches import in_unit_range
 from metapl.pictures.folders import LabeledFiles, scan_labeled
 from metapl.pictures.reader import SUFFIXES, UnreadableImage, read_image
-from metapl.robustness import CORRUPTIONS, SEVERITIES, by_severity
+from metapl.robustness import CORRUPTIONS, SEVERITIES, Attack, by_severity, measure
 from metapl.run_folder import EndedRun
 
 # The number of ImageNet's classes.
@@ -149,15 +164,34 @@ class Subject:
             )
         return [output_of_class[name] for name in folders]
 
-    def logits(self, paths: Sequence[Path]) -> Tensor:
-        """Return the logits of pictures in files, (N, K)."""
-        logits = []
+    def batches(self, paths: Sequence[Path]) -> Iterator[Tensor]:
+        """Yield the pictures in files, some at a time."""
         # Pillow decodes without Python's lock, so threads are enough.
         with ThreadPoolExecutor(cpu_count()) as pool:
             for first in range(0, len(paths), AT_ONCE):
-                pictures = torch.stack([*pool.map(self.read, paths[first : first + AT_ONCE])])
-                logits.append(logits_of(self.network, [pictures]))
-        return torch.cat(logits)
+                yield torch.stack([*pool.map(self.read, paths[first : first + AT_ONCE])])
+
+    def logits(self, paths: Sequence[Path]) -> Tensor:
+        """Return the logits of pictures in files, (N, K)."""
+        return logits_of(self.network, self.batches(paths))
+
+    def on_crops(self, side: int | None) -> Subject:
+        """Return this network for pictures of ImageNet-C or -P, which were released as crops.
+
+        Args:
+            side: to which they are brought; None: that of other pictures.
+        """
+        subject = replace(self, center=1.0, side=side or self.side)
+        channels = 1 if self.grey else 3
+        try:
+            logits_of(self.network, [torch.zeros(1, channels, subject.side, subject.side)])
+        except (RuntimeError, AssertionError, ValueError) as error:
+            # A vision transformer is built for one side, and small pictures vanish in pooling.
+            raise MetaplError(
+                f"--size {side}: the network does not take such pictures ({reason_of(error)}); "
+                f"expected another side, such as {self.side}."
+            ) from error
+        return subject
 
 
 def of_run(folder: Path) -> Subject:
@@ -175,45 +209,24 @@ def of_run(folder: Path) -> Subject:
     )
 
 
-def read_metadata(file: Path) -> dict[str, Any]:
-    """Return what ``metapl export`` wrote into a file of weights.
-
-    It is ``architecture``, ``normalization`` and ``classes``, each or None, and, where it is not 1,
-    ``center``; empty for a file that others wrote.
-    """
-    if not file.is_file():
-        raise MetaplError(
-            f"there is no file of weights {file}; expected a .safetensors or .pt file on this "
-            "machine."
-        )
-    if file.suffix != ".safetensors":
-        return {}
-    try:
-        with safe_open(file, "pt") as stored:
-            content: dict[str, Any] = json.loads((stored.metadata() or {}).get("metapl", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise MetaplError(f"{file} cannot be read as weights: {reason_of(error)}.") from error
-    return content
-
-
 def of_weights(file: Path, name: str | None) -> Subject:
     """Return the network of a file of weights, by what the file says, or by ``name``.
 
     The name says the library that has the network, too.
     """
-    metadata = {key: value for key, value in read_metadata(file).items() if value is not None}
+    metadata = read_metadata(file)
     # This is how torchvision evaluates its networks.
     side = 224
     middle = 224 / 256
-    mean, std = IMAGENET
+    normalization: Any = IMAGENET
     if "architecture" in metadata:
         architecture = Architecture(**metadata["architecture"])
+        if name not in (None, architecture.name):
+            raise MetaplError(f"{file} is of {architecture.name}; leave out --network {name}.")
         network = replace(architecture, dropout=0.0, stochastic_depth=0.0)
         side = network.image_size or side
         middle = metadata.get("center", 1.0)
-        normalization = metadata.get("normalization", {})
-        mean = normalization.get("mean")
-        std = normalization.get("std")
+        normalization = read_normalization(file)
     else:
         if name is None:
             raise MetaplError(
@@ -223,17 +236,18 @@ def of_weights(file: Path, name: str | None) -> Subject:
         network = Architecture(name=name, num_classes=OUTPUTS)
         with torch.device("meta"):
             module = network.create()
+        stored = read_normalization(file)
         if network.library == "timm":
             evaluated: dict[str, Any] = getattr(module, "pretrained_cfg", None) or {}
             side = evaluated.get("input_size", (3, side, side))[-1]
             middle = evaluated.get("crop_pct") or middle
-            mean = evaluated.get("mean", mean)
-            std = evaluated.get("std", std)
-        elif network.library == "metapl":
+            normalization = (evaluated.get("mean", IMAGENET[0]), evaluated.get("std", IMAGENET[1]))
+        elif network.library == "metapl" and stored is None:
             raise MetaplError(
                 f"{file} does not say how its pictures are normalized; expected one of metapl "
                 "export."
             )
+        normalization = stored or normalization
         bias = read_weights(file).get(f"{network.heads(module)[0]}.bias")
         if bias is None:
             raise MetaplError(
@@ -242,7 +256,7 @@ def of_weights(file: Path, name: str | None) -> Subject:
         network = replace(network, num_classes=len(bias))
     module = network.create()
     load_weights(module, file)
-    module = (module if mean is None else Normalized(module, mean, std)).eval()
+    module = (module if normalization is None else Normalized(module, *normalization)).eval()
     module = module.to("cuda" if torch.cuda.is_available() else "cpu")
     return Subject(
         module, side, metadata.get("classes"), network.num_classes, network.in_channels == 1, middle
@@ -271,7 +285,10 @@ def imagenet_a(subject: Subject, root: Path) -> dict[str, Any]:
 
 
 def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
-    """Return accuracies by corruption and severity, and mCE where all fifteen are there."""
+    """Return accuracies by corruption and severity, and mCE where all fifteen are there.
+
+    ``subject`` is one of :meth:`Subject.on_crops`.
+    """
     folders = parts(root, CORRUPTIONS, "gaussian_noise/1/n01440764/ILSVRC2012_val_00000293.JPEG")
     # All folders are listed first, so that a missing one is said before any picture is read.
     sets_by_name = {}
@@ -282,18 +299,21 @@ def imagenet_c(subject: Subject, root: Path) -> dict[str, Any]:
     for name, sets in sets_by_name.items():
         for files in sets:
             outputs = torch.tensor(subject.outputs_of(files.root, files.classes))
-            guesses = replace(subject, center=1.0).logits([*map(Path, files.paths())]).argmax(1)
+            guesses = subject.logits([*map(Path, files.paths())]).argmax(1)
             right = guesses == outputs[torch.tensor(files.labels)]
             accuracies.setdefault(name, []).append(float(right.double().mean()))
             n += len(files)
     measured = by_severity(accuracies)
     errors = {name: kind["error"] for name, kind in measured["corruptions"].items()}
     mce = relative_to(ALEXNET, errors) if subject.outputs == OUTPUTS else None
-    return {"n": n, **measured, "mean_corruption_error": mce}
+    return {"n": n, "side": subject.side, **measured, "mean_corruption_error": mce}
 
 
 def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
-    """Return how often predictions change along the sequences, in videos or in frames, and mFR."""
+    """Return how often predictions change along the sequences, in videos or in frames, and mFR.
+
+    ``subject`` is one of :meth:`Subject.on_crops`.
+    """
     folders = parts(root, FLIPS_OF_ALEXNET, "tilt/n01440764/ILSVRC2012_val_00000293.mp4")
     flips = dict[str, float]()
     sequences = 0
@@ -315,7 +335,7 @@ def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
         output = dict(zip(classes, subject.outputs_of(folder, classes), strict=True))
         predictions: list[list[int]] = []
         for path in paths:
-            inputs = frames_of(path, replace(subject, center=1.0))
+            inputs = frames_of(path, subject)
             taken = list[int]()
             while piece := [*islice(inputs, AT_ONCE)]:
                 taken += logits_of(subject.network, [torch.stack(piece)]).argmax(1).tolist()
@@ -325,7 +345,8 @@ def imagenet_p(subject: Subject, root: Path) -> dict[str, Any]:
         flips[name] = flip_probability(predictions, name)
         sequences += len(predictions)
     rate = relative_to(FLIPS_OF_ALEXNET, flips) if subject.outputs == OUTPUTS else None
-    about = {"sequences": sequences, "frames": frames, "accuracy": right / frames}
+    about = {"sequences": sequences, "frames": frames, "side": subject.side}
+    about |= {"accuracy": right / frames}
     return {**about, "flip_probability": flips, "mean_flip_rate": rate}
 
 
@@ -454,37 +475,94 @@ def real(file: Path, paths: Sequence[Path], guesses: Sequence[int]) -> dict[str,
     }
 
 
+def measured(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    """Return all that a command line asks for of one network."""
+    results: dict[str, Any] = {}
+    if args.test:
+        files = scan_labeled(args.test)
+        outputs = torch.tensor(subject.outputs_of(args.test, files.classes))
+        labels = outputs[torch.tensor(files.labels)]
+        paths = [*map(Path, files.paths())]
+        logits = subject.logits(paths)
+        results = {"side": subject.side, **figures(evaluate_logits(logits, labels))}
+        if args.real:
+            results["real"] = real(args.real, paths, logits.argmax(1).tolist())
+        if args.attack:
+            batches = zip(subject.batches(paths), labels.split(AT_ONCE), strict=True)
+            results |= measure(
+                subject.network, batches, corruptions=(), attacks=args.attack, eps=args.eps
+            )
+    if args.imagenet_a:
+        results["imagenet_a"] = imagenet_a(subject, args.imagenet_a)
+    for measure_crops in (imagenet_c, imagenet_p):
+        if folder := getattr(args, measure_crops.__name__):
+            results[measure_crops.__name__] = measure_crops(subject.on_crops(args.size), folder)
+    return results
+
+
+def beside(results: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the figures that papers print, by their names, with one value for each network.
+
+    Accuracies are shares, and mCE and mFR in %, as in the results.
+    """
+    places = {
+        "top-1": ("accuracy",),
+        "top-5": ("top5",),
+        "ReaL": ("real", "accuracy"),
+        "ImageNet-A top-1": ("imagenet_a", "accuracy"),
+        "ImageNet-A top-5": ("imagenet_a", "top5"),
+        "ImageNet-C top-1": ("imagenet_c", "mean_corrupted_accuracy"),
+        "ImageNet-C mCE": ("imagenet_c", "mean_corruption_error"),
+        "ImageNet-P top-1": ("imagenet_p", "accuracy"),
+        "ImageNet-P mFR": ("imagenet_p", "mean_flip_rate"),
+    }
+    for attack, by_eps in results[0].get("attacks", {}).items():
+        for eps in by_eps:
+            places[f"{attack.upper()} {eps}/255"] = ("attacks", attack, eps)
+    lists = {}
+    for name, place in places.items():
+        if place[0] in results[0]:
+            lists[name] = [reduce(getitem, place, result) for result in results]
+    return lists
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("network", type=Path, metavar="RUN_OR_WEIGHTS")
+    parser.add_argument("networks", type=Path, nargs="+", metavar="RUN_OR_WEIGHTS")
     parser.add_argument(
-        "--network", dest="name", metavar="NAME", help="of a file that does not say it"
+        "--network", dest="name", metavar="NAME", help="of files that do not say it"
     )
     for flag in ("--test", "--real", "--imagenet-a", "--imagenet-c", "--imagenet-p"):
         parser.add_argument(flag, type=Path)
+    parser.add_argument("--size", type=int, help="side of the pictures of ImageNet-C and -P")
+    parser.add_argument("--attack", nargs="+", choices=get_args(Attack), default=[])
+    parser.add_argument("--eps", nargs="+", type=float, default=[], help="in 1/255")
     args = parser.parse_args()
-    results: dict[str, Any] = {"network": str(args.network)}
     try:
-        if args.network.is_dir():
-            subject = of_run(args.network)
-        else:
-            subject = of_weights(args.network, args.name)
-        if args.test:
-            files = scan_labeled(args.test)
-            outputs = torch.tensor(subject.outputs_of(args.test, files.classes))
-            paths = [*map(Path, files.paths())]
-            logits = subject.logits(paths)
-            results |= figures(evaluate_logits(logits, outputs[torch.tensor(files.labels)]))
-            if args.real:
-                results["real"] = real(args.real, paths, logits.argmax(1).tolist())
-        for measure in (imagenet_a, imagenet_c, imagenet_p):
-            if folder := getattr(args, measure.__name__):
-                results[measure.__name__] = measure(subject, folder)
+        for flag, needed in (
+            ("real", "test"),
+            ("attack", "test"),
+            ("attack", "eps"),
+            ("eps", "attack"),
+        ):
+            if getattr(args, flag) and not getattr(args, needed):
+                raise MetaplError(f"--{flag} was given without --{needed}.")
+        if args.size is not None and not (args.size > 0 and (args.imagenet_c or args.imagenet_p)):
+            raise MetaplError(
+                f"--size {args.size}: expected pixels, beside --imagenet-c or --imagenet-p."
+            )
+        results: list[dict[str, Any]] = []
+        for place in args.networks:
+            subject = of_run(place) if place.is_dir() else of_weights(place, args.name)
+            results.append({"network": str(place), **measured(subject, args)})
     except MetaplError as error:
         parser.error(str(error))
-    print(json.dumps(results, indent=1))
+    if len(results) == 1:
+        print(json.dumps(results[0], indent=1))
+        return
+    print(json.dumps({"figures": beside(results), "networks": results}, indent=1))
 
 
 if __name__ == "__main__":

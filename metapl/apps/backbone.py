@@ -18,6 +18,7 @@ from metapl.errors import MetaplError, require_packages
 from metapl.metrics.predictions import batches_of, evaluating
 from metapl.networks.architectures import Architecture
 from metapl.networks.tuned import IMAGENET, Tuned
+from metapl.networks.weights import read_normalization
 from metapl.pictures.batches import EvaluationBatches
 from metapl.run_folder import WEIGHTS, EndedRun, refuse_changed
 from metapl.runs.files import sha256_of
@@ -94,17 +95,22 @@ def find(source: str, network: str | None) -> Backbone:
                 f"or give a file: --backbone FILE --network {source}."
             )
     _check_network(source, name, network)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     mean, std = IMAGENET
     config = _timm_config(name) if name.startswith("timm:") else None
     if config is not None:
         mean = tuple(config.mean)
         std = tuple(config.std)
+    # Weights that metapl trained are not behind the normalization of published ones.
+    mean, std = read_normalization(weights) or (mean, std)
     return Backbone(
         network=name,
         weights=str(weights.resolve()),
         weights_sha256=sha256_of(weights),
         mean=mean,
         std=std,
+        grey=len(mean) == 1,
     )
 
 

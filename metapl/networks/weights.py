@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -29,7 +31,9 @@ def load_weights(
             resolution.
         file: a state dict, ``.safetensors`` or by ``torch.save``, alone or under "state_dict" or
             "model". It is read without running code from it. Prefixes of data parallelism and
-            ``torch.compile`` are taken off its names.
+            ``torch.compile`` are taken off its names. Mean and std of a
+            :class:`metapl.networks.Normalized` are not weights of the network in it: whoever puts
+            one around this network asks :func:`read_normalization` for them.
         heads: names of the layers that give the classes. One whose number of classes differs from
             the file's, or that the file does not have, keeps the weights that it has.
 
@@ -132,12 +136,7 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Prefixes of data parallelism and ``torch.compile`` are taken off the names.
     """
-    path = Path(file)
-    if not path.is_file():
-        raise MetaplError(
-            f"there is no file of weights {path}; expected a .safetensors or .pt file on this "
-            "machine."
-        )
+    path = existing(file)
     try:
         if path.suffix == ".safetensors":
             stored: Any = load_file(path)
@@ -163,6 +162,53 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod.", "module."):
         consume_prefix_in_state_dict_if_present(state, prefix)
     return state
+
+
+def existing(file: str | os.PathLike[str]) -> Path:
+    """Return the path of a file of weights; refuse one that is not there."""
+    path = Path(file)
+    if not path.is_file():
+        raise MetaplError(
+            f"there is no file of weights {path}; expected a .safetensors or .pt file on this "
+            "machine."
+        )
+    return path
+
+
+def read_metadata(file: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what metapl wrote into a file of weights of what network it is.
+
+    It is ``architecture``, ``normalization`` and ``classes``, where they are known, and, where it
+    is not 1, ``center``; empty for a file that others wrote.
+    """
+    path = existing(file)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as stored:
+            content: dict[str, Any] = json.loads((stored.metadata() or {}).get("metapl", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MetaplError(f"{path} cannot be read as weights: {reason_of(error)}.") from error
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def read_normalization(
+    file: str | os.PathLike[str],
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return the mean and the std by which the network of a file of weights normalizes pictures.
+
+    They stand in what metapl wrote into the file, or among its tensors, which are then those of a
+    :class:`metapl.networks.Normalized`. None where the file says neither.
+    """
+    stored: Mapping[str, Any] = read_metadata(file).get("normalization", {})
+    if not stored:
+        tensors = read_weights(file)
+        stored = {
+            name: tensors[name].flatten().tolist() for name in ("mean", "std") if name in tensors
+        }
+    if len(stored) < 2:
+        return None
+    return tuple(stored["mean"]), tuple(stored["std"])
 
 
 def fetch_imagenet_weights(name: str) -> Path:

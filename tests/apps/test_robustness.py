@@ -16,7 +16,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import noisy_student_imagenet
 import numpy as np
+import picture_sets
 import pytest
 import robustness
 import torch
@@ -31,16 +33,19 @@ from robustness import (
     imagenet_c,
     imagenet_p,
 )
+from safetensors.torch import load_file, save_file
 from scipy.ndimage import convolve, gaussian_filter, map_coordinates
 from sklearn.datasets import load_sample_image
 from torch import Tensor, nn
 
 from metapl import robustness as kinds
+from metapl.apps import backbone
 from metapl.errors import MetaplError
 from metapl.metrics import evaluate_logits, predict_logits
 from metapl.networks.architectures import Architecture
 from metapl.networks.exports import WEIGHTS, export
 from metapl.networks.tuned import Normalized
+from metapl.pictures import FileImages
 from metapl.robustness import CORRUPTIONS, SEVERITIES, attacked, corrupted, measure
 
 
@@ -356,7 +361,7 @@ def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path)
     with torch.no_grad():
         subject.network[2].weight.mul_(3)
         subject.network[2].bias[outputs] += 3
-    found = imagenet_c(subject, tmp_path)
+    found = imagenet_c(subject.on_crops(None), tmp_path)
     shares = {name: kind["accuracy_by_severity"] for name, kind in found["corruptions"].items()}
     for kind, name in enumerate(CORRUPTIONS):
         for severity in range(1, 6):
@@ -368,10 +373,10 @@ def test_imagenet_c_by_corruption_and_severity(subject: Subject, tmp_path: Path)
     assert 0.05 < found["mean_corrupted_accuracy"] < 0.95
     assert sum(ALEXNET.values()) / 15 == pytest.approx(0.789, abs=5e-4)
     shutil.rmtree(tmp_path / "noise")
-    found = imagenet_c(subject, tmp_path)
+    found = imagenet_c(subject.on_crops(None), tmp_path)
     assert found["mean_corruption_error"] is None
     # A share of the sides is for photographs: these were released as crops.
-    assert imagenet_c(replace(subject, center=0.5), tmp_path) == found
+    assert imagenet_c(replace(subject, center=0.5).on_crops(None), tmp_path) == found
 
 
 @pytest.mark.docs
@@ -423,7 +428,7 @@ def test_imagenet_p_in_videos_and_in_folders_of_frames(subject: Subject, tmp_pat
         for seed in seeds:
             video.mux(stream.encode(av.VideoFrame.from_image(picture(seed))))
         video.mux(stream.encode())
-    found = imagenet_p(subject, tmp_path)
+    found = imagenet_p(subject.on_crops(None), tmp_path)
     assert found["flip_probability"] == pytest.approx(expected)
     assert (found["sequences"], found["frames"], found["accuracy"]) == (
         20,
@@ -504,3 +509,95 @@ def test_weights_by_the_networks_name(name: str, side: int, tmp_path: Path) -> N
     )
     with torch.no_grad():
         torch.testing.assert_close(taken.network(x), network((x - mean) / std))
+
+
+@pytest.mark.docs
+def test_a_side_that_the_network_does_not_take_is_refused(subject: Subject) -> None:
+    assert subject.on_crops(None).side == SIDE
+    with pytest.raises(MetaplError, match="--size 24: the network does not take such pictures"):
+        subject.on_crops(24)
+
+
+@pytest.mark.docs
+def test_a_round_of_noisy_student_is_evaluated_by_its_own_mean_and_std(tmp_path: Path) -> None:
+    """What picture_sets saves, and the bare tensors of it under a name."""
+    c = noisy_student_imagenet.ROWS["b0"].settings()
+    spec = noisy_student_imagenet.networks_of(c)[0]
+    spec = replace(spec, image_size=64, stochastic_depth=0.0, channels_last=False, device="cpu")
+    torch.manual_seed(0)
+    network = picture_sets.build_network(spec, 3, 0.0, "resnet18").eval()
+    test: Any = FileImages(["a.png"], size=(64, 64), center=0.875)
+    carded, bare = tmp_path / "round-0.safetensors", tmp_path / "bare.safetensors"
+    picture_sets.save_weights(
+        network.state_dict(), carded, "resnet18", size=64, test=test, classes=["a", "b", "c"]
+    )
+    save_file(load_file(carded), bare)
+    x = torch.rand(2, 3, 64, 64)
+    for file, name in ((carded, "resnet18"), (carded, None), (bare, "resnet18")):
+        taken = robustness.of_weights(file, name)
+        assert isinstance(taken.network, Normalized)
+        assert taken.network.mean.flatten().tolist() == [0.5] * 3
+        with torch.no_grad():
+            torch.testing.assert_close(taken.network(x), network(x), rtol=0, atol=1e-6)
+    assert (taken.classes, taken.side) == (None, 224)
+    taken = robustness.of_weights(carded, None)
+    assert (taken.classes, taken.side, taken.center) == (["a", "b", "c"], 64, 0.875)
+    with pytest.raises(MetaplError, match="is of resnet18; leave out --network resnet34"):
+        robustness.of_weights(carded, "resnet34")
+    assert backbone.find(str(bare), "resnet18").mean == (0.5, 0.5, 0.5)
+    assert backbone.find(str(carded), "resnet18").std == (0.25, 0.25, 0.25)
+
+
+@pytest.mark.docs
+def test_one_command_measures_two_networks_on_every_set_and_attacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At a side of their own for ImageNet-C and -P; the figures are those of each alone."""
+    files = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        network = Architecture(name="small_cnn", num_classes=1000).create()
+        files.append(tmp_path / f"{seed}.safetensors")
+        test: Any = FileImages(["a.png"], size=(SIDE, SIDE))
+        state = Normalized(network, picture_sets.MEAN, picture_sets.STD).state_dict()
+        picture_sets.save_weights(
+            state, files[-1], "small_cnn", size=SIDE, test=test, classes=list(WNIDS)
+        )
+    a = write_a(tmp_path / "a", IMAGENET_A)
+    for k in range(2):
+        save(tmp_path / "val" / WNIDS[k] / f"{k}.JPEG", k)
+        for severity in SEVERITIES:
+            save(tmp_path / "c" / "fog" / f"{severity}" / WNIDS[k] / "0.JPEG", 10 * severity + k)
+        for frame in range(3):
+            save(tmp_path / "p" / "snow" / WNIDS[k] / "0" / f"{frame}.JPEG", 100 + frame + k)
+    sets: tuple[object, ...] = ("--imagenet-c", tmp_path / "c", "--imagenet-p", tmp_path / "p")
+    sets += ("--size", 24, "--test", tmp_path / "val", "--imagenet-a", a)
+    sets += ("--attack", "fgsm", "pgd", "--eps", 2, 16)
+    both = printed(monkeypatch, *files, *sets)
+    alone = [printed(monkeypatch, file, *sets) for file in files]
+    assert both["networks"] == alone
+    assert both["figures"]["ImageNet-A top-1"] == [one["imagenet_a"]["accuracy"] for one in alone]
+    assert [*both["figures"]] == [
+        *("top-1", "top-5", "ImageNet-A top-1", "ImageNet-A top-5", "ImageNet-C top-1"),
+        *("ImageNet-C mCE", "ImageNet-P top-1", "ImageNet-P mFR"),
+        *("FGSM 2/255", "FGSM 16/255", "PGD 2/255", "PGD 16/255"),
+    ]
+    for one, file in zip(alone, files, strict=True):
+        assert [one[name]["side"] for name in ("imagenet_c", "imagenet_p")] == [24, 24]
+        assert one["side"] == SIDE
+        subject = robustness.of_weights(file, None)
+        assert one["imagenet_c"] == imagenet_c(replace(subject, side=24), tmp_path / "c")
+        paths = [tmp_path / "val" / WNIDS[k] / f"{k}.JPEG" for k in range(2)]
+        pictures = torch.stack([*map(subject.read, paths)])
+        moved = attacked(subject.network, pictures, torch.tensor([0, 1]), "pgd", 16.0)
+        with torch.no_grad():
+            right = subject.network(moved).argmax(1) == torch.tensor([0, 1])
+        assert one["attacks"]["pgd"]["16"] == float(right.float().mean())
+    for words, said in (
+        (("--size", 24), "--size 24: expected pixels, beside --imagenet-c"),
+        (("--attack", "pgd", "--test", a), "--attack was given without --eps"),
+        (("--real", a), "--real was given without --test"),
+    ):
+        with pytest.raises(SystemExit):
+            printed(monkeypatch, files[0], *words)
+        assert said in capsys.readouterr().err
