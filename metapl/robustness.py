@@ -37,6 +37,7 @@ from metapl.execution.checks import described
 from metapl.metrics.predictions import evaluating, logits_of
 
 with needed_for("metapl.robustness"):
+    from einops import rearrange, reduce
     from PIL import Image
 
 # (H, W, C) in [0, 1].
@@ -85,13 +86,13 @@ def corrupted(
     if not isinstance(constants, tuple):
         constants = (constants,)
     seed_of_kind = fold_in(fold_in(seed, list(CORRUPTIONS).index(corruption)), severity)
-    pictures = images.detach().cpu().double().numpy().transpose(0, 2, 3, 1)
+    pictures = rearrange(images.detach().cpu().double().numpy(), "b c h w -> b h w c")
     damaged = []
     for number, picture in enumerate(pictures, first):
         rng = np.random.default_rng(fold_in(seed_of_kind, number))
         result = damage(np.ascontiguousarray(picture), rng, *constants)
         damaged.append(np.round(np.clip(result, 0, 1) * 255) / 255)
-    return torch.from_numpy(np.stack(damaged).transpose(0, 3, 1, 2).copy()).to(images)
+    return torch.from_numpy(rearrange(damaged, "b h w c -> b c h w").copy()).to(images)
 
 
 def gaussian_noise(x: Picture, rng: Generator, std: float) -> Picture:
@@ -319,8 +320,8 @@ def _disk(radius: float, edge: float) -> Picture:
     samples = 4
     offsets = (np.arange(side * samples) + 0.5) / samples - reach - 0.5
     is_inside = offsets[:, None] ** 2 + offsets[None] ** 2 <= max(radius, 0.5) ** 2
-    shares = is_inside.astype(float).reshape(side, samples, side, samples).mean(axis=(1, 3))
-    kernel = shares[..., None]
+    shares = is_inside.astype(float)
+    kernel = reduce(shares, "(h down) (w right) -> h w 1", "mean", down=samples, right=samples)
     kernel = _blurred(kernel, edge, edges="constant")
     return np.asarray(kernel / kernel.sum())
 
