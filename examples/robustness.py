@@ -153,7 +153,12 @@ class Subject:
 
         It is found by the folder's name, or by its place among the ``published`` ones.
         """
-        output_of_class = {name: output for output, name in enumerate(self.classes or ())}
+        output_of_class: dict[str, int] = {}
+        for output, name in enumerate(self.classes or ()):
+            output_of_class[name] = output
+            # The papers' scripts call a class of ImageNet "tench (n01440764)".
+            if wnid := re.search(r"\((n\d{8})\)$", name):
+                output_of_class[wnid[1]] = output
         if unknown := [name for name in folders if name not in output_of_class]:
             if self.outputs == OUTPUTS and len(folders) == len(published):
                 return list(published)

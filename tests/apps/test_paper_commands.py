@@ -19,9 +19,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import noisy_student_imagenet
+import picture_sets
 import protocols
 import pytest
 import robustness
@@ -44,7 +45,8 @@ from tiny_runs import color_folders
 from metapl.distributed import Mesh
 from metapl.errors import MetaplError
 from metapl.networks.architectures import Architecture
-from metapl.networks.exports import WEIGHTS, export
+from metapl.networks.tuned import Normalized
+from metapl.pictures import FileImages
 
 pytestmark = pytest.mark.docs
 
@@ -170,16 +172,23 @@ def test_the_row_of_1_3_million_pictures_draws_them_from_the_130_million() -> No
     assert small.ratios == (1,)
 
 
-def test_the_chain_of_study_1_ends_with_a_small_student_of_twice_the_epochs() -> None:
-    """350 epochs for networks larger than B4, 700 for smaller ones; L2 as Table 7 has it."""
-    (chain,) = settings_on_the_page("study 1")
-    table_7 = noisy_student_imagenet.networks_of(noisy_student_imagenet.ROWS["l2"].settings())
-    *teachers, student = noisy_student_imagenet.networks_of(chain)
-    assert teachers == table_7
-    own = noisy_student_imagenet.networks_of(noisy_student_imagenet.ROWS["b0"].settings())[1]
-    asked = (student.name, student.epochs, student.ratio, student.magnitude, student.dropout)
-    assert asked == (own.name, 700.0, own.ratio, own.magnitude, own.dropout)
-    assert chain.finetune_size is None
+def test_the_small_student_of_study_1_differs_from_figure_2_in_teacher_and_noise_alone() -> None:
+    """The finished L2 teaches, and the unlabeled pictures alone have the standard augmentation."""
+    (taught,) = settings_on_the_page("study 1")
+    own = noisy_student_imagenet.ROWS["b0"].settings()
+    changed = {
+        one.name: getattr(taught, one.name)
+        for one in dataclasses.fields(own)
+        if getattr(taught, one.name) != getattr(own, one.name)
+    }
+    assert changed.pop("teacher") in [out_of(command) for command in COMMANDS]
+    assert changed.pop("unlabeled_noise") == ("standard",)
+    assert {*changed} == {"root", "out", "unlabeled"}
+
+
+def test_an_interval_of_figure_5_has_1_3_million_pictures_of_all_classes() -> None:
+    (interval,) = settings_on_the_page("study 3")
+    assert (interval.count, interval.per_class, interval.balance) == (1_300_000, None, False)
 
 
 def numbers_of(text: str) -> list[str]:
@@ -268,18 +277,15 @@ def write_data(root: Path) -> None:
             )
 
 
-def write_imagenet_network(folder: Path) -> Path:
+def write_imagenet_network() -> Path:
     """Write weights of a network of ImageNet's thousand classes; the small data has three."""
     names = [*WNIDS, *(f"n{number:08}" for number in range(1_000 - len(WNIDS)))]
-    architecture = Architecture(name="small_cnn", num_classes=1_000, image_size=16)
-    export(
-        architecture.create().eval(),
-        folder,
-        shape=(3, 16, 16),
-        classes=names,
-        architecture=architecture,
-    )
-    return folder / WEIGHTS
+    architecture = Architecture(name="small_cnn", num_classes=1_000)
+    state = Normalized(architecture.create(), picture_sets.MEAN, picture_sets.STD).state_dict()
+    file = Path("a network of ImageNet.safetensors")
+    test: Any = FileImages(["a.png"], size=(16, 16))
+    picture_sets.save_weights(state, file, "small_cnn", size=16, test=test, classes=names)
+    return file
 
 
 class Bench:
@@ -467,10 +473,11 @@ def run_noisy_student(words: list[str], processes: int) -> None:
             assert noisy_student_imagenet.main([*words, "--dry-run"]) == 0
     if "--dry-run" in words:
         return
-    networks = re.findall(r"^round \d+: ", plan.getvalue(), re.MULTILINE)
+    # What comes before the first network is of the whole run.
+    _, *networks = re.split(r"^(?:round \d+|teacher): ", plan.getvalue(), flags=re.MULTILINE)
     more = [*NOISY_STUDENT.split(), "--networks", *["small_cnn"] * len(networks)]
-    if "FixRes" in plan.getvalue():
-        more += ["--finetune-size", "24"]
+    sizes = ["24" if "FixRes" in network else "0" for network in networks]
+    more += ["--finetune-sizes", *sizes]
     if words[0] == "svhn":
         more += ["--image-sizes", "32", "--validation", "10"]
     else:
@@ -479,17 +486,22 @@ def run_noisy_student(words: list[str], processes: int) -> None:
     more += ["--threshold", "0.05"]
     if "--at-most" in words:
         more += ["--at-most", "0.99"]
+    if "--count" in words:
+        more += ["--count", "3"]
+    if "--validation" in words:
+        more += ["--validation", "12"]
     assert noisy_student_imagenet.main([*words, *more]) == 0
 
 
 def run_robustness(words: list[str], processes: int) -> None:
-    """Measure a network of a thousand classes, like the page's, in the place of the page's run."""
+    """Measure the runs that the page names, and in the place of a file a small network."""
+    if words[0].endswith(".pth"):
+        name = words.index("--network")
+        words = [str(write_imagenet_network()), *words[1:name], *words[name + 2 :]]
+    if "--size" in words:
+        words = [*words, "--size", "24"]
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr("metapl.networks.exports.programs", lambda *given, **more: {})
-        weights = Path("a network of ImageNet", WEIGHTS)
-        if not weights.exists():
-            write_imagenet_network(weights.parent)
-        patch.setattr(sys, "argv", ["robustness.py", str(weights), *words[1:]])
+        patch.setattr(sys, "argv", ["robustness.py", *words])
         robustness.main()
 
 
