@@ -703,13 +703,14 @@ class Stopwatch:
 
     def label(self, network: nn.Module) -> None:
         """Label some unlabeled pictures, and count all of them, which are read from their files."""
-        files = self.config.scan("unlabeled")
+        files = self.config.scan("unlabeled").without_repeats()
         some = files.keep(range(len(files))[:: -(-len(files) // PICTURES)])
         examples = ToLabel(
             images=some, ids=range(len(some)), name="unlabeled", input=self.config.input
         )
         since = self.clock()
-        for pictures, *_ in examples:
+        for step in range(examples.steps):
+            pictures, *_ = examples.batch(step)
             if len(pictures):
                 logits_of(network, [pictures])
         self.beside += (self.clock() - since) * len(files) / len(some)
