@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Inputs
 from metapl.execution.checks import class_labels, described, tensor_in
 from metapl.execution.numerics import in_type_of, wide
@@ -430,6 +430,13 @@ class Logits(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         if isinstance(inputs, Mapping) and self.arguments.take_keywords(inputs):
+            if unknown := self.arguments.unknown_keywords(inputs):
+                name = type(self.network).__name__
+                raise MetaplError(
+                    f"the batch has {few(unknown)}, which the forward of {name} does not take (it "
+                    f"takes {few(self.arguments.names)}); expected a batch without it, or a "
+                    "forward that has it as an argument."
+                )
             outputs = self.network(**inputs)
         elif isinstance(inputs, tuple | list) and self.arguments.take_positions(inputs):
             outputs = self.network(*inputs)
@@ -485,6 +492,12 @@ class _Arguments:
         """Return whether a dict goes in by its names, not as the one required argument."""
         has_a_name = any(name in inputs for name in self.names)
         return self.has_any_keyword or self.required != 1 or has_a_name
+
+    def unknown_keywords(self, inputs: Mapping[Any, Any]) -> list[Any]:
+        """Return the keys of a dict that are the names of no argument."""
+        if self.has_any_keyword:
+            return []
+        return [name for name in inputs if name not in self.names]
 
     def take_positions(self, inputs: Sequence[Any]) -> bool:
         """Return whether a tuple goes in by its elements, not as the one required argument."""

@@ -15,7 +15,6 @@ import copy
 import dataclasses
 import functools
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError
 from metapl.execution.checks import described
 
 Batch = Any
@@ -265,29 +264,10 @@ def returned_by(network: nn.Module, inputs: Inputs) -> Any:
     try:
         return network(inputs)
     except (TypeError, AttributeError, LookupError) as error:
-        if not takes_parts(network, inputs):
-            raise
-        kind = type(network).__name__
-        raise MetaplError(
-            f"{kind} was called with its inputs, {described(inputs)}, as one argument, and its "
-            f"forward takes their parts ({reason_of(error)}); expected "
-            f"metapl.models.Logits({kind}(...)), which passes the parts as arguments."
-        ) from error
+        from metapl.execution.failed_calls import refuse_inputs
 
-
-def takes_parts(network: nn.Module, inputs: Inputs) -> bool:
-    """Return whether a network's forward takes the parts of its inputs as its arguments."""
-    try:
-        signature = inspect.signature(network.forward)
-        if isinstance(inputs, Mapping):
-            signature.bind(**inputs)
-            return True
-        if isinstance(inputs, tuple | list):
-            signature.bind(*inputs)
-            return True
-    except (TypeError, ValueError):
-        pass
-    return False
+        refuse_inputs(network, inputs, error)
+        raise
 
 
 def first_input(batch: Batch) -> Any:

@@ -344,6 +344,10 @@ _LACKING = re.compile(
     r"|donated buffers"
 )
 
+# Finds what autograd says of a tensor that it cannot keep, and one in inference mode.
+_CHANGED_IN_PLACE = re.compile(r"modified by an inplace operation: \[([^]]+\])")
+_OF_INFERENCE = re.compile(r"[Ii]nference tensor")
+
 # Finds the operation in such a text.
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
 
@@ -383,11 +387,25 @@ def is_layout_refused(error: BaseException) -> bool:
 def explain(error: BaseException) -> None:
     """Raise autograd's error about a missing derivative as one that names the operation.
 
-    Return without raising for any other error.
+    Raise those about tensors that were changed in place, or made in inference mode, as ones that
+    say what to write instead. Return without raising for any other error.
     """
     if not isinstance(error, RuntimeError):
         return
     text = str(error)
+    if change := _CHANGED_IN_PLACE.search(text):
+        raise MetaplError(
+            f"a tensor that a pass needs for its gradient is changed in place after it ({change[1]}"
+            "), such as a buffer that a forward or signal moves by mul_ or copy_ and that the pass "
+            "reads; expected the pass to read a copy of it (self.level.clone())."
+        ) from error
+    if _OF_INFERENCE.search(text):
+        raise MetaplError(
+            "a tensor that was made under torch.inference_mode() enters a pass or a loss, such as "
+            "one of a Lookahead's function, of a collate_fn, or that the problem holds, and no "
+            "pass keeps it for a gradient; expected its .clone(), or torch.no_grad() where it is "
+            "made."
+        ) from error
     lacks_derivative = bool(_LACKING.search(text))
     if _CUDNN_RNN.search(text) and (lacks_derivative or _CUDNN_EVAL in text):
         raise MetaplError(

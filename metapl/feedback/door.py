@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
-from metapl.execution.batch import Batch, named_leaves_of
+from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
 from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
+from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.runs.checkpoint import plain_states
 from metapl.updates import Clipped, Update, parts_of
 
@@ -75,6 +76,22 @@ def refuse_tensors(outer: Batch, inner_batches: InnerBatches, *, gradients: bool
                     "data: .detach() it, or let the signal carry it (problem.signal, and "
                     "student_input(self, batch, signal))."
                 )
+
+
+def refuse_pair_of_inputs(
+    problem: BilevelProblem, outer: Batch, inner_batches: InnerBatches
+) -> None:
+    """Refuse inner inputs that are read as two views where the outer inputs are several."""
+    inputs = inputs_of(outer)
+    if not isinstance(problem, PseudoLabels) or not isinstance(inputs, tuple | list):
+        return
+    for batch in inner_batches.in_memory():
+        if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
+            raise MetaplError(
+                f"inner is a pair of tensors, which {kind_of(problem)} reads as two views of one "
+                f"input, and the inputs of outer are {described(inputs)}; expected ((x, extra),) "
+                "for one view of two inputs, ((x, extra), (x, extra)) for two views."
+            )
 
 
 def refuse_learned_settings(update: Update) -> None:

@@ -22,7 +22,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, returned_by
 from metapl.execution.checks import described, generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import MissingDerivative, deterministic, wide
+from metapl.execution.numerics import MissingDerivative, deterministic, explain, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
@@ -482,7 +482,11 @@ def look_at_passes(training: WeightedTraining) -> None:
     versions_before = [b._version for b in network.buffers()]
     # A forward may ask for a gradient.
     with torch.enable_grad(), replayed(training.start):
-        first_outputs = checks.logits(returned_by(network, inputs), "student").detach()
+        try:
+            first_outputs = checks.logits(returned_by(network, inputs), "student").detach()
+        except RuntimeError as error:
+            explain(error)
+            raise
     written: list[str] = []
     for (name, p), weight in zip(network.named_parameters(), weights_before, strict=True):
         if not torch.equal(p, weight):

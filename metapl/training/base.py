@@ -60,25 +60,6 @@ def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
         raise MetaplError(f"it has no {', '.join(missing)}")
 
 
-def changed_by_evaluation(network: nn.Module) -> list[str]:
-    """Return what a network does otherwise that is in evaluation mode as a whole, in words.
-
-    Networks come so from ``from_pretrained`` and most hubs; a wrapper around such a network may be
-    in training itself. Of a network whose batch norms alone were put into evaluation it is nothing:
-    other layers of it train.
-    """
-    layers = [module for module in network.modules() if not any(True for _ in module.children())]
-    if any(layer.training for layer in layers):
-        return []
-    changes = []
-    if any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers):
-        changes.append("its dropout is off")
-    norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    if any(norm.track_running_stats for norm in norms):
-        changes.append("the statistics of its batch norms stay")
-    return changes
-
-
 class Trainer(ABC):
     """A trainer that goes step by step, whose state can be saved between any two.
 
@@ -484,23 +465,18 @@ class Trainer(ABC):
 
     def unsaved(self) -> list[str]:
         """Return what may be state of networks and problem and is in no checkpoint, in words."""
-        from metapl.training.held_values import unsaved
+        from metapl.training.network_settings import unsaved_in_words
 
-        registered = self.registered_tensors()
-        words = []
-        for role, owner in {**self.networks, "problem": getattr(self, "problem", None)}.items():
-            parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
-            for name, part in parts:
-                for attribute, reason in unsaved(part, registered).items():
-                    place = f"{name}.{attribute}".lstrip(".")
-                    words.append(f"the {role}'s {place} ({reason})")
-        return words
+        owners = {**self.networks, "problem": getattr(self, "problem", None)}
+        return unsaved_in_words(owners, self.registered_tensors())
 
     def _warn(self, text: str) -> None:
         warnings.warn(text.removeprefix("warning: "), stacklevel=4)
 
     def tell_evaluation(self, say: Say) -> None:
         """Say which networks are in evaluation mode as a whole, once until they are not."""
+        from metapl.training.network_settings import changed_by_evaluation
+
         told_before = self._told_in_evaluation
         self._told_in_evaluation = ()
         for role, network in self.networks.items():

@@ -6,7 +6,7 @@ runs. A resumed run builds its networks anew, as they were when the first one be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError, few
-from metapl.training.held_values import held_values, put_values, same
+from metapl.training.held_values import held_values, put_values, same, unsaved
 
 NetworkSettings = Mapping[str, Any]
 
@@ -79,6 +79,42 @@ def set_network_settings(network: nn.Module, settings: NetworkSettings, role: st
 def class_name(module: nn.Module) -> str:
     """Return the name of a module's class; sharding puts a prefix before it."""
     return type(module).__name__.removeprefix("FSDP")
+
+
+def changed_by_evaluation(network: nn.Module) -> list[str]:
+    """Return what a network does otherwise that is in evaluation mode as a whole, in words.
+
+    Networks come so from ``from_pretrained`` and most hubs; a wrapper around such a network may be
+    in training itself. Of a network whose batch norms alone were put into evaluation it is nothing:
+    other layers of it train.
+    """
+    layers = [module for module in network.modules() if not any(True for _ in module.children())]
+    if any(layer.training for layer in layers):
+        return []
+    changes = []
+    if any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers):
+        changes.append("its dropout is off")
+    norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+    if any(norm.track_running_stats for norm in norms):
+        changes.append("the statistics of its batch norms stay")
+    return changes
+
+
+def unsaved_in_words(owners: Mapping[str, object], registered: Container[int]) -> list[str]:
+    """Return what may be state of networks or a problem and is in no checkpoint, in words.
+
+    Args:
+        owners: the networks and the problem, by their roles.
+        registered: the ids of the networks' parameters and buffers.
+    """
+    words = []
+    for role, owner in owners.items():
+        parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
+        for name, part in parts:
+            for attribute, reason in unsaved(part, registered).items():
+                place = f"{name}.{attribute}".lstrip(".")
+                words.append(f"the {role}'s {place} ({reason})")
+    return words
 
 
 def restored_in_words(before: NetworkSettings, after: NetworkSettings) -> list[str]:

@@ -38,6 +38,7 @@ from metapl.feedback.door import (
     refuse_hooks,
     refuse_hooks_one_by_one,
     refuse_learned_settings,
+    refuse_pair_of_inputs,
     refuse_tensors,
 )
 from metapl.feedback.hypergradient import Hypergradient
@@ -447,6 +448,7 @@ class BilevelTrainer(Trainer):
         if is_new:
             self.tell_evaluation(self._warn)
             refuse_tensors(outer_batch, inner_batches, gradients=gives_feedback)
+            refuse_pair_of_inputs(self.problem, outer_batch, inner_batches)
         if is_new and gives_feedback:
             refuse_learned_settings(self.update)
             refuse_hooks(self.student)

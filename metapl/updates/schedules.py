@@ -179,6 +179,11 @@ def _rows_of_setting(
             f"settings has {name!r} of shape {tuple(values.shape)}; expected settings of "
             f"inner_optimizer, {shape}."
         )
+    if name == "betas" and bool(((values < 0) | (values >= 1)).any()):
+        raise MetaplError(
+            "settings has 'betas' with a number that is negative, 1 or more, at which an "
+            "average never forgets; expected 0 or more and below 1."
+        )
     rows: list[list[Any]] = []
     for group, values_of_group in zip(groups, values.unbind(1), strict=True):
         setting = group.get(name)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from problems_zoo import ANYWHERE, product, same
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
@@ -369,3 +370,194 @@ def test_an_error_of_a_networks_own_stays_as_it_is() -> None:
     batches = data("dict", views=False)
     with pytest.raises(TypeError, match="of its own"):
         metapl.BilevelTrainer(networks("dict")[0], Broken(4, CLASSES)).step(**batches)
+
+
+# ------------------------------------------------------------- columns and inputs beside the first
+
+
+class Scaled(nn.Module):
+    """A network of two inputs, of which the second may be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits if scale is None else logits * scale
+
+
+class ScaledAlways(Scaled):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, scale)
+
+
+def step_of(network: nn.Module, outer: Any, inner: Any) -> Any:
+    trainer = metapl.BilevelTrainer(copy.deepcopy(network), network, "forward", verify=False)
+    return trainer.step(outer, inner)
+
+
+X = torch.arange(32.0).reshape(8, 4) / 32
+SCALE = torch.arange(32.0).flip(0).reshape(8, 4)[:, :1] / 8
+LABELS = torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+@pytest.mark.parametrize("kind", [Scaled, ScaledAlways])
+def test_a_column_that_the_forward_does_not_take_is_named(
+    kind: type[nn.Module], *, is_wrapped: bool
+) -> None:
+    torch.manual_seed(0)
+    network = metapl.models.Logits(kind()) if is_wrapped else kind()
+    batch = {"x": X, "scale": SCALE, "row": torch.arange(8)}
+    words = "the batch has row" if is_wrapped else "forward takes x, scale.*a batch of these alone"
+    with pytest.raises(metapl.MetaplError, match=words):
+        step_of(network, {**batch, "labels": LABELS}, batch)
+    # The way out.
+    del batch["row"]
+    step_of(metapl.models.Logits(kind()), {**batch, "labels": LABELS}, batch)
+
+
+@pytest.mark.parametrize("kind", [Scaled, ScaledAlways])
+def test_a_pair_of_inputs_is_not_read_as_two_views(kind: type[nn.Module]) -> None:
+    """The second input has the width of the first, so that it could be a view of it."""
+    torch.manual_seed(0)
+    network = metapl.models.Logits(kind())
+    extra = SCALE.expand(8, 4)[:, :3]
+    outer = (X[:, :4], extra), LABELS
+    with pytest.raises(metapl.MetaplError, match="two views of one input"):
+        step_of(network, outer, (X, extra))
+    report = step_of(network, outer, ((X, extra),))
+    logits = network((X, extra)).shape
+    assert report.student_outputs.shape == report.feedback.shape == logits
+
+
+def test_a_forward_of_two_inputs_that_gets_one_says_how_two_are_given() -> None:
+    network = ScaledAlways()
+    with pytest.raises(metapl.MetaplError, match=r"\(\(x, extra\),\) without labels"):
+        step_of(network, (X, LABELS), (X, X.flip(0)))
+
+
+# ------------------------------------------------------- tensors that no pass keeps for a gradient
+
+
+def of_inference(seed: int) -> tuple[Tensor, Tensor]:
+    """Return a batch as features of a frozen network are made."""
+    with torch.inference_mode():
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(8, 4, generator=generator) * 2, LABELS.clone()
+
+
+class Held(metapl.BilevelProblem):
+    """A problem without a teacher that may hold a tensor."""
+
+    has_teacher = False
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses = F.cross_entropy(outputs * self.held, batch[1], reduction="none")
+        return losses * signal.value
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Any:
+        return metapl.Signal(torch.ones(len(batch[1])))
+
+
+@pytest.mark.parametrize("where", ["Lookahead", "problem", "DataLoader"])
+def test_a_tensor_of_inference_mode_is_said_wherever_it_comes_from(where: str) -> None:
+    torch.manual_seed(0)
+    student = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    plain_batch = tuple(t.clone() for t in of_inference(0))
+    with torch.inference_mode():
+        held = torch.ones(3) * 2
+
+    def call(*, cloned: bool) -> Any:
+        def taken(number: int) -> Any:
+            batch = of_inference(number)
+            return tuple(t.clone() for t in batch) if cloned else batch
+
+        if where == "DataLoader":
+            loader = DataLoader(range(16), batch_size=8, collate_fn=lambda rows: taken(rows[0]))
+            return metapl.attribute(
+                student,
+                loader,
+                plain_batch,
+                optimizer=optimizer,
+                steps=2,
+                batch_size=8,
+                progress=False,
+            )
+        inner: Any = metapl.Lookahead(taken, steps=2)
+        factor = torch.ones(3)
+        if where == "problem":
+            inner = metapl.Lookahead([plain_batch] * 2)
+            factor = held.clone() if cloned else held
+        return metapl.hypergradient(
+            None,
+            student,
+            outer=plain_batch,
+            inner=inner,
+            problem=Held(factor),
+            wrt="lr",
+            inner_optimizer=optimizer,
+        )
+
+    weight = student.weight.clone()
+    with pytest.raises(metapl.MetaplError, match=r"torch.inference_mode\(\) enters a pass"):
+        call(cloned=False)
+    assert torch.equal(student.weight, weight)
+    call(cloned=True)
+
+
+class Moving(nn.Module):
+    """A teacher that reads a buffer, which it or the signal moves in place."""
+
+    def __init__(self, *, reads_copy: bool) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 3)
+        self.reads_copy = reads_copy
+        self.register_buffer("level", torch.ones(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        self.level.mul_(0.9).add_(0.1 * x.mean())
+        return logits * (self.level.clone() if self.reads_copy else self.level)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_buffer_that_is_moved_in_place_after_it_was_read_is_said(*, verify: bool) -> None:
+    class Soft(Held):
+        has_teacher = True
+
+        def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Any:
+            return metapl.Signal(teacher(batch[0]).softmax(-1))
+
+        def inner_loss(
+            self, outputs: Tensor, signal: Any, batch: Any, params: Any = None
+        ) -> Tensor:
+            return -(signal.value * outputs.log_softmax(-1)).sum(-1)
+
+    def trainer(*, reads_copy: bool) -> Any:
+        torch.manual_seed(0)
+        teacher = Moving(reads_copy=reads_copy)
+        return metapl.BilevelTrainer(
+            teacher,
+            nn.Linear(4, 3),
+            "forward",
+            problem=Soft(torch.ones(3)),
+            teacher_losses=(),
+            lookahead=3,
+            verify=verify,
+        )
+
+    batches = metapl.Lookahead([tuple(t.clone() for t in of_inference(k)) for k in range(3)])
+    refused = trainer(reads_copy=False)
+    with pytest.raises(metapl.MetaplError, match=r"changed in place after it.*level.clone\(\)"):
+        refused.step(batches[0], batches)
+    assert torch.equal(refused.teacher.level, torch.ones(3))
+    trainer(reads_copy=True).step(batches[0], batches)

@@ -429,6 +429,11 @@ def lookahead(
     return {"inner": Lookahead(batches, steps=steps, settings=settings)}
 
 
+def betas_of_adam(*betas: float) -> dict[str, Any]:
+    settings = {"betas": torch.tensor(betas).expand(STEPS, 1, 2)}
+    return {"inner_optimizer": torch.optim.Adam(WEIGHTS), **lookahead(settings=settings)}
+
+
 EAGER: dict[str, Any] = {"compile": False}
 COMPILED: dict[str, Any] = {"compile": True}
 SHAPED = Forward(normalization="learning_rate")
@@ -452,6 +457,9 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         "'lr' with a negative rate",
         lambda: lookahead(settings={"lr": torch.full((STEPS, 1), -0.1)}),
     ),
+    "a beta of 1": ("'betas' with a number that", lambda: betas_of_adam(0.9, 1.0)),
+    "a first beta of 1": ("'betas' with a number that", lambda: betas_of_adam(1.0, 0.9)),
+    "a negative beta": ("'betas' with a number that", lambda: betas_of_adam(0.9, -0.1)),
     "a rate of NaN": (
         "'lr' with NaN or infinity",
         lambda: lookahead(settings={"lr": torch.full((STEPS, 1), NAN)}),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution.batch import Batch
+from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook, looking
@@ -273,7 +274,11 @@ class Evaluation:
         # their formulas.
         formulas = Slots(self.copies.student).in_formulas()
         with self.copies.in_the_originals(), swapped(formulas):
-            self._take_all_steps(takes_steps)
+            try:
+                self._take_all_steps(takes_steps)
+            except RuntimeError as error:
+                explain(error)
+                raise
 
     def _take_all_steps(self, takes_steps: bool) -> None:
         self._move_weights("teacher", self.copies.learned())

@@ -1,0 +1,87 @@
+"""What is said of a network that fails since its inputs are not given as its forward takes them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from metapl.errors import MetaplError, few, reason_of
+from metapl.execution.checks import described
+
+
+def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
+    """Raise that a network was called with one argument, where its forward takes several.
+
+    Return without raising where it may have failed for another reason.
+
+    Args:
+        network: that has failed.
+        inputs: its one argument.
+        error: what it has raised.
+
+    Raises: :class:`metapl.MetaplError`.
+    """
+    kind = type(network).__name__
+    if isinstance(inputs, Tensor):
+        if isinstance(error, TypeError) and required_arguments(network) > 1:
+            raise MetaplError(
+                f"{kind} was called with one input, {described(inputs)}, and its forward takes "
+                f"more ({reason_of(error)}); expected their tuple: ((x, extra), labels), and "
+                "((x, extra),) without labels, since a pair (x, extra) is two views of one input; "
+                f"and metapl.models.Logits({kind}(...)), which passes its parts as arguments."
+            ) from error
+        return
+    parts = ""
+    rest = ""
+    if takes_parts(network, inputs):
+        parts = "their parts"
+    elif isinstance(inputs, Mapping):
+        names = names_of_arguments(network)
+        if any(name in inputs for name in names):
+            parts = few(names)
+            rest = ", and a batch of these alone"
+    if parts:
+        raise MetaplError(
+            f"{kind} was called with its inputs, {described(inputs)}, as one argument, and its "
+            f"forward takes {parts} ({reason_of(error)}); expected metapl.models.Logits({kind}"
+            f"(...)), which passes the parts as arguments{rest}."
+        ) from error
+
+
+def takes_parts(network: nn.Module, inputs: object) -> bool:
+    """Return whether a network's forward takes the parts of its inputs as its arguments."""
+    try:
+        signature = inspect.signature(network.forward)
+        if isinstance(inputs, Mapping):
+            signature.bind(**inputs)
+            return True
+        if isinstance(inputs, tuple | list):
+            signature.bind(*inputs)
+            return True
+    except (TypeError, ValueError):
+        pass
+    return False
+
+
+def names_of_arguments(network: nn.Module) -> list[str]:
+    """Return the names of the arguments of a forward; [] of one that is not Python's."""
+    try:
+        return [*inspect.signature(network.forward).parameters]
+    except (TypeError, ValueError):
+        return []
+
+
+def required_arguments(network: nn.Module) -> int:
+    """Return how many arguments a forward needs; Logits passes them on to the network within."""
+    try:
+        signature = inspect.signature(getattr(network, "network", network).forward)
+    except (TypeError, ValueError, AttributeError):
+        return 0
+    count = 0
+    for parameter in signature.parameters.values():
+        is_positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        if is_positional and parameter.default is parameter.empty:
+            count += 1
+    return count
