@@ -434,8 +434,7 @@ class Logits(nn.Module):
                 name = type(self.network).__name__
                 raise MetaplError(
                     f"the batch has {few(unknown)}, which the forward of {name} does not take (it "
-                    f"takes {few(self.arguments.names)}); expected a batch without it, or a "
-                    "forward that has it as an argument."
+                    f"takes {few(self.arguments.names)}); expected a batch of its arguments."
                 )
             outputs = self.network(**inputs)
         elif isinstance(inputs, tuple | list) and self.arguments.take_positions(inputs):

@@ -395,16 +395,14 @@ def explain(error: BaseException) -> None:
     text = str(error)
     if change := _CHANGED_IN_PLACE.search(text):
         raise MetaplError(
-            f"a tensor that a pass needs for its gradient is changed in place after it ({change[1]}"
-            "), such as a buffer that a forward or signal moves by mul_ or copy_ and that the pass "
-            "reads; expected the pass to read a copy of it (self.level.clone())."
+            f"a tensor that a pass has read ({change[1]}) is changed in place after it, such as a "
+            "buffer that a forward moves by mul_; expected a copy to be read (self.level.clone())."
         ) from error
     if _OF_INFERENCE.search(text):
         raise MetaplError(
             "a tensor that was made under torch.inference_mode() enters a pass or a loss, such as "
-            "one of a Lookahead's function, of a collate_fn, or that the problem holds, and no "
-            "pass keeps it for a gradient; expected its .clone(), or torch.no_grad() where it is "
-            "made."
+            "one of a Lookahead's function, of a collate_fn, or that the problem holds; expected "
+            "its .clone(), or torch.no_grad() where it is made."
         ) from error
     lacks_derivative = bool(_LACKING.search(text))
     if _CUDNN_RNN.search(text) and (lacks_derivative or _CUDNN_EVAL in text):

@@ -78,14 +78,12 @@ def refuse_tensors(outer: Batch, inner_batches: InnerBatches, *, gradients: bool
                 )
 
 
-def refuse_pair_of_inputs(
-    problem: BilevelProblem, outer: Batch, inner_batches: InnerBatches
-) -> None:
+def refuse_pair_of_inputs(problem: BilevelProblem, outer: Batch, inner: InnerBatches) -> None:
     """Refuse inner inputs that are read as two views where the outer inputs are several."""
     inputs = inputs_of(outer)
     if not isinstance(problem, PseudoLabels) or not isinstance(inputs, tuple | list):
         return
-    for batch in inner_batches.in_memory():
+    for batch in inner.in_memory():
         if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
             raise MetaplError(
                 f"inner is a pair of tensors, which {kind_of(problem)} reads as two views of one "
