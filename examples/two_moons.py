@@ -24,9 +24,9 @@ The verdict was declared before the runs. It is one of three:
 
 - *not tested*, where the ceiling has fewer than 30 of 32 successes: a network that cannot learn the
   moons from all labels in these steps tells no method from another. Nothing else is trained.
-- *reproduced*, where the arm of MPL with the most successes has more than each of supervised,
-  pseudo labels, and the loop without feedback by labels of the same kind; and p < 0.05 each time,
-  by McNemar's exact test on paired runs, times the number of arms of MPL, of which this is the best.
+- *reproduced*, where the best arm of MPL has more successes than each of supervised, pseudo
+  labels, and the loop without feedback by labels of the same kind; and p < 0.05 each time,
+  by McNemar's exact test on paired runs, times the number of the arms of MPL.
 - *not reproduced* otherwise. Two numbers help to say why: the student's loss on the six labels
   without feedback (near 0, the labels have nothing left to say), and the successes of *judged by
   all labels* (where these are many, six labels are too few; where they are few, the mechanism
@@ -52,6 +52,7 @@ from sklearn.datasets import make_moons
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map
 
 import metapl
 from metapl.functional import stack
@@ -114,12 +115,11 @@ def arms_of(setting: Setting) -> tuple[Arm, ...]:
         return tuple(arms)
     arms.append(Arm("no feedback, drawn labels", "no feedback", kind="hard"))
     # The mean over the batch makes Algorithm 1's feedback a 32nd of the exact gradient's.
-    for weight in (1.0, 10.0, 30.0, 100.0):
+    for weight in (1.0, 30.0, 100.0):
         arms.append(Arm(f"exact gradient, weight {weight:g}", "MPL", weight=weight))
-    for weight in (1.0, 30.0, 300.0, 1000.0):
+    for weight in (1.0, 30.0, 1000.0):
         arms.append(Arm(f"Algorithm 1, weight {weight:g}", "MPL", kind="hard", weight=weight))
-    for weight in (1.0, 10.0, 30.0, 100.0):
-        arms.append(Arm(f"judged by all labels, weight {weight:g}", "judged", weight=weight))
+    arms.append(Arm("judged by all labels, weight 30", "judged", weight=30.0))
     return tuple(arms)
 
 
@@ -160,7 +160,7 @@ class Moons:
         self.steps = steps
         # (R, 2000, 2) and (R, 2000).
         self.x, self.y = map(torch.stack, zip(*map(draw, seeds), strict=True))
-        self.six = self.x[:, :LABELED], self.y[:, :LABELED]
+        self.six = innermost((self.x[:, :LABELED], self.y[:, :LABELED]))
 
     def trainer(self, arm: Arm, seed: int, teacher_weights: Any) -> metapl.BilevelTrainer:
         """Return the trainer of a run, whose pure step is stacked with those of the others."""
@@ -218,18 +218,18 @@ class Moons:
             ):
                 x = self.x[rows, place]
                 outer: Any = self.six
-                inner: Any = x
+                inner: Any = innermost(x)
                 if arm.role == "ceiling":
-                    inner = x, self.y[rows, place]
+                    inner = innermost((x, self.y[rows, place]))
                 elif self.setting.uda:
-                    inner = x, x + 0.2 * copy
+                    inner = innermost((x, x + 0.2 * copy))
                 if arm.role == "judged":
-                    outer = (self.x[rows, judge], self.y[rows, judge], *self.six)
+                    outer = (*innermost((self.x[rows, judge], self.y[rows, judge])), *self.six)
                 if arm.kind == "soft":
                     yield outer, inner
                 else:
                     # Gumbel noise, which is not infinite where the uniform number is 0.
-                    yield outer, inner, -(-uniform.clamp_min(1e-20).log()).log()
+                    yield outer, inner, innermost(-(-uniform.clamp_min(1e-20).log()).log())
 
     @torch.no_grad()
     def train(self, arm: Arm, teachers: list[Any]) -> Row:
@@ -247,7 +247,7 @@ class Moons:
             step, state = self.trainer(arm, seed, weights).functional()
             states.append(state)
         # All runs have one step, which differs in its state alone.
-        stacked = stack(states)
+        stacked = innermost(stack(states))
         stacked_step = vmap(step)
         graph: Any = None
         learning: dict[str, list[float]] = {}
@@ -255,11 +255,12 @@ class Moons:
             if graph is None:
                 # The step is recorded once as operations on the tensors of all runs: of networks
                 # this small, most of a step would be the dispatch of vmap.
-                graph = make_fx(lambda *args: stacked_step(*args)[0])(stacked, *batch)
+                table = {torch.ops.aten.bmm.default: products}
+                graph = make_fx(lambda *args: stacked_step(*args)[0], table)(stacked, *batch)
                 graph.graph.eliminate_dead_code()
                 graph.recompile()
                 if self.steps >= COMPILED:
-                    graph = torch.compile(graph, dynamic=False)
+                    graph = torch.compile(graph, dynamic=False, options={"cpp_wrapper": True})
             stacked = graph(stacked, *batch)
             if k % max(1, self.steps // 8) == 0:
                 learning[str(k)] = self.reading(stacked.student.params)["accuracy"]
@@ -292,12 +293,27 @@ class Moons:
         logits = vmap(functional_call, (None, 0, 0))(layers, weights, self.x)
         right = (logits.argmax(-1) == self.y).double().mean(1)
         on_six = logits[:, :LABELED].flatten(0, 1)
-        losses = nn.functional.cross_entropy(on_six, self.six[1].flatten(), reduction="none")
+        losses = nn.functional.cross_entropy(on_six, self.six[1].reshape(-1), reduction="none")
         means = losses.view(len(self.seeds), LABELED).mean(1)
         return {
             "accuracy": [round(share, 4) for share in right.tolist()],
             "labeled_loss": [float(f"{loss:.4g}") for loss in means.tolist()],
         }
+
+
+def innermost(tree: Any) -> Any:
+    """Return the same tensors with neighboring runs side by side in memory.
+
+    A compiled step is vectorized over them: all other dimensions are shorter than a register.
+    """
+    return tree_map(lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0), tree)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``torch.bmm(a, b)`` by sums that keep the runs side by side."""
+    rows = a.permute(1, 2, 0).unsqueeze(2)
+    columns = b.permute(1, 2, 0).unsqueeze(0)
+    return (rows * columns).sum(1).permute(2, 0, 1)
 
 
 def written(weights: dict[str, Tensor]) -> Row:
