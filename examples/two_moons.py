@@ -42,6 +42,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -203,33 +204,31 @@ class Moons:
 
         What is drawn for one arm is drawn for all.
         """
-        streams = [torch.Generator().manual_seed(stream) for stream in range(4)]
-        places, judges, copies, labels = streams
-        runs = len(self.seeds)
-        rows = torch.arange(runs)[:, None]
+        places, judges, copies, labels = (torch.Generator().manual_seed(i) for i in range(4))
+        rows = torch.arange(len(self.seeds))[:, None]
         for first in range(0, self.steps, CHUNK):
-            shape = (min(CHUNK, self.steps - first), runs, BATCH)
-            for place, judge, copy, uniform in zip(
-                torch.randint(LABELED, 2000, shape, generator=places),
-                torch.randint(LABELED, 2000, shape, generator=judges),
-                torch.randn(*shape, 2, generator=copies),
-                torch.rand(*shape, 2, generator=labels),
-                strict=True,
-            ):
-                x = self.x[rows, place]
-                outer: Any = self.six
-                inner: Any = innermost(x)
-                if arm.role == "ceiling":
-                    inner = innermost((x, self.y[rows, place]))
-                elif self.setting.uda:
-                    inner = innermost((x, x + 0.2 * copy))
-                if arm.role == "judged":
-                    outer = (*innermost((self.x[rows, judge], self.y[rows, judge])), *self.six)
-                if arm.kind == "soft":
-                    yield outer, inner
-                else:
-                    # Gumbel noise, which is not infinite where the uniform number is 0.
-                    yield outer, inner, innermost(-(-uniform.clamp_min(1e-20).log()).log())
+            # Steps, runs and points.
+            shape = (min(CHUNK, self.steps - first), len(self.seeds), BATCH)
+            place = torch.randint(LABELED, 2000, shape, generator=places)
+            x = self.x[rows, place]
+            inner: Any = x
+            if arm.role == "ceiling":
+                inner = x, self.y[rows, place]
+            elif self.setting.uda:
+                inner = x, x + 0.2 * torch.randn(x.shape, generator=copies)
+            judging: tuple[Tensor, ...] = ()
+            if arm.role == "judged":
+                judge = torch.randint(LABELED, 2000, shape, generator=judges)
+                judging = self.x[rows, judge], self.y[rows, judge]
+            noise: tuple[Tensor, ...] = ()
+            if arm.kind == "hard":
+                # Gumbel noise, which is not infinite where the uniform number is 0.
+                uniform = torch.rand(*shape, 2, generator=labels).clamp_min(1e-20)
+                noise = (-(-uniform.log()).log(),)
+            drawn = innermost((judging, inner, noise), dim=1)
+            for k in range(len(x)):
+                judging_k, inner_k, noise_k = tree_map(itemgetter(k), drawn)
+                yield (*judging_k, *self.six), inner_k, *noise_k
 
     @torch.no_grad()
     def train(self, arm: Arm, teachers: list[Any]) -> Row:
@@ -301,12 +300,12 @@ class Moons:
         }
 
 
-def innermost(tree: Any) -> Any:
-    """Return the same tensors with neighboring runs side by side in memory.
+def innermost(tree: Any, dim: int = 0) -> Any:
+    """Return the same tensors with neighboring runs, the dimension ``dim``, side by side in memory.
 
     A compiled step is vectorized over them: all other dimensions are shorter than a register.
     """
-    return tree_map(lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0), tree)
+    return tree_map(lambda t: t.movedim(dim, -1).contiguous().movedim(-1, dim), tree)
 
 
 def products(a: Tensor, b: Tensor) -> Tensor:

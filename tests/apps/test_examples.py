@@ -1,7 +1,9 @@
 """The examples run as they stand and print what they promise."""
 
 import contextlib
+import dataclasses
 import io
+import json
 import re
 import runpy
 import sys
@@ -224,18 +226,107 @@ def test_a_start_for_fine_tuning_is_learned(monkeypatch: pytest.MonkeyPatch) -> 
         assert metapl.hypergradient(None, student, **given).outer_loss < 0.98 * before.outer_loss
 
 
-def test_two_moons_prints_the_rate_of_each_method_and_draws_its_regions(
+def test_two_moons_are_not_tested_by_300_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """All true labels do not teach the network the moons in that time; no arm of MPL is trained."""
     threads = torch.get_num_threads()
-    for more in ([], ["--uda"]):
-        arguments = ("--seeds", "3", "--steps", "4", "--out", str(tmp_path / "regions.png"), *more)
-        text = printed(monkeypatch, "two_moons", *arguments)
-        rows = re.findall(r"^(\S.*?) +(\d) of 3 +(\d+)-(\d+) % +([\d.]+) %$", text, re.MULTILINE)
-        assert [name for name, *_ in rows] == ["supervised", "pseudo-labels", "MPL", "no feedback"]
-        assert "MPL and the same loop without feedback: p = 1 " in text
-        assert (tmp_path / "regions.png").read_bytes().startswith(b"\x89PNG")
+    rows = tmp_path / "rows.jsonl"
+    files = ("--rows", str(rows), "--out", str(tmp_path / "regions.png"))
+    text = printed(monkeypatch, "two_moons", "--seeds", "3", "--steps", "300", *files)
     torch.set_num_threads(threads)
+    assert "not tested: the network cannot learn the moons in 300 steps" in text
+    assert "with all true labels 0 of 3 runs succeed" in text
+    assert [json.loads(line)["arm"] for line in rows.read_text().splitlines()] == [
+        "all true labels"
+    ]
+    assert (tmp_path / "regions.png").read_bytes().startswith(b"\x89PNG")
+
+
+@LONG
+def test_two_moons_with_a_consistency_term_go_on_with_the_rows_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every arm is trained once; networks of tanh learn the moons from all true labels."""
+    threads = torch.get_num_threads()
+    rows = tmp_path / "rows.jsonl"
+    files = ("--rows", str(rows), "--out", str(tmp_path / "regions.png"))
+    first = printed(monkeypatch, "two_moons", "--uda", "--seeds", "3", *files)
+    made = rows.read_bytes()
+    second = printed(monkeypatch, "two_moons", "--uda", "--seeds", "3", *files)
+    torch.set_num_threads(threads)
+    assert rows.read_bytes() == made
+    assert first[first.index("| arm") :] == second[second.index("| arm") :]
+    assert "| all true labels | 3 of 3 |" in second
+    names = re.findall(r"^\| (\S.*?) \| \d of 3 \|", second, re.MULTILINE)
+    assert names == [
+        "all true labels",
+        "no feedback",
+        "pseudo labels",
+        "exact gradient, weight 10",
+        "supervised",
+    ]
+    assert "\nnot reproduced: exact gradient, weight 10: " in second
+
+
+def test_the_verdicts_on_two_moons() -> None:
+    """Each of the three is reached, and MPL has to be above all three others."""
+    example = runpy.run_path(str(ROOT / "examples" / "two_moons.py"))
+    arms = example["arms_of"](example["STATED"])
+
+    def reading(right: int) -> dict[str, list[float]]:
+        return {"accuracy": [0.99] * right + [0.8] * (32 - right), "labeled_loss": [0.01] * 32}
+
+    def verdict(ceiling: int, mpl: int, supervised: int = 0, drawn: int = 0) -> str:
+        right = {"all true labels": ceiling, "Algorithm 1, weight 30": mpl}
+        right["no feedback, drawn labels"] = drawn
+        rows = {
+            arm.name: {
+                "arm": arm.name,
+                "seeds": list(range(32)),
+                "steps": 200_000,
+                "student": reading(right.get(arm.name, 0)),
+                "teacher": reading(supervised),
+            }
+            for arm in arms
+        }
+        return str(example["verdict"](rows, arms)).partition(":")[0]
+
+    assert verdict(29, 32) == "not tested"
+    # Nine runs more, p = 0.0039, of the best of six arms.
+    assert verdict(30, 9) == "reproduced"
+    assert verdict(30, 8, supervised=0) == "reproduced"
+    assert verdict(30, 7) == "not reproduced"
+    assert verdict(32, 20, supervised=15) == "not reproduced"
+    assert verdict(32, 20, drawn=15) == "not reproduced"
+    assert verdict(32, 5, supervised=20) == "not reproduced"
+
+
+def test_runs_of_two_moons_are_those_of_a_trainer_each() -> None:
+    """A stack takes the steps of each trainer, where others judge than the six that are learned.
+
+    The reference is the trainer's step. Without feedback it is the gradient on the six by itself.
+    """
+    example = runpy.run_path(str(ROOT / "examples" / "two_moons.py"))
+    moons = example["Moons"](example["STATED"], range(2), 3)
+    (arm,) = (arm for arm in example["arms_of"](example["STATED"]) if arm.role == "judged")
+    row = moons.train(arm, [])
+    run = example["median_run"](row["student"]["accuracy"])
+    trainer = moons.trainer(arm, moons.seeds[run], None)
+    for outer, inner in moons.batches(arm):
+        trainer.step(tuple(t[run] for t in outer), inner[run])
+    weights = trainer.student.state_dict()
+    for name, t in example["read"](row["median"]).items():
+        assert (t - weights[name]).abs().max() < 1e-6, name
+
+    trainer = moons.trainer(dataclasses.replace(arm, weight=0.0), 0, None)
+    reference = example["network"](example["STATED"], 0)
+    x, y = moons.x[0, :6], moons.y[0, :6]
+    torch.nn.functional.cross_entropy(reference(x), y).backward()
+    outer, inner = next(moons.batches(arm))
+    trainer.step(tuple(t[0] for t in outer), inner[0])
+    for after, before in zip(trainer.teacher.parameters(), reference.parameters(), strict=True):
+        assert (after - (before - 0.1 * before.grad)).abs().max() < 1e-7
 
 
 @LONG

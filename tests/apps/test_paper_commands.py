@@ -58,7 +58,7 @@ PAGE = ROOT / "docs" / "papers.md"
 
 HEAD = ("of the paper", "command", "run", "result here")
 HOW_FAR = ("at size", "planned at size", "in miniature")
-HOW_FAR += ("on the digits", "on Fashion-MNIST", "on synthetic pictures", "on two moons")
+HOW_FAR += ("on the digits", "on Fashion-MNIST", "on synthetic pictures")
 NEVER = "never"
 
 
