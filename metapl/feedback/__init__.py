@@ -91,7 +91,7 @@ def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[M
     """Return the names of the modes that take a kind of signal, or several student steps.
 
     >>> modes_for(looks_ahead=True)
-    ('unrolled', 'forward', 'none')
+    ('unrolled', 'forward', 'direct', 'none')
     """
     names: list[ModeName] = []
     for name, mode in _REGISTRY.items():

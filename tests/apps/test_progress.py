@@ -176,7 +176,7 @@ ABLATE = ("ablate", "digits", "--hidden", "4", "--steps", "2", "--rounds", "1", 
         ("evaluate {run}", r"pictures: \d+ of \d+"),
         ("evaluate {run} --attack fgsm --eps 1 --out {out}", r"damaged pictures: \d+ of \d+"),
         (" ".join(ABLATE), r"metapl: steps: 1 of 3"),
-        (" ".join(ABLATE), r"metapl: modes: 1 of 8, \d+ s left"),
+        (" ".join(ABLATE), r"metapl: modes: 1 of 9, \d+ s left"),
         (" ".join(ABLATE), r"metapl: timings: 1 of 1"),
     ],
 )

@@ -206,4 +206,5 @@ def test_verification_takes_the_formula_for_the_terms_of_implicit() -> None:
         mode=Implicit("neumann", iterations=3, step_size=0.5),
         inner_optimizer=RULE.build(problem.student),
     )
-    assert check.status == "right"
+    # The student is not at its optimum.
+    assert check.status in ("right", "allowed")

@@ -469,10 +469,6 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
         lambda: {"outer": odd(NAN)(2)},
     ),
     "a start without a gradient": ("wrt", lambda: {"wrt": "start", "mode": "none", **EAGER}),
-    "a rate in truncated steps": (
-        "wrt",
-        lambda: {"wrt": "lr", "mode": Forward(truncate=2), **EAGER},
-    ),
     "a momentum of 0": (
         "wrt",
         lambda: {"wrt": "momentum", "inner_optimizer": SGD(WEIGHTS, lr=0.1), **EAGER},
