@@ -208,8 +208,10 @@ class Train:
         """Train or compare, and return the exit code; what is wrong is refused first."""
         mesh = started_mesh(self.options)
         place = device(self.config.fitting.device)
-        if not self.options.resume:
-            folders = {name: getattr(self.config, name) for name in self.config.places}
+        folders = {name: getattr(self.config, name) for name in self.config.places}
+        if self.options.resume:
+            refuse_moved(folders)
+        else:
             check_out(self.options.out or Path("runs"), folders)
         comparison = self.plan_comparison(mesh)
         check_shares(self.config, mesh)
@@ -431,6 +433,16 @@ def command_of(name: str, method: str) -> str | None:
         return f"noisy-student {name}"
     methods = {"digits": digits.METHODS, "images": images.METHODS}.get(name, {})
     return f"train {name}" if method in methods else None
+
+
+def refuse_moved(folders: Mapping[str, str | None]) -> None:
+    """Refuse folders of a run that are not where they were, and say how they are named anew."""
+    for name, folder in folders.items():
+        if folder is not None and not Path(folder).expanduser().exists():
+            raise MetaplError(
+                f"{folder}, the {name} pictures of the run, is not there; put it back, or name the "
+                f"folder that they are in now: --{name} DIR --resume."
+            )
 
 
 def resume_of_comparison(place: Path) -> str:

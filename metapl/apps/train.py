@@ -21,7 +21,7 @@ from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.shards import load_whole, weights_of
 from metapl.machine import device
 from metapl.metrics import chance_level
@@ -236,13 +236,50 @@ def note_data(data: Data, method: Method, folder: RunFolder) -> None:
     for name, description in method.descriptions.items():
         hashes[name] = sha256_of(description)
     record = json.loads(json.dumps({**data.record, "hash": hashes}))
-    if (folder.path / "data.json").exists() and folder.read_json("data.json") != record:
-        raise MetaplError(
-            f"the data have changed since the run in {folder.path} was started (see its "
-            "data.json); put them back, or start another run with another --out."
-        )
+    if (folder.path / "data.json").exists():
+        before = folder.read_json("data.json")
+        if before != record:
+            differing = "; ".join(changes_of_data(before, record)) or "see its data.json"
+            raise MetaplError(
+                f"the data have changed since the run in {folder.path} was started ({differing}); "
+                "put them back, or start another run with another --out."
+            )
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_json("data.json", record)
+
+
+def changes_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return what differs between two records of data, part by part."""
+    changes = []
+    for part in sorted({*before["hash"], *now["hash"]}):
+        if before["hash"].get(part) == now["hash"].get(part):
+            continue
+        old = names_of(before, part)
+        new = names_of(now, part)
+        counts = [len(names) if isinstance(names, set) else names for names in (old, new)]
+        differences = []
+        if isinstance(old, set) and isinstance(new, set):
+            if old - new:
+                differences.append(f"{len(old - new):,} gone ({few(sorted(old - new))})")
+            if new - old:
+                differences.append(f"{len(new - old):,} new ({few(sorted(new - old))})")
+        elif counts[0] != counts[1]:
+            differences.append(f"{counts[0]:,} before, {counts[1]:,} now")
+        found = ", ".join(differences) or "as many, of which some are others"
+        changes.append(f"{part}: {found}")
+    return changes
+
+
+def names_of(record: Mapping[str, Any], part: str) -> Any:
+    """Return the names of the files of a part of the data, or the number of its examples."""
+    content = record.get({"val": "validation"}.get(part, part), 0)
+    if not isinstance(content, list):
+        return content
+    names = {*content}
+    if part == "labeled" and "val" not in record["hash"]:
+        # Those were set aside.
+        names |= {*record["validation"]}
+    return names
 
 
 def labels_of(examples: Any) -> Any:

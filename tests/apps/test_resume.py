@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from command import metapl, result
+from command import edited, metapl, result
 from test_bits import one_thread
 from test_goldens import words_of
 from tiny_runs import TINY, built_once
@@ -218,6 +218,17 @@ CHANGED: dict[str, Callable[[Path], object]] = {
 }
 
 
+# What the refusal names.
+NAMED = {
+    "no picture any more": "labeled: 1 gone (red/red-1.png)",
+    "other bytes": "unlabeled: as many, of which some are others",
+    "another label": "labeled: 1 gone (red/red-1.png), 1 new (blue/red-1.png)",
+    "another test": "test: 1 new (red/more.png)",
+    "--lr 0.5": "lr was",
+    "--finetune-steps 3": "finetune_steps was",
+}
+
+
 @pytest.mark.parametrize("change", [*CHANGED, "--lr 0.5", "--finetune-steps 3"])
 def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
     change: str, begun: Path, tmp_path: Path, wholes: dict[str, Whole]
@@ -228,12 +239,27 @@ def test_with_other_settings_or_data_it_is_refused_and_left_as_it_was(
     if change in CHANGED:
         CHANGED[change](own)
     said = metapl(*command("images uda", own, out), *flags, "--resume", code=2)
-    word = f"{flags[0][2:].replace('-', '_')} was" if flags else "data have changed"
-    assert word in " ".join(said.stderr.split())
+    assert NAMED[change] in " ".join(said.stderr.split())
+    assert ("data have changed" in said.stderr) == (change in CHANGED)
     assert files(out) == before
     if change == "--lr 0.5":
         gone_on_with("images uda", own, out)
         assert_equal(out, wholes["images uda"][0])
+
+
+def test_pictures_that_have_moved_are_asked_for_by_their_flag(begun: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(begun / "run", tmp_path / "run"))
+    moved = Path(shutil.copytree(begun / "own" / "unlabeled", tmp_path / "elsewhere"))
+    stored = RunFolder(out).recipe()["fields"]
+    gone = tmp_path / "gone"
+    edited(out / "recipe.json", "recipe", "fields", unlabeled=str(gone))
+    there = {name: str(begun / "own" / Path(stored[name]).name) for name in ("labeled", "test")}
+    flags = [word for name, place in there.items() for word in (f"--{name}", place)]
+    said = metapl("train", "images", "--resume", "--out", out, *flags, code=2).stderr
+    assert f"{gone}, the unlabeled pictures of the run, is not there" in said
+    assert "--unlabeled DIR --resume" in said
+    metapl("train", "images", "--resume", "--out", out, *flags, "--unlabeled", moved)
+    assert result(out)["method"] == "uda"
 
 
 # What a command reads of a run; other files it does not look at.
