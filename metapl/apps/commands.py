@@ -172,13 +172,15 @@ class Train:
         recipe = None
         if asked.config is not None:
             recipe = StoredRecipe.read(asked.config)
-            refuse_other_command(recipe, cls, f"repeat it by {{}} --config {asked.config}")
+            refuse_other_command(recipe, cls, f"repeat it by {{}} --config {quoted(asked.config)}")
         elif asked.resume and not {"-h", "--help"} & {*words}:
             place = asked.out or run_folder(types["config"].name, resume=True)
             if not asked.compare:
                 recipe = StoredRecipe.of_run(place)
             if recipe is not None:
-                refuse_other_command(recipe, cls, f"go on with it by {{}} --resume --out {place}")
+                refuse_other_command(
+                    recipe, cls, f"go on with it by {{}} --resume --out {quoted(place)}"
+                )
                 recipe.refuse_other_steps(asked.steps)
             elif not asked.compare and runs_of_comparison(place):
                 raise MetaplError(resume_of_comparison(place))
@@ -425,6 +427,11 @@ def refuse_other_command(recipe: StoredRecipe, kind: type[Train], way_out: str) 
         raise MetaplError(
             f"{recipe.path} is of metapl {command}; {way_out.format('metapl ' + command)}"
         )
+
+
+def quoted(path: Path) -> str:
+    """Return a path as one word of a command line."""
+    return shlex.quote(str(path))
 
 
 def command_of(name: str, method: str) -> str | None:

@@ -451,7 +451,8 @@ def look(
             picture = read_image(path, levels=levels)
         except UnreadableImage as error:
             # It is listed when the folders are checked.
-            fault = str(error)
+            if label != UNLABELED:
+                fault = str(error)
             continue
         _, height, width = picture.shape
         sides.append(min(height, width))

@@ -174,7 +174,7 @@ def train(
         accuracy = evaluated(network, data.validation).accuracy
         if accuracy - (result.validation_accuracy or 0.0) >= FAR_BEHIND:
             networks["teacher"] = measured(data, network, accuracy, weights)
-    if trained.finetunes:
+    if trained.finetunes and fitting.finetune_steps:
         finetuned = finetune(trained, training, processes, selects=selects)
         network = inside(trained.trainer.as_given)
         networks["finetuned"] = measured(
@@ -420,8 +420,6 @@ def finetune(
     network = trained.trainer.as_given
     # Whatever was drawn before, so that finetuning can be repeated on its own.
     processes.seed(network, config.fitting.seed)
-    if not config.fitting.finetune_steps:
-        return trained.result
     trainer = LossTrainer(network, optimizer=config.finetuner(network), **training.options)
     result = training.fit(
         trainer,

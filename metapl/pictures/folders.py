@@ -579,14 +579,25 @@ FEW_OWN_PICTURES = 0.1
 
 
 def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
-    """Return an error where parts of a data set stand in the place of its classes."""
+    """Return what is wrong where parts of a data set may stand in the place of its classes."""
     parts = [name for name, count in labeled.counts().items() if count]
-    words = []
+    with_folders = {composed(name).split("/")[0] for name in labeled.names if name.count("/") > 1}
+    flags = []
+    without_classes = []
     for flag, names in PARTS.items():
-        words += [f"{flag} {shown(labeled.root / name)}" for name in parts if name.lower() in names]
-    if parts and len(words) == len(parts):
-        text = f"{labeled.root} has parts of a data set, {few(parts)}; expected {' '.join(words)}"
-        return Finding("error", f"{text}, with one folder a class in each.")
+        for name in parts:
+            if name.lower() not in names:
+                continue
+            if flag == "--unlabeled" or name in with_folders:
+                flags.append(f"{flag} {shown(labeled.root / name)}")
+            else:
+                without_classes.append(name)
+    if parts and len(flags) + len(without_classes) == len(parts):
+        words = [" ".join(flags)] if flags else []
+        if without_classes:
+            words.append(f"one folder a class in {few(without_classes)}")
+        text = f"{labeled.root} has parts of a data set, {few(parts)}; expected {', '.join(words)}"
+        return Finding("error", f"{text}.")
     own_pictures = sum(name.count("/") == 1 for name in labeled.names)
     if len(parts) < 2 or own_pictures > FEW_OWN_PICTURES * len(labeled.names):
         # Folders with pictures of their own are classes.
@@ -608,6 +619,17 @@ def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
                 f"hardly a picture of their own; expected one folder a class, as in {example}, or, "
                 f"where {few(parts)} are the classes, their pictures without folders between.",
             )
+    # Two hospitals, say, that have not the same classes.
+    inner = {(place[0], place[1]) for place in places}
+    folders_of_part = Counter(part for part, _ in inner)
+    parts_of_folder = Counter(folder for _, folder in inner)
+    repeated = sorted(folder for folder, count in parts_of_folder.items() if count > 1)
+    if repeated and min(folders_of_part.values()) > 1:
+        return Finding(
+            "warning",
+            f"{few(parts)} in {labeled.root} are taken for the classes, and several of them have "
+            f"the folders {few(repeated)}; if those are the classes, expected one folder for each.",
+        )
     return None
 
 

@@ -196,7 +196,7 @@ _SIGNED = 2
 _SAMPLED = 256
 
 # The kinds of numbers beside those from 0 to 255.
-INTEGERS = "integers of other bits"
+INTEGERS = "integers beyond 0 to 255"
 FLOATS = "floating point"
 COLORS = "colors of 16 bits"
 

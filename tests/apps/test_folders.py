@@ -366,7 +366,11 @@ PARTS_OF_DATA: dict[str, tuple[list[str], str | None]] = {
     ),
     "without classes": (
         ["Train/1.png", "Unlabeled/2.png"],
-        "expected --labeled ROOT/Train --unlabeled ROOT/Unlabeled",
+        "expected --unlabeled ROOT/Unlabeled, one folder a class in Train.",
+    ),
+    "a part without classes": (
+        [*(f"train/{name}" for name in INNER), "test/1.png"],
+        "expected --labeled ROOT/train, one folder a class in test.",
     ),
     "one more level": ([f"data/{name}" for name in INNER], "as in ROOT/data: leaf, stem"),
     "in a folder each": (["cat/images/1.png", "dog/images/2.png"], None),
@@ -386,6 +390,16 @@ def test_parts_of_a_data_set_are_no_classes(name: str, tmp_path: Path) -> None:
     else:
         (message,) = errors
         assert words.replace("ROOT", str(tmp_path)) in message
+
+
+def test_parts_that_share_some_classes_are_a_note(tmp_path: Path) -> None:
+    places = ("a/cat", "a/dog", "a/fox", "b/fox", "b/owl", "b/yak")
+    found = check_folders(
+        scan_labeled(fill(tmp_path, *(f"{p}/1.png" for p in places))), copies=False
+    )
+    assert [
+        (one.level, "a, b in" in one.message, "folders fox;" in one.message) for one in found
+    ] == [("warning", True, True)]
 
 
 def test_what_is_odd_about_classes_is_said(tmp_path: Path) -> None:

@@ -305,7 +305,7 @@ def test_a_training_keeps_the_levels_with_its_network(tmp_path: Path) -> None:
 def test_pictures_none_of_which_can_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.tif").write_bytes(saved(NOT_FINITE, "TIFF"))
     with pytest.raises(MetaplError, match=r"a\.tif: .*not finite"):
-        look([tmp_path / "a.tif"], torch.zeros(1, dtype=torch.int64), [])
+        look([tmp_path / "a.tif"], torch.zeros(1, dtype=torch.int64), [tmp_path / "none.png"])
 
 
 def test_a_list_of_pictures_is_predicted(tmp_path: Path) -> None:

@@ -154,7 +154,7 @@ def test_noisy_student_is_repeated_by_its_own_command(tmp_path: Path) -> None:
     metapl(*NOISY_STUDENT, "--out", tmp_path / "run")
     recipe = tmp_path / "run" / "recipe.json"
     said = metapl("train", "digits", "--config", recipe, code=2)
-    assert "there is no method 'noisy_student' of digits" in said.stderr
+    assert f"repeat it by metapl noisy-student digits --config {recipe}" in said.stderr
     metapl("noisy-student", "digits", "--config", recipe, "--out", tmp_path / "repeated")
     assert_same_run(tmp_path / "run", tmp_path / "repeated")
 
@@ -238,7 +238,7 @@ def test_a_file_that_is_no_recipe_ends_in_one_line(fault: str, tiny: Path, tmp_p
         (("digits", "--config", "{tmp}"), "is a folder; expected the recipe.json of a run"),
         (
             ("images", "--config", "{run}/recipe.json"),
-            "is the recipe of a training on digits; expected one on images.",
+            "is of metapl train digits; repeat it by metapl train digits --config",
         ),
     ],
 )

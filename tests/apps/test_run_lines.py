@@ -58,6 +58,8 @@ def test_the_first_line_says_all_steps(words: str, steps: str, tmp_path: Path) -
         flags += " --finetune-steps 4"
     said = metapl(*words.split(), *flags.split(), "--out", tmp_path / "run").stdout
     assert f": {steps}" in " ".join(said.partition(" -> ")[0].split()), said
+    # No network is called finetuned that is not.
+    assert ("finetuned" in said) == (", then" in steps), said
 
 
 def test_the_last_lines_are_what_one_looks_at_and_types_next(colors: Path, tmp_path: Path) -> None:
@@ -154,8 +156,8 @@ def test_a_run_is_resumed_by_its_folder_alone(
 
 def test_a_run_of_another_command_is_not_resumed(tiny: Path, colors: Path) -> None:
     for words, folder, expected in (
-        ("train images", tiny, "the recipe of a training on digits; expected one on images"),
-        ("noisy-student images", colors / "run", "there is no method 'uda' of images"),
+        ("train images", tiny, "go on with it by metapl train digits --resume --out"),
+        ("noisy-student images", colors / "run", "by metapl train images --resume --out"),
     ):
         told = metapl(*words.split(), "--out", folder, "--resume", code=2)
         assert expected in " ".join(told.stderr.split())
