@@ -161,6 +161,10 @@ def drawing_by(generator: torch.Generator, device: torch.device) -> Iterator[Non
 
     The generator advances where the block has drawn, and the default ones stay as they were.
     """
+    if _branch.get() is not None:
+        # Memory is planned on tensors without values, whose generators have no state to read.
+        yield
+        return
     digest = hashlib.blake2b(generator.get_state().numpy().data, digest_size=8).digest()
     start = _seeded(digest, device, has_accelerator=device.type != "cpu")
     with replayed(start):
