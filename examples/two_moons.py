@@ -44,7 +44,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ class Arm:
 
     name: str
     role: str
-    kind: str = "soft"
+    kind: Literal["soft", "hard"] = "soft"
     weight: float = 0.0
 
 
@@ -177,7 +177,7 @@ class Moons:
         if self.setting.uda:
             losses = (*losses, metapl.UDA(temperature=0.5))
         mode = "none"
-        size: dict[str, float] = {}
+        feedback_weight = None
         if arm.role == "judged":
             losses = (SixLabels(),)
         if arm.role == "pseudo labels":
@@ -186,17 +186,17 @@ class Moons:
             losses = ()
         if arm.role in ("MPL", "judged"):
             mode = "forward" if arm.kind == "soft" else "reinforce"
-            size = {"feedback_weight": arm.weight}
+            feedback_weight = arm.weight
         return metapl.BilevelTrainer(
             teacher,
             student,
             mode,
-            problem=metapl.PseudoLabels(kind=arm.kind),  # type: ignore[arg-type]
+            problem=metapl.PseudoLabels(kind=arm.kind),
             inner_optimizer=inner_optimizer,
             outer_optimizer=torch.optim.SGD(teacher.parameters(), **sgd),
             teacher_losses=losses,
+            feedback_weight=feedback_weight,
             verify=False,
-            **size,  # type: ignore[arg-type]
         )
 
     def batches(self, arm: Arm) -> Iterator[tuple[Any, ...]]:
@@ -394,9 +394,11 @@ def verdict(rows: dict[str, Row], arms: tuple[Arm, ...]) -> str:
 
 def table(rows: dict[str, Row]) -> str:
     """Return a line for each arm in Markdown; supervised learning is a teacher's."""
-    readings = {name: row["student"] for name, row in rows.items()}
-    if "no feedback" in rows:
-        readings["supervised"] = rows["no feedback"]["teacher"]
+    readings = {}
+    for name, row in rows.items():
+        if name == "no feedback":
+            readings["supervised"] = row["teacher"]
+        readings[name] = row["student"]
     lines = [
         "| arm | above 95 % | 95 % interval | median accuracy, % | median loss on the six labels |",
         "|---|---:|---:|---:|---:|",
@@ -475,6 +477,7 @@ def picture(path: Path, moons: Moons, rows: dict[str, Row], arms: tuple[Arm, ...
         runs = len(reading["accuracy"])
         label = f"accuracy; {successes(reading).sum()} of {runs} runs above 0.95"
         below.set(xlabel=label, ylabel="runs", ylim=(0, runs))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
@@ -504,6 +507,7 @@ def main() -> None:
         if row is None:
             teachers = rows["no feedback"]["teachers"] if "no feedback" in rows else []
             row = json.loads(json.dumps(moons.train(arm, teachers)))
+            args.rows.parent.mkdir(parents=True, exist_ok=True)
             with args.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(f"{arm.name}: {row['seconds']} seconds", flush=True)

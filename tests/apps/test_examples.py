@@ -261,10 +261,10 @@ def test_two_moons_with_a_consistency_term_go_on_with_the_rows_that_are_there(
     names = re.findall(r"^\| (\S.*?) \| \d of 3 \|", second, re.MULTILINE)
     assert names == [
         "all true labels",
+        "supervised",
         "no feedback",
         "pseudo labels",
         "exact gradient, weight 10",
-        "supervised",
     ]
     assert "\nnot reproduced: exact gradient, weight 10: " in second
 
