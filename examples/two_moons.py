@@ -56,6 +56,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 import metapl
+from metapl.feedback import Estimator, Forward, NoFeedback, Reinforce
 from metapl.functional import stack
 from metapl.machine import environment
 from metapl.metrics import interval
@@ -166,8 +167,7 @@ class Moons:
     def trainer(self, arm: Arm, seed: int, teacher_weights: Any) -> metapl.BilevelTrainer:
         """Return the trainer of a run, whose pure step is stacked with those of the others."""
         student = network(self.setting, 2 * seed + 1)
-        sgd = {"lr": self.setting.rate}
-        inner_optimizer = torch.optim.SGD(student.parameters(), **sgd)
+        inner_optimizer = torch.optim.SGD(student.parameters(), lr=self.setting.rate)
         if arm.role == "ceiling":
             return metapl.BilevelTrainer(
                 None, student, "none", problem=EqualWeights(), inner_optimizer=inner_optimizer
@@ -176,7 +176,7 @@ class Moons:
         losses: tuple[Any, ...] = (metapl.CrossEntropy(),)
         if self.setting.uda:
             losses = (*losses, metapl.UDA(temperature=0.5))
-        mode = "none"
+        mode: Estimator = NoFeedback()
         feedback_weight = None
         if arm.role == "judged":
             losses = (SixLabels(),)
@@ -185,7 +185,7 @@ class Moons:
             teacher.load_state_dict(teacher_weights)
             losses = ()
         if arm.role in ("MPL", "judged"):
-            mode = "forward" if arm.kind == "soft" else "reinforce"
+            mode = Forward() if arm.kind == "soft" else Reinforce()
             feedback_weight = arm.weight
         return metapl.BilevelTrainer(
             teacher,
@@ -193,7 +193,7 @@ class Moons:
             mode,
             problem=metapl.PseudoLabels(kind=arm.kind),
             inner_optimizer=inner_optimizer,
-            outer_optimizer=torch.optim.SGD(teacher.parameters(), **sgd),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=self.setting.rate),
             teacher_losses=losses,
             feedback_weight=feedback_weight,
             verify=False,
