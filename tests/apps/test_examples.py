@@ -302,6 +302,21 @@ def test_the_verdicts_on_two_moons() -> None:
     assert verdict(32, 5, supervised=20) == "not reproduced"
 
 
+def test_the_page_of_the_papers_has_two_moons_as_the_committed_rows_do() -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "two_moons.py"))
+    lines = (ROOT / "benchmarks" / "results" / "two_moons_runs.jsonl").read_text().splitlines()
+    committed = [json.loads(line) for line in lines]
+    arms = example["arms_of"](example["STATED"])
+    moons = example["Moons"](example["STATED"], range(32), 200_000)
+    rows = {}
+    for arm in arms:
+        job = moons.job(arm)
+        (rows[arm.name],) = (row for row in committed if job.items() <= row.items())
+    page = (ROOT / "docs" / "papers.md").read_text()
+    assert example["table"](rows) in page
+    assert f"`{example['verdict'](rows, arms)}`" in " ".join(page.split())
+
+
 def test_runs_of_two_moons_are_those_of_a_trainer_each() -> None:
     """A stack takes the steps of each trainer, where others judge than the six that are learned.
 
