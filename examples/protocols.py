@@ -500,7 +500,8 @@ PROTOCOLS = {name: (row.title, row.settings()) for name, row in ROWS.items()}
 ALWAYS: Mapping[str, Source] = {
     "teacher and student have the same architecture, but of Reduced MPL, and fresh weights of "
     "their own": "paper",
-    "finetuning by SGD at a fixed rate, on the labeled pictures": "paper",
+    "finetuning by SGD at a fixed rate, on the labeled pictures; of L2 and B6-Wide the text says "
+    "the labeled pictures alone": "paper",
     "RandAugment's list of operations, each drawn uniformly": "paper",
     "both networks by SGD with Nesterov's momentum 0.9; the table says so of CIFAR-10, SVHN and "
     "ImageNet-10%, and elsewhere it is ours": "table",
