@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 import tyro
@@ -35,6 +35,7 @@ from metapl.data.steps import StepSampler
 from metapl.errors import MetaplError
 from metapl.errors import few as some
 from metapl.networks import architectures as networks
+from metapl.networks.airbench import AirbenchSmall
 from metapl.networks.card import LARGEST_SIDE, Input, NetworkCard
 from metapl.networks.tuned import Normalized, Tuned, Tuning
 from metapl.networks.weights import parameter_groups
@@ -48,7 +49,7 @@ from metapl.pictures.batches import (
 from metapl.pictures.folders import Files, LabeledFiles, hash_files, without_copies
 from metapl.pictures.reader import Levels
 from metapl.pictures.splits import stratified_split
-from metapl.pictures.views.base import Chain, Identity, View
+from metapl.pictures.views.base import Chain, Identity, Until, View
 from metapl.pictures.views.transforms import (
     Affine,
     Color,
@@ -110,8 +111,19 @@ MILD_ZOOM = 1.1
 # counted.
 FINETUNED_ON_CHANGED = 0.5
 
-# Learning rates of AdamW for networks from scratch, by the beginning of their names.
+# The small phase of a recipe: the share of the side that pictures have in it.
+SMALL = 0.75
+
+# The greatest changes of labeled pictures by a recipe of its own, between mild and strong: degrees
+# of rotation, zoom, each change of color, and the side of the hole.
+MEDIUM_ROTATION = 7.0
+MEDIUM_ZOOM = 1.12
+MEDIUM_COLOR = 0.2
+MEDIUM_HOLE = 0.25
+
+# Learning rates for networks from scratch, by the beginning of their names.
 RATES = {
+    "airbench": 6e-2,
     "pooled_cnn": 1e-2,
     "small_cnn": 4e-3,
     "wide_resnet": 1e-3,
@@ -127,8 +139,52 @@ TUNING_RATES = {"head": 1e-3, "all": 2e-4}
 # The learning rate of SGD that finetunes.
 FINETUNING_RATE = 1e-2
 
-WEIGHT_DECAY = 0.05
 CLIP_NORM = 1.0
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained where no flag says otherwise, beside its rate.
+
+    Args:
+        optimizer: AdamW, or SGD with Nesterov momentum.
+        weight_decay: of the weights that are no scales or biases.
+        clip_norm: the greatest norm of a gradient; None: any.
+        label_smoothing: of the loss on labeled pictures.
+        warmup: the share of the steps over which learning rates grow.
+        small_until: the share of the steps in which pictures are smaller.
+        changes: how labeled pictures change: as the unlabeled ones but for a quarter of them, or
+            all of them less.
+        two_views: whether a network that learned mirrored pictures predicts by both.
+    """
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.05
+    clip_norm: float | None = CLIP_NORM
+    label_smoothing: float = 0.0
+    warmup: float = 0.05
+    small_until: float = 0.0
+    changes: Literal["strong", "medium"] = "strong"
+    two_views: bool = False
+
+
+# Recipes of networks from scratch, by the beginning of their names. The deeper networks may
+# diverge at first, and their gradients are clipped.
+RECIPES = {
+    "airbench": Recipe(
+        optimizer="sgd",
+        weight_decay=2e-3,
+        clip_norm=None,
+        label_smoothing=0.2,
+        warmup=0.15,
+        small_until=0.6,
+        changes="medium",
+        two_views=True,
+    ),
+    "pooled_cnn": Recipe(clip_norm=None),
+    "small_cnn": Recipe(clip_norm=None),
+}
 
 METHODS: dict[str, Method] = {
     "uda": Uda(),
@@ -144,6 +200,8 @@ COMPARED = ("uda", "mpl", "none", "supervised", "pseudo_labels")
 
 Folder = Annotated[str, tyro.conf.arg(metavar="DIR")]
 OtherFolder = Annotated[str | None, tyro.conf.arg(metavar="DIR")]
+T = TypeVar("T")
+
 Minutes = Annotated[float, Range(above=0, most=60 * 24 * 366)] | None
 
 
@@ -173,7 +231,8 @@ class Pictures:
     What is None is chosen by looking at some pictures.
 
     Args:
-        network: architecture of the networks, such as pooled_cnn, resnet18, vit_b_16 or timm:NAME.
+        network: architecture of the networks, such as airbench_small, resnet18, vit_b_16 or
+            timm:NAME.
         weights: file of pretrained weights to begin with, or imagenet to download some.
         backbone: pretrained network to begin with: the name of one on this machine, a file, the
             folder of a run, or none to train from scratch.
@@ -206,6 +265,8 @@ class Pictures:
     stochastic_depth: Share = 0.0
     mean: tyro.conf.Suppress[tuple[float, ...] | None] = None
     std: tyro.conf.Suppress[tuple[float, ...] | None] = None
+    # The covariance of 2 x 2 patches of normalized pictures, row by row, that some networks whiten.
+    patches: tyro.conf.Suppress[tuple[float, ...] | None] = None
     levels: tyro.conf.Suppress[Levels | None] = None
     # The SHA-256 of the weights, once they were found.
     weights_sha256: tyro.conf.Suppress[str | None] = None
@@ -228,10 +289,28 @@ class Pictures:
         channels: Literal[1, 3] = 1 if self.grey else 3
         return Input(channels=channels, size=self.image_size, levels=self.levels)
 
-    def views(self) -> Views:
-        """Return how the pictures of a step are augmented."""
+    def views(self, small_until: int = 0) -> Views:
+        """Return how the pictures of a step are augmented.
+
+        Args:
+            small_until: the number of steps in which pictures are smaller. Those that finetune, and
+                boxes that are cut out of files, are not.
+        """
+        views = self._views(side=None)
+        if small_until == 0 or self.crop:
+            return views
+        small = self._views(side=round(SMALL * self.input.size))
+        return dataclasses.replace(
+            views,
+            weak=Until(small_until, small.weak, views.weak),
+            strong=Until(small_until, small.strong, views.strong),
+            labeled=Until(small_until, small.labeled, views.labeled),
+        )
+
+    def _views(self, side: int | None) -> Views:
+        """Return views that bring pictures to a side; None: that they have."""
         if self.augment == "mild":
-            return self._mild_views()
+            return self._mild_views(side)
         color = Color(BRIGHTNESS, CONTRAST, SATURATION, HUE if self.recolor else 0.0)
         colored: list[View] = [color, Hole((HOLE / 5, HOLE))]
         if self.recolor:
@@ -246,25 +325,40 @@ class Pictures:
                 crop=ResizedCrop(self.input.size, flip=self.mirror),
             )
         # Labels are given to what has a quarter of the movement, and nothing else but mirroring.
-        weak = Chain(tuple(self._moved(WEAK_MOVEMENT)))
-        strong = Chain((*self._moved(1.0), *colored))
-        mild = self._mild_views().labeled
-        return Views(
-            weak=weak,
-            strong=strong,
-            labeled=Sometimes(strong, LABELED_STRONGLY, otherwise=mild),
-            finetuned=Sometimes(strong, FINETUNED_ON_CHANGED),
-            crop=None,
-        )
+        weak = Chain(tuple(self._moved(WEAK_MOVEMENT, side)))
+        strong = Chain((*self._moved(1.0, side), *colored))
+        if self.recipe.changes == "medium":
+            labeled: View = self._medium_view(side)
+            finetuned = Sometimes(labeled, FINETUNED_ON_CHANGED)
+        else:
+            mild = self._mild_views(side).labeled
+            labeled = Sometimes(strong, LABELED_STRONGLY, otherwise=mild)
+            finetuned = Sometimes(strong, FINETUNED_ON_CHANGED)
+        return Views(weak=weak, strong=strong, labeled=labeled, finetuned=finetuned, crop=None)
 
-    def _mild_views(self) -> Views:
+    def _medium_view(self, side: int | None) -> View:
+        """Return a view that moves pictures a little, in one sampling, and changes their colors."""
+        affine = Affine(
+            MEDIUM_ROTATION,
+            SHIFT,
+            (1 / MEDIUM_ZOOM, MEDIUM_ZOOM),
+            flip=self.mirror,
+            side=side,
+        )
+        color = Color(MEDIUM_COLOR, MEDIUM_COLOR, MEDIUM_COLOR)
+        view: list[View] = [affine, color, Hole((MEDIUM_HOLE, MEDIUM_HOLE))]
+        if self.recolor:
+            view.append(Recolor())
+        return Chain(tuple(view))
+
+    def _mild_views(self, side: int | None) -> Views:
         """Return views that leave a picture as it is, but for its place and its direction."""
         if self.crop:
             crop = ResizedCrop(self.input.size, flip=self.mirror)
             still = Identity()
             return Views(weak=still, strong=still, labeled=still, finetuned=still, crop=crop)
-        shifted = Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0)
-        turned = Affine(MILD_ROTATION, MILD_SHIFT, (1 / MILD_ZOOM, MILD_ZOOM), 0.0)
+        shifted = Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0, side=side)
+        turned = Affine(MILD_ROTATION, MILD_SHIFT, (1 / MILD_ZOOM, MILD_ZOOM), 0.0, side=side)
         moved: list[View] = [Sometimes(turned, MILDLY_TURNED, otherwise=shifted)]
         if self.mirror:
             moved.insert(0, Flip())
@@ -272,10 +366,10 @@ class Pictures:
         finetuned = Sometimes(view, FINETUNED_ON_CHANGED)
         return Views(weak=view, strong=view, labeled=view, finetuned=finetuned, crop=None)
 
-    def _moved(self, share: float) -> list[View]:
+    def _moved(self, share: float, side: int | None) -> list[View]:
         """Return how a picture is mirrored, and moved by a share of the greatest movement."""
         zoom = math.exp(share * math.log(ZOOM))
-        affine = Affine(share * ROTATION, share * SHIFT, (1 / zoom, zoom), share * SHEAR)
+        affine = Affine(share * ROTATION, share * SHIFT, (1 / zoom, zoom), share * SHEAR, side=side)
         if self.mirror:
             return [Flip(), affine]
         return [affine]
@@ -312,9 +406,13 @@ class Pictures:
         assert self.std is not None, "choose_settings gave it"
         architecture = self.architecture(classes)
         module = architecture.create(self.weights)
+        if isinstance(module, AirbenchSmall) and self.weights is None:
+            assert self.patches is not None, "choose_settings gave it"
+            covariance = torch.tensor(self.patches, dtype=torch.float64)
+            module.whiten(covariance.view(math.isqrt(len(covariance)), -1))
         network: Normalized
         if self.tuning is None or self.weights is None:
-            network = Normalized(module, self.mean, self.std)
+            network = Normalized(module, self.mean, self.std, mirrored=self.mirrored)
         else:
             network = Tuned(
                 module,
@@ -330,10 +428,25 @@ class Pictures:
         """Return the learning rate with which such a network trains."""
         if self.weights:
             return TUNING_RATES[self.tuning or "all"]
-        for stem, rate in RATES.items():
-            if str(self.network).startswith(stem):
-                return rate
-        return OTHER_RATE
+        return by_stem(RATES, self.network, OTHER_RATE)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Return how such a network trains, beside its rate."""
+        return by_stem(RECIPES, self.network, Recipe())
+
+    @property
+    def mirrored(self) -> bool:
+        """Return whether the network predicts by a picture and its mirror image."""
+        return self.mirror and self.recipe.two_views and self.tuning is None
+
+
+def by_stem(entries: Mapping[str, T], name: str | None, other: T) -> T:
+    """Return the entry of networks whose names begin as this one; ``other`` where there is none."""
+    for stem, entry in entries.items():
+        if str(name).startswith(stem):
+            return entry
+    return other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,15 +607,19 @@ class Images:
             channels_last=True,
             mean=self.pictures.mean,
             std=self.pictures.std,
+            mirrored=self.pictures.mirrored,
         )
 
     def optimizer(
         self, role: Role, module: nn.Module, lr: float | None = None
     ) -> torch.optim.Optimizer:
-        """Build AdamW with the rate of the teacher or student, or the network's usual one."""
-        groups = parameter_groups(module, WEIGHT_DECAY)
-        rate = self.fitting.lr if role == "teacher" else lr
-        return torch.optim.AdamW(groups, lr=rate or self.pictures.rate)
+        """Build an optimizer with the rate of the teacher or student, or the usual one."""
+        recipe = self.pictures.recipe
+        groups = parameter_groups(module, recipe.weight_decay)
+        rate = (self.fitting.lr if role == "teacher" else lr) or self.pictures.rate
+        if recipe.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=rate, momentum=MOMENTUM, nesterov=True)
+        return torch.optim.AdamW(groups, lr=rate)
 
     def finetuner(self, module: nn.Module) -> torch.optim.Optimizer:
         """Build SGD for finetuning."""
@@ -510,10 +627,8 @@ class Images:
 
     def trainer_options(self) -> dict[str, Any]:
         """Return the options of every trainer."""
-        # The deeper networks may diverge at first.
-        is_shallow = str(self.pictures.network).endswith("_cnn")
         return {
-            "clip_norm": None if is_shallow else CLIP_NORM,
+            "clip_norm": self.pictures.recipe.clip_norm,
             "accumulate": self.fitting.accumulate,
             "precision": self.fitting.precision,
         }
@@ -538,7 +653,8 @@ class Images:
         labels = few.targets(self.classes)
         unlabeled = self.pictures.images(many.paths(), log)
         seed = self.fitting.seed
-        views = self.pictures.views()
+        steps = self.fitting.steps or 0
+        views = self.pictures.views(round(self.pictures.recipe.small_until * steps))
         few_a_step = self.fitting.labeled_batch
         many_a_step = self.unlabeled_batch
         return {

@@ -27,6 +27,7 @@ from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
 from metapl.metrics.predictions import logits_of
+from metapl.networks.airbench import PATCH, patch_covariance
 from metapl.networks.tuned import IMAGENET, begin_as
 from metapl.networks.weights import fetch_imagenet_weights
 from metapl.pictures.levels import find_levels
@@ -46,6 +47,10 @@ PRETRAINED_SIDE = 128
 PRETRAINED_NETWORK = "resnet18"
 SCRATCH_NETWORK = "pooled_cnn"
 
+# The network from scratch for pictures of these sides, in pixels.
+SMALL_NETWORK = "airbench_small"
+SMALL_SIDES = range(28, 64 + 1)
+
 # The word for --weights that downloads some.
 IMAGENET_WEIGHTS = "imagenet"
 
@@ -59,8 +64,7 @@ MINUTES = 5.0
 # steps is short beside so many, and hardly counts.
 REHEARSED = 100_000
 
-# The share of the steps over which learning rates grow, and how often is validated in a training.
-WARMUP = 0.05
+# How often is validated in a training.
 VALIDATIONS = 20
 
 # What of a backbone is trained, in words.
@@ -142,6 +146,7 @@ def choose_settings(
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,
+        "label_smoothing": config.pictures.recipe.label_smoothing,
         "ratio": config.usual_ratio,
     }
     method = with_stored(method, usual_settings)
@@ -271,7 +276,7 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
     losses = f" ({', '.join(lost)})" if lost else ""
     say(
         f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
-        f"{mirrored}; adamw at {fitting.lr:g}, {fitting.precision}, "
+        f"{mirrored}; {pictures.recipe.optimizer} at {fitting.lr:g}, {fitting.precision}, "
         f"{fitting.chosen_steps:,} steps"
     )
     is_from_scratch = pictures.weights is None and pictures.backbone == "none"
@@ -306,7 +311,7 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
         network = PRETRAINED_NETWORK
         side = PRETRAINED_SIDE
     else:
-        network = SCRATCH_NETWORK
+        network = SMALL_NETWORK if seen.side in SMALL_SIDES else SCRATCH_NETWORK
         side = min(max(seen.side, SMALLEST_SIDE), GREATEST_SIDE)
     multiple = 4
     if pictures.network:
@@ -319,6 +324,7 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
         "recolor": seen.exchangeable,
         "mean": mean,
         "std": std,
+        "patches": seen.normalized_patches(std, grey=grey),
     }
     config = with_stored(config, choices)
     return with_stored(config, {"lr": config.pictures.rate})
@@ -348,7 +354,7 @@ def with_number_of_steps(config: Images, method: MethodT, steps: int) -> tuple[I
     fitting = config.fitting
     warmup = fitting.warmup
     if warmup is None:
-        warmup = round(WARMUP * steps)
+        warmup = round(config.pictures.recipe.warmup * steps)
     validate_every = fitting.validate_every
     if validate_every is None:
         validate_every = max(1, round(steps / VALIDATIONS))
@@ -402,6 +408,7 @@ class Look:
         light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: shares of the classes among all labeled pictures, as if each had one more, so that
             none is 0.
+        patches: the covariance of patches of 2 x 2 pixels of three channels in [0, 1], row by row.
         square: whether all of the pictures are as high as wide.
     """
 
@@ -413,6 +420,7 @@ class Look:
     colors_tell: bool
     light: float
     shares: tuple[float, ...]
+    patches: tuple[float, ...]
     square: bool = True
 
     @property
@@ -422,6 +430,19 @@ class Look:
         They may not where all marks are light, as in an X-ray.
         """
         return not self.colors_tell and (not self.grey or BOTH <= self.light <= 1 - BOTH)
+
+    def normalized_patches(self, std: tuple[float, ...], *, grey: bool) -> tuple[float, ...]:
+        """Return the covariance of patches of normalized pictures, in colors or grey."""
+        pixels = PATCH**2
+        covariance = torch.tensor(self.patches, dtype=torch.float64).view(3 * pixels, -1)
+        if grey:
+            to_luma = torch.kron(
+                torch.tensor([LUMA], dtype=torch.float64), torch.eye(pixels, dtype=torch.float64)
+            )
+            covariance = to_luma @ covariance @ to_luma.T
+        scales = torch.tensor(std, dtype=torch.float64).repeat_interleave(pixels)
+        covariance = covariance / scales / scales[:, None]
+        return tuple(round(value, 6) for value in covariance.flatten().tolist())
 
 
 def look(
@@ -486,6 +507,7 @@ def look(
         colors_tell=colors_tell(middle_colors_NC, label_N[is_labeled_N]),
         light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
         shares=tuple(count / sum(counts) for count in counts),
+        patches=tuple(patch_covariance(levels_N3HW / 255).flatten().tolist()),
         square=square,
     )
 

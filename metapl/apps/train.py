@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -26,8 +27,9 @@ from metapl.execution.shards import load_whole, weights_of
 from metapl.machine import device
 from metapl.metrics import chance_level
 from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
+from metapl.networks.statistics import estimate_statistics
 from metapl.networks.tuned import Tuned, begin_as
-from metapl.pictures.batches import record_files, replaced_files
+from metapl.pictures.batches import in_unit_range, record_files, replaced_files
 from metapl.problems.model_noise import model_noise
 from metapl.processes import Processes, done_by_first
 from metapl.run_folder import EndedRun, RunFolder, seal
@@ -40,6 +42,10 @@ from metapl.training.selection import FAR_BEHIND
 
 # The fewest validation examples to choose a student by: one standard error is 7 points then.
 SELECTED_ON = 50
+
+# The unlabeled pictures from which the statistics of batch norm are estimated, and of a batch.
+STATISTICS_OF = 1500
+STATISTICS_AT_ONCE = 256
 
 # How long processes wait for the one that labels all pictures.
 LABELING = timedelta(days=7)
@@ -282,6 +288,22 @@ def names_of(record: Mapping[str, Any], part: str) -> Any:
     return names
 
 
+def some_unlabeled(data: Data) -> Iterator[Tensor]:
+    """Yield unlabeled examples as they are, ``STATISTICS_OF`` at most, in batches of equal size.
+
+    Each batch is spread over all of them, for a folder may be in the order of the classes.
+    """
+    images = data.unlabeled.images
+    count = min(len(images), STATISTICS_OF)
+    indices = torch.arange(count) * len(images) // count
+    parts = -(-count // STATISTICS_AT_ONCE)
+    for part in range(parts):
+        if isinstance(images, Tensor):
+            yield images[indices[part::parts]]
+        else:
+            yield in_unit_range(images.fetch(indices[part::parts])[0])
+
+
 def labels_of(examples: Any) -> Any:
     """Return the labels of examples, batches or (inputs, labels); nothing where there are none."""
     if isinstance(examples, tuple):
@@ -371,7 +393,30 @@ class Phases:
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
         self.warnings.extend(result.warnings)
-        return result
+        return self.with_plain_statistics(trainer, result)
+
+    def with_plain_statistics(self, trainer: Trainer, result: FitResult) -> FitResult:
+        """Return a result whose networks have the batch-norm statistics of plain pictures.
+
+        They are estimated before a network labels pictures, is measured, or is kept.
+        """
+        has_statistics = False
+        for network in trainer.networks.values():
+            has_statistics |= estimate_statistics(network, some_unlabeled(self.data))
+        if not has_statistics:
+            return result
+        value = result.value
+        if value is not None:
+            value = evaluated(trainer.student, self.data.validation).accuracy
+        teacher_weights = None
+        if trainer.teacher is not None:
+            teacher_weights = weights_of(trainer.teacher)
+        return dataclasses.replace(
+            result,
+            value=value,
+            weights=weights_of(trainer.student),
+            teacher_weights=teacher_weights,
+        )
 
     def lay_out(self, network: nn.Module) -> nn.Module:
         """Lay a network out over the processes that train together."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from metapl.errors import MetaplError, needed_for, reason_of
 from metapl.models import PooledFeatures, small_cnn, wide_resnet
+from metapl.networks.airbench import airbench_small
 from metapl.networks.weights import load_weights
 from metapl.runs.fields import AtLeastOne, Range, check_arguments, check_fields
 from metapl.words import did_you_mean
@@ -85,6 +86,7 @@ def pooled_cnn(
 
 
 OWN: dict[str, Callable[..., nn.Module]] = {
+    "airbench_small": airbench_small,
     "pooled_cnn": pooled_cnn,
     "small_cnn": small_cnn,
     "wide_resnet10_1": partial(wide_resnet, 10, 1),
@@ -332,6 +334,8 @@ def create(
     ====================  =================================  ===================  ================
     name                  network                            dropout              stochastic depth
     ====================  =================================  ===================  ================
+    airbench_small        whitened first layer, three        before the head      none
+                          blocks, for 28x28 to 64x64
     pooled_cnn            convolutions with batch norm and   before the head      none
                           pooling, for 16x16 to 96x96
     small_cnn             four convolutions, for 16x16       before the head      none

@@ -94,6 +94,7 @@ class NetworkCard:
             both are None, the network is one's own, and whoever reads the run gives the function
             that builds it, by ``--factory``.
         mean, std: of each channel, by which it normalizes its input; None: it does not.
+        mirrored: whether it predicts by a picture and its mirror image.
         channels_last: whether its weights lie in the channels-last format, on which rounding
             depends.
     """
@@ -105,6 +106,7 @@ class NetworkCard:
     dropout: float = 0.0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    mirrored: bool = False
     channels_last: bool = False
 
     def create(
@@ -123,7 +125,7 @@ class NetworkCard:
                 "builds it (--factory FILE.py:FUNCTION)."
             )
         if self.mean is not None and self.std is not None:
-            network = Normalized(network, self.mean, self.std)
+            network = Normalized(network, self.mean, self.std, mirrored=self.mirrored)
         return network.to(memory_format=torch.channels_last) if self.channels_last else network
 
 

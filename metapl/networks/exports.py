@@ -168,7 +168,7 @@ def export(
     files = {WEIGHTS: safetensors_of(state, metadata)}
     network = module
     if normalization is not None:
-        network = Normalized(module, **normalization)
+        network = Normalized(module, **normalization, mirrored=is_mirrored(model))
     files |= programs(network, shape, onnx)
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
@@ -189,6 +189,8 @@ def export(
         mean = normalization["mean"]
         std = normalization["std"]
         facts["normalization"] = f"(x - mean) / std, mean {mean}, std {std}"
+        if is_mirrored(model):
+            facts["views"] = "the mean of the logits of a picture and of its mirror image"
     if classes is not None:
         facts["classes"] = ", ".join(classes)
     for name, digest in digests.items():
@@ -235,6 +237,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, dict[str, list[float]] | Non
             module = module.get_submodule("_orig_mod")
         else:
             return module, normalization
+
+
+def is_mirrored(model: nn.Module) -> bool:
+    """Return whether a network predicts by a picture and its mirror image."""
+    return any(isinstance(part, Normalized) and part.mirrored for part in model.modules())
 
 
 def safetensors_of(state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:

@@ -30,6 +30,8 @@ class Normalized(nn.Module):
         module: a network f of normalized pictures.
         mean, std: one finite number per channel, in units of [0, 1], ``std`` above 0. They are
             buffers, saved with the weights (beside ``module.…``) and never trained.
+        mirrored: in evaluation, return the mean of the logits of a picture and of its mirror image,
+            which costs two passes.
 
     Raises:
         MetaplError: another mean or std; on a call, pictures of whole numbers.
@@ -42,7 +44,14 @@ class Normalized(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, module: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        mirrored: bool = False,
+    ) -> None:
         super().__init__()
         is_complete = len(mean) > 0 and len(mean) == len(std)
         is_finite = all(math.isfinite(value) for value in (*mean, *std))
@@ -52,6 +61,7 @@ class Normalized(nn.Module):
                 "per channel in each, those of std above 0."
             )
         self.module = module
+        self.mirrored = mirrored
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(-1, 1, 1))
 
@@ -62,7 +72,10 @@ class Normalized(nn.Module):
             )
         # Mean and std are float32; in a network of bfloat16 weights, the pictures stay as they
         # came.
-        logits: Tensor = self.module(((images - self.mean) / self.std).to(images.dtype))
+        normalized = ((images - self.mean) / self.std).to(images.dtype)
+        logits: Tensor = self.module(normalized)
+        if self.mirrored and not self.training:
+            logits = (logits + self.module(normalized.flip(-1))) / 2
         return logits
 
     def extra_repr(self) -> str:

@@ -111,6 +111,7 @@ def seen(
         "level": (0.35, 0.15),
         "colors_tell": tell,
         "shares": (0.25, 0.75),
+        "patches": tuple(torch.eye(12).flatten().tolist()),
     }
     return Look(side=side, grey=grey, light=light, **{**given, **more})
 
@@ -121,9 +122,13 @@ def chosen(of: Look, **fields: Any) -> Pictures:
 
 
 def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on_grey_ones_as_such() -> None:
-    for side, brought_to in ((8, 16), (25, 24), (27, 28), (48, 48), (4000, 48)):
+    for side, brought_to, network in (
+        *((8, 16, "pooled_cnn"), (25, 24, "pooled_cnn"), (27, 28, "pooled_cnn")),
+        *((28, 28, "airbench_small"), (48, 48, "airbench_small"), (64, 48, "airbench_small")),
+        (4000, 48, "pooled_cnn"),
+    ):
         found = chosen(seen(side))
-        assert (found.image_size, found.network) == (brought_to, "pooled_cnn")
+        assert (found.image_size, found.network) == (brought_to, network)
     for of, given, channels, mean, std in (
         (seen(grey=True), None, 1, (0.35,), (0.15,)),
         (seen(), None, 3, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)),
@@ -145,8 +150,9 @@ def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays()
 
 @pytest.mark.parametrize("mirror", [False, True])
 def test_a_quarter_of_the_labeled_pictures_is_changed_mildly(*, mirror: bool) -> None:
-    mild = chosen(seen(28), augment="mild", mirror=mirror).views()
-    strong = chosen(seen(28), augment="strong", mirror=mirror).views()
+    options: dict[str, Any] = {"network": "pooled_cnn", "mirror": mirror}
+    mild = chosen(seen(28), augment="mild", **options).views()
+    strong = chosen(seen(28), augment="strong", **options).views()
     count = 400
     images = torch.rand(1, 3, 28, 28).expand(count, -1, -1, -1)
     where: dict[str, Any] = {"seed": 7, "step": 3, "examples": torch.arange(count)}
@@ -157,6 +163,38 @@ def test_a_quarter_of_the_labeled_pictures_is_changed_mildly(*, mirror: bool) ->
     assert 70 < int(is_mild.sum()) < 130
     # Unlabeled pictures are all changed.
     assert not (strong.strong(images, **where) == images).flatten(1).all(1).any()
+
+
+def test_a_network_is_whitened_by_the_pictures_that_were_seen(tmp_path: Path) -> None:
+    """Half of what leaves the first layer is uncorrelated, of variance 1; the rest is minus it."""
+    files = [*write(tmp_path, "color", 8, (32, 32)), *write(tmp_path, "grey", 8, (32, 32))]
+    for paths, grey in ((files, False), (files, True), (files[8:], False), (files[8:], True)):
+        of = look.look(paths, torch.arange(len(paths)) % 2, [])
+        settings = fitted(config(classes=("a", "b"), grey=grey), of, 0.0)
+        network: Any = settings.network()
+        assert not network.module.whitening.weight.requires_grad
+        pictures = settings.pictures.images(map(str, paths), None).fetch(torch.arange(len(paths)))
+        with torch.no_grad():
+            whitened = network.module.whitening((pictures[0] / 255 - network.mean) / network.std)
+        values = whitened.double().movedim(1, 0).flatten(1)
+        half = len(values) // 2
+        assert torch.equal(values[half:], -values[:half])
+        covariance = torch.cov(values[:half])
+        # Three equal channels vary in a third of the directions alone.
+        varies = covariance.diagonal() > 0.5
+        assert int(varies.sum()) == (4 if of.grey or grey else 12)
+        expected = torch.eye(int(varies.sum()), dtype=torch.float64)
+        torch.testing.assert_close(covariance[varies][:, varies], expected, atol=0.05, rtol=0)
+
+
+def test_pictures_are_smaller_in_the_first_part_of_a_training(root: Path) -> None:
+    settings = with_flags(given(root, classes=("blue", "red")), image_size=32)
+    settings = fitted(settings, seen(32), 0.0)
+    sources = settings.sources(settings.scan("labeled"), settings.scan("unlabeled"), None)
+    for step, side in ((0, 24), (23, 24), (24, 32), (39, 32)):
+        shapes = [x.shape[2:] for x in (sources["labeled"][step][0], *sources["unlabeled"][step])]
+        assert shapes == [(side, side)] * 3
+        assert sources["finetuning"][step][0].shape[2:] == (32, 32)
 
 
 def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:
@@ -176,6 +214,7 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
 def test_the_rates_are_those_of_the_networks_family_or_as_given() -> None:
     for network, rate, clipped in (
         *(("pooled_cnn", RATES["pooled_cnn"], False), ("small_cnn", RATES["small_cnn"], False)),
+        ("airbench_small", RATES["airbench"], False),
         *(
             ("resnet18", RATES["resnet"], True),
             ("vit_b_16", RATES["vit"], True),

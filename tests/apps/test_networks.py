@@ -39,6 +39,7 @@ COUNTS = [
         ("wide_resnet28_10", 36_479_194),
         ("small_cnn", 80_266),
         ("pooled_cnn", 94_762),
+        ("airbench_small", 498_080),
     ),
     *(
         ("efficientnet_b0_svhn", 5_288_548),
@@ -88,7 +89,15 @@ def test_an_efficientnets_stochastic_depth_is_linear_and_its_head_small_for_few_
 
 
 @pytest.mark.parametrize(
-    "name", ["pooled_cnn", "small_cnn", "wide_resnet28_2", "resnet18", "efficientnet_b0_svhn"]
+    "name",
+    [
+        "airbench_small",
+        "pooled_cnn",
+        "small_cnn",
+        "wide_resnet28_2",
+        "resnet18",
+        "efficientnet_b0_svhn",
+    ],
 )
 def test_grey_pictures_and_noise_in_training_alone(name: str) -> None:
     torch.manual_seed(0)
@@ -164,6 +173,7 @@ DEEP = [("timm:vit_tiny_patch16_224", 32), ("resnet18", 32), ("efficientnet_b0_s
 @pytest.mark.parametrize(
     ("name", "size"),
     [
+        ("airbench_small", 16),
         ("pooled_cnn", 16),
         ("small_cnn", 16),
         *(pytest.param(*deep, marks=pytest.mark.long) for deep in DEEP),
@@ -223,6 +233,12 @@ def test_normalized_takes_pictures_as_they_are() -> None:
     found = short(images.bfloat16())
     assert (found.dtype, short.mean.dtype) == (torch.bfloat16, torch.float32)
     assert torch.allclose(found.float(), expected, atol=0.1)
+    both = Normalized(nn.Sequential(nn.Flatten(), nn.Linear(192, 3)), mean, std, mirrored=True)
+    with torch.no_grad():
+        x = images.float()
+        one_view = both(x)
+        other_view = both(x.flip(3))
+        torch.testing.assert_close(both.eval()(x), (one_view + other_view) / 2)
     with pytest.raises(MetaplError, match="uint8"):
         network((images * 255).to(torch.uint8))
     for wrong in (

@@ -65,6 +65,8 @@ VIEWS: dict[str, View] = {
     "digits": ShiftNoiseCutout(cutout=1),
     "affine": Affine(25, 0.2, (0.7, 1.4), 15),
     "affine, far": Affine(180, 1.5, (0.2, 3), 60),
+    "affine, of another size": Affine(25, 0.2, (0.7, 1.4), flip=True, side=24),
+    "until": base.Until(1, Affine(25, 0.2), Flip()),
     "color": Color(0.4, 0.5, 0.6, 0.3),
     "contrast": Color(contrast=1),
     "hole": Hole((0, 1)),
@@ -87,7 +89,7 @@ KINDS = [
         name, dtype, id=f"{name}-{str(dtype)[6:]}", marks=[pytest.mark.long] * (dtype not in USUAL)
     )
     for name, view in VIEWS.items()
-    for dtype in (base.WIDE if isinstance(view, Chain | Seeded) else view.takes)
+    for dtype in (base.WIDE if isinstance(view, Chain | Seeded | base.Until) else view.takes)
 ]
 
 
@@ -308,7 +310,7 @@ def test_a_field_out_of_range_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, view in VIEWS.items() if not isinstance(view, Chain)]
+    "name", [name for name, view in VIEWS.items() if not isinstance(view, Chain | base.Until)]
 )
 def test_images_of_another_kind_are_refused(name: str) -> None:
     view, images = VIEWS[name], pictures(4)
@@ -423,6 +425,16 @@ def test_boxes_fit_and_have_the_shares_asked_for(size: tuple[int, int]) -> None:
         assert abs(area[area < 0.5].mean() - 0.29) < 0.01
         assert abs(ratio.log().mean()) < 0.02
         assert abs((top / (height - h).clamp(min=1)).mean() - 0.5) < 0.03
+
+
+def test_affine_mirrors_and_resizes_in_one_sampling() -> None:
+    images = pictures(32, (3, 32, 48))
+    resized = torch.nn.functional.interpolate(images, (24, 24), mode="bilinear")
+    torch.testing.assert_close(call(Affine(side=24), images), resized)
+    both = call(Affine(flip=True, side=24), images)
+    is_mirrored = (both - resized.flip(3)).flatten(1).abs().amax(1) < 1e-5
+    torch.testing.assert_close(both[~is_mirrored], resized[~is_mirrored])
+    assert 8 < int(is_mirrored.sum()) < 24
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])

@@ -101,7 +101,8 @@ class NoisyStudent(Method):
         unlabeled_noise: noise with which a student learns unlabeled examples: all is strong
             augmentation with dropout and stochastic depth, standard has weak augmentation, model
             has none, and none has no noise at all.
-        label_smoothing: label smoothing of the loss on labeled examples, from 0 to 1.
+        label_smoothing: label smoothing of the loss on labeled examples, from 0 to 1. By default it
+            fits the network.
     """
 
     name: ClassVar[str] = "noisy_student"
@@ -125,7 +126,7 @@ class NoisyStudent(Method):
     warm_steps: Steps | None = None
     noisy_teacher: bool = False
     unlabeled_noise: Literal["all", "standard", "model", "none"] = "all"
-    label_smoothing: Share = 0.0
+    label_smoothing: Share | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -211,7 +212,7 @@ class Rounds:
         torch.manual_seed(fold_in(self.seed, 0))
         network = first.network().to(self.training.place)
         begin_as(self.training.student, network)
-        losses: Any = (CrossEntropy(self.settings.label_smoothing),)
+        losses: Any = (CrossEntropy(self.settings.label_smoothing or 0.0),)
         self.trainer = LossTrainer(
             network, losses, optimizer=optimizer(first, network), **self.training.options
         )
@@ -239,7 +240,10 @@ class Rounds:
             rate = end_matched(steps, self.usual_steps)
         has_model_noise = settings.unlabeled_noise != "none"
         loss = NoisyStudentLoss(
-            settings.loss, settings.labels == "hard", has_model_noise, settings.label_smoothing
+            settings.loss,
+            settings.labels == "hard",
+            has_model_noise,
+            settings.label_smoothing or 0.0,
         )
         self.trainer = LossTrainer(
             network, (loss,), optimizer=optimizer(config, network, rate), **self.training.options

@@ -22,7 +22,8 @@ class PseudoLabels(Method):
         temperature: temperature of the softmax that makes the pseudo-labels. Below 1 it sharpens
             them.
         student_lr: learning rate of the student. By default it fits the network.
-        label_smoothing: label smoothing of the teacher's loss, from 0 to 1.
+        label_smoothing: label smoothing of the teacher's loss, from 0 to 1. By default it fits the
+            network.
 
     Source: Meta Pseudo Labels, eq. (1).
     """
@@ -30,7 +31,7 @@ class PseudoLabels(Method):
     pseudo_labels: Literal["soft", "hard"] = "soft"
     temperature: float = 1.0
     student_lr: AboveZero | None = None
-    label_smoothing: Share = 0.0
+    label_smoothing: Share | None = None
 
     name: ClassVar[str] = "pseudo_labels"
     title: ClassVar[str] = "pseudo labels of a fixed teacher"
@@ -50,7 +51,7 @@ class PseudoLabels(Method):
 
     def train(self, t: Training) -> Trained:
         """Train the teacher, then the student on its labels."""
-        taught = t.alone(t.teacher, (CrossEntropy(self.label_smoothing),), phase="teacher")
+        taught = t.alone(t.teacher, (CrossEntropy(self.label_smoothing or 0.0),), phase="teacher")
         # Without a loss and without feedback the teacher stays as it is.
         trainer = t.bilevel(
             t.teacher, "none", self.problem(), teacher_losses=(), student_lr=self.student_lr

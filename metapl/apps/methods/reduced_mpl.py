@@ -129,7 +129,7 @@ class ReducedMpl(Method):
         adjuster = t.lay_out(LabelAdjuster(len(t.data.classes)).to(t.place))
         adjuster_losses: tuple[problems.StoredCrossEntropy, ...] = ()
         if "labeled" in stored:
-            adjuster_losses = (problems.StoredCrossEntropy(self.uda.label_smoothing),)
+            adjuster_losses = (problems.StoredCrossEntropy(self.uda.label_smoothing or 0.0),)
             labeled = dataclasses.replace(labeled, stored=stored["labeled"])
         labels = self.feedback.problem()
         trainer = t.bilevel(

@@ -15,10 +15,10 @@ class Supervised(Method):
     """Train one network on the labeled examples alone.
 
     Args:
-        label_smoothing: label smoothing of the loss, from 0 to 1.
+        label_smoothing: label smoothing of the loss, from 0 to 1. By default it fits the network.
     """
 
-    label_smoothing: Share = 0.0
+    label_smoothing: Share | None = None
 
     name: ClassVar[str] = "supervised"
     has_teacher: ClassVar[bool] = False
@@ -26,4 +26,4 @@ class Supervised(Method):
 
     def train(self, t: Training) -> Trained:
         """Train one network on the labeled examples."""
-        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing),))
+        return t.alone(t.teacher, (CrossEntropy(self.label_smoothing or 0.0),))

@@ -23,7 +23,8 @@ class Consistency:
     """Consistency of the predictions on two views of unlabeled examples.
 
     Args:
-        label_smoothing: label smoothing of the supervised loss, from 0 to 1.
+        label_smoothing: label smoothing of the supervised loss, from 0 to 1. By default it fits the
+            network.
         uda_weight: weight of the consistency loss, which asks for equal predictions on two views of
             an unlabeled example. 0 leaves it out.
         uda_temperature: temperature of the targets of the consistency loss. 0 makes them hard
@@ -39,7 +40,7 @@ class Consistency:
         uda_prior: shares of the classes that uda_align moves to; None: equal ones.
     """
 
-    label_smoothing: Share = 0.0
+    label_smoothing: Share | None = None
     uda_weight: Weight = 1.0
     uda_temperature: Weight = 0.5
     uda_threshold: Share = 0.85
@@ -54,7 +55,7 @@ class Consistency:
 
     def losses(self) -> Losses:
         """Return the supervised loss, and UDA's where it has a weight."""
-        plain = CrossEntropy(self.label_smoothing)
+        plain = CrossEntropy(self.label_smoothing or 0.0)
         uda = UDA(
             weight=self.uda_weight,
             temperature=self.uda_temperature,

@@ -136,6 +136,33 @@ class Chain:
 
 
 @dataclass(frozen=True)
+class Until:
+    """One view before a step, and another one from it on: x ↦ first(x) or then(x).
+
+    Args:
+        step: the first step of the second view.
+        first, then: the views, which draw from the same seed.
+    """
+
+    step: int
+    first: View
+    then: View
+
+    def __call__(
+        self, images: Tensor, *, seed: int, step: int, examples: Tensor, batch: Tensor | None = None
+    ) -> Tensor:
+        # A view of a user's own takes whole batches alone, and no ``batch``.
+        options: dict[str, Tensor] = {} if batch is None else {"batch": batch}
+        return self._view_at(step)(images, seed=seed, step=step, examples=examples, **options)
+
+    def rows_needed(self, rows: Tensor, *, seed: int, step: int, examples: Tensor) -> Tensor | None:
+        return rows_needed(self._view_at(step), rows, seed=seed, step=step, examples=examples)
+
+    def _view_at(self, step: int) -> View:
+        return self.first if step < self.step else self.then
+
+
+@dataclass(frozen=True)
 class PictureView(ABC):
     """A view of pictures (B, C, H, W) of some types, which refuses all others.
 

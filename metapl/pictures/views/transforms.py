@@ -196,6 +196,9 @@ class Affine(PictureView):
         translate: greatest move along each axis, as a share of the side, 0 or more.
         scale: smallest and largest s, 0 < smallest ≤ largest.
         shear: greatest |φ| in degrees, 0 or more and below 90.
+        flip: whether half of the pictures are mirrored left to right, before all else.
+        side: of the result in pixels; None: that of the picture. One that is smaller is sampled
+            without antialiasing.
 
     The picture's outermost pixels continue around it.
 
@@ -208,6 +211,8 @@ class Affine(PictureView):
     translate: NotNegative = 0.0
     scale: tuple[Positive, Positive] = (1.0, 1.0)
     shear: Annotated[float, Range(0, 90)] = 0.0
+    flip: bool = False
+    side: AtLeastOne | None = None
 
     def see(self, images: Tensor, seed: int, step: int, examples: Tensor) -> Tensor:
         if self == _UNMOVED:
@@ -234,6 +239,13 @@ class Affine(PictureView):
         # sides.
         half_sides = np.array([width, height])[:, None] / 2.0
         planned_B23 = np.stack(rows, axis=1).reshape(-1, 2, 3) / half_sides
+        if self.flip:
+            u_B1 = draws.uniform_on_host(seed, step, examples, 1, stream=base.FLIP)
+            planned_B23[u_B1[:, 0] < 0.5, 0] *= -1.0
+        if self.side is not None:
+            # A pixel of the result stands for so many of the picture.
+            planned_B23[:, :, :2] *= np.array([width, height]) / self.side
+            height = width = self.side
         maps_B23 = to_device(torch.from_numpy(planned_B23).to(images.dtype), images.device)
         along_x, along_y, offset = maps_B23[:, :, None, None].unbind(4)
         x = _centered(width, images)
