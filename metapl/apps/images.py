@@ -67,9 +67,10 @@ from metapl.words import shown
 # that they are drawn.
 IN_MEMORY = 2**30
 
-# The share of the labeled pictures that is set aside to select by, and from how many on: too few to
-# select on are better trained on.
+# The share of the labeled pictures that is set aside to select by, how many at most, and from how
+# many on: too few to select on are better trained on, and so are more than tell networks apart.
 SET_ASIDE = 0.2
+MOST_SET_ASIDE = 400
 SPLIT_FROM = 250
 
 # Pictures in a batch of an evaluation.
@@ -156,7 +157,8 @@ class Recipe:
         small_until: the share of the steps in which pictures are smaller.
         changes: how labeled pictures change: as the unlabeled ones but for a quarter of them, or
             all of them less.
-        two_views: whether a network that learned mirrored pictures predicts by both.
+        two_views: whether pictures that look like their mirror images are mirrored in training, and
+            the network predicts by both.
     """
 
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -243,7 +245,9 @@ class Pictures:
         augment: how pictures are augmented: strong moves them, changes their colors and covers a
             part of each, but for a quarter of the labeled ones, which are changed mildly. mild
             shifts all of them a little, and turns half of them a little.
-        mirror: mirror half of the pictures while training. Leave it out for letters.
+        mirror: whether to mirror half of the pictures while training, which is wrong for letters.
+            By default it depends on the pictures where the network is airbench_small, and else they
+            are not mirrored.
         recolor: whether to exchange colors, and light and dark, while training. By default it
             depends on the pictures.
         crop: train on random parts of the pictures, in the place of moving and turning them.
@@ -258,7 +262,7 @@ class Pictures:
     image_size: Annotated[int, Range(1, most=LARGEST_SIDE)] | None = None
     grey: tyro.conf.FlagConversionOff[bool | None] = None
     augment: Literal["mild", "strong"] = "strong"
-    mirror: bool = False
+    mirror: tyro.conf.FlagConversionOff[bool | None] = None
     recolor: tyro.conf.FlagConversionOff[bool | None] = None
     crop: bool = False
     dropout: Share = 0.0
@@ -322,7 +326,7 @@ class Pictures:
                 strong=changed,
                 labeled=Sometimes(changed, LABELED_STRONGLY),
                 finetuned=changed,
-                crop=ResizedCrop(self.input.size, flip=self.mirror),
+                crop=ResizedCrop(self.input.size, flip=bool(self.mirror)),
             )
         # Labels are given to what has a quarter of the movement, and nothing else but mirroring.
         weak = Chain(tuple(self._moved(WEAK_MOVEMENT, side)))
@@ -342,19 +346,16 @@ class Pictures:
             MEDIUM_ROTATION,
             SHIFT,
             (1 / MEDIUM_ZOOM, MEDIUM_ZOOM),
-            flip=self.mirror,
+            flip=bool(self.mirror),
             side=side,
         )
         color = Color(MEDIUM_COLOR, MEDIUM_COLOR, MEDIUM_COLOR)
-        view: list[View] = [affine, color, Hole((MEDIUM_HOLE, MEDIUM_HOLE))]
-        if self.recolor:
-            view.append(Recolor())
-        return Chain(tuple(view))
+        return Chain((affine, color, Hole((MEDIUM_HOLE, MEDIUM_HOLE))))
 
     def _mild_views(self, side: int | None) -> Views:
         """Return views that leave a picture as it is, but for its place and its direction."""
         if self.crop:
-            crop = ResizedCrop(self.input.size, flip=self.mirror)
+            crop = ResizedCrop(self.input.size, flip=bool(self.mirror))
             still = Identity()
             return Views(weak=still, strong=still, labeled=still, finetuned=still, crop=crop)
         shifted = Affine(0.0, MILD_SHIFT, (1.0, 1.0), 0.0, side=side)
@@ -438,7 +439,7 @@ class Pictures:
     @property
     def mirrored(self) -> bool:
         """Return whether the network predicts by a picture and its mirror image."""
-        return self.mirror and self.recipe.two_views and self.tuning is None
+        return bool(self.mirror) and self.recipe.two_views and self.tuning is None
 
 
 def by_stem(entries: Mapping[str, T], name: str | None, other: T) -> T:
@@ -522,7 +523,7 @@ class Images:
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
             val = few.keep(aside.tolist())
-            say(set_aside(few, val))
+            say(set_aside(few, val, self.val_fraction))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
                 many = apart(many, val, say)
@@ -717,13 +718,13 @@ def apart(unlabeled: Files, val: Files, say: Say) -> Files:
     return others
 
 
-def set_aside(few: LabeledFiles, val: LabeledFiles) -> str:
+def set_aside(few: LabeledFiles, val: LabeledFiles, share: float) -> str:
     """Return how many labeled pictures validation takes, and of the class with the fewest."""
     counts = Counter(few.labels)
     smallest, count = min(counts.items(), key=lambda item: item[1])
     return (
         f"{len(val):,} of {len(few):,} labeled pictures are set aside for validation, as there are "
-        f"{SPLIT_FROM} or more: of each class {SET_ASIDE:.0%}, such as "
+        f"{SPLIT_FROM} or more: of each class {share:.0%}, such as "
         f"{Counter(val.labels)[smallest]:,} of {count:,} of {shown(few.classes[smallest])}; --val "
         "names others"
     )

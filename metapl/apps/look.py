@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.data import Data
-from metapl.apps.images import SET_ASIDE, SPLIT_FROM, Images, Pictures
+from metapl.apps.images import MOST_SET_ASIDE, SET_ASIDE, SPLIT_FROM, Images, Pictures
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.settings import with_flags, with_stored
@@ -141,8 +141,10 @@ def choose_settings(
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
-    is_split = config.val is None and len(few) >= SPLIT_FROM
-    config = fitted(config, seen, val_fraction=SET_ASIDE if is_split else 0.0)
+    val_fraction = 0.0
+    if config.val is None and len(few) >= SPLIT_FROM:
+        val_fraction = min(SET_ASIDE, MOST_SET_ASIDE / len(few))
+    config = fitted(config, seen, val_fraction=val_fraction)
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,
@@ -327,7 +329,11 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
         "patches": seen.normalized_patches(std, grey=grey),
     }
     config = with_stored(config, choices)
-    return with_stored(config, {"lr": config.pictures.rate})
+    recipe = config.pictures.recipe
+    return with_stored(
+        config,
+        {"lr": config.pictures.rate, "mirror": recipe.two_views and seen.mirrors},
+    )
 
 
 def with_steps(
@@ -385,6 +391,11 @@ SMALLEST_STD = 0.05
 SHUFFLES = 199
 CHANCES = 2
 
+# Of the shuffles, the fewest that are as odd as pictures that are mirrored: a tenth. Mirroring what
+# may not be mirrored costs more than leaving it out. And the pixels that are averaged for it.
+MIRRORED_BY = 20
+COARSE = 4
+
 # Pixels, of SIDE, of the square that a pixel is compared with; share of pictures, at least, with
 # marks of the rarer kind where both light and dark marks are usual.
 AROUND = 9
@@ -408,6 +419,7 @@ class Look:
         light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: shares of the classes among all labeled pictures, as if each had one more, so that
             none is 0.
+        mirrors: whether the pictures look like their mirror images.
         patches: the covariance of patches of 2 x 2 pixels of three channels in [0, 1], row by row.
         square: whether all of the pictures are as high as wide.
     """
@@ -421,6 +433,7 @@ class Look:
     light: float
     shares: tuple[float, ...]
     patches: tuple[float, ...]
+    mirrors: bool = False
     square: bool = True
 
     @property
@@ -507,6 +520,7 @@ def look(
         colors_tell=colors_tell(middle_colors_NC, label_N[is_labeled_N]),
         light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
         shares=tuple(count / sum(counts) for count in counts),
+        mirrors=mirrors(level_NHW, marks_NHW.abs(), label_N),
         patches=tuple(patch_covariance(levels_N3HW / 255).flatten().tolist()),
         square=square,
     )
@@ -545,6 +559,39 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> bool:
     right = _right_share(scaled, labels)
     as_well = 1 + sum(_right_share(scaled, order) >= right for order in shuffled)
     return as_well <= CHANCES
+
+
+def mirrors(level_NHW: Tensor, marks_NHW: Tensor, labels_N: Tensor) -> bool:
+    """Return whether pictures look like their mirror images, as photographs do and letters do not.
+
+    The means of each class, of brightness and of how much a place stands out whichever way, are
+    compared with their mirror images. They look alike unless nearly all of ``SHUFFLES`` sets in
+    which each picture is mirrored by chance look more alike.
+
+    Args:
+        level_NHW: brightness.
+        marks_NHW: the size of the differences from what is around.
+        labels_N: of the pictures; those without one count as a class.
+    """
+    _, classes = labels_N.unique(return_inverse=True)
+    member_NK = torch.nn.functional.one_hot(classes).to(level_NHW.dtype)
+    halves = []
+    for values_NHW in (level_NHW, marks_NHW):
+        coarse = torch.nn.functional.avg_pool2d(values_NHW, COARSE)
+        halves.append((coarse - coarse.flip(2)).flatten(1) / values_NHW.std().clamp_min(1e-6))
+    odd_NF = torch.cat(halves, dim=1)
+
+    def asymmetry(signs_N: Tensor) -> float:
+        sums_KF = member_NK.T @ (odd_NF * signs_N[:, None])
+        return float((sums_KF.square().sum(1) / member_NK.sum(0)).sum())
+
+    generator = torch.Generator().manual_seed(0)
+    is_as_odd = 0
+    asymmetry_as_seen = asymmetry(torch.ones(len(odd_NF)))
+    for _ in range(SHUFFLES):
+        signs = 2.0 * torch.randint(0, 2, (len(odd_NF),), generator=generator) - 1.0
+        is_as_odd += asymmetry(signs) >= asymmetry_as_seen
+    return is_as_odd >= MIRRORED_BY
 
 
 def _right_share(colors_NC: Tensor, labels: Tensor) -> float:

@@ -26,6 +26,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.shards import load_whole, weights_of
 from metapl.machine import device
 from metapl.metrics import chance_level
+from metapl.metrics.predictions import logits_of
 from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
 from metapl.networks.statistics import estimate_statistics
 from metapl.networks.tuned import Tuned, begin_as
@@ -39,6 +40,7 @@ from metapl.training import FitResult, Say, Trainer
 from metapl.training.loop import Callback
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.selection import FAR_BEHIND
+from metapl.words import shown
 
 # The fewest validation examples to choose a student by: one standard error is 7 points then.
 SELECTED_ON = 50
@@ -46,6 +48,11 @@ SELECTED_ON = 50
 # The unlabeled pictures from which the statistics of batch norm are estimated, and of a batch.
 STATISTICS_OF = 1500
 STATISTICS_AT_ONCE = 256
+
+# Predicted classes are skewed where one has more than its share among the labels by these two: a
+# part of the share, and a multiple of its standard deviation.
+MOST_EXCESS = 0.5
+SURE_EXCESS = 4.0
 
 # How long processes wait for the one that labels all pictures.
 LABELING = timedelta(days=7)
@@ -211,6 +218,7 @@ def train(
         "delivered_by": "validation" if selects else "rule",
         "sha256": seal(folder, title, data.classes, cards, weights_by_name),
         "warnings": phases.warnings,
+        "class_counts": phases.class_counts,
         **baseline,
         **networks[chosen].accuracies(),
     }
@@ -326,6 +334,9 @@ class Phases:
         say: where messages go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
         warnings: what the phases so far have warned of.
+        class_counts: by phase, how many of some unlabeled examples have each class by the network
+            that labels them.
+        skewed_phases: those in which it prefers a class.
     """
 
     config: TrainingConfig
@@ -338,6 +349,8 @@ class Phases:
     say: Say
     say_progress: Say | None
     warnings: list[str] = field(default_factory=list)
+    class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    skewed_phases: list[str] = field(default_factory=list)
 
     def fit(
         self,
@@ -393,7 +406,9 @@ class Phases:
                 f"a process that prepares batches died ({reason}): was there too little memory?"
             ) from error
         self.warnings.extend(result.warnings)
-        return self.with_plain_statistics(trainer, result)
+        result = self.with_plain_statistics(trainer, result)
+        self.note_class_counts(trainer, phase)
+        return result
 
     def with_plain_statistics(self, trainer: Trainer, result: FitResult) -> FitResult:
         """Return a result whose networks have the batch-norm statistics of plain pictures.
@@ -416,6 +431,34 @@ class Phases:
             value=value,
             weights=weights_of(trainer.student),
             teacher_weights=teacher_weights,
+        )
+
+    def note_class_counts(self, trainer: Trainer, phase: str) -> None:
+        """Note what classes plain unlabeled examples have by the network that labels them.
+
+        That is the teacher, or the only network. Where they are skewed, it is said, once: a student
+        of such labels prefers the same classes.
+        """
+        labeler = trainer.teacher if trainer.teacher_classifies else trainer.student
+        labels = logits_of(labeler or trainer.student, some_unlabeled(self.data)).argmax(1)
+        classes = self.data.classes
+        counts = torch.bincount(labels, minlength=len(classes))
+        self.class_counts[phase] = dict(zip(classes, counts.tolist(), strict=True))
+        given = torch.bincount(labels_of(self.data.labeled), minlength=len(classes))
+        expected = given / given.sum() * len(labels)
+        excess = counts - expected
+        is_skewed = (excess > MOST_EXCESS * expected) & (excess > SURE_EXCESS * expected.sqrt())
+        if not is_skewed.any():
+            return
+        self.skewed_phases.append(phase)
+        if len(self.skewed_phases) > 1:
+            return
+        worst = int(torch.where(is_skewed, excess, -1.0).argmax())
+        self.say(
+            f"note: the network of phase {phase} calls {int(counts[worst]):,} of {len(labels):,} "
+            f"unlabeled examples {shown(classes[worst])}, of which {float(expected[worst]):,.0f} "
+            "would be as many as among the labeled ones: a student of such labels prefers that "
+            "class too; train for more steps, or label more examples of the other classes"
         )
 
     def lay_out(self, network: nn.Module) -> nn.Module:

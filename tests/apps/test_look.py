@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from tiny_runs import color_folders
 
 from metapl import MetaplError
@@ -101,6 +102,24 @@ def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(
     assert not colors_tell(torch.tensor([[0.0], [10.0], [1.0], [11.0]]), torch.tensor([0, 0, 1, 1]))
 
 
+def test_letters_do_not_look_like_their_mirror_images_and_what_faces_both_ways_does() -> None:
+    digits = load_digits()
+    pictures = torch.from_numpy(digits.images).float()[:, None] / 16
+    pictures = torch.nn.functional.interpolate(pictures, (32, 32), mode="bilinear")[:, 0]
+    labels = torch.from_numpy(digits.target)
+    generator = torch.Generator().manual_seed(0)
+    both_ways = []
+    for draw in range(10):
+        rows = torch.randperm(len(pictures), generator=generator)[:100]
+        is_turned = torch.rand(100, 1, 1, generator=generator) < 0.5
+        chosen_pictures = pictures[rows]
+        assert not look.mirrors(chosen_pictures, chosen_pictures.abs(), labels[rows]), draw
+        turned = torch.where(is_turned, chosen_pictures.flip(2), chosen_pictures)
+        both_ways.append(look.mirrors(turned, turned.abs(), labels[rows]))
+    # By chance one in ten is found odd.
+    assert sum(both_ways) >= 7
+
+
 def seen(
     side: int = 28, grey: bool = False, tell: bool = False, light: float = 0.5, **more: Any
 ) -> Look:
@@ -185,6 +204,22 @@ def test_a_network_is_whitened_by_the_pictures_that_were_seen(tmp_path: Path) ->
         assert int(varies.sum()) == (4 if of.grey or grey else 12)
         expected = torch.eye(int(varies.sum()), dtype=torch.float64)
         torch.testing.assert_close(covariance[varies][:, varies], expected, atol=0.05, rtol=0)
+
+
+def test_the_network_with_two_views_is_mirrored_where_pictures_are_and_others_when_asked() -> None:
+    for network, mirrors, asked, is_mirrored, has_two_views in (
+        (None, True, None, True, True),
+        (None, False, None, False, False),
+        (None, True, False, False, False),
+        ("pooled_cnn", True, None, False, False),
+        ("pooled_cnn", True, True, True, False),
+    ):
+        settings = fitted(
+            config(network=network, mirror=asked, classes=("a", "b")), seen(mirrors=mirrors), 0.0
+        )
+        assert settings.pictures.mirror == is_mirrored
+        built: Any = settings.network()
+        assert built.mirrored == settings.card("network").mirrored == has_two_views
 
 
 def test_pictures_are_smaller_in_the_first_part_of_a_training(root: Path) -> None:

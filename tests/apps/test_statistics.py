@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from safetensors.torch import load_file
 from tiny_runs import colored_pictures
 from torch import Tensor, nn
 
+from metapl import LossTrainer
+from metapl.apps.train import Phases
 from metapl.networks.architectures import create
 from metapl.networks.card import card_of
 from metapl.networks.statistics import estimate_statistics
@@ -68,6 +71,44 @@ def test_a_run_keeps_networks_with_the_statistics_of_plain_unlabeled_pictures(
         assert len(expected) == 4
         for entry, value in expected.items():
             torch.testing.assert_close(weights[entry], value, rtol=1e-3, atol=1e-4)
+
+
+def test_classes_of_unlabeled_pictures_are_counted_and_a_skew_is_said_once() -> None:
+    """By a network that names the first class for four of five pictures."""
+    images = torch.eye(2)[torch.tensor([0, 0, 0, 0, 1]).repeat(40)]
+    labels = torch.tensor([0, 1]).repeat(10)
+    said: list[str] = []
+    data: Any = SimpleNamespace(
+        unlabeled=SimpleNamespace(images=images),
+        labeled=SimpleNamespace(labels=labels),
+        classes=("cat", "dog"),
+    )
+    unused: Any = None
+    phases = Phases(
+        config=unused,
+        data=data,
+        student=unused,
+        place=unused,
+        processes=unused,
+        folder=unused,
+        options={},
+        say=said.append,
+        say_progress=None,
+    )
+    network = nn.Linear(2, 2)
+    network.load_state_dict({"weight": torch.eye(2), "bias": torch.zeros(2)})
+    trainer = LossTrainer(network, optimizer=torch.optim.SGD(network.parameters()))
+    phases.note_class_counts(trainer, "teacher")
+    phases.note_class_counts(trainer, "fit")
+    counts = {"cat": 160, "dog": 40}
+    assert phases.class_counts == {"teacher": counts, "fit": counts}
+    assert len(said) == 1
+    assert "160 of 200 unlabeled examples cat, of which 100 would" in said[0]
+    # As among the labeled ones.
+    data.labeled.labels = torch.tensor([0, 0, 0, 0, 1]).repeat(4)
+    phases.skewed_phases.clear()
+    phases.note_class_counts(trainer, "fit")
+    assert len(said) == 1
 
 
 def test_what_is_frozen_keeps_its_statistics_and_noise_is_left_out() -> None:
