@@ -33,6 +33,7 @@ from metapl.apps.inputs import check_out, open_run_folder, run_folder, runs_of_c
 from metapl.apps.look import choose_settings
 from metapl.apps.methods.base import Method, TrainingConfig
 from metapl.apps.methods.noisy_student import NoisyStudent
+from metapl.apps.pace import Timetable
 from metapl.apps.printing import as_flags, tell, wrapped
 from metapl.apps.progress import is_watched
 from metapl.apps.report import PAGE
@@ -289,9 +290,17 @@ class Train:
                 # Another program that calls this is not told how to start it again.
                 if sys.argv[1:] and sys.argv[1] in TRAINING_COMMANDS:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
-                config, method = self.choose_open_settings(first)
+                timetable = Timetable()
+                config, method = self.choose_open_settings(first, timetable)
                 if comparison is None:
-                    self.train_one(config, method, folder, processes=processes, others=others)
+                    self.train_one(
+                        config,
+                        method,
+                        folder,
+                        processes=processes,
+                        others=others,
+                        timetable=timetable,
+                    )
                 else:
                     train_and_compare(
                         config,
@@ -313,7 +322,9 @@ class Train:
             others.leave(NOT_STARTED)
         return 0
 
-    def choose_open_settings(self, folder: RunFolder) -> tuple[TrainingConfig, Method]:
+    def choose_open_settings(
+        self, folder: RunFolder, timetable: Timetable
+    ) -> tuple[TrainingConfig, Method]:
         """Return the settings with a value for each that was left open: those of a resumed run."""
         config = self.config
         method = self.method
@@ -327,7 +338,7 @@ class Train:
             say(f"note: {recipe.note()}")
         torch.set_num_threads(config.threads or self.usual_threads())
         if isinstance(config, Images):
-            config, method = choose_settings(config, method, say, stored)
+            config, method = choose_settings(config, method, say, stored, timetable=timetable)
             if recipe is not None:
                 recipe.check_weights(config.pictures)
         else:
@@ -360,6 +371,7 @@ class Train:
         *,
         processes: Processes,
         others: Others,
+        timetable: Timetable,
     ) -> None:
         """Train by one method, unless the run in the folder has ended, and say what it reached."""
         threads = folder.threads(usual=self.usual_threads())
@@ -384,6 +396,7 @@ class Train:
                     say=say,
                     say_progress=None if is_watched() else say,
                     processes=processes,
+                    timetable=timetable,
                 )
         for line in summary(result):
             say(line)

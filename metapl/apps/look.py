@@ -6,7 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +22,7 @@ from metapl.apps.data import Data
 from metapl.apps.images import MOST_SET_ASIDE, SET_ASIDE, SPLIT_FROM, Images, Pictures
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
+from metapl.apps.pace import LEAST_SHARE, SHARE, Timetable, parts_of
 from metapl.apps.settings import with_flags, with_stored
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -84,9 +85,6 @@ GIVEN = (
     "feedback_bound",
 )
 
-# Returns seconds from some moment on.
-Clock = Callable[[], float]
-
 T = TypeVar("T")
 MethodT = TypeVar("MethodT", bound=Method)
 
@@ -97,7 +95,7 @@ def choose_settings(
     say: Say,
     stored: Mapping[str, Any] | None = None,
     *,
-    clock: Clock = time.monotonic,
+    timetable: Timetable | None = None,
 ) -> tuple[Images, MethodT]:
     """Return the settings and the method with a value for everything that was left open.
 
@@ -109,7 +107,8 @@ def choose_settings(
         say: is told what was chosen.
         stored: the settings of the run that is resumed, by the names of their flags: what was
             chosen there is not chosen anew. None: a new run.
-        clock: by which steps are timed that have to fit into the minutes.
+        timetable: has the clock by which steps are timed that have to fit into the minutes, and is
+            told what they take.
     """
     # 1. Files of weights that are not there are refused before anything is listed.
     weights = found_weights(config.pictures)
@@ -154,7 +153,7 @@ def choose_settings(
     method = with_stored(method, usual_settings)
 
     # 4. The steps. Then all that was chosen is said in a line.
-    config, method = with_steps(config, method, clock, say)
+    config, method = with_steps(config, method, timetable or Timetable(), say)
     tell_choices(config, method, seen, say)
     return config, method
 
@@ -339,18 +338,19 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
 def with_steps(
     config: Images,
     method: MethodT,
-    clock: Clock = time.monotonic,
+    timetable: Timetable,
     say: Say = lambda text: None,
 ) -> tuple[Images, MethodT]:
     """Return the settings and the method with a number of steps.
 
-    Where it is open, it is as many as fit into the minutes.
+    Where it is open, it is as many as fit into the minutes, which the timetable is told.
     """
     if config.fitting.steps is not None:
         return with_number_of_steps(config, method, config.fitting.steps)
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, REHEARSED)
-    steps = steps_within(*rehearsal, minutes, clock, say)
+    timetable.minutes = minutes
+    steps = steps_within(*rehearsal, timetable, say)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
 
@@ -614,13 +614,6 @@ def _right_share(colors_NC: Tensor, labels: Tensor) -> float:
 
 # ------------------------------------------------------------------- how many steps fit into a time
 
-# The share of the time that steps, labeling and finetuning get. The rest is for reading, validation
-# and the report.
-SHARE = 0.85
-
-# The share of this time that steps get at least, however long the rest takes.
-LEAST_SHARE = 0.5
-
 # Of each kind of step: steps before the timing, the most timed steps, and the most seconds of
 # these.
 WARM = 2
@@ -634,15 +627,15 @@ PICTURES = 128
 def steps_within(
     config: Images,
     method: Method,
-    minutes: float,
-    clock: Clock = time.monotonic,
+    timetable: Timetable,
     say: Say = lambda text: None,
 ) -> int:
-    """Return the number of steps that fit into a time, rounded to two digits.
+    """Return the number of steps that fit into the minutes of a timetable, rounded to two digits.
 
     What labeling and finetuning take is not theirs; ``say`` is told where little is left.
     """
-    stopwatch = timed(config, method, clock)
+    stopwatch = timed(config, method, timetable)
+    minutes = timetable.minutes or MINUTES
     seconds = SHARE * 60 * minutes
     seconds_of_steps = max(seconds - stopwatch.beside, LEAST_SHARE * seconds)
     if seconds - stopwatch.beside < seconds_of_steps:
@@ -651,33 +644,36 @@ def steps_within(
             f"note: labeling and finetuning take about {beside} beside the steps, which is too "
             f"long for --minutes {minutes:g}: it will take longer"
         )
+    timetable.reserved = seconds - seconds_of_steps
     steps = seconds_of_steps / stopwatch.per_step
     return max(1, int(float(f"{steps:.2g}")))
 
 
-def kinds_of_steps(trainer: Any, steps: int, wait: int) -> list[tuple[int, int, Any]]:
+def kinds_of_steps(
+    trainer: Any, steps: int, wait: int, small_until: int = 0
+) -> list[tuple[int, int, Any]]:
     """Return the first and the last step of each kind, and the method that takes such a step.
 
-    Kinds differ while a student waits, and before UDA begins.
+    Kinds differ while a student waits, before UDA begins, and while pictures are smaller.
     """
     waits = min(wait, steps) if trainer.teacher is not None else 0
     losses: Any = getattr(trainer, "teacher_losses", None) or getattr(trainer, "losses", ())
     starts = [min(loss.start, steps) for loss in losses if isinstance(loss, UDA)]
     kinds = []
-    for first, last in pairwise(sorted({0, waits, steps, *starts})):
+    for first, last in pairwise(sorted({0, waits, steps, min(small_until, steps), *starts})):
         step = trainer.teacher_step if first < waits else trainer.step
         kinds.append((first, last, step))
     return kinds
 
 
-def timed(config: Images, method: Method, clock: Clock = time.monotonic) -> Stopwatch:
+def timed(config: Images, method: Method, timetable: Timetable) -> Stopwatch:
     """Return what a training by a method takes on this machine: its steps, and what is beside them.
 
     Each kind of step is timed on a few of the labeled pictures, and counts as often as it comes. So
     is labeling, on a few of the unlabeled ones. Cost: some seconds; the default generator is put
     back.
     """
-    stopwatch = Stopwatch(config, clock)
+    stopwatch = Stopwatch(config, timetable)
     place = device(config.fitting.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -728,13 +724,15 @@ class Stopwatch:
 
     Args:
         config: the settings of the training.
-        clock: which is looked at before and after a step.
+        timetable: whose clock is looked at before and after a step, and which is told what the
+            steps of each phase take.
     """
 
-    def __init__(self, config: Images, clock: Clock) -> None:
+    def __init__(self, config: Images, timetable: Timetable) -> None:
         self.config = config
         self.fitting = config.fitting
-        self.clock = clock
+        self.small_until = round(config.pictures.recipe.small_until * config.fitting.chosen_steps)
+        self.timetable = timetable
 
         # Seconds of a step, in the mean over all of the training, by the phases so far; and those
         # of what takes as long whatever the number of steps is.
@@ -761,13 +759,21 @@ class Stopwatch:
                 opened.callback(batches.close)
                 feeds.append(batches)
             wait = options.get("wait", 0)
-            for first, last, step in kinds_of_steps(trainer, steps, wait):
+            bounds = [0]
+            times = []
+            for first, last, step in kinds_of_steps(trainer, steps, wait, self.small_until):
                 trainer.steps_done = first
+                for batches in feeds:
+                    batches.restore(batches.state() | {"position": first})
                 seconds = self.median_seconds(trainer, step, feeds)
-                if steps == fitting.chosen_steps:
-                    self.per_step += (last - first) / steps * seconds
-                else:
-                    self.beside += (last - first) * seconds
+                bounds.append(last)
+                times.append(seconds)
+        parts = parts_of(bounds, times)
+        if steps == fitting.chosen_steps:
+            self.timetable.parts[options.get("phase", "fit")] = parts
+            self.per_step += sum(part.seconds_after(0.0) for part in parts)
+        else:
+            self.beside += steps * sum(part.seconds_after(0.0) for part in parts)
         weights = {name: value.clone() for name, value in trainer.student.state_dict().items()}
         return FitResult(None, 0, weights)
 
@@ -778,12 +784,12 @@ class Stopwatch:
         examples = ToLabel(
             images=some, ids=range(len(some)), name="unlabeled", input=self.config.input
         )
-        since = self.clock()
+        since = self.timetable.clock()
         for step in range(examples.steps):
             pictures, *_ = examples.batch(step)
             if len(pictures):
                 logits_of(network, [pictures])
-        self.beside += (self.clock() - since) * len(files) / len(some)
+        self.beside += (self.timetable.clock() - since) * len(files) / len(some)
 
     def median_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
         """Return the median time of some steps, after the first ones.
@@ -795,10 +801,10 @@ class Stopwatch:
         while len(times) < WARM + TIMED:
             if len(times) > WARM and time.monotonic() - begun >= SECONDS:
                 break
-            since = self.clock()
+            since = self.timetable.clock()
             reads_inner = trainer.reads_inner or trainer.steps_done == 0
             read = feeds if reads_inner else feeds[:1]
             # To read the report waits for the device.
             step(*(batches.next() for batches in read)).as_dict()
-            times.append(self.clock() - since)
+            times.append(self.timetable.clock() - since)
         return statistics.median(times[WARM:])

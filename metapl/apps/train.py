@@ -19,6 +19,7 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import read_labels, write_all_labels
 from metapl.apps.measured import Measured, evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
+from metapl.apps.pace import Timetable
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
@@ -77,6 +78,7 @@ def train(
     say: Say = lambda text: None,
     say_progress: Say | None = None,
     processes: Processes | None = None,
+    timetable: Timetable | None = None,
 ) -> dict[str, Any]:
     """Train by a method, finetune, test once, and write the run folder, which the caller holds.
 
@@ -90,6 +92,7 @@ def train(
         say: where the lines about the data and the result go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
         processes: those that train together; None: one.
+        timetable: by which one process skips steps; None: all steps are taken.
 
     Returns: what ``result.json`` holds.
     """
@@ -153,6 +156,7 @@ def train(
         options=options,
         say=say,
         say_progress=say_progress,
+        timetable=timetable or Timetable(),
     )
     training = Training(
         config=config,
@@ -219,6 +223,7 @@ def train(
         "sha256": seal(folder, title, data.classes, cards, weights_by_name),
         "warnings": phases.warnings,
         "class_counts": phases.class_counts,
+        "skipped_steps": phases.timetable.skipped,
         **baseline,
         **networks[chosen].accuracies(),
     }
@@ -233,6 +238,11 @@ def train(
     if processes.first:
         run = EndedRun(folder, title, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
+    if phases.timetable.skipped:
+        say(
+            f"note: {phases.timetable.skipped:,} steps were skipped to keep to "
+            f"{phases.timetable.minutes:g} minutes: they took longer than was measured at the start"
+        )
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
     unread = replaced_files(skipped)
@@ -333,6 +343,7 @@ class Phases:
         options: of every fit.
         say: where messages go.
         say_progress: where a line goes every half minute, of how far a phase is; None: nowhere.
+        timetable: by which steps are skipped.
         warnings: what the phases so far have warned of.
         class_counts: by phase, how many of some unlabeled examples have each class by the network
             that labels them.
@@ -348,6 +359,7 @@ class Phases:
     options: Mapping[str, Any]
     say: Say
     say_progress: Say | None
+    timetable: Timetable = field(default_factory=Timetable)
     warnings: list[str] = field(default_factory=list)
     class_counts: dict[str, dict[str, int]] = field(default_factory=dict)
     skewed_phases: list[str] = field(default_factory=list)
@@ -380,6 +392,8 @@ class Phases:
         all_callbacks: list[Callback] = [*callbacks]
         if truth is not None:
             all_callbacks.insert(0, PseudoLabelAccuracy(truth))
+        if self.processes.mesh.size == 1:
+            all_callbacks += self.timetable.pacers(phase, fit_options["steps"])
         if self.say_progress is not None:
             lines = FitLines(
                 self.say_progress,

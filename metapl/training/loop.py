@@ -50,7 +50,9 @@ Callback = Callable[[int, Mapping[str, float], Any], object]
 numbers that it returns becomes part of the row.
 
 An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__call__`` is saved in
-the checkpoints and goes on where it was when the fit is resumed.
+the checkpoints and goes on where it was when the fit is resumed. One with ``takes_step(step,
+is_needed=)`` is asked before each step, by its number from 0. Where it says False the step is
+skipped, unless it is needed: its batches are left out, and the schedule goes on.
 """
 
 
@@ -181,6 +183,7 @@ class Fit:
         self.callbacks_with_state: list[Any] = [
             c for c in request.callbacks if hasattr(c, "state_dict")
         ]
+        self.pacers: list[Any] = [c for c in request.callbacks if hasattr(c, "takes_step")]
         # How far the fit is, and whether a callback, or its patience, has ended it.
         self.step = 0
         self.is_ended = False
@@ -212,6 +215,9 @@ class Fit:
                 self.records = Records(folder, options.phase, self.step, self.say)
                 stack.callback(self.records.close)
                 while self.step < options.steps and not self.is_ended and not is_stopped:
+                    if self.pacers and self.skips_step():
+                        bar.update()
+                        continue
                     outer, report, student_waits = self.take_step()
                     row = self.observe(report, outer, student_waits=student_waits)
                     if self.selection.student_column in row:
@@ -328,6 +334,23 @@ class Fit:
         set_rng_state(process_state["rng"])
 
     # --------------------------------------------------------------------------------------- a step
+
+    def skips_step(self) -> bool:
+        """Skip a step that a callback does not take, and return whether it was skipped.
+
+        Steps after which something is due, and those in which a network begins, are taken.
+        """
+        options = self.options
+        due = (options.log_every, options.validate_every, options.save_every)
+        begins = (0, options.wait, self.teacher_begins)
+        is_needed = self.step in begins or any(options.due(n, self.step + 1) for n in due)
+        takes = [pacer.takes_step(self.step, is_needed=is_needed) for pacer in self.pacers]
+        if is_needed or all(takes):
+            return False
+        self.sources.skip(self.trainer.lookahead)
+        self.step += 1
+        self.trainer.steps_done += 1
+        return True
 
     def take_step(self) -> tuple[Any, Report, bool]:
         """Draw the batches of a step and take it.

@@ -90,6 +90,12 @@ class Sources:
         last = self.draw("inner")
         return outer, Lookahead([*earlier, last]) if earlier else last
 
+    def skip(self, lookahead: int) -> None:
+        """Leave the batches of a step out."""
+        for name, opened in self._feeds.items():
+            for _ in range(lookahead if name == "inner" else 1):
+                opened.skip()
+
     def draw_facts(self) -> dict[str, Any]:
         """Draw the first batch of each source, for its facts.
 

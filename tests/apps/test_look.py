@@ -1,7 +1,6 @@
 """What pictures show decides settings that were left open; the steps that fit a time, the rest."""
 
 import itertools
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +24,7 @@ from metapl.apps.look import (
     steps_within,
     with_steps,
 )
+from metapl.apps.pace import Part, Timetable
 from metapl.apps.rounds import METHODS
 from metapl.apps.settings import flag_values, with_flags
 from metapl.data import draws
@@ -281,13 +281,15 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
         ("mpl", 60.0, 0.1, 1),
     ):
         method, ticks = images.METHODS[name].scheduled(1000), itertools.count()
-        assert (
-            steps_within(settings, method, minutes, lambda s=seconds, t=ticks: s * next(t)) == steps
-        )
+        timetable = Timetable(lambda s=seconds, t=ticks: s * next(t), minutes=minutes)
+        assert steps_within(settings, method, timetable) == steps
+        assert "fit" in timetable.parts
     # Of 5.1 seconds, 200 steps of finetuning take 2.
     finetuned, ticks = with_flags(settings, finetune_steps=200), itertools.count()
     supervised = images.METHODS["supervised"].scheduled(1000)
-    assert steps_within(finetuned, supervised, 0.1, lambda: 0.01 * next(ticks)) == 310
+    timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.1)
+    assert steps_within(finetuned, supervised, timetable) == 310
+    assert timetable.reserved == pytest.approx(2.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -306,7 +308,8 @@ def test_labeling_is_not_the_time_of_steps(tmp_path: Path) -> None:
         def clock(ticks: Iterator[int] = ticks) -> float:
             return 0.01 * next(ticks)
 
-        assert steps_within(settings, method, minutes, clock, said.append) == steps
+        timetable = Timetable(clock, minutes=minutes)
+        assert steps_within(settings, method, timetable, said.append) == steps
         assert len(said) == notes
     assert "too long for --minutes 0.001" in said[-1]
 
@@ -331,13 +334,13 @@ def test_a_method_is_timed_where_the_first_class_alone_has_more_pictures_than_ar
     tmp_path: Path,
 ) -> None:
     root = color_folders(tmp_path, few=look.PICTURES + 2, side=8)
-    settings, _ = with_steps(small_settings(root, minutes=0.05), images.METHODS["uda"])
+    settings, _ = with_steps(small_settings(root, minutes=0.05), images.METHODS["uda"], Timetable())
     assert settings.fitting.chosen_steps > 1
 
 
 def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A phase of 300 of 1,000 steps, of which UDA begins after the first 120."""
-    stopwatch = look.Stopwatch(config(steps=1_000), time.monotonic)
+    stopwatch = look.Stopwatch(config(steps=1_000), Timetable())
     trainer: Any = SimpleNamespace(
         teacher=None,
         losses=(UDA(start=120),),
@@ -352,8 +355,10 @@ def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.Monkey
     monkeypatch.setattr(stopwatch, "median_seconds", seconds)
     stopwatch.fit(trainer, None, None, steps=300)
     assert (stopwatch.per_step, stopwatch.beside) == (0.0, pytest.approx(120 * 1.0 + 180 * 3.0))
+    assert stopwatch.timetable.parts == {}
     stopwatch.fit(trainer, None, None)
     assert stopwatch.per_step == pytest.approx((120 * 1.0 + 880 * 3.0) / 1_000)
+    assert stopwatch.timetable.parts == {"fit": [Part(0.0, 0.12, 1.0), Part(0.12, 1.0, 3.0)]}
 
 
 def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
@@ -364,6 +369,8 @@ def test_steps_of_each_kind_count_as_often_as_they_come() -> None:
     assert look.kinds_of_steps(both, 1000, wait=750) == kinds
     both.teacher = None  # one network
     assert look.kinds_of_steps(both, 1000, wait=750) == [(0, 400, "both"), (400, 1000, "both")]
+    kinds = [(0, 400, "both"), (400, 600, "both"), (600, 1000, "both")]
+    assert look.kinds_of_steps(both, 1000, wait=0, small_until=600) == kinds
 
 
 def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured(
@@ -376,16 +383,18 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
         return SimpleNamespace(per_step=0.0981, beside=0.0)
 
     monkeypatch.setattr(look, "timed", timed)
-    found, method = with_steps(config(steps=1000), images.METHODS["mpl"])
+    found, method = with_steps(config(steps=1000), images.METHODS["mpl"], Timetable())
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)
     own, method = with_steps(
-        config(steps=1000, warmup=0, validate_every=9), with_flags(images.METHODS["mpl"], wait=7)
+        config(steps=1000, warmup=0, validate_every=9),
+        with_flags(images.METHODS["mpl"], wait=7),
+        Timetable(),
     )
     assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
     assert asked == []
     # A phase that is given in steps is in the training that is measured, and stays as it is.
-    found, method = with_steps(config(), with_flags(images.METHODS["mpl"], wait=200))
+    found, method = with_steps(config(), with_flags(images.METHODS["mpl"], wait=200), Timetable())
     assert (found.fitting.steps, found.minutes, method.wait) == (2600, look.MINUTES, 200)
     assert asked == [look.REHEARSED]
 

@@ -29,7 +29,7 @@ FLOORS = (
     ("run_folder", "training"),
     ("ablation", "integrations", "noisy_student"),
     ("apps.printing", "apps.progress"),
-    ("apps.settings", "apps.web", "apps.data"),
+    ("apps.settings", "apps.web", "apps.data", "apps.pace"),
     ("apps.backbone", "apps.inputs"),
     ("apps.list_runs", "apps.compare_runs", "apps.labeling"),
     ("apps.report_picture", "apps.run_summary"),

@@ -1,0 +1,154 @@
+"""The time that a training may take: what its steps take, and which are skipped to keep to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+# The share of the time that steps, labeling and finetuning get. The rest is for reading, validation
+# and the report.
+SHARE = 0.85
+
+# The share of this time that steps get at least, however long the rest takes.
+LEAST_SHARE = 0.5
+
+# The weight of all steps before in the pace, against that of a step.
+MEMORY = 0.97
+
+# From this part on of the steps that are left, all of them are taken.
+ON_TIME = 0.98
+
+# Steps of a phase before its pace is known.
+FIRST_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some steps of a phase that take equally long.
+
+    Args:
+        first, last: shares of the phase's steps, between which they are.
+        seconds: of such a step, as it was measured before the training.
+    """
+
+    first: float
+    last: float
+    seconds: float
+
+    def seconds_after(self, share: float) -> float:
+        """Return the seconds of the part behind a share of the steps, in a phase of one step."""
+        return max(0.0, self.last - max(self.first, share)) * self.seconds
+
+
+@dataclass
+class Timetable:
+    """What the phases of a training were measured to take, and when its steps have to be done.
+
+    Args:
+        clock: gives seconds.
+        begun: when the training began, by the clock.
+        minutes: that it may take; None: as many as it takes.
+        parts: of each phase, by its name.
+        reserved: seconds for labeling and finetuning.
+        phases: how many phases there are.
+        skipped: how many steps were skipped.
+    """
+
+    clock: Callable[[], float] = time.monotonic
+    begun: float = 0.0
+    minutes: float | None = None
+    parts: dict[str, Sequence[Part]] = field(default_factory=dict)
+    reserved: float = 0.0
+    phases: int = 0
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        self.begun = self.clock()
+
+    def pacers(self, phase: str, steps: int) -> list[Pacer]:
+        """Return what keeps a phase to its time; nothing where there is none."""
+        if self.minutes is None or phase not in self.parts:
+            return []
+        # About as much of what is beside the steps has been done as of the phases.
+        self.phases = max(self.phases, len(self.parts))
+        reserved = self.reserved * len(self.parts) / self.phases
+        ends = self.begun + SHARE * 60 * self.minutes - reserved
+        parts = self.parts.pop(phase)
+        # What phases leave that come after this one.
+        others = [part for parts in self.parts.values() for part in parts]
+        later = steps * sum(part.seconds_after(0.0) for part in others)
+        return [Pacer(self, parts, steps=steps, ends=ends - later)]
+
+
+class Pacer:
+    """Decides before each step of a phase whether it is taken, so that the phase ends in time.
+
+    Where the steps that are left take longer than the time that is left, by the pace so far, an
+    even part of them is skipped. Rates, sizes of pictures and all else that depends on the number
+    of a step go on as they were planned.
+
+    Args:
+        timetable: counts the steps that are skipped.
+        parts: of the phase.
+        steps: of the phase.
+        ends: when it has to be done, by the clock, if all goes at the measured pace.
+    """
+
+    def __init__(
+        self, timetable: Timetable, parts: Sequence[Part], *, steps: int, ends: float
+    ) -> None:
+        self.timetable = timetable
+        self.parts = parts
+        self.steps = steps
+        self.ends = ends
+        self.taken = 0
+        self.credit = 0.0
+        self.last_time = 0.0
+        # Of the steps so far, the later ones with more weight: the seconds that they took, and
+        # those that they were measured to take.
+        self.seconds = 0.0
+        self.measured_seconds = 0.0
+
+    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> None:
+        """Have nothing to say of a row."""
+
+    def takes_step(self, step: int, *, is_needed: bool) -> bool:
+        """Return whether the step of this number, from 0, is taken, as one that is needed is."""
+        now = self.timetable.clock()
+        if self.taken:
+            self.seconds = MEMORY * self.seconds + now - self.last_time
+        self.last_time = now
+        self.credit += self.share_to_take(step, now)
+        if self.credit < 1.0 and not is_needed:
+            self.timetable.skipped += 1
+            return False
+        self.credit = max(self.credit - 1.0, 0.0)
+        self.taken += 1
+        seconds = self.measured_left(step) - self.measured_left(step + 1)
+        self.measured_seconds = MEMORY * self.measured_seconds + seconds
+        return True
+
+    def share_to_take(self, step: int, now: float) -> float:
+        """Return the part of the steps that are left for which there is time."""
+        if self.taken <= FIRST_STEPS:
+            return 1.0
+        pace = self.seconds / self.measured_seconds
+        share = (self.ends - now) / (pace * self.measured_left(step))
+        return 1.0 if share > ON_TIME else max(share, 0.0)
+
+    def measured_left(self, step: int) -> float:
+        """Return the seconds that the steps from this one on were measured to take."""
+        share = step / self.steps
+        return self.steps * sum(part.seconds_after(share) for part in self.parts)
+
+
+def parts_of(bounds: Sequence[int], seconds: Sequence[float]) -> list[Part]:
+    """Return the parts of a phase between bounds in steps, with the seconds of a step in each."""
+    steps = bounds[-1]
+    parts = []
+    for (first, last), seconds_of_step in zip(pairwise(bounds), seconds, strict=True):
+        parts.append(Part(first / steps, last / steps, seconds_of_step))
+    return parts

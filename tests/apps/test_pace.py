@@ -1,0 +1,96 @@
+"""A training keeps to its minutes: where the machine becomes slower, an even part is skipped."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from metapl import LossTrainer
+from metapl.apps.pace import SHARE, Part, Timetable
+
+STEPS = 400
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def fitted(slowness: list[float], clock: Clock, **options: Any) -> tuple[list[int], Timetable, Any]:
+    """Fit for a minute of the clock; return the steps that were taken.
+
+    Args:
+        slowness: of the steps of each tenth of the fit, against what was measured.
+    """
+    minutes = 1 / SHARE
+    timetable = Timetable(clock, minutes=minutes)
+    # Of 60 seconds for 400 steps, those of the last 160 take twice as long.
+    measured = 60 / (240 + 2 * 160)
+    timetable.parts = {"fit": [Part(0.0, 0.6, measured), Part(0.6, 1.0, 2 * measured)]}
+    network = torch.nn.Linear(2, 2)
+    trainer = LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+    taken: list[int] = []
+    step = trainer.step
+
+    def timed_step(outer: Any, inner: Any = None) -> Any:
+        number = trainer.steps_done
+        taken.append(number)
+        usual = measured if number < 240 else 2 * measured
+        clock.now += usual * slowness[number * len(slowness) // STEPS]
+        assert outer[0][0, 0] == number
+        return step(outer, inner)
+
+    trainer.step = timed_step  # type: ignore[method-assign]
+    labels = torch.zeros(4, dtype=torch.int64)
+    batches = [(torch.full((4, 2), float(number)), labels) for number in range(STEPS)]
+    result = trainer.fit(
+        batches,
+        steps=STEPS,
+        callbacks=timetable.pacers("fit", STEPS),
+        progress=False,
+        log_every=20,
+        **options,
+    )
+    assert trainer.steps_done == STEPS
+    return taken, timetable, result
+
+
+def test_at_the_measured_pace_or_faster_every_step_is_taken() -> None:
+    for slowness in ([1.0], [0.5]):
+        taken, timetable, _ = fitted(slowness, Clock())
+        assert taken == [*range(STEPS)]
+        assert timetable.skipped == 0
+
+
+@pytest.mark.parametrize("slowness", [[2.0], [1.0, 3.0], [3.0, 1.0], [1.0, 1.0, 1.0, 6.0]])
+def test_on_a_slower_machine_an_even_part_is_skipped_and_the_fit_ends_in_time(
+    slowness: list[float],
+) -> None:
+    clock = Clock()
+    taken, timetable, result = fitted(slowness, clock)
+    assert 55 < clock.now < 64
+    assert len(taken) == STEPS - timetable.skipped < STEPS
+    # The rate falls to the end as it was planned, and rows are recorded as often.
+    assert [row["step"] for row in result.history] == [*range(20, STEPS + 1, 20)]
+    rates = [row["lr"] for row in result.history]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 1e-4
+    # What is skipped is spread: a row is recorded after a step of its own.
+    gaps = [after - before for before, after in zip(taken, taken[1:], strict=False)]
+    assert max(gaps) <= 20
+
+
+def test_without_minutes_or_for_a_phase_that_was_not_measured_nothing_is_skipped() -> None:
+    timetable = Timetable()
+    timetable.parts = {"fit": [Part(0.0, 1.0, 1.0)]}
+    assert timetable.pacers("fit", 10) == []
+    timetable = Timetable(minutes=1.0)
+    timetable.parts = {"teacher": [Part(0.0, 1.0, 1.0)], "fit": [Part(0.0, 1.0, 3.0)]}
+    assert timetable.pacers("finetune", 10) == []
+    (first,) = timetable.pacers("teacher", 10)
+    (second,) = timetable.pacers("fit", 10)
+    # A phase leaves the time that the later ones take.
+    assert second.ends - first.ends == pytest.approx(30.0)
