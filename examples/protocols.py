@@ -74,7 +74,7 @@ from metapl.metrics import Evaluation, evaluate_logits, predict_logits
 from metapl.metrics.predictions import batches_of
 from metapl.metrics.pseudo_labels import PseudoLabelAccuracy
 from metapl.models import LabelAdjuster
-from metapl.networks import parameter_groups
+from metapl.networks import parameter_groups, whiten
 from metapl.pictures import (
     EvaluationBatches,
     FileImages,
@@ -94,6 +94,9 @@ from metapl.runs.terminal import exit_code
 # mean; and one h for each example.
 Feedback = Literal["exact", "dot", "dot-sum", "cosine", "loss-difference", "per-example"]
 WITH_BASELINE = ("dot", "dot-sum", "cosine", "loss-difference")
+
+# Labeled pictures by which the first layer of airbench_small is set.
+WHITENED_BY = 512
 
 # Of the sets whose pictures lie in memory.
 SIDES = {"cifar10": 32, "cifar100": 32, "svhn": 32, "fashion": 28}
@@ -804,6 +807,10 @@ def train(c: Protocol, processes: Processes | None = None) -> dict[str, Any]:
     else:
         teacher = build_network(c, classes, c.teacher_dropout, c.network)
     student = build_network(c, classes, c.dropout, c.network)
+    if c.network == "airbench_small":
+        looked_at = sets.train.fetch(labeled[:WHITENED_BY])[0] / 255
+        whiten(teacher, looked_at)
+        whiten(student, looked_at)
     if c.method in ("uda", "supervised", "headroom"):
         student = teacher
     if c.mesh.size > 1:

@@ -292,6 +292,7 @@ class Train:
                     folder.command = f"{program()} {shlex.join(sys.argv[1:])}"
                 timetable = Timetable()
                 config, method = self.choose_open_settings(first, timetable)
+                check_shares(config, processes.mesh)
                 if comparison is None:
                     self.train_one(
                         config,

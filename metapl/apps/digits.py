@@ -122,7 +122,7 @@ class Digits:
         images, labels = split.labeled
 
         def labeled(*, stream: int, view_seed: int) -> LabeledBatches:
-            batch_size = self.fitting.labeled_batch
+            batch_size = self.fitting.chosen_batch
             sampler = StepSampler(len(images), batch_size, seed=seed, stream=stream)
             return LabeledBatches(images, labels, sampler, VIEW, view_seed)
 

@@ -141,6 +141,7 @@ TUNING_RATES = {"head": 1e-3, "all": 2e-4}
 FINETUNING_RATE = 1e-2
 
 CLIP_NORM = 1.0
+USUAL_BATCH = 32
 MOMENTUM = 0.9
 
 
@@ -153,6 +154,7 @@ class Recipe:
         weight_decay: of the weights that are no scales or biases.
         clip_norm: the greatest norm of a gradient; None: any.
         label_smoothing: of the loss on labeled pictures.
+        labeled_batch: the number of labeled pictures in a step.
         warmup: the share of the steps over which learning rates grow.
         small_until: the share of the steps in which pictures are smaller.
         changes: how labeled pictures change: as the unlabeled ones but for a quarter of them, or
@@ -165,6 +167,7 @@ class Recipe:
     weight_decay: float = 0.05
     clip_norm: float | None = CLIP_NORM
     label_smoothing: float = 0.0
+    labeled_batch: int = USUAL_BATCH
     warmup: float = 0.05
     small_until: float = 0.0
     changes: Literal["strong", "medium"] = "strong"
@@ -179,6 +182,7 @@ RECIPES = {
         weight_decay=2e-3,
         clip_norm=None,
         label_smoothing=0.2,
+        labeled_batch=64,
         warmup=0.15,
         small_until=0.6,
         changes="medium",
@@ -656,7 +660,7 @@ class Images:
         seed = self.fitting.seed
         steps = self.fitting.steps or 0
         views = self.pictures.views(round(self.pictures.recipe.small_until * steps))
-        few_a_step = self.fitting.labeled_batch
+        few_a_step = self.fitting.chosen_batch
         many_a_step = self.unlabeled_batch
         return {
             "labeled": LabeledBatches(

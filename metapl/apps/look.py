@@ -331,7 +331,11 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
     recipe = config.pictures.recipe
     return with_stored(
         config,
-        {"lr": config.pictures.rate, "mirror": recipe.two_views and seen.mirrors},
+        {
+            "lr": config.pictures.rate,
+            "labeled_batch": recipe.labeled_batch,
+            "mirror": recipe.two_views and seen.mirrors,
+        },
     )
 
 

@@ -43,7 +43,8 @@ class Fitting:
     Args:
         steps: number of training steps. Of your own pictures it follows from --minutes by default.
         seed: seed of all random numbers. The same seed gives the same run.
-        labeled_batch: number of labeled examples in each step.
+        labeled_batch: number of labeled examples in each step. By default it is 32, and 64 for
+            airbench_small and for digits.
         lr: learning rate of the teacher, or of the only network. By default it fits the network.
         schedule: how the learning rate changes over time: cosine, constant or exponential.
         warmup: number of steps in which the learning rate grows from zero. Of your own pictures it
@@ -65,7 +66,7 @@ class Fitting:
 
     steps: Steps | None = None
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
-    labeled_batch: Batch = 32
+    labeled_batch: Batch | None = None
     lr: AboveZero | None = None
     schedule: Literal["cosine", "constant", "exponential"] = "cosine"
     warmup: SomeSteps | None = None
@@ -90,6 +91,12 @@ class Fitting:
         """Return the number of steps, which was given or chosen."""
         assert self.steps is not None, "choose_settings gave it"
         return self.steps
+
+    @property
+    def chosen_batch(self) -> int:
+        """Return the number of labeled examples in a step, which was given or chosen."""
+        assert self.labeled_batch is not None, "choose_settings gave it"
+        return self.labeled_batch
 
     def options(self) -> dict[str, Any]:
         """Return the options of every fit; a phase adds its own."""

@@ -577,7 +577,8 @@ def check_shares(config: TrainingConfig, mesh: Mesh) -> None:
     """Refuse batches that do not fall into equal parts for the processes and --accumulate."""
     parts = mesh.shares * config.fitting.accumulate
     for name, size in flag_values(config).items():
-        if name.endswith("_batch") and size % parts:
+        # What is open is looked at again once it was chosen.
+        if name.endswith("_batch") and size is not None and size % parts:
             raise MetaplError(
                 f"--{name.replace('_', '-')} {size:,}: expected a multiple of {parts:,}, for "
                 f"{mesh.shares:,} processes and --accumulate {config.fitting.accumulate:,}."

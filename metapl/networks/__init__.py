@@ -6,6 +6,7 @@ Small networks, which need no other package, are in :mod:`metapl.models`.
 from metapl.errors import needed_for
 
 with needed_for("metapl.networks"):
+    from metapl.networks.airbench import whiten
     from metapl.networks.architectures import Architecture, create
     from metapl.networks.card import Input, NetworkCard
     from metapl.networks.exports import export
@@ -21,4 +22,5 @@ __all__ = [
     "export",
     "load_weights",
     "parameter_groups",
+    "whiten",
 ]

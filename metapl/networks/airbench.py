@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
+from metapl.networks.tuned import Normalized
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
 # The side of the patches that are whitened, and the channels of the three blocks.
@@ -42,7 +43,7 @@ class AirbenchSmall(nn.Module):
         super().__init__()
         inputs = in_channels * PATCH**2
         self.whitening = nn.Conv2d(in_channels, 2 * inputs, PATCH, bias=False)
-        self.whitening.weight.requires_grad_(requires_grad=False)
+        self.whitening.requires_grad_(requires_grad=False)
         layers: list[nn.Module] = [nn.GELU()]
         channels = 2 * inputs
         for width in WIDTHS:
@@ -97,11 +98,23 @@ def patch_covariance(pictures: Tensor) -> Tensor:
     return torch.cov(patches.permute(1, 4, 5, 0, 2, 3).flatten(3).flatten(0, 2))
 
 
+def whiten(network: nn.Module, pictures: Tensor) -> None:
+    """Set the first layer of an ``airbench_small`` by pictures; other networks stay as they are.
+
+    Args:
+        network: behind its normalization, :class:`~metapl.networks.Normalized`.
+        pictures: some that it is to learn, (B, C, H, W) in [0, 1]; a few hundred suffice.
+    """
+    if isinstance(network, Normalized) and isinstance(network.module, AirbenchSmall):
+        pictures = pictures.to(network.mean.device)
+        network.module.whiten(patch_covariance((pictures - network.mean) / network.std))
+
+
 def airbench_small(
     num_classes: AtLeastOne = 10,
     in_channels: AtLeastOne = 3,
     dropout: Annotated[float, Range(0, 1)] = 0.0,
 ) -> AirbenchSmall:
-    """Build the network; its first layer is random until :meth:`AirbenchSmall.whiten` is called."""
+    """Build the network; its first layer is random until :func:`whiten` sets it."""
     check_arguments(airbench_small, locals())
     return AirbenchSmall(num_classes, in_channels, dropout)

@@ -334,7 +334,7 @@ def create(
     ====================  =================================  ===================  ================
     name                  network                            dropout              stochastic depth
     ====================  =================================  ===================  ================
-    airbench_small        whitened first layer, three        before the head      none
+    airbench_small        first layer by ``whiten``, three   before the head      none
                           blocks, for 28x28 to 64x64
     pooled_cnn            convolutions with batch norm and   before the head      none
                           pooling, for 16x16 to 96x96

@@ -22,6 +22,7 @@ from torchvision.ops import StochasticDepth
 from metapl.errors import MetaplError
 from metapl.models import mlp, wide_resnet
 from metapl.networks import architectures as networks
+from metapl.networks.airbench import whiten
 from metapl.networks.architectures import Architecture, create
 from metapl.networks.tuned import Normalized
 from metapl.networks.weights import (
@@ -148,6 +149,24 @@ def test_pooled_cnn_is_a_chain_of_what_it_says() -> None:
         x = (scales[:, None, None] * x / (1 + 1e-5) ** 0.5).relu()  # fresh statistics
     expected = x.mean((2, 3)) @ weights["head.weight"].T + weights["head.bias"]
     torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_whiten_sets_the_first_layer_by_pictures_and_leaves_other_networks_as_they_are() -> None:
+    torch.manual_seed(0)
+    pictures = torch.rand(64, 3, 32, 32)
+    network = Normalized(create("airbench_small", 5), [0.4, 0.5, 0.6], [0.2, 0.3, 0.1])
+    whiten(network, pictures)
+    with torch.no_grad():
+        whitened = network.module.whitening((pictures - network.mean) / network.std)
+    covariance = torch.cov(whitened.double().movedim(1, 0).flatten(1)[:12])
+    torch.testing.assert_close(covariance, torch.eye(12).double(), rtol=0, atol=0.05)
+    assert not network.module.whitening.weight.requires_grad
+    other = Normalized(create("small_cnn", 5), [0.5] * 3, [0.2] * 3)
+    before = copy.deepcopy(other.state_dict())
+    whiten(other, pictures)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(MetaplError, match="covariance"):
+        network.module.whiten(torch.eye(4))
 
 
 def test_what_a_network_does_not_have_is_refused() -> None:

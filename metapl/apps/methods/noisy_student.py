@@ -358,7 +358,7 @@ class Rounds:
             images=picked(source.images, chosen.positions),
             sampler=StepSampler(
                 len(chosen.positions),
-                (self.settings.ratio or USUAL_RATIO) * self.config.fitting.labeled_batch,
+                (self.settings.ratio or USUAL_RATIO) * self.config.fitting.chosen_batch,
                 seed=self.seed_of(number),
                 stream=1,
             ),
