@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-# The share of the time that steps, labeling and finetuning get. The rest is for reading, validation
-# and the report.
+# The share of the time that steps, labeling and finetuning get, and the one after which finetuning
+# takes no further step. The rest is for reading, validation and the report.
 SHARE = 0.85
+FINETUNED = 0.93
+
+# The phase that finetunes.
+FINETUNING = "finetune"
 
 # The share of this time that steps get at least, however long the rest takes.
 LEAST_SHARE = 0.5
@@ -70,7 +74,14 @@ class Timetable:
 
     def pacers(self, phase: str, steps: int) -> list[Pacer]:
         """Return what keeps a phase to its time; nothing where there is none."""
-        if self.minutes is None or phase not in self.parts:
+        if self.minutes is None:
+            return []
+        if phase == FINETUNING:
+            # Its steps are alike, whatever they take.
+            parts: Sequence[Part] = [Part(0.0, 1.0, 1.0)]
+            ends = self.begun + FINETUNED * 60 * self.minutes
+            return [Pacer(self, parts, steps=steps, ends=ends)]
+        if phase not in self.parts:
             return []
         # About as much of what is beside the steps has been done as of the phases.
         self.phases = max(self.phases, len(self.parts))

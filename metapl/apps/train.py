@@ -19,7 +19,7 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import read_labels, write_all_labels
 from metapl.apps.measured import Measured, evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
-from metapl.apps.pace import Timetable
+from metapl.apps.pace import FINETUNING, Timetable
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
@@ -527,7 +527,7 @@ def finetune(
         trainer,
         training.data.finetuning,
         None,
-        phase="finetune",
+        phase=FINETUNING,
         truth=None,
         **config.finetuning(),
     )

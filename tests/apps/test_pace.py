@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from metapl import LossTrainer
-from metapl.apps.pace import SHARE, Part, Timetable
+from metapl.apps.pace import FINETUNED, SHARE, Part, Timetable
 
 STEPS = 400
 
@@ -89,7 +89,9 @@ def test_without_minutes_or_for_a_phase_that_was_not_measured_nothing_is_skipped
     assert timetable.pacers("fit", 10) == []
     timetable = Timetable(minutes=1.0)
     timetable.parts = {"teacher": [Part(0.0, 1.0, 1.0)], "fit": [Part(0.0, 1.0, 3.0)]}
-    assert timetable.pacers("finetune", 10) == []
+    assert timetable.pacers("round-1", 10) == []
+    (finetuning,) = timetable.pacers("finetune", 10)
+    assert finetuning.ends == timetable.begun + FINETUNED * 60
     (first,) = timetable.pacers("teacher", 10)
     (second,) = timetable.pacers("fit", 10)
     # A phase leaves the time that the later ones take.
