@@ -51,6 +51,7 @@ SECOND = (
 SECOND += (
     "digits_study --forms",
     "rival_attribution",
+    "small_pictures",
     "something_simpler",
     "stored_labels",
 )
@@ -77,6 +78,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "reliability-measurements",
     ],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
+    "small_pictures": ["small_pictures-step", "small_pictures"],
     "something_simpler": [
         "simpler-photographs",
         "simpler-wrong_labels",
@@ -94,7 +96,7 @@ MINUTES = (
     "rival_attribution",
     "silent",
 )
-MINUTES += ("something_simpler", "stored_labels")
+MINUTES += ("small_pictures", "something_simpler", "stored_labels")
 
 
 def committed() -> dict[Path, bytes]:
