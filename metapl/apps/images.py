@@ -469,7 +469,8 @@ class Images:
         test: folder of other labeled pictures, on which the accuracy is reported at the end.
         unlabeled_batch: number of unlabeled pictures in each step.
         minutes: minutes of the clock that the training may take, with its labeling and finetuning.
-            They are a plan that is made as it begins. By default it takes 5.
+            The number of steps is planned as it begins, and where the machine becomes slower, some
+            are skipped. By default it takes 5.
     """
 
     name: ClassVar[str] = "images"
