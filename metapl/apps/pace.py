@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from metapl.training.loop import Fit
+
 # The share of the time that steps, labeling and finetuning get, and the one after which finetuning
 # takes no further step. The rest is for reading, validation and the report.
 SHARE = 0.85
@@ -125,6 +127,24 @@ class Pacer:
 
     def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> None:
         """Have nothing to say of a row."""
+
+    def skips(self, fit: Fit) -> bool:
+        """Skip the next step of a fit where there is no time for it, and return whether it was.
+
+        Steps after which something is due, and those in which a network begins, are taken.
+        """
+        options = fit.options
+        due = (options.log_every, options.validate_every, options.save_every)
+        begins = (0, options.wait, fit.teacher_begins)
+        is_needed = fit.step in begins or any(options.due(n, fit.step + 1) for n in due)
+        if self.takes_step(fit.step, is_needed=is_needed):
+            return False
+        for name in fit.sources.sources:
+            fit.sources.skip(name, fit.trainer.lookahead if name == "inner" else 1)
+        fit.step += 1
+        trainer: Any = fit.trainer
+        trainer.steps_done += 1
+        return True
 
     def takes_step(self, step: int, *, is_needed: bool) -> bool:
         """Return whether the step of this number, from 0, is taken, as one that is needed is."""

@@ -469,8 +469,8 @@ class Phases:
             return
         worst = int(torch.where(is_skewed, excess, -1.0).argmax())
         self.say(
-            f"note: the network of phase {phase} calls {int(counts[worst]):,} of {len(labels):,} "
-            f"unlabeled examples {shown(classes[worst])}, of which {float(expected[worst]):,.0f} "
+            f"class counts: the network of phase {phase} calls {int(counts[worst]):,} of "
+            f"{len(labels):,} unlabeled examples {shown(classes[worst])}, of which {float(expected[worst]):,.0f} "
             "would be as many as among the labeled ones: a student of such labels prefers that "
             "class too; train for more steps, or label more examples of the other classes"
         )

@@ -25,7 +25,6 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Report, Say, StepReport
 from metapl.metrics.metric import Metric, metric_for
-from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import FitLines, draws_bars, progress, stop_requests
@@ -50,9 +49,8 @@ Callback = Callable[[int, Mapping[str, float], Any], object]
 numbers that it returns becomes part of the row.
 
 An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__call__`` is saved in
-the checkpoints and goes on where it was when the fit is resumed. One with ``takes_step(step,
-is_needed=)`` is asked before each step, by its number from 0. Where it says False the step is
-skipped, unless it is needed: its batches are left out, and the schedule goes on.
+the checkpoints and goes on where it was when the fit is resumed. One with ``skips(fit)`` may
+skip a step before it is taken, and returns whether it has; the schedule goes on.
 """
 
 
@@ -159,7 +157,7 @@ class Fit:
         # Of several processes, the first one shows and writes. Perhaps it alone knows of the run.
         is_first = self.ranks.first
         self.out = request.out if is_first else None
-        self.say: Say = request.say if is_first else _say_nothing
+        self.say: Say = request.say if is_first else lambda text: None
         self.shows_progress = request.shows_progress and is_first
         self.saves = self.ranks.any(self.out is not None)
         self.resumes = self.ranks.any(bool(request.resume))
@@ -183,7 +181,7 @@ class Fit:
         self.callbacks_with_state: list[Any] = [
             c for c in request.callbacks if hasattr(c, "state_dict")
         ]
-        self.pacers: list[Any] = [c for c in request.callbacks if hasattr(c, "takes_step")]
+        self.pacers: list[Any] = [c for c in request.callbacks if hasattr(c, "skips")]
         # How far the fit is, and whether a callback, or its patience, has ended it.
         self.step = 0
         self.is_ended = False
@@ -215,8 +213,7 @@ class Fit:
                 self.records = Records(folder, options.phase, self.step, self.say)
                 stack.callback(self.records.close)
                 while self.step < options.steps and not self.is_ended and not is_stopped:
-                    if self.pacers and self.skips_step():
-                        bar.update()
+                    if any(pacer.skips(self) for pacer in self.pacers):
                         continue
                     outer, report, student_waits = self.take_step()
                     row = self.observe(report, outer, student_waits=student_waits)
@@ -269,11 +266,8 @@ class Fit:
         # The optimizers are left with their base rates.
         stack.callback(self.rates.move, None)
         if is_two_level(trainer):
-            stack.callback(self.stop_measuring_feedback, trainer)
-
-    def stop_measuring_feedback(self, trainer: TwoLevelTrainer) -> None:
-        """Leave a trainer as a step outside of a fit has it."""
-        trainer.measures_feedback = False
+            # As a step outside of a fit has it.
+            stack.callback(vars(trainer).update, measures_feedback=False)
 
     def begin(self) -> None:
         """Begin at the first step, or where the newest whole checkpoint is."""
@@ -334,23 +328,6 @@ class Fit:
         set_rng_state(process_state["rng"])
 
     # --------------------------------------------------------------------------------------- a step
-
-    def skips_step(self) -> bool:
-        """Skip a step that a callback does not take, and return whether it was skipped.
-
-        Steps after which something is due, and those in which a network begins, are taken.
-        """
-        options = self.options
-        due = (options.log_every, options.validate_every, options.save_every)
-        begins = (0, options.wait, self.teacher_begins)
-        is_needed = self.step in begins or any(options.due(n, self.step + 1) for n in due)
-        takes = [pacer.takes_step(self.step, is_needed=is_needed) for pacer in self.pacers]
-        if is_needed or all(takes):
-            return False
-        self.sources.skip(self.trainer.lookahead)
-        self.step += 1
-        self.trainer.steps_done += 1
-        return True
 
     def take_step(self) -> tuple[Any, Report, bool]:
         """Draw the batches of a step and take it.
@@ -554,7 +531,3 @@ class Fit:
             metric=None if self.metric is None else self.metric.name,
             warnings=tuple(self.outcomes.warnings),
         )
-
-
-def _say_nothing(text: str) -> None:
-    """Take a line that another process says."""

@@ -80,8 +80,7 @@ class Sources:
             return outer, None
         # The first batch is made in any case, for the facts by which a resumed fit knows its data.
         if not reads_inner and "inner" in self.facts:
-            for _ in range(lookahead):
-                self._feeds["inner"].skip()
+            self.skip("inner", lookahead)
             return outer, None
         earlier = []
         for _ in range(lookahead - 1):
@@ -90,11 +89,10 @@ class Sources:
         last = self.draw("inner")
         return outer, Lookahead([*earlier, last]) if earlier else last
 
-    def skip(self, lookahead: int) -> None:
-        """Leave the batches of a step out."""
-        for name, opened in self._feeds.items():
-            for _ in range(lookahead if name == "inner" else 1):
-                opened.skip()
+    def skip(self, name: str, batches: int) -> None:
+        """Leave the next batches of a source out."""
+        for _ in range(batches):
+            self._feeds[name].skip()
 
     def draw_facts(self) -> dict[str, Any]:
         """Draw the first batch of each source, for its facts.
