@@ -468,9 +468,10 @@ class Phases:
         if len(self.skewed_phases) > 1:
             return
         worst = int(torch.where(is_skewed, excess, -1.0).argmax())
+        fair = f"{float(expected[worst]):,.0f}"
         self.say(
             f"class counts: the network of phase {phase} calls {int(counts[worst]):,} of "
-            f"{len(labels):,} unlabeled examples {shown(classes[worst])}, of which {float(expected[worst]):,.0f} "
+            f"{len(labels):,} unlabeled examples {shown(classes[worst])}, of which {fair} "
             "would be as many as among the labeled ones: a student of such labels prefers that "
             "class too; train for more steps, or label more examples of the other classes"
         )
