@@ -352,7 +352,7 @@ def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.Monkey
     def seconds(trainer: Any, step: Any, feeds: Any) -> float:
         return 1.0 if trainer.steps_done < 120 else 3.0
 
-    monkeypatch.setattr(stopwatch, "median_seconds", seconds)
+    monkeypatch.setattr(stopwatch, "least_seconds", seconds)
     stopwatch.fit(trainer, None, None, steps=300)
     assert (stopwatch.per_step, stopwatch.beside) == (0.0, pytest.approx(120 * 1.0 + 180 * 3.0))
     assert stopwatch.timetable.parts == {}
