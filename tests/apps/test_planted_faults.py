@@ -151,7 +151,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
     ),
     "chosen by test": (train, "delivered", best_by_test, delivered_by_validation),
     "finetuned on changed pictures alone": (
-        *(Pictures, "views", lambda self: replace(VIEWS(self), finetuned=VIEWS(self).strong)),
+        *(Pictures, "views", lambda *given: replace(VIEWS(*given), finetuned=VIEWS(*given).strong)),
         golden("images uda"),
     ),
     "resume skips a phase": (Trainer, "fit", skipping, resumed("images pseudo labels")),
