@@ -161,12 +161,10 @@ def drawing_by(generator: torch.Generator, device: torch.device) -> Iterator[Non
 
     The generator advances where the block has drawn, and the default ones stay as they were.
     """
-    if _branch.get() is not None:
-        # Memory is planned on tensors without values, whose generators have no state to read.
-        yield
-        return
-    digest = hashlib.blake2b(generator.get_state().numpy().data, digest_size=8).digest()
-    start = _seeded(digest, device, has_accelerator=device.type != "cpu")
+    now = RandomState.now(device, generator)
+    assert now.generator_state is not None, "it is that of the generator"
+    accelerator = None if now.accelerator is None else now.generator_state
+    start = RandomState(device, now.generator_state, accelerator=accelerator).branch()
     with replayed(start):
         yield
         has_drawn = not RandomState.now(device).equals(start)
