@@ -306,7 +306,7 @@ def provenance(folder: RunFolder) -> Iterator[str]:
     if "command" in about:
         yield web.section("Command", f"<pre>{web.text(about['command'])}</pre>")
     data: Mapping[str, Any] = {}
-    if (folder.path / "data.json").exists():
+    if folder.ended or (folder.path / "data.json").exists():
         data = stored_data(folder)
     about_data: dict[str, str] = {}
     for part, count in counts_of(data).items():

@@ -34,7 +34,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
-from metapl.execution.numerics import as_real, no_fast_path
+from metapl.execution.numerics import as_real, explain, no_fast_path
 from metapl.execution.state import (
     RandomState,
     Slots,
@@ -268,6 +268,12 @@ class Capturing:
         torch._C._autograd._saved_tensors_hooks_enable()
         if is_recompile_limit(error):
             raise MetaplError(TOO_MANY_SHAPES) from error
+        # Dynamo wraps the error of an operation, which says more than what is around it.
+        causes = [error]
+        while inner := causes[-1].__cause__ or causes[-1].__context__:
+            causes.append(inner)
+        for cause in reversed(causes[1:]):
+            explain(cause)
         reason = why_not_captured(error)
         if reason and self.written:
             reason = self.written

@@ -700,14 +700,22 @@ def test_a_proposal_for_sampled_labels_runs(mode: Any) -> None:
     gradient(other)
 
 
-def test_no_mode_is_proposed_where_there_is_none_to_choose() -> None:
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_no_mode_is_proposed_where_there_is_none_to_choose(compile: bool) -> None:
     ids = torch.arange(40).view(8, 5) % 9
     y = torch.arange(8) % 3
     student = nn.Sequential(nn.EmbeddingBag(9, 4, mode="max"), nn.Linear(4, 3))
     sgd = torch.optim.SGD(student.parameters(), lr=LEARNING_RATE)
     with pytest.raises(metapl.MetaplError, match="since attribute needs the second derivative"):
         metapl.attribute(
-            student, (ids, y), (ids, y), optimizer=sgd, steps=2, batch_size=4, progress=False
+            student,
+            (ids, y),
+            (ids, y),
+            optimizer=sgd,
+            steps=2,
+            batch_size=4,
+            progress=False,
+            compile=compile,
         )
     inner = metapl.Lookahead([(ids, y)] * 2)
     with pytest.raises(metapl.MetaplError, match=r"expected another operation\."):

@@ -232,6 +232,15 @@ def test_sequences_are_found_however_far_they_were_padded(tmp_path: Path) -> Non
         assert (in_data.weights(dataset=dataset) - expected).abs().max() < 1e-12
     weighted = by_sight.add_to(listed)
     assert weighted.columns["weight"] == pytest.approx(expected.tolist(), rel=1e-10)
+    # The way out of what a collator adds, as the message has it.
+    del listed.columns["attention_mask"]
+    with pytest.raises(
+        MetaplError, match=r"weights\(dataset=DataLoader\(dataset, collate_fn="
+    ) as error:
+        by_sight.add_to(listed)
+    assert "no column attention_mask" in str(error.value)
+    weights = by_sight.weights(dataset=loader)
+    assert listed.add_column("weight", weights.tolist()).columns["weight"] == weights.tolist()
 
 
 # ------------------------------------------------------------------------------------------ tables

@@ -40,6 +40,21 @@ CONSTANTS = (bool, int, float, str)
 READ_AT_ONCE = 256
 
 
+class MissingColumns(MetaplError):
+    """A data set lacks columns that the network is called with, such as those of a collator.
+
+    Args:
+        what: is missing where.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(
+            f"{what}; expected the data set that the loop reads, or a DataLoader with its "
+            "collate_fn."
+        )
+        self.what = what
+
+
 @dataclass(frozen=True)
 class CallForm:
     """What the calls of a network have in common.
@@ -153,10 +168,9 @@ class Data:
             if self.form.keys is not None and isinstance(inputs, dict):
                 missing = [key for key in self.form.keys if key not in inputs]
                 if missing:
-                    raise MetaplError(
+                    raise MissingColumns(
                         f"{self.examples.name} has no column {few(missing)}, which the network is "
-                        "called with; expected the data set that the loop reads, or a DataLoader "
-                        "with its collate_fn."
+                        "called with"
                     )
                 # In the order of the call, by which tensors are told from each other.
                 inputs = {key: inputs[key] for key in self.form.keys}

@@ -27,7 +27,13 @@ from metapl.training.attribution import (
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
-from metapl.training.recording.calls import CallForm, Data, DigestIndex, RecordedRows
+from metapl.training.recording.calls import (
+    CallForm,
+    Data,
+    DigestIndex,
+    MissingColumns,
+    RecordedRows,
+)
 from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.training.recording.network import RecordedNetwork, network_in
 from metapl.training.recording.recorder import Recorder, shape_of
@@ -718,7 +724,15 @@ class RecordedAttribution(Attribution):
             raise MetaplError(
                 f"dataset is of type {type(dataset).__name__}; expected a datasets.Dataset."
             )
-        columns = self.columns(rate, dataset)
+        try:
+            columns = self.columns(rate, dataset)
+        except MissingColumns as error:
+            # A data set has no rows of a collator, and a loader has no columns to add to.
+            raise MetaplError(
+                f"{error.what}; expected a dataset with what the collator adds, or the weights of "
+                "weights(dataset=DataLoader(dataset, collate_fn=...)) as a column of your own: "
+                "dataset.add_column('weight', weights.tolist())."
+            ) from error
         names = ("score", "weight")
         present = [name for name in names if name in dataset.column_names]
         if present and not replace:
