@@ -280,23 +280,22 @@ def changes_of_data(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
             continue
         old = names_of(before, part)
         new = names_of(now, part)
-        counts = [len(names) if isinstance(names, set) else names for names in (old, new)]
         differences = []
         if isinstance(old, set) and isinstance(new, set):
             if old - new:
                 differences.append(f"{len(old - new):,} gone ({few(sorted(old - new))})")
             if new - old:
                 differences.append(f"{len(new - old):,} new ({few(sorted(new - old))})")
-        elif counts[0] != counts[1]:
-            differences.append(f"{counts[0]:,} before, {counts[1]:,} now")
-        found = ", ".join(differences) or "as many, of which some are others"
-        changes.append(f"{part}: {found}")
+        elif isinstance(old, int) and isinstance(new, int) and old != new:
+            differences.append(f"{old:,} before, {new:,} now")
+        listed_differences = ", ".join(differences) or "as many, of which some are others"
+        changes.append(f"{part}: {listed_differences}")
     return changes
 
 
-def names_of(record: Mapping[str, Any], part: str) -> Any:
+def names_of(record: Mapping[str, Any], part: str) -> set[str] | int:
     """Return the names of the files of a part of the data, or the number of its examples."""
-    content = record.get({"val": "validation"}.get(part, part), 0)
+    content: list[str] | int = record.get({"val": "validation"}.get(part, part), 0)
     if not isinstance(content, list):
         return content
     names = {*content}
