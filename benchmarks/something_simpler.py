@@ -67,7 +67,7 @@ METAPL = "metapl"
 # ------------------------------------------------------------------ photographs with few labels
 
 FROZEN = "frozen EfficientNet-Lite0 of ImageNet, logistic regression"
-UDA = "`metapl train images --method uda --steps 2000`, from scratch"
+SCRATCH = "`metapl train images --method supervised --steps 1000`, from scratch"
 LABELS = (250, 4000)
 DRAWS = (0, 1, 2)
 
@@ -103,7 +103,7 @@ def photographs(*, arm: str, labels: int, draw: int, given: Given) -> Row:
     """Return the accuracy on all test pictures, from so many labels of CIFAR-10."""
     begun = time.process_time()
     few, others = drawn_photographs(given.cifar10, labels, draw)
-    if arm == UDA:
+    if arm == SCRATCH:
         return by_the_command(few, others, draw, given)
     test = in_folder(given.cifar10 / "test")
     accuracy = by_frozen_network(few, test, given.backbone)
@@ -183,10 +183,10 @@ def by_the_command(few: Photographs, others: list[Path], draw: int, given: Given
         (folder / "many").mkdir()
         for file in others:
             shutil.copy(file, folder / "many")
-        command = [sys.executable, "-m", "metapl", "train", "images", "--method", "uda"]
+        command = [sys.executable, "-m", "metapl", "train", "images", "--method", "supervised"]
         command += ["--labeled", str(folder / "few"), "--unlabeled", str(folder / "many")]
         command += ["--test", str(given.cifar10 / "test"), "--seed", str(draw)]
-        command += ["--out", str(folder / "run"), "--steps", "2" if given.miniature else "2000"]
+        command += ["--out", str(folder / "run"), "--steps", "2" if given.miniature else "1000"]
         before = os.times()
         paths = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
@@ -635,7 +635,7 @@ def jobs(cases: list[str], given: Given) -> Iterator[Row]:
             for draw in DRAWS[:2] if given.miniature else DRAWS:
                 if has_backbone:
                     yield case | {"arm": FROZEN, "draw": draw}
-            yield case | {"arm": UDA, "draw": 0}
+            yield case | {"arm": SCRATCH, "draw": 0}
     if "wrong_labels" in cases:
         for seed in WRONG_SEEDS[:2] if given.miniature else WRONG_SEEDS:
             for arm in WRONG_ARMS:
@@ -682,7 +682,7 @@ def photograph_table(rows: list[Row]) -> str:
     rows = rows_of(rows, case="photographs")
     numbers = sorted({row["labels"] for row in rows})
     lines = []
-    for arm in (FROZEN, UDA):
+    for arm in (FROZEN, SCRATCH):
         cells = []
         for labels in numbers:
             found = accuracies(rows, arm=arm, labels=labels)

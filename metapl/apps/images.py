@@ -155,6 +155,7 @@ class Recipe:
         clip_norm: the greatest norm of a gradient; None: any.
         label_smoothing: of the loss on labeled pictures.
         labeled_batch: the number of labeled pictures in a step.
+        schedule: how learning rates fall.
         warmup: the share of the steps over which learning rates grow.
         small_until: the share of the steps in which pictures are smaller.
         changes: how labeled pictures change: as the unlabeled ones but for a quarter of them, or
@@ -168,6 +169,7 @@ class Recipe:
     clip_norm: float | None = CLIP_NORM
     label_smoothing: float = 0.0
     labeled_batch: int = USUAL_BATCH
+    schedule: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.05
     small_until: float = 0.0
     changes: Literal["strong", "medium"] = "strong"
@@ -183,6 +185,7 @@ RECIPES = {
         clip_norm=None,
         label_smoothing=0.2,
         labeled_batch=64,
+        schedule="linear",
         warmup=0.15,
         small_until=0.6,
         changes="medium",
@@ -437,7 +440,12 @@ class Pictures:
 
     @property
     def recipe(self) -> Recipe:
-        """Return how such a network trains, beside its rate."""
+        """Return how such a network trains, beside its rate.
+
+        One that begins with weights trains as pretrained ones do.
+        """
+        if self.weights:
+            return Recipe()
         return by_stem(RECIPES, self.network, Recipe())
 
     @property

@@ -30,7 +30,7 @@ from metapl.machine import device
 from metapl.metrics.predictions import logits_of
 from metapl.networks.airbench import PATCH, patch_covariance
 from metapl.networks.tuned import IMAGENET, begin_as
-from metapl.networks.weights import fetch_imagenet_weights
+from metapl.networks.weights import fetch_imagenet_weights, read_normalization
 from metapl.pictures.levels import find_levels
 from metapl.pictures.reader import LUMA, Levels, UnreadableImage, read_image
 from metapl.problems.losses import UDA
@@ -122,6 +122,11 @@ def choose_settings(
     many = config.scan("unlabeled")
     config = with_whole_paths(config, weights, classes=few.classes)
     if stored is not None:
+        if stored.get("minutes") is not None:
+            say(
+                f"note: --minutes {stored['minutes']:g} was that of the training from its "
+                "beginning; the steps that are left are all taken"
+            )
         return resumed_settings(config, method, stored)
 
     # 3. What the folders and some of their pictures show.
@@ -303,12 +308,13 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
         mean = seen.level[:1]
         std = seen.level[1:]
     elif pictures.weights is not None:
-        mean, std = IMAGENET
+        # Weights that metapl trained are not behind the normalization of published ones.
+        mean, std = read_normalization(pictures.weights) or IMAGENET
     elif seen.grey:
         # Grey pictures that are read as color ones have three equal channels.
         mean = seen.mean * 3
         std = seen.std * 3
-    if pictures.weights:
+    if pictures.weights and pictures.network != SMALL_NETWORK:
         network = PRETRAINED_NETWORK
         side = PRETRAINED_SIDE
     else:
@@ -334,6 +340,7 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
         {
             "lr": config.pictures.rate,
             "labeled_batch": recipe.labeled_batch,
+            "schedule": recipe.schedule,
             "mirror": recipe.two_views and seen.mirrors,
         },
     )

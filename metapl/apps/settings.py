@@ -46,7 +46,8 @@ class Fitting:
         labeled_batch: number of labeled examples in each step. By default it is 32, and 64 for
             airbench_small and for digits.
         lr: learning rate of the teacher, or of the only network. By default it fits the network.
-        schedule: how the learning rate changes over time: cosine, constant or exponential.
+        schedule: how the learning rate changes over time: cosine, linear, constant or exponential.
+            By default it fits the network.
         warmup: number of steps in which the learning rate grows from zero. Of your own pictures it
             is 5 % of the steps by default.
         ema_decay: decay of the running average of the weights, such as 0.99. If it is given, the
@@ -68,7 +69,7 @@ class Fitting:
     seed: Annotated[int, Range(0, most=2**32 - 1)] = 0
     labeled_batch: Batch | None = None
     lr: AboveZero | None = None
-    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "exponential"] | None = None
     warmup: SomeSteps | None = None
     ema_decay: Share | None = None
     finetune_steps: SomeSteps = 200
@@ -113,7 +114,7 @@ class Fitting:
         options = {name: getattr(self, name) for name in names}
         return {name: value for name, value in options.items() if value is not None}
 
-    def finetuning(self, schedule: str) -> dict[str, Any]:
+    def finetuning(self, schedule: str | None) -> dict[str, Any]:
         """Return the options of the fit that finetunes."""
         return {
             **self.options(),

@@ -46,7 +46,8 @@ from metapl.words import shown
 # The fewest validation examples to choose a student by: one standard error is 7 points then.
 SELECTED_ON = 50
 
-# The unlabeled pictures from which the statistics of batch norm are estimated, and of a batch.
+# The pictures from which the statistics of batch norm are estimated, unlabeled ones where there
+# are as many, and of a batch.
 STATISTICS_OF = 1500
 STATISTICS_AT_ONCE = 256
 
@@ -305,20 +306,30 @@ def names_of(record: Mapping[str, Any], part: str) -> set[str] | int:
     return names
 
 
-def some_unlabeled(data: Data) -> Iterator[Tensor]:
-    """Yield unlabeled examples as they are, ``STATISTICS_OF`` at most, in batches of equal size.
+def some_of(sources: Sequence[Any]) -> Iterator[Tensor]:
+    """Yield examples as they are, ``STATISTICS_OF`` at most, in batches of equal size.
 
     Each batch is spread over all of them, for a folder may be in the order of the classes.
+
+    Args:
+        sources: images in memory or in files, of one size.
     """
-    images = data.unlabeled.images
-    count = min(len(images), STATISTICS_OF)
-    indices = torch.arange(count) * len(images) // count
+    total = sum(len(images) for images in sources)
+    count = min(total, STATISTICS_OF)
+    indices = torch.arange(count) * total // count
     parts = -(-count // STATISTICS_AT_ONCE)
     for part in range(parts):
-        if isinstance(images, Tensor):
-            yield images[indices[part::parts]]
-        else:
-            yield in_unit_range(images.fetch(indices[part::parts])[0])
+        pieces = []
+        first = 0
+        for images in sources:
+            numbers = indices[part::parts] - first
+            numbers = numbers[(numbers >= 0) & (numbers < len(images))]
+            first += len(images)
+            if isinstance(images, Tensor):
+                pieces.append(images[numbers])
+            elif len(numbers):
+                pieces.append(in_unit_range(images.fetch(numbers)[0]))
+        yield torch.cat(pieces)
 
 
 def labels_of(examples: Any) -> Any:
@@ -429,8 +440,12 @@ class Phases:
         They are estimated before a network labels pictures, is measured, or is kept.
         """
         has_statistics = False
+        sources = [self.data.unlabeled.images]
+        if len(sources[0]) < STATISTICS_OF:
+            # A few unlabeled pictures, or those of one class, are no sample of what is predicted.
+            sources.append(self.data.labeled.images)
         for network in trainer.networks.values():
-            has_statistics |= estimate_statistics(network, some_unlabeled(self.data))
+            has_statistics |= estimate_statistics(network, some_of(sources))
         if not has_statistics:
             return result
         value = result.value
@@ -453,7 +468,8 @@ class Phases:
         of such labels prefers the same classes.
         """
         labeler = trainer.teacher if trainer.teacher_classifies else trainer.student
-        labels = logits_of(labeler or trainer.student, some_unlabeled(self.data)).argmax(1)
+        unlabeled = some_of([self.data.unlabeled.images])
+        labels = logits_of(labeler or trainer.student, unlabeled).argmax(1)
         classes = self.data.classes
         counts = torch.bincount(labels, minlength=len(classes))
         self.class_counts[phase] = dict(zip(classes, counts.tolist(), strict=True))

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import chain
 from typing import Any
 
 import numpy
@@ -330,6 +331,11 @@ def refuse_direct_term_in_parts(problem: BilevelProblem, *, parts: int, is_alone
         )
 
 
+def named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Return the buffers and the parameters of a network by name."""
+    return chain(network.named_buffers(), network.named_parameters())
+
+
 # ----------------------------------------------------------------------------------- the first look
 
 
@@ -350,6 +356,8 @@ class FirstLook:
         named_by: the original teacher, problem and student, where the step is taken by copies: a
             tensor that is called by its name may be theirs.
         accumulate: micro-batches of a batch, for each of which the signal is made once.
+        finds_leaves: whether leaves past the signal are looked for; False of a mode that
+            differentiates in no signal.
     """
 
     def __init__(
@@ -363,12 +371,14 @@ class FirstLook:
         blocks: Sequence[Any] = (),
         named_by: tuple[nn.Module | None, BilevelProblem, nn.Module] | None = None,
         accumulate: int = 1,
+        finds_leaves: bool = True,
     ) -> None:
         self.problem = problem
         self.teacher = teacher
         self.accumulate = accumulate
         self.teacher_before: State | None = None
-        if teacher is not None and accumulate > 1:
+        self.finds_leaves = finds_leaves
+        if teacher is not None and accumulate > 1 and not problem.signal_of_batch:
             self.teacher_before = Slots(teacher).snapshot()
         self.named_by = [(teacher, problem, student)]
         if named_by is not None:
@@ -408,7 +418,7 @@ class FirstLook:
             allowed |= ids(leaves_of(t))
         if at_own_weights or self.keeps_weights:
             allowed |= self.weights
-        leaf = self._strange_leaf(value, allowed, again)
+        leaf = self._strange_leaf(value, allowed, again) if self.finds_leaves else None
         if leaf is not None and id(leaf) in self.weights:
             self._refuse_kept_weight("inner", leaf, way="the argument params of inner_loss")
         if leaf is not None:
@@ -432,14 +442,14 @@ class FirstLook:
         if self.teacher is None or self.teacher_before is None:
             return
         state_now = Slots(self.teacher).snapshot()
-        buffers_now = {name: t.clone() for name, t in self.teacher.named_buffers()}
+        tensors_now = {name: t.detach().clone() for name, t in named_tensors(self.teacher)}
         with_state_now = again().detach()
         self.teacher_before.restore()
         try:
             with_state_before = again().detach()
             moved = []
-            for name, t in self.teacher.named_buffers():
-                if name in buffers_now and not same_values(t, buffers_now[name]):
+            for name, t in named_tensors(self.teacher):
+                if name in tensors_now and not same_values(t.detach(), tensors_now[name]):
                     moved.append(name)
         finally:
             state_now.restore()
@@ -460,7 +470,7 @@ class FirstLook:
         allowed = ids(made_here) | self.outer_variables
         if self.keeps_weights:
             allowed |= self.weights
-        leaf = self._strange_leaf(value, allowed, again)
+        leaf = self._strange_leaf(value, allowed, again) if self.finds_leaves else None
         if leaf is not None and id(leaf) in self.weights:
             self._refuse_kept_weight("outer", leaf, way="student.parameters() in outer_loss")
         if leaf is not None:

@@ -345,10 +345,8 @@ class Differentiation:
                 with_leaves.append({**group, **pytree.tree_map(as_leaf, numbers)})
             self.options.append(with_leaves)
 
-    def _look(self) -> FirstLook | None:
-        """Return a look at the losses of micro-batches; None where no feedback reads them."""
-        if self.estimate.credits == "nothing":
-            return None
+    def _look(self) -> FirstLook:
+        """Return a look at the losses of micro-batches."""
         return FirstLook(
             self.request.teacher,
             self.request.student,
@@ -357,6 +355,7 @@ class Differentiation:
             inner_batches=self.inner_batches,
             blocks=self.of_student.blocks,
             accumulate=self.request.accumulate,
+            finds_leaves=self.estimate.credits != "nothing",
         )
 
     def _begin(self) -> None:

@@ -120,7 +120,8 @@ class Implicit(Estimator):
         gradient_norm = float(numbers["gradient_norm"])
         outer_gradient_norm = float(numbers["outer_gradient_norm"])
         # The identity is no solver, and is taken anywhere.
-        is_away = gradient_norm > AT_OPTIMUM * outer_gradient_norm
+        # A v of 0 leaves nothing to be wrong.
+        is_away = gradient_norm > AT_OPTIMUM * outer_gradient_norm > 0
         if is_away and self.solver != "identity":
             return (
                 f"the inner gradient has a norm of {gradient_norm:.2g}, and v of "

@@ -28,6 +28,15 @@ Values = Mapping[str, Any]
 
 GENERATORS = (torch.Generator, numpy.random.Generator, numpy.random.RandomState, random.Random)
 
+# The types of arrays that a file of tensors has too.
+ARRAY_TYPES = frozenset(
+    numpy.dtype(name)
+    for name in (
+        *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64"),
+    )
+)
+
 # The key of a dict that stands for a value that the file's format does not have.
 KIND = "kind of value"
 
@@ -51,7 +60,8 @@ def held_values(owner: object, registered: Container[int]) -> dict[str, Any]:
     for attribute, value in attributes_of(owner).items():
         try:
             values[attribute] = plain(value, registered)
-        except NotPlain:
+        except (NotPlain, RecursionError):
+            # A container that holds itself has no end.
             continue
     return values
 
@@ -59,21 +69,24 @@ def held_values(owner: object, registered: Container[int]) -> dict[str, Any]:
 def unsaved(owner: object, registered: Container[int]) -> dict[str, str]:
     """Return attributes that a checkpoint does not hold and that may have tensors, in words.
 
-    They are tensors with a graph, and containers of these, of modules or of other objects.
+    They are tensors with a graph, containers of these, of modules or of other objects, objects that
+    have tensors in their attributes, and containers that hold themselves.
     """
     names: dict[str, str] = {}
     for attribute, value in attributes_of(owner).items():
         is_torch_class = type(owner).__module__.startswith("torch.")
         if is_torch_class or isinstance(value, nn.Module):
             continue
-        leaves = pytree.tree_leaves(value)
-        if all(id(leaf) in registered for leaf in leaves):
-            continue
         try:
+            leaves = [*pytree.tree_leaves(value), *getattr(value, "__dict__", {}).values()]
+            if all(id(leaf) in registered for leaf in leaves):
+                continue
             plain(value, registered)
         except NotPlain as error:
-            if any(isinstance(leaf, Tensor | nn.Module) for leaf in leaves):
+            if any(isinstance(leaf, Tensor | numpy.ndarray | nn.Module) for leaf in leaves):
                 names[attribute] = str(error)
+        except RecursionError:
+            names[attribute] = "it holds itself"
     return names
 
 
@@ -98,20 +111,25 @@ def plain(value: Any, registered: Container[int]) -> Any:
     if isinstance(value, Tensor):
         is_own = id(value) not in registered and not isinstance(value, nn.Parameter)
         is_whole = value.layout == torch.strided and not is_sharded(value)
-        if is_own and is_whole and not value.requires_grad:
+        has_values = value.dtype != torch.complex128 and not (value.is_quantized or value.is_meta)
+        if is_own and is_whole and has_values and not value.requires_grad:
             return value.detach()
-    elif isinstance(value, numpy.ndarray | numpy.generic) and value.dtype.kind in "biufc":
+    elif isinstance(value, numpy.ndarray | numpy.generic) and native(value) in ARRAY_TYPES:
         kind = "array" if isinstance(value, numpy.ndarray) else "number"
-        return {KIND: kind, "value": torch.as_tensor(value)}
+        # In the machine's order of bytes, and in memory that no view of it turns around.
+        in_order = numpy.array(value, dtype=native(value), order="C")
+        return {KIND: kind, "value": torch.from_numpy(in_order.reshape(value.shape))}
     elif isinstance(value, GENERATORS):
         return {KIND: "generator", "value": plain_states(read_state(value))}
     elif isinstance(value, dict):
-        entries = {}
+        if all(type(key) in (bool, int, float, str) for key in value):
+            return {key: plain(entry, registered) for key, entry in value.items()}
+        pairs = []
         for key, entry in value.items():
-            if type(key) not in (bool, int, float, str):
+            if isinstance(key, Tensor):
                 raise NotPlain(f"a key in it is {described(key)}")
-            entries[key] = plain(entry, registered)
-        return entries
+            pairs.append((plain(key, registered), plain(entry, registered)))
+        return {KIND: "dict", "value": pairs}
     elif isinstance(value, deque):
         plain_entries = [plain(entry, registered) for entry in value]
         return {KIND: "deque", "value": plain_entries, "length": value.maxlen}
@@ -121,6 +139,12 @@ def plain(value: Any, registered: Container[int]) -> Any:
         plain_entries = [plain(entry, registered) for entry in value]
         return plain_entries if isinstance(value, list) else tuple(plain_entries)
     raise NotPlain(f"a value in it is {described(value)}")
+
+
+def native(array: Any) -> numpy.dtype[Any]:
+    """Return the type of an array in the machine's order of bytes."""
+    dtype: numpy.dtype[Any] = array.dtype.newbyteorder("=")
+    return dtype
 
 
 def put_values(owner: object, values: Values, *, device: torch.device) -> None:
@@ -135,7 +159,10 @@ def put_values(owner: object, values: Values, *, device: torch.device) -> None:
     attributes = vars(owner)
     for attribute, value in values.items():
         if attribute not in current_values or not same(current_values[attribute], value):
-            new_value = put_value(attributes.get(attribute), value, device)
+            try:
+                new_value = put_value(attributes.get(attribute), value, device)
+            except MetaplError as error:
+                raise MetaplError(f"its {attribute}: {error}") from error
             # Frozen dataclasses have a __setattr__ of their own.
             object.__setattr__(owner, attribute, new_value)
 
@@ -161,10 +188,23 @@ def put_value(current: Any, saved: Any, device: torch.device) -> Any:
             return current
         return new
     if isinstance(saved, Tensor):
-        if isinstance(current, Tensor):
-            device = current.device
-        return saved.detach().to(device, copy=True)
+        if not isinstance(current, Tensor):
+            return saved.detach().to(device, copy=True)
+        if not is_alike(current, saved):
+            return saved.detach().to(current.device, copy=True)
+        # In place: a view of it, or another attribute, may be the same memory.
+        with torch.no_grad():
+            current.copy_(saved)
+        return current
     return saved
+
+
+def is_alike(current: Tensor, saved: Tensor) -> bool:
+    """Return whether saved values fit into the memory of a tensor that is held now."""
+    is_plain = not (current.requires_grad or current.is_inference() or current.is_meta)
+    has_own_entries = 0 not in current.stride() or current.numel() < 2
+    is_same_kind = current.dtype == saved.dtype and current.shape == saved.shape
+    return is_plain and has_own_entries and is_same_kind
 
 
 def put_kind(current: Any, saved: Mapping[str, Any], device: torch.device) -> Any:
@@ -173,7 +213,10 @@ def put_kind(current: Any, saved: Mapping[str, Any], device: torch.device) -> An
     value = saved["value"]
     if kind == "generator":
         if not isinstance(current, GENERATORS):
-            raise MetaplError(f"it has a generator where the trainer has {described(current)}")
+            raise MetaplError(
+                f"a generator was saved, and the trainer has {described(current)}; expected one "
+                "that is made with the object"
+            )
         write_state(current, value)
         return current
     if kind == "set":
@@ -185,8 +228,21 @@ def put_kind(current: Any, saved: Mapping[str, Any], device: torch.device) -> An
         current.clear()
         current.extend(entries)
         return current
+    if kind == "dict":
+        table = current if isinstance(current, dict) else {}
+        entries = {key: put_value(table.get(key), entry, device) for key, entry in value}
+        table.clear()
+        table.update(entries)
+        return table
     array = value.cpu().numpy().copy()
-    return array if kind == "array" else array[()]
+    if kind == "number":
+        return array[()]
+    is_array = isinstance(current, numpy.ndarray) and current.flags.writeable
+    if is_array and current.shape == array.shape and current.dtype == array.dtype:
+        # In place: another attribute may be the same memory.
+        current[...] = array
+        return current
+    return array
 
 
 def same(a: Any, b: Any) -> bool:

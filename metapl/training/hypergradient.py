@@ -83,7 +83,8 @@ def hypergradient(
             Hessian product of the first step; of settings, a few operations per weight. With
             ``truncate=T`` in the mode, the gradient in the start is that in θ_{K-T}: dθ_{K-T}/dθ_0
             counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). The
-            bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖); settings take all steps.
+            bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖). Settings of
+            the last T steps get the whole gradient, and those before them zeros.
         compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim``
             and signals that are not drawn, in one process. It pays from some hundreds of steps on,

@@ -45,8 +45,9 @@ class FitOptions:
 
     Args:
         steps: number of steps in all.
-        schedule: of both learning rates, ``"cosine"`` (to 0 at the last step), ``"constant"``, or
-            ``"exponential"``: by 0.97 after every ``decay_every`` steps, as a smooth curve.
+        schedule: of both learning rates, ``"cosine"`` or ``"linear"`` (to 0 at the last step),
+            ``"constant"``, or ``"exponential"``: by 0.97 after every ``decay_every`` steps, as a
+            smooth curve.
         warmup: steps over which the rates grow linearly from 0 first.
         decay_every: of the exponential schedule; None: 2.4 of 350 parts of the steps, so that the
             rate ends at 1.2 % of what it was, as in Noisy Student.
@@ -67,7 +68,8 @@ class FitOptions:
         patience: end the fit after so many validations in a row that were no better than the best
             one before them, by the metric by which the student is selected. They are counted from
             where the teacher begins. None: all steps are taken. The schedule stays that of
-            ``steps``, so that with ``"cosine"`` an early end is one at a larger rate.
+            ``steps``, so that with ``"cosine"`` or ``"linear"`` an early end is one at a larger
+            rate.
         validate_every, log_every, save_every: in steps; the last step counts as a multiple of each.
         keep: checkpoints kept.
         num_workers: of the loaders of metapl's own batches; changes nothing but speed.
@@ -75,7 +77,7 @@ class FitOptions:
     """
 
     steps: AtLeastOne
-    schedule: Literal["cosine", "constant", "exponential"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "exponential"] = "cosine"
     decay_every: Annotated[float, Range(above=0)] | None = None
     warmup: AtLeastZero = 0
     wait: AtLeastZero = 0
@@ -123,6 +125,8 @@ class FitOptions:
 
         >>> [round(FitOptions(steps=4, warmup=1).rate(t), 2) for t in range(5)]
         [1.0, 1.0, 0.75, 0.25, 0.0]
+        >>> [round(FitOptions(steps=4, schedule="linear").rate(t), 2) for t in range(5)]
+        [1.0, 0.75, 0.5, 0.25, 0.0]
 
         Noisy Student ends with this rate:
 
@@ -140,6 +144,8 @@ class FitOptions:
         if self.schedule == "exponential":
             return float(DECAY ** (step / (self.decay_every or decay_interval(steps))))
         share = (step - self.warmup) / max(1, steps - self.warmup)
+        if self.schedule == "linear":
+            return 1.0 - share
         return 0.5 * (1 + math.cos(math.pi * share))
 
     def due(self, every: int, done: int) -> bool:
@@ -153,7 +159,7 @@ class FitOptions:
 class FitKeywords(TypedDict, total=False):
     """The fields of :class:`FitOptions` besides ``steps``, as keywords for a type checker."""
 
-    schedule: Literal["cosine", "constant", "exponential"]
+    schedule: Literal["cosine", "linear", "constant", "exponential"]
     decay_every: float | None
     warmup: int
     wait: int

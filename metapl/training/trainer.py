@@ -454,6 +454,7 @@ class BilevelTrainer(Trainer):
             refuse_hooks(self.student)
             if self.teacher is not None and self.feedback_size.compares:
                 refuse_hooks_one_by_one(self.teacher)
+        if is_new and (gives_feedback or self.accumulate > 1):
             look = FirstLook(
                 self.teacher,
                 self.student,
@@ -462,6 +463,7 @@ class BilevelTrainer(Trainer):
                 inner_batches=inner_batches,
                 blocks=self.layout.blocks,
                 accumulate=self.accumulate,
+                finds_leaves=gives_feedback,
             )
         verification = self.verification
         is_verified = fingerprint in verification.verified_marks

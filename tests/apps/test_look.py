@@ -232,11 +232,13 @@ def test_pictures_are_smaller_in_the_first_part_of_a_training(root: Path) -> Non
         assert sources["finetuning"][step][0].shape[2:] == (32, 32)
 
 
-def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> None:
+def test_pretrained_weights_bring_their_own_network_size_and_normalization(tmp_path: Path) -> None:
     assert [
         chosen(seen(28), network=f"vit_{name}").image_size for name in ("b_16", "b_32", "h_14")
     ] == [32, 32, 28]
-    found = fitted(config(weights="file.pt"), seen(grey=True), 0.0)
+    file = tmp_path / "file.pt"
+    torch.save({"weight": torch.zeros(2)}, file)
+    found = fitted(config(weights=str(file)), seen(grey=True), 0.0)
     assert (found.pictures.network, found.pictures.image_size, found.pictures.grey) == (
         "resnet18",
         128,
@@ -244,6 +246,11 @@ def test_pretrained_weights_bring_their_own_network_size_and_normalization() -> 
     )
     assert (found.pictures.mean, found.pictures.std) == look.IMAGENET
     assert found.fitting.lr == TUNING_RATES["all"]
+    # Those of the small network are for small pictures, and say what they are behind.
+    torch.save({"mean": torch.full((1, 3, 1, 1), 0.4), "std": torch.full((1, 3, 1, 1), 0.3)}, file)
+    found = fitted(config(weights=str(file), network="airbench_small"), seen(28), 0.0)
+    assert (found.pictures.image_size, found.pictures.recipe.optimizer) == (28, "adamw")
+    assert found.pictures.mean == pytest.approx((0.4,) * 3)
 
 
 def test_the_rates_are_those_of_the_networks_family_or_as_given() -> None:

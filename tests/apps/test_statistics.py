@@ -50,6 +50,12 @@ def statistics_by_hooks(network: nn.Module, pictures: Tensor) -> dict[str, Tenso
     return seen
 
 
+def plain_pictures(folder: Path) -> Tensor:
+    images = FileImages(scan_unlabeled(folder).paths(), size=(16, 16))
+    pictures: Tensor = images.fetch(torch.arange(len(images)))[0] / 255
+    return pictures
+
+
 @pytest.mark.parametrize("method", ["supervised", "uda", "pseudo_labels", "mpl"])
 def test_a_run_keeps_networks_with_the_statistics_of_plain_unlabeled_pictures(
     method: str, tmp_path: Path
@@ -58,8 +64,8 @@ def test_a_run_keeps_networks_with_the_statistics_of_plain_unlabeled_pictures(
     folders = [f"--{part}={root / part}" for part in ("labeled", "unlabeled")]
     words = ["train", "images", *RUN, *folders, "--method", method, "--out", tmp_path / "run"]
     metapl(*words, "--unlabeled-batch", "8")
-    images = FileImages(scan_unlabeled(root / "unlabeled").paths(), size=(16, 16))
-    pictures = images.fetch(torch.arange(len(images)))[0] / 255
+    # There are few, so that the labeled ones are counted too.
+    pictures = torch.cat([plain_pictures(root / part) for part in ("unlabeled", "labeled")])
     cards = json.loads((tmp_path / "run" / "network.json").read_text())["networks"]
     assert {"student", "finetuned"} <= {*cards}
     for name, card in cards.items():

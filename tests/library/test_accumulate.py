@@ -812,3 +812,45 @@ def test_an_inner_loss_of_a_state_that_signal_moves(accumulate: int, *, in_signa
     assert float(forward.inner_loss) == pytest.approx(float(torch.cat(losses).detach().mean()))
     trainer.step(outer, inner)
     assert float(teacher.level) == pytest.approx(level)
+
+
+def level_networks() -> tuple[nn.Module, nn.Module, Any, Tensor]:
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+    teacher.register_buffer("level", torch.tensor(0.5, dtype=torch.float64))
+    outer = torch.randn(8, 4).double(), torch.arange(8) % 3
+    return teacher, student, outer, torch.randn(12, 4).double()
+
+
+def test_a_state_that_signal_moves_is_refused_without_feedback_too() -> None:
+    """The student's step would be another one."""
+    teacher, student, outer, inner = level_networks()
+    problem = WeighedByLevel(teacher, in_signal=False)
+    trainer = metapl.BilevelTrainer(
+        teacher, student, "none", problem=problem, accumulate=2, teacher_losses=()
+    )
+    with pytest.raises(MetaplError, match=r"moves in the teacher \(level\)"):
+        trainer.step(outer, inner)
+
+
+class OfBatch(WeighedByLevel):
+    """The same where the teacher is asked once for the batch."""
+
+    signal_of_batch = True
+
+
+def test_a_state_that_moves_once_for_the_batch_is_that_of_the_whole_batch() -> None:
+    feedback = []
+    for accumulate in (1, 2):
+        teacher, student, outer, inner = level_networks()
+        result = metapl.hypergradient(
+            teacher,
+            student,
+            outer=outer,
+            inner=inner,
+            problem=OfBatch(teacher, in_signal=False),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            accumulate=accumulate,
+        )
+        feedback.append(result.feedback["q"])
+    torch.testing.assert_close(*feedback)

@@ -488,3 +488,57 @@ def test_the_direct_term_alone_of_an_outer_loss_without_one_is_refused() -> None
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=LR),
             mode="direct",
         )
+
+
+class WrongSquare(torch.autograd.Function):
+    """A square whose backward is not its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 5 * grads[0]
+
+
+class Penalized(ReadsModule):
+    """The outer loss also has a penalty on what it reads of the teacher."""
+
+    penalty: Any = staticmethod(torch.square)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return super().outer_loss(outputs, batch) + self.penalty(self.scale.bias).sum()
+
+
+@pytest.mark.parametrize("mode", ["direct", "forward"])
+def test_a_direct_term_is_verified_by_differences_of_the_outer_loss(mode: Any) -> None:
+    teacher, student, outer, inner = networks()
+    problem = Penalized(teacher)
+    options: dict[str, Any] = {
+        "outer": outer,
+        "inner": inner[0],
+        "problem": problem,
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
+        "mode": mode,
+    }
+    assert metapl.check_gradient(teacher, student, **options).status == "right"
+    for penalty in (WrongSquare.apply, lambda t: t.detach().square()):
+        problem.penalty = penalty
+        check = metapl.check_gradient(teacher, student, **options)
+        assert check.status == "refused"
+        assert "the outer loss reads the teacher by .detach()" in check.verdict
+
+
+def test_the_direct_term_of_an_input_that_the_signal_enters_is_verified() -> None:
+    teacher, student, outer, inner = networks()
+    check = metapl.check_gradient(
+        teacher,
+        student,
+        outer=outer,
+        inner=inner[0],
+        problem=Architecture(),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=LR),
+        mode="direct",
+    )
+    assert check.status == "right"

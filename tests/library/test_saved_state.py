@@ -250,7 +250,14 @@ class Remembering(nn.Module):
             "number": numpy.float32(0.0),
             "generator": generator,
             "late": None,
+            "alias": torch.zeros(3),
+            "shared array": numpy.zeros(3),
+            "pair key": {},
         }[holder]
+        # A second name of the same memory.
+        self.view = self._memory
+        if holder == "alias":
+            self.view = {"all but one": self._memory[1:]}
 
     def moved(self, logits: torch.Tensor) -> torch.Tensor:
         """Return a part of what is remembered, after it has moved."""
@@ -259,6 +266,15 @@ class Remembering(nn.Module):
             self._memory.mul_(0.9).add_(mean)
         elif self.holder == "late":
             self._memory = mean if self._memory is None else 0.9 * self._memory + mean
+        elif self.holder == "alias":
+            self._memory.mul_(0.9).add_(mean)
+            return self.view["all but one"].sum() * mean
+        elif self.holder == "shared array":
+            self._memory += mean.numpy()
+            return torch.as_tensor(self.view, dtype=torch.float32) * 0.1
+        elif self.holder == "pair key":
+            self._memory[0, "mean"] = 0.9 * self._memory.get((0, "mean"), 0.0) + mean
+            return self._memory[0, "mean"]
         elif self.holder == "dict":
             self._memory["mean"] = 0.9 * self._memory["mean"] + mean
             self._memory["seen"] += 1
@@ -281,7 +297,10 @@ class Remembering(nn.Module):
         return logits
 
 
-HOLDERS = ("tensor", "dict", "list", "deque", "array", "number", "generator", "late")
+HOLDERS = (
+    *("tensor", "dict", "list", "deque", "array", "number", "generator", "late"),
+    *("alias", "shared array", "pair key"),
+)
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -579,3 +598,47 @@ def test_frozen_statistics_and_plain_networks_are_not_named() -> None:
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
     metapl.LossTrainer(plain, optimizer=optimizer).tell_evaluation(said.append)
     assert said == []
+
+
+class Foreign:
+    """An object of a user's own that remembers in a tensor."""
+
+    def __init__(self) -> None:
+        self.mean = torch.zeros(3)
+
+
+class Holding(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.memory: Any = None
+
+
+LOOP: dict[str, Any] = {}
+LOOP["me"] = LOOP
+UNUSUAL = {
+    "a dict that holds itself": (LOOP, "it holds itself"),
+    "an object with a tensor": (Foreign(), "Foreign"),
+    "an array that is turned around": (numpy.arange(5)[::-1], ""),
+    "an array of the other order of bytes": (numpy.arange(3.0).astype(">f8"), ""),
+    "an array of long doubles": (numpy.zeros(3, numpy.longdouble), "ndarray"),
+    "a tensor of complex doubles": (torch.zeros(3, dtype=torch.complex128), "complex128"),
+    "a tensor without values": (torch.zeros(3, device="meta"), "a value in it"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_what_no_checkpoint_holds_ends_no_run_and_is_named(kind: str, tmp_path: Path) -> None:
+    """What one can hold is as it was, bit for bit."""
+    value, word = UNUSUAL[kind]
+    network = Holding()
+    network.memory = value
+    trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
+    fit_and_stop(trainer, tmp_path / "run")
+    named = trainer.unsaved()
+    assert len(named) == (word != "")
+    assert all("memory" in name and word in name for name in named)
+    if not word:
+        state = trainer.state_dict()
+        network.memory = 0 * value
+        trainer.load_state_dict(state)
+        assert numpy.array_equal(network.memory, value)

@@ -29,7 +29,7 @@ BOUNDS = {
     "compiled": Way(files=11, functions=38, lines=189),
 }
 
-IMPORTED_LINES = 23_691
+IMPORTED_LINES = 23_554
 """Lines of the files of the package that ``import metapl`` loads."""
 
 SLACK = 0.9

@@ -85,7 +85,7 @@ def fitted(trainer: metapl.BilevelTrainer) -> None:
     trainer.fit([])  # type: ignore[call-arg]
     trainer.fit([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]
     trainer.fit([], steps=3, save_every="2")  # type: ignore[arg-type]
-    trainer.fit([], steps=3, schedule="linear")  # type: ignore[arg-type]
+    trainer.fit([], steps=3, schedule="quadratic")  # type: ignore[arg-type]
     trainer.finetune([], steps=3, validation=None, resume=True, log_every=1)
     trainer.finetune([])  # type: ignore[call-arg]
     trainer.finetune([], steps=3, checkpoint_every=2)  # type: ignore[call-arg]

@@ -130,6 +130,8 @@ class Case:
         # as F and what is moved are chosen for it.
         is_derivative_of_f = (
             self.mode.exact
+            # The direct term alone: F is the outer loss with the signals held.
+            or self.mode.credits == "nothing"
             # Drawn labels: h is compared with what the weights of their losses do to F,
             or self.moved == "weights"
             # or with what their one-hot rows do to F.
@@ -151,6 +153,8 @@ class Case:
 
     def gradient_of_score(self) -> Tree:
         """Return the gradient of −Σ h·signal in what is learned; empty where nothing is."""
+        if self.mode.credits == "nothing":
+            return {name: torch.zeros_like(t) for name, t in self.real.copies.learned().items()}
         score = self.score(self.real)
         if not score.requires_grad:
             return {}

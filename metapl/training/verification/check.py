@@ -42,7 +42,6 @@ from metapl.training.verification.case import EPS, EPS32, Case, Errors
 from metapl.training.verification.causes import coarsest_rounding
 from metapl.training.verification.contract import breach_of_contract
 from metapl.training.verification.differences import errors_of
-from metapl.training.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
 from metapl.training.verification.real_step import Evaluation, RealStep
 from metapl.updates import Clipped, InnerOptimizer, Update, parts_of, update_of
 from metapl.updates.base import OptimizerState
@@ -321,7 +320,7 @@ class Verification:
         self.verdict = f"{check.status}: {check.verdict}"
         check.refuse_or_warn(self.setting)
         self.verified_marks.add(mark)
-        return check.status != "cannot tell"
+        return check.status not in ("cannot tell", "nothing to verify")
 
     def state_dict(self) -> dict[str, str]:
         return {"known": " ".join(map(str, sorted(self.verified_marks))), "verdict": self.verdict}
@@ -340,7 +339,7 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
     Nothing of the process is moved.
     """
     estimate = without_shape(estimate)
-    if estimate.credits == "nothing":
+    if not estimate.gives_gradient:
         return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
     generators_before = rng_state()
     without_autocast = torch.autocast(step.random.device.type, enabled=False)
@@ -440,6 +439,12 @@ def without_shape(estimate: Any) -> Estimator:
 
 def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) -> GradientCheck:
     """Return the verdict at a point and, where it is a refusal, the likely causes."""
+    from metapl.training.verification.explain import (
+        PAST_THE_SIGNAL,
+        explain,
+        moves_past_the_signal,
+    )
+
     give_rates_to_a_warm_up(copies)
     name = f"mode {estimate.name!r}"
     case = Case.at(copies, estimate, eps)

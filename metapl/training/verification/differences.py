@@ -18,6 +18,15 @@ from metapl.training.verification.real_step import Evaluation, Move, Tree, size_
 
 def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
     """Return how far the mode's gradient is off; ``states`` as for :class:`Evaluation`."""
+    if case.mode.credits == "nothing":
+        return compare(
+            case,
+            "teacher",
+            case.whole_gradient,
+            name="the direct term",
+            signals=case.signals,
+            states=states,
+        )
     if case.teacher_gradient and case.moved == "signal" and not case.takes_expectation:
         return compare(case, "teacher", case.whole_gradient, states=states)
     errors = errors_of_h(case, states)

@@ -30,6 +30,13 @@ PAST_THE_SIGNAL = (
 )
 
 
+OUTER_LOSS_READS_TEACHER = (
+    "likely the outer loss reads the teacher by .detach(), .item() or no_grad(), which leaves out "
+    "that part, or through a backward of its own that is not the derivative; expected a read with "
+    "its graph, or one of a copy that does not move."
+)
+
+
 def explain(case: Case) -> Explanation:
     """Return whether a gradient that is off is allowed, and why; or the likely causes."""
     if not case.off(errors_of(case, states=case.real.states)):
@@ -37,6 +44,8 @@ def explain(case: Case) -> Explanation:
             "allowed",
             "state that passes carry on (buffers, frozen parameters) depends on the weights.",
         )
+    if case.mode.credits == "nothing":
+        return "refused", OUTER_LOSS_READS_TEACHER
     if case.teacher_gradient and not case.off(errors_of_h(case)):
         return explain_signal(case)
     bent = []
@@ -99,6 +108,8 @@ def explain_signal(case: Case) -> Explanation:
             "allowed",
             "the signal is detached in part (detach, no_grad, argmax), which leaves out that part.",
         )
+    if case.outer_loss_reads_teacher:
+        return "refused", OUTER_LOSS_READS_TEACHER
     return (
         "refused",
         "h is right, and so is the gradient of the signal in the teacher; the loss depends on the "

@@ -375,6 +375,9 @@ class Evaluation:
         self.signals.append(asked)
         signal = asked.detached() if self.given_signals is None else self.given_signals[number]
         self.outer_signal = signal
+        if self.move.what == "teacher" and self.given_signals is not None:
+            # The student learns what was given, and the outer loss reads the moved teacher.
+            self.outer_signal = asked.detached()
         if self.move.what != "signal":
             return signal
         moved = {}
