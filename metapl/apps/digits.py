@@ -73,6 +73,7 @@ def fitting(**fields: Any) -> Fitting:
     usual: dict[str, Any] = {
         "steps": 6000,
         "labeled_batch": 64,
+        "schedule": "cosine",
         "validate_every": 100,
         "warmup": 0,
         "device": "cpu",
