@@ -105,7 +105,7 @@ class ImagesOfRounds(Images):
 
     unlabeled_batch: tyro.conf.Suppress[Batch] = 32
     pictures: PicturesOfRounds = field(default_factory=PicturesOfRounds)
-    # The rate falls as a cosine or in a line, by the network. The paper's exponential spends half as
-    # many steps at a high rate, which costs a training of minutes more than it costs one of 350
+    # The rate falls as a cosine or in a line, by the network. The paper's exponential spends half
+    # as many steps at a high rate, which costs a training of minutes more than it costs one of 350
     # epochs.
     fitting: Fitting = field(default_factory=lambda: Fitting(ema_decay=0.99))
