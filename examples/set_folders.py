@@ -8,6 +8,7 @@ The pictures that keep their labels are those that ``protocols.py`` draws by the
 called by its number in the set.
 """
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,8 @@ def write_folders(
     seed: int = 0,
 ) -> None:
     """Write labeled/CLASS, unlabeled, val/CLASS and test/CLASS, as far as there are such pictures.
+
+    The command that trains on them is printed.
 
     Args:
         name: of the set.
@@ -54,6 +57,11 @@ def write_folders(
             folder.mkdir(parents=True, exist_ok=True)
             picture = images.fetch(torch.tensor([number]))[0][0]
             Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{number:06}.png")
+    if len(split["unlabeled"]):
+        words = ["metapl", "train", "images"]
+        for folder in sorted(out.iterdir()):
+            words += [f"--{folder.name}", str(folder)]
+        print(shlex.join(words))
 
 
 if __name__ == "__main__":

@@ -470,7 +470,8 @@ class Images:
     the minutes.
 
     Args:
-        labeled: folder of labeled pictures, with a folder for each class in it.
+        labeled: folder of labeled pictures, with a folder for each class in it. Of CIFAR and SVHN
+            as released, examples/set_folders.py writes such folders.
         unlabeled: folder of unlabeled pictures, or a .txt file of their paths.
         val: folder of other labeled pictures, by which the best network is selected. By default a
             part of --labeled is set aside.

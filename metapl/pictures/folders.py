@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import shlex
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -56,6 +57,18 @@ PARTS = {
     "--val": ("val", "valid", "validation", "dev"),
     "--test": ("test", "testing"),
     "--unlabeled": ("unlabeled",),
+}
+
+
+# Files by which the forms are known in which CIFAR and SVHN are released, and the name of the set.
+# Parquet files do not say by their names what they are of; CIFAR-100's are read by either name.
+RELEASED = {
+    "cifar-10-batches-py/data_batch_1": "cifar10",
+    "data_batch_1.bin": "cifar10",
+    "train*.parquet": "cifar10",
+    "cifar-100-python/train": "cifar100",
+    "train.bin": "cifar100",
+    "train_32x32.mat": "svhn",
 }
 
 
@@ -168,7 +181,8 @@ def scan_unlabeled(folder: str | Path) -> Files:
             if name.endswith(TAR):
                 files_in_tars += [f"{name}/{member}" for member in _members_of(root / name)]
         names, passed_over = _pictures(files_in_tars)
-    _refuse_none(names, root, passed_over)
+    if not names:
+        raise _none_found(root, passed_over, files)
     return Files(root, names, passed_over)
 
 
@@ -240,7 +254,7 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
     if not folders:
         raise MetaplError(
             f"{root} has no folder in it; expected one folder a class, with its pictures: "
-            f"{root / 'cat'}, {root / 'dog'}"
+            f"{root / 'cat'}, {root / 'dog'}{_way_to_folders(root, files)}"
         )
     # Pictures beside the class folders have no class.
     _, passed_over = _pictures(files)
@@ -252,21 +266,41 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
         names += [f"{folder}/{picture}" for picture in pictures]
         labels += [classes.index(composed(folder))] * len(pictures)
         passed_over.update(others)
-    _refuse_none(names, root, passed_over)
+    if not names:
+        raise _none_found(root, passed_over, _files_below(root))
     return LabeledFiles(root, tuple(names), passed_over, tuple(classes), tuple(labels))
 
 
-def _refuse_none(names: Sequence[str], root: Path, passed_over: Mapping[str, int]) -> None:
-    """Refuse a folder without pictures, and say what is in it."""
-    if names:
-        return
+def _none_found(root: Path, passed_over: Mapping[str, int], files: Iterable[str]) -> MetaplError:
+    """Return the error of a folder without pictures, which says what is in it."""
     others = ""
     if passed_over:
         kinds = [f"{count} with {suffix}" for suffix, count in sorted(passed_over.items())]
         others = f", only {', '.join(kinds)}"
-    raise MetaplError(
-        f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}."
+    return MetaplError(
+        f"{root} has no picture in it{others}; expected files that end with {', '.join(SUFFIXES)}"
+        f"{_way_to_folders(root, files)}."
     )
+
+
+def _way_to_folders(root: Path, files: Iterable[str]) -> str:
+    """Return the command that writes CIFAR or SVHN, as it is released, as folders of pictures.
+
+    Args:
+        root: a folder.
+        files: the files below it, relative to it; where there is no such set, nothing is returned.
+    """
+    for file in files:
+        path = root.resolve() / file
+        for pattern, name in RELEASED.items():
+            if path.match(pattern):
+                place = shlex.quote(str(path.parents[pattern.count("/")]))
+                return (
+                    f"; if these are CIFAR or SVHN as released, `python examples/set_folders.py "
+                    f"--name {name} --root {place} --per-class 400 --out {name}-folders` writes "
+                    "their pictures as folders"
+                )
+    return ""
 
 
 def _pictures(files: Iterable[str]) -> tuple[tuple[str, ...], Counter[str]]:

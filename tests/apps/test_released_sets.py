@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import released_sets
 import scipy.io
 import set_folders
 import torch
+import tyro
+from command import metapl, result
 from picture_sets import split_labels
 from PIL import Image
 from torchvision import datasets
@@ -160,6 +163,51 @@ def test_a_set_is_written_as_the_folders_of_the_command(tmp_path: Path) -> None:
     assert len(scan_labeled(out / "test")) == COUNTS["test"]
     with pytest.raises(MetaplError, match="out exists; expected the name of a new folder"):
         set_folders.write_folders("cifar10", tmp_path, out)
+
+
+@pytest.mark.parametrize("form", ["torchvision", "binary", "parquet"])
+@pytest.mark.parametrize("name", released_sets.PARTS)
+def test_the_command_names_the_program_that_writes_a_released_set_as_folders(
+    name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (name, form) == ("svhn", "binary"):
+        pytest.skip("SVHN has no binary version")
+    for module in ("cifar", "svhn"):
+        monkeypatch.setattr(f"torchvision.datasets.{module}.check_integrity", lambda *_: True)
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "with a space"
+    root.mkdir()
+    FORMS[form](name, root)
+    deepest = next(file.parent for file in sorted(root.rglob("*")) if file.is_file())
+    flags = []
+    for folder in {root, deepest}:
+        for scan in (scan_labeled, scan_unlabeled):
+            with pytest.raises(MetaplError, match="CIFAR or SVHN as released") as error:
+                scan(folder)
+            assert "\n" not in str(error.value)
+            python, file, *words = shlex.split(str(error.value).split("`")[1])
+            assert (python, file) == ("python", "examples/set_folders.py")
+            flags.append(words)
+    assert flags == flags[:1] * len(flags)
+    out = flags[0][-1]
+    tyro.cli(set_folders.write_folders, args=flags[0])
+    files = scan_labeled(Path(out, "labeled"))
+    assert len(files) == COUNTS["train"]
+    assert [*files.classes] == names_of(name)
+
+
+@pytest.mark.long
+def test_the_program_prints_the_command_that_trains_on_its_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    as_binary("cifar10", tmp_path)
+    out = tmp_path / "out"
+    set_folders.write_folders("cifar10", tmp_path, out, per_class=1, validation=10)
+    program, *words = shlex.split(capsys.readouterr().out)
+    assert program == "metapl"
+    short = ("--network", "pooled_cnn", "--steps", "2", "--warmup", "1", "--finetune-steps", "0")
+    metapl(*words, *short, "--out", tmp_path / "run")
+    assert result(tmp_path / "run")["delivered"]
 
 
 def test_folders_without_numbers_are_sorted_and_said_to_have_no_order(
