@@ -345,8 +345,8 @@ def create(
     efficientnet_b0 … b7  torchvision's                      before the head      linear rule
     efficientnet_b0_svhn  B0 whose stages 2 and 3 keep the   before the head      linear rule
                           resolution: 32x32 ends as 4x4
-    efficientnet_l2,      torchvision's blocks, wider and    before the head      linear rule
-    efficientnet_b6_wide  deeper than B7
+    efficientnet_l2,      torchvision's blocks, wider than   before the head      linear rule
+    efficientnet_b6_wide  B7; L2 is deeper too
     vit_b_16 … vit_h_14   torchvision's                      after the embedding  none
                                                              and in each block
     vit_1b_14             torchvision's, of 1.2 billion      as above             none
