@@ -75,11 +75,16 @@ def read_released(name: str, root: str) -> Released:
         if released is not None:
             return released
     first = "train_32x32.mat" if name == "svhn" else f"{folder_of_torchvision(name)}/"
-    binary = "" if name == "svhn" else f"{BINARY[name][1][0]}, "
     raise MetaplError(
-        f"there is no {name} in {root}; expected {first} as torchvision reads it, {binary}"
-        "train*.parquet, or folders train/CLASS/*.png, each with its test pictures beside it."
+        f"there is no {name} in {root}; expected {first} as torchvision reads it, "
+        f"{other_forms(name)}, each with its test pictures beside it."
     )
+
+
+def other_forms(name: str) -> str:
+    """Return the forms of a set that torchvision does not read."""
+    binary = "" if name == "svhn" else f"{BINARY[name][1][0]}, "
+    return f"{binary}train*.parquet, or folders train/CLASS/*.png"
 
 
 def folder_of_torchvision(name: str) -> str:
@@ -109,8 +114,9 @@ def by_torchvision(name: str, root: Path) -> Released | None:
             classes = cifar.classes
     except RuntimeError as error:
         raise MetaplError(
-            f"torchvision does not read the {name} in {root}: {reason_of(error)} (a file is "
-            "missing, or has another MD5); expected the whole, released files."
+            f"torchvision does not read the {name} in {root}: a file is missing, or has another "
+            "MD5 than the released one, so that its pictures may be others; expected the released "
+            f"files, or in a folder without them {other_forms(name)}."
         ) from error
     return Released(parts, classes)
 
