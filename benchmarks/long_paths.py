@@ -36,8 +36,8 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead
 from metapl.ablation.cost import peak_bytes
+from metapl.core.keeping import keeping
 from metapl.feedback import Forward
-from metapl.feedback.keeping import keeping
 from metapl.problems import EqualWeights
 
 RAW = RESULTS / "long_paths.jsonl"

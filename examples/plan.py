@@ -36,18 +36,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.ablation.cost import FORMULAS
+from metapl.core.path import Path
+from metapl.core.step import InnerStep
+from metapl.core.teacher import Teaching
 from metapl.distributed import Mesh, shard
+from metapl.engines.eager import Pass
 from metapl.execution import checks
 from metapl.execution.batch_norm import share_batch_norms
 from metapl.execution.layout import Layout
-from metapl.execution.local import Pass
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState
 from metapl.feedback import base, inner_step, keeping, teacher
-from metapl.feedback.inner_step import InnerStep
-from metapl.feedback.path import Path
-from metapl.feedback.teacher import Teaching
 from metapl.models import LabelAdjuster
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer

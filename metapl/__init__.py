@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from metapl import feedback, problems
+from metapl.core.lookahead import Lookahead
 from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.report import StepReport
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy

@@ -14,13 +14,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from metapl.core.size import FeedbackSize
 from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks
 from metapl.execution.state import Slots
 from metapl.feedback import Estimator
 from metapl.feedback.report import Report, StepReport
-from metapl.feedback.size import FeedbackSize
 from metapl.metrics.metric import Judge
 from metapl.problems.base import BilevelProblem
 from metapl.problems.losses import TeacherLoss

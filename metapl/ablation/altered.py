@@ -9,13 +9,14 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
+from metapl.core.feedback import Feedback
+from metapl.core.path import Path
+from metapl.core.step import InnerStep
+from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.execution.layout import Capability
-from metapl.feedback.base import Estimator, Feedback, Normalization, State
+from metapl.feedback.base import Estimator, Normalization, State
 from metapl.feedback.forward import Forward
-from metapl.feedback.inner_step import InnerStep
-from metapl.feedback.path import Path
-from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
@@ -102,7 +103,7 @@ class Altered(Estimator):
         """Return the feedback on a field of the signal, altered over the batch of all ranks."""
         if not step.has_rows(name):
             # Every rank and micro-batch has a share of the feedback on all of a matrix.
-            shares = h.chunk(len(step.passes))
+            shares = h.chunk(step.descent.parts)
             return torch.cat([self._altered(share, None, call) for share in shares])
         ranks = step.student.ranks
         classes = ranks.all_rows(step.signal.value) if step.signal.sampled else None

@@ -26,6 +26,7 @@ from metapl.ablation.altered import Alteration, Altered
 from metapl.ablation.cost import flops, peak_bytes, seconds
 from metapl.ablation.figure import draw_modes
 from metapl.ablation.mode_cost import ModeCost, ModeDistance
+from metapl.core.lookahead import InnerBatches
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch, is_whole, length
@@ -33,7 +34,6 @@ from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
-from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -167,6 +167,13 @@ class TreeSum:
         if self.count == 1:
             return self.total
         return {name: t / self.count for name, t in self.total.items()}
+
+
+def mean_of_scalars(values: Sequence[Tensor]) -> Tensor:
+    """Return the mean of scalars."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(list(values)).mean(0)
 
 
 # torch.backends, whose stubs lack some of its attributes.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,9 @@ from torch import distributed as dist
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.numerics import Tree
+
+NOTHING: AbstractContextManager[Any] = nullcontext()
+"""A block in which nothing is other than around it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +180,7 @@ class Ranks:
         count = self.sum(torch.tensor(float(is_so), device=self.device))
         return bool(count > 0)
 
-    @contextmanager
-    def agreed(self, *, waiting: bool = False) -> Iterator[None]:
+    def agreed(self, *, waiting: bool = False) -> AbstractContextManager[None]:
         """If this block fails on one rank, fail on all of them.
 
         The message is that of the first rank that failed.
@@ -187,8 +189,11 @@ class Ranks:
             waiting: agree on an accelerator too, where the host has to wait for the answer.
         """
         if self.alone or not (waiting or self.device.type == "cpu"):
-            yield
-            return
+            return NOTHING
+        return self._agreed()
+
+    @contextmanager
+    def _agreed(self) -> Iterator[None]:
         failure: Exception | None = None
         try:
             yield

@@ -10,27 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
+from metapl.core.feedback import Feedback
+from metapl.core.lookahead import Lookahead
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layout
-from metapl.feedback.base import Estimator, Feedback
+from metapl.feedback.base import Estimator
 from metapl.feedback.difference import Difference
 from metapl.feedback.direct import Direct
 from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
-from metapl.feedback.lookahead import Lookahead
 from metapl.feedback.loss_difference import LossDifference
 from metapl.feedback.none import NoFeedback
 from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, enters_input, kind_of, overrides
+from metapl.problems.base import BilevelProblem, Kind, Signal, enters_input, kind_of, overrides
 from metapl.words import did_you_mean
 
 __all__ = [
@@ -240,3 +241,48 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
             f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps}), and "
             f"the student is {student.description}; expected {expected}."
         )
+
+
+def check_signal(
+    signal: Any, mode: Estimator, problem: BilevelProblem, *, student_steps: int
+) -> None:
+    """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in.
+
+    Args:
+        student_steps: how many the mode differentiates.
+    """
+    if not isinstance(signal, Signal):
+        refuse_signal(problem, given=checks.described(signal))
+    value, log_prob = signal.value, signal.log_prob
+    if isinstance(value, dict):
+        has_tensors = bool(value) and all(isinstance(t, Tensor) for t in value.values())
+        fits = log_prob is None and has_tensors
+    else:
+        fits = isinstance(value, Tensor)
+        if fits and log_prob is not None:
+            fits = log_prob.shape == value.shape[:1]
+    if not fits:
+        refuse_signal(problem, given=f"a Signal of {checks.described(value)}")
+    kind: Kind = "soft" if log_prob is None else "hard"
+    if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
+        raise MetaplError(
+            f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the "
+            "student's input; expected a differentiable signal, or 'reinforce', "
+            "'loss_difference' or 'none'."
+        )
+    is_constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
+    if is_constant or kind not in mode.labels:
+        with_or_without = "without" if log_prob is None else "with"
+        fitting_modes = ", ".join(modes_for(kind, looks_ahead=student_steps > 1))
+        raise MetaplError(
+            f"the problem's signal is {checks.described(value)} {with_or_without} a log_prob, "
+            f"which mode '{mode.name}' does not differentiate; expected {fitting_modes}, or a "
+            "signal of floating point, or with log_prob."
+        )
+
+
+def refuse_signal(problem: BilevelProblem, *, given: str) -> NoReturn:
+    raise MetaplError(
+        f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
+        "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
+    )

@@ -9,14 +9,14 @@ g; and ż = d/dε S(x; θ + εw), the derivative of the student's outputs z = S(
 
 An estimator is a formula, and combines three choices:
 
-- how w is computed (:meth:`~metapl.feedback.roads.StudentPath.pullback`,
-  :meth:`~metapl.feedback.roads.StudentPath.adjoints`);
+- how w is computed (:meth:`~metapl.core.terms.StudentPath.pullback`,
+  :meth:`~metapl.core.terms.StudentPath.adjoints`);
 - how ż is computed, exactly or by a difference of outputs;
 - how finely the feedback is resolved (``credits``): h has one number for each entry of the signal,
   for each example, or for the whole batch; or there is no feedback.
 
 It changes no parameter. How w and ż are found is a matter of the road
-(:mod:`metapl.feedback.roads`).
+(:mod:`metapl.core.terms`).
 
 h is computed in the head, the part of the computation from the outputs to the loss, from z and ż,
 without running the network (unless the signal enters x, see :func:`exact_feedback`). If the inner
@@ -31,25 +31,28 @@ d/dε ℓ is compared with ⟨w, g⟩, which it equals by the chain rule (:mod:`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from metapl.core.engine import Engine
+from metapl.core.feedback import Feedback
+from metapl.core.keeping import ALL, Keeping
+from metapl.core.lesson import Credited, Credits, credited
+from metapl.core.order import NotFiniteFeedback, Order
+from metapl.core.path import Path
+from metapl.core.step import Move
+from metapl.core.terms import Gradients, StudentPath, StudentStep
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import ONE_PROCESS, Capability
-from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import Tree
+from metapl.execution.ranks import NOTHING
 from metapl.execution.state import drawing_by
-from metapl.feedback.inner_step import Credited, Credits, InnerStep, Move, credited
-from metapl.feedback.keeping import ALL, Keeping
-from metapl.feedback.order import NotFiniteFeedback, Order
-from metapl.feedback.path import Path
-from metapl.feedback.roads import Gradients, StudentPath, StudentStep
-from metapl.problems.base import BilevelProblem, Kind, Signal, field_name, kind_of
+from metapl.problems.base import BilevelProblem, Kind, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
 
 NOT_FINITE = (
@@ -71,120 +74,6 @@ Reduction = Literal["mean", "sum"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
 Truncation = Annotated[int, Range(0, of="a number of steps")]
 Decay = Annotated[float, Range(0, 1, of="a decay")]
-
-
-@dataclass(frozen=True)
-class Feedback:
-    """The feedback h on a part of the signal.
-
-    Args:
-        h: without a graph: in the shape of that part, or a scalar for the whole batch.
-        part: ``"value"`` for a differentiable signal, or the first of its
-            :meth:`~metapl.Signal.fields` where it is a dict; ``"log_prob"`` for sampled labels, by
-            their score; ``"probs"`` for sampled labels whose expectation is taken; None: no
-            feedback.
-        others: the feedback on the other fields of a differentiable signal, by name: of its dict,
-            and those besides the value that the inner loss depends on.
-        used: whether the inner loss of this step depends on the signal. Where that was not looked
-            at, as without feedback, it is True, so that no step is refused for it.
-        mean_over: the number of examples by which the sum over the signal is divided: B in all
-            processes for the mean of Algorithm 1, 1 for a sum.
-        numbers: what reports and results have of the estimator besides h, scalars by name.
-    """
-
-    h: Tensor
-    part: str | None
-    others: Mapping[str, Tensor] = field(default_factory=dict)
-    used: bool = True
-    mean_over: int = 1
-    numbers: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def by_field(self) -> dict[str, Tensor]:
-        """Return h on each field of the signal by the field's name; empty for no feedback."""
-        if self.part is None:
-            return {}
-        return {self.part: self.h, **self.others}
-
-    def on_value(self, value: Tensor | Mapping[str, Tensor]) -> Tensor | dict[str, Tensor]:
-        """Return h as the signal's value is: a tensor, or a dict of its floating-point tensors."""
-        if self.part is None or not isinstance(value, dict):
-            return self.h
-        by_field = self.by_field()
-        on_keys = {}
-        for key in value:
-            if field_name(key) in by_field:
-                on_keys[key] = by_field[field_name(key)]
-        return on_keys
-
-    def loss_term(self, signal: Signal) -> Tensor:
-        """Return −Σ h·signal, or with ``mean_over`` its mean, a scalar with the signal's graph.
-
-        The gradient of the sum is the hypergradient dL(θ′)/dθ_T, because h already contains the 1/B
-        of the inner loss.
-        """
-        if self.part is None:
-            return self.h.new_zeros(())
-        fields = signal.fields()
-        terms = [(-h * fields[name]).sum() for name, h in self.by_field().items()]
-        total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-        return total if self.mean_over == 1 else total / self.mean_over
-
-    def teacher_loss(self, signal: Signal) -> Tensor:
-        """Return :meth:`loss_term` for a signal with the teacher's graph.
-
-        Raises: :class:`metapl.MetaplError` where the signal has none.
-        """
-        total = self.loss_term(signal)
-        if self.part is not None and not total.requires_grad and torch.is_grad_enabled():
-            raise MetaplError(
-                f"the teacher's signal ({self.part}) has no graph: it was detached, or computed "
-                "under no_grad(); expected one with its graph, or mode='none'."
-            )
-        return total
-
-    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
-        """Return the same with h, and that on other fields, changed.
-
-        Args:
-            change: of a field's name, and of h on that field.
-        """
-        others = {name: change(name, h) for name, h in self.others.items()}
-        return replace(self, h=change(self.part or "", self.h), others=others)
-
-    def divided_by(self, divisor: Tensor | float) -> Feedback:
-        """Return the same over a number, such as that of :func:`divisor`."""
-        if isinstance(divisor, float) and divisor == 1.0:
-            return self
-        return self.mapped(lambda name, h: h / divisor)
-
-    def chunks(self, parts: int) -> list[Feedback]:
-        """Return the feedback on each of so many micro-batches."""
-        if self.h.ndim == 0 or parts == 1:
-            return [self] * parts
-        h_by_part = self.h.chunk(parts)
-        others_by_part = {name: h.chunk(parts) for name, h in self.others.items()}
-        pieces = []
-        for i in range(parts):
-            others = {name: chunks[i] for name, chunks in others_by_part.items()}
-            pieces.append(replace(self, h=h_by_part[i], others=others))
-        return pieces
-
-    def of_batch(self, step: InnerStep) -> Tensor | dict[str, Tensor]:
-        """Return h on the whole batch, as the signal's value is.
-
-        On a field without rows it is the sum over micro-batches, each of which has a signal of its
-        own.
-        """
-        parts = len(step.passes)
-
-        def joined(name: str, h: Tensor) -> Tensor:
-            if parts == 1 or h.ndim == 0 or step.has_rows(name):
-                return h.detach()
-            # The h of the micro-batches stand one after the other along dimension 0.
-            h_by_part = h.detach().reshape(parts, -1, *h.shape[1:])
-            return h_by_part.sum(0)
-
-        return self.mapped(joined).on_value(step.signal.value)
 
 
 class Estimator(ABC):
@@ -219,7 +108,7 @@ class Estimator(ABC):
     is_pure: ClassVar[bool] = False
     """Whether :meth:`feedback` is written in the terms of both roads.
 
-    It then asks for nothing but the protocols of :mod:`metapl.feedback.roads`, and reads no number
+    It then asks for nothing but the protocols of :mod:`metapl.core.terms`, and reads no number
     on the host: the pure road runs it too, and ``torch.compile`` traces it.
     """
 
@@ -256,7 +145,7 @@ class Estimator(ABC):
         """Whether the feedback on a differentiable signal is the whole gradient, to rounding."""
         return False
 
-    def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
+    def keeping(self, steps: int, size: int, student: Engine) -> Keeping:
         """Return which steps of a look-ahead keep their states.
 
         The adjoint computes the others again.
@@ -290,12 +179,12 @@ class Estimator(ABC):
         return ""
 
     def orders(
-        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         """Return the orders of differentiation that a path may take, the preferred first.
 
         The first step takes the first of them that runs, later ones the same
-        (:mod:`metapl.feedback.order`). Empty: there is nothing to choose.
+        (:mod:`metapl.core.order`). Empty: there is nothing to choose.
 
         Args:
             steps: of the student.

@@ -10,19 +10,20 @@ from typing import Annotated, ClassVar
 import torch
 from torch import Tensor
 
-from metapl.execution.local import LocalStudent
+from metapl.core.engine import Engine
+from metapl.core.feedback import Feedback
+from metapl.core.lesson import Credited
+from metapl.core.order import Order
+from metapl.core.step import Move
+from metapl.core.terms import StudentPath, StudentStep
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import (
     Estimator,
-    Feedback,
     Normalization,
     State,
     divisor,
     feedback_by_move,
 )
-from metapl.feedback.inner_step import Credited, Move
-from metapl.feedback.order import Order
-from metapl.feedback.roads import StudentPath, StudentStep
 from metapl.problems.base import BilevelProblem, Kind
 from metapl.runs.fields import Range
 
@@ -91,7 +92,7 @@ class Difference(Estimator):
         return [h.divided_by(divisor(self.normalization, step, w))], state
 
     def orders(
-        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return "outputs", "losses"
 

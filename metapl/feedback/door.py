@@ -13,7 +13,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import chain
 from typing import Any
 
@@ -22,13 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.core.lookahead import InnerBatches
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
-from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
 from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.runs.checkpoint import plain_states
@@ -529,26 +528,6 @@ class FirstLook:
                 if name:
                     return f"the {role}'s {name}"
         return f"{described(leaf)} that requires a gradient"
-
-
-_first_look: ContextVar[FirstLook | None] = ContextVar("first_look", default=None)
-
-
-def current_look() -> FirstLook | None:
-    """Return the look of the step under way; None in all steps but the first."""
-    return _first_look.get()
-
-
-@contextmanager
-def looking(look: FirstLook | None) -> Iterator[None]:
-    """Take a step in this block, with a look at it; None: without one."""
-    token = _first_look.set(look)
-    try:
-        yield
-        if look is not None:
-            look.at_batches()
-    finally:
-        _first_look.reset(token)
 
 
 def ids(tensors: Any) -> set[int]:

@@ -24,12 +24,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from metapl.core.engine import Engine
+from metapl.core.feedback import Feedback
+from metapl.core.keeping import Keeping, keeping
+from metapl.core.lesson import credited
+from metapl.core.order import Order
+from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.execution.layout import CURVATURE, FORWARD_AD, Capability
-from metapl.execution.local import LocalStudent
 from metapl.feedback.base import (
     Estimator,
-    Feedback,
     Normalization,
     State,
     Steps,
@@ -39,10 +43,6 @@ from metapl.feedback.base import (
     feedback_from,
     padded,
 )
-from metapl.feedback.inner_step import credited
-from metapl.feedback.keeping import Keeping, keeping
-from metapl.feedback.order import Order
-from metapl.feedback.roads import StudentPath
 from metapl.problems.base import BilevelProblem, Kind, enters_input
 
 SMALL = 2**15
@@ -55,7 +55,7 @@ By = Literal["graph", "tangent", "double_backward"]
 def exact_orders(
     steps: int,
     problem: BilevelProblem,
-    student: LocalStudent,
+    student: Engine,
     wrt: Sequence[str] = (),
     by: By | None = None,
 ) -> tuple[Order, ...]:
@@ -167,11 +167,11 @@ class Forward(Estimator):
         return self.truncate is None and self.normalization == "gradient"
 
     def orders(
-        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return exact_orders(steps, problem, student, wrt, self.by)
 
-    def keeping(self, steps: int, size: int, student: LocalStudent) -> Keeping:
+    def keeping(self, steps: int, size: int, student: Engine) -> Keeping:
         return keeping(
             steps, size, student.device, self.keep or self.keep_every, self.keep_on, student.ranks
         )

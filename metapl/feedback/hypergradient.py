@@ -9,17 +9,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.core.lookahead import InnerBatches, Lookahead
+from metapl.core.order import Order, Orders
+from metapl.core.path import take_steps
+from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
+from metapl.core.teacher import Teaching
+from metapl.engines.eager import LocalStudent
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
-from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import (
     MissingDerivative,
     deterministic,
@@ -30,6 +36,7 @@ from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import (
     Mode,
     check_mode,
+    check_signal,
     check_teacher,
     estimator,
     in_place_of,
@@ -38,17 +45,12 @@ from metapl.feedback import (
 )
 from metapl.feedback.door import (
     FirstLook,
-    looking,
+    KeptBySignal,
     outer_loss_reads_more,
     refuse_direct_term_in_parts,
     refuse_learned_settings,
     refuse_tensors,
 )
-from metapl.feedback.lookahead import InnerBatches, Lookahead
-from metapl.feedback.order import Order, Orders
-from metapl.feedback.path import take_steps
-from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
-from metapl.feedback.teacher import Teaching
 from metapl.problems.base import BilevelProblem
 from metapl.runs.terminal import step_bar
 from metapl.updates import (
@@ -87,7 +89,7 @@ class Hypergradient:
             by ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a
             part of ``grads``; empty elsewhere, and in the modes that leave it out (``none`` and the
             sampled ones).
-        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`):
+        order: in which order the second derivative was taken (:mod:`metapl.core.order`):
             ``"graph"``, ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty
             in modes that take none, and compiled. ``Forward(by=result.order)`` takes the same
             without trying.
@@ -163,7 +165,11 @@ def as_leaf(setting: Any) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What a hypergradient is asked for; for the fields see :func:`metapl.hypergradient`."""
+    """What a hypergradient is asked for; for the fields see :func:`metapl.hypergradient`.
+
+    Args:
+        look: at the graphs of both losses, for a step that is verified.
+    """
 
     teacher: nn.Module | None
     student: nn.Module
@@ -180,6 +186,7 @@ class Request:
     shows_progress: bool = False
     wrt: str | Sequence[str] = ("teacher",)
     replay_tolerance: float = REPLAY_TOLERANCE
+    look: FirstLook | None = None
 
 
 @one_at_a_time
@@ -315,10 +322,14 @@ class Differentiation:
         student_type = LocalStudent
         if self.of_student.is_sharded:
             # It is loaded where it is used.
-            from metapl.execution.sharded import ShardedStudent
+            from metapl.engines.sharded import ShardedStudent
 
             student_type = ShardedStudent
-        self.student = student_type(self.of_student, double_backward=self.estimate.keep_graph)
+        self.student = student_type(
+            self.of_student,
+            double_backward=self.estimate.keep_graph,
+            parts=self.request.accumulate,
+        )
         if self.settings and self.estimate.keep_graph:
             self._make_settings_leaves()
         self._begin()
@@ -370,17 +381,19 @@ class Differentiation:
         estimate = self.estimate
         student = self.student
         ranks = self.of_student.ranks
+        steps = len(self.inner_batches)
+        network = nn.Module() if request.teacher is None else request.teacher
         teaching = Teaching(
             self.of_teacher,
             self.problem,
-            mode=estimate,
+            check=partial(check_signal, mode=estimate, problem=self.problem, student_steps=steps),
             generator=request.generator,
             ranks=ranks,
             device=self.device,
             inner_batches=self.inner_batches,
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
-            is_first=True,
+            calls=KeptBySignal(self.problem, network),
         )
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
@@ -388,7 +401,9 @@ class Differentiation:
         student.chooses_order = is_tried
         replays = ReplayCheck(request.replay_tolerance, ranks)
         is_shown = request.shows_progress and ranks.first
-        steps = len(self.inner_batches)
+        look = request.look
+        if request.accumulate > 1:
+            look = self._look()
         with ExitStack() as stack:
             stack.enter_context(
                 restored(
@@ -403,8 +418,6 @@ class Differentiation:
                 stack.enter_context(no_fast_path(math=True))
             if steps > 1:
                 stack.enter_context(deterministic(self.device))
-            if request.accumulate > 1:
-                stack.enter_context(looking(self._look()))
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
             with step_bar(is_shown, steps, "steps") as show_step:
                 path = take_steps(
@@ -414,8 +427,6 @@ class Differentiation:
                     outer_batch=self.problem.outer_batch(request.outer),
                     inner_batches=self.inner_batches,
                     teach=teaching,
-                    accumulate=request.accumulate,
-                    keep_graph=estimate.keep_graph,
                     order=order,
                     credits=estimate.credits_of_steps,
                     truncate=self.truncate,
@@ -423,6 +434,7 @@ class Differentiation:
                     updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],
                     replays=replays,
+                    look=look,
                     progress=show_step,
                 )
             path.is_tried = is_tried
@@ -454,6 +466,8 @@ class Differentiation:
             # The path of the real step: the same, unless the problem makes another signal of the
             # feedback.
             real_path = path.revised(h[-1])
+            if look is not None:
+                look.at_batches()
             is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)
             is_lookahead = self.inner_batches.is_lookahead
             return Hypergradient(

@@ -18,15 +18,16 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from metapl.core.engine import Engine
+from metapl.core.feedback import Feedback
+from metapl.core.order import Order
+from metapl.core.path import Path
+from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import FORWARD_AD, ONE_PROCESS, Capability
-from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import WHOLE, Tree, scaled
-from metapl.feedback.base import Estimator, Feedback, State, exact_feedback
-from metapl.feedback.order import Order
-from metapl.feedback.path import Path
-from metapl.feedback.roads import StudentPath
+from metapl.feedback.base import Estimator, State, exact_feedback
 from metapl.problems.base import BilevelProblem, Kind, enters_input
 from metapl.runs.fields import Range
 
@@ -87,7 +88,7 @@ class Implicit(Estimator):
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
     def orders(
-        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         if enters_input(problem):
             return ("double_backward",)

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from metapl.core.feedback import Feedback
+from metapl.core.lesson import Credits
+from metapl.core.terms import StudentPath
 from metapl.feedback.base import (
     Decay,
     Estimator,
-    Feedback,
     Reduction,
     State,
     divisor,
     examples_of_mean,
 )
-from metapl.feedback.inner_step import Credits
 from metapl.feedback.reinforce import init_baseline, subtract_baseline
-from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 

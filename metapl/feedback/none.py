@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.feedback.base import Estimator, Feedback, State
-from metapl.feedback.inner_step import Credits
-from metapl.feedback.roads import StudentPath
+from metapl.core.feedback import Feedback
+from metapl.core.lesson import Credits
+from metapl.core.terms import StudentPath
+from metapl.feedback.base import Estimator, State
 from metapl.problems.base import Kind
 
 

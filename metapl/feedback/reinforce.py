@@ -8,18 +8,18 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from metapl.core.feedback import Feedback
+from metapl.core.lesson import Credits
+from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.feedback.base import (
     Decay,
     Estimator,
-    Feedback,
     Reduction,
     State,
     divisor,
     examples_of_mean,
 )
-from metapl.feedback.inner_step import Credits
-from metapl.feedback.roads import StudentPath
 from metapl.problems.base import Kind
 
 

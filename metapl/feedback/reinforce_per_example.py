@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from metapl.core.engine import Engine
+from metapl.core.feedback import Feedback
+from metapl.core.lesson import Credits
+from metapl.core.order import Order
+from metapl.core.terms import StudentPath
 from metapl.execution.layout import FORWARD_AD, Capability
-from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Feedback, Normalization, State, divisor, exact_feedback
+from metapl.feedback.base import Estimator, Normalization, State, divisor, exact_feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import exact_orders
-from metapl.feedback.inner_step import Credits
-from metapl.feedback.order import Order
-from metapl.feedback.roads import StudentPath
 from metapl.problems.base import BilevelProblem, Kind
 
 # Made once, since checking its fields is nothing that a compiled step could trace.
@@ -63,7 +64,7 @@ class ReinforcePerExample(Estimator):
         return frozenset({FORWARD_AD} if self.tangent == "forward" else ())
 
     def orders(
-        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         if self.tangent == "difference":
             return BY_DIFFERENCE.orders(steps, problem, student, wrt)

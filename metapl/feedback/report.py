@@ -93,7 +93,7 @@ class StepReport(Report):
         direct_term: where the outer loss reads the teacher, whether its gradient at fixed θ′ is
             ``"included"`` in the teacher's, or ``"left out"``, as in ``none`` and the sampled
             modes; empty where it reads the student alone.
-        order: in which order the second derivative was taken (:mod:`metapl.feedback.order`), as the
+        order: in which order the second derivative was taken (:mod:`metapl.core.order`), as the
             first step chose it; empty in modes that take none, and in compiled steps.
     """
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from metapl.execution.local import LocalStudent
-from metapl.feedback.base import Estimator, Feedback, State, Truncation, feedback_from, padded
-from metapl.feedback.order import Order
-from metapl.feedback.roads import StudentPath
+from metapl.core.engine import Engine
+from metapl.core.feedback import Feedback
+from metapl.core.order import Order
+from metapl.core.terms import StudentPath
+from metapl.feedback.base import Estimator, State, Truncation, feedback_from, padded
 from metapl.problems.base import BilevelProblem, Kind
 
 
@@ -44,7 +45,7 @@ class Unrolled(Estimator):
         return self.truncate is None
 
     def orders(
-        self, steps: int, problem: BilevelProblem, student: LocalStudent, wrt: Sequence[str] = ()
+        self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()
     ) -> tuple[Order, ...]:
         return ("double_backward",)
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metapl.core.lesson import inner_loss
+from metapl.core.size import FeedbackSize
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator
-from metapl.feedback.inner_step import inner_loss
-from metapl.feedback.size import FeedbackSize
 from metapl.functional.state import (
     Function,
     State,

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
+from metapl.core.lookahead import InnerBatches
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
@@ -45,7 +46,6 @@ from metapl.execution.state import (
 )
 from metapl.feedback import LossDifference
 from metapl.feedback.door import numbers_in, same_to_rounding
-from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
@@ -159,7 +159,7 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
         return (
             f"mode {type(mode).__name__}, which runs on the eager road alone; expected one of the "
             "library's, other than implicit, or is_pure = True in an estimator that asks for "
-            "nothing but metapl.feedback.roads"
+            "nothing but metapl.core.terms"
         )
     if isinstance(mode, LossDifference) and trainer.precision != "float32":
         # Its two outer losses run as one vmapped pass, in which autocast leaves biases in float32.

@@ -1,7 +1,7 @@
 """The student's steps on the pure road: how v, w and ż are found there.
 
 :class:`PurePath` and its :class:`PureStep` are what an estimator is handed, in the terms of
-:mod:`metapl.feedback.roads`. The derivation is at the head of :mod:`metapl.functional.step`.
+:mod:`metapl.core.terms`. The derivation is at the head of :mod:`metapl.functional.step`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metapl.core.lesson import Credited, credited
+from metapl.core.step import Move
+from metapl.core.terms import Gradients, StudentStep
 from metapl.errors import MetaplError
 from metapl.execution.numerics import Tree, as_real, no_fast_path, wide
 from metapl.execution.tangents import norms_by_backward_kernels
-from metapl.feedback.inner_step import Credited, Move, credited
-from metapl.feedback.roads import Gradients, StudentStep
 from metapl.functional.call import Options, StepCall, StudentPass
 from metapl.functional.state import (
     SPACE,
@@ -156,7 +157,7 @@ class PureTerms:
             raise AttributeError(name)
         raise MetaplError(
             f"an estimator asks a {type(self).__name__} for {name!r}, which the pure road does not "
-            "have; expected the terms of metapl.feedback.roads, or a trainer without compile and "
+            "have; expected the terms of metapl.core.terms, or a trainer without compile and "
             "without functional()."
         )
 
@@ -177,7 +178,7 @@ class ComposedStep(PureTerms):
 
 
 class PureStep(PureTerms):
-    """A step of the student on the pure road: a :class:`metapl.feedback.roads.StudentStep`."""
+    """A step of the student on the pure road: a :class:`metapl.core.terms.StudentStep`."""
 
     space: PureSpace = SPACE
     processes = 1
@@ -319,7 +320,7 @@ def rate_of(options: Options) -> Tensor | None:
 
 
 class PurePath(PureTerms):
-    """The student's K steps on the pure road: a :class:`metapl.feedback.roads.StudentPath`.
+    """The student's K steps on the pure road: a :class:`metapl.core.terms.StudentPath`.
 
     The steps are taken when they are asked for: with the derivative of the whole path
     (:meth:`adjoints` of several steps, :meth:`gradients_in_signals`), or without it.

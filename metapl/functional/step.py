@@ -35,11 +35,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metapl.core.size import FeedbackSize, ratio_of
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator
 from metapl.feedback.door import outer_loss_reads_more
-from metapl.feedback.size import FeedbackSize, ratio_of
 from metapl.functional.call import Options, StepCall, StepRules
 from metapl.functional.path import End, PurePath
 from metapl.functional.state import (

@@ -3,7 +3,7 @@
 :mod:`metapl.functional.adjoint` has the two functions and their mathematics. Each is compiled once
 (:mod:`metapl.functional.graphs`); the loop is Python's, and the number of steps K is in no graph.
 The adjoint of a step runs it again from the state before it, under the same dropout masks. That
-state was kept, or is computed again (:mod:`metapl.feedback.keeping`).
+state was kept, or is computed again (:mod:`metapl.core.keeping`).
 
 :func:`differentiate` makes a :class:`PathPlan`, which does not change, walks the steps forward and
 back (:class:`CompiledPath`), and writes what it learns of them into a :class:`StepBook`.
@@ -24,6 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.core.keeping import Keeping, States, keeping
+from metapl.core.lookahead import Lookahead
+from metapl.core.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
+from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest
@@ -40,10 +44,6 @@ from metapl.execution.state import RandomState, branching_to, replayed, trainabl
 from metapl.feedback import Estimator, Forward, Unrolled
 from metapl.feedback.door import refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
-from metapl.feedback.keeping import Keeping, States, keeping
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
-from metapl.feedback.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.functional.adjoint import Carry, Cotangents, Settings
 from metapl.functional.compiled import Capturing, refuse_gap
 from metapl.functional.graphs import Graphs, Shapes, graphs_of, shapes_of
@@ -200,7 +200,7 @@ class PathPlan:
         phi: φ, the teacher's weights.
         first: the first step that is differentiated.
         keeping: which steps keep their states.
-        spacings: as at the head of :mod:`metapl.feedback.keeping`, down to 1.
+        spacings: as at the head of :mod:`metapl.core.keeping`, down to 1.
         compared_step: the first step that moves the student, for a warm-up may begin with a rate
             of 0. The graphs are compared with the eager road in it.
         compared_settings: the settings in that step, as those of one step; None where they are the

@@ -17,6 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
+from metapl.core.lookahead import Lookahead
+from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, returned_by
@@ -27,9 +30,6 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
-from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
-from metapl.feedback.lookahead import Lookahead
-from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import Classification, EqualWeights

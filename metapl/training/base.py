@@ -24,9 +24,8 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
 from metapl.execution.checks import described
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING
 from metapl.execution.numerics import wide
-from metapl.execution.ranks import ALONE, Ranks
+from metapl.execution.ranks import ALONE, NOTHING, Ranks
 from metapl.feedback.report import Report, Say
 from metapl.metrics.metric import Better, MetricLike, Term, default_metric, metric_of, of_classes
 from metapl.metrics.predictions import input_batches, logits_of, outer_batches

@@ -12,14 +12,14 @@ from typing import Literal
 import torch
 from torch import nn
 
+from metapl.core.lookahead import require_batches
+from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
 from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
-from metapl.feedback.lookahead import require_batches
-from metapl.feedback.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training.verification import check_gradient

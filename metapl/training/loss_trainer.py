@@ -11,6 +11,8 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
+from metapl.core.lookahead import InnerBatches
+from metapl.core.teacher import NOT_FINITE, mean_scalars
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, micro_batches, plain
@@ -19,9 +21,7 @@ from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import Slots, restored
 from metapl.feedback.door import refuse_tensors
-from metapl.feedback.lookahead import InnerBatches
 from metapl.feedback.report import Report
-from metapl.feedback.teacher import NOT_FINITE, mean_scalars
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (

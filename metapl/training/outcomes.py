@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metapl.core.size import DEFAULT_BOUND
 from metapl.execution.shards import local
 from metapl.feedback.report import Say
-from metapl.feedback.size import DEFAULT_BOUND
 from metapl.metrics import Evaluation
 from metapl.protocols import AnyTrainer, TwoLevelTrainer
 from metapl.training.fittable import is_two_level

@@ -29,12 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
-from metapl.feedback.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.functional.adjoint import Carry, Settings, make_training
 from metapl.functional.compiled import Capturing, captured
 from metapl.functional.state import clipped, constants_of, tensors_of

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metapl.core.lookahead import Lookahead
 from metapl.data.feed import Feed, feed
 from metapl.data.steps import StepBatches, in_memory
 from metapl.execution.batch import Batch, digest, map_tensors, plain
-from metapl.feedback.lookahead import Lookahead
 
 
 class Sources:

@@ -11,19 +11,26 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from metapl.core.lookahead import InnerBatches, require_batches
+from metapl.core.order import Order, Orders
+from metapl.core.path import take_steps
+from metapl.core.size import DEFAULT_BOUND, FeedbackSize
+from metapl.core.teacher import Teaching
 from metapl.data.feed import Source
+from metapl.engines.eager import LocalStudent
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_by
 from metapl.execution.layout import layouts
-from metapl.execution.local import NOTHING, LocalStudent
 from metapl.execution.numerics import MissingDerivative, no_fast_path
+from metapl.execution.ranks import NOTHING
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import (
     MODES,
     Mode,
     check_mode,
+    check_signal,
     check_teacher,
     estimator,
     in_place_of,
@@ -32,7 +39,8 @@ from metapl.feedback import (
 )
 from metapl.feedback.door import (
     FirstLook,
-    looking,
+    KeptBySignal,
+    hooked,
     outer_loss_reads_more,
     refuse_direct_term_in_parts,
     refuse_hooks,
@@ -42,12 +50,7 @@ from metapl.feedback.door import (
     refuse_tensors,
 )
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.feedback.lookahead import InnerBatches, require_batches
-from metapl.feedback.order import Order, Orders
-from metapl.feedback.path import take_steps
 from metapl.feedback.report import Report, StepReport
-from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize
-from metapl.feedback.teacher import Teaching
 from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
@@ -152,7 +155,7 @@ class BilevelTrainer(Trainer):
             of 1 unless another is given. **The default**, where none of the three is given and the
             teacher learns labels by losses of its own (those of the problem, what is given in their
             place, or a cross-entropy), is a bound of 0.1
-            (:data:`metapl.feedback.size.DEFAULT_BOUND`; measured in docs/modes.md); elsewhere it is
+            (:data:`metapl.core.size.DEFAULT_BOUND`; measured in docs/modes.md); elsewhere it is
             a weight of 1. A bound and a ratio take no pass more than a weight does, and hold one
             more gradient of the teacher. A compiled step takes one more backward pass of the
             teacher, unless its losses say ``detaches_signal``.
@@ -275,7 +278,7 @@ class BilevelTrainer(Trainer):
         self._student_type = LocalStudent
         if self.layout.is_sharded:
             # It is loaded where it is used.
-            from metapl.execution.sharded import ShardedStudent
+            from metapl.engines.sharded import ShardedStudent
 
             self._student_type = ShardedStudent
 
@@ -415,7 +418,10 @@ class BilevelTrainer(Trainer):
         if steps != self.lookahead:
             check_mode(self.mode, steps, self.problem, self.layout)
         student = self._student_type(
-            self.layout, self.slots[1], double_backward=self.mode.keep_graph
+            self.layout,
+            self.slots[1],
+            double_backward=self.mode.keep_graph,
+            parts=self.accumulate,
         )
         candidates = self.mode.orders(steps, self.problem, student)
         take_in_order = partial(self._step_in_order, opened=opened, student=student)
@@ -515,10 +521,14 @@ class BilevelTrainer(Trainer):
         student.chooses_order = is_tried
         # The update is of the weights that are learned now: layers may have been thawed.
         self.update.follow(student.parameters)
+        # What a problem keeps between two calls of its signal is looked at in a first step.
+        calls = KeptBySignal(self.problem, self.slots[0].module) if is_first else None
         teaching = Teaching(
             layout=self.teacher_layout,
             problem=self.problem,
-            mode=mode,
+            check=partial(
+                check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
+            ),
             generator=self.generator,
             ranks=self.ranks,
             device=self.device,
@@ -526,7 +536,7 @@ class BilevelTrainer(Trainer):
             accumulate=self.accumulate,
             recompute=self.recompute_teacher,
             slots=self.slots[0],
-            is_first=is_first,
+            calls=calls,
         )
         # Fused attention has no second derivative, which a kept graph of g needs.
         needs_second_derivatives = mode.keep_graph or order == "graph"
@@ -537,7 +547,7 @@ class BilevelTrainer(Trainer):
             trained=[] if self.outer_optimizer is None else parameters_of(self.outer_optimizer),
             generator=self.generator,
         ) as fault:
-            with self._autocast(), kernels, looking(opened.look):
+            with self._autocast(), kernels:
                 # Lines 2 and 3 of Algorithm 1: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
                 path = take_steps(
                     student,
@@ -546,12 +556,11 @@ class BilevelTrainer(Trainer):
                     outer_batch=outer_batch,
                     inner_batches=inner_batches,
                     teach=teaching,
-                    accumulate=self.accumulate,
-                    keep_graph=mode.keep_graph,
                     order=order,
                     credits=mode.credits_of_steps,
                     truncate=getattr(mode, "truncate", None),
                     keep=mode.keeping,
+                    look=opened.look,
                 )
                 path.is_tried = is_tried
                 # Line 4: h.
@@ -563,7 +572,9 @@ class BilevelTrainer(Trainer):
                     outer_batch=outer_batch,
                     step=self.steps_done,
                     size=self.feedback_size,
-                    measure=self.measures_feedback,
+                    has_feedback=mode.gives_gradient,
+                    # A hook that changes gradients would be called twice.
+                    measure=self.measures_feedback and not hooked(self.slots[0].module),
                     compares_parts=bool(self.verification.setting) and is_first,
                     direct_loss=path.direct_loss if self.direct_term == "included" else None,
                 )
@@ -592,6 +603,8 @@ class BilevelTrainer(Trainer):
                     order=order or "",
                     direct_term=self.direct_term,
                 )
+            if opened.look is not None:
+                opened.look.at_batches()
             # The gradients are averaged over the processes, and clipped.
             is_averaged_or_clipped = self.clip_norm is not None or not self.ranks.alone
             if self.teacher_layout is not None and is_averaged_or_clipped:
@@ -787,7 +800,7 @@ class BilevelTrainer(Trainer):
             self.slots = [Slots(slots.module) for slots in self.slots]
         teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer)
-        student = self._student_type(self.layout, student_slots, double_backward=False)
+        student = self._student_type(self.layout, student_slots, parts=self.accumulate)
         self.update.follow(student.parameters)
 
         def first_signal(batch: Batch, outputs: Tensor | None) -> Signal:
@@ -807,7 +820,6 @@ class BilevelTrainer(Trainer):
                     outer_batch=outer_batch,
                     inner_batches=inner_batches,
                     teach=first_signal,
-                    accumulate=self.accumulate,
                 )
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
             scalars = {"inner_loss": path.inner_loss}

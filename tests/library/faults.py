@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from metapl.core.path import Path
+from metapl.core.size import FeedbackSize
+from metapl.core.step import InnerStep
+from metapl.core.teacher import Teaching
 from metapl.data import steps as sampler
-from metapl.execution import local
+from metapl.engines import eager
+from metapl.engines.eager import LocalStudent, Pass
 from metapl.execution.layout import Capability, Layout
-from metapl.execution.local import LocalStudent, Pass
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import base
-from metapl.feedback.inner_step import InnerStep
-from metapl.feedback.path import Path
-from metapl.feedback.size import FeedbackSize
-from metapl.feedback.teacher import Teaching
 from metapl.problems import BilevelProblem, PseudoLabels, pseudo_labels
 from metapl.problems.base import Signal
 from metapl.runs.fields import Range
@@ -198,7 +198,7 @@ def state_moved_by_replays(patch: pytest.MonkeyPatch) -> None:
     def replay_without_state(random: RandomState, state: Any, *args: Any, **options: Any) -> Any:
         return replay(random, stateless, *args, **options)
 
-    for user in ("execution.local", "feedback.path", "feedback.teacher"):
+    for user in ("engines.eager", "core.path", "core.teacher"):
         patch.setattr(f"metapl.{user}.replay", replay_without_state)
 
 
@@ -254,7 +254,7 @@ def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
     def as_leaves(self: LocalStudent, params: Tree) -> Tree:
         return {name: t.detach().requires_grad_() for name, t in params.items()}
 
-    patch.setattr(local, "stand_in", stand_in)
+    patch.setattr(eager, "stand_in", stand_in)
     patch.setattr(LocalStudent, "as_leaves", as_leaves)
 
 
@@ -264,13 +264,13 @@ def ignored(*args: Any, **options: Any) -> None:
 
 def outputs_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Believe replays to be the pass that they replay."""
-    for user in ("execution.local", "feedback.teacher"):
+    for user in ("engines.eager", "core.teacher"):
         patch.setattr(f"metapl.{user}.check_same_outputs", ignored)
 
 
 def slopes_unchecked(patch: pytest.MonkeyPatch) -> None:
     """Believe the forward pass to have the derivative that the backward pass has."""
-    patch.setattr("metapl.feedback.inner_step.check_same_slopes", ignored)
+    patch.setattr("metapl.core.step.check_same_slopes", ignored)
 
 
 def excluded_end_taken(patch: pytest.MonkeyPatch) -> None:
@@ -319,8 +319,8 @@ def hessian_dropped(patch: pytest.MonkeyPatch) -> None:
     real = Pass.second_derivatives
 
     def second_derivatives(self: Pass, *args: Any, **options: Any) -> Any:
-        in_weights, in_leaves = real(self, *args, **options)
-        return {name: torch.zeros_like(t) for name, t in in_weights.items()}, in_leaves
+        in_weights, in_fields, slope = real(self, *args, **options)
+        return {name: torch.zeros_like(t) for name, t in in_weights.items()}, in_fields, slope
 
     patch.setattr(Pass, "second_derivatives", second_derivatives)
 

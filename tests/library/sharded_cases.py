@@ -19,15 +19,17 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import metapl
+from metapl.core import step as inner_step
+from metapl.core.step import InnerStep
 from metapl.distributed import Mesh, shard
+from metapl.engines import sharded
+from metapl.engines.eager import Pass
 from metapl.errors import MetaplError
 from metapl.execution import ranks as ranks_module
-from metapl.execution import sharded
 from metapl.execution.batch import micro_batches
 from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks, rows_of_all
-from metapl.feedback import Forward, inner_step
-from metapl.feedback.inner_step import InnerStep
+from metapl.feedback import Forward
 from metapl.problems import LearningToReweight
 
 CLASSES = 3
@@ -490,18 +492,18 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     real_slope = inner_step._slope
-    real_in_signal = InnerStep.in_signal
+    real_in_fields = Pass._in_fields
 
     def slope(step: InnerStep, *args: Any, **options: Any) -> Any:
         return real_slope(step, *args, **options) * step.student.ranks.size
 
-    def in_signal(self: InnerStep, *args: Any) -> Any:
+    def in_fields(self: Pass, *args: Any) -> Any:
         size = self.student.ranks.size
-        derivatives = real_in_signal(self, *args)
+        derivatives = real_in_fields(self, *args)
         return {name: None if t is None else t * size for name, t in derivatives.items()}
 
     patch.setattr(inner_step, "_slope", slope)
-    patch.setattr(InnerStep, "in_signal", in_signal)
+    patch.setattr(Pass, "_in_fields", in_fields)
 
 
 WHOLE = sharded.whole

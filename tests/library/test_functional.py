@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError, Signal
+from metapl.core.lookahead import InnerBatches
 from metapl.execution.numerics import as_real
 from metapl.feedback import (
     Difference,
@@ -23,7 +24,6 @@ from metapl.feedback import (
     ReinforcePerExample,
     Unrolled,
 )
-from metapl.feedback.lookahead import InnerBatches
 from metapl.functional import stack, unstack
 from metapl.functional.compiled import eager_step
 from metapl.functional.state import State

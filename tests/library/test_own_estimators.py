@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
+from metapl.core.terms import StudentPath
 from metapl.feedback import Estimator, Feedback, Forward, Unrolled
 from metapl.feedback.base import State, exact_feedback, head_feedback
-from metapl.feedback.roads import StudentPath
 from metapl.functional import compiled
 from metapl.problems.base import Kind, gumbel
 

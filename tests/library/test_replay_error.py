@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import Lookahead, MetaplError
+from metapl.core.replays import ReplayCheck, state_digest
 from metapl.execution.numerics import deterministic
 from metapl.feedback import Forward, replays
-from metapl.feedback.replays import ReplayCheck, state_digest
 from metapl.functional import graphs, training
 from metapl.problems import EqualWeights
 

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
+from metapl.core.size import DEFAULT_BOUND, FeedbackSize, ratio_of
 from metapl.feedback import Forward, LossDifference, Reinforce
-from metapl.feedback.size import DEFAULT_BOUND, FeedbackSize, ratio_of
 from metapl.functional import stack, unstack
 from metapl.problems import ExampleWeights, LearningToReweight, Table
 

@@ -17,11 +17,11 @@ from reference import error
 from torch.utils import _pytree as pytree
 
 import metapl
+from metapl.core.lookahead import InnerBatches
+from metapl.core.path import take_steps
+from metapl.engines.eager import LocalStudent
 from metapl.execution.layout import Layout
-from metapl.execution.local import LocalStudent
 from metapl.execution.state import trainable
-from metapl.feedback.lookahead import InnerBatches
-from metapl.feedback.path import take_steps
 from metapl.updates import Clipped, Update, update_of
 
 TORCH = [name for name in OPTIMISERS if name.startswith("torch_")]
@@ -232,7 +232,6 @@ def step_on_soft_labels(problem: Any, update: Any, keep_graph: bool = False) -> 
         outer_batch=problem.labeled,
         inner_batches=InnerBatches.of_one_step(problem.unlabeled),
         teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
-        keep_graph=keep_graph,
     ).steps
     return step
 
@@ -320,9 +319,9 @@ def test_adjoints_of_weights_in_half_are_those_in_double(
     with_graph = step_on_soft_labels(problem, update, keep_graph=True)
     moved, _ = with_graph.updated
     through_graph = torch.autograd.grad(
-        [moved[path] for path in v], list(with_graph.grads.values()), list(v.values())
+        [moved[path] for path in v], list(with_graph.descent.gradient.values()), list(v.values())
     )
-    assert error(dict(zip(with_graph.grads, through_graph, strict=True)), of_g) < 5e-3
+    assert error(dict(zip(with_graph.descent.gradient, through_graph, strict=True)), of_g) < 5e-3
     as_it_is, _ = update.update(with_graph.params, with_graph.gradient, with_graph.state)
     assert all(torch.equal(moved[path], t) for path, t in as_it_is.items())
 

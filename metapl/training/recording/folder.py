@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metapl.core.replays import state_digest
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
-from metapl.feedback.replays import state_digest
 from metapl.runs import checkpoint
 
 DESCRIPTION = "recording.ckpt"

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metapl.core.replays import sketch
+from metapl.engines.eager import LocalStudent
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
@@ -24,7 +26,6 @@ from metapl.execution.layout import (
     refuse_compiled,
     refuse_untrainable,
 )
-from metapl.execution.local import LocalStudent
 from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
 from metapl.execution.state import (
     RandomState,
@@ -35,7 +36,6 @@ from metapl.execution.state import (
     swapped,
     trainable,
 )
-from metapl.feedback.replays import sketch
 from metapl.models import Logits
 from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights

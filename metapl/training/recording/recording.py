@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.core.replays import Tolerance
 from metapl.errors import MetaplError, few, needed_for, reason_of
 from metapl.execution.numerics import deterministic, explain, float32_products
 from metapl.execution.state import one_at_a_time, trainable
-from metapl.feedback.replays import Tolerance
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metapl.core.keeping import Keeping, keeping
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
-from metapl.feedback.keeping import Keeping, keeping
 from metapl.runs.terminal import step_bar
 from metapl.training.recording.calls import Data
 from metapl.training.recording.first_step import (

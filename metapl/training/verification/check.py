@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import torch
 from torch import nn
 
+from metapl.core.lookahead import InnerBatches, require_batches
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch, map_tensors, micro_batches, plain
 from metapl.execution.checks import generator_of
@@ -34,7 +35,6 @@ from metapl.feedback.door import (
     refuse_tensors,
     refusing_draws_outside,
 )
-from metapl.feedback.lookahead import InnerBatches, require_batches
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state

@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from metapl.core.lookahead import InnerBatches
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
-from metapl.feedback.door import FirstLook, looking
+from metapl.feedback.door import FirstLook
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
-from metapl.feedback.lookahead import InnerBatches
 from metapl.problems.base import BilevelProblem, Signal, enters_input, outer_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
@@ -200,7 +200,7 @@ class RealStep:
             named_by=(originals.teacher, originals.problem, originals.student),
             accumulate=step.micro_batches,
         )
-        with step.in_the_originals(), looking(look):
+        with step.in_the_originals():
             return through_steps(
                 Request(
                     teacher=step.teacher,
@@ -212,6 +212,7 @@ class RealStep:
                     inner_optimizer=step.update,
                     generator=step.generator,
                     clip_norm=step.clip_norm,
+                    look=look,
                 )
             )
 

@@ -31,19 +31,14 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
+from metapl.core.engine import MicroBatches, WeightedLoss
+from metapl.core.lesson import GraphLook, plain_leaves
+from metapl.engines.eager import LocalStudent, Pass
 from metapl.errors import MetaplError
 from metapl.execution.batch import Inputs, flatten
 from metapl.execution.layout import Layout
-from metapl.execution.local import (
-    NOTHING,
-    GraphLook,
-    LocalStudent,
-    MicroBatches,
-    Pass,
-    WeightedLoss,
-    plain_leaves,
-)
 from metapl.execution.numerics import HALF, Tree
+from metapl.execution.ranks import NOTHING
 from metapl.execution.shards import (
     as_sharded,
     by_backward,
@@ -72,16 +67,21 @@ ForwardMethod = Callable[..., Any]
 class ShardedStudent(LocalStudent):
     """A student that is sharded.
 
-    For its arguments see :class:`metapl.execution.local.LocalStudent`.
+    For its arguments see :class:`metapl.engines.eager.LocalStudent`.
     """
 
     has_whole_weights = False
 
     def __init__(
-        self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
+        self,
+        layout: Layout,
+        slots: Slots | None = None,
+        *,
+        double_backward: bool = False,
+        parts: int = 1,
     ) -> None:
         layout.reshard()
-        super().__init__(layout, slots)
+        super().__init__(layout, slots, parts=parts)
         self.layout = layout
         self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         for block in layout.blocks:

@@ -22,19 +22,22 @@ A signal may depend on the student's outputs at θ_k; they are detached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, Literal
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.core.engine import Derivatives, Descent, Engine
+from metapl.core.lesson import Credited, credited, plain_leaves
+from metapl.core.order import Order
 from metapl.errors import MetaplError, reason_of
 from metapl.execution import checks
-from metapl.execution.batch import Batch, joined, leaves_of, map_tensors, micro_batches
+from metapl.execution.batch import Batch
 from metapl.execution.compare import (
     BY_DIFFERENCE,
     EXACTLY,
@@ -43,26 +46,10 @@ from metapl.execution.compare import (
     check_same_slopes,
     slopes_differ,
 )
-from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
-from metapl.execution.numerics import (
-    MissingDerivative,
-    Space,
-    Tree,
-    TreeSum,
-    reduced_float32,
-    wide,
-)
-from metapl.feedback.order import Order
-from metapl.problems.base import BilevelProblem, Signal, has_rows
+from metapl.execution.numerics import MissingDerivative, Space, Tree, reduced_float32, wide
+from metapl.execution.ranks import NOTHING
+from metapl.problems.base import BilevelProblem, Signal, enters_input, has_rows
 from metapl.updates import Cotangents, Options, Update
-
-Credits = Literal["signal", "example", "batch", "nothing"]
-"""For what feedback has one number each: an entry of the signal, an example, the whole batch; or
-there is no feedback."""
-
-Credited = Literal["signal", "example"]
-"""In what a step is differentiated: in each entry of the signal, or in a factor of each example's
-loss."""
 
 
 @dataclass(frozen=True)
@@ -86,102 +73,14 @@ class Move:
     rounding: Tensor
 
 
-class SignalInput:
-    """The student's input in a micro-batch where the signal enters it.
-
-    It keeps the graph from the signal to the input, by which a derivative in the input goes on to
-    the signal. So the input is computed once, and may draw noise.
-
-    Args:
-        in_graph: compute the input from the signal's own tensors; else from leaves in their places.
-
-    Attributes:
-        fields: the floating-point fields of the signal that the input is computed from.
-        inputs: the student's input; without a graph unless ``in_graph``.
-    """
-
-    def __init__(
-        self, problem: BilevelProblem, batch: Batch, signal: Signal, *, in_graph: bool
-    ) -> None:
-        fields = {name: t for name, t in signal.fields().items() if t.is_floating_point()}
-        self.fields = fields if in_graph else plain_leaves(fields)
-        self._input_with_graph = problem.student_input(batch, signal.having(self.fields))  # type: ignore[call-arg]
-        self._entering = [
-            t
-            for t in leaves_of(self._input_with_graph)
-            if isinstance(t, Tensor) and t.requires_grad
-        ]
-        self.inputs = self._input_with_graph
-        if not in_graph:
-            self.inputs = map_tensors(Tensor.detach, self._input_with_graph)
-
-    def as_leaves(self) -> tuple[list[Tensor], Any]:
-        """Return the tensors of the input that depend on the signal, as leaves.
-
-        And the input with these leaves in their places.
-        """
-        leaves = [t.detach().requires_grad_() for t in self._entering]
-        leaf_of = {id(t): leaf for t, leaf in zip(self._entering, leaves, strict=True)}
-        return leaves, map_tensors(lambda t: leaf_of.get(id(t), t), self._input_with_graph)
-
-    def in_fields(self, cotangents: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
-        """Return derivatives in the leaves of :meth:`as_leaves` as derivatives in the fields."""
-        reached: list[Tensor] = []
-        cotangents_of_reached: list[Tensor] = []
-        for t, cotangent in zip(self._entering, cotangents, strict=True):
-            if cotangent is not None:
-                reached.append(t)
-                cotangents_of_reached.append(cotangent)
-        if not reached:
-            return dict.fromkeys(self.fields)
-        grads = torch.autograd.grad(
-            reached,
-            list(self.fields.values()),
-            cotangents_of_reached,
-            retain_graph=True,
-            allow_unused=True,
-        )
-        return dict(zip(self.fields, grads, strict=True))
-
-
-def inner_loss(
-    problem: BilevelProblem,
-    signal: Signal,
-    batch: Batch,
-    readable: bool,
-    factors: Tensor | None,
-    outputs: Tensor,
-    params: Tree,
-) -> Tensor:
-    """Return the mean of factor_i ℓ_i, where ℓ is (B,), a scalar.
-
-    Args:
-        readable: whether this process holds the weights whole, so that a loss may read them.
-        factors: (B,); None: 1 each.
-    """
-    losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
-    if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-        raise MetaplError(
-            f"inner_loss returned {checks.described(losses)}; expected one loss per example, "
-            f"({len(outputs)},)."
-        )
-    return losses.mean() if factors is None else (factors * losses).mean()
-
-
 @dataclass(eq=False)
 class InnerStep:
     """One step of the student, with the operations that estimators need.
 
     Args:
-        problem: the inner loss.
         update: U.
-        passes: S(x; θ) on each micro-batch.
-        inner_batch: x, or (weak, strong), ...
-        signal: the teacher's, without its graph.
-        inner_loss: the mean of ℓ_i, a scalar.
-        grads: g, with a graph if the path keeps it; empty if the step was forgotten.
-        state: the optimizer's, before the step.
-        signal_inputs: of each micro-batch, where the signal enters the student's input.
+        descent: the student's pass on the inner batch, with its loss ℓ and g.
+        state: the optimizer's, before the step; None: it was forgotten.
         by_optimizer: whether θ′ is that of the optimizer's own step, since the roundings of several
             steps grow.
         digest: of the batch, where it may be dropped and read again.
@@ -189,72 +88,71 @@ class InnerStep:
 
     Attributes:
         student: whose step it is.
-        params: θ.
         space: products and norms over all processes that hold parts of the weights.
     """
 
-    problem: BilevelProblem
     update: Update
-    passes: Sequence[Pass]
-    inner_batch: Batch
-    signal: Signal
-    inner_loss: Tensor
-    grads: Tree
+    descent: Descent
     state: Any
-    signal_inputs: Sequence[SignalInput] = ()
     by_optimizer: bool = False
     digest: Tensor | None = None
     order: Order | None = None
-    student: LocalStudent = field(init=False)
-    params: Tree = field(init=False)
+    student: Engine = field(init=False)
     space: Space = field(init=False)
 
     def __post_init__(self) -> None:
-        self.student = self.passes[0].student
-        self.params = self.passes[0].params
+        self.student = self.descent.student
         self.space = self.student.space
 
-    def forgotten(self, *, batch_too: bool = False) -> InnerStep:
-        """Return the step without what :meth:`recomputed` has again.
+    def forget(self, *, batch_too: bool = False) -> None:
+        """Drop what :meth:`recompute` has again: θ, g, s and, with ``batch_too``, the batch."""
+        self.descent.forget(batch_too=batch_too)
+        self.state = None
+        vars(self).pop("updated", None)
+        vars(self).pop("new_params", None)
 
-        That is θ, g, s and, with ``batch_too`` and unless the signal enters it, the batch.
-        """
-        batch_too = batch_too and not self.signal_inputs
-        for inner_pass in self.passes:
-            inner_pass.forget(inputs_and_outputs=batch_too)
-        inner_batch = None if batch_too else self.inner_batch
-        return replace(self, grads={}, state=None, inner_batch=inner_batch)
-
-    def recomputed(self, params: Tree, state: Any, inner_batch: Batch = None) -> InnerStep:
-        """Return a forgotten step with θ, g, s and its batch.
+    def recompute(self, params: Tree, state: Any, inner_batch: Batch = None) -> None:
+        """Give a forgotten step its θ, g, s and its batch again.
 
         Args:
             inner_batch: the batch; None: it was not forgotten.
 
         Cost: a forward and a backward pass of the student.
         """
-        step = self if inner_batch is None else replace(self, inner_batch=inner_batch)
-        if self.inner_batch is None:
-            for inner_pass, batch in zip(step.passes, step.micro_batches, strict=True):
-                inner_pass.inputs = step.problem.student_input(batch)
-        gradients = TreeSum()
-        for inner_pass, signal, batch in step.parts():
-            loss = step._loss(signal, batch)
-            gradients.add(inner_pass.recompute_gradient(params, loss))
-        return replace(step, grads=gradients.mean(), state=state)
+        self.descent.recompute(params, inner_batch)
+        self.state = state
 
     def with_signal(self, signal: Signal) -> InnerStep:
         """Return the same step on another signal.
 
         Cost: a forward and a backward pass of the student.
         """
-        step = replace(self, signal=signal, grads={}).recomputed(self.params, self.state)
-        losses = []
-        for inner_pass, signal_of_part, batch in step.parts():
-            with inner_pass.drawing_as_loss():
-                loss = self._loss(signal_of_part, batch)
-                losses.append(loss(inner_pass.outputs, self.params))
-        return replace(step, inner_loss=mean_of_scalars(losses))
+        return replace(self, descent=self.descent.again(signal))
+
+    @property
+    def problem(self) -> BilevelProblem:
+        """The two losses and the signal."""
+        return self.descent.lesson.problem
+
+    @property
+    def inner_batch(self) -> Batch:
+        """x, or (weak, strong), ..."""
+        return self.descent.lesson.batch
+
+    @property
+    def signal(self) -> Signal:
+        """The teacher's signal about the batch, without its graph."""
+        return self.descent.signal
+
+    @property
+    def params(self) -> Tree:
+        """θ, the weights before the step."""
+        return self.descent.params
+
+    @property
+    def inner_loss(self) -> Tensor:
+        """ℓ = (1/B) Σ ℓ_i, a scalar."""
+        return self.descent.inner_loss
 
     @property
     def learning_rate(self) -> float | None:
@@ -269,38 +167,35 @@ class InnerStep:
     @property
     def outputs(self) -> Tensor:
         """z = S(x; θ), (B, ...), without a graph."""
-        if len(self.passes) == 1:
-            return self.passes[0].outputs
-        return joined([inner_pass.outputs for inner_pass in self.passes])
+        return self.descent.outputs
 
     def has_rows(self, name: str) -> bool:
         """Return whether a field of the signal has a row for each example.
 
         The field ``log_prob`` has, where all of the value has.
         """
-        rows = sum(len(inner_pass.outputs) for inner_pass in self.passes)
-        by_field = has_rows(self.problem, self.signal, rows)
+        by_field = has_rows(self.problem, self.signal, len(self.outputs))
         return by_field.get(name, all(by_field.values()))
 
     @property
     def gradient(self) -> Tree:
         """g, without a graph."""
         if not self.student.double_backward:
-            return self.grads
-        return {name: g.detach() for name, g in self.grads.items()}
+            return self.descent.gradient
+        return {name: g.detach() for name, g in self.descent.gradient.items()}
 
     @cached_property
     def updated(self) -> tuple[Tree, Any]:
         """θ′ and s′, with a graph if the path keeps it."""
         has_graph = self.student.double_backward
         if self.by_optimizer and not has_graph:
-            return self.update.stepped(self.params, self.grads, self.state)
-        updated = self.update.update(self.params, self.grads, self.state)
+            return self.update.stepped(self.params, self.descent.gradient, self.state)
+        updated = self.update.update(self.params, self.descent.gradient, self.state)
         if not (self.student.has_half_precision and has_graph):
             return updated
         # The values are the optimizer's, and the derivatives those of the same update in float64:
         # see :meth:`vjp`.
-        in_float64 = self.update.update(*_double((self.params, self.grads, self.state)))
+        in_float64 = self.update.update(*_double((self.params, self.descent.gradient, self.state)))
 
         def with_graph(value: Any, exact: Any) -> Any:
             if not isinstance(exact, Tensor) or not exact.requires_grad:
@@ -317,18 +212,18 @@ class InnerStep:
         if self.by_optimizer or has_graph:
             params, _ = self.updated
         else:
-            params, _ = self.update.update(self.params, self.grads, self.state)
+            params, _ = self.update.update(self.params, self.descent.gradient, self.state)
         if not has_graph:
             return params
         return {name: p.detach() for name, p in params.items()}
 
     def tangent(self, w: Tree) -> Tensor:
         """Return ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
-        return joined([inner_pass.tangent(w) for inner_pass in self.passes])
+        return self.descent.tangent(w)
 
     def shifted(self, factor: Tensor, w: Tree) -> Tensor:
         """Return S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
-        return joined([inner_pass.shifted(factor, w) for inner_pass in self.passes])
+        return self.descent.shifted(factor, w)
 
     @property
     def shifted_dtype(self) -> torch.dtype:
@@ -388,32 +283,13 @@ class InnerStep:
     def _as_params(self, tree: Tree) -> Tree:
         return {name: t.to(self.params[name].dtype) for name, t in tree.items()}
 
-    @contextmanager
-    def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
+    def hessian(self) -> AbstractContextManager[Callable[[Tree], Tree]]:
         """Yield a function that returns products with ∂²ℓ/∂θ², valid inside the block."""
-        with ExitStack() as stack:
-            products = []
-            for inner_pass, signal, batch in self.parts():
-                block = inner_pass.hessian(self._loss(signal, batch))
-                products.append(stack.enter_context(block))
-
-            def hessian_product(w: Tree) -> Tree:
-                in_weights = TreeSum()
-                for product in products:
-                    product_of_part, _ = product(w)
-                    in_weights.add(product_of_part)
-                return in_weights.mean()
-
-            yield hessian_product
-
-    def parts(self) -> Iterator[tuple[Pass, Signal, Any]]:
-        """Return the micro-batches, each as its pass, signal and batch."""
-        signals = self.signal.chunks(len(self.passes))
-        return zip(self.passes, signals, self.micro_batches, strict=True)
+        return self.descent.hessian()
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
-    ) -> tuple[Tree, dict[str, Tensor | None]]:
+    ) -> tuple[Tree, Derivatives]:
         """Return the derivatives of ⟨g, w⟩ in the weights, and in fields of the signal.
 
         Args:
@@ -422,66 +298,41 @@ class InnerStep:
 
         Returns: the product, and the derivative in each field; None where nothing depends on it.
         """
-        count = len(self.passes)
-        products = TreeSum()
-        in_leaves_by_part: list[list[Tensor | None]] = []
-        slopes: list[Tensor] = []
-        for i, (inner_pass, signal, batch) in enumerate(self.parts()):
-            fields_of_part = dict(fields)
-            if count > 1:
-                fields_of_part = {name: t.chunk(count)[i] for name, t in fields.items()}
-            field_leaves = plain_leaves(fields_of_part)
-            input_leaves: list[Tensor] = []
-            inputs = inner_pass.inputs
-            if self.signal_inputs:
-                input_leaves, inputs = self.signal_inputs[i].as_leaves()
-            loss = self._loss(signal.having(field_leaves), batch, field_leaves.get("factors"))
-            leaves = [*field_leaves.values(), *input_leaves]
-            if self.student.has_whole_weights and not self.student.compares_gradients:
-                product, in_leaves = inner_pass.second_derivatives(
-                    w, loss, leaves, inputs, curved=curved
-                )
-            else:
-                # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of
-                # the loss, tells whether anything reaches them past their arguments. And where ż
-                # was none that g knows of, it tells whether this g is the first one.
-                factor = torch.ones_like(self.inner_loss, requires_grad=True)
-                product, (*in_leaves, slope) = inner_pass.second_derivatives(
-                    w, scaled(loss, factor), [*leaves, factor], inputs, curved=curved
-                )
-                if slope is not None:
-                    slopes.append(slope)
-            products.add(product)
-            in_leaves_by_part.append(in_leaves)
-        if slopes:
-            self._check_slopes(slopes, w)
-        hessian: Tree = {}
-        if curved:
-            hessian = self.student.over_ranks(products.mean())
-        return hessian, self.in_signal(fields, in_leaves_by_part)
+        # Blocks of a sharded student are run apart: ⟨g, w⟩, the derivative in a factor of the loss,
+        # tells whether anything reaches them past their arguments. And where ż was none that g
+        # knows of, it tells whether this g is the first one.
+        student = self.student
+        with_slope = student.compares_gradients or not student.has_whole_weights
+        product, derivatives, slope = self.descent.second_derivatives(
+            w, fields, curved=curved, with_slope=with_slope
+        )
+        if slope is not None:
+            self._check_slope(slope, w)
+        hessian = student.over_ranks(product) if curved else {}
+        return hessian, derivatives
 
-    def _check_slopes(self, slopes: Sequence[Tensor], w: Tree) -> None:
-        """Compare ⟨g, w⟩ of gradients that were computed again with that of g."""
+    def _check_slope(self, slope: Tensor, w: Tree) -> None:
+        """Compare ⟨g, w⟩ of a gradient that was computed again with that of g."""
         by_gradient, spread = self.space.slope(self.gradient, w)
         eps = torch.finfo(self.shifted_dtype).eps
         check_same_slopes(
-            self.student.ranks.mean(mean_of_scalars(slopes)),
+            self.student.ranks.mean(slope),
             by_gradient,
             spread,
-            EXACTLY[self.passes[0].rounded_to].slope,
+            EXACTLY[self.descent.rounded_to].slope,
             ROUNDINGS * eps * self.space.norm(self.gradient) * self.space.norm(w),
         )
 
-    def derivatives_along(self, w: Tree, of: Credited = "signal") -> dict[str, Tensor | None]:
+    def derivatives_along(self, w: Tree, of: Credited = "signal") -> Derivatives:
         """Return ∂⟨g, w⟩/∂(what is credited), exactly, in the order of this step.
 
         From the graph of g where the pass has kept it; by ż; or by double backward, as always where
         the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the whole network.
         """
-        in_leaves = [part.in_leaves(w) for part in self.passes]
-        if in_leaves[0] is not None:
-            return self.in_signal(credited(self.signal, of), in_leaves)  # type: ignore[arg-type]
-        if self.signal_inputs:
+        derivatives = self.descent.along_kept_graph(w)
+        if derivatives is not None:
+            return derivatives
+        if enters_input(self.problem):
             _, gradients = self.second_derivatives(w, self.signal.differentiable(), curved=False)
             return gradients
         if self.order == "double_backward":
@@ -491,7 +342,7 @@ class InnerStep:
 
     def derivatives_by_tangent(
         self, w: Tree, z_dot: Tensor, rounding: Tensor | None = None, of: Credited = "signal"
-    ) -> dict[str, Tensor | None]:
+    ) -> Derivatives:
         """Return ∂⟨g, w⟩/∂(what is credited) from ż, (B, ...), in the head alone.
 
         For sampled labels ℓ is linear in its target, so −h_ik = (1/B) d/dε ℓ(z_i, class k) is the
@@ -508,9 +359,7 @@ class InnerStep:
             gradients = torch.autograd.grad(slope, list(leaves.values()), allow_unused=True)
         return dict(zip(leaves, gradients, strict=True))
 
-    def derivatives_by_move(
-        self, w: Tree, move: Move, of: Credited = "signal"
-    ) -> dict[str, Tensor | None]:
+    def derivatives_by_move(self, w: Tree, move: Move, of: Credited = "signal") -> Derivatives:
         """Return ∂⟨g, w⟩/∂(what is credited) by a difference, of outputs or of losses.
 
         Of losses where the step's order says so: the derivative of the loss in what is credited is
@@ -524,88 +373,14 @@ class InnerStep:
 
     def check_shifted(self, first: Tensor, second: Tensor) -> None:
         """Flag shifted outputs whose mean, z to second order of the shift, is not the pass's."""
-        parts = len(self.passes)
-        for part, one, other in zip(
-            self.passes, first.chunk(parts), second.chunk(parts), strict=True
-        ):
-            part.check_shifted(one, other)
-
-    def in_signal(
-        self, fields: Mapping[str, Tensor], in_leaves: Sequence[Sequence[Tensor | None]]
-    ) -> dict[str, Tensor | None]:
-        """Return derivatives in leaves of each micro-batch as those in the signal's fields.
-
-        Args:
-            in_leaves: of each micro-batch, the derivatives in its part of the fields, and then in
-                the leaves of its input. They are of the mean over its rows.
-
-        Returns: the derivatives of the mean over all rows, of all ranks.
-        """
-        parts = len(self.passes) * self.student.ranks.size
-        if len(self.passes) == 1 and parts == 1 and not self.signal_inputs:
-            return dict(zip(fields, in_leaves[0], strict=True))
-        pieces: dict[str, list[Tensor]] = {name: [] for name in fields}
-        for i, leaves in enumerate(in_leaves):
-            through_input: dict[str, Tensor | None] = {}
-            if self.signal_inputs:
-                through_input = self.signal_inputs[i].in_fields(leaves[len(fields) :])
-            for name, direct in zip(fields, leaves, strict=False):
-                terms = [t for t in (direct, through_input.get(name)) if t is not None]
-                if terms:
-                    pieces[name].append(sum(terms[1:], terms[0]) / parts)
-        return {
-            name: joined(pieces_of_field) if pieces_of_field else None
-            for name, pieces_of_field in pieces.items()
-        }
-
-    def _loss(self, signal: Signal, batch: Batch, factors: Tensor | None = None) -> Loss:
-        """Return the inner loss of a micro-batch, as a function of outputs and weights."""
-        readable = self.student.has_whole_weights
-        return partial(inner_loss, self.problem, signal, batch, readable, factors)
-
-    @property
-    def micro_batches(self) -> list[Any]:
-        return micro_batches(self.inner_batch, len(self.passes), "inner")
+        self.descent.check_shifted(first, second)
 
 
-def scaled(loss: Loss, factor: Tensor) -> Loss:
-    """Return a loss times a number."""
-
-    def scaled_loss(outputs: Tensor, params: Tree) -> Tensor:
-        return factor * loss(outputs, params)
-
-    return scaled_loss
-
-
-def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
-    """Return what gets the feedback, with its values, by name.
-
-    Args:
-        of: ``"example"``: the factor of each example's loss. ``"signal"``: the differentiable
-            fields of the signal, or of sampled labels their one-hot rows, in the place of their
-            distribution.
-    """
-    if of == "example":
-        assert signal.log_prob is not None, "the mode takes sampled labels"
-        return {"factors": torch.ones_like(signal.log_prob)}
-    if not signal.sampled:
-        return signal.differentiable()
-    if signal.probs is None:
-        raise MetaplError(
-            "the sampled signal has no probs; expected Signal(value, log_prob, probs=...)."
-        )
-    # One-hot rows, by an operation that torch.func.vmap has a rule for.
-    one_hot = torch.zeros_like(signal.probs).scatter(-1, signal.value[..., None], 1.0)
-    return {"value": one_hot}
-
-
-def _derivatives_by_losses(
-    step: InnerStep, leaves: Tree, w: Tree, move: Move
-) -> dict[str, Tensor | None]:
+def _derivatives_by_losses(step: InnerStep, leaves: Tree, w: Tree, move: Move) -> Derivatives:
     """Return ∂⟨g, w⟩/∂(leaves) by a difference of the loss's derivative in the leaves."""
     after, gradients = _loss_in_leaves(step, leaves, w, move.ahead, factor=move.after)
     before, others = _loss_in_leaves(step, leaves, w, move.behind, factor=move.before)
-    differences: dict[str, Tensor | None] = {}
+    differences: Derivatives = {}
     for name, gradient, other in zip(leaves, gradients, others, strict=True):
         if gradient is None or other is None:
             differences[name] = None
@@ -616,7 +391,7 @@ def _derivatives_by_losses(
     eps = torch.finfo(step.shifted_dtype).eps
     rounding = ROUNDINGS * eps * step.space.norm(step.gradient) * step.space.norm(w)
     rounding = rounding + ROUNDINGS * eps * step.student.ranks.sum(after.abs()) / move.width
-    tolerance = BY_DIFFERENCE[step.passes[0].rounded_to].slope
+    tolerance = BY_DIFFERENCE[step.descent.rounded_to].slope
     check_same_slopes(slope, by_gradient, spread + slope.abs(), tolerance, rounding)
     return differences
 
@@ -634,29 +409,10 @@ def _loss_in_leaves(
         # A loss may read ``student.parameters()``, which are then these.
         weights = student.with_weights(theta)
     with weights, torch.enable_grad():
-        mean = _mean_loss(step, leaves, z, theta)
+        mean = step.descent.mean_loss(z, theta, leaves)
         if not mean.requires_grad:
             return mean.detach(), [None] * len(leaves)
         return mean.detach(), torch.autograd.grad(mean, list(leaves.values()), allow_unused=True)
-
-
-def _mean_loss(step: InnerStep, leaves: Tree, z: Tensor, theta: Tree) -> Tensor:
-    """Return this rank's share of (1/B) Σ_i factor_i ℓ_i(z, signal, θ), by micro-batches."""
-    ranks = step.student.ranks
-    parts = len(step.passes)
-    # A loss may look at the batch as a whole, so it is given the micro-batches of the passes.
-    signals = step.signal.having(leaves).chunks(parts)
-    outputs = z.chunk(parts)
-    factors: Sequence[Tensor | None] = [None] * parts
-    if "factors" in leaves:
-        factors = leaves["factors"].chunk(parts)
-    losses = []
-    for i, (part, batch) in enumerate(zip(step.passes, step.micro_batches, strict=True)):
-        loss = step._loss(signals[i], batch, factors[i])
-        with part.drawing_as_loss():
-            losses.append(loss(outputs[i], theta))
-    # The ranks' shares add up to the mean.
-    return mean_of_scalars(losses) if ranks.alone else mean_of_scalars(losses) / ranks.size
 
 
 def _slope(
@@ -677,7 +433,7 @@ def _slope(
     is_choosing = rounding_of_z_dot is None and student.chooses_order
     with weights as theta, torch.enable_grad():
         try:
-            mean = _mean_loss(step, leaves, z, theta)
+            mean = step.descent.mean_loss(z, theta, leaves)
         except Exception as error:
             if not is_choosing or isinstance(error, MetaplError):
                 raise
@@ -704,7 +460,7 @@ def _slope(
     by_gradient, spread = step.space.slope(step.gradient, w)
     forward = ranks.sum(slope.detach())
     tolerances = EXACTLY if rounding_of_z_dot is None else BY_DIFFERENCE
-    tolerance = tolerances[step.passes[0].rounded_to].slope
+    tolerance = tolerances[step.descent.rounded_to].slope
     for term in terms:
         spread = spread + ranks.norm(term.detach())
     # The usual case, by as few operations as possible.

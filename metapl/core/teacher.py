@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError
+from metapl.core.feedback import Feedback
+from metapl.core.lookahead import InnerBatches
+from metapl.core.path import Path
+from metapl.core.size import FeedbackSize, ratio_of
 from metapl.execution import checks
 from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
-from metapl.execution.local import NOTHING
 from metapl.execution.numerics import no_fast_path
-from metapl.execution.ranks import Ranks, rows_shared
+from metapl.execution.ranks import NOTHING, Ranks, rows_shared
 from metapl.execution.shards import by_backward, local
 from metapl.execution.state import RandomState, Slots, State, replay
-from metapl.feedback import Estimator, modes_for
-from metapl.feedback.base import Feedback
-from metapl.feedback.door import KeptBySignal, hooked
-from metapl.feedback.lookahead import InnerBatches
-from metapl.feedback.path import Path
-from metapl.feedback.size import FeedbackSize, ratio_of
-from metapl.problems.base import (
-    BilevelProblem,
-    Kind,
-    Signal,
-    enters_input,
-    kind_of,
-    reads_signal_in_outer_input,
-)
+from metapl.problems.base import BilevelProblem, Signal, kind_of, reads_signal_in_outer_input
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.problems.means import Shares, refuse_other_than_means, shares_of_losses
 
@@ -40,6 +30,16 @@ NOT_FINITE = (
     "the network's own loss is NaN or infinite: it has diverged, or a batch has extreme values; "
     "lower its learning rate, or clean the batch."
 )
+
+
+class CallsOfSignal(Protocol):
+    """Watches a problem's ``signal``, where each call is made twice."""
+
+    def first_call(self) -> AbstractContextManager[None]:
+        """Note what the call in this block leaves."""
+
+    def second_call(self, number: int) -> AbstractContextManager[None]:
+        """Refuse what the call in this block leaves otherwise than the first one of a number."""
 
 
 @dataclass
@@ -72,7 +72,7 @@ class Teaching:
     Args:
         layout: of the teacher; None: the problem has none, and is given an empty module.
         problem: makes the signal.
-        mode: the estimator, which takes some kinds of signals.
+        check: refuses what is no signal for the mode.
         generator: of labels that are drawn; None: the default one.
         ranks: the processes that share the batches.
         device: where the networks are.
@@ -80,8 +80,7 @@ class Teaching:
         accumulate: micro-batches that each of them is split into.
         recompute: make signals without a graph first, and once more with one at the end.
         slots: the network's tables, where they have been read in this step already.
-        is_first: whether it is looked at what the problem's ``signal`` writes, where it is called
-            twice.
+        calls: watches the problem's ``signal``, in a first step; None in later ones.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class Teaching:
         layout: Layout | None,
         problem: BilevelProblem,
         *,
-        mode: Estimator,
+        check: Callable[[Any], None],
         generator: torch.Generator | None,
         ranks: Ranks,
         device: torch.device,
@@ -97,15 +96,14 @@ class Teaching:
         accumulate: int,
         recompute: bool,
         slots: Slots | None = None,
-        is_first: bool = False,
+        calls: CallsOfSignal | None = None,
     ) -> None:
         self.layout = layout
         self.problem = problem
-        self.mode = mode
+        self.check = check
         self.generator = generator
         self.ranks = ranks
         self.device = device
-        self.student_steps = len(inner_batches)
         self.passes_per_batch = 1 if problem.signal_of_batch else accumulate
         self.batches_are_read_again = inner_batches.are_read_again
         self.recompute = layout is not None and (
@@ -114,9 +112,7 @@ class Teaching:
         self.network = nn.Module() if layout is None else layout.network
         self.slots = slots or Slots(self.network)
         self.passes: list[TeacherPass] = []
-        self.kept_by_signal: KeptBySignal | None = None
-        if is_first and self.recompute:
-            self.kept_by_signal = KeptBySignal(problem, self.network)
+        self.calls = calls
 
     def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
@@ -127,8 +123,8 @@ class Teaching:
         if self.recompute:
             random = RandomState.now(self.device, self.generator)
             state = self.slots.snapshot()
-            kept = self.kept_by_signal
-            watched = NOTHING if kept is None else kept.first_call()
+            calls = self.calls
+            watched = NOTHING if calls is None else calls.first_call()
             with torch.no_grad(), no_fast_path(), watched:
                 signal = self._ask(batch, outputs)
             kept_batch = None if self.batches_are_read_again else batch
@@ -149,15 +145,15 @@ class Teaching:
         """
         if teacher_pass.random is None or teacher_pass.state is None:
             return teacher_pass.signal
-        kept = self.kept_by_signal
-        watched = NOTHING if kept is None else kept.second_call(teacher_pass.number)
+        calls = self.calls
+        watched = NOTHING if calls is None else calls.second_call(teacher_pass.number)
         with replay(teacher_pass.random, teacher_pass.state), watched:
             signal = self._ask(batch, teacher_pass.student_outputs)
         fields = signal.fields()
         for name, first in teacher_pass.signal.fields().items():
             dtype = coarsest_dtype([first.dtype], first.device)
             tolerance = EXACTLY[dtype].outputs
-            if kept is not None:
+            if calls is not None:
                 # What moves little in one step, as a running mean does, moves in every step.
                 tolerance = min(tolerance, 1e3 * torch.finfo(dtype).eps)
             role = f"teacher, or the signal of {kind_of(self.problem)},"
@@ -167,7 +163,7 @@ class Teaching:
     def _ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
-        check_signal(signal, self.mode, self.problem, student_steps=self.student_steps)
+        self.check(signal)
         return signal
 
     def direct_gradient(self, path: Path) -> dict[str, Tensor]:
@@ -229,6 +225,7 @@ class Teaching:
         outer_batch: Batch,
         step: int,
         size: FeedbackSize,
+        has_feedback: bool = True,
         measure: bool = False,
         compares_parts: bool = False,
         direct_loss: Callable[[Signal], Tensor] | None = None,
@@ -245,6 +242,7 @@ class Teaching:
             outer_batch: which they read too.
             step: the number of the step, for losses that depend on it.
             size: the rule that gives λ.
+            has_feedback: whether any gradient of the outer loss is given.
             measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
                 backward pass of the feedback. The gradient that is left stays the same, bit for
                 bit.
@@ -280,10 +278,8 @@ class Teaching:
                     parts=parts,
                 )
         shares = shares_of_losses(losses, outer_parts, inner_parts, self.ranks, self.device)
-        has_feedback = self.mode.gives_gradient
         compares = size.compares and has_feedback
-        # A hook that changes gradients would be called twice where the size is measured.
-        measures = measure and has_feedback and bool(losses) and not hooked(self.network)
+        measures = measure and has_feedback and bool(losses)
 
         scalars: list[dict[str, Tensor]] = []
         feedback_gradient: dict[str, Tensor] = {}
@@ -464,51 +460,6 @@ def plus(a: Tensor, b: Tensor) -> Tensor:
     Torch adds a sparse one last.
     """
     return b + a if a.is_sparse else a + b
-
-
-def check_signal(
-    signal: Any, mode: Estimator, problem: BilevelProblem, *, student_steps: int
-) -> None:
-    """Refuse what is no signal of tensors, or of a kind that the mode cannot differentiate in.
-
-    Args:
-        student_steps: how many the mode differentiates.
-    """
-    if not isinstance(signal, Signal):
-        refuse_signal(problem, given=checks.described(signal))
-    value, log_prob = signal.value, signal.log_prob
-    if isinstance(value, dict):
-        has_tensors = bool(value) and all(isinstance(t, Tensor) for t in value.values())
-        fits = log_prob is None and has_tensors
-    else:
-        fits = isinstance(value, Tensor)
-        if fits and log_prob is not None:
-            fits = log_prob.shape == value.shape[:1]
-    if not fits:
-        refuse_signal(problem, given=f"a Signal of {checks.described(value)}")
-    kind: Kind = "soft" if log_prob is None else "hard"
-    if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
-        raise MetaplError(
-            f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the "
-            "student's input; expected a differentiable signal, or 'reinforce', "
-            "'loss_difference' or 'none'."
-        )
-    is_constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
-    if is_constant or kind not in mode.labels:
-        with_or_without = "without" if log_prob is None else "with"
-        fitting_modes = ", ".join(modes_for(kind, looks_ahead=student_steps > 1))
-        raise MetaplError(
-            f"the problem's signal is {checks.described(value)} {with_or_without} a log_prob, "
-            f"which mode '{mode.name}' does not differentiate; expected {fitting_modes}, or a "
-            "signal of floating point, or with log_prob."
-        )
-
-
-def refuse_signal(problem: BilevelProblem, *, given: str) -> NoReturn:
-    raise MetaplError(
-        f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
-        "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
-    )
 
 
 def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:

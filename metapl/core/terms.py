@@ -2,8 +2,8 @@ r"""What a road hands to an estimator: the student's steps, in terms that both r
 
 :meth:`metapl.feedback.Estimator.feedback` is a formula. The symbols in it are found in two ways:
 
-- on the *eager road* by :class:`metapl.feedback.path.Path` and its
-  :class:`~metapl.feedback.inner_step.InnerStep`, with ``torch.autograd`` and forward mode, on the
+- on the *eager road* by :class:`metapl.core.path.Path` and its
+  :class:`~metapl.core.step.InnerStep`, with ``torch.autograd`` and forward mode, on the
   modules themselves, in micro-batches and over processes;
 - on the *pure road*, which ``compile=True`` and ``functional()`` take, by ``PurePath`` and
   ``PureStep`` of :mod:`metapl.functional.path`, with ``torch.func``.
@@ -20,13 +20,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from metapl.core.lesson import Credited
+from metapl.core.order import Order
+from metapl.core.step import Move
 from metapl.execution.numerics import Tree
-from metapl.feedback.inner_step import Credited, Move
-from metapl.feedback.order import Order
 from metapl.problems.base import Signal
 
 Gradients = Mapping[str, Tensor | None]
-"""Derivatives by what is credited (:func:`metapl.feedback.inner_step.credited`), with None where
+"""Derivatives by what is credited (:func:`metapl.core.step.credited`), with None where
 there is no dependence."""
 
 
@@ -118,7 +119,7 @@ class StudentStep(Protocol):
 
     @property
     def order(self) -> Order | None:
-        """In which order the second derivative is taken (:mod:`metapl.feedback.order`)."""
+        """In which order the second derivative is taken (:mod:`metapl.core.order`)."""
 
 
 class StudentPath(Protocol):

@@ -14,15 +14,19 @@ the space of the weights, v as the step's adjoint returns it; ż = d/dε S(x; θ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from metapl.core.engine import Derivatives, Descent, MicroBatches, Weighted, WeightedLoss
+from metapl.core.lesson import GraphLook, Lesson, Loss, SignalInput, credited, plain_leaves
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, map_tensors, returned_by
@@ -42,6 +46,7 @@ from metapl.execution.numerics import (
     no_fast_path,
     wide,
 )
+from metapl.execution.ranks import NOTHING
 from metapl.execution.state import (
     RandomState,
     Slot,
@@ -53,29 +58,10 @@ from metapl.execution.state import (
     swapped,
 )
 from metapl.execution.tangents import norms_by_backward_kernels
-
-NOTHING: AbstractContextManager[Any] = nullcontext()
-
-# A scalar of outputs and of the weights that they were computed at.
-Loss = Callable[[Tensor, Tree], Tensor]
+from metapl.problems.base import Signal, enters_input
 
 # A function of w that returns (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
-
-# Looks at the graph of a loss. Its arguments are the loss; the leaves that stand for the student's
-# weights in that graph, so that it can tell them from leaves that should not be there; and a
-# function that computes the loss again.
-GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
-
-# A loss as a sum over rows, and the weight that it is to be divided by: the number 1.0 for a loss
-# that is a mean already.
-Weighted = tuple[Tensor, Tensor | float]
-
-# A loss of outputs on a batch.
-WeightedLoss = Callable[[Tensor, Any], Weighted]
-
-# The inputs of each micro-batch, and the batch that the loss reads.
-MicroBatches = Sequence[tuple[Any, Any]]
 
 
 class LocalStudent:
@@ -84,6 +70,7 @@ class LocalStudent:
     Args:
         slots: the module's tables, if this step has read them already.
         double_backward: keep the gradients of its inner passes differentiable in the signal.
+        parts: micro-batches that each batch is split into.
 
     Attributes:
         pass_type: the class of its passes.
@@ -104,9 +91,15 @@ class LocalStudent:
     has_whole_weights = True
 
     def __init__(
-        self, layout: Layout, slots: Slots | None = None, *, double_backward: bool = False
+        self,
+        layout: Layout,
+        slots: Slots | None = None,
+        *,
+        double_backward: bool = False,
+        parts: int = 1,
     ) -> None:
         self.module = layout.network
+        self.parts = parts
         self.ranks = layout.ranks
         self.space = layout.space
         self.capabilities = layout.capabilities
@@ -123,6 +116,28 @@ class LocalStudent:
         self.device = next(iter(self.parameters.values())).device
         self.dtypes = set(map(DTYPE, self.parameters.values()))
         self.has_half_precision = not HALF.isdisjoint(self.dtypes)
+
+    # ----------------------------------------------------------------------------- inner passes
+
+    def descend(self, params: Tree, lesson: Lesson) -> Descent:
+        """Run the student on a lesson, at weights θ, up to g: Algorithm 1, lines 2 and 3.
+
+        Buffers and generators advance as in training.
+        """
+        if self.parts > 1:
+            from metapl.engines.accumulated import AccumulatedPass
+
+            return AccumulatedPass(self, params, lesson)
+        # Line 2: ŷ ~ T(x), or the soft label.
+        signal = None
+        if lesson.asks_first:
+            signal = lesson.heard(lesson.ask(lesson.batch, None))
+        inner_pass = self.pass_type(self, params, lesson, signal)
+        if signal is None:
+            signal = lesson.heard(lesson.ask(lesson.batch, inner_pass.outputs))
+        # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
+        inner_pass.learn(signal)
+        return inner_pass
 
     # ---------------------------------------------------------------- a loss at given weights
 
@@ -315,27 +330,53 @@ class _KeptGraph(NamedTuple):
     """The gradient of an inner loss, with its graph, and leaves in which it may be derived."""
 
     gradient: Tree
-    leaves: list[Tensor]
+    leaves: Tree
 
 
 class Pass:
-    """One inner pass, z = S(x; θ), and its replays.
+    """One inner pass z = S(x; θ) on a lesson, its loss ℓ and g = ∇_θ ℓ, and its replays.
 
     A replay runs on the draws of the pass, and from copies of the state that it began with. The
     pass itself moves buffers and generators as in training.
 
+    Args:
+        student: whose pass it is.
+        params: θ.
+        lesson: what the student is taught.
+        signal: about the lesson, where the teacher was asked first; None: it is asked about the
+            outputs.
+
     Attributes:
+        parts: the number of micro-batches.
         params: θ, until :meth:`forget`.
         inputs: x.
         outputs: z, (B, ...), float32 or wider, without a graph.
-        graph: the same with its graph, until :meth:`gradient` has used it.
+        graph: the same with its graph, until :meth:`learn` has used it.
         random_state_after: the generators where the pass has ended.
+        signal: the teacher's, without its graph.
+        inner_loss: ℓ, a scalar, the mean over the ranks.
+        gradient: g, with a graph if the path keeps it; empty after :meth:`forget`.
     """
 
-    def __init__(self, student: LocalStudent, params: Tree, inputs: Inputs) -> None:
+    parts = 1
+    signal: Signal
+    inner_loss: Tensor
+    gradient: Tree
+
+    def __init__(
+        self, student: LocalStudent, params: Tree, lesson: Lesson, signal: Signal | None = None
+    ) -> None:
         self.student = student
         self.params = params
-        self.inputs = inputs
+        self.lesson = lesson
+        self.signal_input: SignalInput | None = None
+        if signal is not None and enters_input(lesson.problem):
+            self.signal_input = SignalInput(
+                lesson.problem, lesson.batch, signal, in_graph=student.double_backward
+            )
+            self.inputs: Inputs = self.signal_input.inputs
+        else:
+            self.inputs = lesson.problem.student_input(lesson.batch)
         # A sample of the outputs, where the outputs themselves are dropped.
         self._output_sample: Tensor | None = None
         # The generators as the loss begins, where it draws: other draws may lie between it and the
@@ -363,12 +404,14 @@ class Pass:
         self._state = slots.state or slots.snapshot()
         slots.state = None
         with self._running():
-            outputs = checks.logits(returned_by(student.module, inputs), "student")
+            outputs = checks.logits(returned_by(student.module, self.inputs), "student")
         self.random_state_after = RandomState.now(student.device)
         self._output_dtype = outputs.dtype
         self._half_types = slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
+        with student.ranks.agreed():
+            lesson.problem.check(self.outputs, lesson.outer_batch, lesson.batch)
 
     @property
     def rounded_to(self) -> torch.dtype:
@@ -392,25 +435,36 @@ class Pass:
 
     # ------------------------------------------------------------------- the loss and its gradient
 
-    def gradient(self, loss: Loss, leaves: Sequence[Tensor] = ()) -> tuple[Tensor, Tree]:
-        """Return a loss of this pass and its gradient g, the means over the ranks.
+    def learn(self, signal: Signal) -> None:
+        """Take the loss on a signal, and its gradient g, the means over the ranks.
 
-        The graph is kept for :meth:`in_leaves` where it has leaves.
+        A graph of g in what gets the feedback is kept for :meth:`along_kept_graph`.
         """
         assert self.graph is not None, "a pass learns once"
-        student = self.student
+        student, lesson = self.student, self.lesson
+        self.signal = signal
+        leaves: Tree = {}
+        if lesson.graph == "credited":
+            leaves = plain_leaves(credited(signal, lesson.credits))
+            signal = signal.having(leaves)
+        loss = lesson.loss(signal, leaves.get("factors"))
         keeps_graph = student.double_backward or bool(leaves)
         # A loss may read ``student.parameters()``, which have to be those of this pass; and the
         # backward pass of a checkpoint runs the module again.
         with self._running():
             value = self._first_value(loss)
+            if lesson.look is not None:
+                made_here = [*self.params.values(), *signal.fields().values(), *leaves.values()]
+                lesson.look(
+                    value, [*self._weights.values(), *made_here], partial(self._loss_again, loss)
+                )
             if not value.requires_grad:
                 raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             of_rank, mean = student.gradient(value, self._weights, create_graph=keeps_graph)
         if keeps_graph:
             student.inspect_graph(of_rank, value)
         if leaves:
-            self._kept_graph = _KeptGraph(of_rank, list(leaves))
+            self._kept_graph = _KeptGraph(of_rank, leaves)
             mean = {name: g.detach() for name, g in mean.items()}
         if not mean:
             reason = checks.READS_OTHER_WEIGHTS if self.graph.requires_grad else checks.NO_GRADIENT
@@ -419,10 +473,8 @@ class Pass:
         if not keeps_graph:
             self._weights = {}
             self._held_slots = []
-        value = value.detach()
-        if not student.ranks.alone:
-            value = student.ranks.mean(value)
-        return value, mean
+        self.inner_loss = student.ranks.mean(value.detach())
+        self.gradient = mean
 
     def _first_value(self, loss: Loss) -> Tensor:
         """Return the loss of this pass, and keep the state of the generators where it draws."""
@@ -434,55 +486,114 @@ class Pass:
             self._random_state_of_loss = before
         return value
 
+    def _loss_again(self, loss: Loss) -> Tensor:
+        """Return a loss of this pass once more, by a replay."""
+        with self.once_more(self.inputs) as (params, outputs):
+            return loss(outputs, params)
+
     def drawing_as_loss(self) -> AbstractContextManager[None]:
         """Draw in this block as the loss of this pass drew."""
         if self._random_state_of_loss is None:
             return NOTHING
         return replayed(self._random_state_of_loss)
 
-    def in_leaves(self, w: Tree) -> list[Tensor | None] | None:
-        """Return the derivatives of ⟨g, w⟩ in the leaves of a graph that was kept.
+    def mean_loss(self, outputs: Tensor, params: Tree, leaves: Tree) -> Tensor:
+        """Return this rank's share of (1/B) Σ_i factor_i ℓ_i(z, signal, θ), a scalar.
 
-        They are of this rank's rows. A kept graph serves once: a second call returns None, as does
-        one where :meth:`gradient` has kept none.
+        Args:
+            outputs: z, (B, ...).
+            params: θ.
+            leaves: in the places of what gets the feedback.
+        """
+        loss = self.lesson.loss(self.signal.having(leaves), leaves.get("factors"))
+        with self.drawing_as_loss():
+            value = loss(outputs, params)
+        ranks = self.student.ranks
+        # The ranks' shares add up to the mean.
+        return value if ranks.alone else value / ranks.size
+
+    def again(self, signal: Signal) -> Pass:
+        """Return the same pass on another signal.
+
+        Cost: a forward and a backward pass of the student.
+        """
+        again = copy.copy(self)
+        again.signal = signal
+        again.recompute(self.params)
+        with again.drawing_as_loss():
+            value = self.lesson.loss(signal)(again.outputs, again.params)
+        again.inner_loss = value
+        return again
+
+    def along_kept_graph(self, w: Tree) -> Derivatives | None:
+        """Return the derivatives of ⟨g, w⟩ in what gets the feedback, by the graph that was kept.
+
+        It serves once: a second call returns None, as does one where :meth:`learn` has kept none.
         """
         if self._kept_graph is None:
             return None
-        kept_graph = self._kept_graph
+        gradient, leaves = self._kept_graph
         self._kept_graph = None
         with self._running():
-            _, in_leaves = _derivatives(
-                kept_graph.gradient, {}, leaves=kept_graph.leaves, w=w, free=True
-            )
-        return in_leaves
+            _, in_leaves = _derivatives(gradient, {}, leaves=[*leaves.values()], w=w, free=True)
+        return self._in_fields(leaves, in_leaves)
 
-    def forget(self, *, inputs_and_outputs: bool) -> None:
-        """Drop θ until :meth:`recompute_gradient`, which is given it again.
+    def _in_fields(
+        self, fields: Mapping[str, Tensor], in_leaves: Sequence[Tensor | None]
+    ) -> Derivatives:
+        """Return derivatives in leaves as those in fields of the signal.
 
         Args:
-            inputs_and_outputs: drop these too. Of the outputs their shape is kept, and a sample of
-                their entries, with which those of a replay are compared; all entries where they are
-                fewer than 4096.
+            in_leaves: those in the fields, and then in the leaves of the input. They are of the
+                mean over this rank's rows.
+
+        Returns: the derivatives of the mean over the rows of all ranks.
+        """
+        ranks = self.student.ranks
+        if ranks.alone and self.signal_input is None:
+            return dict(zip(fields, in_leaves, strict=True))
+        through_input: Derivatives = {}
+        if self.signal_input is not None:
+            through_input = self.signal_input.in_fields(in_leaves[len(fields) :])
+        derivatives: Derivatives = {}
+        for name, direct in zip(fields, in_leaves, strict=False):
+            terms = [t for t in (direct, through_input.get(name)) if t is not None]
+            derivatives[name] = sum(terms[1:], terms[0]) / ranks.size if terms else None
+        return derivatives
+
+    def forget(self, *, batch_too: bool) -> None:
+        """Drop θ, g and, with ``batch_too``, the batch, until :meth:`recompute`.
+
+        Of outputs that are dropped with the batch their shape is kept, and a sample of their
+        entries, with which those of a replay are compared; all entries where they are fewer than
+        4096. A batch that the signal enters stays.
         """
         self.params = {}
-        if inputs_and_outputs:
+        self.gradient = {}
+        if batch_too and self.signal_input is None:
             self.inputs = None
+            self.lesson = replace(self.lesson, batch=None)
             self._output_sample = _sample(self.outputs)
             # A tensor that tells the outputs' shape, and takes the memory of one number.
             self.outputs = self.outputs.new_zeros(()).expand(self.outputs.shape)
 
-    def recompute_gradient(self, params: Tree, loss: Loss) -> Tree:
-        """Return the gradient of this pass's loss at its θ once more.
+    def recompute(self, params: Tree, batch: Batch = None) -> None:
+        """Compute the gradient of this pass once more.
 
         Args:
-            params: that θ, which was forgotten. Inputs that were forgotten too are set before.
+            params: its θ, which was forgotten.
+            batch: its batch, where that was forgotten too.
         """
         self.params = params
+        if batch is not None:
+            self.lesson = replace(self.lesson, batch=batch)
+            if self.inputs is None:
+                self.inputs = self.lesson.problem.student_input(batch)
+        loss = self.lesson.loss(self.signal)
         with self.once_more(self.inputs) as (leaves, outputs):
             self.outputs = outputs.detach()
             self._output_sample = None
-            _, mean = self.student.gradient(loss(outputs, leaves), leaves)
-        return mean
+            _, self.gradient = self.student.gradient(loss(outputs, leaves), leaves)
 
     # ------------------------------------------------------------------------------------- replays
 
@@ -602,16 +713,26 @@ class Pass:
     # -------------------------------------------------------------------------- second derivatives
 
     @contextmanager
-    def hessian(
-        self, loss: Loss, leaves: Sequence[Tensor] = (), inputs: Inputs = None
+    def hessian(self) -> Iterator[Callable[[Tree], Tree]]:
+        """Yield a function that returns products with ∂²ℓ/∂θ², valid inside the block."""
+        with self._derivatives_of(self.lesson.loss(self.signal), (), self.inputs) as product:
+
+            def hessian_product(w: Tree) -> Tree:
+                in_weights, _ = product(w)
+                return in_weights
+
+            yield hessian_product
+
+    @contextmanager
+    def _derivatives_of(
+        self, loss: Loss, leaves: Sequence[Tensor], inputs: Inputs
     ) -> Iterator[Product]:
         """Yield the derivatives of ⟨g, w⟩ as a function of w, by double backward.
 
         They are (∂²ℓ/∂θ²) w, and those in leaves of the loss and of the ``inputs``, on this rank's
         rows. The last call may ``free`` the graph.
         """
-        replayed_pass = self._twice_differentiable(self.inputs if inputs is None else inputs)
-        with no_fast_path(math=True), replayed_pass as (weights, outputs):
+        with no_fast_path(math=True), self._twice_differentiable(inputs) as (weights, outputs):
             value = loss(outputs, weights)
             tensors = torch.autograd.grad(
                 value, [*weights.values()], create_graph=True, allow_unused=True
@@ -621,15 +742,33 @@ class Pass:
             yield partial(_derivatives, g, weights, leaves)
 
     def second_derivatives(
-        self, w: Tree, loss: Loss, leaves: Sequence[Tensor], inputs: Inputs, *, curved: bool
-    ) -> tuple[Tree, list[Tensor | None]]:
-        """Return what :meth:`hessian` yields, for one w.
+        self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool, with_slope: bool = False
+    ) -> tuple[Tree, Derivatives, Tensor | None]:
+        """Return the derivatives of ⟨g, w⟩ in the weights, and in fields of the signal.
 
         Args:
-            curved: False: in the leaves alone.
+            fields: what of the signal to differentiate in.
+            curved: whether the Hessian product (∂²ℓ/∂θ²) w is asked for; else it is empty.
+            with_slope: return ⟨g, w⟩ too, the derivative in a factor of the loss.
+
+        Returns: the product on this rank's rows; the derivative in each field, None where nothing
+            depends on it; and ⟨g, w⟩ on this rank's rows, or None.
         """
-        with self.hessian(loss, leaves, inputs=inputs) as product:
-            return product(w, free=True, curved=curved)
+        field_leaves = plain_leaves(dict(fields))
+        input_leaves: list[Tensor] = []
+        inputs = self.inputs
+        if self.signal_input is not None:
+            input_leaves, inputs = self.signal_input.as_leaves()
+        loss = self.lesson.loss(self.signal.having(field_leaves), field_leaves.get("factors"))
+        leaves = [*field_leaves.values(), *input_leaves]
+        if with_slope:
+            factor = torch.ones_like(self.inner_loss, requires_grad=True)
+            loss = partial(_scaled, loss, factor)
+            leaves.append(factor)
+        with self._derivatives_of(loss, leaves, inputs) as product:
+            in_weights, in_leaves = product(w, free=True, curved=curved)
+        slope = in_leaves.pop() if with_slope else None
+        return in_weights, self._in_fields(fields, in_leaves), slope
 
 
 LocalStudent.pass_type = Pass
@@ -704,12 +843,9 @@ def _why_no_tangent(error: RuntimeError) -> str | None:
     return None
 
 
-def plain_leaves(params: Tree) -> Tree:
-    """Return tensors as plain leaves that require a gradient.
-
-    :meth:`LocalStudent.as_leaves` makes leaves of the types of the module's own weights.
-    """
-    return {name: p.detach().requires_grad_() for name, p in params.items()}
+def _scaled(loss: Loss, factor: Tensor, outputs: Tensor, params: Tree) -> Tensor:
+    """Return a loss times a number."""
+    return factor * loss(outputs, params)
 
 
 # No sample of a tensor has more entries.
@@ -719,10 +855,3 @@ _SAMPLE_SIZE = 4096
 def _sample(t: Tensor) -> Tensor:
     """Return at most ``_SAMPLE_SIZE`` entries of a tensor, at equal distances."""
     return t.flatten()[:: t.numel() // _SAMPLE_SIZE + 1].clone()
-
-
-def mean_of_scalars(values: Sequence[Tensor]) -> Tensor:
-    """Return the mean of scalars."""
-    if len(values) == 1:
-        return values[0]
-    return torch.stack(list(values)).mean(0)

@@ -5,28 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metapl.core.engine import Derivatives, Engine
+from metapl.core.keeping import ALL, Keeping, States
+from metapl.core.lesson import Ask, Credited, Graph, Lesson, plain_leaves
+from metapl.core.lookahead import InnerBatches
+from metapl.core.order import Order
+from metapl.core.replays import ReplayCheck
+from metapl.core.step import InnerStep
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, leaves_of, length, micro_batches
-from metapl.execution.local import NOTHING, LocalStudent, Loss, Pass, mean_of_scalars, plain_leaves
-from metapl.execution.numerics import Tree, TreeSum
+from metapl.execution.numerics import Tree, mean_of_scalars
+from metapl.execution.ranks import NOTHING
 from metapl.execution.state import RandomState, replay, replayed
-from metapl.feedback.door import FirstLook, current_look
-from metapl.feedback.inner_step import Credited, InnerStep, SignalInput, credited, inner_loss
-from metapl.feedback.keeping import ALL, Keeping, States
-from metapl.feedback.lookahead import InnerBatches
-from metapl.feedback.order import Order
-from metapl.feedback.replays import ReplayCheck
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
-    enters_input,
-    joined_signals,
     outer_input,
     reads_signal_in_outer_input,
     sum_and_weight,
@@ -46,15 +45,34 @@ NOT_FINITE = (
     "the student's learning rate, or differentiate fewer of the last steps, Forward(truncate=...)."
 )
 
-# Returns the signal about an inner batch, given the student's outputs on it; None: the student has
-# not run yet.
-Teach = Callable[[Any, Tensor | None], Signal]
-
 # Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
-Keep = Callable[[int, int, LocalStudent], Keeping]
+Keep = Callable[[int, int, Engine], Keeping]
 
-# The derivatives in the fields of a signal, by name; None where nothing depends on a field.
-InFields = dict[str, Tensor | None]
+
+class Look(Protocol):
+    """Looks at the graphs of both losses in a first step."""
+
+    def at_inner_loss(
+        self,
+        value: Tensor,
+        made_here: Sequence[Tensor],
+        again: Callable[[], Tensor],
+        *,
+        at_own_weights: bool,
+    ) -> None:
+        """Look at an inner loss.
+
+        Args:
+            value: the loss.
+            made_here: leaves that belong into its graph.
+            again: computes the loss once more.
+            at_own_weights: whether the pass ran at the student's own parameters.
+        """
+
+    def at_outer_loss(
+        self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
+    ) -> None:
+        """Look at an outer loss."""
 
 
 @dataclass
@@ -73,6 +91,7 @@ class Path:
         wrt: what the gradient is in besides the signals: settings of the optimizer, and
             ``"start"``.
         replays: compares steps that are computed again with the first time; None: nothing does.
+        look: at the graphs of both losses, in the first step; None in later ones.
 
     Attributes:
         steps: the steps so far.
@@ -85,13 +104,14 @@ class Path:
     """
 
     problem: BilevelProblem
-    student: LocalStudent
+    student: Engine
     update: Update
     outer_micro_batches: Sequence[Any]
     inner_batches: InnerBatches
     order: Order | None = None
     wrt: Sequence[str] = ()
     replays: ReplayCheck | None = None
+    look: Look | None = None
 
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
@@ -184,7 +204,7 @@ class Path:
         backward pass.
         """
         student = self.student
-        start = self.steps[-1].passes[-1].random_state_after.branch()
+        start = self.steps[-1].descent.random_state_after.branch()
         weights = student.as_leaves(self.params)
         for t in weights.values():
             t.requires_grad = False
@@ -220,12 +240,12 @@ class Path:
         def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, batch))
 
-        look = current_look()
+        look = self.look
         return self.student.loss(
             params,
             inputs_and_batches,
             judge,
-            last_step.passes[-1].random_state_after.branch(),
+            last_step.descent.random_state_after.branch(),
             gradient=gradient,
             look=None if look is None else look.at_outer_loss,
         )
@@ -239,7 +259,7 @@ class Path:
 
     def adjoints(
         self, fields: Callable[[Signal], Mapping[str, Tensor]], truncate: int | None = None
-    ) -> Iterator[tuple[InnerStep, Tree, InFields | None]]:
+    ) -> Iterator[tuple[InnerStep, Tree, Derivatives | None]]:
         r"""Yield the steps that are differentiated, from the last to the first.
 
         .. math:: \lambda_k = \bar\theta_k + \frac{\partial^2 \ell_k}{\partial\theta^2} w_k
@@ -323,11 +343,11 @@ class Path:
                 self.keep(number, params, state)
             step = self.steps[number]
             # The last step of all has not been forgotten.
-            if not step.grads:
-                batch = step.inner_batch
+            if not step.descent.gradient:
+                batch = None
                 if self.inner_batches.are_read_again:
                     batch = self.inner_batch(number)
-                self.steps[number] = step.recomputed(params, state, batch)
+                step.recompute(params, state, batch)
         if spacings:
             self.forget(stop - 1)
 
@@ -357,9 +377,7 @@ class Path:
     def forget(self, number: int) -> None:
         """Drop what can be computed again, of all steps but the last."""
         if number < len(self.inner_batches) - 1:
-            self.steps[number] = self.steps[number].forgotten(
-                batch_too=self.inner_batches.are_read_again
-            )
+            self.steps[number].forget(batch_too=self.inner_batches.are_read_again)
 
     def inner_batch(self, number: int, batch: Batch = None) -> Any:
         """Return an inner batch once more, and refuse another than the first time.
@@ -377,7 +395,9 @@ class Path:
             checks.refuse(digest(batch) != expected, OTHER_BATCH.format(number))
         return batch
 
-    def gradients_in_signals(self, truncate: int | None = None) -> list[tuple[InnerStep, InFields]]:
+    def gradients_in_signals(
+        self, truncate: int | None = None
+    ) -> list[tuple[InnerStep, Derivatives]]:
         """Return the differentiated steps, each with dL(θ′)/d(field) of its signal.
 
         By double backward: the path keeps its graph.
@@ -414,7 +434,7 @@ class Path:
                     ends, [*leaves, *others], cotangents, allow_unused=True
                 )
         gradients_of_fields = iter(gradients[: len(leaves)])
-        in_signals: list[InFields] = []
+        in_signals: list[Derivatives] = []
         for fields in fields_by_step:
             in_signals.append({name: next(gradients_of_fields) for name in fields})
         if structure is not None:
@@ -468,15 +488,13 @@ class Path:
 
 
 def take_steps(
-    student: LocalStudent,
+    student: Engine,
     update: Update,
     *,
     problem: BilevelProblem,
     outer_batch: Batch,
     inner_batches: InnerBatches,
-    teach: Teach,
-    accumulate: int = 1,
-    keep_graph: bool = False,
+    teach: Ask,
     order: Order | None = None,
     credits: Credited = "signal",
     truncate: int | None = None,
@@ -484,6 +502,7 @@ def take_steps(
     updates: Sequence[Update] = (),
     wrt: Sequence[str] = (),
     replays: ReplayCheck | None = None,
+    look: Look | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Path:
     """Take the student's steps on the inner batches: Algorithm 1, lines 2 and 3.
@@ -491,15 +510,13 @@ def take_steps(
     Buffers and generators advance as in training; the weights do not move.
 
     Args:
-        student: the network.
+        student: as its engine runs it. One with ``double_backward`` keeps the path differentiable
+            in the signals, for :meth:`Path.gradients_in_signals`.
         update: U.
         problem: the two losses.
         outer_batch: as the outer loss reads it.
         inner_batches: one for each step; those of a function are read as they are taken.
         teach: returns the signal about a batch.
-        accumulate: micro-batches that each batch is split into.
-        keep_graph: keep the path differentiable in the signals, for
-            :meth:`Path.gradients_in_signals`.
         order: of differentiation; ``"graph"``: g keeps a graph in what gets the feedback.
         credits: what gets the feedback.
         truncate: how many of the last steps are differentiated; None: all.
@@ -507,28 +524,26 @@ def take_steps(
         updates: U of each step, where they differ by step, or have settings that are leaves.
         wrt: what the gradient is in besides the signals.
         replays: compares steps that are computed again with the first time.
+        look: at the graphs of both losses.
         progress: is called after each step.
     """
-    outer_micro_batches = [outer_batch]
-    if accumulate > 1:
-        outer_micro_batches = micro_batches(outer_batch, accumulate, "outer")
     path = Path(
         problem=problem,
         student=student,
         update=update,
-        outer_micro_batches=outer_micro_batches,
+        outer_micro_batches=micro_batches(outer_batch, student.parts, "outer"),
         inner_batches=inner_batches,
         order=order,
         wrt=wrt,
         replays=replays,
+        look=look,
     )
     if not student.ranks.alone:
         student.ranks.equal(length(outer_batch), "the outer batch")
     walk = _Walk(
         path,
+        outer_batch=outer_batch,
         teach=teach,
-        accumulate=accumulate,
-        keep_graph=keep_graph,
         credits=credits,
         truncate=truncate,
         keep=keep,
@@ -553,9 +568,8 @@ class _Walk:
     """
 
     path: Path
-    teach: Teach
-    accumulate: int
-    keep_graph: bool
+    outer_batch: Batch
+    teach: Ask
     credits: Credited
     truncate: int | None
     keep: Keep | None
@@ -563,7 +577,6 @@ class _Walk:
 
     def __post_init__(self) -> None:
         path = self.path
-        self.problem = path.problem
         self.student = path.student
         self.ranks = path.student.ranks
         self.inner_batches = path.inner_batches
@@ -574,12 +587,11 @@ class _Walk:
         if self.truncate:
             self.first_differentiated = max(0, len(self.inner_batches) - self.truncate)
         self.params = self.student.params
-        if self.keep_graph and (not self.is_alone_step or "start" in path.wrt):
+        if self.student.double_backward and (not self.is_alone_step or "start" in path.wrt):
             # A graph of several steps begins at leaves, so that the student's own parameters are in
             # none but by mistake.
             self.params = plain_leaves(self.student.params)
         self.state = path.update.read_state()
-        self.look = current_look()
 
     @property
     def is_at_own_weights(self) -> bool:
@@ -588,7 +600,6 @@ class _Walk:
 
     def take_step(self, number: int) -> None:
         """Take the step of this number, which the path then has."""
-        problem = self.problem
         if number > 0:
             self._go_on_to(number)
         with self.ranks.agreed() if self.inner_batches.are_read_again else NOTHING:
@@ -596,77 +607,49 @@ class _Walk:
         if number == 0 and not self.is_alone_step:
             # What does not fit is refused before anything is computed.
             self._choose_keeping(inner_batch)
-        parts = [inner_batch]
-        if self.accumulate > 1:
-            parts = micro_batches(inner_batch, self.accumulate, "inner")
         if not self.ranks.alone:
             self.ranks.equal(length(inner_batch), "the inner batch")
-        outer_parts = self.path.outer_micro_batches
-
-        # Line 2: ŷ ~ T(x), or the soft label. Most problems make it from the student's outputs on
-        # each micro-batch.
-        has_signal_in_input = enters_input(problem)
-        asks_first = has_signal_in_input or problem.signal_of_batch
-        signals: list[Signal] = []
-        if asks_first:
-            asked_about = [inner_batch] if problem.signal_of_batch else parts
-            signals_asked = [self._ask_teacher(batch, None) for batch in asked_about]
-            signal = joined_signals(signals_asked, leaves=self.keep_graph)
-            signals = signal.chunks(self.accumulate)
-        passes: list[Pass] = []
-        signal_inputs: list[SignalInput] = []
-        losses: list[Tensor] = []
-        gradients = TreeSum()
-        for i, batch in enumerate(parts):
-            if has_signal_in_input:
-                signal_inputs.append(
-                    SignalInput(problem, batch, signals[i], in_graph=self.keep_graph)
-                )
-                inputs = signal_inputs[i].inputs
-            else:
-                inputs = problem.student_input(batch)
-            # z = S(x; θ)
-            inner_pass = self.student.pass_type(self.student, self.params, inputs)
-            passes.append(inner_pass)
-            with NOTHING if self.ranks.alone else self.ranks.agreed():
-                problem.check(inner_pass.outputs, outer_parts[i], batch)
-            if not asks_first:
-                signals.append(self._ask_teacher(batch, inner_pass.outputs))
-            if not self.keep_graph:
-                # At once, so that there is one graph at a time.
-                losses.append(self._learn(gradients, number, inner_pass, batch, signals[i]))
-        if not asks_first:
-            signal = signals[0]
-            if self.keep_graph or self.accumulate > 1:
-                signal = joined_signals(signals, leaves=self.keep_graph)
-        if self.keep_graph:
-            # By parts of the leaf that the path is differentiated in.
-            signals = signal.chunks(self.accumulate)
-            for inner_pass, batch, signal_of_part in zip(passes, parts, signals, strict=True):
-                losses.append(self._learn(gradients, number, inner_pass, batch, signal_of_part))
-
-        loss = losses[0] if self.accumulate == 1 else mean_of_scalars(losses)
         step = InnerStep(
-            problem=problem,
             update=self.updates[number] if self.updates else self.path.update,
-            passes=passes,
-            inner_batch=inner_batch,
-            signal=signal,
-            inner_loss=loss,
-            grads=gradients.mean(),
+            descent=self.student.descend(self.params, self._lesson(number, inner_batch)),
             state=self.state,
-            signal_inputs=signal_inputs,
             by_optimizer=not self.is_alone_step,
             digest=digest(inner_batch) if self.inner_batches.are_read_again else None,
             order=self.path.order,
         )
         self.path.steps.append(step)
         if not self.is_alone_step:
-            with NOTHING if self.ranks.alone else self.ranks.agreed():
+            with self.ranks.agreed():
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), step.inner_loss)
             if number == 0 and self.inner_batches.are_read_again:
                 # A function that always returns another batch is refused here, not after the path.
                 self.path.inner_batch(0)
+
+    def _lesson(self, number: int, inner_batch: Batch) -> Lesson:
+        """Return what the student is taught in the step of this number."""
+        graph: Graph = "none"
+        # Without a graph of the path, the second step is the first one at other weights than the
+        # student's own. With one, the first step is at leaves already, and the second one's graph
+        # ends in those of the first.
+        steps_to_look_at = [0, 1]
+        if self.student.double_backward:
+            graph = "path"
+            steps_to_look_at = [0]
+        elif self.path.order == "graph" and number == self.first_differentiated:
+            graph = "credited"
+        look = None
+        if self.path.look is not None and number in steps_to_look_at:
+            look = partial(self.path.look.at_inner_loss, at_own_weights=self.is_at_own_weights)
+        return Lesson(
+            problem=self.path.problem,
+            batch=inner_batch,
+            outer_batch=self.outer_batch,
+            ask=self._ask_teacher,
+            credits=self.credits,
+            graph=graph,
+            is_readable=self.student.has_whole_weights,
+            look=look,
+        )
 
     def _go_on_to(self, number: int) -> None:
         """Take the weights and the state that the step before leads to."""
@@ -697,73 +680,6 @@ class _Walk:
 
         A problem may read the student as it is in this step.
         """
-        if self.is_at_own_weights and self.ranks.alone:
-            return self.teach(batch, outputs).detached()
         weights = NOTHING if self.is_at_own_weights else self.student.with_weights(self.params)
         with weights, self.ranks.agreed():
             return self.teach(batch, outputs).detached()
-
-    def _learn(
-        self, gradients: TreeSum, number: int, inner_pass: Pass, batch: Batch, signal: Signal
-    ) -> Tensor:
-        """Return the inner loss of a micro-batch, and add its gradient to those of the others.
-
-        Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
-        """
-        leaves: Tree = {}
-        is_first_differentiated = number == self.first_differentiated
-        if self.path.order == "graph" and is_first_differentiated and not self.keep_graph:
-            leaves = plain_leaves(credited(signal, self.credits))
-            signal = signal.having(leaves)
-        loss: Loss = partial(
-            inner_loss,
-            self.problem,
-            signal,
-            batch,
-            self.student.has_whole_weights,
-            leaves.get("factors"),
-        )
-        # Without a graph of the path, the second step is the first one at other weights than the
-        # student's own. With one, the first step is at leaves already, and the second one's graph
-        # ends in those of the first.
-        steps_to_look_at = (0,) if self.keep_graph else (0, 1)
-        if self.look is not None and number in steps_to_look_at:
-            loss = looked_at(
-                loss,
-                inner_pass,
-                made_here=[*self.params.values(), *signal.fields().values(), *leaves.values()],
-                look=self.look,
-                at_own_weights=self.is_at_own_weights,
-            )
-        value, gradient = inner_pass.gradient(loss, [*leaves.values()])
-        gradients.add(gradient)
-        return value
-
-
-def looked_at(
-    loss: Loss,
-    inner_pass: Pass,
-    *,
-    made_here: Sequence[Tensor],
-    look: FirstLook,
-    at_own_weights: bool,
-) -> Loss:
-    """Return an inner loss whose graph is looked at when it is taken.
-
-    Args:
-        made_here: leaves besides its weights.
-        at_own_weights: whether the pass ran at the student's own parameters.
-    """
-
-    def loss_with_look(outputs: Tensor, params: Tree) -> Tensor:
-        def loss_again() -> Tensor:
-            with inner_pass.once_more(inner_pass.inputs) as (params_again, outputs_again):
-                return loss(outputs_again, params_again)
-
-        value = loss(outputs, params)
-        look.at_inner_loss(
-            value, [*params.values(), *made_here], loss_again, at_own_weights=at_own_weights
-        )
-        return value
-
-    return loss_with_look

@@ -1,0 +1,1 @@
+"""How a student is run and differentiated: on one device, in micro-batches, and sharded."""
