@@ -116,12 +116,14 @@ class Feedback:
         own.
         """
         parts = step.descent.parts
+        if parts == 1:
+            return self.on_value(step.signal.value)
 
         def joined(name: str, h: Tensor) -> Tensor:
-            if parts == 1 or h.ndim == 0 or step.has_rows(name):
-                return h.detach()
+            if h.ndim == 0 or step.has_rows(name):
+                return h
             # The h of the micro-batches stand one after the other along dimension 0.
-            h_by_part = h.detach().reshape(parts, -1, *h.shape[1:])
+            h_by_part = h.reshape(parts, -1, *h.shape[1:])
             return h_by_part.sum(0)
 
         return self.mapped(joined).on_value(step.signal.value)

@@ -105,10 +105,13 @@ class InnerBatches(Sequence[Any]):
             whenever it is asked for it.
         is_lookahead: whether they were given as a :class:`Lookahead`, which may have one batch;
             what is returned for each student step is then a tuple.
+        are_read_again: whether a batch that is needed once more is read once more, since none is
+            kept.
     """
 
     batches: list[Any] | Lookahead
     is_lookahead: bool
+    are_read_again: bool = False
 
     @staticmethod
     def of_one_step(inner: Batch) -> InnerBatches:
@@ -144,7 +147,7 @@ class InnerBatches(Sequence[Any]):
         if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
             return InnerBatches.of_one_step(inner)
         if callable(inner.batches):
-            return InnerBatches(inner, is_lookahead=True)
+            return InnerBatches(inner, is_lookahead=True, are_read_again=True)
         return InnerBatches(list(inner), is_lookahead=True)
 
     def __len__(self) -> int:
@@ -152,11 +155,6 @@ class InnerBatches(Sequence[Any]):
 
     def __getitem__(self, number: Any) -> Any:
         return self.batches[number]
-
-    @property
-    def are_read_again(self) -> bool:
-        """Whether a batch that is needed once more is read once more, since none is kept."""
-        return not isinstance(self.batches, list)
 
     def in_memory(self) -> list[Any]:
         """Return the batches that are in memory; a function returns new ones in each call."""

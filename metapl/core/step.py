@@ -89,6 +89,11 @@ class InnerStep:
     Attributes:
         student: whose step it is.
         space: products and norms over all processes that hold parts of the weights.
+        signal: the teacher's about the batch, without its graph.
+        params: θ, the weights before the step.
+        outputs: z = S(x; θ), (B, ...), without a graph.
+        inner_loss: ℓ = (1/B) Σ ℓ_i, a scalar.
+        gradient: g, without a graph.
     """
 
     update: Update
@@ -99,15 +104,32 @@ class InnerStep:
     order: Order | None = None
     student: Engine = field(init=False)
     space: Space = field(init=False)
+    signal: Signal = field(init=False)
+    params: Tree = field(init=False)
+    outputs: Tensor = field(init=False)
+    inner_loss: Tensor = field(init=False)
+    gradient: Tree = field(init=False)
 
     def __post_init__(self) -> None:
         self.student = self.descent.student
         self.space = self.student.space
+        self.signal = self.descent.signal
+        self.inner_loss = self.descent.inner_loss
+        self._read()
+
+    def _read(self) -> None:
+        """Read what a step forgets, and has again, from its pass."""
+        self.params = self.descent.params
+        self.outputs = self.descent.outputs
+        self.gradient = self.descent.gradient
+        if self.student.double_backward:
+            self.gradient = {name: g.detach() for name, g in self.gradient.items()}
 
     def forget(self, *, batch_too: bool = False) -> None:
         """Drop what :meth:`recompute` has again: θ, g, s and, with ``batch_too``, the batch."""
         self.descent.forget(batch_too=batch_too)
         self.state = None
+        self._read()
         vars(self).pop("updated", None)
         vars(self).pop("new_params", None)
 
@@ -121,6 +143,7 @@ class InnerStep:
         """
         self.descent.recompute(params, inner_batch)
         self.state = state
+        self._read()
 
     def with_signal(self, signal: Signal) -> InnerStep:
         """Return the same step on another signal.
@@ -140,21 +163,6 @@ class InnerStep:
         return self.descent.lesson.batch
 
     @property
-    def signal(self) -> Signal:
-        """The teacher's signal about the batch, without its graph."""
-        return self.descent.signal
-
-    @property
-    def params(self) -> Tree:
-        """θ, the weights before the step."""
-        return self.descent.params
-
-    @property
-    def inner_loss(self) -> Tensor:
-        """ℓ = (1/B) Σ ℓ_i, a scalar."""
-        return self.descent.inner_loss
-
-    @property
     def learning_rate(self) -> float | None:
         """η of the first param group; None where the optimizer has no single rate."""
         return self.update.learning_rate
@@ -164,11 +172,6 @@ class InnerStep:
         """The number of processes that share the batch."""
         return self.student.ranks.size
 
-    @property
-    def outputs(self) -> Tensor:
-        """z = S(x; θ), (B, ...), without a graph."""
-        return self.descent.outputs
-
     def has_rows(self, name: str) -> bool:
         """Return whether a field of the signal has a row for each example.
 
@@ -176,13 +179,6 @@ class InnerStep:
         """
         by_field = has_rows(self.problem, self.signal, len(self.outputs))
         return by_field.get(name, all(by_field.values()))
-
-    @property
-    def gradient(self) -> Tree:
-        """g, without a graph."""
-        if not self.student.double_backward:
-            return self.descent.gradient
-        return {name: g.detach() for name, g in self.descent.gradient.items()}
 
     @cached_property
     def updated(self) -> tuple[Tree, Any]:

@@ -72,7 +72,7 @@ class Teaching:
     Args:
         layout: of the teacher; None: the problem has none, and is given an empty module.
         problem: makes the signal.
-        check: refuses what is no signal for the mode.
+        check: refuses what is no signal for the mode, in a first step; None in later ones.
         generator: of labels that are drawn; None: the default one.
         ranks: the processes that share the batches.
         device: where the networks are.
@@ -88,7 +88,7 @@ class Teaching:
         layout: Layout | None,
         problem: BilevelProblem,
         *,
-        check: Callable[[Any], None],
+        check: Callable[[Any], None] | None,
         generator: torch.Generator | None,
         ranks: Ranks,
         device: torch.device,
@@ -111,6 +111,10 @@ class Teaching:
         )
         self.network = nn.Module() if layout is None else layout.network
         self.slots = slots or Slots(self.network)
+        self.parameters: dict[str, nn.Parameter] = self.slots.learned
+        self.is_sharded = layout is not None and layout.is_sharded
+        if layout is not None and layout.is_sharded:
+            self.parameters = layout.parameters()
         self.passes: list[TeacherPass] = []
         self.calls = calls
 
@@ -163,7 +167,8 @@ class Teaching:
     def _ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
-        self.check(signal)
+        if self.check is not None:
+            self.check(signal)
         return signal
 
     def direct_gradient(self, path: Path) -> dict[str, Tensor]:
@@ -179,8 +184,7 @@ class Teaching:
             if self.batches_are_read_again:
                 batch = path.inner_batch(len(path.steps) - 1)
             signal = self.with_graph(last_pass, batch)
-        reached = reached_gradient(self.layout, path.direct_loss(signal), retain=True)
-        return with_zeros(reached, self.layout)
+        return self._with_zeros(self._reached(path.direct_loss(signal), retain=True))
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """Return the gradient of −Σ h·signal in the teacher's weights, over all passes.
@@ -198,15 +202,15 @@ class Teaching:
                 whole_batch = path.inner_batch(step)
                 batch = micro_batches(whole_batch, self.passes_per_batch, "inner")[part]
             loss = h.teacher_loss(self.with_graph(teacher_pass, batch))
-            if self.layout.is_sharded:
+            if self.is_sharded:
                 # The backward pass of a sharded network averages over the ranks.
                 loss = self.ranks.size * loss
-            gradient_of_pass = gradient_of(self.layout, loss)
+            gradient_of_pass = self._gradient_of(loss)
             if gradient:
                 gradient = {name: gradient[name] + g for name, g in gradient_of_pass.items()}
             else:
                 gradient = gradient_of_pass
-        if self.layout.is_sharded:
+        if self.is_sharded:
             return gradient
         # The backward pass of any other network stays with this rank.
         return {name: self.ranks.sum(g) for name, g in gradient.items()}
@@ -254,8 +258,7 @@ class Teaching:
         Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio``
         where both gradients were found.
         """
-        layout = self.layout
-        if layout is None:
+        if self.layout is None:
             return {}
         parts = self.passes_per_batch
         outer_parts = [outer_batch]
@@ -315,15 +318,15 @@ class Teaching:
             if compares:
                 # The teacher's pass belongs to both graphs.
                 retain = own_loss is not None
-                add_to(feedback_gradient, reached_gradient(layout, feedback_loss, retain=retain))
+                add_to(feedback_gradient, self._reached(feedback_loss, retain=retain))
                 if own_loss is not None:
-                    add_to(own_gradient, reached_gradient(layout, own_loss))
+                    add_to(own_gradient, self._reached(own_loss))
                 continue
             loss = feedback_loss
             if size.weight != 1.0:
                 loss = size.weight * feedback_loss
             if measures and loss.requires_grad:
-                add_to(feedback_gradient, reached_gradient(layout, loss, retain=True))
+                add_to(feedback_gradient, self._reached(loss, retain=True))
             if own_loss is not None:
                 loss = loss + own_loss
             if loss.requires_grad:
@@ -349,16 +352,16 @@ class Teaching:
 
         Returns: λ and the size of the feedback, for the report.
         """
-        assert self.layout is not None, "there is a teacher"
-        feedback_gradient = self._over_ranks(feedback_gradient)
-        own_gradient = self._over_ranks(own_gradient)
+        if not self.ranks.alone:
+            feedback_gradient = self._over_ranks(feedback_gradient)
+            own_gradient = self._over_ranks(own_gradient)
         feedback_norm = self._norm(feedback_gradient)
         own_norm = self._norm(own_gradient)
         weight = size.weight_for(feedback_norm, own_norm)
         weighted = {name: weight.to(g.dtype) * g for name, g in feedback_gradient.items()}
         whole_gradient = own_gradient
         add_to(whole_gradient, weighted)
-        for name, p in self.layout.parameters().items():
+        for name, p in self.parameters.items():
             p.grad = whole_gradient.get(name)
             # A backward pass would have called these on the whole gradient.
             if p.grad is not None:
@@ -377,14 +380,10 @@ class Teaching:
         Args:
             feedback_gradient: λ G_h; G_own is what is in ``.grad`` besides it.
         """
-        assert self.layout is not None, "there is a teacher"
-        own_gradient: dict[str, Tensor] = {}
-        for name, p in self.layout.parameters().items():
-            if p.grad is None:
-                continue
-            own_gradient[name] = p.grad
-            if name in feedback_gradient:
-                own_gradient[name] = plus(p.grad, -feedback_gradient[name])
+        own_gradient: dict[str, Tensor] = {
+            name: p.grad for name, p in self.parameters.items() if p.grad is not None
+        }
+        add_to(own_gradient, {name: -g for name, g in feedback_gradient.items()})
         feedback_norm = self._norm(self._over_ranks(feedback_gradient))
         own_norm = self._norm(self._over_ranks(own_gradient))
         return {
@@ -427,7 +426,7 @@ class Teaching:
         """Return a gradient as the mean over the ranks, which a sharded network's is already."""
         if self.layout is None or self.layout.kind != "replicated":
             return gradient
-        like: dict[str, Tensor] = dict(self.layout.parameters())
+        like: dict[str, Tensor] = dict(self.parameters)
         return self.ranks.mean_tree(gradient, like)
 
     def _norm(self, gradient: Mapping[str, Tensor]) -> Tensor:
@@ -437,66 +436,59 @@ class Teaching:
         """
         if self.layout is None or not gradient:
             return torch.zeros((), device=self.device)
-        return self.layout.space.norm({name: local(g) for name, g in gradient.items()})
+        if self.is_sharded:
+            gradient = {name: local(g) for name, g in gradient.items()}
+        return self.layout.space.norm(gradient)
 
+    def _reached(self, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
+        """Return the gradient of a loss in the weights that it reaches.
 
-def with_zeros(gradient: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:
-    """Return a gradient in all of a network's weights, with zeros where it has no entry."""
-    whole: dict[str, Tensor] = {}
-    for name, p in layout.parameters().items():
-        whole[name] = gradient[name] if name in gradient else torch.zeros_like(p)
-    return whole
+        It is that of this rank's rows, or the mean over the ranks of a sharded network, whose own
+        backward pass averages.
+
+        By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way;
+        ``.grad`` stays as it is. Where the weights have hooks that a backward pass would call with
+        a part of the step's gradient, by ``torch.autograd.grad``. ``retain`` keeps the graph for
+        another pass.
+        """
+        if not loss.requires_grad:
+            return {}
+        weights = self.parameters
+        has_hooks = any(p._post_accumulate_grad_hooks for p in weights.values())
+        if self.is_sharded or not has_hooks:
+            return by_backward(loss, weights, retain=retain)
+        grads = torch.autograd.grad(
+            loss, list(weights.values()), retain_graph=retain, allow_unused=True
+        )
+        return {name: g for name, g in zip(weights, grads, strict=True) if g is not None}
+
+    def _gradient_of(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of a loss in all weights, with zeros where it reaches none.
+
+        No other leaf of the graph gets a gradient.
+        """
+        if not loss.requires_grad:
+            return self._with_zeros({})
+        if self.is_sharded:
+            return self._with_zeros(by_backward(loss, self.parameters))
+        grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
+        return dict(zip(self.parameters, grads, strict=True))
+
+    def _with_zeros(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gradient in all weights, with zeros where it has no entry."""
+        whole: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            whole[name] = gradient[name] if name in gradient else torch.zeros_like(p)
+        return whole
 
 
 def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
     """Add a gradient to sums by parameter, in place."""
     for name, g in gradient.items():
-        sums[name] = plus(sums[name], g) if name in sums else g
-
-
-def plus(a: Tensor, b: Tensor) -> Tensor:
-    """Return a + b, of which either may be sparse, as the gradient of an embedding is.
-
-    Torch adds a sparse one last.
-    """
-    return b + a if a.is_sparse else a + b
-
-
-def reached_gradient(layout: Layout, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
-    """Return the gradient of a loss in the weights that it reaches.
-
-    It is that of this rank's rows, or the mean over the ranks of a sharded network, whose own
-    backward pass averages.
-
-    By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way;
-    ``.grad`` stays as it is. Where the weights have hooks that a backward pass would call with a
-    part of the step's gradient, by ``torch.autograd.grad``. ``retain`` keeps the graph for another
-    pass.
-    """
-    parameters = layout.parameters()
-    if not loss.requires_grad:
-        return {}
-    has_hooks = any(p._post_accumulate_grad_hooks for p in parameters.values())
-    if layout.is_sharded or not has_hooks:
-        return by_backward(loss, parameters, retain=retain)
-    grads = torch.autograd.grad(
-        loss, list(parameters.values()), retain_graph=retain, allow_unused=True
-    )
-    return {name: g for name, g in zip(parameters, grads, strict=True) if g is not None}
-
-
-def gradient_of(layout: Layout, loss: Tensor) -> dict[str, Tensor]:
-    """Return the gradient of a loss in a network's weights, with zeros where it reaches none.
-
-    No other leaf of the graph gets a gradient.
-    """
-    parameters = layout.parameters()
-    if not loss.requires_grad:
-        return {name: torch.zeros_like(p) for name, p in parameters.items()}
-    if layout.is_sharded:
-        return with_zeros(by_backward(loss, parameters), layout)
-    grads = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-    return dict(zip(parameters, grads, strict=True))
+        if name in sums:
+            # Either may be sparse, as the gradient of an embedding is; torch adds it last.
+            g = g + sums[name] if sums[name].is_sparse else sums[name] + g
+        sums[name] = g
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -105,17 +105,25 @@ class LocalStudent:
         self.capabilities = layout.capabilities
         self.double_backward = double_backward
         self.slots = slots or Slots(layout.network)
-        self.inspects_graph = False
-        self.chooses_order = False
-        self.compares_gradients = False
-
         self.parameters: dict[str, nn.Parameter] = self.slots.learned
         if layout.is_sharded:
             self.parameters = layout.parameters()
-        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
+        # Plain weights are of no subclass, and have no attributes of their own, which leaves in
+        # their places would have to carry.
+        self._has_plain_weights = all(
+            type(p) is nn.Parameter and not vars(p) for p in self.parameters.values()
+        )
         self.device = next(iter(self.parameters.values())).device
         self.dtypes = set(map(DTYPE, self.parameters.values()))
         self.has_half_precision = not HALF.isdisjoint(self.dtypes)
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a step at the weights that the module holds now."""
+        self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
+        self.inspects_graph = False
+        self.chooses_order = False
+        self.compares_gradients = False
 
     # ----------------------------------------------------------------------------- inner passes
 
@@ -265,11 +273,7 @@ class LocalStudent:
 
     def as_leaves(self, params: Tree) -> Tree:
         """Return weights as leaves of the types that the module's own have, by name."""
-        originals = self.parameters.values()
-        # Plain weights are of no subclass, and have no attributes of their own, which the leaves
-        # would have to carry.
-        are_plain = all(type(p) is nn.Parameter and not vars(p) for p in originals)
-        if are_plain:
+        if self._has_plain_weights:
             # The usual case, without a call for each weight that asks for its type.
             make = Tensor._make_subclass
             return {name: make(nn.Parameter, t, require_grad=True) for name, t in params.items()}

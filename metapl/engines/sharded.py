@@ -83,11 +83,14 @@ class ShardedStudent(LocalStudent):
         layout.reshard()
         super().__init__(layout, slots, parts=parts)
         self.layout = layout
-        self.params: Tree = {name: local(p).detach() for name, p in self.parameters.items()}
         for block in layout.blocks:
             compute_dtype = block._get_fsdp_state()._mp_policy.param_dtype
             if compute_dtype is not None:
                 self.dtypes.add(compute_dtype)
+
+    def begin(self) -> None:
+        super().begin()
+        self.params = {name: local(p).detach() for name, p in self.parameters.items()}
 
     def loss(
         self,

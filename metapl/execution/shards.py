@@ -274,7 +274,7 @@ def by_backward(
             p.grad = grads_before[name]
     for name, g in gradient.items():
         like: Any = parameters[name]
-        if is_sharded(g) and g.placements != like.placements:
+        if type(g) is not Tensor and is_sharded(g) and g.placements != like.placements:
             # parallelize_module leaves sums over processes that are still to be taken.
             gradient[name] = g.redistribute(like.device_mesh, like.placements)
     return gradient

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
@@ -98,6 +98,23 @@ CLOSURE_OUTSIDE = (
 
 
 @dataclass(frozen=True)
+class Standing:
+    """What the steps have in common as long as the networks are as they were read.
+
+    Args:
+        student: as its engine runs it.
+        direct_term: as :attr:`BilevelTrainer.direct_term`.
+        trained: the weights of the outer optimizer.
+        orders: of differentiation, by the number of student steps: those that a step may take.
+    """
+
+    student: LocalStudent
+    direct_term: Literal["", "included", "left out"]
+    trained: Sequence[Tensor]
+    orders: dict[int, tuple[Order, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class OpenedStep:
     """A step whose networks and batches were looked at, and not refused.
 
@@ -107,6 +124,7 @@ class OpenedStep:
         outer_batch: as it was given, before the problem reads it.
         inner_batches: one for each step of the student.
         fingerprint: of the networks: it changes with their modes, frozen parts and hooks.
+        is_first: whether no step was taken with this fingerprint.
         look: looks at the graphs of both losses; None: networks with this fingerprint were looked
             at before.
     """
@@ -114,6 +132,7 @@ class OpenedStep:
     outer_batch: Batch
     inner_batches: InnerBatches
     fingerprint: int
+    is_first: bool
     look: FirstLook | None
 
 
@@ -327,6 +346,8 @@ class BilevelTrainer(Trainer):
         self.measures_feedback = False
         # The fingerprints of networks whose first step was looked at.
         self._looked_at: set[int] = set()
+        # What is asked once, until the networks change.
+        self._standing: Standing | None = None
 
     def _refuse_mode_that_does_not_fit(self) -> None:
         """Refuse options of the mode that a trainer's step, or its options, cannot have."""
@@ -417,19 +438,29 @@ class BilevelTrainer(Trainer):
         steps = len(inner_batches)
         if steps != self.lookahead:
             check_mode(self.mode, steps, self.problem, self.layout)
+        standing = self._standing or self._stand()
+        if steps not in standing.orders:
+            standing.orders[steps] = self.mode.orders(steps, self.problem, standing.student)
+        standing.student.begin()
+        candidates = standing.orders[steps]
+        take_in_order = partial(self._step_in_order, opened=opened, standing=standing)
+        try:
+            return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
+        except MissingDerivative as error:
+            expected = in_place_of(self.mode, steps, self.problem, wrt=())
+            raise MissingDerivative(error.what, expected) from error
+
+    def _stand(self) -> Standing:
+        """Find out what the steps have in common while the networks stay as they are."""
+        trained = [] if self.outer_optimizer is None else parameters_of(self.outer_optimizer)
         student = self._student_type(
             self.layout,
             self.slots[1],
             double_backward=self.mode.keep_graph,
             parts=self.accumulate,
         )
-        candidates = self.mode.orders(steps, self.problem, student)
-        take_in_order = partial(self._step_in_order, opened=opened, student=student)
-        try:
-            return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
-        except MissingDerivative as error:
-            expected = in_place_of(self.mode, steps, self.problem, wrt=())
-            raise MissingDerivative(error.what, expected) from error
+        self._standing = Standing(student, direct_term=self.direct_term, trained=trained)
+        return self._standing
 
     def _open_step(self, outer_batch: Batch, inner_batches: InnerBatches) -> OpenedStep:
         """Read the networks' tables as they are now, and refuse what no step can be taken with.
@@ -439,10 +470,12 @@ class BilevelTrainer(Trainer):
         """
         for layout in self.distributed:
             layout.begin_step()
-        known_teacher_slots = self.slots[0]
-        self.slots = [slots if slots.are_current() else Slots(slots.module) for slots in self.slots]
+        for number, slots in enumerate(self.slots):
+            if not slots.are_current():
+                self.slots[number] = Slots(slots.module)
+                self._standing = None
         teacher_slots, student_slots = self.slots
-        if self.outer_optimizer is not None and teacher_slots is not known_teacher_slots:
+        if self.outer_optimizer is not None and self._standing is None:
             # Layers may have been added since, or thawed.
             refuse_missing(
                 "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
@@ -485,6 +518,7 @@ class BilevelTrainer(Trainer):
             outer_batch=outer_batch,
             inner_batches=inner_batches,
             fingerprint=fingerprint,
+            is_first=is_new,
             look=look,
         )
 
@@ -494,7 +528,7 @@ class BilevelTrainer(Trainer):
         is_tried: bool,
         *,
         opened: OpenedStep,
-        student: LocalStudent,
+        standing: Standing,
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order.
 
@@ -508,27 +542,29 @@ class BilevelTrainer(Trainer):
             order: None, where there is nothing to choose.
             is_tried: whether the order is being chosen, by whether this step runs in it.
             opened: the step.
-            student: its network, as the passes of the step see it.
+            standing: what it has in common with the steps before.
         """
         mode = self.mode
+        student = standing.student
         inner_batches = opened.inner_batches
         outer_batch = self.problem.outer_batch(opened.outer_batch)
         teacher_losses = self._losses_for(inner_batches[-1])
-        is_first = opened.fingerprint not in self._looked_at
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
         # The update is of the weights that are learned now: layers may have been thawed.
         self.update.follow(student.parameters)
-        # What a problem keeps between two calls of its signal is looked at in a first step.
-        calls = KeptBySignal(self.problem, self.slots[0].module) if is_first else None
+        check = calls = None
+        if opened.is_first:
+            check = partial(
+                check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
+            )
+            calls = KeptBySignal(self.problem, self.slots[0].module)
         teaching = Teaching(
             layout=self.teacher_layout,
             problem=self.problem,
-            check=partial(
-                check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
-            ),
+            check=check,
             generator=self.generator,
             ranks=self.ranks,
             device=self.device,
@@ -544,7 +580,7 @@ class BilevelTrainer(Trainer):
         with restored(
             *self.slots,
             device=self.device,
-            trained=[] if self.outer_optimizer is None else parameters_of(self.outer_optimizer),
+            trained=standing.trained,
             generator=self.generator,
         ) as fault:
             with self._autocast(), kernels:
@@ -575,8 +611,8 @@ class BilevelTrainer(Trainer):
                     has_feedback=mode.gives_gradient,
                     # A hook that changes gradients would be called twice.
                     measure=self.measures_feedback and not hooked(self.slots[0].module),
-                    compares_parts=bool(self.verification.setting) and is_first,
-                    direct_loss=path.direct_loss if self.direct_term == "included" else None,
+                    compares_parts=bool(self.verification.setting) and opened.is_first,
+                    direct_loss=path.direct_loss if standing.direct_term == "included" else None,
                 )
                 h = [
                     feedback_of_step.of_batch(step)
@@ -601,7 +637,7 @@ class BilevelTrainer(Trainer):
                     # A copy: the outputs may be weights, which the step moves.
                     student_outputs=last_step.outputs.clone(),
                     order=order or "",
-                    direct_term=self.direct_term,
+                    direct_term=standing.direct_term,
                 )
             if opened.look is not None:
                 opened.look.at_batches()
@@ -798,6 +834,7 @@ class BilevelTrainer(Trainer):
                 layout.begin_step()
             # This step is rare, so the tables are read anew without asking whether they changed.
             self.slots = [Slots(slots.module) for slots in self.slots]
+            self._standing = None
         teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer)
         student = self._student_type(self.layout, student_slots, parts=self.accumulate)

@@ -506,6 +506,7 @@ TRAINER_ATTRIBUTES = {
     "_student_type": FOLLOWS,
     "_teacher_trainer": FOLLOWS,
     "_looked_at": FOLLOWS,
+    "_standing": FOLLOWS,
     "_told_in_evaluation": FOLLOWS,
 }
 
