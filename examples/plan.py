@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.ablation.cost import FORMULAS
+from metapl.core import keeping, step, teacher
 from metapl.core.path import Path
 from metapl.core.step import InnerStep
 from metapl.core.teacher import Teaching
@@ -47,7 +48,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState
-from metapl.feedback import base, inner_step, keeping, teacher
+from metapl.feedback import base
 from metapl.models import LabelAdjuster
 from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
@@ -219,7 +220,7 @@ def stage(mesh: Mesh):
             for name in ("restore", "branch", "equals")
         ),
         # Derivatives without values cannot be compared, or be found to be infinite.
-        (inner_step, "slopes_differ", lambda *_: False),
+        (step, "slopes_differ", lambda *_: False),
         (base, "refuse_not_finite_feedback", lambda *_: None),
         # The losses of micro-batches are compared with those of their rows together once.
         (teacher, "refuse_other_than_means", lambda *_, **__: None),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar, Literal, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from metapl.core.feedback import Feedback
 from metapl.core.path import Path
 from metapl.core.step import InnerStep
-from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.execution.layout import Capability
 from metapl.feedback.base import Estimator, Normalization, State
 from metapl.feedback.forward import Forward
 from metapl.problems.base import Kind
+
+if TYPE_CHECKING:
+    from metapl.core.terms import StudentPath
 
 Alteration = Literal["permuted", "class_means", "random_sign"]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.core.engine import Derivatives, Engine
 from metapl.core.keeping import ALL, Keeping, States
 from metapl.core.lesson import Ask, Credited, Graph, Lesson, plain_leaves
 from metapl.core.lookahead import InnerBatches
@@ -32,6 +31,12 @@ from metapl.problems.base import (
 )
 from metapl.updates import Options, Update
 
+if TYPE_CHECKING:
+    from metapl.core.engine import Derivatives, Engine
+
+    # Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
+    Keep = Callable[[int, int, Engine], Keeping]
+
 OTHER_BATCH = (
     "the function of Lookahead returned another batch for step {} when it was called again; "
     "expected the same."
@@ -44,9 +49,6 @@ NOT_FINITE = (
     "the derivative of the outer loss is NaN or infinite before step {} of the look-ahead; lower "
     "the student's learning rate, or differentiate fewer of the last steps, Forward(truncate=...)."
 )
-
-# Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
-Keep = Callable[[int, int, Engine], Keeping]
 
 
 class Look(Protocol):

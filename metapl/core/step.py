@@ -26,13 +26,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.core.engine import Derivatives, Descent, Engine
 from metapl.core.lesson import Credited, credited, plain_leaves
 from metapl.core.order import Order
 from metapl.errors import MetaplError, reason_of
@@ -50,6 +49,9 @@ from metapl.execution.numerics import MissingDerivative, Space, Tree, reduced_fl
 from metapl.execution.ranks import NOTHING
 from metapl.problems.base import BilevelProblem, Signal, enters_input, has_rows
 from metapl.updates import Cotangents, Options, Update
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Derivatives, Descent, Engine
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
-from metapl.execution.numerics import no_fast_path
+from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.ranks import NOTHING, Ranks, rows_shared
 from metapl.execution.shards import by_backward, local
 from metapl.execution.state import RandomState, Slots, State, replay
@@ -429,7 +429,7 @@ class Teaching:
         like: dict[str, Tensor] = dict(self.parameters)
         return self.ranks.mean_tree(gradient, like)
 
-    def _norm(self, gradient: Mapping[str, Tensor]) -> Tensor:
+    def _norm(self, gradient: Tree) -> Tensor:
         """Return the norm of a gradient over all processes that hold parts of it.
 
         Of no gradient 0.

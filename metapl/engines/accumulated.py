@@ -1,7 +1,7 @@
 """Micro-batches: a pass as the mean of passes on equal parts of its batch.
 
-It says what :class:`metapl.engines.eager.Pass` says, of the whole batch, and has the memory of one
-part at a time. Who asks it need not know of parts.
+It is a :class:`metapl.core.engine.Descent` on the whole batch, in the memory of one part at a time.
+Who asks it need not know of parts.
 """
 
 from __future__ import annotations
@@ -10,30 +10,50 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from metapl.core.engine import Derivatives
+from metapl.core.engine import Derivatives, Descent, Engine
 from metapl.core.lesson import Lesson
-from metapl.engines.eager import LocalStudent, Pass
 from metapl.execution.batch import Batch, joined, micro_batches
 from metapl.execution.numerics import Tree, TreeSum, mean_of_scalars
 from metapl.problems.base import Signal, joined_signals
 
 
+class Part(Descent, Protocol):
+    """A pass on one micro-batch, whose loss is taken when it has run."""
+
+    def learn(self, signal: Signal) -> None:
+        """Take the loss on a signal, and its gradient."""
+
+    def again(self, signal: Signal) -> Part:
+        """Return the same pass on another signal."""
+
+
+# Runs the student on a lesson at given weights; the signal is given where it was asked for first.
+Run = Callable[[Tree, Lesson, Signal | None], Part]
+
+
 class AccumulatedPass:
     """The passes on the micro-batches of a lesson.
+
+    Args:
+        student: whose passes they are.
+        params: θ.
+        lesson: what the student is taught.
+        run: runs the student on the lesson of a micro-batch.
 
     Attributes:
         passes: one for each micro-batch.
     """
 
-    def __init__(self, student: LocalStudent, params: Tree, lesson: Lesson) -> None:
+    def __init__(self, student: Engine, params: Tree, lesson: Lesson, run: Run) -> None:
         self.student = student
         self.lesson = lesson
         self.parts = student.parts
-        self.passes: list[Pass] = []
+        self.passes: list[Part] = []
         lessons = lesson.chunks(self.parts)
         signals: list[Signal] = []
         if lesson.asks_first:
@@ -44,9 +64,7 @@ class AccumulatedPass:
         gradients = TreeSum()
         is_path = lesson.graph == "path"
         for i, part in enumerate(lessons):
-            inner_pass = student.pass_type(
-                student, params, part, signals[i] if lesson.asks_first else None
-            )
+            inner_pass = run(params, part, signals[i] if lesson.asks_first else None)
             self.passes.append(inner_pass)
             if not lesson.asks_first:
                 signals.append(part.ask(part.batch, inner_pass.outputs))

@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from metapl.core.engine import Derivatives, Descent, MicroBatches, Weighted, WeightedLoss
 from metapl.core.lesson import GraphLook, Lesson, Loss, SignalInput, credited, plain_leaves
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -59,6 +58,9 @@ from metapl.execution.state import (
 )
 from metapl.execution.tangents import norms_by_backward_kernels
 from metapl.problems.base import Signal, enters_input
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Derivatives, Descent, MicroBatches, Weighted, WeightedLoss
 
 # A function of w that returns (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
@@ -135,7 +137,7 @@ class LocalStudent:
         if self.parts > 1:
             from metapl.engines.accumulated import AccumulatedPass
 
-            return AccumulatedPass(self, params, lesson)
+            return AccumulatedPass(self, params, lesson, run=partial(self.pass_type, self))
         # Line 2: ŷ ~ T(x), or the soft label.
         signal = None
         if lesson.asks_first:

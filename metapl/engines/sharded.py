@@ -24,14 +24,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
-from metapl.core.engine import MicroBatches, WeightedLoss
 from metapl.core.lesson import GraphLook, plain_leaves
 from metapl.engines.eager import LocalStudent, Pass
 from metapl.errors import MetaplError
@@ -59,6 +58,9 @@ from metapl.execution.state import (
     stand_in,
     swapped,
 )
+
+if TYPE_CHECKING:
+    from metapl.core.engine import MicroBatches, WeightedLoss
 
 # A module's forward, or what takes its place.
 ForwardMethod = Callable[..., Any]

@@ -4,8 +4,7 @@ An *inner pass* is one that ordinary training runs too: it moves buffers and gen
 runs the network again from the state and random numbers of an inner pass, leaves nothing changed,
 and must give the same outputs.
 
-``local``, ``sharded``: the student whole, and sharded. ``state``: buffers, frozen parameters and
-generators. ``layout``, ``ranks``, ``shards``: several processes. ``batch``, ``numerics``: parts of
-a batch; norms, types, kernels. ``checks``, ``compare``: what is refused; the two comparisons of a
-step.
+``state``: buffers, frozen parameters and generators. ``layout``, ``ranks``, ``shards``: several
+processes. ``batch``, ``numerics``: parts of a batch; norms, types, kernels. ``checks``,
+``compare``: what is refused; the two comparisons of a step.
 """

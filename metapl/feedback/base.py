@@ -33,19 +33,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from metapl.core.engine import Engine
 from metapl.core.feedback import Feedback
 from metapl.core.keeping import ALL, Keeping
 from metapl.core.lesson import Credited, Credits, credited
 from metapl.core.order import NotFiniteFeedback, Order
 from metapl.core.path import Path
 from metapl.core.step import Move
-from metapl.core.terms import Gradients, StudentPath, StudentStep
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import ONE_PROCESS, Capability
@@ -54,6 +52,10 @@ from metapl.execution.ranks import NOTHING
 from metapl.execution.state import drawing_by
 from metapl.problems.base import BilevelProblem, Kind, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Engine
+    from metapl.core.terms import Gradients, StudentPath, StudentStep
 
 NOT_FINITE = (
     "the inner loss, the outer loss or the feedback is NaN or infinite; lower the student's "

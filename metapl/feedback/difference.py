@@ -5,17 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from metapl.core.engine import Engine
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credited
 from metapl.core.order import Order
 from metapl.core.step import Move
-from metapl.core.terms import StudentPath, StudentStep
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import (
     Estimator,
@@ -26,6 +24,10 @@ from metapl.feedback.base import (
 )
 from metapl.problems.base import BilevelProblem, Kind
 from metapl.runs.fields import Range
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Engine
+    from metapl.core.terms import StudentPath, StudentStep
 
 ROUNDINGS = 30.0
 """A bound on the rounding error of outputs and of sums over them, in units of the epsilon."""

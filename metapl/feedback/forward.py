@@ -20,16 +20,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from metapl.core.engine import Engine
 from metapl.core.feedback import Feedback
 from metapl.core.keeping import Keeping, keeping
 from metapl.core.lesson import credited
 from metapl.core.order import Order
-from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.execution.layout import CURVATURE, FORWARD_AD, Capability
 from metapl.feedback.base import (
@@ -44,6 +42,10 @@ from metapl.feedback.base import (
     padded,
 )
 from metapl.problems.base import BilevelProblem, Kind, enters_input
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Engine
+    from metapl.core.terms import StudentPath
 
 SMALL = 2**15
 """The number of a student's weights up to which the graph of one step is kept (measured in

@@ -32,6 +32,7 @@ from metapl.execution.numerics import (
     float32_products,
     no_fast_path,
 )
+from metapl.execution.ranks import NOTHING
 from metapl.execution.state import one_at_a_time, restored
 from metapl.feedback import (
     Mode,
@@ -399,7 +400,8 @@ class Differentiation:
         # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
-        replays = ReplayCheck(request.replay_tolerance, ranks)
+        # One step is not computed again.
+        replays = ReplayCheck(request.replay_tolerance, ranks) if steps > 1 else None
         is_shown = request.shows_progress and ranks.first
         look = request.look
         if request.accumulate > 1:
@@ -419,7 +421,7 @@ class Differentiation:
             if steps > 1:
                 stack.enter_context(deterministic(self.device))
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            with step_bar(is_shown, steps, "steps") as show_step:
+            with step_bar(is_shown, steps, "steps") if is_shown else NOTHING as show_step:
                 path = take_steps(
                     student,
                     self.update,
@@ -439,7 +441,7 @@ class Differentiation:
                 )
             path.is_tried = is_tried
             # h = −dL(θ′)/d(signal)
-            with step_bar(is_shown, steps, "steps back") as show_step_back:
+            with step_bar(is_shown, steps, "steps back") if is_shown else NOTHING as show_step_back:
                 path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, estimate.init(), request.generator)
             lacks_start = "start" in self.wrt and not path.start
@@ -482,7 +484,7 @@ class Differentiation:
                 settings=settings,
                 order=order or "",
                 direct=direct,
-                replay_error=replays.error,
+                replay_error=0.0 if replays is None else replays.error,
                 float32_products=float32_products(self.device),
                 numbers=dict(feedback[-1].numbers),
             )

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metapl.core.engine import Engine
 from metapl.core.feedback import Feedback
 from metapl.core.order import Order
 from metapl.core.path import Path
-from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.layout import FORWARD_AD, ONE_PROCESS, Capability
@@ -30,6 +28,10 @@ from metapl.execution.numerics import WHOLE, Tree, scaled
 from metapl.feedback.base import Estimator, State, exact_feedback
 from metapl.problems.base import BilevelProblem, Kind, enters_input
 from metapl.runs.fields import Range
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Engine
+    from metapl.core.terms import StudentPath
 
 Product = Callable[[Tree], Tree]
 """Products with H, from which alone (H + damping) x = v is solved."""

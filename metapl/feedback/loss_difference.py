@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credits
-from metapl.core.terms import StudentPath
 from metapl.feedback.base import (
     Decay,
     Estimator,
@@ -18,6 +17,9 @@ from metapl.feedback.base import (
 )
 from metapl.feedback.reinforce import init_baseline, subtract_baseline
 from metapl.problems.base import Kind
+
+if TYPE_CHECKING:
+    from metapl.core.terms import StudentPath
 
 
 @dataclass(frozen=True)

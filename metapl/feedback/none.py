@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credits
-from metapl.core.terms import StudentPath
 from metapl.feedback.base import Estimator, State
 from metapl.problems.base import Kind
+
+if TYPE_CHECKING:
+    from metapl.core.terms import StudentPath
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credits
-from metapl.core.terms import StudentPath
 from metapl.errors import MetaplError
 from metapl.feedback.base import (
     Decay,
@@ -21,6 +20,9 @@ from metapl.feedback.base import (
     examples_of_mean,
 )
 from metapl.problems.base import Kind
+
+if TYPE_CHECKING:
+    from metapl.core.terms import StudentPath
 
 
 @dataclass(frozen=True)

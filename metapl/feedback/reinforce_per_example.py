@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from metapl.core.engine import Engine
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credits
 from metapl.core.order import Order
-from metapl.core.terms import StudentPath
 from metapl.execution.layout import FORWARD_AD, Capability
 from metapl.feedback.base import Estimator, Normalization, State, divisor, exact_feedback
 from metapl.feedback.difference import Difference
 from metapl.feedback.forward import exact_orders
 from metapl.problems.base import BilevelProblem, Kind
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Engine
+    from metapl.core.terms import StudentPath
 
 # Made once, since checking its fields is nothing that a compiled step could trace.
 BY_DIFFERENCE = Difference()

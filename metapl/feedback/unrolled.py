@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-from metapl.core.engine import Engine
 from metapl.core.feedback import Feedback
 from metapl.core.order import Order
-from metapl.core.terms import StudentPath
 from metapl.feedback.base import Estimator, State, Truncation, feedback_from, padded
 from metapl.problems.base import BilevelProblem, Kind
+
+if TYPE_CHECKING:
+    from metapl.core.engine import Engine
+    from metapl.core.terms import StudentPath
 
 
 @dataclass(frozen=True)

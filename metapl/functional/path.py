@@ -7,14 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from metapl.core.lesson import Credited, credited
 from metapl.core.step import Move
-from metapl.core.terms import Gradients, StudentStep
 from metapl.errors import MetaplError
 from metapl.execution.numerics import Tree, as_real, no_fast_path, wide
 from metapl.execution.tangents import norms_by_backward_kernels
@@ -31,6 +30,9 @@ from metapl.problems.base import (
     Signal,
 )
 from metapl.updates.base import OptimizerState
+
+if TYPE_CHECKING:
+    from metapl.core.terms import Gradients, StudentStep
 
 grad = torch.func.grad
 grad_and_value = torch.func.grad_and_value

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.feedback import Forward, keeping
+from metapl.core import keeping
+from metapl.feedback import Forward
 from metapl.problems import EqualWeights
 
 STEPS = 24

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import metapl
 from metapl import Lookahead, MetaplError
+from metapl.core import replays
 from metapl.core.replays import ReplayCheck, state_digest
 from metapl.execution.numerics import deterministic
-from metapl.feedback import Forward, replays
+from metapl.feedback import Forward
 from metapl.functional import graphs, training
 from metapl.problems import EqualWeights
 

@@ -24,6 +24,7 @@ FLOORS = (
     ("runs",),
     ("execution",),
     ("data", "distributed", "machine", "models", "problems", "updates"),
+    ("core", "engines"),
     ("feedback", "metrics", "pictures"),
     ("functional", "labels", "networks", "processes", "protocols", "robustness"),
     ("run_folder", "training"),
