@@ -742,7 +742,7 @@ def find_copies(
         if _paths_on(group, "unlabeled"):
             repeated += len(labeled_paths)
         if _has_several_labels(group):
-            contradicting.append(" and ".join(labeled_paths))
+            contradicting.append(" and ".join(_path_by_label(group).values()))
     if "unlabeled" in sides and repeated == len(sides["labeled"]):
         # Usual in the papers, and of no use where there are no others.
         unlabeled = sides["unlabeled"]
@@ -792,7 +792,12 @@ def _paths_on(group: _Group, side: str) -> list[str]:
 
 def _has_several_labels(group: _Group) -> bool:
     """Return whether labeled files of a group are in several classes."""
-    return len({file.label for file in group if file.side == "labeled"}) > 1
+    return len(_path_by_label(group)) > 1
+
+
+def _path_by_label(group: _Group) -> dict[int, str]:
+    """Return the path of a labeled file of each class."""
+    return {file.label: file.path for file in reversed(group) if file.side == "labeled"}
 
 
 def _is_on_several_sides(group: _Group) -> bool:

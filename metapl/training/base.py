@@ -462,12 +462,12 @@ class Trainer(ABC):
         networks = self.networks.values()
         return {id(t) for n in networks for t in chain(n.parameters(), n.buffers())}
 
-    def unsaved(self) -> list[str]:
-        """Return what may be state of networks and problem and is in no checkpoint, in words."""
+    def unsaved(self, saved: Mapping[str, Any]) -> list[str]:
+        """Return what may be state of networks and problem and is not in a state, in words."""
         from metapl.training.network_settings import unsaved_in_words
 
         owners = {**self.networks, "problem": getattr(self, "problem", None)}
-        return unsaved_in_words(owners, self.registered_tensors())
+        return unsaved_in_words(owners, self.registered_tensors(), saved)
 
     def _warn(self, text: str) -> None:
         warnings.warn(text.removeprefix("warning: "), stacklevel=4)

@@ -3,7 +3,8 @@
 These are numbers, texts, tensors, arrays and generators, also in dicts, lists, tuples, deques and
 sets: a running mean, a queue of features, a counter. A value that is anything else, or that has
 anything else in it, is left to the program that resumes, and :func:`unsaved` names those in which a
-run may have left something.
+run may have left something. So are objects in attributes, classes and closures: their numbers are
+saved to be compared, and named where a resumed program has others.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Container, Mapping
+from enum import Enum
+from types import FunctionType, ModuleType
 from typing import Any
 
 import numpy
@@ -40,6 +43,12 @@ ARRAY_TYPES = frozenset(
 # The key of a dict that stands for a value that the file's format does not have.
 KIND = "kind of value"
 
+# The key of what :func:`numbers_beyond` returns, among the attributes that a checkpoint holds.
+BEYOND = "beyond the attributes"
+
+# The longest text of a container that is compared.
+LONGEST = 200
+
 # PyTorch's own attributes of a module: its tables and hooks, which state_dict() and the program
 # that builds it have. Which modules are in training is saved.
 OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
@@ -63,16 +72,81 @@ def held_values(owner: object, registered: Container[int]) -> dict[str, Any]:
         except (NotPlain, RecursionError):
             # A container that holds itself has no end.
             continue
+    values[BEYOND] = numbers_beyond(owner)
     return values
 
 
-def unsaved(owner: object, registered: Container[int]) -> dict[str, str]:
-    """Return attributes that a checkpoint does not hold and that may have tensors, in words.
+def numbers_beyond(owner: object) -> dict[str, Any]:
+    """Return the numbers, texts and containers that an owner reads and that are not its attributes.
+
+    They are those of objects in attributes, of its classes, and in the closures of its functions,
+    by their places. Containers are in words. No checkpoint puts them back.
+    """
+    values: dict[str, Any] = {}
+    functions: dict[str, FunctionType] = {}
+    for attribute, value in attributes_of(owner).items():
+        if isinstance(value, FunctionType):
+            functions[attribute] = value
+        else:
+            values.update(entries_of(attribute, value))
+    for cls in type(owner).__mro__:
+        if cls.__module__.partition(".")[0] in ("builtins", "metapl", "torch"):
+            continue
+        for name, value in vars(cls).items():
+            if isinstance(value, FunctionType):
+                functions.setdefault(name, value)
+            elif not name.startswith("__"):
+                place = f"{cls.__name__}.{name}"
+                values.update({place: value, **entries_of(place, value)})
+    for name, function in functions.items():
+        for variable, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            try:
+                value = cell.cell_contents
+            except ValueError:
+                # The variable is not set yet.
+                continue
+            place = f"{variable} in {name}"
+            values.update({place: value, **entries_of(place, value)})
+    numbers: dict[str, Any] = {}
+    for place, value in values.items():
+        if isinstance(value, bool | int | float | str) and not isinstance(value, Enum):
+            numbers[place] = value
+        elif type(value) in (dict, list, tuple, deque, set):
+            leaves = pytree.tree_leaves(list(value) if isinstance(value, set) else value)
+            if all(isinstance(leaf, bool | int | float | str) for leaf in leaves):
+                numbers[place] = repr(value)[:LONGEST]
+            else:
+                numbers[place] = f"{len(value)} entries"
+    return numbers
+
+
+def entries_of(place: str, value: object) -> dict[str, Any]:
+    """Return the attributes of an object of a class of one's own, by their places."""
+    if isinstance(value, Tensor | nn.Module | type | ModuleType | FunctionType | Enum):
+        return {}
+    return {f"{place}.{name}": entry for name, entry in getattr(value, "__dict__", {}).items()}
+
+
+def unsaved(owner: object, registered: Container[int], saved: Values) -> dict[str, str]:
+    """Return what a checkpoint does not hold and may decide how a run goes on, in words.
 
     They are tensors with a graph, containers of these, of modules or of other objects, objects that
-    have tensors in their attributes, and containers that hold themselves.
+    have tensors in their attributes, containers that hold themselves, and those of
+    :func:`numbers_beyond` that are others than when the checkpoint was written.
+
+    Args:
+        saved: the values of the owner in the checkpoint.
     """
     names: dict[str, str] = {}
+    saved_numbers = saved.get(BEYOND, {})
+    for place, number in numbers_beyond(owner).items():
+        if place in saved_numbers and not same(saved_numbers[place], number):
+            names[place] = (
+                f"{saved_numbers[place]!r} when it was saved, now {number!r}; numbers in its own "
+                "attributes are saved"
+            )
     for attribute, value in attributes_of(owner).items():
         is_torch_class = type(owner).__module__.startswith("torch.")
         if is_torch_class or isinstance(value, nn.Module):
@@ -158,6 +232,8 @@ def put_values(owner: object, values: Values, *, device: torch.device) -> None:
     current_values = held_values(owner, registered=())
     attributes = vars(owner)
     for attribute, value in values.items():
+        if attribute == BEYOND:
+            continue
         if attribute not in current_values or not same(current_values[attribute], value):
             try:
                 new_value = put_value(attributes.get(attribute), value, device)

@@ -157,7 +157,7 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
     if outer_loss_reads_more(differentiation.problem, request.teacher):
         raise MetaplError(
             f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected "
-            "compile=False."
+            "compile=False, or copy.deepcopy(teacher) in the problem if the loss does not read it."
         )
     result = differentiate(
         request.teacher,

@@ -315,7 +315,7 @@ class Fit:
             changes = restored_in_words(settings_before[role], settings)
             if changes:
                 self.say(f"as when it was saved, of the {role} are {'; '.join(changes)}")
-        if words := self.trainer.unsaved():
+        if words := self.trainer.unsaved(state["trainer"]):
             self.say(f"warning: no checkpoint has {few(words, 3)}; expected a buffer or a module")
         self.selection.load_state_dict(state)
         self.patience.load_state_dict(state["patience"])

@@ -6,7 +6,7 @@ runs. A resumed run builds its networks anew, as they were when the first one be
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from metapl.errors import MetaplError, few
-from metapl.training.held_values import held_values, put_values, same, unsaved
+from metapl.training.held_values import BEYOND, held_values, put_values, same, unsaved
 
 NetworkSettings = Mapping[str, Any]
 
@@ -100,20 +100,26 @@ def changed_by_evaluation(network: nn.Module) -> list[str]:
     return changes
 
 
-def unsaved_in_words(owners: Mapping[str, object], registered: Container[int]) -> list[str]:
+def unsaved_in_words(
+    owners: Mapping[str, object], registered: Container[int], saved: Mapping[str, Any]
+) -> list[str]:
     """Return what may be state of networks or a problem and is in no checkpoint, in words.
 
     Args:
         owners: the networks and the problem, by their roles.
         registered: the ids of the networks' parameters and buffers.
+        saved: the trainer's state in the checkpoint.
     """
     words = []
     for role, owner in owners.items():
-        parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
+        parts: Iterable[tuple[str, object]] = [("", owner)]
+        saved_values = {"": saved.get(role, {})}
+        if isinstance(owner, nn.Module):
+            parts = owner.named_modules()
+            saved_values = saved["settings"][role][VALUES]
         for name, part in parts:
-            for attribute, reason in unsaved(part, registered).items():
-                place = f"{name}.{attribute}".lstrip(".")
-                words.append(f"the {role}'s {place} ({reason})")
+            for place, reason in unsaved(part, registered, saved_values.get(name, {})).items():
+                words.append(f"the {role}'s {f'{name}.{place}'.lstrip('.')} ({reason})")
     return words
 
 
@@ -130,6 +136,8 @@ def restored_in_words(before: NetworkSettings, after: NetworkSettings) -> list[s
     for name, values_after in after[VALUES].items():
         values_before = before[VALUES].get(name, {})
         for attribute, value in values_after.items():
+            if attribute == BEYOND:
+                continue
             if attribute not in values_before or not same(values_before[attribute], value):
                 number = f" = {value}" if isinstance(value, bool | int | float | str) else ""
                 values.append(f"{name}.{attribute}{number}".lstrip("."))

@@ -321,6 +321,12 @@ FINDINGS: dict[str, tuple[Sides, list[tuple[str, str, str]]]] = {
 }  # fmt: skip
 
 
+def test_of_many_copies_in_two_classes_one_of_each_is_named(tmp_path: Path) -> None:
+    folder = labeled(tmp_path / "few", cat=[1] * 9, dog=[1] * 9)
+    (finding,) = check_folders(folder)
+    assert finding.message.count(".bmp") == 2
+
+
 @pytest.mark.parametrize("name", FINDINGS)
 def test_what_would_spoil_a_training_is_found(name: str, tmp_path: Path) -> None:
     sides, expected = FINDINGS[name]

@@ -5,6 +5,7 @@ The feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double b
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -395,7 +396,7 @@ def test_implicit_has_it() -> None:
 def test_what_cannot_have_it_is_refused() -> None:
     teacher, student, outer, inner = networks()
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
-    with pytest.raises(MetaplError, match="expected compile=False"):
+    with pytest.raises(MetaplError, match=r"compile=False, or.*copy.deepcopy\(teacher\)"):
         metapl.hypergradient(
             teacher,
             student,
@@ -407,6 +408,44 @@ def test_what_cannot_have_it_is_refused() -> None:
         )
     with pytest.raises(MetaplError, match="accumulate=2; expected 1"):
         metapl.BilevelTrainer(teacher, student, "forward", problem=Architecture(), accumulate=2)
+
+
+class LearnedLoss(metapl.BilevelProblem):
+    """The teacher is the inner loss, and the problem holds a module of its kind to call it by."""
+
+    signal_has_rows = False
+
+    def __init__(self, template: nn.Module) -> None:
+        self.template = template
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
+        return metapl.Signal(dict(teacher.named_parameters()))
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return functional_call(self.template, signal.value, (outputs,)).squeeze(1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.long
+def test_a_template_is_compiled_as_the_refusal_of_the_teacher_proposes() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    student = nn.Linear(4, 3).double()
+    x, y = torch.randn(8, 4).double(), torch.arange(8) % 3
+    options: dict[str, Any] = {
+        "outer": (x, y),
+        "inner": (x, y),
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
+    }
+    by_a_copy = metapl.hypergradient(
+        teacher, student, problem=LearnedLoss(copy.deepcopy(teacher)), compile=True, **options
+    )
+    eager = metapl.hypergradient(teacher, student, problem=LearnedLoss(teacher), **options)
+    assert close(by_a_copy.grads, eager.grads, 1e-12)
 
 
 def test_an_architecture_search_comes_out() -> None:

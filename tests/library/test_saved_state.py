@@ -404,6 +404,52 @@ def test_what_no_checkpoint_has_is_named_where_a_fit_is_resumed(tmp_path: Path) 
     assert "the student's 0.hidden (a value in it is of type Linear)" in line
 
 
+@dataclass
+class Counter:
+    count: int = 0
+
+
+@pytest.mark.parametrize("place", ["counter.count", "Counting.seen", "rounds in signal", "steady"])
+def test_a_count_that_no_checkpoint_has_is_named(place: str, tmp_path: Path) -> None:
+    """Of an object in an attribute, of the problem's class, and of a closure."""
+
+    def run(**options: Any) -> None:
+        rounds = 0
+
+        class Counting(Rising):
+            seen = 0
+            constant = 3.0
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.counter = Counter()
+
+            def signal(self, *args: Any, **options: Any) -> metapl.Signal:
+                nonlocal rounds
+                rounds += place == "rounds in signal"
+                self.counter.count += place == "counter.count"
+                type(self).seen += place == "Counting.seen"
+                return super().signal(*args, **options)
+
+        torch.manual_seed(0)
+        trainer = metapl.BilevelTrainer(
+            nn.Linear(6, 3), nn.Linear(6, 3), "forward", problem=Counting(), verify=False
+        )
+        fit_and_stop(trainer, tmp_path, **options)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stops=True)
+    said: list[str] = []
+    run(resume=True, say=said.append)
+    warnings = [text for text in said if "no checkpoint" in text]
+    if place == "steady":
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert f"the problem's {place} (" in warning
+        assert warning.count("when it was saved, now 0;") == 1
+
+
 def test_a_loaded_state_keeps_containers_that_others_hold() -> None:
     """A dict that two modules share stays one, and the state that is loaded is the caller's."""
     network = nn.Sequential(Remembering("dict"), nn.Linear(3, 3))
@@ -635,7 +681,7 @@ def test_what_no_checkpoint_holds_ends_no_run_and_is_named(kind: str, tmp_path: 
     network.memory = value
     trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
     fit_and_stop(trainer, tmp_path / "run")
-    named = trainer.unsaved()
+    named = trainer.unsaved(trainer.state_dict())
     assert len(named) == (word != "")
     assert all("memory" in name and word in name for name in named)
     if not word:
