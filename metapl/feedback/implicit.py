@@ -71,13 +71,14 @@ class Implicit(Estimator):
             squared).
 
     Takes: soft signals; hard labels by the expectation. Cost: 12 student passes a step with the
-    teacher's 3, and for a solver 3 more once and 6 an iteration; the graph of a backward pass stays
-    in memory meanwhile. Bias: none at an optimum with a solver that has converged; else of the
-    order of the gradient that is left, of damping over the eigenvalues, and of what the solver
-    leaves: n iterations of the series leave (1 − step_size·λ)ⁿ⁺¹ of eigenvalue λ. Raises:
-    :class:`metapl.MetaplError` for operations without a second derivative or without forward-mode
-    AD, by name; for negative curvature under ``"cg"`` and for a series that diverges. Source: the
-    implicit function theorem; the series by Lorraine, Vicol and Duvenaud (AISTATS 2020).
+    teacher's 3, for a solver 3 more once and 6 an iteration, and 6 more for the series; the graph
+    of a backward pass stays in memory meanwhile. Bias: none at an optimum with a solver that has
+    converged; else of the order of the gradient that is left, of damping over the eigenvalues, and
+    of what the solver leaves: n iterations of the series leave (1 − step_size·λ)ⁿ⁺¹ of eigenvalue
+    λ. Raises: :class:`metapl.MetaplError` for operations without a second derivative or without
+    forward-mode AD, by name; for negative curvature under ``"cg"`` and for a series that diverges.
+    Source: the implicit function theorem; the series by Lorraine, Vicol and Duvenaud (AISTATS
+    2020).
     """
 
     solver: Literal["cg", "neumann", "identity"] = "cg"
@@ -214,27 +215,26 @@ def neumann(
 ) -> Solution:
     """Return the Neumann series step_size·Σ_i (1 − step_size·(H + damping))ⁱ v, i = 0, 1, ...
 
-    Its residual is said as that of the series with one term fewer, whose norm is at hand.
-
     Args:
-        iterations: the greatest i.
+        iterations: the greatest i. One more product gives the residual.
         is_default: whether the step size is the student's learning rate, which nobody gave.
     """
     term = scaled(v, step_size)
-    x = term
-    for _ in range(iterations):
-        term = _plus(term, _plus(product(term), term, damping), -step_size)
+    x = scaled(v, 0.0)
+    for _ in range(iterations + 1):
         x = _plus(x, term, 1.0)
+        term = _plus(term, _plus(product(term), term, damping), -step_size)
+    # v − (H + damping) x is the first term that x lacks, over the step size.
+    residual = norm(term) / step_size
     source = ", the student's learning rate, since step_size was not given" if is_default else ""
     # A series that overflows is NaN in the end, and NaN is refused too.
-    diverges = ~(norm(term) <= step_size * norm(v))
     checks.refuse(
-        diverges,
+        ~(residual <= norm(v)),
         f"the Neumann series diverges with a step size of {step_size:.3g}{source}; expected "
         "step_size=... below 2 over the greatest eigenvalue of H + damping (damping is "
         f"{damping:g}), or, where the inner loss curves downwards, a larger damping.",
     )
-    return Solution(x, norm(term) / (step_size * norm(v)).clamp_min(TINY))
+    return Solution(x, residual / norm(v).clamp_min(TINY))
 
 
 def _plus(a: Tree, b: Tree, factor: float) -> Tree:

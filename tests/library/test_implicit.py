@@ -271,6 +271,27 @@ def test_a_system_that_is_not_solved_is_said() -> None:
     assert many.numbers["gradient_norm"] < 1e-9
 
 
+@pytest.mark.parametrize("solver", ["cg", "neumann"])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_the_residual_is_that_of_the_solution_that_is_used(solver: Any, damping: float) -> None:
+    """v − (H + damping) x by matrices: of a series, (1 − step_size·(H + damping))ⁿ⁺¹ v."""
+    (x, _), (z, t) = data()
+    penalty = Penalties().log_penalty.detach().exp()
+    v = z.T @ (z @ optimum(penalty) - t) / N
+    hessian = x.T @ x / N + torch.diag(penalty) + damping * torch.eye(D).double()
+    mode = Implicit(solver=solver, iterations=3, step_size=0.1, damping=damping)
+    used = mode.solution(
+        lambda tree: {"w": (hessian - damping * torch.eye(D).double()) @ tree["w"]}, {"w": v}, 0.1
+    )
+    assert used.residual is not None
+    expected = (v - hessian @ used.x["w"]).norm() / v.norm()
+    assert error(used.residual, expected) < 1e-10
+    mode = Implicit(solver=solver, iterations=3, step_size=0.1, damping=damping)
+    assert (
+        error(torch.as_tensor(implicit_gradient(mode).numbers["solver_residual"]), expected) < 1e-6
+    )
+
+
 def test_a_student_away_from_its_optimum_is_said() -> None:
     scales = torch.ones(20).double()
     options: dict[str, Any] = {"mode": Implicit(iterations=100), "verify": True}
