@@ -964,9 +964,27 @@ def eager_step(
         with branching_to(end):
             twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
+    refuse_draws_of_mode(trainer, twin, report)
     refuse_changed_attributes(trainer.student, twin.student)
     refuse_changed_attributes(trainer.teacher, twin.teacher)
     return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
+
+
+def refuse_draws_of_mode(
+    trainer: TwoLevelTrainer, twin: TwoLevelTrainer, report: StepReport
+) -> None:
+    """Refuse a mode for whose draws the eager road takes the generator of labels.
+
+    A graph draws from the default generators alone; labels are drawn outside of it.
+    """
+    if trainer.generator is None or twin.generator is None or report.signal.probs is not None:
+        return
+    if not torch.equal(trainer.generator.get_state(), twin.generator.get_state()):
+        raise MetaplError(
+            f"compile= was given with generator=, from which mode {type(trainer.mode).__name__} or "
+            "the problem draws more than labels, as no graph does; expected compile=False, or no "
+            "generator= and torch.manual_seed."
+        )
 
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:

@@ -20,6 +20,7 @@ from metapl import Lookahead, MetaplError, Signal
 from metapl.ablation.altered import Altered
 from metapl.feedback import Difference, Estimator, Feedback, Forward, Implicit
 from metapl.feedback.base import exact_feedback
+from metapl.functional import compiled
 
 ROWS = 6
 CLASSES = 3
@@ -431,7 +432,12 @@ class LearnedLoss(metapl.BilevelProblem):
 
 
 @pytest.mark.long
-def test_a_template_is_compiled_as_the_refusal_of_the_teacher_proposes() -> None:
+def test_a_template_is_compiled_as_the_refusal_of_the_teacher_proposes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Graphs are traced whole, and run without Inductor.
+    monkeypatch.setattr(compiled, "BACKEND", {"backend": "aot_eager"})
+    monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     student = nn.Linear(4, 3).double()

@@ -313,6 +313,32 @@ class HalfOfW(Estimator):
         return [exact_feedback(step, sketch)], state
 
 
+@dataclass(frozen=True)
+class PureHalfOfW(HalfOfW):
+    is_pure: ClassVar[bool] = True
+
+
+def test_an_estimator_that_draws_from_a_generator_is_refused_where_it_is_compiled() -> None:
+    labeled, (u,) = batches(1)
+    generator = torch.Generator().manual_seed(5)
+    trainer = trainer_of(PureHalfOfW(), compile=True, generator=generator)
+    state_before = generator.get_state()
+    with pytest.raises(MetaplError, match=r"mode PureHalfOfW .* or no generator= and torch.manual"):
+        trainer.step(labeled, u)
+    assert torch.equal(state_before, generator.get_state())
+
+
+@pytest.mark.long
+def test_an_estimator_draws_from_the_default_generators_where_it_is_compiled() -> None:
+    labeled, (u,) = batches(1)
+    losses = []
+    for is_compiled in (False, True):
+        trainer = trainer_of(PureHalfOfW(), compile=is_compiled)
+        torch.manual_seed(6)
+        losses += [float(trainer.step(labeled, u).outer_loss) for _ in range(2)][1:]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
 def test_a_study_sees_the_draws_of_an_estimator() -> None:
     """Its noise is its spread over draws, and its error falls with them."""
     torch.manual_seed(0)
