@@ -20,6 +20,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -116,6 +117,9 @@ CONFIG = (
     tyro.conf.DisallowNone,
     tyro.conf.HelptextFromCommentsOff,
 )
+
+# The flags that take True or False, and are chosen by the command where they are left out.
+TRUE_OR_FALSE = ("--balance", "--grey", "--mirror", "--recolor", "--warm-start")
 
 # Not every recipe has all of these flags.
 LESS = (
@@ -272,12 +276,26 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
         raise SystemExit(0)
     kind = COMMANDS[name].load()
     flags = words[len(name.split()) :]
+    refuse_lacking_truth(flags)
     default = tyro.MISSING_NONPROP
     if hasattr(kind, "default_for"):
         # Its flags, and their defaults, depend on some of them.
         default = kind.default_for(flags)
     command = tyro.cli(kind, prog=f"metapl {name}", args=flags, default=default, config=CONFIG)
     return name, command
+
+
+def refuse_lacking_truth(flags: Sequence[str]) -> None:
+    """Refuse a flag of :data:`TRUE_OR_FALSE` that is given without one of both."""
+    for word, next_word in pairwise([*flags, ""]):
+        flag, equals, value = word.replace("_", "-").partition("=")
+        if not equals:
+            value = next_word
+        if flag in TRUE_OR_FALSE and value not in ("True", "False"):
+            stood_there = f" {value}" if value and not value.startswith("-") else ""
+            raise MetaplError(
+                f"{flag}{shown(stood_there)} was given; expected {flag} True or {flag} False."
+            )
 
 
 def command_named(words: Sequence[str]) -> str | None:

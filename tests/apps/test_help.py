@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from command import metapl
 
-from metapl.apps.main import COMMANDS
+from metapl.apps.commands import TrainImages
+from metapl.apps.main import COMMANDS, TRUE_OR_FALSE
 from metapl.errors import origin
 
 IMAGES = "train images --labeled few --unlabeled many"
@@ -24,7 +25,10 @@ WRONG = {
     f"{IMAGES} --steps abc": ("--steps", "abc"),
     f"{IMAGES} --steps 0": ("steps=0", "a whole number >= 1"),
     f"{IMAGES} --minutes soon": ("--minutes", "soon"),
-    f"{IMAGES} --grey maybe": ("--grey", "maybe", "True", "False"),
+    f"{IMAGES} --grey maybe": ("--grey maybe was given; expected --grey True or --grey False.",),
+    f"{IMAGES} --mirror": ("--mirror was given; expected --mirror True or --mirror False.",),
+    f"{IMAGES} --mirror --steps 9": ("expected --mirror True or --mirror False.",),
+    "train digits --warm_start=yes": ("--warm-start yes was given; expected --warm-start True",),
     f"{IMAGES} --stepz 4": ("--stepz", "--steps"),
     f"{IMAGES} --steps": ("Missing value", "--steps"),
     f"{IMAGES} --method mlp": ("mlp", "--method", "mpl"),
@@ -84,6 +88,16 @@ def test_each_flag_is_explained(name: str) -> None:
     words = unboxed(text)
     # Between a flag, with what stands for its value, and its default is what it does.
     assert not re.findall(r"(--[\w.-]*\w)(?: [A-Z{\[]\S*)? \((?:default|required)", words)
+
+
+def test_the_flags_of_true_or_false_are_those_that_help_lists() -> None:
+    listed: set[str] = set()
+    commands = [name.split() for name in COMMANDS]
+    commands += [["train", "images", "--method", name] for name in TrainImages.methods]
+    for command in commands:
+        words = unboxed(metapl(*command, "--help").stdout)
+        listed.update(re.findall(r"(--[\w-]+) \{True,False\}", words))
+    assert {*TRUE_OR_FALSE} == listed
 
 
 def test_the_help_of_a_method_has_its_flags() -> None:
