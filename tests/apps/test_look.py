@@ -17,11 +17,13 @@ from metapl import MetaplError
 from metapl.apps import images, look
 from metapl.apps.images import HUE, OTHER_RATE, RATES, TUNING_RATES, Images, Pictures
 from metapl.apps.look import (
+    UNLABELED,
     Look,
     choose_settings,
     colors_tell,
     fitted,
     steps_within,
+    tell_choices,
     with_steps,
 )
 from metapl.apps.pace import Part, Timetable
@@ -103,21 +105,37 @@ def test_colors_tell_classes_apart_where_each_has_its_own_and_else_hardly_ever(
 
 
 def test_letters_do_not_look_like_their_mirror_images_and_what_faces_both_ways_does() -> None:
+    """Any 200 pictures say the same, of which 100 are labeled; fewer say nothing."""
     digits = load_digits()
     pictures = torch.from_numpy(digits.images).float()[:, None] / 16
     pictures = torch.nn.functional.interpolate(pictures, (32, 32), mode="bilinear")[:, 0]
     labels = torch.from_numpy(digits.target)
     generator = torch.Generator().manual_seed(0)
-    both_ways = []
-    for draw in range(10):
-        rows = torch.randperm(len(pictures), generator=generator)[:100]
-        is_turned = torch.rand(100, 1, 1, generator=generator) < 0.5
+    for draw in range(30):
+        rows = torch.randperm(len(pictures), generator=generator)[:200]
+        is_turned = torch.rand(200, 1, 1, generator=generator) < 0.5
         chosen_pictures = pictures[rows]
-        assert not look.mirrors(chosen_pictures, chosen_pictures.abs(), labels[rows]), draw
         turned = torch.where(is_turned, chosen_pictures.flip(2), chosen_pictures)
-        both_ways.append(look.mirrors(turned, turned.abs(), labels[rows]))
-    # By chance one in ten is found odd.
-    assert sum(both_ways) >= 7
+        chosen_labels = labels[rows]
+        chosen_labels[100 + 10 * (draw % 11) :] = UNLABELED
+        assert look.mirrors(chosen_pictures, chosen_pictures.abs(), chosen_labels) is False, draw
+        assert look.mirrors(turned, turned.abs(), chosen_labels) is True, draw
+        chosen_labels[99:] = UNLABELED
+        assert look.mirrors(turned, turned.abs(), chosen_labels) is None
+        assert look.mirrors(turned[:199], turned[:199].abs(), labels[rows[:199]]) is None
+
+
+def test_that_too_few_pictures_are_not_mirrored_is_said() -> None:
+    for mirrors, expected in (
+        (None, "not mirrored (too few pictures to tell; --mirror True);"),
+        (False, "not mirrored;"),
+    ):
+        look_at_few = seen(mirrors=mirrors)
+        settings = fitted(config(classes=("a", "b"), steps=9), look_at_few, 0.0)
+        assert settings.pictures.mirror is False
+        said: list[str] = []
+        tell_choices(settings, images.METHODS["supervised"], look_at_few, said.append)
+        assert expected in said[0]
 
 
 def seen(
