@@ -122,11 +122,11 @@ def choose_settings(
     many = config.scan("unlabeled")
     config = with_whole_paths(config, weights, classes=few.classes)
     if stored is not None:
-        if stored.get("minutes") is not None:
-            say(
-                f"note: --minutes {stored['minutes']:g} was that of the training from its "
-                "beginning; the steps that are left are all taken"
-            )
+        minutes = stored.get("minutes")
+        if minutes is not None:
+            say(f"note: of --minutes {minutes:g} the run has what was left when it was saved")
+            if timetable is not None:
+                timetable.minutes = minutes
         return resumed_settings(config, method, stored)
 
     # 3. What the folders and some of their pictures show.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +30,9 @@ ON_TIME = 0.98
 # Steps of a phase before its pace is known.
 FIRST_STEPS = 20
 
+# What a checkpoint has of the pace of a phase: see Pacer.
+COUNTS = ("taken", "credit", "seconds", "measured_seconds")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -53,6 +56,8 @@ class Part:
 class Timetable:
     """What the phases of a training were measured to take, and when its steps have to be done.
 
+    A resumed run has what its checkpoints hold, and its minutes are those that were left.
+
     Args:
         clock: gives seconds.
         begun: when the training began, by the clock.
@@ -73,9 +78,30 @@ class Timetable:
 
     def __post_init__(self) -> None:
         self.begun = self.clock()
+        self.program_begun = self.begun
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {phase: [*map(astuple, parts)] for phase, parts in self.parts.items()}
+        return {
+            "taken": self.clock() - self.begun,
+            "parts": parts,
+            "reserved": self.reserved,
+            "phases": self.phases,
+            "skipped": self.skipped,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.begun = self.program_begun - state["taken"]
+        self.parts = {phase: [Part(*p) for p in parts] for phase, parts in state["parts"].items()}
+        self.reserved = state["reserved"]
+        self.phases = state["phases"]
+        self.skipped = state["skipped"]
 
     def pacers(self, phase: str, steps: int) -> list[Pacer]:
-        """Return what keeps a phase to its time; nothing where there is none."""
+        """Return what keeps a phase to its time; nothing where there is none.
+
+        One without parts, which were not measured or are in a checkpoint, takes all steps.
+        """
         if self.minutes is None:
             return []
         if phase == FINETUNING:
@@ -84,7 +110,7 @@ class Timetable:
             ends = self.begun + FINETUNED * 60 * self.minutes
             return [Pacer(self, parts, steps=steps, ends=ends)]
         if phase not in self.parts:
-            return []
+            return [Pacer(self, [], steps=steps, ends=self.begun)]
         # About as much of what is beside the steps has been done as of the phases.
         self.phases = max(self.phases, len(self.parts))
         reserved = self.reserved * len(self.parts) / self.phases
@@ -119,11 +145,27 @@ class Pacer:
         self.ends = ends
         self.taken = 0
         self.credit = 0.0
-        self.last_time = 0.0
+        self.last_time: float | None = None
         # Of the steps so far, the later ones with more weight: the seconds that they took, and
         # those that they were measured to take.
         self.seconds = 0.0
         self.measured_seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        state = {name: getattr(self, name) for name in COUNTS}
+        return {
+            **state,
+            "parts": [*map(astuple, self.parts)],
+            "seconds_until_end": self.ends - self.timetable.begun,
+            "timetable": self.timetable.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.timetable.load_state_dict(state["timetable"])
+        self.parts = [Part(*part) for part in state["parts"]]
+        self.ends = self.timetable.begun + state["seconds_until_end"]
+        for name in COUNTS:
+            setattr(self, name, state[name])
 
     def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> None:
         """Have nothing to say of a row."""
@@ -149,7 +191,7 @@ class Pacer:
     def takes_step(self, step: int, *, is_needed: bool) -> bool:
         """Return whether the step of this number, from 0, is taken, as one that is needed is."""
         now = self.timetable.clock()
-        if self.taken:
+        if self.last_time is not None:
             self.seconds = MEMORY * self.seconds + now - self.last_time
         self.last_time = now
         self.credit += self.share_to_take(step, now)
@@ -164,7 +206,7 @@ class Pacer:
 
     def share_to_take(self, step: int, now: float) -> float:
         """Return the part of the steps that are left for which there is time."""
-        if self.taken <= FIRST_STEPS:
+        if self.taken <= FIRST_STEPS or not self.parts:
             return 1.0
         pace = self.seconds / self.measured_seconds
         share = (self.ends - now) / (pace * self.measured_left(step))

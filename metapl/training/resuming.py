@@ -173,7 +173,7 @@ def settings_of(
     settings["trainer"] = type(trainer).__name__
     settings["dtype"] = trainer.dtype
     settings["validation metric"] = metric and (metric.name, metric.better)
-    settings["callbacks"] = [type(callback).__name__ for callback in callbacks]
+    settings["callbacks"] = [type(c).__name__ for c in callbacks if not hasattr(c, "skips")]
     for name, optimizer in rates.optimizers.items():
         for number, group in enumerate(rates.begun_groups[name]):
             group_settings = {**group, "optimizer": type(optimizer).__name__}

@@ -1,5 +1,6 @@
 """A training keeps to its minutes: where the machine becomes slower, an even part is skipped."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,17 +20,21 @@ class Clock:
         return self.now
 
 
-def fitted(slowness: list[float], clock: Clock, **options: Any) -> tuple[list[int], Timetable, Any]:
+def fitted(
+    slowness: list[float], clock: Clock, *, stops_at: int | None = None, **options: Any
+) -> tuple[list[int], Timetable, Any]:
     """Fit for a minute of the clock; return the steps that were taken.
 
     Args:
         slowness: of the steps of each tenth of the fit, against what was measured.
+        stops_at: the step in which the fit is stopped.
     """
     minutes = 1 / SHARE
     timetable = Timetable(clock, minutes=minutes)
     # Of 60 seconds for 400 steps, those of the last 160 take twice as long.
     measured = 60 / (240 + 2 * 160)
-    timetable.parts = {"fit": [Part(0.0, 0.6, measured), Part(0.6, 1.0, 2 * measured)]}
+    if not options.get("resume"):
+        timetable.parts = {"fit": [Part(0.0, 0.6, measured), Part(0.6, 1.0, 2 * measured)]}
     network = torch.nn.Linear(2, 2)
     trainer = LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
     taken: list[int] = []
@@ -37,6 +42,8 @@ def fitted(slowness: list[float], clock: Clock, **options: Any) -> tuple[list[in
 
     def timed_step(outer: Any, inner: Any = None) -> Any:
         number = trainer.steps_done
+        if number == stops_at:
+            raise KeyboardInterrupt
         taken.append(number)
         usual = measured if number < 240 else 2 * measured
         clock.now += usual * slowness[number * len(slowness) // STEPS]
@@ -83,13 +90,34 @@ def test_on_a_slower_machine_an_even_part_is_skipped_and_the_fit_ends_in_time(
     assert max(gaps) <= 20
 
 
+@pytest.mark.parametrize("slowness", [1.0, 3.0])
+def test_a_resumed_fit_has_the_minutes_that_are_left(slowness: float, tmp_path: Path) -> None:
+    """The clock of another program begins anew, and its machine may be slower."""
+    options: dict[str, Any] = {"out": tmp_path, "save_every": 20}
+    first_clock = Clock()
+    with pytest.raises(KeyboardInterrupt):
+        fitted([1.0], first_clock, stops_at=210, **options)
+    # At step 200 of 240 of the first kind it was saved.
+    saved = 200 * 60 / (240 + 2 * 160)
+    clock = Clock()
+    clock.now = 1000.0
+    taken, timetable, _ = fitted([slowness], clock, resume=True, **options)
+    assert taken[0] == 200
+    assert (timetable.skipped > 0) == (slowness > 1)
+    assert 58 < saved + clock.now - 1000 < 64
+    assert timetable.begun == pytest.approx(1000 - saved)
+
+
 def test_without_minutes_or_for_a_phase_that_was_not_measured_nothing_is_skipped() -> None:
     timetable = Timetable()
     timetable.parts = {"fit": [Part(0.0, 1.0, 1.0)]}
     assert timetable.pacers("fit", 10) == []
-    timetable = Timetable(minutes=1.0)
+    clock = Clock()
+    timetable = Timetable(clock, minutes=1.0)
     timetable.parts = {"teacher": [Part(0.0, 1.0, 1.0)], "fit": [Part(0.0, 1.0, 3.0)]}
-    assert timetable.pacers("round-1", 10) == []
+    (unmeasured,) = timetable.pacers("round-1", 100)
+    clock.now = 99.0
+    assert all(unmeasured.takes_step(step, is_needed=False) for step in range(100))
     (finetuning,) = timetable.pacers("finetune", 10)
     assert finetuning.ends == timetable.begun + FINETUNED * 60
     (first,) = timetable.pacers("teacher", 10)
