@@ -577,7 +577,7 @@ class Images:
             others = ", ".join(
                 f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items())
             )
-            say(f"{name}: files without the name of a picture are passed over: {others}")
+            say(f"{name}: some files are passed over: {others}")
         word = "validation" if name == "val" else name
         with count_bar(f"looking at {word} files", progress, len(files)) as count:
             verified = verify_files(files, progress=count, levels=self.pictures.levels)

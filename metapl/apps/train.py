@@ -241,8 +241,8 @@ def train(
         write_report(run, tested)
     if phases.timetable.skipped:
         say(
-            f"note: {phases.timetable.skipped:,} steps were skipped to keep to "
-            f"{phases.timetable.minutes:g} minutes: they took longer than was measured at the start"
+            f"note: {phases.timetable.skipped:,} steps were skipped to keep to --minutes "
+            f"{phases.timetable.minutes:g}: they took longer than was measured at the start"
         )
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)

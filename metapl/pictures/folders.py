@@ -84,7 +84,7 @@ class Files:
         root: the folder.
         names: of the pictures, relative to the folder, with slashes, in the order of their
             characters.
-        passed_over: the number of other files by suffix.
+        passed_over: the number of other files by suffix, and of pictures in no folder of a class.
     """
 
     root: Path
@@ -257,7 +257,9 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
             f"{root / 'cat'}, {root / 'dog'}{_way_to_folders(root, files)}"
         )
     # Pictures beside the class folders have no class.
-    _, passed_over = _pictures(files)
+    loose, passed_over = _pictures(files)
+    if loose:
+        passed_over["no class folder"] = len(loose)
     names: list[str] = []
     labels: list[int] = []
     classes = sorted({composed(folder) for folder in folders})

@@ -137,7 +137,7 @@ def test_one_folder_a_class(tmp_path: Path) -> None:
     assert files.names == ("cat/2.png", "cat/more/1.jpg", "dog/1.png")
     assert files.targets().tolist() == [0, 0, 1]
     assert files.targets(("dog", "x", "cat")).tolist() == [2, 2, 0]
-    assert files.passed_over == {".csv": 1, ".txt": 1}
+    assert files.passed_over == {".csv": 1, ".txt": 1, "no class folder": 1}
     assert files.counts() == {"cat": 2, "dog": 1, "empty": 0}
     kept = files.keep([2, 1])
     assert (kept.names, kept.labels, kept.classes) == (
