@@ -1,0 +1,575 @@
+"""A function of tensors, with the gradients that it takes inside, as one graph of operations.
+
+``make_fx`` runs the function once, on tensors without values, and writes down its operations, those
+of the backward passes that it asks for included. What comes out needs no autograd: it is replayed
+without a graph, Inductor compiles it, and ``torch.func.vmap`` maps it.
+
+A recording holds what the function asked Python for: shapes, modes, numbers. So each call asks
+whether that is as it was (:class:`_Key`), and where it is not, the function is recorded anew. What
+no key sees is caught by the first call of each recording, which is compared with the function
+itself: values were not there when it was recorded, so that nothing of them can be in the graph.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError, few, reason_of
+from metapl.execution.batch import named_leaves_of
+from metapl.execution.checks import described, no_values
+from metapl.execution.state import RandomState, replayed
+from metapl.functional.compiled import backend_of
+
+# The most recordings that one function keeps.
+MOST_KEPT = 8
+
+# After so many calls the numbers that modules hold are looked at in one call of so many.
+MANY_CALLS = 100
+
+# Two results that differ by less than this many roundings, relative to their size, are equal: a
+# replay has the function's own bits, but for kernels that do not repeat theirs.
+ROUNDINGS = 1e3
+
+# What stands in a graph for tensors that were no arguments.
+_CONSTANT = ("_tensor_constant", "_param_constant")
+
+# What PyTorch says where a function asks for a value while it is recorded.
+_ASKS_FOR_VALUE = (
+    "DataDependent",
+    "tracing tensor",
+    "fake",
+    "Fake",
+    "item()",
+    "nonzero",
+    ".numpy()",
+)
+
+_TEXT_OF_DERIVATIVE = (
+    "the derivative of a recorded function was asked for, and a recording has none; expected the "
+    "function itself, which torch.autograd differentiates to any order, or a function that takes "
+    "this derivative inside, recorded as a whole."
+)
+
+
+def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded:
+    """Return a function of tensors as one graph, with the gradients that it takes inside.
+
+    It is recorded at its first call, and anew for other shapes, types, layouts, numbers among the
+    arguments, modes of modules that it reaches, and settings of PyTorch; the second time a warning
+    says why. Each recording is compared once with the function.
+
+    Args:
+        function: takes and returns tensors, in any nesting of tuples, lists and dicts; numbers and
+            other values among the arguments are constants of a recording. It may call
+            ``torch.autograd.grad``. Weights are arguments too
+            (``torch.func.functional_call(net, params, (x,))``). Draws from torch's default
+            generators are drawn anew in each call.
+        compile: give the graph to Inductor, which takes some 8 s and 37 ms an operation of it.
+
+    Returns: a :class:`Recorded`, which is called as the function is. Its results have no graph, and
+    a derivative through it raises. ``torch.func.vmap`` maps it where it is not compiled.
+
+    Cost: to record, a pass without values, some ms an operation; a call then saves the Python and
+    the autograd of the function, about half of the time of small ones.
+
+    Raises: :class:`metapl.MetaplError` where the function reads a value on the host, writes to an
+    argument, depends on a tensor that is no argument, or comes out otherwise when it is replayed.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    >>> def penalty(params, x):
+    ...     x = x.detach().requires_grad_()
+    ...     out = torch.func.functional_call(net, params, (x,)).sum()
+    ...     (slope,) = torch.autograd.grad(out, x, create_graph=True)
+    ...     loss = (slope.norm(dim=1) - 1).square().mean()
+    ...     return loss, torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+    >>> step = recorded(penalty)
+    >>> loss, gradients = step(dict(net.named_parameters()), torch.randn(16, 4))
+    >>> loss.requires_grad, [None if g is None else tuple(g.shape) for g in gradients]
+    (False, [(8, 4), (8,), (1, 8), None])
+    """
+    return Recorded(function, compile=compile)
+
+
+class _Key(NamedTuple):
+    """What a recording holds of Python's state: it serves calls with an equal one.
+
+    Attributes:
+        structure: of the arguments.
+        arguments: shape, strides, type, device and ``requires_grad`` of each tensor among them; of
+            anything else the value itself.
+        modes: ``training`` and the number of hooks of the modules that the function reaches, and
+            which of their parameters require a gradient.
+        settings: of PyTorch.
+    """
+
+    structure: Any
+    arguments: tuple[Any, ...]
+    modes: tuple[Any, ...]
+    settings: tuple[Any, ...]
+
+    def difference(self, other: _Key) -> str:
+        """Return what is other in another key, in words."""
+        if self.structure != other.structure or len(self.arguments) != len(other.arguments):
+            return "the arguments are nested otherwise"
+        for one, two in zip(self.arguments, other.arguments, strict=True):
+            if one != two:
+                return f"an argument was {_words(one)} and is {_words(two)}"
+        if self.modes != other.modes:
+            return "a module's mode, hooks or frozen parameters have changed"
+        return "a setting of PyTorch has changed: autocast, default type, determinism or kernels"
+
+
+class _Recording(NamedTuple):
+    """A graph, and how its results are nested.
+
+    Attributes:
+        graph: as it was recorded.
+        run: takes the tensors among the arguments, and returns those among the results.
+        places: of the tensors among the leaves of the arguments.
+        results: the leaves of the results, with the type in the place of each tensor.
+        structure: of the results.
+        numbers: the plain numbers among the attributes of the modules that the function reaches.
+    """
+
+    graph: GraphModule
+    run: Callable[..., Any]
+    places: list[int]
+    results: list[Any]
+    structure: Any
+    numbers: list[Any]
+
+    def with_results(self, tensors: Any) -> Any:
+        """Return tensors as the function returns them."""
+        leaves = iter(tensors)
+        filled = [next(leaves) if kind is Tensor else kind for kind in self.results]
+        return pytree.tree_unflatten(filled, self.structure)
+
+
+class Recorded:
+    """A recorded function (:func:`recorded`).
+
+    Attributes:
+        recordings: how often it was recorded.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, compile: bool = False) -> None:
+        functools.update_wrapper(self, function, updated=())
+        self.function = function
+        self.compile = compile
+        self.recordings = 0
+        self._modules = [*_modules_of(function)]
+        self._kept: dict[_Key, _Recording] = {}
+        # Those that were made under vmap, where nothing can be compared.
+        self._uncompared: set[_Key] = set()
+        self._calls = 0
+        self._has_warned = False
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        leaves, structure = pytree.tree_flatten((args, options))
+        key = self._key(leaves, structure)
+        recording = self._kept.get(key)
+        if recording is not None and self._looks_at_numbers():
+            if recording.numbers != self._numbers():
+                recording = None
+        if recording is None:
+            recording = self._record(key, leaves, structure)
+        if key in self._uncompared and not _is_transformed():
+            self._compare(recording, leaves, structure)
+            self._uncompared.discard(key)
+        tensors = [leaves[place] for place in recording.places]
+        if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)):
+            return recording.with_results(_WithoutDerivative.apply(recording.run, *tensors))
+        with torch.no_grad():
+            return recording.with_results(recording.run(*tensors))
+
+    def graph(self) -> GraphModule:
+        """Return the newest graph, to be read: ``print(step.graph().code)``."""
+        if not self._kept:
+            raise MetaplError("nothing was recorded yet; expected a call first.")
+        return [*self._kept.values()][-1].graph
+
+    def _key(self, leaves: list[Any], structure: Any) -> _Key:
+        arguments = []
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                arguments.append(_kind_of(leaf))
+            else:
+                arguments.append(_hashable(leaf))
+        modes = []
+        for module in self._modules:
+            modes += [*_modes_of(module)]
+        return _Key(structure, tuple(arguments), tuple(modes), _settings())
+
+    def _looks_at_numbers(self) -> bool:
+        """Count a call, and return whether it looks at the numbers that modules hold.
+
+        That takes longer than all else, so it is done in the first calls, and seldom later.
+        """
+        self._calls += 1
+        return self._calls <= MANY_CALLS or self._calls % MANY_CALLS == 0
+
+    def _numbers(self) -> list[Any]:
+        """Return the plain numbers among the attributes of the modules that are reached."""
+        return [number for module in self._modules for number in _numbers_of(module)]
+
+    def _record(self, key: _Key, leaves: list[Any], structure: Any) -> _Recording:
+        """Record the function for this key."""
+        self._say_why(key)
+        places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        if not places:
+            raise MetaplError(f"{_name(self.function)} was given no tensor; expected one at least.")
+        with _no_transform():
+            recording = self._recorded(leaves, structure, places)
+        self._kept.pop(key, None)
+        while len(self._kept) >= MOST_KEPT:
+            del self._kept[next(iter(self._kept))]
+        self._uncompared &= {*self._kept}
+        if _is_transformed():
+            self._uncompared.add(key)
+        else:
+            self._compare(recording, leaves, structure)
+        self._kept[key] = recording
+        self.recordings += 1
+        return recording
+
+    def _say_why(self, key: _Key) -> None:
+        """Warn, once, of a function that is recorded for the third time, and say why."""
+        if self.recordings < 2 or self._has_warned:
+            return
+        self._has_warned = True
+        newest = [*self._kept][-1]
+        warnings.warn(
+            f"{_name(self.function)} is recorded for the third time: {newest.difference(key)}. "
+            f"Each recording costs as much as the first; {MOST_KEPT} are kept.",
+            stacklevel=4,
+        )
+
+    def _recorded(self, leaves: list[Any], structure: Any, places: list[int]) -> _Recording:
+        """Return the graph of the function for arguments of these kinds."""
+        # Without values, in which nothing of this call's numbers can be.
+        examples = [_example(leaves[place]) for place in places]
+        results: list[Any] = []
+        structures: list[Any] = []
+
+        def on_tensors(*tensors: Tensor) -> list[Tensor]:
+            arguments = list(leaves)
+            for place, t in zip(places, tensors, strict=True):
+                arguments[place] = t
+            args, options = pytree.tree_unflatten(arguments, structure)
+            returned, structure_of_results = pytree.tree_flatten(self.function(*args, **options))
+            structures.append(structure_of_results)
+            results.extend(Tensor if isinstance(leaf, Tensor) else leaf for leaf in returned)
+            return [leaf.detach() for leaf in returned if isinstance(leaf, Tensor)]
+
+        device = examples[0].device
+        torch.clear_autocast_cache()
+        try:
+            with no_values(), replayed(RandomState.now(device)), torch.enable_grad(), _no_mkldnn():
+                graph = make_fx(on_tensors, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                    *examples
+                )
+        except MetaplError:
+            raise
+        except Exception as error:
+            if any(word in f"{type(error).__name__} {error}" for word in _ASKS_FOR_VALUE):
+                raise MetaplError(
+                    f"{_name(self.function)} reads a value of a tensor on the host "
+                    f"({reason_of(error)}), which no graph can; expected torch.where and the like, "
+                    "or the function as it is."
+                ) from error
+            raise
+        self._refuse_constants(graph)
+        _without_views(graph)
+        run: Callable[..., Any] = graph
+        if self.compile:
+            run = _compiled(graph, examples)
+        if torch.is_autocast_enabled(device.type):
+            # The casts are operations of the graph.
+            run = partial(_without_autocast, run, device.type)
+        return _Recording(graph, run, places, results, structures[0], self._numbers())
+
+    def _refuse_constants(self, graph: GraphModule) -> None:
+        """Refuse a graph that holds tensors that were no arguments, but for literals."""
+        names = {id(t): name for name, t in _tensors_of(self.function)}
+        found = []
+        for node in graph.graph.nodes:
+            if node.op != "get_attr" or not str(node.target).startswith(_CONSTANT):
+                continue
+            is_literal = all("lift_fresh" in str(user.target) for user in node.users)
+            if not is_literal:
+                t = getattr(graph, str(node.target))
+                found.append(names.get(id(t), described(t)))
+        if found:
+            raise MetaplError(
+                f"{_name(self.function)} reads {few(found, 3)}, which no argument holds, so that a "
+                "recording would keep it as it is; expected it among the arguments, such as "
+                "params of torch.func.functional_call(net, params, (x,))."
+            )
+
+    def _compare(self, recording: _Recording, leaves: list[Any], structure: Any) -> None:
+        """Refuse a recording that returns something else than the function, or writes."""
+        copies = [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for leaf, copied in zip(leaves, copies, strict=True):
+            if isinstance(leaf, Tensor):
+                copied.requires_grad_(leaf.requires_grad)
+        device = leaves[recording.places[0]].device
+        versions = [copies[place]._version for place in recording.places]
+        args, options = pytree.tree_unflatten(copies, structure)
+        with replayed(RandomState.now(device)), torch.enable_grad():
+            expected = self.function(*args, **options)
+        self._refuse_writes(recording, copies, versions, structure)
+        with replayed(RandomState.now(device)), torch.no_grad():
+            tensors = recording.run(*(leaves[place] for place in recording.places))
+        found, structure_found = pytree.tree_flatten(recording.with_results(tensors))
+        wanted, structure_wanted = pytree.tree_flatten(expected)
+        if structure_found != structure_wanted:
+            raise MetaplError(
+                f"{_name(self.function)} returned another nesting when it was recorded "
+                f"({structure_found}) than by itself ({structure_wanted}); expected the same."
+            )
+        for one, two in zip(found, wanted, strict=True):
+            if not _is_equal(one, two, compiled=self.compile):
+                raise MetaplError(
+                    f"{_name(self.function)} returns {_beside(two, one)} by itself and recorded, "
+                    "on the same draws; expected a function of its arguments and of torch's "
+                    "default generators, without NumPy's, and without numbers that it keeps."
+                )
+
+    def _refuse_writes(
+        self, recording: _Recording, copies: list[Any], versions: list[int], structure: Any
+    ) -> None:
+        """Refuse a function that has written to an argument."""
+        args, options = pytree.tree_unflatten(copies, structure)
+        names = {id(t): name for name, t in named_leaves_of((*args, *options.values()))}
+        for place, version in zip(recording.places, versions, strict=True):
+            if copies[place]._version != version:
+                raise MetaplError(
+                    f"{_name(self.function)} writes to its argument{names[id(copies[place])]} in "
+                    "place; expected a new tensor, which it returns."
+                )
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """A recording as an operation whose derivative raises."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise MetaplError(_TEXT_OF_DERIVATIVE)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise MetaplError(_TEXT_OF_DERIVATIVE)
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+
+
+def _compiled(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
+    """Return a graph as Inductor compiles it."""
+    # The options of compiled steps, but for what is Dynamo's.
+    options = backend_of(examples[0].device).get("options", {})
+    patches = {name: value for name, value in options.items() if name != "guard_filter_fn"}
+    with warnings.catch_warnings(), torch.no_grad():
+        # Inductor warns while it is imported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch import _inductor
+
+        compiled: Callable[..., Any] = _inductor.standalone_compile(
+            graph,
+            [t.detach() for t in examples],
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": patches},
+        )
+    return compiled
+
+
+def _without_autocast(run: Callable[..., Any], device_type: str, *tensors: Tensor) -> Any:
+    with torch.autocast(device_type, enabled=False):
+        return run(*tensors)
+
+
+@contextmanager
+def _no_mkldnn() -> Iterator[None]:
+    """Record without mkldnn, whose kernels of recurrent networks record and do not run."""
+    # Without the switch of torch.backends, which warns of a setting of another device.
+    was_enabled = torch._C._get_mkldnn_enabled()
+    is_enabled = False
+    torch._C._set_mkldnn_enabled(is_enabled)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
+
+
+def _without_views(graph: GraphModule) -> None:
+    """Let a graph reshape where it views, which strides of a mapped tensor may not allow."""
+    for node in graph.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    graph.recompile()
+
+
+def _example(t: Tensor) -> Tensor:
+    """Return a tensor of the same kind, in no transform."""
+    like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return like.requires_grad_(t.requires_grad)
+
+
+def _is_transformed() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _no_transform() -> AbstractContextManager[Any]:
+    """Leave all transforms of ``torch.func`` in a block."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+def _kind_of(t: Tensor) -> tuple[Any, ...]:
+    return (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+
+
+def _words(kind: Any) -> str:
+    """Return an argument's part of a key in words."""
+    if isinstance(kind, tuple) and len(kind) == 5 and isinstance(kind[0], torch.Size):
+        shape, _, dtype, device, _ = kind
+        return f"{tuple(shape)} of {str(dtype).removeprefix('torch.')} on {device}"
+    return repr(kind)
+
+
+def _hashable(value: Any) -> Any:
+    """Return a value of an argument for a key: the value, or the object where it has no hash."""
+    try:
+        hash(value)
+    except TypeError:
+        return ("object", id(value))
+    return value
+
+
+def _settings() -> tuple[Any, ...]:
+    """Return the settings of PyTorch that a function's operations depend on."""
+    cuda: Any = torch.backends.cuda
+    return (
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+    )
+
+
+def _modes_of(module: nn.Module) -> Iterator[Any]:
+    """Yield what a forward may branch on, of each part of a module."""
+    for part in module.modules():
+        yield part.training
+        yield len(part._forward_hooks) + len(part._forward_pre_hooks)
+        yield tuple(p is not None and p.requires_grad for p in part._parameters.values())
+
+
+def _numbers_of(module: nn.Module) -> Iterator[Any]:
+    """Yield the numbers and words among the attributes of each part of a module."""
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if type(value) in (int, float, bool, str):
+                yield name, value
+
+
+def _reached(function: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a function reaches besides its arguments, by name: closures, globals, self."""
+    while isinstance(function, partial):
+        yield from ((str(number), value) for number, value in enumerate(function.args))
+        yield from function.keywords.items()
+        function = function.func
+    if isinstance(function, types.MethodType):
+        yield "self", function.__self__
+        function = function.__func__
+    if isinstance(function, types.FunctionType):
+        names = inspect.getclosurevars(function)
+        yield from names.nonlocals.items()
+        yield from names.globals.items()
+    elif isinstance(function, nn.Module):
+        yield "", function
+    elif hasattr(function, "__dict__"):
+        yield from vars(function).items()
+
+
+def _modules_of(function: Any) -> Iterator[nn.Module]:
+    for _, value in _reached(function):
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, nn.Module):
+                yield leaf
+            elif isinstance(leaf, types.FunctionType | types.MethodType) and leaf is not function:
+                yield from (module for _, module in _reached(leaf) if isinstance(module, nn.Module))
+
+
+def _tensors_of(function: Any) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that a function reaches besides its arguments, by their names."""
+    for name, value in _reached(function):
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                yield f"the tensor {name}", leaf
+            elif isinstance(leaf, nn.Module):
+                for place, t in leaf.state_dict(keep_vars=True).items():
+                    yield f"{name}.{place}".removeprefix("."), t
+
+
+def _is_equal(found: Any, wanted: Any, *, compiled: bool) -> bool:
+    """Return whether two results are equal, to the rounding of a sum where they are tensors."""
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return bool(found == wanted)
+    wanted = wanted.detach()
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if torch.equal(found, wanted):
+        return True
+    if not wanted.is_floating_point():
+        return False
+    limit = ROUNDINGS * torch.finfo(wanted.dtype).eps * (100 if compiled else 1)
+    return torch.allclose(found, wanted, rtol=limit, atol=limit * _size(wanted), equal_nan=True)
+
+
+def _size(t: Tensor) -> float:
+    size = float(t.abs().nan_to_num().max()) if t.numel() else 0.0
+    return size if size < float("inf") else 1.0
+
+
+def _beside(wanted: Any, found: Any) -> str:
+    """Return two results in words."""
+    if isinstance(wanted, Tensor) and isinstance(found, Tensor) and wanted.shape == found.shape:
+        gap = float((wanted.detach() - found).abs().max()) if wanted.numel() else 0.0
+        return f"tensors of shape {tuple(wanted.shape)} that are up to {gap:.3g} apart"
+    return f"{described(wanted)} and {described(found)}"
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,356 @@
+"""Functions of tensors that are recorded as one graph, with the gradients that they take inside."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import metapl
+from metapl.functional import recorded
+
+Params = dict[str, Tensor]
+
+
+def mlp(*widths: int, dropout: float = 0.0) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for inputs, outputs in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(inputs, outputs), nn.Tanh(), nn.Dropout(dropout)]
+    return nn.Sequential(*layers[:-2]).double()
+
+
+def weights_of(network: nn.Module) -> Params:
+    return {name: p.detach() for name, p in network.named_parameters()}
+
+
+def leaves(params: Params) -> Params:
+    return {name: t.detach().requires_grad_() for name, t in params.items()}
+
+
+def gradient_penalty(network: nn.Module) -> Callable[..., Any]:
+    """Return WGAN's penalty and its gradient in the weights, by two calls of autograd."""
+
+    def penalty(params: Params, x: Tensor) -> tuple[Tensor, Params]:
+        params, x = leaves(params), x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(
+            functional_call(network, params, (x,)).sum(), x, create_graph=True
+        )
+        loss = (slope.norm(dim=1) - 1).square().mean()
+        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+        return loss, dict(zip(params, grads, strict=True))
+
+    return penalty
+
+
+def maml(network: nn.Module) -> Callable[..., Any]:
+    """Return the loss after two steps of descent on a task, and its gradient in the start."""
+
+    def loss_after(params: Params, x: Tensor, y: Tensor, rate: Tensor) -> tuple[Tensor, Params]:
+        start = leaves(params)
+        now = start
+        for _ in range(2):
+            loss = F.mse_loss(functional_call(network, now, (x,)), y)
+            grads = torch.autograd.grad(loss, list(now.values()), create_graph=True)
+            now = {name: t - rate * g for (name, t), g in zip(now.items(), grads, strict=True)}
+        loss = F.mse_loss(functional_call(network, now, (x,)), y)
+        grads = torch.autograd.grad(loss, list(start.values()))
+        return loss, dict(zip(start, grads, strict=True))
+
+    return loss_after
+
+
+class ForceField(nn.Module):
+    """A network whose outputs are minus the gradient of an energy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = mlp(3, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return -slope
+
+
+class Checkpointed(nn.Module):
+    """A network that runs its body once more in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp(4, 8, 8), mlp(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(self.body, x, use_reentrant=False)
+        out: Tensor = self.head(hidden)
+        return out
+
+
+def slopes(network: nn.Module) -> Callable[..., Any]:
+    """Return a loss and its gradient in the weights."""
+
+    def step(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
+        params = leaves(params)
+        loss = F.mse_loss(functional_call(network, params, (x,)), y)
+        grads = torch.autograd.grad(loss, list(params.values()), materialize_grads=True)
+        return loss, dict(zip(params, grads, strict=True))
+
+    return step
+
+
+class Stepping(nn.Module):
+    """A loss and its gradient, taken while the module holds the weights that it is called at."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        loss = F.mse_loss(self.network(x), y)
+        return loss, list(torch.autograd.grad(loss, list(self.network.parameters())))
+
+
+def slopes_inside(network: nn.Module) -> Callable[..., Any]:
+    """Return what :func:`slopes` does, with the backward pass inside of the call."""
+    stepping = Stepping(network)
+
+    def step(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Params]:
+        held = {f"network.{name}": t for name, t in leaves(params).items()}
+        loss, grads = functional_call(stepping, held, (x, y))
+        return loss, dict(zip(params, grads, strict=True))
+
+    return step
+
+
+def equal(one: Any, two: Any) -> bool:
+    """Return whether a loss and gradients are those of another, bit for bit."""
+    loss, grads = one
+    other, others = two
+    same = [torch.equal(g, others[name].detach()) for name, g in grads.items()]
+    return torch.equal(loss, other.detach()) and all(same)
+
+
+def moved(params: Params) -> Params:
+    """Return other weights than those that a network has."""
+    draws = torch.Generator().manual_seed(3)
+    return {
+        name: t + torch.randn(t.shape, generator=draws, dtype=t.dtype) / 10
+        for name, t in params.items()
+    }
+
+
+x3, x4 = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+y3 = torch.randn(6, 3, dtype=torch.float64)
+CASES: dict[str, Any] = {
+    "gradient penalty": lambda: (gradient_penalty(net := mlp(4, 8, 1)), net, (x4,)),
+    "maml": lambda: (maml(net := mlp(4, 8, 3)), net, (x4, y3, torch.tensor(0.3).double())),
+    "force field": lambda: (slopes(net := ForceField()), net, (x3, y3)),
+    "checkpoint": lambda: (slopes_inside(net := Checkpointed()), net, (x4, y3)),
+    "dropout": lambda: (slopes(net := mlp(4, 8, 3, dropout=0.5)), net, (x4, y3)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_recording_has_the_bits_of_the_function(name: str) -> None:
+    function, network, batch = CASES[name]()
+    step = recorded(function)
+    params = weights_of(network)
+    step(params, *batch)
+    # Other weights and another batch than those of the call that recorded.
+    params = moved(params)
+    batch = [t + 0.1 for t in batch]
+    torch.manual_seed(5)
+    expected = function(params, *batch)
+    end = torch.get_rng_state()
+    torch.manual_seed(5)
+    found = step(params, *batch)
+    assert equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), end)
+    assert step.recordings == 1
+
+
+def test_the_first_call_draws_once() -> None:
+    function, network, batch = CASES["dropout"]()
+    torch.manual_seed(5)
+    expected = function(weights_of(network), *batch)
+    end = torch.get_rng_state()
+    torch.manual_seed(5)
+    assert equal(recorded(function)(weights_of(network), *batch), expected)
+    assert torch.equal(torch.get_rng_state(), end)
+
+
+def test_another_kind_of_call_records_anew_and_the_third_says_why() -> None:
+    network = mlp(4, 8, 3)
+    step = recorded(slopes(network))
+    params = weights_of(network)
+    step(params, x4, y3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(params, x4[:5], y3[:5])
+        step(params, x4, y3)
+    with pytest.warns(UserWarning, match=r"third time: an argument was \(5, 4\).* is \(3, 4\)"):
+        step(params, x4[:3], y3[:3])
+    assert step.recordings == 3
+    network.eval()
+    step(params, x4, y3)
+    assert step.recordings == 4
+
+
+def test_a_number_that_a_module_holds_records_anew() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.factor = mlp(4, 3), 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.factor * self.net(x)
+            return out
+
+    network = Scaled()
+    function = slopes(network)
+    step = recorded(function)
+    params = weights_of(network)
+    step(params, x4, y3)
+    network.factor = 2.0
+    assert equal(step(params, x4, y3), function(params, x4, y3))
+    assert step.recordings == 2
+
+
+def test_numbers_among_the_arguments_are_constants_of_a_recording() -> None:
+    def power(x: Tensor, exponent: int) -> Tensor:
+        return x**exponent
+
+    step = recorded(power)
+    assert torch.equal(step(x4, 2), x4**2)
+    assert torch.equal(step(x4, 3), x4**3)
+    assert step.recordings == 2
+
+
+class Counted:
+    """A function that keeps a number."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * self.calls
+
+
+weight = nn.Linear(4, 3).double()
+DRAWS = numpy.random.default_rng(0)
+REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
+    "a value": (lambda x: x * float(x.sum()), "reads a value of a tensor on the host"),
+    "a branch": (lambda x: x if x.sum() > 0 else -x, "reads a value of a tensor on the host"),
+    "numpy": (lambda x: torch.from_numpy(x.numpy() * 2), "reads a value of a tensor on the host"),
+    "weights": (lambda x: weight(x), "reads weight.weight, weight.bias, which no argument holds"),
+    "in place": (lambda x: x.mul_(2), r"writes to its argument\[0\] in place"),
+    "numpy's draws": (lambda x: x * DRAWS.random(), "returns tensors .* apart by itself"),
+    "a count": (Counted(), "returns tensors .* apart by itself"),
+    "no tensor": (lambda x: x, "was given no tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_can_hold_is_refused_in_a_line(name: str) -> None:
+    function, text = REFUSED[name]
+    x = x4.clone()
+    argument: Any = 3 if name == "no tensor" else x
+    with pytest.raises(metapl.MetaplError, match=text):
+        recorded(function)(argument)
+    assert torch.equal(x, x4)
+
+
+def test_a_checkpoint_that_runs_again_at_other_weights_is_refused() -> None:
+    """Its backward pass comes when the module has its own weights back: the function is wrong."""
+    network = Checkpointed()
+    params = weights_of(network)
+    _, wrong = slopes(network)(moved(params), x4, y3)
+    _, right = slopes_inside(network)(moved(params), x4, y3)
+    assert any(not torch.allclose(wrong[name], g) for name, g in right.items())
+    with pytest.raises(metapl.MetaplError, match=r"reads network.body.0.weight"):
+        recorded(slopes(network))(params, x4, y3)
+
+
+def test_a_literal_is_no_reason_to_refuse() -> None:
+    step = recorded(lambda x: x + torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    assert torch.equal(step(x4), x4 + torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_a_derivative_through_a_recording_raises() -> None:
+    network = mlp(4, 8, 1)
+    step = recorded(gradient_penalty(network))
+    params = leaves(weights_of(network))
+    loss, _ = step(params, x4)
+    with pytest.raises(metapl.MetaplError, match="the derivative of a recorded function"):
+        loss.backward()
+    with pytest.raises(metapl.MetaplError, match="the derivative of a recorded function"):
+        torch.func.grad(lambda x: step(params, x)[0])(x4)
+
+
+@pytest.mark.parametrize("is_called_before", [True, False])
+def test_vmap_maps_a_recording(is_called_before: bool) -> None:
+    network = mlp(4, 8, 1)
+    function = gradient_penalty(network)
+    step = recorded(function)
+    params = weights_of(network)
+    batches = torch.randn(5, 6, 4, dtype=torch.float64)
+    if is_called_before:
+        step(params, batches[0])
+    losses, grads = torch.func.vmap(step, (None, 0))(params, batches)
+    for number, x in enumerate(batches):
+        loss, expected = function(params, x)
+        torch.testing.assert_close(losses[number], loss.detach(), rtol=1e-12, atol=0)
+        for name, g in expected.items():
+            torch.testing.assert_close(grads[name][number], g, rtol=1e-10, atol=1e-14)
+    step(params, batches[0])
+    assert step.recordings == 1
+
+
+def test_a_recording_under_autocast_has_its_casts() -> None:
+    network = mlp(4, 8, 3).float()
+    function = slopes(network)
+    step = recorded(function)
+    params = weights_of(network)
+    batch = x4.float(), y3.float()
+    plain = step(params, *batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = step(params, *batch)
+        expected = function(params, *batch)
+    assert equal(cast, expected)
+    assert not equal(cast, plain)
+    assert equal(step(params, *batch), plain)
+    assert step.recordings == 2
+
+
+def test_a_function_that_returns_other_things_than_tensors() -> None:
+    step = recorded(lambda x: {"twice": 2 * x, "name": "x", "none": None})
+    found = step(x4)
+    assert found["name"] == "x"
+    assert found["none"] is None
+    assert torch.equal(found["twice"], 2 * x4)
+    assert "mul" in step.graph().code
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gradient penalty", "force field"])
+def test_inductor_compiles_a_recording(name: str) -> None:
+    function, network, batch = CASES[name]()
+    step = recorded(function, compile=True)
+    params = weights_of(network)
+    step(params, *batch)
+    params = moved(params)
+    loss, grads = step(params, *batch)
+    expected, others = function(params, *batch)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-14)
+    for name, g in grads.items():
+        torch.testing.assert_close(g, others[name], rtol=1e-10, atol=1e-13)
