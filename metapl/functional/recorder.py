@@ -80,8 +80,8 @@ def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded
             generators are drawn anew in each call.
         compile: give the graph to Inductor, which takes some 8 s and 37 ms an operation of it.
 
-    Returns: a :class:`Recorded`, which is called as the function is. Its results have no graph, and
-    a derivative through it raises. ``torch.func.vmap`` maps it where it is not compiled.
+    Returns: a :class:`Recorded`, which is called as the function is. A derivative through its
+    results raises. ``torch.func.vmap`` maps it where it is not compiled.
 
     Cost: to record, a pass without values, some ms an operation; a call then saves the Python and
     the autograd of the function, about half of the time of small ones.
@@ -99,8 +99,8 @@ def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded
     ...     return loss, torch.autograd.grad(loss, list(params.values()), allow_unused=True)
     >>> step = recorded(penalty)
     >>> loss, gradients = step(dict(net.named_parameters()), torch.randn(16, 4))
-    >>> loss.requires_grad, [None if g is None else tuple(g.shape) for g in gradients]
-    (False, [(8, 4), (8,), (1, 8), None])
+    >>> loss.shape, [None if g is None else tuple(g.shape) for g in gradients]
+    (torch.Size([]), [(8, 4), (8,), (1, 8), None])
     """
     return Recorded(function, compile=compile)
 
