@@ -41,6 +41,7 @@ SECOND = (
     "overhead",
     "peers",
     "protocol_rows",
+    "recorded",
     "recording",
     "reduced",
     "reliability",

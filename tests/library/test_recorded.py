@@ -95,6 +95,36 @@ class Checkpointed(nn.Module):
         return out
 
 
+class OldTanh(torch.autograd.Function):
+    """A function as it was written before ``setup_context``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        slope: Tensor = g * (1 - y * y)
+        return slope
+
+
+class Old(nn.Module):
+    """A network with a custom function, and a hook on its activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = mlp(4, 8), mlp(8, 1)
+        self.body.register_forward_hook(lambda module, inputs, output: 2 * output)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = OldTanh.apply(self.body(x))
+        out: Tensor = self.head(hidden)
+        return out
+
+
 def slopes(network: nn.Module) -> Callable[..., Any]:
     """Return a loss and its gradient in the weights."""
 
@@ -155,6 +185,7 @@ CASES: dict[str, Any] = {
     "maml": lambda: (maml(net := mlp(4, 8, 3)), net, (x4, y3, torch.tensor(0.3).double())),
     "force field": lambda: (slopes(net := ForceField()), net, (x3, y3)),
     "checkpoint": lambda: (slopes_inside(net := Checkpointed()), net, (x4, y3)),
+    "an old function and a hook": lambda: (gradient_penalty(net := Old()), net, (x4,)),
     "dropout": lambda: (slopes(net := mlp(4, 8, 3, dropout=0.5)), net, (x4, y3)),
 }
 
