@@ -25,8 +25,6 @@ from metapl.execution.state import RandomState, replay, replayed
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
-    outer_input,
-    reads_signal_in_outer_input,
     sum_and_weight,
 )
 from metapl.updates import Options, Update
@@ -193,14 +191,10 @@ class Path:
         vars(self)["outer_loss_before"] = loss
         return gradient
 
-    def direct_loss(self, signal: Signal) -> Tensor:
+    def direct_loss(self) -> Tensor:
         """Return L(θ′; φ) with θ′ as a constant, and a graph in what it reads of the teacher, φ.
 
         It has no graph where it reads nothing.
-
-        Args:
-            signal: the last step's, with the teacher's graph, for a problem with
-                ``outer_input(batch, signal)``.
 
         Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
         backward pass.
@@ -214,7 +208,7 @@ class Path:
         counts: list[Tensor | float] = []
         with student.at_weights(weights, start, student.slots):
             for batch in self.outer_micro_batches:
-                outputs = student.forward(outer_input(self.problem, batch, signal))
+                outputs = student.forward(self.problem.outer_input(batch))
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
                 sums.append(total)
                 counts.append(weight)
@@ -230,13 +224,8 @@ class Path:
         """
         problem = self.problem
         last_step = self.steps[-1]
-        signal = last_step.signal
-        if reads_signal_in_outer_input(problem):
-            # In a path that keeps its graph the signal is a leaf of it; how L depends on it is the
-            # direct term.
-            signal = signal.detached()
         inputs_and_batches = [
-            (outer_input(problem, batch, signal), batch) for batch in self.outer_micro_batches
+            (problem.outer_input(batch), batch) for batch in self.outer_micro_batches
         ]
 
         def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:

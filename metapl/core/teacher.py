@@ -22,7 +22,7 @@ from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.ranks import NOTHING, Ranks, rows_shared
 from metapl.execution.shards import by_backward, local
 from metapl.execution.state import RandomState, Slots, State, replay
-from metapl.problems.base import BilevelProblem, Signal, kind_of, reads_signal_in_outer_input
+from metapl.problems.base import BilevelProblem, Signal, kind_of
 from metapl.problems.losses import TeacherLoss, sum_of_terms
 from metapl.problems.means import Shares, refuse_other_than_means, shares_of_losses
 
@@ -177,14 +177,7 @@ class Teaching:
         It is zero in those that the outer loss does not read.
         """
         assert self.layout is not None, "a direct term is of a teacher"
-        last_pass = self.passes[-1]
-        signal = last_pass.signal
-        if reads_signal_in_outer_input(self.problem):
-            batch = last_pass.inner_batch
-            if self.batches_are_read_again:
-                batch = path.inner_batch(len(path.steps) - 1)
-            signal = self.with_graph(last_pass, batch)
-        return self._with_zeros(self._reached(path.direct_loss(signal), retain=True))
+        return self._with_zeros(self._reached(path.direct_loss(), retain=True))
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """Return the gradient of −Σ h·signal in the teacher's weights, over all passes.
@@ -232,7 +225,7 @@ class Teaching:
         has_feedback: bool = True,
         measure: bool = False,
         compares_parts: bool = False,
-        direct_loss: Callable[[Signal], Tensor] | None = None,
+        direct_loss: Callable[[], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
 
@@ -252,8 +245,8 @@ class Teaching:
                 bit.
             compares_parts: compare the losses of micro-batches with those of their rows together,
                 before anything moves.
-            direct_loss: L(θ′; φ) at fixed θ′, given the last signal, where the outer loss reads the
-                teacher: G_h is then the sum of both gradients.
+            direct_loss: L(θ′; φ) at fixed θ′, where the outer loss reads the teacher: G_h
+                is then the sum of both gradients.
 
         Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio``
         where both gradients were found.
@@ -298,7 +291,7 @@ class Teaching:
                 feedback_loss = self.ranks.size * feedback_loss
             if direct_loss is not None and i == len(self.passes) - 1:
                 # Without a graph it adds nothing to a gradient.
-                feedback_loss = feedback_loss + direct_loss(signal)
+                feedback_loss = feedback_loss + direct_loss()
             own_loss = None
             if i >= first_of_last_batch:
                 part = i - first_of_last_batch

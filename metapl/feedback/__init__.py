@@ -31,7 +31,15 @@ from metapl.feedback.reinforce import Reinforce
 from metapl.feedback.reinforce_per_example import ReinforcePerExample
 from metapl.feedback.unrolled import Unrolled
 from metapl.problems import PseudoLabels
-from metapl.problems.base import BilevelProblem, Kind, Signal, enters_input, kind_of, overrides
+from metapl.problems.base import (
+    BilevelProblem,
+    Kind,
+    Signal,
+    enters_input,
+    kind_of,
+    overrides,
+    refuse_signal_in_outer_input,
+)
 from metapl.words import did_you_mean
 
 __all__ = [
@@ -141,6 +149,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
             f"problem is {described}; expected a metapl.BilevelProblem, such as "
             "metapl.PseudoLabels()."
         )
+    refuse_signal_in_outer_input(problem)
     return problem.for_modes(mode.labels, mode.name)
 
 

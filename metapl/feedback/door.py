@@ -28,7 +28,7 @@ from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
-from metapl.problems.base import BilevelProblem, kind_of, reads_signal_in_outer_input
+from metapl.problems.base import BilevelProblem, kind_of
 from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.runs.checkpoint import plain_states
 from metapl.updates import Clipped, Update, parts_of
@@ -310,23 +310,16 @@ def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[
 
 
 def outer_loss_reads_more(problem: BilevelProblem, teacher: nn.Module | None) -> bool:
-    """Return whether the outer loss may read outer variables, or its input the signal."""
-    if teacher is None:
-        return False
-    return bool(outer_variables(problem, teacher)) or reads_signal_in_outer_input(problem)
+    """Return whether the outer loss may read outer variables."""
+    return bool(outer_variables(problem, teacher))
 
 
-def refuse_direct_term_in_parts(problem: BilevelProblem, *, parts: int, is_alone: bool) -> None:
-    """Refuse an outer loss that reads outer variables where the direct term cannot be taken."""
+def refuse_direct_term_in_processes(problem: BilevelProblem, *, is_alone: bool) -> None:
+    """Refuse an outer loss that reads outer variables in several processes."""
     if not is_alone:
         raise MetaplError(
-            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, or "
-            "the signal, and the networks are in several processes; expected one process."
-        )
-    if parts > 1 and reads_signal_in_outer_input(problem):
-        raise MetaplError(
-            f"{kind_of(problem)} has outer_input(batch, signal) with accumulate={parts}; expected "
-            "1."
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, "
+            "and the networks are in several processes; expected one process."
         )
 
 

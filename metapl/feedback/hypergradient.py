@@ -48,7 +48,7 @@ from metapl.feedback.door import (
     FirstLook,
     KeptBySignal,
     outer_loss_reads_more,
-    refuse_direct_term_in_parts,
+    refuse_direct_term_in_processes,
     refuse_learned_settings,
     refuse_tensors,
 )
@@ -86,10 +86,9 @@ class Hypergradient:
         settings: by the names in ``wrt``: dL(θ_K)/d(setting) of each step and param group, (K,
             groups); of ``betas``, (K, groups, 2); float64. A group that has no such setting, as
             Muon has no ``betas``, gets zeros.
-        direct: where the outer loss reads the teacher, through a module that the problem holds or
-            by ``outer_input(batch, signal)``: ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a
-            part of ``grads``; empty elsewhere, and in the modes that leave it out (``none`` and the
-            sampled ones).
+        direct: where the outer loss reads the teacher, through a module that the problem holds:
+            ∂L(θ′; φ)/∂φ at fixed θ′ by teacher parameter name, a part of ``grads``; empty
+            elsewhere, and in the modes that leave it out (``none`` and the sampled ones).
         order: in which order the second derivative was taken (:mod:`metapl.core.order`):
             ``"graph"``, ``"tangent"``, ``"double_backward"``, ``"outputs"`` or ``"losses"``; empty
             in modes that take none, and compiled. ``Forward(by=result.order)`` takes the same
@@ -315,11 +314,7 @@ class Differentiation:
         No weight or state moves.
         """
         if self.takes_direct_term:
-            refuse_direct_term_in_parts(
-                self.problem,
-                parts=self.request.accumulate,
-                is_alone=self.of_student.ranks.alone,
-            )
+            refuse_direct_term_in_processes(self.problem, is_alone=self.of_student.ranks.alone)
         student_type = LocalStudent
         if self.of_student.is_sharded:
             # It is loaded where it is used.

@@ -48,7 +48,6 @@ class StepRules:
         steps: K.
         feedback_size: the rule that gives λ.
         signal_enters_input: whether the student's input is made from the signal.
-        signal_enters_outer_input: whether that of its outer pass is.
         outer_loss_reads_teacher: whether L depends on θ_T otherwise than by θ′.
         has_direct_term: whether that dependence is a part of the teacher's gradient.
         has_feedback: whether the mode has any; the control has none.
@@ -69,7 +68,6 @@ class StepRules:
     steps: int
     feedback_size: FeedbackSize
     signal_enters_input: bool
-    signal_enters_outer_input: bool
     outer_loss_reads_teacher: bool
     has_direct_term: bool
     has_feedback: bool
@@ -166,22 +164,18 @@ class StepCall:
         loss, _ = self.rules.student.at(theta, student_state, mean)
         return loss
 
-    def outer_loss(
-        self, theta: Tree, student_state: Tree, signal: Signal, theta_T: Tree | None = None
-    ) -> Tensor:
+    def outer_loss(self, theta: Tree, student_state: Tree, theta_T: Tree | None = None) -> Tensor:
         """Return L, by a pass with batch statistics of its own.
 
         The running statistics stay as they are.
 
         Args:
-            signal: of the last step, for a problem whose outer input is made from it.
             theta_T: the teacher's weights, where L reads them; None: those of the state.
         """
         rules = self.rules
 
         def judge(teacher: nn.Module | None) -> Tensor:
-            entering = [signal] if rules.signal_enters_outer_input else []
-            inputs = rules.problem.outer_input(self.outer_batch, *entering)
+            inputs = rules.problem.outer_input(self.outer_batch)
             z, left = rules.student.outputs(theta, student_state, inputs)
             (total, weight), _ = rules.student.at(
                 theta,

@@ -372,25 +372,20 @@ class PurePath(PureTerms):
         """L(θ′), a scalar."""
         if self._outer_loss is None:
             carry = self.end.carry
-            self._outer_loss = self.call.outer_loss(
-                carry.theta, carry.student_state, self.steps[-1].signal
-            )
+            self._outer_loss = self.call.outer_loss(carry.theta, carry.student_state)
         return self._outer_loss
 
     @property
     def outer_loss_before(self) -> Tensor:
         """L(θ), in one pass with L(θ′), so that both have the same dropout masks."""
         carry = self.end.carry
-        signal = self.steps[-1].signal
         theta = self.call.state.student.params
         weights = {name: torch.stack([t, carry.theta[name]]) for name, t in theta.items()}
         buffers = {name: torch.stack([t, t]) for name, t in carry.student_state.items()}
 
-        def judge(theta: Tree, student_state: Tree) -> Tensor:
-            return self.call.outer_loss(theta, student_state, signal)
-
         before: Tensor
-        before, self._outer_loss = vmap(judge, randomness="same")(weights, buffers)
+        judge = vmap(self.call.outer_loss, randomness="same")
+        before, self._outer_loss = judge(weights, buffers)
         return before
 
     def outer_gradient(self) -> Tree:
@@ -398,7 +393,7 @@ class PurePath(PureTerms):
         if self._outer_gradient is None:
             carry = self.end.carry
             self._outer_gradient, self._outer_loss = grad_and_value(self.call.outer_loss)(
-                carry.theta, carry.student_state, self.steps[-1].signal
+                carry.theta, carry.student_state
             )
         return self._outer_gradient
 
@@ -492,7 +487,7 @@ class PurePath(PureTerms):
                     signals=[as_dict(begun.answer.signal), *end.signals],
                 )
                 return end.outer_loss, end
-            loss = self.call.outer_loss(carry.theta, carry.student_state, begun.signal)
+            loss = self.call.outer_loss(carry.theta, carry.student_state)
             return loss, begun.end(descent, carry, outer_loss=loss)
 
         end: End

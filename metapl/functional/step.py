@@ -57,7 +57,6 @@ from metapl.problems.base import (
     Signal,
     enters_input,
     overrides,
-    reads_signal_in_outer_input,
 )
 from metapl.problems.losses import TeacherLoss
 from metapl.updates import Update
@@ -105,8 +104,7 @@ def run_student(call: StepCall, theta_T: Tree) -> tuple[tuple[Tensor, Tensor], O
         # L(θ′; θ_T) at fixed θ′.
         theta = {name: t.detach() for name, t in end.carry.theta.items()}
         student_state = {name: t.detach() for name, t in end.carry.student_state.items()}
-        signal = Signal(**end.signals[-1])
-        direct_loss = call.outer_loss(theta, student_state, signal, theta_T)
+        direct_loss = call.outer_loss(theta, student_state, theta_T)
         from_feedback = from_feedback + direct_loss
         if rules.mode.credits == "nothing":
             # No other pass has taken it.
@@ -177,7 +175,6 @@ def make_step(
         steps=steps,
         feedback_size=feedback_size,
         signal_enters_input=enters_input(problem),
-        signal_enters_outer_input=reads_signal_in_outer_input(problem),
         outer_loss_reads_teacher=reads_teacher,
         has_direct_term=reads_teacher and mode.has_direct_term,
         has_feedback=mode.gives_gradient,

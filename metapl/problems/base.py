@@ -274,12 +274,11 @@ class BilevelProblem(ABC):
 
         That is a tensor or a dict itself, or the first element of a tuple.
 
-        With a second parameter, ``outer_input(self, batch, signal)``, it is made from the signal of
-        the last student step too, such as architecture weights. The teacher then learns from both
-        ways to the outer loss, as it does where :meth:`outer_loss` reads the teacher through a
-        module that the problem holds: its gradient is that of the feedback plus ∂L(θ′; φ)/∂φ at
-        fixed θ′ (the direct term; docs/contract.md), in the modes ``forward``, ``unrolled``,
-        ``difference`` and ``implicit``.
+        It may read the teacher, such as architecture weights, as :meth:`outer_loss` may: through a
+        module that the problem holds. The teacher then learns from both ways to the outer loss: its
+        gradient is that of the feedback plus ∂L(θ′; φ)/∂φ at fixed θ′ (the direct term;
+        docs/contract.md), in the modes that have it
+        (:attr:`metapl.feedback.Estimator.has_direct_term`).
         """
         return first_input(batch)
 
@@ -397,19 +396,18 @@ def enters_input(problem: BilevelProblem) -> bool:
     return _parameter_count(type(problem).student_input) > 2
 
 
-def reads_signal_in_outer_input(problem: BilevelProblem) -> bool:
-    """Return whether the signal enters the student's input in the outer batch.
+def refuse_signal_in_outer_input(problem: BilevelProblem) -> None:
+    """Refuse ``outer_input(self, batch, signal)``.
 
-    It does if the method is ``outer_input(self, batch, signal)``.
+    Outside of a step, as where the student is evaluated, there is no signal. A module that the
+    problem holds is there at any time.
     """
-    return _parameter_count(type(problem).outer_input) > 2
-
-
-def outer_input(problem: BilevelProblem, batch: Batch, signal: Signal) -> Inputs:
-    """Return the student's input in an outer batch, made with the signal where it enters it."""
-    if reads_signal_in_outer_input(problem):
-        return problem.outer_input(batch, signal)  # type: ignore[call-arg]
-    return problem.outer_input(batch)
+    if _parameter_count(type(problem).outer_input) > 2:
+        raise MetaplError(
+            f"{kind_of(problem)} has outer_input(batch, signal); expected outer_input(self, "
+            "batch), which reads the teacher as a module that the problem holds (self.teacher = "
+            "teacher): the gradient is the same, by the direct term."
+        )
 
 
 def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:

@@ -42,7 +42,7 @@ from metapl.feedback.door import (
     KeptBySignal,
     hooked,
     outer_loss_reads_more,
-    refuse_direct_term_in_parts,
+    refuse_direct_term_in_processes,
     refuse_hooks,
     refuse_hooks_one_by_one,
     refuse_learned_settings,
@@ -58,7 +58,6 @@ from metapl.problems.base import (
     Signal,
     kind_of,
     overrides,
-    reads_signal_in_outer_input,
 )
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
@@ -317,7 +316,7 @@ class BilevelTrainer(Trainer):
         check_mode(self.mode, lookahead, self.problem, self.layout)
         refuse_direct_term_alone(self.mode, self.problem, self.teacher)
         if self.direct_term:
-            refuse_direct_term_in_parts(self.problem, parts=accumulate, is_alone=self.ranks.alone)
+            refuse_direct_term_in_processes(self.problem, is_alone=self.ranks.alone)
 
         # The optimizers.
         if inner_optimizer is None:
@@ -868,7 +867,6 @@ class BilevelTrainer(Trainer):
             return report
 
     def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
-        self._refuse_input_of_signal()
         if overrides(self.problem, "outer_batch"):
             batch = self.problem.outer_batch(batch)
         else:
@@ -882,18 +880,7 @@ class BilevelTrainer(Trainer):
 
         return [outer_loss]
 
-    def _refuse_input_of_signal(self) -> None:
-        """Refuse a problem that makes the student's input from a signal, outside of a step."""
-        if reads_signal_in_outer_input(self.problem):
-            raise MetaplError(
-                f"{kind_of(self.problem)} has outer_input(batch, signal), and outside of a step "
-                "there is no signal; expected outer_input(self, batch), which reads the teacher "
-                "as a module that the problem holds (self.teacher = teacher): its gradient is the "
-                "same, by the direct term."
-            )
-
     def read_input(self, batch: Batch) -> Inputs:
-        self._refuse_input_of_signal()
         if overrides(self.problem, "outer_input") and not isinstance(batch, Tensor):
             return self.problem.outer_input(batch)
         return super().read_input(batch)

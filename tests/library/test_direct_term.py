@@ -59,10 +59,13 @@ class ReadsModule(metapl.BilevelProblem):
 
 
 class Architecture(metapl.BilevelProblem):
-    """Both losses read ``alpha``.
+    """Both losses read ``alpha``: the inner one in the signal, the outer one in the teacher.
 
     The inputs of both passes are scaled by it, as the operations of DARTS are.
     """
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
 
     def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
         return Signal({"weights": teacher(batch[0]), "alpha": teacher.alpha})
@@ -70,13 +73,13 @@ class Architecture(metapl.BilevelProblem):
     signal_has_rows: ClassVar[Any] = {"weights": True, "alpha": False}
 
     def student_input(self, batch: Any, signal: Signal) -> Any:  # type: ignore[override]
-        return self.mixed(batch[0], signal)
+        return self.mixed(batch[0], signal["alpha"])
 
-    def outer_input(self, batch: Any, signal: Signal) -> Any:  # type: ignore[override]
-        return self.mixed(batch[0], signal)
+    def outer_input(self, batch: Any) -> Any:
+        return self.mixed(batch[0], self.teacher.alpha)
 
-    def mixed(self, x: Tensor, signal: Signal) -> Tensor:
-        w = signal["alpha"].softmax(0)
+    def mixed(self, x: Tensor, alpha: Tensor) -> Tensor:
+        w = alpha.softmax(0)
         return w[0] * x.tanh() + w[1] * x.square()
 
     def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
@@ -102,7 +105,6 @@ def by_hand(
 ) -> dict[str, Tensor]:
     """Return the gradient of L(θ_K(φ); φ), by double backward through plain SGD."""
     theta: dict[str, Tensor] = dict(student.named_parameters())
-    signal = None
     for batch in inner:
         signal = problem.signal(teacher, batch, None, generator=None)
         takes_signal = isinstance(problem, Architecture)
@@ -110,8 +112,7 @@ def by_hand(
         loss = problem.inner_loss(functional_call(student, theta, (x,)), signal, batch).mean()
         g = torch.autograd.grad(loss, [*theta.values()], create_graph=True)
         theta = {name: t - LR * g_t for (name, t), g_t in zip(theta.items(), g, strict=True)}
-    x = problem.outer_input(outer, signal) if isinstance(problem, Architecture) else outer[0]
-    L = problem.outer_loss(functional_call(student, theta, (x,)), outer)
+    L = problem.outer_loss(functional_call(student, theta, (problem.outer_input(outer),)), outer)
     grads = torch.autograd.grad(
         L, [*teacher.parameters()], allow_unused=True, materialize_grads=True
     )
@@ -126,7 +127,7 @@ def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> bool:
 PROBLEMS = {
     "a module": lambda teacher: ReadsModule(teacher),
     "a module, whose indirect term is zero": lambda teacher: ReadsModule(teacher, indirect=False),
-    "the signal": lambda teacher: Architecture(),
+    "a module, in the input": lambda teacher: Architecture(teacher),
 }
 
 
@@ -134,7 +135,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("mode", ["forward", "unrolled", "difference"])
 @pytest.mark.parametrize("kind", PROBLEMS)
 def test_the_sum_is_that_of_double_backward(kind: str, mode: Any, steps: int) -> None:
-    if mode == "difference" and (steps > 1 or kind == "the signal"):
+    if mode == "difference" and (steps > 1 or kind == "a module, in the input"):
         pytest.skip("it takes one step, and no signal in the input")
     teacher, student, outer, inner = networks()
     problem = PROBLEMS[kind](teacher)
@@ -407,8 +408,24 @@ def test_what_cannot_have_it_is_refused() -> None:
             problem=ReadsModule(teacher),
             compile=True,
         )
-    with pytest.raises(MetaplError, match="accumulate=2; expected 1"):
-        metapl.BilevelTrainer(teacher, student, "forward", problem=Architecture(), accumulate=2)
+
+
+class BySignal(Architecture):
+    def outer_input(self, batch: Any, signal: Signal) -> Any:  # type: ignore[override]
+        return self.mixed(batch[0], signal["alpha"])
+
+
+@pytest.mark.parametrize("take", [metapl.hypergradient, metapl.check_gradient])
+def test_an_outer_input_of_the_signal_is_refused_and_the_module_named(take: Any) -> None:
+    teacher, student, outer, inner = networks()
+    problem: Any = BySignal(teacher)
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR)
+    inputs = {"outer": outer, "inner": inner[0], "inner_optimizer": optimizer}
+    expected = r"a module that the problem holds \(self\.teacher = teacher\)"
+    with pytest.raises(MetaplError, match=expected):
+        take(teacher, student, problem=problem, **inputs)
+    with pytest.raises(MetaplError, match=expected):
+        metapl.BilevelTrainer(teacher, student, problem=problem)
 
 
 class LearnedLoss(metapl.BilevelProblem):
@@ -466,7 +483,12 @@ def test_an_architecture_search_comes_out() -> None:
     y = (x.square().sum(1) > 3.4).long()
     adam = torch.optim.Adam(teacher.parameters(), lr=0.03)
     trainer = metapl.BilevelTrainer(
-        teacher, student, "forward", problem=Architecture(), outer_optimizer=adam, teacher_losses=()
+        teacher,
+        student,
+        "forward",
+        problem=Architecture(teacher),
+        outer_optimizer=adam,
+        teacher_losses=(),
     )
     draw = torch.Generator().manual_seed(1)
     for _ in range(300):
@@ -575,14 +597,14 @@ def test_a_direct_term_is_verified_by_differences_of_the_outer_loss(mode: Any) -
         assert "the outer loss reads the teacher by .detach()" in check.verdict
 
 
-def test_the_direct_term_of_an_input_that_the_signal_enters_is_verified() -> None:
+def test_the_direct_term_of_an_input_that_reads_the_teacher_is_verified() -> None:
     teacher, student, outer, inner = networks()
     check = metapl.check_gradient(
         teacher,
         student,
         outer=outer,
         inner=inner[0],
-        problem=Architecture(),
+        problem=Architecture(teacher),
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=LR),
         mode="direct",
     )

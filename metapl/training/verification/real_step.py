@@ -23,7 +23,7 @@ from metapl.execution.state import RandomState, Slots, all_with_contents_of, swa
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.door import FirstLook
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
-from metapl.problems.base import BilevelProblem, Signal, enters_input, outer_input, sum_and_weight
+from metapl.problems.base import BilevelProblem, Signal, enters_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
 Tree = dict[Any, Tensor]
@@ -263,9 +263,6 @@ class Evaluation:
         self.given_outputs = student_outputs
         self.given_states = states
         self.signals: list[Signal] = []
-        # The last step's, for an outer loss that reads it. It stays where it is when signals are
-        # moved, for h is minus the derivative through the student's step alone.
-        self.outer_signal: Signal | None = None
         self.outputs: list[Tensor] = []
         self.gradients: dict[str, Tree] = {}
         self.states: list[Tree] = []
@@ -347,8 +344,7 @@ class Evaluation:
         weights_before = self._weights_now()
         batch = problem.outer_batch(self.copies.outer_batch)
         self._begin_pass(student)
-        assert self.outer_signal is not None, "a step asks the teacher"
-        self.outputs.append(student(outer_input(problem, batch, self.outer_signal)))
+        self.outputs.append(student(problem.outer_input(batch)))
         total, weight = sum_and_weight(problem.outer_loss(self.outputs[-1], batch))
         self._note_written_weights(weights_before)
         loss = total / weight
@@ -375,10 +371,6 @@ class Evaluation:
         )
         self.signals.append(asked)
         signal = asked.detached() if self.given_signals is None else self.given_signals[number]
-        self.outer_signal = signal
-        if self.move.what == "teacher" and self.given_signals is not None:
-            # The student learns what was given, and the outer loss reads the moved teacher.
-            self.outer_signal = asked.detached()
         if self.move.what != "signal":
             return signal
         moved = {}
