@@ -14,7 +14,7 @@ from metapl.core.path import Path
 from metapl.core.step import InnerStep
 from metapl.errors import MetaplError
 from metapl.execution.layout import Capability
-from metapl.feedback.base import Estimator, Normalization, State
+from metapl.feedback.base import Estimator, State
 from metapl.feedback.forward import Forward
 from metapl.problems.base import Kind
 
@@ -27,10 +27,15 @@ Alteration = Literal["permuted", "class_means", "random_sign"]
 OF_THE_BASE = (
     "labels",
     "credits",
+    "reduction",
+    "normalization",
+    "truncate",
     "keep_graph",
     "keep_on",
     "looks_ahead",
+    "is_through_step",
     "takes_differences",
+    "takes_outer_losses",
     "has_direct_term",
     "keeping",
     "requires",
@@ -73,7 +78,6 @@ class Altered(Estimator):
     requires: ClassVar[frozenset[Capability]] = frozenset()
     has_direct_term: ClassVar[bool] = False
     takes_differences: ClassVar[bool] = False
-    normalization: ClassVar[Normalization] = "gradient"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +88,11 @@ class Altered(Estimator):
             )
         for name in OF_THE_BASE:
             object.__setattr__(self, name, getattr(self.base, name))
-        object.__setattr__(self, "normalization", getattr(self.base, "normalization", "gradient"))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")
+
+    def without_shape(self) -> Estimator:
+        # What is verified is the feedback that it alters.
+        return self.base.without_shape()
 
     def init(self) -> State:
         return {**self.base.init(), "altered": torch.zeros((), dtype=torch.int64)}

@@ -33,7 +33,7 @@ from metapl.execution.batch import Batch, is_whole, length
 from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
-from metapl.feedback import MODES, Estimator, Implicit, Lookahead, Mode, estimator
+from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar
@@ -68,10 +68,6 @@ NEAR = 0.01
 
 # Times, and bytes, that differ by no more than this fraction count as equal: timings are noisy.
 EQUAL = 0.1
-
-# The mode that is taken between modes that are equal otherwise. It is exact, without a second
-# backward pass and its memory.
-PREFERRED = "forward"
 
 
 # The first line of the table.
@@ -187,14 +183,14 @@ def _add_lines(modes: Mapping[str, ModeCost | str], lines: list[str], reasons: l
 
 
 def recommendation(
-    modes: Mapping[str, ModeCost | str], exact_modes: Collection[str], never: Collection[str]
+    modes: Mapping[str, ModeCost | str], exact_modes: Sequence[str], never: Collection[str]
 ) -> tuple[str | None, str]:
     """Return the name of the mode to take, and the sentences that say so and what decided.
 
     Of the modes that are exact to rounding (``exact_modes``), and without noise, the fastest is
-    taken; where times are within 10 % the one with the least memory; where that is too,
-    ``forward``. Where none is, the same holds for those within 1 %; else the nearest in one draw is
-    taken. Those in ``never`` are not recommended; None where no mode ran.
+    taken; where times are within 10 % the one with the least memory; where that is too, the first
+    of ``exact_modes``. Where none is, the same holds for those within 1 %; else the nearest in one
+    draw is taken. Those in ``never`` are not recommended; None where no mode ran.
     """
     ran: dict[str, ModeCost] = {}
     for name, mode in modes.items():
@@ -215,10 +211,10 @@ def recommendation(
         if mode.of_one_draw <= NEAR:
             near[name] = mode
     if exact:
-        recommended, decision = _cheapest(exact)
+        recommended, decision = _cheapest(exact, exact_modes)
         reason = f"its gradient is the exact one to rounding{decision}"
     elif near:
-        recommended, decision = _cheapest(near)
+        recommended, decision = _cheapest(near, exact_modes)
         reason = f"its gradient is within {NEAR:.0%} of the exact one{decision}"
     else:
         recommended = min(ran, key=lambda name: ran[name].of_one_draw)
@@ -239,14 +235,15 @@ def recommendation(
     return recommended, text
 
 
-def _cheapest(modes: Mapping[str, ModeCost]) -> tuple[str, str]:
-    """Return the name of the cheapest mode, and what decided, to follow a sentence."""
+def _cheapest(modes: Mapping[str, ModeCost], exact_modes: Sequence[str]) -> tuple[str, str]:
+    """Return the name of the cheapest mode, and what decided, to follow a sentence.
+
+    Of several as cheap, it is the first of the exact ones, or else the nearest.
+    """
     fastest = _least({name: mode.seconds for name, mode in modes.items()})
     smallest = _least({name: modes[name].peak_bytes for name in fastest})
-    if PREFERRED in smallest:
-        cheapest = PREFERRED
-    else:
-        cheapest = min(smallest, key=lambda name: modes[name].of_one_draw)
+    nearest = min(smallest, key=lambda name: modes[name].of_one_draw)
+    cheapest = next((name for name in exact_modes if name in smallest), nearest)
     if len(modes) == 1:
         return cheapest, ""
     if len(smallest) > 1:
@@ -298,9 +295,9 @@ def ablate(
         draws: of labels, for modes that draw them, and of alterations; 2 or more.
         rounds: rounds of timing; the least time of a mode counts. None: 5, and more for short
             calls, for a second.
-        altered: also measure, as controls, the feedback of ``forward``, or else of the first mode
-            that runs and gives feedback on each example, altered in three ways
-            (:class:`metapl.ablation.Altered`).
+        altered: also measure, as controls, the feedback of a mode that runs, altered in three ways
+            (:class:`metapl.ablation.Altered`): of ``forward`` or another exact mode without a
+            second backward pass, or else of the first that gives feedback on each example.
         progress: show on a terminal how far it is, and log it elsewhere, every half minute.
 
     Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left
@@ -364,12 +361,14 @@ def ablate(
     exact_modes = [
         name for name in compared if study.modes[name].exact and name not in study.drawing
     ]
+    # Between modes that are equal otherwise, one is taken that needs no second backward pass.
+    exact_modes.sort(key=lambda name: study.modes[name].keep_graph)
     # A mode without feedback is not recommended, nor one at the optimum: its gradient is not
     # through a step, as that is with which it is compared.
     never = []
     for name in compared:
         mode = study.modes[name]
-        if mode.credits == "nothing" or isinstance(mode, Implicit):
+        if mode.credits == "nothing" or not mode.is_through_step:
             never.append(name)
     recommended, text = recommendation(compared, exact_modes, never)
     return Ablation(
@@ -433,7 +432,7 @@ class Study:
             self.drawing.add(name)
         # A mode with the mean over the batch gives 1/B of the gradient.
         factor = 1
-        if getattr(self.modes[name], "reduction", "sum") == "mean":
+        if self.modes[name].reduction == "mean":
             factor = length(InnerBatches.of_trainer(batches[1])[0])
         distance = _distance(factor * gradients, exact_gradient, factor=factor)
         self.distances.setdefault(name, []).append(distance)
@@ -462,7 +461,8 @@ class Study:
     def add_controls(self) -> list[str]:
         """Add the altered feedback of a mode that runs, and return the names of the controls.
 
-        It is that of the preferred mode, or else of the first with feedback on each example.
+        It is an exact one without a second backward pass, or else the first with feedback on each
+        example.
         """
         candidates = []
         for name, mode in self.modes.items():
@@ -471,7 +471,8 @@ class Study:
                 candidates.append(mode)
         if not candidates:
             return []
-        base = next((mode for mode in candidates if mode.name == PREFERRED), candidates[0])
+        without_graph = (mode for mode in candidates if mode.exact and not mode.keep_graph)
+        base = next(without_graph, candidates[0])
         added = []
         for alteration in get_args(Alteration):
             control = Altered(base, alteration)

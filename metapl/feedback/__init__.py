@@ -129,6 +129,18 @@ def estimator(mode: str | Estimator) -> Estimator:
     )
 
 
+def mode_words(mode: Estimator) -> str:
+    """Return a mode as code: its name, where it is what the name stands for.
+
+    >>> mode_words(Reinforce()), mode_words(Direct())
+    ("'reinforce'", "'direct'")
+    """
+    for name, default in _REGISTRY.items():
+        if mode == default:
+            return repr(name)
+    return repr(mode)
+
+
 # Compiled graphs are known by their problem, so that all trainers without one share it.
 @cache
 def default_problem(labels: tuple[Kind, ...], mode: str) -> BilevelProblem:
@@ -230,7 +242,7 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
         raise MetaplError(
             f"{kind} has revised_signal and student_input(batch, signal); expected one of the two."
         )
-    if revises_signal and getattr(mode, "normalization", None) == "cosine":
+    if revises_signal and mode.normalization == "cosine":
         raise MetaplError(
             'normalization="cosine" divides by a gradient that is zero here; expected "gradient".'
         )

@@ -31,9 +31,9 @@ d/dε ℓ is compared with ⟨w, g⟩, which it equals by the chain rule (:mod:`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -99,10 +99,30 @@ class Estimator(ABC):
     """
     gives_gradient: ClassVar[bool] = True
     """Whether the teacher gets any gradient of the outer loss: feedback, or the direct term."""
+    is_derivative: ClassVar[bool] = False
+    """Whether h is −dL(θ′)/d(signal) itself, but for :attr:`normalization` and :attr:`truncate`.
+
+    A road may then find it in a way of its own, without :meth:`feedback`, as two compiled graphs
+    do. A subclass with another :meth:`feedback` has to say so again.
+    """
+    is_through_step: ClassVar[bool] = True
+    """Whether h is of the student's step; False of an h at an optimum (:meth:`w_at_optimum`)."""
+    takes_outer_losses: ClassVar[bool] = False
+    """Whether it asks for outer losses at several weights.
+
+    They are those of :meth:`~metapl.feedback.roads.StudentPath.outer_losses`, and
+    ``outer_loss_before``. One number for the batch that is made of them is no derivative.
+    """
+    # Options that an estimator may have as fields, with what holds without them.
+    normalization: Normalization = "gradient"
+    reduction: Reduction = "sum"
+    truncate: Truncation | None = None
+    keep_every: Steps | None = None
+    keep: Literal["tree"] | None = None
+    keep_on: Literal["cpu"] | None = None
+
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
-    keep_on: Literal["cpu"] | None = None
-    """Where states of a look-ahead are kept, as for :class:`Forward`."""
     by_differences: ClassVar[str] = "mode 'difference'"
     """What runs in its place, on one student step, where an operation lacks a derivative."""
     looks_ahead: ClassVar[bool] = False
@@ -113,6 +133,12 @@ class Estimator(ABC):
     It then asks for nothing but the protocols of :mod:`metapl.core.terms`, and reads no number
     on the host: the pure road runs it too, and ``torch.compile`` traces it.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Another formula gives another h, unless it says otherwise.
+        if "feedback" in vars(cls) and "is_derivative" not in vars(cls):
+            cls.is_derivative = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -145,7 +171,7 @@ class Estimator(ABC):
     @property
     def exact(self) -> bool:
         """Whether the feedback on a differentiable signal is the whole gradient, to rounding."""
-        return False
+        return self.is_derivative and self.truncate is None and self.normalization == "gradient"
 
     def keeping(self, steps: int, size: int, student: Engine) -> Keeping:
         """Return which steps of a look-ahead keep their states.
@@ -166,9 +192,43 @@ class Estimator(ABC):
         """Return the state before the first step."""
         return {}
 
+    def without_shape(self) -> Estimator:
+        """Return the estimator with its h as it is found, as verification compares it.
+
+        It is neither normalized, nor less a baseline, nor truncated, nor a mean. What only shapes h
+        is no part of the derivative: the mean of Algorithm 1 is 1/B of it.
+        """
+        options = {
+            "normalization": "gradient",
+            "similarity": "dot",
+            "baseline": None,
+            "truncate": None,
+            "keep_on": None,
+            "reduction": "sum",
+        }
+        shaped: Any = self
+        names = {option.name for option in fields(shaped)} if is_dataclass(shaped) else set()
+        plain_options = {name: value for name, value in options.items() if name in names}
+        plain: Estimator = replace(shaped, **plain_options) if plain_options else self
+        return plain
+
     @abstractmethod
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         """Return one :class:`Feedback` per step of the path, and the next state."""
+
+    def h_of_losses(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """Return the h that L(θ) and L(θ′) give by themselves; None: it is made of more."""
+        return None
+
+    def w_at_optimum(self, product: Callable[[Tree], Tree], v: Tree, rate: float | None) -> Tree:
+        """Return the w of an h that is not of the student's step (:attr:`is_through_step`).
+
+        Args:
+            product: of a tree with ∂²ℓ/∂θ².
+            v: ∇L(θ).
+            rate: the learning rate of the inner optimizer.
+        """
+        raise NotImplementedError(f"mode {self.name!r} is of the student's step")
 
     def doubt(self, numbers: Mapping[str, Tensor]) -> str:
         """Return why a gradient that is what the mode says may still be far from what it is for.

@@ -152,6 +152,7 @@ class Forward(Estimator):
 
     name: ClassVar[str] = "forward"
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
+    is_derivative: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
     is_pure: ClassVar[bool] = True
     requires: ClassVar[frozenset[Capability]] = frozenset({FORWARD_AD})
@@ -163,10 +164,6 @@ class Forward(Estimator):
                 f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of "
                 "them."
             )
-
-    @property
-    def exact(self) -> bool:
-        return self.truncate is None and self.normalization == "gradient"
 
     def orders(
         self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()

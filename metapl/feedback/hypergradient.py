@@ -238,7 +238,6 @@ class Differentiation:
         self._read_batches()
         self.wrt = [request.wrt] if isinstance(request.wrt, str) else [*request.wrt]
         self.settings = [name for name in self.wrt if name in self.update.numbers]
-        self.truncate = getattr(self.estimate, "truncate", None)
         self._check_wrt()
         self.takes_direct_term = (
             "teacher" in self.wrt
@@ -257,7 +256,7 @@ class Differentiation:
 
     def _check_wrt(self) -> None:
         """Refuse names of what cannot be differentiated in, by this optimizer, mode and layout."""
-        if self.truncate == 0 and self.wrt != ["start"]:
+        if self.estimate.truncate == 0 and self.wrt != ["start"]:
             raise MetaplError(
                 f"truncate=0, which differentiates no step, was given with wrt={self.wrt!r}; "
                 "expected wrt='start', or a truncate of 1 or more."
@@ -426,7 +425,7 @@ class Differentiation:
                     teach=teaching,
                     order=order,
                     credits=estimate.credits_of_steps,
-                    truncate=self.truncate,
+                    truncate=estimate.truncate,
                     keep=estimate.keeping,
                     updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],

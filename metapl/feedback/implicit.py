@@ -87,6 +87,7 @@ class Implicit(Estimator):
     damping: Annotated[float, Range(0)] = 0.0
 
     name: ClassVar[str] = "implicit"
+    is_through_step: ClassVar[bool] = False
     labels: ClassVar[tuple[Kind, ...]] = ("soft", "hard")
     requires: ClassVar[frozenset[Capability]] = frozenset({ONE_PROCESS, FORWARD_AD})
 
@@ -133,6 +134,11 @@ class Implicit(Estimator):
                 "for; expected more inner steps first, or mode='forward'."
             )
         return ""
+
+    def w_at_optimum(self, product: Product, v: Tree, rate: float | None) -> Tree:
+        # The solution is about (∂²ℓ/∂θ²)⁻¹ v. At an optimum θ*, dL/d(signal) is the derivative of
+        # −⟨g, (∂²ℓ/∂θ²)⁻¹ v⟩ in the signal, so that w is minus the solution.
+        return scaled(self.solution(product, v, rate).x, -1.0)
 
     def solution(self, product: Product | None, v: Tree, rate: float | None) -> Solution:
         """Return about (H + damping)⁻¹ v.

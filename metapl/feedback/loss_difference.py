@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from torch import Tensor
+
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credits
 from metapl.feedback.base import (
@@ -49,14 +51,19 @@ class LossDifference(Estimator):
     name: ClassVar[str] = "loss_difference"
     labels: ClassVar[tuple[Kind, ...]] = ("hard",)
     credits: ClassVar[Credits] = "batch"
+    takes_outer_losses: ClassVar[bool] = True
     is_pure: ClassVar[bool] = True
 
     def init(self) -> State:
         return init_baseline(self.baseline)
 
+    def h_of_losses(self, before: Tensor, after: Tensor) -> Tensor:
+        return before - after
+
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         step = path.steps[0]
-        h = (path.outer_loss_before - path.outer_loss) / divisor(self.normalization, step)
+        h = self.h_of_losses(path.outer_loss_before, path.outer_loss)
+        h = h / divisor(self.normalization, step)
         h, state = subtract_baseline(h, self.baseline, state)
         labels = examples_of_mean(self.reduction, step)
         return [Feedback(h, "log_prob", mean_over=labels)], state

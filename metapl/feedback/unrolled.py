@@ -38,13 +38,10 @@ class Unrolled(Estimator):
 
     name: ClassVar[str] = "unrolled"
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
+    is_derivative: ClassVar[bool] = True
     keep_graph: ClassVar[bool] = True
     looks_ahead: ClassVar[bool] = True
     is_pure: ClassVar[bool] = True
-
-    @property
-    def exact(self) -> bool:
-        return self.truncate is None
 
     def orders(
         self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()

@@ -44,7 +44,6 @@ from metapl.execution.state import (
     replay,
     trainable,
 )
-from metapl.feedback import LossDifference
 from metapl.feedback.door import numbers_in, same_to_rounding
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -152,7 +151,6 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
         inner: the rule of the student's optimizer, without its clip.
     """
     mode = trainer.mode
-    normalization = getattr(mode, "normalization", "")
     is_composed = steps > 1 or enters_input(trainer.problem)
     is_alone = trainer.layout.kind == "plain" and trainer.ranks.alone
     if not mode.is_pure:
@@ -161,20 +159,20 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
             "library's, other than implicit, or is_pure = True in an estimator that asks for "
             "nothing but metapl.core.terms"
         )
-    if isinstance(mode, LossDifference) and trainer.precision != "float32":
-        # Its two outer losses run as one vmapped pass, in which autocast leaves biases in float32.
-        return f'loss_difference with precision="{trainer.precision}"; expected "float32"'
+    if mode.takes_outer_losses and trainer.precision != "float32":
+        # Its outer losses run as one vmapped pass, in which autocast leaves biases in float32.
+        return f'{mode.name} with precision="{trainer.precision}"; expected "float32"'
     if trainer.accumulate > 1:
         return f"accumulate={trainer.accumulate}; expected 1"
     if not is_alone:
         return "networks of several processes; expected one process"
     if steps > LONGEST:
         return f"{steps} steps ahead; expected at most {LONGEST}"
-    if is_composed and normalization == "cosine":
+    if is_composed and mode.normalization == "cosine":
         return "a cosine over several steps; expected 'gradient'"
     if not isinstance(inner, TorchUpdate) and has_hidden_state(inner):
         return "a transform with hidden state; expected torch.optim's"
-    if inner.learning_rate is None and normalization == "learning_rate":
+    if inner.learning_rate is None and mode.normalization == "learning_rate":
         return 'normalization="learning_rate" without a single learning rate; expected "gradient"'
     return ""
 

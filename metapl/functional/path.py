@@ -26,9 +26,7 @@ from metapl.functional.state import (
     norm,
     with_fields,
 )
-from metapl.problems.base import (
-    Signal,
-)
+from metapl.problems.base import Signal
 from metapl.updates.base import OptimizerState
 
 if TYPE_CHECKING:

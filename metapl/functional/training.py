@@ -41,7 +41,7 @@ from metapl.execution.numerics import (
     no_fast_path,
 )
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
-from metapl.feedback import Estimator, Forward, Unrolled
+from metapl.feedback import Estimator, Forward
 from metapl.feedback.door import refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.functional.adjoint import Carry, Cotangents, Settings
@@ -108,7 +108,7 @@ def differentiate(
     step.
 
     Args:
-        mode: ``Forward`` or ``Unrolled``.
+        mode: whose h is the derivative itself (``is_derivative``), which the graphs find.
         outer: the outer batch.
         judging: for the outer losses of M examples, in the place of the problem's; the results then
             have a first dimension M.
@@ -165,11 +165,10 @@ def why_not_compiled(
     accumulate: int,
 ) -> str:
     """Return what the two graphs do not take, and what is expected instead; "" for nothing."""
-    is_in_own_units = getattr(mode, "normalization", "gradient") == "gradient"
     networks = [network for network in (student, teacher) if network is not None]
     is_alone = student.ranks.alone and all(network.kind == "plain" for network in networks)
-    # The graphs have the formula of these two, and never ask the estimator.
-    if type(mode) not in (Forward, Unrolled) or not is_in_own_units:
+    # The graphs have a formula of their own, and never ask the estimator.
+    if not mode.is_derivative or mode.normalization != "gradient":
         return f"{mode!r}; expected Forward() or Unrolled(), in the gradient's own units"
     if accumulate > 1:
         return "accumulate"
@@ -237,13 +236,12 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
     networks = [network for network in (request.student, request.teacher) if network is not None]
     buffers = [b for network in networks for b in network.buffers()]
     state_bytes = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
-    spacing = getattr(mode, "keep", None) or getattr(mode, "keep_every", None)
+    spacing = mode.keep or mode.keep_every
     way_of_keeping = keeping(steps, state_bytes, device=device, spacing=spacing, on=mode.keep_on)
 
-    truncate: int | None = getattr(mode, "truncate", None)
     first = 0
-    if truncate is not None:
-        first = max(0, steps - truncate)
+    if mode.truncate is not None:
+        first = max(0, steps - mode.truncate)
     compared_step = first_moving_step(options)
     return PathPlan(
         steps=steps,

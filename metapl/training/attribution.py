@@ -355,7 +355,7 @@ def attribute(
         clip_norm=clip_norm,
     )
     ranks = training.layout.ranks
-    if getattr(mode, "truncate", None) == 0:
+    if mode.truncate == 0:
         raise MetaplError(
             "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
             "more."

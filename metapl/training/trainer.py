@@ -27,13 +27,13 @@ from metapl.execution.ranks import NOTHING
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import (
-    MODES,
     Mode,
     check_mode,
     check_signal,
     check_teacher,
     estimator,
     in_place_of,
+    mode_words,
     prepare,
     refuse_direct_term_alone,
 )
@@ -52,13 +52,7 @@ from metapl.feedback.door import (
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.report import Report, StepReport
 from metapl.metrics.metric import Term
-from metapl.problems.base import (
-    BilevelProblem,
-    OuterLoss,
-    Signal,
-    kind_of,
-    overrides,
-)
+from metapl.problems.base import BilevelProblem, OuterLoss, Signal, kind_of, overrides
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
@@ -356,7 +350,7 @@ class BilevelTrainer(Trainer):
                 f"accumulate={self.accumulate} was given with mode 'unrolled'; expected 1, or mode "
                 "'forward'."
             )
-        if getattr(mode, "truncate", None) == 0:
+        if mode.truncate == 0:
             raise MetaplError(
                 "truncate=0 differentiates no step, so the teacher would learn nothing; expected "
                 "1 or more, or metapl.hypergradient(wrt='start')."
@@ -593,7 +587,7 @@ class BilevelTrainer(Trainer):
                     teach=teaching,
                     order=order,
                     credits=mode.credits_of_steps,
-                    truncate=getattr(mode, "truncate", None),
+                    truncate=mode.truncate,
                     keep=mode.keeping,
                     look=opened.look,
                 )
@@ -895,10 +889,7 @@ class BilevelTrainer(Trainer):
         return optimizers
 
     def _choices(self) -> str:
-        mode = repr(self.mode)
-        if self.mode.name in MODES and self.mode == estimator(self.mode.name):
-            mode = repr(self.mode.name)
-        return f"mode {mode}, problem {kind_of(self.problem)}"
+        return f"mode {mode_words(self.mode)}, problem {kind_of(self.problem)}"
 
     def settings(self) -> dict[str, Any]:
         names = (

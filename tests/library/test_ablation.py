@@ -342,7 +342,7 @@ NONE = {"none": cost(0.001, 10_000, 1.0)}
 def test_of_exact_modes_time_decides_then_memory_then_forward(
     modes: dict[str, ModeCost | str], taken: str
 ) -> None:
-    name, text = recommendation({**modes, **SAMPLED, **NONE}, ("unrolled", "forward"), ("none",))
+    name, text = recommendation({**modes, **SAMPLED, **NONE}, ("forward", "unrolled"), ("none",))
     assert name == taken
     assert text.startswith(f"Take {taken}: ")
     assert (

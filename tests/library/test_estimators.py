@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -125,3 +127,93 @@ def test_dir_shows_the_public_names_alone() -> None:
 def test_the_modes_of_a_type_checker_are_the_modes() -> None:
     assert metapl.MODES == get_args(ModeName) == modes_for()
     assert all(estimator(name).name == name for name in metapl.MODES)
+
+
+def questions_about_estimators(source: str) -> list[int]:
+    """Return the lines of a file that ask which estimator it is, by its class or by its name.
+
+    Whether something is an estimator at all may be asked.
+    """
+    classes = {kind.__name__ for kind in map(type, map(estimator, metapl.MODES))}
+    lines = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            if names_in(node.args[1]) & classes:
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+            # An option that some estimators have is an attribute of all of them.
+            if is_estimator(node.args[0]):
+                lines.append(node.lineno)
+        elif isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asks_for_class = any(ast.unparse(side).startswith("type(") for side in sides)
+            asks_for_name = any(is_estimator_or_name(side) for side in sides)
+            names = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            is_of_class = asks_for_class and names_in(node) & classes
+            is_of_name = asks_for_name and (names & {*metapl.MODES} or "MODES" in names_in(node))
+            if is_of_class or is_of_name:
+                lines.append(node.lineno)
+    return lines
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """Return the variables, and the last names of attributes, in a piece of code."""
+    names = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            names.add(part.id)
+        elif isinstance(part, ast.Attribute):
+            names.add(part.attr)
+    return names
+
+
+def is_estimator(node: ast.AST) -> bool:
+    """Return whether a variable or an attribute is called as estimators are."""
+    return ast.unparse(node).rpartition(".")[2] in ("mode", "estimate", "estimator")
+
+
+def is_estimator_or_name(node: ast.AST) -> bool:
+    return is_estimator(node) or (
+        isinstance(node, ast.Attribute) and node.attr == "name" and is_estimator(node.value)
+    )
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "isinstance(case.mode, LossDifference)",
+        "isinstance(mode, feedback.Implicit | Forward)",
+        "type(mode) in (Forward, Unrolled)",
+        "self.mode.name == 'implicit'",
+        "mode.name in MODES",
+        "[mode for mode in feedback.MODES if mode != 'implicit']",
+        "getattr(trainer.mode, 'normalization', '')",
+    ],
+)
+def test_such_questions_are_seen(question: str) -> None:
+    assert questions_about_estimators(question) == [1]
+
+
+def test_nobody_asks_which_estimator_it_is() -> None:
+    """An estimator says itself what it can, so that one of a user's own can it too."""
+    for path in Path(metapl.__file__).parent.rglob("*.py"):
+        assert questions_about_estimators(path.read_text()) == [], path
+
+
+def test_another_formula_is_another_gradient_unless_it_says_otherwise() -> None:
+    class Renamed(Forward):
+        name = "renamed"
+
+    class Doubled(Forward):
+        def feedback(self, path: Any, state: Any) -> Any:
+            feedback, state = super().feedback(path, state)
+            return [h.divided_by(0.5) for h in feedback], state
+
+    class Again(Doubled):
+        is_derivative = True
+
+        def feedback(self, path: Any, state: Any) -> Any:
+            feedback, state = super().feedback(path, state)
+            return [h.divided_by(2.0) for h in feedback], state
+
+    assert [mode.exact for mode in (Renamed(), Doubled(), Again())] == [True, False, True]

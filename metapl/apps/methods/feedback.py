@@ -17,7 +17,7 @@ from metapl.runs.fields import AboveZero, check_fields
 if TYPE_CHECKING:
     Mode = str
 else:
-    Mode = Literal[tuple(mode for mode in feedback.MODES if mode != "implicit")]
+    Mode = Literal[tuple(m for m in feedback.MODES if feedback.estimator(m).is_through_step)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,10 @@ class Feedback:
         self.estimator()
         kinds = feedback.estimator(self.mode).labels
         if self.pseudo_labels is not None and self.pseudo_labels not in kinds:
-            modes = [name for name in feedback.modes_for(self.pseudo_labels) if name != "implicit"]
+            modes = []
+            for name in feedback.modes_for(self.pseudo_labels):
+                if feedback.estimator(name).is_through_step:
+                    modes.append(name)
             raise MetaplError(
                 f"--pseudo-labels {self.pseudo_labels} was given, and --mode {self.mode} takes "
                 f"{' or '.join(kinds)} labels; leave it out, or take --mode {' or '.join(modes)}."
@@ -81,8 +84,11 @@ class Feedback:
             value = getattr(self, name)
             if value is None:
                 continue
-            if not hasattr(estimator, name):
-                modes = [mode for mode in feedback.MODES if hasattr(feedback.estimator(mode), name)]
+            if name not in options_of(estimator):
+                modes = []
+                for mode in feedback.MODES:
+                    if name in options_of(feedback.estimator(mode)):
+                        modes.append(mode)
                 raise MetaplError(
                     f"--{name} {value} was given, and mode '{self.mode}' has none; leave it out, "
                     f"or take --mode {' or '.join(modes)}."
@@ -107,3 +113,8 @@ class Feedback:
             name: getattr(self, name)
             for name in ("feedback_weight", "feedback_ratio", "feedback_bound")
         }
+
+
+def options_of(estimator: Any) -> set[str]:
+    """Return the names of what an estimator can be made with."""
+    return {option.name for option in dataclasses.fields(estimator)}

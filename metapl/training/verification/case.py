@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import trainable
-from metapl.feedback import Estimator, Implicit
+from metapl.feedback import Estimator
 from metapl.feedback.door import outer_loss_reads_more
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.problems.base import Signal, field_name
@@ -114,7 +114,7 @@ class Case:
             moved=moved,
             takes_expectation=takes_expectation,
             teacher_gradient={},
-            implicit_w=implicit_w(step, mode) if isinstance(mode, Implicit) else {},
+            implicit_w={} if mode.is_through_step else implicit_w(step, mode),
         )
         return replace(case, teacher_gradient=case.gradient_of_score())
 
@@ -204,7 +204,7 @@ def with_one_hot_rows(signal: Signal) -> Signal:
     return replace(signal, value=F.one_hot(value, signal.probs.shape[-1]).to(signal.probs))
 
 
-def implicit_w(step: RealStep, mode: Implicit) -> Tree:
+def implicit_w(step: RealStep, mode: Estimator) -> Tree:
     """Return w of the implicit gradient, by the mode's solver from products of double backward."""
     with no_fast_path(math=True):
         at_theta = Evaluation(step, takes_steps=False)
@@ -219,12 +219,8 @@ def implicit_w(step: RealStep, mode: Implicit) -> Tree:
             ).sum()
             return dict(zip(theta, torch.autograd.grad(along_w, weights, **options), strict=True))
 
-        solution = mode.solution(
-            hessian_product, at_theta.gradients["outer"], step.update.learning_rate
-        )
-    # The solution is about (∂²ℓ/∂θ²)⁻¹ v. At an optimum θ*, dL/d(signal) is the derivative of
-    # −⟨g, (∂²ℓ/∂θ²)⁻¹ v⟩ in the signal, so that w is minus the solution.
-    return {name: -t for name, t in solution.x.items()}
+        v = at_theta.gradients["outer"]
+        return mode.w_at_optimum(hessian_product, v, step.update.learning_rate)
 
 
 def flat(tree: Any) -> Tensor:

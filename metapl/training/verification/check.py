@@ -14,7 +14,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
@@ -338,7 +338,7 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
 
     Nothing of the process is moved.
     """
-    estimate = without_shape(estimate)
+    estimate = estimate.without_shape()
     if not estimate.gives_gradient:
         return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
     generators_before = rng_state()
@@ -412,29 +412,6 @@ def out_of_memory(error: BaseException) -> GradientCheck:
         f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller network of "
         "the same kind, or verify=False.",
     )
-
-
-def without_shape(estimate: Any) -> Estimator:
-    """Return the estimator with its h as it is found.
-
-    It is neither normalized, nor less a baseline, nor truncated, nor a mean. What only shapes h is
-    no part of the derivative: the mean of Algorithm 1 is 1/B of it.
-    """
-    # A control alters the feedback of its base.
-    plain_estimator: Any = getattr(estimate, "base", estimate)
-    options = {
-        "normalization": "gradient",
-        "similarity": "dot",
-        "baseline": None,
-        "truncate": None,
-        "keep_on": None,
-        "reduction": "sum",
-    }
-    names = {f.name for f in fields(plain_estimator)} if is_dataclass(plain_estimator) else set()
-    unshaped: Estimator = replace(
-        plain_estimator, **{name: value for name, value in options.items() if name in names}
-    )
-    return unshaped
 
 
 def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) -> GradientCheck:

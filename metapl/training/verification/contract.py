@@ -13,7 +13,6 @@ import torch
 from metapl.errors import few
 from metapl.execution.batch import rows
 from metapl.execution.state import RandomState, trainable
-from metapl.feedback import LossDifference
 from metapl.problems.base import enters_input, has_rows, overrides, sum_and_weight
 from metapl.training.verification.case import EXACT, Case, flat
 from metapl.training.verification.causes import likely_causes
@@ -59,15 +58,18 @@ def has_another_outer_loss(case: Case) -> str:
 
 
 def has_another_difference(case: Case) -> str:
-    """Return both values of L(θ) − L(θ′) where h of ``loss_difference`` is another one."""
-    if not isinstance(case.mode, LossDifference):
+    """Return both values of h where it is made of L(θ) and L(θ′), and is another one."""
+    if case.mode.h_of_losses(case.real.loss, case.real.loss) is None:
         return ""
-    before = float(Evaluation(case.step, takes_steps=False).loss)
-    after = float(case.real.loss)
-    h = float(flat(case.h))
-    if abs(before - after - h) <= EXACT * abs(h) + max(1e-6, 1000 * case.eps) * 1e-3 * abs(after):
+    before = Evaluation(case.step, takes_steps=False).loss
+    after = case.real.loss
+    expected = case.mode.h_of_losses(before, after)
+    assert expected is not None, "it is made of these"
+    h = flat(case.h)
+    rounding = max(1e-6, 1000 * case.eps) * 1e-3 * after.abs()
+    if bool((expected - h).abs() <= EXACT * h.abs() + rounding):
         return ""
-    return f"h is {h:.6g}, and L(θ) − L(θ′) is {before - after:.6g}."
+    return f"h is {float(h):.6g}, and by L(θ) and L(θ′) it is {float(expected):.6g}."
 
 
 def has_no_log_probability(case: Case) -> str:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from metapl.execution.state import trainable
-from metapl.feedback import LossDifference
 from metapl.problems.base import Signal
 from metapl.training.verification.case import APPROXIMATE, EPS, EPS32, Case, Errors, flat
 from metapl.training.verification.real_step import Evaluation, Move, Tree, size_of
@@ -53,7 +52,7 @@ def errors_of_h(case: Case, states: list[Tree] | None = None) -> Errors:
 
     In the weights of the inner losses, or in the signal's values.
     """
-    if isinstance(case.mode, LossDifference):
+    if case.mode.takes_outer_losses and case.mode.credits == "batch":
         # Its h is no derivative.
         return {}
     gradient = {key: -h for key, h in case.h.items()}
