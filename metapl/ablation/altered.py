@@ -27,6 +27,7 @@ Alteration = Literal["permuted", "class_means", "random_sign"]
 OF_THE_BASE = (
     "labels",
     "credits",
+    "draws",
     "reduction",
     "normalization",
     "truncate",

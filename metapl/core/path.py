@@ -17,6 +17,7 @@ from metapl.core.lookahead import InnerBatches
 from metapl.core.order import Order
 from metapl.core.replays import ReplayCheck
 from metapl.core.step import InnerStep
+from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, leaves_of, length, micro_batches
 from metapl.execution.numerics import Tree, mean_of_scalars
@@ -30,6 +31,7 @@ from metapl.problems.base import (
 from metapl.updates import Options, Update
 
 if TYPE_CHECKING:
+    from metapl.core.draws import Draws
     from metapl.core.engine import Derivatives, Engine
 
     # Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
@@ -75,8 +77,27 @@ class Look(Protocol):
         """Look at an outer loss."""
 
 
+class Drawing:
+    """A path with the draws of its step, of an estimator that says that it ``draws``."""
+
+    _draws: Draws | None = None
+
+    @property
+    def draws(self) -> Draws:
+        """The random numbers of the step (:class:`metapl.core.draws.Draws`)."""
+        if self._draws is None:
+            raise MetaplError(
+                "an estimator asks for path.draws; expected draws = True in its class."
+            )
+        return self._draws
+
+    @draws.setter
+    def draws(self, draws: Draws) -> None:
+        self._draws = draws
+
+
 @dataclass
-class Path:
+class Path(Drawing):
     """The student's steps from θ to θ′, where the outer loss is taken.
 
     No weight moves before :meth:`commit`.
@@ -172,6 +193,18 @@ class Path:
         """The outer losses that have been taken so far, of L(θ′) and L(θ)."""
         taken = [vars(self).get(name) for name in ("outer_loss", "outer_loss_before")]
         return [loss for loss in taken if loss is not None]
+
+    def outer_losses(self, signals: Sequence[Signal]) -> Tensor:
+        """Return L after the step on each of several signals, (n,), with the same draws.
+
+        Cost of each: a forward and a backward pass on the inner batch, a forward pass on the outer.
+        """
+        (step,) = self.steps
+        losses = []
+        for signal in signals:
+            loss, _ = self._outer_loss_at(step.with_signal(signal.detached()).new_params)
+            losses.append(loss)
+        return torch.stack(losses)
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′).

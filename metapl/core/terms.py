@@ -15,7 +15,7 @@ An estimator that asks for nothing but the protocols of this file runs on both, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from metapl.core.order import Order
 from metapl.core.step import Move
 from metapl.execution.numerics import Tree
 from metapl.problems.base import Signal
+
+if TYPE_CHECKING:
+    from metapl.core.draws import Draws
 
 Gradients = Mapping[str, Tensor | None]
 """Derivatives by what is credited (:func:`metapl.core.step.credited`), with None where
@@ -136,6 +139,20 @@ class StudentPath(Protocol):
     @property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′). Cost: a forward pass."""
+
+    draws: Draws
+    """Random numbers of the step, of an estimator that says that it ``draws``."""
+
+    def outer_losses(self, signals: Sequence[Signal]) -> Tensor:
+        """Return L after the step of a path of one step on each of several signals, (n,).
+
+        Each is the same step, with the masks and the statistics of the inner pass, and all outer
+        passes have the same masks: what the losses differ by is the signals. For the loss of the
+        step's own signal among them, give that too.
+
+        Cost of each: a forward and a backward pass of the student on the inner batch (on the pure
+        road a backward pass), and a forward pass on the outer one.
+        """
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′). Cost: a forward and a backward pass."""

@@ -155,23 +155,6 @@ def replayed(state: RandomState) -> Iterator[None]:
         caller_state.restore()
 
 
-@contextmanager
-def drawing_by(generator: torch.Generator, device: torch.device) -> Iterator[None]:
-    """Let torch's default generators draw in this block what a generator of one's own says.
-
-    The generator advances where the block has drawn, and the default ones stay as they were.
-    """
-    now = RandomState.now(device, generator)
-    assert now.generator_state is not None, "it is that of the generator"
-    accelerator = None if now.accelerator is None else now.generator_state
-    start = RandomState(device, now.generator_state, accelerator=accelerator).branch()
-    with replayed(start):
-        yield
-        has_drawn = not RandomState.now(device).equals(start)
-    if has_drawn:
-        torch.rand((), generator=generator, device=generator.device)
-
-
 # ------------------------------------------------------------------------------ tables and tensors
 
 

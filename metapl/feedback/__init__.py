@@ -22,7 +22,7 @@ from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layou
 from metapl.feedback.base import Estimator
 from metapl.feedback.difference import Difference
 from metapl.feedback.direct import Direct
-from metapl.feedback.door import outer_loss_reads_more
+from metapl.feedback.door import outer_variables
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
 from metapl.feedback.loss_difference import LossDifference
@@ -206,7 +206,7 @@ def refuse_direct_term_alone(
 ) -> None:
     """Refuse a mode of the direct term alone where the outer loss does not read the teacher."""
     gives_it_alone = mode.has_direct_term and mode.credits == "nothing"
-    if gives_it_alone and not outer_loss_reads_more(problem, teacher):
+    if gives_it_alone and not outer_variables(problem, teacher):
         raise MetaplError(
             f"mode {mode.name!r} gives the direct term alone, and the outer loss of "
             f"{kind_of(problem)} does not read the teacher; expected a problem that holds the "
@@ -234,7 +234,8 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
             f"{who} takes one student step, and {steps} were given; expected one, or one of "
             f"{', '.join(modes_for(looks_ahead=True))}."
         )
-    if signal_enters_input and mode.takes_differences and mode.credits == "signal":
+    moves_signal = mode.takes_differences or mode.takes_outer_losses
+    if signal_enters_input and moves_signal and mode.credits == "signal":
         raise MetaplError(
             f"{kind} has student_input(batch, signal); expected mode 'forward' or 'unrolled'."
         )

@@ -49,7 +49,6 @@ from metapl.execution import checks
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree
 from metapl.execution.ranks import NOTHING
-from metapl.execution.state import drawing_by
 from metapl.problems.base import BilevelProblem, Kind, field_name, kind_of
 from metapl.runs.fields import Range, check_fields
 
@@ -71,6 +70,8 @@ FEEDBACK_NOT_FINITE = (
     "equal numbers."
 )
 State = dict[str, Tensor]
+# The name of the key of an estimator's draws in its state.
+KEY = "draws"
 Normalization = Literal["gradient", "learning_rate", "cosine"]
 Reduction = Literal["mean", "sum"]
 Steps = Annotated[int, Range(1, of="a number of steps")]
@@ -110,9 +111,11 @@ class Estimator(ABC):
     takes_outer_losses: ClassVar[bool] = False
     """Whether it asks for outer losses at several weights.
 
-    They are those of :meth:`~metapl.feedback.roads.StudentPath.outer_losses`, and
+    They are those of :meth:`~metapl.core.terms.StudentPath.outer_losses`, and
     ``outer_loss_before``. One number for the batch that is made of them is no derivative.
     """
+    draws: ClassVar[bool] = False
+    """Whether :meth:`feedback` draws random numbers, by ``path.draws``."""
     # Options that an estimator may have as fields, with what holds without them.
     normalization: Normalization = "gradient"
     reduction: Reduction = "sum"
@@ -254,14 +257,30 @@ class Estimator(ABC):
         """
         return ()
 
-    def checked_feedback(
-        self, path: Path, state: State, generator: torch.Generator | None = None
-    ) -> tuple[list[Feedback], State]:
-        """Return :meth:`feedback`, or refuse one that the teacher cannot learn from, on all ranks.
+    def first_state(self, generator: torch.Generator | None, device: torch.device) -> State:
+        """Return :meth:`init`, and the key of its draws where it has any, by this generator."""
+        if not self.draws:
+            return self.init()
+        from metapl.core.draws import first_key
 
-        Args:
-            generator: that of labels, by which torch's default generators then draw for the
-                estimator; None: they draw as anywhere else.
+        return {**self.init(), KEY: first_key(generator, device)}
+
+    def drawn_feedback(
+        self, path: StudentPath, state: State, rank: int = 0
+    ) -> tuple[list[Feedback], State]:
+        """Return :meth:`feedback`, with draws by the key in the state, and the next state."""
+        if not self.draws:
+            return self.feedback(path, state)
+        from metapl.core.draws import Draws, next_key
+
+        rest = dict(state)
+        key = rest.pop(KEY)
+        path.draws = Draws(key, rank)
+        feedback, next_state = self.feedback(path, rest)
+        return feedback, {**next_state, KEY: next_key(key)}
+
+    def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
+        """Return :meth:`feedback`, or refuse one that the teacher cannot learn from, on all ranks.
 
         Raises: :class:`metapl.MetaplError` for losses or feedback that are NaN or infinite, and
             where the inner loss depends on the signal in no step. An error on the way to the
@@ -269,8 +288,7 @@ class Estimator(ABC):
         """
         try:
             # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
-            with NOTHING if generator is None else drawing_by(generator, path.student.device):
-                feedback, state = self.feedback(path, state)
+            feedback, state = self.drawn_feedback(path, state, path.student.ranks.rank)
         except MetaplError as error:
             # What is computed from a NaN is NaN, and the checks on the way would name causes of
             # their own.

@@ -309,11 +309,6 @@ def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[
     return variables
 
 
-def outer_loss_reads_more(problem: BilevelProblem, teacher: nn.Module | None) -> bool:
-    """Return whether the outer loss may read outer variables."""
-    return bool(outer_variables(problem, teacher))
-
-
 def refuse_direct_term_in_processes(problem: BilevelProblem, *, is_alone: bool) -> None:
     """Refuse an outer loss that reads outer variables in several processes."""
     if not is_alone:

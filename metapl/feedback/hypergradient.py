@@ -33,7 +33,7 @@ from metapl.execution.numerics import (
     no_fast_path,
 )
 from metapl.execution.ranks import NOTHING
-from metapl.execution.state import one_at_a_time, restored
+from metapl.execution.state import RandomState, one_at_a_time, restored
 from metapl.feedback import (
     Mode,
     check_mode,
@@ -47,7 +47,7 @@ from metapl.feedback import (
 from metapl.feedback.door import (
     FirstLook,
     KeptBySignal,
-    outer_loss_reads_more,
+    outer_variables,
     refuse_direct_term_in_processes,
     refuse_learned_settings,
     refuse_tensors,
@@ -242,7 +242,7 @@ class Differentiation:
         self.takes_direct_term = (
             "teacher" in self.wrt
             and self.estimate.has_direct_term
-            and outer_loss_reads_more(self.problem, request.teacher)
+            and bool(outer_variables(self.problem, request.teacher))
         )
 
     def _read_batches(self) -> None:
@@ -434,10 +434,17 @@ class Differentiation:
                     progress=show_step,
                 )
             path.is_tried = is_tried
+            mode_state = estimate.first_state(request.generator, self.device)
+            before = RandomState.now(self.device)
             # h = −dL(θ′)/d(signal)
             with step_bar(is_shown, steps, "steps back") if is_shown else NOTHING as show_step_back:
                 path.progress = show_step_back
-                feedback, _ = estimate.checked_feedback(path, estimate.init(), request.generator)
+                feedback, _ = estimate.checked_feedback(path, mode_state)
+            if not RandomState.now(self.device).equals(before):
+                raise MetaplError(
+                    f"mode {estimate.name!r} draws from torch's default generator in feedback(); "
+                    "expected path.draws, and draws = True in the class."
+                )
             lacks_start = "start" in self.wrt and not path.start
             lacks_settings = bool(self.settings) and not path.setting_gradients
             if lacks_start or lacks_settings:

@@ -962,16 +962,16 @@ def eager_step(
         with branching_to(end):
             twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
-    refuse_draws_of_mode(trainer, twin, report)
+    refuse_draws_of_problem(trainer, twin, report)
     refuse_changed_attributes(trainer.student, twin.student)
     refuse_changed_attributes(trainer.teacher, twin.teacher)
     return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
 
 
-def refuse_draws_of_mode(
+def refuse_draws_of_problem(
     trainer: TwoLevelTrainer, twin: TwoLevelTrainer, report: StepReport
 ) -> None:
-    """Refuse a mode for whose draws the eager road takes the generator of labels.
+    """Refuse a problem that draws other than labels from the generator of labels.
 
     A graph draws from the default generators alone; labels are drawn outside of it.
     """
@@ -979,9 +979,9 @@ def refuse_draws_of_mode(
         return
     if not torch.equal(trainer.generator.get_state(), twin.generator.get_state()):
         raise MetaplError(
-            f"compile= was given with generator=, from which mode {type(trainer.mode).__name__} or "
-            "the problem draws more than labels, as no graph does; expected compile=False, or no "
-            "generator= and torch.manual_seed."
+            f"compile= was given with generator=, from which {kind_of(trainer.problem)} draws a "
+            "signal without probs, as no graph does; expected compile=False, or no generator= and "
+            "torch.manual_seed."
         )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metapl.core.lesson import Credited, credited
+from metapl.core.path import Drawing
 from metapl.core.step import Move
 from metapl.errors import MetaplError
 from metapl.execution.numerics import Tree, as_real, no_fast_path, wide
@@ -99,24 +100,27 @@ class BegunStep:
         # A constant for the student.
         self.signal = self.answer.signal.detached()
 
-    def descend(self, leaves: Tree) -> Descent:
+    def descend(self, leaves: Tree, signal: Signal | None = None) -> Descent:
         """Return ℓ and g = ∇_θ (1/B) Σ ℓ_i as functions of fields of the signal.
 
         This is line 3 of Algorithm 1.
 
         Args:
             leaves: tensors in the place of the fields, by name.
+            signal: another one than the teacher's.
         """
+        if signal is None:
+            signal = self.signal
         call = self.call
         theta = self.carry.theta
         passed = self.passed
         if passed is None:
-            entering = self.signal if self.signal.sampled else self.signal.having(leaves)
+            entering = signal if signal.sampled else signal.having(leaves)
             passed = call.student_pass(theta, self.carry.student_state, self.number, entering)
         left = passed.student_state
 
         def loss_of(z: Tensor, theta: Tree) -> Tensor:
-            return call.inner_loss(z, theta, left, self.number, self.signal, leaves)
+            return call.inner_loss(z, theta, left, self.number, signal, leaves)
 
         (in_outputs, in_weights), loss = grad_and_value(loss_of, (0, 1))(passed.outputs, theta)
         (by_outputs,) = passed.pull(in_outputs)
@@ -319,7 +323,7 @@ def rate_of(options: Options) -> Tensor | None:
     return options[0]["lr"] if options else None
 
 
-class PurePath(PureTerms):
+class PurePath(PureTerms, Drawing):
     """The student's K steps on the pure road: a :class:`metapl.core.terms.StudentPath`.
 
     The steps are taken when they are asked for: with the derivative of the whole path
@@ -376,15 +380,32 @@ class PurePath(PureTerms):
     @property
     def outer_loss_before(self) -> Tensor:
         """L(θ), in one pass with L(θ′), so that both have the same dropout masks."""
-        carry = self.end.carry
-        theta = self.call.state.student.params
-        weights = {name: torch.stack([t, carry.theta[name]]) for name, t in theta.items()}
-        buffers = {name: torch.stack([t, t]) for name, t in carry.student_state.items()}
-
+        end = self.end.carry
         before: Tensor
-        judge = vmap(self.call.outer_loss, randomness="same")
-        before, self._outer_loss = judge(weights, buffers)
+        before, self._outer_loss = self._outer_losses_at(
+            [end._replace(theta=self.call.state.student.params), end]
+        )
         return before
+
+    def outer_losses(self, signals: Sequence[Signal]) -> Tensor:
+        """Return L after the step on each of several signals, (n,), in one pass.
+
+        So all have the same dropout masks.
+        """
+        (_,) = self.steps
+        ends = []
+        for signal in signals:
+            ends.append(self.first.moved(self.first.descend({}, signal.detached())))
+        return self._outer_losses_at(ends)
+
+    def _outer_losses_at(self, ends: Sequence[Carry]) -> Tensor:
+        """Return L at the ends of several steps, (n,), by one pass, with the same dropout masks."""
+        weights = {name: torch.stack([e.theta[name] for e in ends]) for name in ends[0].theta}
+        buffers = {}
+        for name in ends[0].student_state:
+            buffers[name] = torch.stack([e.student_state[name] for e in ends])
+        losses: Tensor = vmap(self.call.outer_loss, randomness="same")(weights, buffers)
+        return losses
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′)."""

@@ -169,7 +169,7 @@ def state_of(trainer: TwoLevelTrainer, updates: tuple[Update, Update | None]) ->
         student=student,
         inner=optimizer_of(inner, device),
         outer=optimizer_of(outer, device),
-        mode={name: t.to(device, wide(weight).dtype) for name, t in trainer.mode_state.items()},
+        mode={name: on_device(t, device, weight) for name, t in trainer.mode_state.items()},
         step=number_on(device, trainer.steps_done, torch.int64),
     )
 
@@ -182,6 +182,11 @@ def optimizer_of(update: Update | None, device: torch.device) -> Optimizer:
     if isinstance(rule, TorchUpdate):
         return Optimizer(rule.complete_state(), settings_of(rule.settings(), device))
     return Optimizer(rule.read_state(), [])
+
+
+def on_device(t: Tensor, device: torch.device, weight: Tensor) -> Tensor:
+    """Return a tensor of an estimator's state on a device; an average as wide as weights are."""
+    return t.to(device, wide(weight).dtype if t.is_floating_point() else t.dtype)
 
 
 def number_on(device: torch.device, number: float, dtype: torch.dtype) -> Tensor:

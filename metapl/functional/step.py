@@ -39,7 +39,7 @@ from metapl.core.size import FeedbackSize, ratio_of
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator
-from metapl.feedback.door import outer_loss_reads_more
+from metapl.feedback.door import outer_variables
 from metapl.functional.call import Options, StepCall, StepRules
 from metapl.functional.path import End, PurePath
 from metapl.functional.state import (
@@ -91,7 +91,7 @@ def run_student(call: StepCall, theta_T: Tree) -> tuple[tuple[Tensor, Tensor], O
     """
     rules = call.rules
     path = PurePath(call, theta_T)
-    feedback, mode_state = rules.mode.feedback(path, call.state.mode)
+    feedback, mode_state = rules.mode.drawn_feedback(path, call.state.mode)
     end = path.end
     from_feedback = 0 * end.inner_losses[0]
     shown = []
@@ -125,7 +125,7 @@ def revised(path: PurePath, h: Any) -> End:
     signal = path.call.rules.problem.revised_signal(begun.signal, h)
     if signal is None:
         return path.end
-    descent = begun.descend(signal.fields())
+    descent = begun.descend({}, signal)
     return with_fields(
         path.end,
         inner_losses=[descent.inner_loss],
@@ -161,7 +161,7 @@ def make_step(
     The other arguments are those of :class:`StepRules`.
     """
     inner_constants, outer_constants = constants
-    reads_teacher = outer_loss_reads_more(problem, teacher)
+    reads_teacher = bool(outer_variables(problem, teacher))
     rules = StepRules(
         teacher=Function(teacher, "teacher"),
         student=Function(student),

@@ -18,7 +18,7 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
-from metapl.feedback.door import outer_loss_reads_more
+from metapl.feedback.door import outer_variables
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
@@ -154,7 +154,7 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
     from metapl.functional.training import differentiate
 
     request = differentiation.request
-    if outer_loss_reads_more(differentiation.problem, request.teacher):
+    if outer_variables(differentiation.problem, request.teacher):
         raise MetaplError(
             f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected "
             "compile=False, or copy.deepcopy(teacher) in the problem if the loss does not read it."

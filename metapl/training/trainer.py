@@ -41,7 +41,7 @@ from metapl.feedback.door import (
     FirstLook,
     KeptBySignal,
     hooked,
-    outer_loss_reads_more,
+    outer_variables,
     refuse_direct_term_in_processes,
     refuse_hooks,
     refuse_hooks_one_by_one,
@@ -330,7 +330,7 @@ class BilevelTrainer(Trainer):
         # What changes from step to step.
         teacher_module = nn.Module() if self.teacher is None else self.teacher
         self.slots = [Slots(teacher_module), Slots(self.student)]
-        self.mode_state = self.mode.init()
+        self.mode_state = self.mode.first_state(generator, self.device)
         self.orders = Orders()
         self.steps_done = 0
         # Whether the next step finds the feedback's size also where its rule does not need it; a
@@ -593,7 +593,7 @@ class BilevelTrainer(Trainer):
                 )
                 path.is_tried = is_tried
                 # Line 4: h.
-                feedback, mode_state = mode.checked_feedback(path, self.mode_state, self.generator)
+                feedback, mode_state = mode.checked_feedback(path, self.mode_state)
                 # Lines 5 to 7: the gradient of −Σ h·signal and of the teacher's own losses.
                 teacher_scalars = teaching.backward(
                     feedback,
@@ -663,7 +663,7 @@ class BilevelTrainer(Trainer):
 
         "" where the outer loss reads the student alone.
         """
-        if not outer_loss_reads_more(self.problem, self.teacher):
+        if not outer_variables(self.problem, self.teacher):
             return ""
         return "included" if self.mode.has_direct_term else "left out"
 

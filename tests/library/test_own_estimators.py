@@ -306,37 +306,14 @@ class HalfOfW(Estimator):
 
     name: ClassVar[str] = "half_of_w"
     labels: ClassVar[tuple[Kind, ...]] = ("soft",)
+    draws: ClassVar[bool] = True
 
     def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
         step, w = path.pullback()
-        sketch = {name: 2 * t * (torch.rand_like(t) < 0.5) for name, t in w.items()}
+        sketch = {}
+        for name, t in w.items():
+            sketch[name] = 2 * t * (path.draws.uniform_like(t) < 0.5)
         return [exact_feedback(step, sketch)], state
-
-
-@dataclass(frozen=True)
-class PureHalfOfW(HalfOfW):
-    is_pure: ClassVar[bool] = True
-
-
-def test_an_estimator_that_draws_from_a_generator_is_refused_where_it_is_compiled() -> None:
-    labeled, (u,) = batches(1)
-    generator = torch.Generator().manual_seed(5)
-    trainer = trainer_of(PureHalfOfW(), compile=True, generator=generator)
-    state_before = generator.get_state()
-    with pytest.raises(MetaplError, match=r"mode PureHalfOfW .* or no generator= and torch.manual"):
-        trainer.step(labeled, u)
-    assert torch.equal(state_before, generator.get_state())
-
-
-@pytest.mark.long
-def test_an_estimator_draws_from_the_default_generators_where_it_is_compiled() -> None:
-    labeled, (u,) = batches(1)
-    losses = []
-    for is_compiled in (False, True):
-        trainer = trainer_of(PureHalfOfW(), compile=is_compiled)
-        torch.manual_seed(6)
-        losses += [float(trainer.step(labeled, u).outer_loss) for _ in range(2)][1:]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
 def test_a_study_sees_the_draws_of_an_estimator() -> None:

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import trainable
 from metapl.feedback import Estimator
-from metapl.feedback.door import outer_loss_reads_more
+from metapl.feedback.door import outer_variables
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.problems.base import Signal, field_name
 from metapl.training.verification.real_step import Evaluation, RealStep, Tree
@@ -181,7 +181,7 @@ class Case:
     @property
     def outer_loss_reads_teacher(self) -> bool:
         """Whether the outer loss depends on the teacher otherwise than by θ′."""
-        return outer_loss_reads_more(self.step.problem, self.step.teacher)
+        return bool(outer_variables(self.step.problem, self.step.teacher))
 
     def outer_loss(self, evaluation: Evaluation) -> Tensor:
         """Return F; of an implicit gradient ⟨g, w⟩, of which h is minus the derivative."""

@@ -40,7 +40,6 @@ from metapl.protocols import TwoLevelTrainer
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.training.verification.case import EPS, EPS32, Case, Errors
 from metapl.training.verification.causes import coarsest_rounding
-from metapl.training.verification.contract import breach_of_contract
 from metapl.training.verification.differences import errors_of
 from metapl.training.verification.real_step import Evaluation, RealStep
 from metapl.updates import Clipped, InnerOptimizer, Update, parts_of, update_of
@@ -474,6 +473,8 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
 
 
 def breach_and_errors(case: Case) -> tuple[str, Errors]:
+    from metapl.training.verification.contract import breach_of_contract
+
     breach = breach_of_contract(case)
     return breach, {} if breach else errors_of(case)
 

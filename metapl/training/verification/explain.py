@@ -72,6 +72,11 @@ def explain(case: Case) -> Explanation:
             "auxiliary loss in an attribute or features by a hook, which a difference of outputs "
             "leaves out and mode 'forward' follows"
         ]
+    if not likely and case.mode.draws:
+        likely = [
+            "the draws of the mode, of which one was compared; expected verify=False, and "
+            "metapl.ablate, which has its error and its noise apart"
+        ]
     return (
         "refused",
         f"likely {'; '.join(likely) or 'the mode, or a derivative of torch that it takes'}.",
