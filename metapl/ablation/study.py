@@ -29,7 +29,7 @@ from metapl.ablation.mode_cost import ModeCost, ModeDistance
 from metapl.core.lookahead import InnerBatches
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import Batch, is_whole, length
+from metapl.execution.batch import Batch, is_record_of_rows, is_whole, length
 from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
@@ -545,8 +545,9 @@ def _batches(
     trainer: BilevelTrainer, outer: Batch, inner: Batch, *, stop: int
 ) -> Generator[Batches, None, None]:
     """Yield the outer and the inner batch of each step; several inner ones are a look-ahead."""
-    is_one_outer_batch = is_whole(outer)
+    is_one_outer_batch = is_whole(outer) or isinstance(outer, Tensor)
     is_one_inner_batch = isinstance(inner, Tensor | dict | tuple | Lookahead)
+    is_one_inner_batch = is_one_inner_batch or is_record_of_rows(inner)
     inner_in_step = 1 if isinstance(inner, Lookahead) else trainer.lookahead
     outer_feed = feed(
         [outer] if is_one_outer_batch else outer,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import pkgutil
 import re
@@ -77,3 +78,17 @@ def check_alike(printed: Sequence[str], expected: Sequence[str]) -> None:
             assert abs(float(printed_number) - float(promised_number)) <= TOLERANCE, (
                 f"{line!r} was printed, the page says {promise!r}"
             )
+
+
+def definitions(source: str) -> dict[str, Any]:
+    """Return what code imports and defines, without running the rest of it."""
+    kept = []
+    for statement in ast.parse(source).body:
+        is_import = isinstance(statement, ast.Import | ast.ImportFrom)
+        if is_import or isinstance(statement, ast.ClassDef | ast.FunctionDef):
+            kept.append(statement)
+    names: dict[str, Any] = {"__name__": __name__}
+    exec(
+        compile(ast.Module(kept, type_ignores=[]), "definitions", "exec", dont_inherit=True), names
+    )
+    return names

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from problems_zoo import everything, same, toy
-from test_problems import METHODS, teacher_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -98,18 +97,6 @@ def test_the_feedback_of_the_first_mode_that_runs_is_altered() -> None:
         "forward_permuted"
         in ablation_of("mlp", ["forward", Altered(Forward(), "permuted")]).altered
     )
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_problem_has_its_table(name: str) -> None:
-    case = toy("mlp")
-    trainer = metapl.BilevelTrainer(
-        teacher_of(name), case.student, "forward", problem=METHODS[name].problem
-    )
-    cost = ablate(trainer, case.labeled, METHODS[name].batch, ["forward"], **QUICK).modes["forward"]
-    assert isinstance(cost, ModeCost)
-    assert cost.cosine > 0.9999
-    assert cost.passes > 5
 
 
 class ClassWeights(nn.Module):
