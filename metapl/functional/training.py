@@ -42,7 +42,7 @@ from metapl.execution.numerics import (
 )
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
-from metapl.feedback.door import refusing_draws_outside
+from metapl.feedback.door import outer_variables, refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.functional.adjoint import Carry, Cotangents, Settings
 from metapl.functional.compiled import Capturing, refuse_gap
@@ -402,12 +402,14 @@ class WayBack:
 
     Attributes:
         outer_loss: L(θ_K), a scalar, or (M,) of M outer losses.
+        direct: ∂L(θ_K; φ)/∂φ at fixed θ_K; empty where L does not read the teacher.
         bars: the cotangents of the carry before the step to which it has come.
         feedback: h of the steps from there on, from the last one to the first.
         in_settings: the gradients in the settings of these steps, in the same order.
     """
 
     outer_loss: Tensor
+    direct: Tree
     bars: Cotangents
     feedback: list[Any] = field(default_factory=list)
     in_settings: list[Any] = field(default_factory=list)
@@ -481,15 +483,15 @@ class CompiledPath:
         request = self.request
         # As on the eager road, the outer loss draws from a stream apart from the path's.
         with replayed(ended.branch()):
-            L, pull = vjp(partial(self._outer_loss, carry.state, self.judged), carry.params)
+            L, pull = vjp(partial(self._outer_loss, carry), carry.params, self.plan.phi)
             if request.judging:
-                (v,) = vmap(pull)(torch.eye(len(L)).to(L))
+                v, in_teacher = vmap(pull)(torch.eye(len(L)).to(L))
             else:
-                (v,) = pull(torch.ones_like(L))
-        in_optimizer, in_teacher = pytree.tree_map(
-            lambda t: t.new_zeros((*L.shape, *t.shape)), (carry.optimizer, self.plan.phi)
-        )
-        return WayBack(outer_loss=L, bars=Cotangents(v, in_optimizer, in_teacher))
+                v, in_teacher = pull(torch.ones_like(L))
+        in_optimizer = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), carry.optimizer)
+        direct = in_teacher if "teacher" in request.wrt and self.reads_teacher else {}
+        bars = Cotangents(v, in_optimizer, in_teacher)
+        return WayBack(outer_loss=L, direct=direct, bars=bars)
 
     def _walk_back(self, back: WayBack) -> None:
         """Take the adjoints of the steps from the last to the first one that is differentiated."""
@@ -537,6 +539,7 @@ class CompiledPath:
             start=back.bars.params if "start" in request.wrt else {},
             settings=stacked_settings(back.in_settings[::-1], request.settings, steps=plan.steps),
             replay_error=self.replays.error,
+            direct=back.direct,
             float32_products=float32_products(plan.device),
         )
 
@@ -577,19 +580,38 @@ class CompiledPath:
 
     # ------------------------------------------------------------------------------ the outer loss
 
-    def _outer_loss(self, state: Tree, judged: Any, theta: Tree) -> Tensor:
+    @property
+    def reads_teacher(self) -> bool:
+        """Whether the outer loss reads the teacher, and the mode has that direct term."""
+        request = self.request
+        return request.mode.has_direct_term and bool(
+            outer_variables(request.problem, request.teacher)
+        )
+
+    def _outer_loss(self, carry: Carry, theta: Tree, phi: Tree) -> Tensor:
         """Return L at these weights, a scalar, or (M,) by the problems that judge."""
         problem = self.request.problem
         judges = self.request.judging or [problem]
+        judged = self.judged
         S = Function(self.request.student)
-        z, state_after = S.outputs(theta, state, problem.outer_input(judged))
 
-        def ask(network: Any) -> list[tuple[Tensor, Tensor | float]]:
-            return [sum_and_weight(judge.outer_loss(z, judged)) for judge in judges]
+        def judge_all(teacher: Any) -> Tensor:
+            z, state_after = S.outputs(theta, carry.state, problem.outer_input(judged))
 
-        # As the inner loss, they are called while these weights are in the student.
-        sums, _ = S.at(theta, state_after, ask)
-        losses = torch.stack([total / weight for total, weight in sums])
+            def ask(student: Any) -> list[tuple[Tensor, Tensor | float]]:
+                return [sum_and_weight(judge.outer_loss(z, judged)) for judge in judges]
+
+            # As the inner loss, they are called while these weights are in the student.
+            sums, _ = S.at(theta, state_after, ask)
+            return torch.stack([total / weight for total, weight in sums])
+
+        losses: Tensor
+        if self.reads_teacher:
+            # The module that the problem holds has φ meanwhile.
+            teacher = Function(self.request.teacher, "teacher")
+            losses, _ = teacher.at(phi, carry.teacher_state, judge_all)
+        else:
+            losses = judge_all(None)
         return losses if self.request.judging else losses[0]
 
     # --------------------------------------------------------------------------------- kept states

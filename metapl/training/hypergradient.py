@@ -14,13 +14,11 @@ from torch import nn
 
 from metapl.core.lookahead import require_batches
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
-from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
-from metapl.feedback.door import outer_variables
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
-from metapl.problems.base import BilevelProblem, kind_of
+from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.training.verification import check_gradient
 from metapl.updates import InnerOptimizer, Update
@@ -154,11 +152,6 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
     from metapl.functional.training import differentiate
 
     request = differentiation.request
-    if outer_variables(differentiation.problem, request.teacher):
-        raise MetaplError(
-            f"the outer loss of {kind_of(differentiation.problem)} may read the teacher; expected "
-            "compile=False, or copy.deepcopy(teacher) in the problem if the loss does not read it."
-        )
     result = differentiate(
         request.teacher,
         request.student,
