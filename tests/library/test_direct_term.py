@@ -5,7 +5,6 @@ The feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double b
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -468,11 +467,10 @@ def test_a_teacher_that_is_the_inner_loss_is_compiled(
         "inner": (x, y),
         "inner_optimizer": torch.optim.SGD(student.parameters(), lr=LR),
     }
-    eager = metapl.hypergradient(teacher, student, problem=LearnedLoss(teacher), **options)
-    for template in (teacher, copy.deepcopy(teacher)):
-        problem = LearnedLoss(template)
-        gradient = metapl.hypergradient(teacher, student, problem=problem, compile=True, **options)
-        assert close(gradient.grads, eager.grads, 1e-12)
+    problem = LearnedLoss(teacher)
+    eager = metapl.hypergradient(teacher, student, problem=problem, **options)
+    gradient = metapl.hypergradient(teacher, student, problem=problem, compile=True, **options)
+    assert close(gradient.grads, eager.grads, 1e-12)
 
 
 def test_an_architecture_search_comes_out() -> None:
