@@ -156,10 +156,9 @@ class Teaching:
         fields = signal.fields()
         for name, first in teacher_pass.signal.fields().items():
             dtype = coarsest_dtype([first.dtype], first.device)
-            tolerance = EXACTLY[dtype].outputs
-            if calls is not None:
-                # What moves little in one step, as a running mean does, moves in every step.
-                tolerance = min(tolerance, 1e3 * torch.finfo(dtype).eps)
+            # The rounding of a deep network. What moves little in one step, as a running mean does,
+            # moves in every step.
+            tolerance = min(EXACTLY[dtype].outputs, 1e3 * torch.finfo(dtype).eps)
             role = f"teacher, or the signal of {kind_of(self.problem)},"
             check_same_outputs(fields[name].detach(), first.detach(), tolerance, role)
         return signal

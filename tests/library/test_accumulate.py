@@ -787,6 +787,8 @@ def test_an_inner_loss_of_a_state_that_signal_moves(accumulate: int, *, in_signa
             problem=problem,
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
             accumulate=accumulate,
+            # The mean is detached from the teacher, of which verification would warn.
+            verify=False,
         )
 
     trainer = metapl.BilevelTrainer(
@@ -833,6 +835,91 @@ def test_a_state_that_signal_moves_is_refused_without_feedback_too() -> None:
         trainer.step(outer, inner)
 
 
+ROADS = [
+    {},
+    {"recompute_teacher": True},
+    {"accumulate": 2},
+    pytest.param({"compile": True}, marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("options", ROADS)
+def test_five_steps_with_a_running_mean_are_those_by_hand(options: dict[str, Any]) -> None:
+    teacher, student, outer, inner = level_networks()
+    by_hand, student_by_hand, _, _ = level_networks()
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        problem=WeighedByLevel(teacher, in_signal=True),
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=5.0),
+        teacher_losses=(),
+        # The mean is detached from the teacher, of which verification would warn.
+        verify=False,
+        **options,
+    )
+    level = torch.tensor(0.5, dtype=torch.float64)
+    theta = {name: p.detach() for name, p in student_by_hand.named_parameters()}
+    for _ in range(5):
+        trainer.step(outer, inner)
+        theta = {name: t.detach().requires_grad_() for name, t in theta.items()}
+        losses = []
+        for part in inner.chunk(options.get("accumulate", 1)):
+            q = by_hand(part).softmax(-1)
+            level = 0.5 * level + 0.5 * q.detach().amax(1).mean()
+            z = torch.func.functional_call(student_by_hand, theta, part)
+            losses.append(-level * (q * z.log_softmax(-1)).sum(-1))
+        inner_loss = torch.cat(losses).mean()
+        g = torch.autograd.grad(inner_loss, list(theta.values()), create_graph=True)
+        theta = {name: t - 0.1 * g_t for (name, t), g_t in zip(theta.items(), g, strict=True)}
+        z = torch.func.functional_call(student_by_hand, theta, outer[0])
+        gradient = torch.autograd.grad(F.cross_entropy(z, outer[1]), list(by_hand.parameters()))
+        with torch.no_grad():
+            for p, g_p in zip(by_hand.parameters(), gradient, strict=True):
+                p -= 5.0 * g_p
+    torch.testing.assert_close(teacher.level, level)
+    torch.testing.assert_close(teacher.state_dict()["weight"], by_hand.state_dict()["weight"])
+    torch.testing.assert_close(student.state_dict()["weight"], theta["weight"].detach())
+
+
+class Drifting(metapl.BilevelProblem):
+    """A signal that grows a little with each call, from the third step on."""
+
+    def __init__(self, calls: list[int]) -> None:
+        self.count = lambda: calls.append(0) or len(calls)
+
+    def signal(self, teacher: Any, batch: Any, student_outputs: Any, *, generator: Any) -> Signal:
+        growth = 1 + 1e-3 * max(0, self.count() - 4)
+        return Signal(growth * teacher(batch).sigmoid())
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return (signal.value - outputs).square().sum(-1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+def test_a_signal_that_differs_a_little_is_refused_in_later_steps_too() -> None:
+    """In float32, where the two differ by a thousandth."""
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    trainer = metapl.BilevelTrainer(
+        teacher,
+        student,
+        problem=Drifting([]),
+        recompute_teacher=True,
+        verify=False,
+        teacher_losses=(),
+    )
+    outer, inner = (torch.randn(8, 4), torch.arange(8) % 3), torch.randn(12, 4)
+    for _ in range(2):
+        trainer.step(outer, inner)
+    weight = teacher.weight.clone()
+    with pytest.raises(MetaplError, match="the signal of Drifting, returns other outputs"):
+        trainer.step(outer, inner)
+    assert torch.equal(teacher.weight, weight)
+
+
 class OfBatch(WeighedByLevel):
     """The same where the teacher is asked once for the batch."""
 
@@ -851,6 +938,8 @@ def test_a_state_that_moves_once_for_the_batch_is_that_of_the_whole_batch() -> N
             problem=OfBatch(teacher, in_signal=False),
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
             accumulate=accumulate,
+            # The mean is detached from the teacher, of which verification would warn.
+            verify=False,
         )
         feedback.append(result.feedback["q"])
     torch.testing.assert_close(*feedback)
