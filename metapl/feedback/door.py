@@ -234,10 +234,9 @@ class KeptBySignal:
         after = numbers_in(self.problem, self.teacher)
         left_first = self.left_by_first_calls[number]
         moved = []
-        for name, value in after.items():
-            is_written = name not in before or not same_to_rounding(value, before[name])
-            is_as_first = name in left_first and same_to_rounding(value, left_first[name])
-            if is_written and not is_as_first:
+        for name in names_written(before, after):
+            is_as_first = name in left_first and same_to_rounding(after[name], left_first[name])
+            if not is_as_first:
                 moved.append(name)
         if moved:
             raise PastTheSignal(
@@ -273,6 +272,33 @@ def numbers_in(problem: BilevelProblem, teacher: nn.Module | None = None) -> dic
             elif isinstance(value, Tensor) and id(value) not in held_by_teacher:
                 copies[name] = value.detach().clone()
     return copies
+
+
+def names_written(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of numbers of a problem (:func:`numbers_in`) that a call has written."""
+    written = []
+    for name, t in after.items():
+        if name not in before or not same_to_rounding(t, before[name]):
+            written.append(name)
+    return written
+
+
+def loss_that_changes(loss: str, problem: BilevelProblem, written: Sequence[str]) -> str:
+    """Return a sentence on a loss that is another one whenever it is called.
+
+    Args:
+        loss: its name, such as ``"inner_loss"``.
+        problem: whose loss it is.
+        written: the names of the problem's numbers that a call writes; none for other state.
+    """
+    state = "state outside of the problem"
+    if written:
+        state = f"state of the problem ({few(written, 3)})"
+    return (
+        f"{loss} of {kind_of(problem)} returns another value when it is called again with the same "
+        f"arguments: it moves {state}; expected what moves in a buffer of the teacher, moved by "
+        "signal."
+    )
 
 
 def same_to_rounding(a: Tensor, b: Tensor) -> bool:
@@ -371,7 +397,11 @@ class FirstLook:
         if named_by is not None:
             self.named_by.append(named_by)
         self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
-        self.names_of_weights = {id(p): name for name, p in student.named_parameters()}
+        # Copies stand for the student that a loss may have read before.
+        students = [student] if named_by is None else [student, named_by[-1]]
+        self.names_of_weights: dict[int, str] = {}
+        for network in students:
+            self.names_of_weights |= {id(p): name for name, p in network.named_parameters()}
         # A sharded student computes with the parameters that it holds, whatever tensors a pass
         # began with: its blocks gather them, and products take a part of each.
         self.keeps_weights = bool(blocks) or any(is_sharded(p) for p in student.parameters())
@@ -406,7 +436,7 @@ class FirstLook:
         if at_own_weights or self.keeps_weights:
             allowed |= self.weights
         leaf = self._strange_leaf(value, allowed, again) if self.finds_leaves else None
-        if leaf is not None and id(leaf) in self.weights:
+        if leaf is not None and id(leaf) in self.names_of_weights:
             self._refuse_kept_weight("inner", leaf, way="the argument params of inner_loss")
         if leaf is not None:
             raise PastTheSignal(
@@ -428,9 +458,11 @@ class FirstLook:
         """
         if self.teacher is None or self.teacher_before is None:
             return
+        numbers_before = numbers_in(self.problem, self.teacher)
+        with_state_now = again().detach()
+        written = names_written(numbers_before, numbers_in(self.problem, self.teacher))
         state_now = Slots(self.teacher).snapshot()
         tensors_now = {name: t.detach().clone() for name, t in named_tensors(self.teacher)}
-        with_state_now = again().detach()
         self.teacher_before.restore()
         try:
             with_state_before = again().detach()
@@ -440,12 +472,15 @@ class FirstLook:
                     moved.append(name)
         finally:
             state_now.restore()
-        if not same_to_rounding(with_state_now, with_state_before):
-            raise PastTheSignal(
-                f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and "
-                f"with accumulate={self.accumulate} that moves once for each micro-batch; expected "
-                "it in the signal, a number for each row, or accumulate=1."
-            )
+        if same_to_rounding(with_state_now, with_state_before):
+            return
+        if not moved:
+            raise PastTheSignal(loss_that_changes("inner_loss", self.problem, written))
+        raise PastTheSignal(
+            f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and with "
+            f"accumulate={self.accumulate} that moves once for each micro-batch; expected it in "
+            "the signal, a number for each row, or accumulate=1."
+        )
 
     def at_outer_loss(
         self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
@@ -458,7 +493,7 @@ class FirstLook:
         if self.keeps_weights:
             allowed |= self.weights
         leaf = self._strange_leaf(value, allowed, again) if self.finds_leaves else None
-        if leaf is not None and id(leaf) in self.weights:
+        if leaf is not None and id(leaf) in self.names_of_weights:
             self._refuse_kept_weight("outer", leaf, way="student.parameters() in outer_loss")
         if leaf is not None:
             raise PastTheSignal(

@@ -44,7 +44,7 @@ from metapl.execution.state import (
     replay,
     trainable,
 )
-from metapl.feedback.door import numbers_in, same_to_rounding
+from metapl.feedback.door import names_written, numbers_in
 from metapl.feedback.report import StepReport
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
@@ -987,11 +987,7 @@ def refuse_draws_of_problem(
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
     """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
-    before = numbers_in(trainer.problem)
-    written = []
-    for name, value in numbers_in(twin.problem).items():
-        if name not in before or not same_to_rounding(value, before[name]):
-            written.append(name)
+    written = names_written(numbers_in(trainer.problem), numbers_in(twin.problem))
     if not written:
         return ""
     return (

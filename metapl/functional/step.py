@@ -56,6 +56,7 @@ from metapl.problems.base import (
     BilevelProblem,
     Signal,
     enters_input,
+    kind_of,
     overrides,
 )
 from metapl.problems.losses import TeacherLoss
@@ -163,7 +164,7 @@ def make_step(
     inner_constants, outer_constants = constants
     reads_teacher = bool(outer_variables(problem, teacher))
     rules = StepRules(
-        teacher=Function(teacher, "teacher"),
+        teacher=Function(teacher, f"teacher, or the signal of {kind_of(problem)},"),
         student=Function(student),
         problem=problem,
         mode=mode,

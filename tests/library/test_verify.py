@@ -25,7 +25,13 @@ import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
 from metapl.feedback.hypergradient import Request, through_steps
-from metapl.training.verification import GradientCheck, VerificationWarning, check, real_step
+from metapl.training.verification import (
+    GradientCheck,
+    VerificationWarning,
+    check,
+    real_step,
+    verdict,
+)
 from metapl.training.verification.contract import CONTRACT
 
 COLUMNS: dict[str, tuple[Any, int]] = {
@@ -512,13 +518,13 @@ def build(
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the modes that have been verified."""
     modes: list[str] = []
-    verify_step = check.verify_step
+    verify_step = verdict.verify_step
 
     def noting(step: Any, mode: Any, *parts: Any) -> Any:
         modes.append(mode.name)
         return verify_step(step, mode, *parts)
 
-    monkeypatch.setattr(check, "verify_step", noting)
+    monkeypatch.setattr(verdict, "verify_step", noting)
     return modes
 
 
@@ -633,23 +639,6 @@ def test_large_networks_are_told_of_in_one_line(
         trainer.step(**batches)
     assert (verified, len(caplog.records)) == ([], 1)
     assert trainer.verification.verdict.startswith("not verified: networks of ")
-
-
-def test_a_hypergradient_verifies_where_it_is_asked(
-    monkeypatch: pytest.MonkeyPatch, verified: list[str]
-) -> None:
-    case = toy()
-    inputs: dict[str, Any] = {
-        **case.networks(),
-        **case.data(),
-        "inner_optimizer": torch.optim.SGD(case.student.parameters(), lr=0.1),
-    }
-    metapl.hypergradient(**inputs)
-    metapl.hypergradient(**inputs, verify=True)
-    assert verified == ["forward"]
-    plant(monkeypatch, "the sign")
-    with pytest.raises(MetaplError, match="mode"):
-        metapl.hypergradient(**inputs, verify=True)
 
 
 def double_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -8,15 +8,21 @@ from torch import Tensor, nn
 from metapl.errors import few
 from metapl.execution.batch import leaves_of
 from metapl.execution.graphs import nodes_of, types_in_graphs
+from metapl.execution.state import trainable
+from metapl.feedback.door import loss_that_changes, names_written, numbers_in
+from metapl.problems.base import kind_of, sum_and_weight
 from metapl.training.verification.case import Case
 from metapl.training.verification.real_step import Evaluation, RealStep
 
 
 def likely_causes(case: Case) -> list[str]:
-    """Return what is found in the networks and batches of a step, in words."""
+    """Return what is found in the problem, the networks and the batches of a step, in words."""
     before = case.step
     after = case.real.copies
     causes = []
+    changing = changing_loss(case.real)
+    if changing:
+        causes.append(changing.removesuffix("."))
     hooked = []
     counting = []
     for part, part_after in pairs_of_parts(before, after):
@@ -35,6 +41,56 @@ def likely_causes(case: Case) -> list[str]:
     if functions:
         causes.append(f"autograd functions of the student's own ({few(functions, 3)})")
     return causes
+
+
+def changing_loss(real: Evaluation) -> str:
+    """Return a sentence on the first loss that is another one when it is called again; "" for none.
+
+    Modes call a loss more often than a real step does, so that it moves what it keeps more often.
+    """
+    copies = real.copies
+    problem = copies.problem
+    theta = trainable(copies.student)
+    inner_batch = copies.inner_batches[0]
+    signal = real.signals[0].detached()
+
+    def inner_loss() -> Tensor:
+        losses: Tensor = problem.inner_loss(real.outputs[0], signal, inner_batch, theta)
+        return losses.mean()
+
+    def outer_loss() -> Tensor:
+        batch = problem.outer_batch(copies.outer_batch)
+        total, weight = sum_and_weight(problem.outer_loss(real.outputs[-1].detach(), batch))
+        return total / weight
+
+    with copies.in_the_originals():
+        for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
+            copies.random.restore()
+            first = loss().detach()
+            numbers_before = numbers_in(problem, copies.teacher)
+            copies.random.restore()
+            again = loss().detach()
+            if not torch.allclose(first, again, rtol=0, atol=0, equal_nan=True):
+                written = names_written(numbers_before, numbers_in(problem, copies.teacher))
+                return loss_that_changes(name, problem, written)
+    return ""
+
+
+def first_difference(real: Evaluation, again: Evaluation) -> str:
+    """Return the first part of two equal steps in which they differ, in words; "" for none."""
+    problem = kind_of(real.copies.problem)
+    steps = zip(real.signals, again.signals, real.outputs, again.outputs, strict=False)
+    for signal, signal_again, outputs, outputs_again in steps:
+        fields_again = signal_again.fields()
+        if any(not t.equal(fields_again[name]) for name, t in signal.fields().items()):
+            return f"the signal of {problem}, or the teacher"
+        if not outputs.equal(outputs_again):
+            return "the student's outputs"
+    if not real.inner_loss.equal(again.inner_loss):
+        return f"the inner loss of {problem}"
+    if not real.outputs[-1].equal(again.outputs[-1]):
+        return "the student's outputs on the outer batch"
+    return "" if real.loss.equal(again.loss) else f"the outer loss of {problem}"
 
 
 def pairs_of_parts(before: RealStep, after: RealStep) -> list[tuple[nn.Module, nn.Module]]:

@@ -10,38 +10,26 @@ moved. Nothing here knows how a mode finds its h.
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import nn
 
 from metapl.core.lookahead import InnerBatches, require_batches
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, map_tensors, micro_batches, plain
 from metapl.execution.checks import generator_of
-from metapl.execution.layout import layouts
+from metapl.execution.layout import Layout, layouts
 from metapl.execution.state import RandomState
-from metapl.feedback import Estimator, Mode, estimator, prepare
-from metapl.feedback.door import (
-    DrawsOutside,
-    PastTheSignal,
-    refuse_hooks,
-    refuse_learned_settings,
-    refuse_tensors,
-    refusing_draws_outside,
-)
+from metapl.feedback import Mode, estimator, prepare
+from metapl.feedback.door import refuse_hooks, refuse_learned_settings, refuse_tensors
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
-from metapl.runs.checkpoint import rng_state, set_rng_state
-from metapl.training.verification.case import EPS, EPS32, Case, Errors
-from metapl.training.verification.causes import coarsest_rounding
-from metapl.training.verification.differences import errors_of
-from metapl.training.verification.real_step import Evaluation, RealStep
 from metapl.updates import Clipped, InnerOptimizer, Update, parts_of, update_of
 from metapl.updates.base import OptimizerState
 
@@ -93,15 +81,17 @@ class GradientCheck:
         lines += [f"  {name:<56} {error:.1e}" for name, error in self.errors.items()]
         return "\n".join(lines)
 
-    def refuse_or_warn(self, setting: Setting) -> None:
+    def refuse_or_warn(self, setting: Setting, *, stacklevel: int = 4) -> None:
         """Raise what is refused, unless the setting is ``"warn"``.
 
-        Warn of what is neither refused nor right.
+        Warn of what is neither refused nor right, at the line of the caller so many calls above.
         """
         if self.status == "refused" and setting != "warn":
             raise MetaplError(f"{self.verdict} verify='warn' goes on, with a warning.")
         if self.status not in ("right", "nothing to verify"):
-            warnings.warn(f"{self.status}: {self.verdict}", VerificationWarning, stacklevel=4)
+            warnings.warn(
+                f"{self.status}: {self.verdict}", VerificationWarning, stacklevel=stacklevel
+            )
 
 
 class Verified(TwoLevelTrainer, Protocol):
@@ -138,9 +128,10 @@ def check_gradient(
     Args:
         teacher, student: as for :func:`metapl.hypergradient`; or a :class:`metapl.BilevelTrainer`
             alone, as it stands.
-        outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the
-            first three, and of micro-batches (``accumulate``) the first, by whose halves both
-            losses must be means over examples, or the outer loss Σ sum / Σ weight.
+        outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three, or the
+            T that the mode truncates to, and of micro-batches (``accumulate``) the first that has
+            labels, by whose halves both losses must be means over examples, or the outer loss
+            Σ sum / Σ weight.
         mode: default the trainer's own, and ``"forward"`` without one. The others are
             :func:`metapl.hypergradient`'s.
 
@@ -213,6 +204,10 @@ def check_step(
     clip_norm: float | None,
 ) -> GradientCheck:
     """Verify a step; for the arguments see :func:`check_gradient`."""
+    # Loaded where it is used.
+    from metapl.training.verification.real_step import RealStep
+    from metapl.training.verification.verdict import verify_step
+
     estimate = estimator(mode)
     gives_feedback = estimate.credits != "nothing"
     teacher_layout, student_layout, device = layouts(
@@ -234,32 +229,44 @@ def check_step(
     if gives_feedback:
         refuse_learned_settings(update)
         refuse_hooks(student_layout.network)
-    verified_steps = min(len(inner_batches), STEPS)
-    step = RealStep(
-        teacher=None if teacher_layout is None else teacher_layout.network,
-        student=student_layout.network,
-        problem=prepare(problem, estimate),
-        update=update,
-        outer_batch=copy_of_first_part(outer_batch, accumulate),
-        inner_batches=[
-            copy_of_first_part(inner_batches[number], accumulate)
-            for number in range(verified_steps)
-        ],
-        clip_norm=clip_norm,
-        generator=generator,
-        random=RandomState.now(device),
-        micro_batches=accumulate,
-    )
-    return verify_step(step, estimate)
+    # A truncated feedback is verified over as many steps as it goes back, untruncated.
+    truncate = getattr(estimate, "truncate", None)
+    verified_steps = min(len(inner_batches), STEPS if truncate is None else max(1, truncate), STEPS)
+
+    def with_part(number: int) -> GradientCheck:
+        return verify_step(
+            RealStep(
+                teacher=None if teacher_layout is None else teacher_layout.network,
+                student=student_layout.network,
+                problem=prepare(problem, estimate),
+                update=update,
+                outer_batch=copy_of_part(outer_batch, accumulate, number),
+                inner_batches=[
+                    copy_of_part(inner_batches[step], accumulate, number)
+                    for step in range(verified_steps)
+                ],
+                clip_norm=clip_norm,
+                generator=generator,
+                random=RandomState.now(device),
+                micro_batches=accumulate,
+            ),
+            estimate,
+        )
+
+    # Labels may be left out in all rows of a micro-batch, which alone is refused.
+    for number in range(accumulate - 1):
+        with suppress(MetaplError):
+            return with_part(number)
+    return with_part(accumulate - 1)
 
 
-def copy_of_first_part(batch: Batch, parts: int) -> Any:
-    """Return the first of the micro-batches of a batch, of tensors with memory of their own.
+def copy_of_part(batch: Batch, parts: int, number: int) -> Any:
+    """Return one of the micro-batches of a batch, of tensors with memory of their own.
 
     Deepcopy would copy the whole tensor of a slice.
     """
-    first_part = micro_batches(plain(batch), parts, "given")[0]
-    return map_tensors(lambda t: t.detach().clone(), first_part)
+    part = micro_batches(plain(batch), parts, "given")[number]
+    return map_tensors(lambda t: t.detach().clone(), part)
 
 
 def refuse_replaced_step(update: Update) -> None:
@@ -298,21 +305,9 @@ class Verification:
         """
         if mark in self.verified_marks and trainer.steps_done % self.every:
             return False
-        weights = sum(
-            p.numel() for network in trainer.networks.values() for p in network.parameters()
-        )
-        in_several_processes = any(
-            layout.is_sharded or not layout.ranks.alone for layout in trainer.layouts
-        )
-        if in_several_processes or (weights > MOST_WEIGHTS and not self.every):
-            what = "several processes" if in_several_processes else f"{weights:,} weights"
+        what = tell_left_out(trainer.layouts, limits_weights=not self.every)
+        if what:
             self.verdict = f"not verified: networks of {what}"
-            if trainer.ranks.first:
-                LOG.warning(
-                    "Networks of %s are not verified: give metapl.check_gradient small ones of "
-                    "one.",
-                    what,
-                )
             self.verified_marks.add(mark)
             return False
         check = check_trainer(trainer, outer_batch, inner_batches)
@@ -329,164 +324,20 @@ class Verification:
         self.verdict = state["verdict"]
 
 
-# -------------------------------------------------------------------------------------- the verdict
+def tell_left_out(of_networks: Sequence[Layout], *, limits_weights: bool = True) -> str:
+    """Return for what networks are not verified, in words, and say it once; "" where they are.
 
-
-def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
-    """Return whether a mode's gradient of a step is that of its definition.
-
-    Nothing of the process is moved.
+    Args:
+        limits_weights: leave out networks of more than :data:`MOST_WEIGHTS`.
     """
-    estimate = estimate.without_shape()
-    if not estimate.gives_gradient:
-        return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
-    generators_before = rng_state()
-    without_autocast = torch.autocast(step.random.device.type, enabled=False)
-    try:
-        with torch.enable_grad(), without_autocast, refusing_draws_outside():
-            return verify_in_float64(step, estimate)
-    except (PastTheSignal, DrawsOutside) as error:
-        return GradientCheck("refused", f"mode {estimate.name!r}: {error} See docs/contract.md.")
-    except MemoryError as error:
-        return out_of_memory(error)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        return out_of_memory(error)
-    finally:
-        set_rng_state(generators_before)
-
-
-def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
-    """Return the verdict of copies in float64.
-
-    Where the networks' code runs in no other type than their own, it is that of copies in this.
-    """
-    try:
-        copies = step.copied(torch.float64)
-    except (RuntimeError, TypeError, copy.Error) as error:
-        # Locks, open files, tensors with a graph.
-        if is_out_of_memory(error):
-            raise
-        return GradientCheck(
-            "cannot tell", f"the step was not verified: no copies of it ({reason_of(error)})."
+    weights = sum(p.numel() for layout in of_networks for p in layout.network.parameters())
+    what = ""
+    if any(layout.is_sharded or not layout.ranks.alone for layout in of_networks):
+        what = "several processes"
+    elif limits_weights and weights > MOST_WEIGHTS:
+        what = f"{weights:,} weights"
+    if what and of_networks[0].ranks.first:
+        LOG.warning(
+            "Networks of %s are not verified: give metapl.check_gradient small ones of one.", what
         )
-    try:
-        return judge(copies, estimate, eps=EPS, precision="float64")
-    except PastTheSignal:
-        raise
-    except MetaplError:
-        # What was given is refused. The error describes copies in float64: raise it of the types
-        # that were given.
-        judge(step.copied(), estimate, eps=EPS32, precision="")
-        raise
-    except (RuntimeError, TypeError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = reason_of(error)
-    # The code runs in its own type alone, or fails in that one too: then its error is raised from
-    # here.
-    dtypes = [p.dtype for p in step.student.parameters() if p.is_floating_point()]
-    network_dtype = dtypes[0] if dtypes else torch.float32
-    precision = str(network_dtype).removeprefix("torch.")
-    check = judge(step.copied(), estimate, eps=EPS32, precision=precision)
-    because = (
-        f"Compared in {precision}, to {check.tolerance:g}: the networks do not run in float64 "
-        f"({reason})."
-    )
-    LOG.warning("Verification: %s", because)
-    return replace(check, verdict=f"{check.verdict} {because}")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory has run out, on a device or on the host."""
-    text = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
-
-
-def out_of_memory(error: BaseException) -> GradientCheck:
-    return GradientCheck(
-        "cannot tell",
-        "the step was not verified: its float64 copies do not fit into memory "
-        f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller network of "
-        "the same kind, or verify=False.",
-    )
-
-
-def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) -> GradientCheck:
-    """Return the verdict at a point and, where it is a refusal, the likely causes."""
-    from metapl.training.verification.explain import (
-        PAST_THE_SIGNAL,
-        explain,
-        moves_past_the_signal,
-    )
-
-    give_rates_to_a_warm_up(copies)
-    name = f"mode {estimate.name!r}"
-    case = Case.at(copies, estimate, eps)
-    breach, errors = breach_and_errors(case)
-    if breach or case.off(errors):
-        rounding = coarsest_rounding(case.real)
-        if rounding > case.eps:
-            case = Case.at(copies, estimate, rounding)
-            breach, errors = breach_and_errors(case)
-    if case.off(errors):
-        # Perhaps the point is at a kink.
-        case = Case.at(copies.perturbed(), estimate, case.eps)
-        errors = errors_of(case)
-    if breach or case.off(errors):
-        for _ in range(3):
-            if not Evaluation(case.step).loss.equal(case.real.loss):
-                breach = (
-                    "two equal steps differ: random numbers of a generator of its own, or other "
-                    "state."
-                )
-    doubt = case.mode.doubt(case.by_mode.numbers)
-    clear_errors = {name: error for name, error in errors.items() if error is not None}
-    off = case.off(errors)
-    status: Status = "right"
-    verdict = f"{name} gives the derivative of the loss after real steps."
-    if breach:
-        status = "refused"
-        verdict = f"{name}: {breach} See docs/contract.md."
-    elif off:
-        status, why = explain(case)
-        error = f"{clear_errors[off[0]]:.2g} off the loss after real steps ({off[0]})"
-        verdict = f"{name} is {error}: {why} See docs/contract.md."
-    elif moves_past_the_signal(case):
-        # Perhaps the loss hardly moves here.
-        status = "allowed"
-        verdict = f"{name}: {PAST_THE_SIGNAL} See docs/contract.md."
-    elif doubt:
-        status = "allowed"
-        verdict = f"{name} gives the derivative that it approximates, but {doubt}"
-    elif len(clear_errors) < len(errors):
-        status = "cannot tell"
-        verdict = f"{name} was not verified: rounding drowns the loss's change."
-    return GradientCheck(
-        status,
-        verdict,
-        errors={} if breach else clear_errors,
-        precision=precision,
-        tolerance=case.tolerance,
-    )
-
-
-def breach_and_errors(case: Case) -> tuple[str, Errors]:
-    from metapl.training.verification.contract import breach_of_contract
-
-    breach = breach_of_contract(case)
-    return breach, {} if breach else errors_of(case)
-
-
-def give_rates_to_a_warm_up(copies: RealStep) -> None:
-    """Give the copies' optimizer rates where all are 0, as in the first step of a warm-up.
-
-    Nothing would move.
-    """
-    optimizer = vars(copies.update).get("optimizer")
-    groups = [] if optimizer is None else optimizer.param_groups
-    if any(group["lr"] != 0 for group in groups):
-        return
-    for group in groups:
-        group["lr"] = group.get("initial_lr") or 1e-2
+    return what

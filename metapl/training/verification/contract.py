@@ -15,7 +15,7 @@ from metapl.execution.batch import rows
 from metapl.execution.state import RandomState, trainable
 from metapl.problems.base import enters_input, has_rows, overrides, sum_and_weight
 from metapl.training.verification.case import EXACT, Case, flat
-from metapl.training.verification.causes import likely_causes
+from metapl.training.verification.causes import changing_loss, likely_causes
 from metapl.training.verification.real_step import Evaluation
 
 
@@ -150,6 +150,9 @@ def has_losses_that_are_no_means(case: Case) -> str:
             ("inner_loss", inner_loss, len(inner_outputs)),
             ("outer_loss", outer_loss, len(outer_outputs)),
         )
+    changing = changing_loss(case.real) if text else ""
+    if changing:
+        return changing
     if text and drawing:
         return (
             f"{text} It draws random numbers, which are others in micro-batches; expected "

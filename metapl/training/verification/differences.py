@@ -26,6 +26,18 @@ def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
             signals=case.signals,
             states=states,
         )
+    if case.implicit_w and case.by_mode.direct:
+        # F is not the outer loss, so that the direct term is compared by itself.
+        zeros = {name: torch.zeros_like(t) for name, t in case.teacher_gradient.items()}
+        return compare(case, "teacher", case.teacher_gradient, states=states) | compare(
+            case,
+            "teacher",
+            zeros | case.by_mode.direct,
+            value=lambda evaluation: evaluation.loss,
+            name="the direct term",
+            signals=case.signals,
+            states=states,
+        )
     if case.teacher_gradient and case.moved == "signal" and not case.takes_expectation:
         return compare(case, "teacher", case.whole_gradient, states=states)
     errors = errors_of_h(case, states)

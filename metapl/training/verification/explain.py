@@ -98,7 +98,8 @@ def explain_signal(case: Case) -> Explanation:
             "refused",
             f"the backward of {few(functions)} in the signal is not the derivative of its forward.",
         )
-    if case.outer_loss_reads_teacher and not case.mode.has_direct_term:
+    leaves_out_direct_term = case.outer_loss_reads_teacher and not case.mode.has_direct_term
+    if leaves_out_direct_term and not case.off(errors_of_signal(case)):
         return "allowed", (
             f"the outer loss reads the teacher, and mode {case.mode.name!r} leaves out that direct "
             "term (has_direct_term)."

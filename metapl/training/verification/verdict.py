@@ -1,0 +1,207 @@
+"""The verdict on a step: its gradient and the real step, and the likely causes of a refusal."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from metapl.errors import MetaplError, reason_of
+from metapl.feedback import Estimator
+from metapl.feedback.door import DrawsOutside, PastTheSignal, refusing_draws_outside
+from metapl.runs.checkpoint import rng_state, set_rng_state
+from metapl.training.verification.case import EPS, EPS32, Case, Errors
+from metapl.training.verification.causes import changing_loss, coarsest_rounding, first_difference
+from metapl.training.verification.check import GradientCheck, Status
+from metapl.training.verification.contract import breach_of_contract
+from metapl.training.verification.differences import errors_of
+from metapl.training.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
+from metapl.training.verification.real_step import Evaluation, RealStep
+
+LOG = logging.getLogger("metapl")
+
+
+def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
+    """Return whether a mode's gradient of a step is that of its definition.
+
+    Nothing of the process is moved.
+    """
+    estimate = without_shape(estimate)
+    if not estimate.gives_gradient:
+        return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
+    generators_before = rng_state()
+    without_autocast = torch.autocast(step.random.device.type, enabled=False)
+    try:
+        with torch.enable_grad(), without_autocast, refusing_draws_outside():
+            return verify_in_float64(step, estimate)
+    except (PastTheSignal, DrawsOutside) as error:
+        return GradientCheck("refused", f"mode {estimate.name!r}: {error} See docs/contract.md.")
+    except MemoryError as error:
+        return out_of_memory(error)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return out_of_memory(error)
+    finally:
+        set_rng_state(generators_before)
+
+
+def verify_in_float64(step: RealStep, estimate: Estimator) -> GradientCheck:
+    """Return the verdict of copies in float64.
+
+    Where the networks' code runs in no other type than their own, it is that of copies in this.
+    """
+    try:
+        copies = step.copied(torch.float64)
+    except (RuntimeError, TypeError, copy.Error) as error:
+        # Locks, open files, tensors with a graph.
+        if is_out_of_memory(error):
+            raise
+        return GradientCheck(
+            "cannot tell", f"the step was not verified: no copies of it ({reason_of(error)})."
+        )
+    try:
+        return judge(copies, estimate, eps=EPS, precision="float64")
+    except PastTheSignal:
+        raise
+    except MetaplError:
+        # What was given is refused. A loss that changes is named; a real step may fail as well.
+        changing = ""
+        with suppress(Exception):
+            changing = changing_loss(Evaluation(copies))
+        if changing:
+            return GradientCheck("refused", f"mode {estimate.name!r}: {changing}")
+        # The error describes copies in float64: raise it of the types that were given.
+        judge(step.copied(), estimate, eps=EPS32, precision="")
+        raise
+    except (RuntimeError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = reason_of(error)
+    # The code runs in its own type alone, or fails in that one too: then its error is raised from
+    # here.
+    dtypes = [p.dtype for p in step.student.parameters() if p.is_floating_point()]
+    network_dtype = dtypes[0] if dtypes else torch.float32
+    precision = str(network_dtype).removeprefix("torch.")
+    check = judge(step.copied(), estimate, eps=EPS32, precision=precision)
+    because = (
+        f"Compared in {precision}, to {check.tolerance:g}: the networks do not run in float64 "
+        f"({reason})."
+    )
+    LOG.warning("Verification: %s", because)
+    return replace(check, verdict=f"{check.verdict} {because}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory has run out, on a device or on the host."""
+    text = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
+
+
+def out_of_memory(error: BaseException) -> GradientCheck:
+    return GradientCheck(
+        "cannot tell",
+        "the step was not verified: its float64 copies do not fit into memory "
+        f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller network of "
+        "the same kind, or verify=False.",
+    )
+
+
+def without_shape(estimate: Any) -> Estimator:
+    """Return the estimator with its h as it is found.
+
+    It is neither normalized, nor less a baseline, nor truncated, nor a mean. What only shapes h is
+    no part of the derivative: the mean of Algorithm 1 is 1/B of it.
+    """
+    # A control alters the feedback of its base.
+    plain_estimator: Any = getattr(estimate, "base", estimate)
+    options = {
+        "normalization": "gradient",
+        "similarity": "dot",
+        "baseline": None,
+        "truncate": None,
+        "keep_on": None,
+        "reduction": "sum",
+    }
+    names = {f.name for f in fields(plain_estimator)} if is_dataclass(plain_estimator) else set()
+    unshaped: Estimator = replace(
+        plain_estimator, **{name: value for name, value in options.items() if name in names}
+    )
+    return unshaped
+
+
+def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) -> GradientCheck:
+    """Return the verdict at a point and, where it is a refusal, the likely causes."""
+    give_rates_to_a_warm_up(copies)
+    name = f"mode {estimate.name!r}"
+    case = Case.at(copies, estimate, eps)
+    breach, errors = breach_and_errors(case)
+    if breach or case.off(errors):
+        rounding = coarsest_rounding(case.real)
+        if rounding > case.eps:
+            case = Case.at(copies, estimate, rounding)
+            breach, errors = breach_and_errors(case)
+    if case.off(errors):
+        # Perhaps the point is at a kink.
+        case = Case.at(copies.perturbed(), estimate, case.eps)
+        errors = errors_of(case)
+    if breach or case.off(errors):
+        for _ in range(3):
+            part = first_difference(case.real, Evaluation(case.step))
+            if part:
+                breach = (
+                    f"two equal steps differ, first in {part}: random numbers of a generator of "
+                    "its own, or other state."
+                )
+                break
+    doubt = case.mode.doubt(case.by_mode.numbers)
+    clear_errors = {name: error for name, error in errors.items() if error is not None}
+    off = case.off(errors)
+    status: Status = "right"
+    verdict = f"{name} gives the derivative of the loss after real steps."
+    if breach:
+        status = "refused"
+        verdict = f"{name}: {breach} See docs/contract.md."
+    elif off:
+        status, why = explain(case)
+        error = f"{clear_errors[off[0]]:.2g} off the loss after real steps ({off[0]})"
+        verdict = f"{name} is {error}: {why} See docs/contract.md."
+    elif moves_past_the_signal(case):
+        # Perhaps the loss hardly moves here.
+        status = "allowed"
+        verdict = f"{name}: {PAST_THE_SIGNAL} See docs/contract.md."
+    elif doubt:
+        status = "allowed"
+        verdict = f"{name} gives the derivative that it approximates, but {doubt}"
+    elif len(clear_errors) < len(errors):
+        status = "cannot tell"
+        verdict = f"{name} was not verified: rounding drowns the loss's change."
+    return GradientCheck(
+        status,
+        verdict,
+        errors={} if breach else clear_errors,
+        precision=precision,
+        tolerance=case.tolerance,
+    )
+
+
+def breach_and_errors(case: Case) -> tuple[str, Errors]:
+    breach = breach_of_contract(case)
+    return breach, {} if breach else errors_of(case)
+
+
+def give_rates_to_a_warm_up(copies: RealStep) -> None:
+    """Give the copies' optimizer rates where all are 0, as in the first step of a warm-up.
+
+    Nothing would move.
+    """
+    optimizer = vars(copies.update).get("optimizer")
+    groups = [] if optimizer is None else optimizer.param_groups
+    if any(group["lr"] != 0 for group in groups):
+        return
+    for group in groups:
+        group["lr"] = group.get("initial_lr") or 1e-2
