@@ -7,7 +7,8 @@ A student takes three steps of plain SGD on a teacher's soft labels; asked is th
 loss on labeled data in the teacher's weights (bergson's trainer: in the weights of the examples,
 which is what it differentiates in). Each way is used as its documentation says: TorchOpt's
 ``MetaSGD``, higher's ``innerloop_ctx``, BOAT's ``Problem``, bergson's ``Trainer``,
-``metapl.BilevelTrainer``; and two ways that people write by hand. A way is
+``metapl.BilevelTrainer`` and ``metapl.hypergradient``; and two ways that people write by hand. A
+way is
 
 - *right* if it is off by at most 1e-3 (5e-2 in bfloat16) of the derivative by central differences
   of the real thing in float64: the student, trained by ``backward()`` and ``torch.optim.SGD``
@@ -151,7 +152,7 @@ def packed(student: Any, x: Tensor) -> Tensor:
 
 
 def twice(student: Any, x: Tensor) -> Tensor:
-    return student.b(student.again(student.block(student.a(x))))
+    return student.b(student.block_again(student.block(student.a(x))))
 
 
 def one_block(student: Any) -> None:
@@ -412,46 +413,64 @@ def by_higher(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -
 def by_metapl(mode: Any, **options: Any) -> Any:
     """Return the gradient by ``metapl.BilevelTrainer``: the teacher moves by minus it.
 
-    With a learned rate it is by ``metapl.hypergradient(wrt=("teacher", "lr"))``, whose gradient in
-    the rate goes on by the rate's own graph.
+    With a learned rate, which a trainer does not take, it is by :func:`by_hypergradient`.
     """
+    by_function = by_hypergradient(mode, **options)
 
     def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
         import metapl
 
         rate = peers.LEARNING_RATE
-        inner = torch.optim.SGD(student.parameters(), lr=float(rate))
-        unlabeled = metapl.Lookahead([u] * STEPS)
         if isinstance(rate, Tensor):
-            batches = {"outer": labeled, "inner": unlabeled}
-            asked = {
-                "mode": mode,
-                "inner_optimizer": inner,
-                "wrt": ("teacher", "lr"),
-                "verify": True,
-                **options,
-            }
-            result = metapl.hypergradient(teacher, student, **batches, **asked)
-            through_rate = torch.autograd.grad(
-                rate,
-                list(teacher.parameters()),
-                result.settings["lr"].sum(),
-                allow_unused=True,
-                materialize_grads=True,
-            )
-            return [
-                by_signal + by_rate
-                for by_signal, by_rate in zip(result.grads.values(), through_rate, strict=True)
-            ]
+            return by_function(teacher, student, labeled, u)
+        inner = torch.optim.SGD(student.parameters(), lr=rate)
         outer = torch.optim.SGD(teacher.parameters(), lr=1.0)
         optimizers = {"inner_optimizer": inner, "outer_optimizer": outer, "teacher_losses": ()}
         weights_before = [p.detach().clone() for p in teacher.parameters()]
         trainer = metapl.BilevelTrainer(
             teacher, student, mode, lookahead=STEPS, **optimizers, **options
         )
-        trainer.step(labeled, unlabeled)
+        trainer.step(labeled, metapl.Lookahead([u] * STEPS))
         return [
             old - p.detach() for old, p in zip(weights_before, teacher.parameters(), strict=True)
+        ]
+
+    return gradient
+
+
+def by_hypergradient(mode: Any, **options: Any) -> Any:
+    """Return the gradient by ``metapl.hypergradient``.
+
+    With a learned rate it is asked for in the rate too, whose own graph goes on.
+    """
+
+    def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
+        import metapl
+
+        rate = peers.LEARNING_RATE
+        is_learned = isinstance(rate, Tensor)
+        result = metapl.hypergradient(
+            teacher,
+            student,
+            outer=labeled,
+            inner=metapl.Lookahead([u] * STEPS),
+            mode=mode,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=float(rate)),
+            wrt=("teacher", "lr") if is_learned else ("teacher",),
+            **options,
+        )
+        if not is_learned:
+            return list(result.grads.values())
+        through_rate = torch.autograd.grad(
+            rate,
+            list(teacher.parameters()),
+            result.settings["lr"].sum(),
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return [
+            by_signal + by_rate
+            for by_signal, by_rate in zip(result.grads.values(), through_rate, strict=True)
         ]
 
     return gradient
@@ -481,6 +500,12 @@ WAYS: dict[str, tuple[str, str, Any]] = {
     "metapl, unrolled": ("metapl", "branched", by_metapl("unrolled")),
     "metapl, forward, verify=False": ("metapl", "branched", by_metapl("forward", verify=False)),
     COMPILED: ("metapl", "", by_metapl("forward", compile=True)),
+    "metapl.hypergradient": ("metapl", "branched", by_hypergradient("forward")),
+    "metapl.hypergradient, verify=False": (
+        "metapl",
+        "branched",
+        by_hypergradient("forward", verify=False),
+    ),
 }
 
 

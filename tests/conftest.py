@@ -94,6 +94,14 @@ def _no_absent_device_is_seeded() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_call_was_verified_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the first call of ``metapl.hypergradient`` in each test be verified."""
+    from metapl.training.verification import first_calls
+
+    monkeypatch.setattr(first_calls, "VERIFIED", first_calls.VerifiedCalls())
+
+
 @pytest.fixture
 def cuda_may_not_wait() -> Callable[[], AbstractContextManager[None]]:
     """Return a block in which CUDA raises where the host would wait for it.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from metapl.execution.numerics import (
     no_fast_path,
 )
 from metapl.execution.ranks import NOTHING
-from metapl.execution.state import RandomState, one_at_a_time, restored
+from metapl.execution.state import RandomState, Slots, one_at_a_time, restored
 from metapl.feedback import (
     Mode,
     check_mode,
@@ -245,6 +245,13 @@ class Differentiation:
             and bool(outer_variables(self.problem, request.teacher))
         )
 
+    @cached_property
+    def slots(self) -> list[Slots]:
+        """The networks' tables as they are in this call, the teacher's first."""
+        no_teacher = self.of_teacher is None
+        networks = [nn.Module() if no_teacher else self.of_teacher.network, self.of_student.network]
+        return [Slots(network) for network in networks]
+
     def _read_batches(self) -> None:
         """Read the look-ahead, and refuse what does not go together."""
         inner = self.request.inner
@@ -322,6 +329,7 @@ class Differentiation:
             student_type = ShardedStudent
         self.student = student_type(
             self.of_student,
+            self.slots[1],
             double_backward=self.estimate.keep_graph,
             parts=self.request.accumulate,
         )
@@ -334,8 +342,14 @@ class Differentiation:
         try:
             return Orders().take(candidates, self._in_order, begin_again=self._begin)
         except MissingDerivative as error:
-            expected = in_place_of(self.estimate, steps, self.problem, others)
-            raise MissingDerivative(error.what, expected) from error
+            raise self.with_proposal(error) from error
+
+    def with_proposal(self, error: MissingDerivative) -> MissingDerivative:
+        """Return an error that says what to give in the place of this mode."""
+        others = [name for name in self.wrt if name != "teacher"]
+        steps = len(self.inner_batches)
+        expected = in_place_of(self.estimate, steps, self.problem, others)
+        return MissingDerivative(error.what, expected)
 
     def _make_settings_leaves(self) -> None:
         """Let the graph of double backward end in leaves in the places of the settings."""
@@ -388,6 +402,7 @@ class Differentiation:
             inner_batches=self.inner_batches,
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
+            slots=self.slots[0],
             calls=KeptBySignal(self.problem, network),
         )
         # Both in the step that tries the order: the student switches the first off itself, after

@@ -416,6 +416,8 @@ def attribute(
                     inner_optimizer=training.optimizer,
                     clip_norm=clip_norm,
                     progress=progress,
+                    # Two passes of its first step were looked at.
+                    verify=False,
                     replay_tolerance=replay_tolerance,
                 )
         except MissingDerivative as error:

@@ -1042,6 +1042,8 @@ class BilevelTrainer(Trainer):
                 inner_optimizer=self.update,
                 generator=generator,
                 accumulate=self.accumulate,
+                # The trainer's steps are.
+                verify=False,
             )
 
 

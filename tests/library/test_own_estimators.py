@@ -355,6 +355,8 @@ def test_an_estimator_draws_by_the_generator_that_is_given() -> None:
             mode=HalfOfW(),
             inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
             generator=generator,
+            # Its noise is refused.
+            verify=False,
         )
         # It has drawn, so that the next call draws something else.
         assert not torch.equal(

@@ -402,10 +402,13 @@ def test_weights_that_a_loss_has_kept_are_refused_with_params_named(mode: Forwar
             penalty = torch.stack([p.square().sum() for p in kept_weights]).sum()
             return super().inner_loss(outputs, signal, batch, params) + 0.1 * penalty
 
+    steps = 1 if mode.by else 3
     with pytest.raises(
         MetaplError, match=r"a loss that has kept weights .* `params` or student.parameters\(\)"
     ):
-        gradient_of(net, l2, mode, 1 if mode.by else 3, problem=Kept())
+        gradient_of(net, l2, mode, steps, problem=Kept(), verify=False)
+    with pytest.raises(MetaplError, match=r"the student's 0.weight from .* a list of parameters"):
+        gradient_of(net, l2, mode, steps, problem=Kept())
 
 
 def test_a_training_learns_the_strength_of_a_penalty() -> None:

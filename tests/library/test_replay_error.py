@@ -107,7 +107,8 @@ def gradient(
         inner_optimizer=torch.optim.Adam(student.parameters(), lr=0.01),
         problem=EqualWeights(),
         mode=mode,
-        **options,
+        # Some students differ from their copies, and calls are counted.
+        **{"verify": False, **options},
     )
 
 

@@ -278,7 +278,10 @@ def test_a_trainer_takes_these_losses_in_later_steps_too(make: Make, width: int)
     trainer.step(**case.data())
     weights_before = [p.detach().clone() for p in case.teacher.parameters()]
     begin()
-    expected = metapl.hypergradient(case.teacher, case.student, **case.options("unrolled"))
+    # What the hook has kept of the trainer's step cannot be copied.
+    expected = metapl.hypergradient(
+        case.teacher, case.student, **case.options("unrolled"), verify=False
+    )
     begin()
     trainer.step(**case.data())
     gradient = [

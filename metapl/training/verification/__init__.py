@@ -1,6 +1,8 @@
 """Verification of a gradient by its definition, at a trainer's first step and when asked for.
 
-- :mod:`check`: when a step is verified, and the verdict.
+- :mod:`check`: when a step is verified, and what is said of it.
+- :mod:`first_calls`: which calls of :func:`metapl.hypergradient` are verified.
+- :mod:`verdict`: the verdict on a step.
 - :mod:`case`: the mode's gradient and the real step, at one point.
 - :mod:`contract`: what a step must keep whatever the differences say.
 - :mod:`differences`: how far a gradient is from differences of the loss.

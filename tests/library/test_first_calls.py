@@ -1,0 +1,225 @@
+"""Which calls of ``metapl.hypergradient`` are verified: the first for what it computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from faults import flipped_sign
+from kinds import KINDS, C, TwoLayers, plain
+from torch import nn
+
+import metapl
+from metapl import Lookahead, MetaplError, PseudoLabels
+from metapl.training.verification import VerificationWarning, check, first_calls, verdict
+
+X, U = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)).unbind()
+OUTER = X, torch.arange(8) % C
+
+
+class Networks:
+    """A teacher and a student, and calls on them."""
+
+    def __init__(self, width: int = 5, forward: Callable[..., Any] = plain) -> None:
+        torch.manual_seed(1)
+        self.teacher = nn.Sequential(nn.Linear(4, width), nn.Dropout(0.1), nn.Linear(width, C))
+        self.student: nn.Module = TwoLayers(forward)
+        self.optimizer: Any = self.sgd()
+
+    def sgd(self, lr: float = 0.1, **options: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.student.parameters(), lr=lr, **options)
+
+    def call(self, **options: Any) -> Any:
+        arguments: dict[str, Any] = {
+            "outer": OUTER,
+            "inner": U,
+            "inner_optimizer": self.optimizer,
+            **options,
+        }
+        return metapl.hypergradient(self.teacher, self.student, **arguments)
+
+
+@pytest.fixture
+def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return the modes of the steps that have been verified."""
+    modes: list[str] = []
+    verify_step = verdict.verify_step
+
+    def noting(step: Any, mode: Any) -> Any:
+        modes.append(mode.name)
+        return verify_step(step, mode)
+
+    monkeypatch.setattr(verdict, "verify_step", noting)
+    return modes
+
+
+def test_the_first_call_is_verified(verified: list[str]) -> None:
+    networks = Networks()
+    networks.call(verify=False)
+    networks.call(mode="none")
+    assert verified == []
+    networks.call()
+    networks.call()
+    assert verified == ["forward"]
+
+
+def test_another_student_of_one_architecture_is_known(verified: list[str]) -> None:
+    networks = Networks()
+    networks.call()
+    for rate in (0.1, 0.5):
+        networks.student = copy.deepcopy(networks.student)
+        with torch.no_grad():
+            networks.student.a.weight.mul_(2)
+        networks.optimizer = networks.sgd(rate)
+        networks.call()
+        Networks().call()
+    assert len(verified) == 1
+
+
+def evaluate(networks: Networks) -> None:
+    networks.student.eval()
+
+
+def freeze(networks: Networks) -> None:
+    networks.student.a.requires_grad_(requires_grad=False)
+
+
+def give_momentum(networks: Networks) -> None:
+    networks.optimizer = networks.sgd(momentum=0.9)
+
+
+def give_adam(networks: Networks) -> None:
+    networks.optimizer = torch.optim.Adam(networks.student.parameters())
+
+
+def widen_teacher(networks: Networks) -> None:
+    networks.teacher = Networks(width=6).teacher
+
+
+def hook(networks: Networks) -> None:
+    networks.student.a.register_forward_hook(lambda part, inputs, outputs: 2 * outputs)
+
+
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        (evaluate, {}),
+        (freeze, {}),
+        (give_momentum, {}),
+        (give_adam, {}),
+        (widen_teacher, {}),
+        (hook, {}),
+        (None, {"mode": "unrolled"}),
+        (None, {"mode": metapl.feedback.Forward(by="tangent")}),
+        (None, {"accumulate": 2}),
+        (None, {"clip_norm": 1.0}),
+        (None, {"inner": Lookahead([U, U])}),
+        (None, {"wrt": ("teacher", "lr")}),
+        (None, {"problem": PseudoLabels(temperature=2.0)}),
+        (None, {"verify": "warn"}),
+    ],
+)
+def test_what_computes_something_else_is_verified(
+    verified: list[str], change: Callable[[Networks], None] | None, options: dict[str, Any]
+) -> None:
+    networks = Networks()
+    networks.call()
+    if change is not None:
+        change(networks)
+    networks.call(**options)
+    networks.call(**options)
+    assert len(verified) == 2
+
+
+def scaled_by_a_closure(factor: float) -> Callable[..., Any]:
+    return lambda student, x: factor * plain(student, x)
+
+
+def test_what_has_no_description_is_known_by_its_objects(
+    verified: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    networks = [Networks(forward=scaled_by_a_closure(2.0)) for _ in range(3)]
+    for _ in range(2):
+        networks[0].call()
+    assert (len(verified), caplog.records) == (1, [])
+    for other in networks[1:]:
+        other.call()
+    assert len(verified) == 3
+    assert [record.message for record in caplog.records] == [
+        "metapl.hypergradient verifies each call here that is given new objects: a closure, or a "
+        "function that reads a network by its name has no description. Give the same ones, or "
+        "verify=False."
+    ]
+
+
+def test_what_has_died_is_not_known_by_its_address() -> None:
+    calls = first_calls.VerifiedCalls()
+    student = nn.Linear(2, 2)
+    calls.remember("key", [student])
+    assert calls.knows("key", [student])
+    assert not calls.knows("key", [nn.Linear(2, 2)])
+    del student
+    assert not calls.knows("key", [nn.Linear(2, 2)])
+
+
+def test_the_memory_is_bounded() -> None:
+    calls = first_calls.VerifiedCalls()
+    for key in range(2 * first_calls.MOST_REMEMBERED):
+        calls.remember(key)
+        calls.remember(0)
+    known = [key for key in range(2 * first_calls.MOST_REMEMBERED) if calls.knows(key)]
+    assert len(known) == first_calls.MOST_REMEMBERED
+    assert known[0] == 0
+
+
+def test_a_wrong_gradient_is_refused_in_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    flipped_sign(monkeypatch)
+    networks = Networks()
+    for _ in range(2):
+        with pytest.raises(MetaplError, match="not that of its h"):
+            networks.call()
+    with pytest.warns(VerificationWarning, match="not that of its h") as warned:
+        networks.call(verify="warn")
+    assert warned[0].filename == __file__
+    networks.call(verify="warn")
+    networks.call(verify=False)
+
+
+def test_generators_move_as_without_verification(verified: list[str]) -> None:
+    """Masks are drawn by the default generator, and labels by one of the caller's."""
+    results = []
+    for verify in (False, True):
+        networks = Networks()
+        generator = torch.Generator().manual_seed(3)
+        torch.manual_seed(2)
+        result = networks.call(mode="reinforce", generator=generator, verify=verify)
+        results.append((result.feedback, result.grads["0.weight"], torch.rand(3)))
+        results.append((torch.rand(3, generator=generator),))
+    assert verified == ["reinforce"]
+    for before, after in zip(results[:2], results[2:], strict=True):
+        for t, t_after in zip(before, after, strict=True):
+            assert torch.equal(t, t_after)
+
+
+def test_large_networks_are_left_out_with_one_line(
+    verified: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(check, "MOST_WEIGHTS", 10)
+    for _ in range(2):
+        Networks().call()
+    assert (verified, len(caplog.records)) == ([], 1)
+    assert "are not verified: give metapl.check_gradient" in caplog.text
+
+
+def test_a_student_that_was_silently_wrong_is_refused() -> None:
+    """Its weights are clamped by the forward itself, and no graph shows it."""
+    networks = Networks()
+    networks.student = TwoLayers(*KINDS["clamped weights"][1:])
+    networks.optimizer = networks.sgd()
+    ahead = Lookahead([U, U, U])
+    networks.call(inner=ahead, verify=False)
+    with pytest.raises(MetaplError, match="writes to its weights"):
+        networks.call(inner=ahead)
