@@ -248,9 +248,8 @@ class Differentiation:
     @cached_property
     def slots(self) -> list[Slots]:
         """The networks' tables as they are in this call, the teacher's first."""
-        no_teacher = self.of_teacher is None
-        networks = [nn.Module() if no_teacher else self.of_teacher.network, self.of_student.network]
-        return [Slots(network) for network in networks]
+        teacher = nn.Module() if self.of_teacher is None else self.of_teacher.network
+        return [Slots(teacher), Slots(self.of_student.network)]
 
     def _read_batches(self) -> None:
         """Read the look-ahead, and refuse what does not go together."""

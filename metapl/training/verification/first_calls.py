@@ -73,7 +73,8 @@ def verify_first_call(differentiation: Differentiation, setting: bool | Literal[
 def objects_of(differentiation: Differentiation) -> list[Any]:
     """Return the networks, the problem, the mode and the parts of the optimizer of a call."""
     request = differentiation.request
-    parts = [request.teacher, request.student, request.problem, differentiation.estimate]
+    parts: list[Any] = [request.teacher, request.student, request.problem]
+    parts.append(differentiation.estimate)
     optimizer = request.inner_optimizer
     # Several optimizers, or the functions of a transform.
     parts += optimizer if isinstance(optimizer, tuple | list) else [optimizer]
