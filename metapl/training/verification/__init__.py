@@ -2,7 +2,7 @@
 
 - :mod:`check`: when a step is verified, and what is said of it.
 - :mod:`first_calls`: which calls of :func:`metapl.hypergradient` are verified.
-- :mod:`verdict`: the verdict on a step.
+- :mod:`verdict`, :mod:`result`: the verdict on a step, and what comes of it.
 - :mod:`case`: the mode's gradient and the real step, at one point.
 - :mod:`contract`: what a step must keep whatever the differences say.
 - :mod:`differences`: how far a gradient is from differences of the loss.
@@ -10,11 +10,7 @@
 - :mod:`real_step`: the step itself, taken on copies.
 """
 
-from metapl.training.verification.check import (
-    GradientCheck,
-    Verification,
-    VerificationWarning,
-    check_gradient,
-)
+from metapl.training.verification.check import Verification, check_gradient
+from metapl.training.verification.result import GradientCheck, VerificationWarning
 
 __all__ = ["GradientCheck", "Verification", "VerificationWarning", "check_gradient"]

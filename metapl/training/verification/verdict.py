@@ -16,11 +16,11 @@ from metapl.feedback.door import DrawsOutside, PastTheSignal, refusing_draws_out
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.training.verification.case import EPS, EPS32, Case, Errors
 from metapl.training.verification.causes import changing_loss, coarsest_rounding, first_difference
-from metapl.training.verification.check import GradientCheck, Status
 from metapl.training.verification.contract import breach_of_contract
 from metapl.training.verification.differences import errors_of
 from metapl.training.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
 from metapl.training.verification.real_step import Evaluation, RealStep
+from metapl.training.verification.result import GradientCheck, Status
 
 LOG = logging.getLogger("metapl")
 
