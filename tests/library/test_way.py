@@ -25,11 +25,11 @@ class Way(NamedTuple):
 
 BOUNDS = {
     "eager": Way(files=27, functions=158, lines=933),
-    "hypergradient": Way(files=33, functions=221, lines=1230),
+    "hypergradient": Way(files=34, functions=226, lines=1258),
     "compiled": Way(files=11, functions=38, lines=189),
 }
 
-IMPORTED_LINES = 23_493
+IMPORTED_LINES = 22_205
 """Lines of the files of the package that ``import metapl`` loads."""
 
 SLACK = 0.9
