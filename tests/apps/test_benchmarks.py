@@ -113,6 +113,10 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
         f"gradient silently ([others: {min(every_other)} to {max(every_other)}][silent])." in readme
     )
     assert (verified["wrong"], outcomes["metapl, unrolled"]["wrong"]) == (0, 0)
+    assert outcomes["metapl.hypergradient"]["wrong"] == 0
+    # The page has these two in words.
+    unverified = ("metapl, forward, verify=False", "metapl.hypergradient, verify=False")
+    assert [outcomes[way]["wrong"] for way in unverified] == [7, 12]
 
     right_elsewhere = set().union(*(right[way] for way in [*others, "bergson 2.5.1"]))
     page = " ".join((ROOT / "docs" / "peers.md").read_text().split())
@@ -125,6 +129,7 @@ def test_the_sentences_about_silent_errors_follow_from_the_rows() -> None:
     refused_by_name = {"Python's random numbers", "weight norm, the old one"}
     assert missed == {"a captured teacher", "a count in an attribute"} | refused_by_name
     assert missed - right["metapl, unrolled"] == {"a captured teacher"} | refused_by_name
+    assert "silently wrong on seven, and `metapl.hypergradient` on twelve" in page
 
 
 def test_the_claims_of_the_readme_are_those_of_the_rows() -> None:
