@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -222,7 +223,11 @@ class Duals:
     @classmethod
     def of(cls, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Duals | None:
         """Return the parts of three arguments; None where this module has no rule for them."""
-        if any(t is not None and type(t) not in PLAIN_TENSORS for t in (x, weight, bias)):
+        tensors = [t for t in (x, weight, bias) if t is not None]
+        if any(type(t) not in PLAIN_TENSORS for t in tensors):
+            return None
+        # Under vmap a dual number cannot be taken apart.
+        if any(map(is_batchedtensor, tensors)):
             return None
         if weight is None and bias is not None:
             # Modules have both, or a weight alone.

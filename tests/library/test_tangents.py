@@ -57,6 +57,18 @@ def group_norm_by_bias(x: Tensor, bias: Tensor) -> Tensor:
     return F.group_norm(x, 2, None, bias)
 
 
+class RowByRow(nn.Module):
+    """A group norm that each row takes by itself, under ``vmap``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        of_rows: Tensor = torch.func.vmap(lambda row: self.norm(row[None])[0])(x)
+        return of_rows
+
+
 PICTURES = (5, 3, 8, 8)
 SEQUENCES = (5, 6, 3)
 # A network with its norms, and the shape of a batch for it.
@@ -103,6 +115,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (7, 3),
     ),
     "group norm of rows": (lambda: rows(nn.GroupNorm(1, 4), nn.GroupNorm(1, 4)), (7, 3)),
+    "group norm under vmap": (lambda: rows(RowByRow(), nn.GroupNorm(1, 4)), (7, 3)),
 }
 
 
