@@ -29,7 +29,7 @@ BOUNDS = {
     "compiled": Way(files=11, functions=38, lines=189),
 }
 
-IMPORTED_LINES = 22_205
+IMPORTED_LINES = 22_211
 """Lines of the files of the package that ``import metapl`` loads."""
 
 SLACK = 0.9

@@ -176,7 +176,8 @@ def check_step(
         refuse_hooks(student_layout.network)
     # A truncated feedback is verified over as many steps as it goes back, untruncated.
     truncate = getattr(estimate, "truncate", None)
-    verified_steps = min(len(inner_batches), STEPS if truncate is None else max(1, truncate), STEPS)
+    most_steps = STEPS if truncate is None else min(STEPS, max(1, truncate))
+    verified_steps = min(len(inner_batches), most_steps)
 
     def with_part(number: int) -> GradientCheck:
         return verify_step(
