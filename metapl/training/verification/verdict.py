@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +29,7 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
 
     Nothing of the process is moved.
     """
-    estimate = without_shape(estimate)
+    estimate = estimate.without_shape()
     if not estimate.gives_gradient:
         return GradientCheck("nothing to verify", f"mode {estimate.name!r} gives no feedback.")
     generators_before = rng_state()
@@ -109,29 +108,6 @@ def out_of_memory(error: BaseException) -> GradientCheck:
         f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller network of "
         "the same kind, or verify=False.",
     )
-
-
-def without_shape(estimate: Any) -> Estimator:
-    """Return the estimator with its h as it is found.
-
-    It is neither normalized, nor less a baseline, nor truncated, nor a mean. What only shapes h is
-    no part of the derivative: the mean of Algorithm 1 is 1/B of it.
-    """
-    # A control alters the feedback of its base.
-    plain_estimator: Any = getattr(estimate, "base", estimate)
-    options = {
-        "normalization": "gradient",
-        "similarity": "dot",
-        "baseline": None,
-        "truncate": None,
-        "keep_on": None,
-        "reduction": "sum",
-    }
-    names = {f.name for f in fields(plain_estimator)} if is_dataclass(plain_estimator) else set()
-    unshaped: Estimator = replace(
-        plain_estimator, **{name: value for name, value in options.items() if name in names}
-    )
-    return unshaped
 
 
 def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) -> GradientCheck:
