@@ -200,78 +200,24 @@ def refusing_draws_outside() -> Iterator[None]:
 # ------------------------------------------------------------------------- state that signal writes
 
 
-class KeptBySignal:
-    """What calls of a problem's ``signal`` leave in the problem, where each is made twice.
-
-    What a second call leaves otherwise than the first, such as a running mean or a counter, has
-    moved twice in one step. A note of the last signal has not.
-
-    Args:
-        problem: whose tensors and numbers are looked at.
-        teacher: whose buffers are rewound between the calls, and are left out.
-    """
-
-    def __init__(self, problem: BilevelProblem, teacher: nn.Module) -> None:
-        self.problem = problem
-        self.teacher = teacher
-        self.left_by_first_calls: list[dict[str, Any]] = []
-
-    @contextmanager
-    def first_call(self) -> Iterator[None]:
-        """Note what the call in this block leaves."""
-        yield
-        self.left_by_first_calls.append(numbers_in(self.problem, self.teacher))
-
-    @contextmanager
-    def second_call(self, number: int) -> Iterator[None]:
-        """Refuse what the call in this block changes otherwise than the first of the same batch.
-
-        Args:
-            number: of that first call.
-        """
-        before = numbers_in(self.problem, self.teacher)
-        yield
-        after = numbers_in(self.problem, self.teacher)
-        left_first = self.left_by_first_calls[number]
-        moved = []
-        for name in names_written(before, after):
-            is_as_first = name in left_first and same_to_rounding(after[name], left_first[name])
-            if not is_as_first:
-                moved.append(name)
-        if moved:
-            raise PastTheSignal(
-                f"{kind_of(self.problem)} keeps state between calls of signal ({few(moved, 3)}), "
-                "which is called twice here (recompute_teacher, accumulate, or batches that are "
-                "read again) and would move twice in a step; expected it in a buffer of the "
-                "teacher (register_buffer), which is rewound and moves once for each micro-batch."
-            )
-
-
 def numbers_in(problem: BilevelProblem, teacher: nn.Module | None = None) -> dict[str, Tensor]:
     """Return copies of the tensors and numbers that a problem holds, by their places in it.
 
-    They are its attributes, what stands in dicts and lists there, and what modules hold that it
-    has.
+    They are those that a checkpoint has, and those of classes and closures that it names.
 
     Args:
         problem: what is looked at.
         teacher: whose tensors are left out, where the problem has it too.
     """
+    from metapl.data import held_values
+
     held_by_teacher: set[int] = set()
     if teacher is not None:
-        held_by_teacher = {id(t) for t in teacher.state_dict(keep_vars=True).values()}
-    copies: dict[str, Tensor] = {}
-    for keys, leaf in pytree.tree_flatten_with_path(dict(vars(problem)))[0]:
-        place = ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in keys)
-        parts = {place: leaf}
-        if isinstance(leaf, nn.Module):
-            parts = {f"{place}.{name}": t for name, t in leaf.state_dict(keep_vars=True).items()}
-        for name, value in parts.items():
-            if isinstance(value, numpy.ndarray | int | float):
-                copies[name] = torch.as_tensor(value).clone()
-            elif isinstance(value, Tensor) and id(value) not in held_by_teacher:
-                copies[name] = value.detach().clone()
-    return copies
+        held_by_teacher = {id(part) for part in teacher.modules()}
+        held_by_teacher |= {id(t) for t in teacher.state_dict(keep_vars=True).values()}
+    values = held_values.held_values(problem, held_values.Walk(held_by_teacher))
+    numbers = held_values.numbers_in(values)
+    return {place: torch.as_tensor(number).clone() for place, number in numbers}
 
 
 def names_written(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:

@@ -46,7 +46,6 @@ from metapl.feedback import (
 )
 from metapl.feedback.door import (
     FirstLook,
-    KeptBySignal,
     outer_variables,
     refuse_direct_term_in_processes,
     refuse_learned_settings,
@@ -391,6 +390,8 @@ class Differentiation:
         ranks = self.of_student.ranks
         steps = len(self.inner_batches)
         network = nn.Module() if request.teacher is None else request.teacher
+        from metapl.feedback.kept_by_signal import KeptBySignal
+
         teaching = Teaching(
             self.of_teacher,
             self.problem,

@@ -97,6 +97,11 @@ class Trainer(ABC):
         """The optimizers by the names of the arguments that they are, the student's first."""
 
     @property
+    @abstractmethod
+    def owners(self) -> dict[str, object]:
+        """The problem and the losses, which may hold state in attributes, by their roles."""
+
+    @property
     def schedulable(self) -> list[torch.optim.Optimizer]:
         """The optimizers whose learning rates the schedule moves.
 
@@ -448,7 +453,10 @@ class Trainer(ABC):
         """Return what of the networks is frozen and in evaluation, and their values, by role."""
         from metapl.training.network_settings import network_settings
 
-        return {role: network_settings(network) for role, network in self.networks.items()}
+        registered = self.registered()
+        return {
+            role: network_settings(network, registered) for role, network in self.networks.items()
+        }
 
     def set_network_settings(self, settings: Mapping[str, Any]) -> None:
         """Give the networks the settings that :meth:`network_settings` has returned."""
@@ -457,17 +465,31 @@ class Trainer(ABC):
         for role, network in self.networks.items():
             set_network_settings(network, settings[role], role)
 
-    def registered_tensors(self) -> set[int]:
-        """Return the ids of the networks' parameters and buffers."""
-        networks = self.networks.values()
-        return {id(t) for n in networks for t in chain(n.parameters(), n.buffers())}
+    def registered(self) -> set[int]:
+        """Return the ids of the networks' modules, parameters and buffers."""
+        from metapl.training.network_settings import registered_in
+
+        return set().union(*map(registered_in, self.networks.values()))
+
+    def held(self) -> dict[str, dict[str, Any]]:
+        """Return what problem and losses hold in attributes, such as a running mean, by roles."""
+        from metapl.data.held_values import Walk, held_values
+
+        walk = Walk(self.registered())
+        return {role: held_values(owner, walk) for role, owner in self.owners.items()}
+
+    def put_held(self, values: Mapping[str, Any]) -> None:
+        """Give problem and losses what :meth:`held` has returned."""
+        from metapl.data.held_values import put_values
+
+        for role, owner in self.owners.items():
+            put_values(owner, values.get(role, {}), device=self.device)
 
     def unsaved(self, saved: Mapping[str, Any]) -> list[str]:
-        """Return what may be state of networks and problem and is not in a state, in words."""
+        """Return what is not as in a state that was put back, or is in no state, in words."""
         from metapl.training.network_settings import unsaved_in_words
 
-        owners = {**self.networks, "problem": getattr(self, "problem", None)}
-        return unsaved_in_words(owners, self.registered_tensors(), saved)
+        return unsaved_in_words(saved, self.live_state())
 
     def _warn(self, text: str) -> None:
         warnings.warn(text.removeprefix("warning: "), stacklevel=4)

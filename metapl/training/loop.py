@@ -310,13 +310,23 @@ class Fit:
         ):
             callback.load_state_dict(callback_state)
         settings_before = copy.deepcopy(self.trainer.network_settings())
-        self.trainer.load_state_dict({**state["trainer"], "generator": process_state["generator"]})
+        trainer_state = {**state["trainer"], "generator": process_state["generator"]}
+        held = trainer_state["held"]
+        for role in held:
+            name = role.partition("[")[0]
+            if process_state["compared"].get(name) != self.settings().get(name):
+                # Of resume="anyway": numbers of the problem and the losses that are given now.
+                held = {other: values for other, values in held.items() if other != role}
+        self.trainer.load_state_dict({**trainer_state, "held": held})
         for role, settings in self.trainer.network_settings().items():
             changes = restored_in_words(settings_before[role], settings)
             if changes:
                 self.say(f"as when it was saved, of the {role} are {'; '.join(changes)}")
         if words := self.trainer.unsaved(state["trainer"]):
-            self.say(f"warning: no checkpoint has {few(words, 3)}; expected a buffer or a module")
+            self.say(
+                f"warning: not restored: {few(words, 3)}; expected numbers, tensors or modules in "
+                "attributes, which are made before the fit"
+            )
         self.selection.load_state_dict(state)
         self.patience.load_state_dict(state["patience"])
         self.step = state["step"]

@@ -128,6 +128,10 @@ class LossTrainer(Trainer):
         return {"optimizer": self.optimizer}
 
     @property
+    def owners(self) -> dict[str, object]:
+        return {f"losses[{number}]": loss for number, loss in enumerate(self.losses)}
+
+    @property
     def reads_inner(self) -> bool:
         return any(reads_inner_at(loss, self.steps_done) for loss in self.losses)
 
@@ -246,6 +250,7 @@ class LossTrainer(Trainer):
         return {
             "student": self.student.state_dict(),
             "settings": self.network_settings(),
+            "held": self.held(),
             "optimizer": self.optimizer.state_dict(),
             "steps_done": self.steps_done,
         }
@@ -255,6 +260,7 @@ class LossTrainer(Trainer):
         refuse_missing_entries(state, self.live_state())
         load_whole(self.student, state["student"])
         self.set_network_settings(state["settings"])
+        self.put_held(state["held"])
         refuse_state_of_another(state["optimizer"], self.optimizer, "optimizer")
         self.optimizer.load_state_dict(
             laid_out_for(copy.deepcopy(state["optimizer"]), self.optimizer)

@@ -6,15 +6,23 @@ runs. A resumed run builds its networks anew, as they were when the first one be
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Mapping
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 
+from metapl.data.held_values import (
+    BEYOND,
+    LOST,
+    Walk,
+    held_values,
+    put_values,
+    same,
+    unsaved,
+)
 from metapl.errors import MetaplError, few
-from metapl.training.held_values import BEYOND, held_values, put_values, same, unsaved
 
 NetworkSettings = Mapping[str, Any]
 
@@ -26,25 +34,30 @@ VALUES = "values"
 CPU = torch.device("cpu")
 
 
-def network_settings(network: nn.Module) -> dict[str, Any]:
+def network_settings(
+    network: nn.Module, registered: Container[int] | None = None
+) -> dict[str, Any]:
     """Return what is frozen, the class of each module, and its attributes that are values.
 
     ``training`` is one of these values, as are the rate of a dropout, a counter, and a queue of
     features in a list. Their tensors share their memory with those of the network.
+
+    Args:
+        registered: the ids of tensors and modules that are saved elsewhere; default the network's.
     """
     frozen = [name for name, p in network.named_parameters() if not p.requires_grad]
-    registered = registered_in(network)
+    walk = Walk(registered_in(network) if registered is None else registered)
     classes: dict[str, str] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, module in network.named_modules():
         classes[name] = class_name(module)
-        values[name] = held_values(module, registered)
+        values[name] = held_values(module, walk)
     return {FROZEN: frozen, CLASSES: classes, VALUES: values}
 
 
 def registered_in(network: nn.Module) -> set[int]:
-    """Return the ids of a network's parameters and buffers."""
-    return {id(t) for t in chain(network.parameters(), network.buffers())}
+    """Return the ids of a network's modules, parameters and buffers."""
+    return {id(t) for t in chain(network.modules(), network.parameters(), network.buffers())}
 
 
 def set_network_settings(network: nn.Module, settings: NetworkSettings, role: str) -> None:
@@ -100,26 +113,22 @@ def changed_by_evaluation(network: nn.Module) -> list[str]:
     return changes
 
 
-def unsaved_in_words(
-    owners: Mapping[str, object], registered: Container[int], saved: Mapping[str, Any]
-) -> list[str]:
-    """Return what may be state of networks or a problem and is in no checkpoint, in words.
+def unsaved_in_words(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Return what may be state of networks, problem or losses and is not restored, in words.
 
     Args:
-        owners: the networks and the problem, by their roles.
-        registered: the ids of the networks' parameters and buffers.
         saved: the trainer's state in the checkpoint.
+        current: its state now.
     """
     words = []
-    for role, owner in owners.items():
-        parts: Iterable[tuple[str, object]] = [("", owner)]
-        saved_values = {"": saved.get(role, {})}
-        if isinstance(owner, nn.Module):
-            parts = owner.named_modules()
-            saved_values = saved["settings"][role][VALUES]
-        for name, part in parts:
-            for place, reason in unsaved(part, registered, saved_values.get(name, {})).items():
-                words.append(f"the {role}'s {f'{name}.{place}'.lstrip('.')} ({reason})")
+    for role, settings in current["settings"].items():
+        for name, values in settings[VALUES].items():
+            saved_values = saved["settings"][role][VALUES].get(name, {})
+            for place, reason in unsaved(saved_values, values, name):
+                words.append(f"the {role}'s {place} ({reason})")
+    for role, values in current["held"].items():
+        for place, reason in unsaved(saved["held"].get(role, {}), values):
+            words.append(f"the {role}'s {place} ({reason})")
     return words
 
 
@@ -136,7 +145,7 @@ def restored_in_words(before: NetworkSettings, after: NetworkSettings) -> list[s
     for name, values_after in after[VALUES].items():
         values_before = before[VALUES].get(name, {})
         for attribute, value in values_after.items():
-            if attribute == BEYOND:
+            if attribute in (BEYOND, LOST):
                 continue
             if attribute not in values_before or not same(values_before[attribute], value):
                 number = f" = {value}" if isinstance(value, bool | int | float | str) else ""

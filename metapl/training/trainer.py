@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,7 +40,6 @@ from metapl.feedback import (
 )
 from metapl.feedback.door import (
     FirstLook,
-    KeptBySignal,
     hooked,
     outer_variables,
     refuse_direct_term_in_processes,
@@ -338,7 +338,7 @@ class BilevelTrainer(Trainer):
         # steps.
         self.measures_feedback = False
         # The fingerprints of networks whose first step was looked at.
-        self._looked_at: set[int] = set()
+        self._looked_at = Counter[int]()
         # What is asked once, until the networks change.
         self._standing: Standing | None = None
 
@@ -426,7 +426,7 @@ class BilevelTrainer(Trainer):
         opened = self._open_step(outer, inner_batches)
         if self.compiled_step is not None:
             report = self.compiled_step(self, plain(outer), inner_batches)
-            self._looked_at.add(opened.fingerprint)
+            self._looked_at[opened.fingerprint] += 1
             return report
         steps = len(inner_batches)
         if steps != self.lookahead:
@@ -549,7 +549,10 @@ class BilevelTrainer(Trainer):
         # The update is of the weights that are learned now: layers may have been thawed.
         self.update.follow(student.parameters)
         check = calls = None
-        if opened.is_first:
+        # In the second step too: a mean teacher that begins as the teacher does not move before.
+        if self._looked_at[opened.fingerprint] < 2:
+            from metapl.feedback.kept_by_signal import KeptBySignal
+
             check = partial(
                 check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
             )
@@ -649,7 +652,7 @@ class BilevelTrainer(Trainer):
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
-            self._looked_at.add(opened.fingerprint)
+            self._looked_at[opened.fingerprint] += 1
             return report
 
     def _reshard(self) -> None:
@@ -888,6 +891,13 @@ class BilevelTrainer(Trainer):
             optimizers["outer_optimizer"] = self.outer_optimizer
         return optimizers
 
+    @property
+    def owners(self) -> dict[str, object]:
+        owners: dict[str, object] = {"problem": self.problem}
+        for number, loss in enumerate(self.teacher_losses or ()):
+            owners[f"teacher_losses[{number}]"] = loss
+        return owners
+
     def _choices(self) -> str:
         return f"mode {mode_words(self.mode)}, problem {kind_of(self.problem)}"
 
@@ -915,7 +925,7 @@ class BilevelTrainer(Trainer):
             "teacher": None if self.teacher is None else self.teacher.state_dict(),
             "student": self.student.state_dict(),
             "settings": self.network_settings(),
-            "problem": self._problem_values(),
+            "held": self.held(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "mode_state": self.mode_state,
@@ -924,18 +934,6 @@ class BilevelTrainer(Trainer):
             "verification": self.verification.state_dict(),
             "orders": self.orders.state_dict(),
         }
-
-    def _problem_values(self) -> dict[str, Any]:
-        """Return what the problem holds in attributes, such as a running mean."""
-        from metapl.training.held_values import held_values
-
-        return held_values(self.problem, self.registered_tensors())
-
-    def _put_problem_values(self, values: dict[str, Any]) -> None:
-        """Give the problem what :meth:`_problem_values` has returned."""
-        from metapl.training.held_values import put_values
-
-        put_values(self.problem, values, device=self.device)
 
     def _load(self, state: dict[str, Any]) -> None:
         """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part.
@@ -956,7 +954,7 @@ class BilevelTrainer(Trainer):
             load_whole(self.teacher, state["teacher"])
         load_whole(self.student, state["student"])
         self.set_network_settings(state["settings"])
-        self._put_problem_values(state["problem"])
+        self.put_held(state["held"])
         # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
         self.update.load_state_dict(
             laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -645,7 +646,7 @@ def test_a_training_with_micro_batches_ends_where_that_on_whole_batches_does() -
     assert accuracy[1] == pytest.approx(accuracy[0], abs=0.005)
 
 
-@pytest.mark.parametrize("holder", ["dict", "list", "array", "module", "number"])
+@pytest.mark.parametrize("holder", ["dict", "list", "array", "module", "number", "object"])
 def test_state_anywhere_in_the_problem_is_refused(holder: str) -> None:
     class Counting(metapl.BilevelProblem):
         def __init__(self) -> None:
@@ -655,6 +656,7 @@ def test_state_anywhere_in_the_problem_is_refused(holder: str) -> None:
                 "array": numpy.array([0.5]),
                 "module": nn.BatchNorm1d(3),
                 "number": 0.5,
+                "object": SimpleNamespace(level=0.5),
             }[holder]
 
         def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Signal:
@@ -664,6 +666,8 @@ def test_state_anywhere_in_the_problem_is_refused(holder: str) -> None:
                 self.held["level"] = 0.9 * self.held["level"] + 0.1 * surest
             elif holder == "module":
                 self.held(q.detach())
+            elif holder == "object":
+                self.held.level = 0.9 * self.held.level + 0.1 * float(surest)
             elif holder == "number":
                 self.held = 0.9 * self.held + 0.1 * float(surest)
             else:
@@ -687,6 +691,41 @@ def test_state_anywhere_in_the_problem_is_refused(holder: str) -> None:
     )
     with pytest.raises(MetaplError, match="Counting keeps state between calls of signal"):
         trainer.step((torch.randn(8, 4), torch.arange(8) % 3), torch.randn(12, 4))
+
+
+def test_a_mean_teacher_that_begins_as_the_teacher_is_refused_where_it_first_moves() -> None:
+    """It stays in the first step, in which it and the teacher are the same."""
+
+    class Mean(metapl.BilevelProblem):
+        ema: Any = None
+
+        def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Signal:
+            if self.ema is None:
+                self.ema = copy.deepcopy(teacher).requires_grad_(requires_grad=False)
+            for p, weight in zip(self.ema.parameters(), teacher.parameters(), strict=True):
+                p.lerp_(weight.detach(), 0.3)
+            return Signal(0.5 * teacher(batch).softmax(-1) + 0.5 * self.ema(batch).softmax(-1))
+
+        def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+            return -(signal.value * outputs.log_softmax(-1)).sum(-1)
+
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            return F.cross_entropy(outputs, batch[1])
+
+    torch.manual_seed(0)
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, 3),
+        nn.Linear(4, 3),
+        "forward",
+        problem=Mean(),
+        teacher_losses=(),
+        recompute_teacher=True,
+        verify=False,
+    )
+    batches = (torch.randn(8, 4), torch.arange(8) % 3), torch.randn(12, 4)
+    trainer.step(*batches)
+    with pytest.raises(MetaplError, match=r"Mean keeps state .* \(ema.weight, ema.bias\)"):
+        trainer.step(*batches)
 
 
 class Threshold(metapl.BilevelProblem):

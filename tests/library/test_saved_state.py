@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy
@@ -318,10 +321,18 @@ def test_what_a_network_holds_in_an_attribute_is_saved(holder: str, tmp_path: Pa
     assert torch.equal(weights("stopped", resume=True), whole)
 
 
-def fit_and_stop(trainer: Any, out: Path, *, stops: bool = False, **options: Any) -> None:
-    """Fit a trainer for some steps, and perhaps stop between two of them."""
+def fit_and_stop(
+    trainer: Any,
+    out: Path,
+    *,
+    stops: bool = False,
+    change: Callable[[int, Any, Any], None] = lambda step, row, trainer: None,
+    **options: Any,
+) -> None:
+    """Fit a trainer for some steps, change it in some, and perhaps stop between two of them."""
 
     def at_step(step: int, row: Any, trainer: Any) -> None:
+        change(step, row, trainer)
         if stops and step == STOPPED_IN:
             raise KeyboardInterrupt
 
@@ -392,7 +403,7 @@ def test_what_no_checkpoint_has_is_named_where_a_fit_is_resumed(tmp_path: Path) 
     def run(**options: Any) -> None:
         torch.manual_seed(0)
         network = nn.Sequential(Remembering("dict"))
-        network[0].hidden = [nn.Linear(3, 3)]
+        network[0].hidden = [torch.zeros(3, dtype=torch.complex128)]
         trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
         fit_and_stop(trainer, tmp_path, **options)
 
@@ -400,18 +411,294 @@ def test_what_no_checkpoint_has_is_named_where_a_fit_is_resumed(tmp_path: Path) 
         run(stops=True)
     said: list[str] = []
     run(resume=True, say=said.append)
-    (line,) = [text for text in said if "no checkpoint" in text]
-    assert "the student's 0.hidden (a value in it is of type Linear)" in line
+    (line,) = [text for text in said if "not restored" in text]
+    assert "the student's 0.hidden (a value in it is a tensor of shape (3,), complex128" in line
+
+
+class Meter:
+    """A running mean, as helpers have it."""
+
+    def __init__(self) -> None:
+        self.mean = 0.5
+        self.count = 0
+
+    def update(self, value: torch.Tensor) -> float:
+        self.mean = 0.9 * self.mean + 0.1 * float(value)
+        self.count += 1
+        return self.mean
+
+
+@dataclass(slots=True)
+class TensorMeter:
+    mean: torch.Tensor = field(default_factory=lambda: torch.tensor(0.5))
+
+    def update(self, value: torch.Tensor) -> torch.Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * value
+        return self.mean
+
+
+class Signalling(metapl.BilevelProblem):
+    """A problem whose signal is scaled by what it keeps in one place."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        generator = torch.Generator().manual_seed(4)
+        self.kept: Any = {
+            "module": nn.BatchNorm1d(3),
+            "module in a list": [nn.BatchNorm1d(3)],
+            "mean teacher": nn.Linear(6, 3).requires_grad_(requires_grad=False),
+            "object": Meter(),
+            "dataclass with slots": TensorMeter(),
+            "optimizer": torch.zeros(1, requires_grad=True),
+        }[place]
+        if place == "mean teacher":
+            self.kept.weight.data = torch.randn(3, 6, generator=generator)
+        if place == "optimizer":
+            self.optimizer = torch.optim.SGD([self.kept], lr=0.1, momentum=0.9)
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        logits = teacher(batch)
+        mean = logits.detach().amax(1).mean()
+        scale: Any = 1.0
+        if self.place == "mean teacher":
+            for kept, weight in zip(self.kept.parameters(), teacher.parameters(), strict=True):
+                kept.lerp_(weight.detach(), 0.1)
+            scale = self.kept(batch).sigmoid()
+        elif self.place == "optimizer":
+            self.kept.grad = mean[None]
+            self.optimizer.step()
+            scale = self.kept.detach().exp()
+        elif self.place.startswith("module"):
+            norm = self.kept[0] if isinstance(self.kept, list) else self.kept
+            norm(logits.detach())
+            scale = norm.running_var
+        else:
+            scale = self.kept.update(mean)
+        return metapl.Signal(logits.softmax(-1) * scale)
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = -(signal.value * outputs.log_softmax(-1)).sum(-1)
+        return loss
+
+    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+class SignallingModule(Signalling, nn.Module):
+    """A problem that is a module, with its state in a buffer."""
+
+    def __init__(self, place: str) -> None:
+        nn.Module.__init__(self)
+        self.place = place
+        self.register_buffer("mean", torch.tensor(0.5))
+
+    @property
+    def kept(self) -> Any:
+        return self
+
+    def update(self, value: torch.Tensor) -> torch.Tensor:
+        self.mean.mul_(0.9).add_(0.1 * value)
+        return self.mean.clone()
 
 
 @dataclass
-class Counter:
-    count: int = 0
+class Centered:
+    """A loss that subtracts a running mean of the outputs, or divides by one of itself."""
+
+    center: Any
+    name: str = "centered"
+
+    def __call__(
+        self, teacher: nn.Module, *, outer: Any, inner: Any, signal: Any, step: int
+    ) -> torch.Tensor:
+        logits = teacher(outer[0])
+        if isinstance(self.center, torch.Tensor):
+            self.center = 0.9 * self.center + 0.1 * logits.detach().mean(0)
+            return nn.functional.cross_entropy(logits - self.center, outer[1])
+        loss = nn.functional.cross_entropy(logits, outer[1])
+        return loss / self.center.update(loss.detach())
 
 
-@pytest.mark.parametrize("place", ["counter.count", "Counting.seen", "rounds in signal", "steady"])
+def weights_after_resuming(
+    make: Callable[[], Any], out: Path, said: list[str], **options: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return the networks' weights of a fit that nobody stopped, and of one that is resumed."""
+
+    def weights(name: str, **fit_options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        trainer = make()
+        fit_and_stop(trainer, out / name, **options, **fit_options)
+        return [p.detach() for net in trainer.networks.values() for p in net.parameters()]
+
+    whole = weights("whole")
+    with pytest.raises(KeyboardInterrupt):
+        weights("stopped", stops=True)
+    return whole, weights("stopped", resume=True, say=said.append)
+
+
+PLACES = (
+    *("module", "module in a list", "mean teacher", "object", "dataclass with slots"),
+    *("optimizer", "own buffer"),
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_a_problem_holds_beside_plain_attributes_is_saved(place: str, tmp_path: Path) -> None:
+    def make() -> Any:
+        problem = SignallingModule if place == "own buffer" else Signalling
+        return metapl.BilevelTrainer(
+            nn.Linear(6, 3),
+            nn.Linear(6, 3),
+            "forward",
+            problem=problem(place),
+            teacher_losses=(),
+            verify=False,
+        )
+
+    said: list[str] = []
+    whole, resumed = weights_after_resuming(make, tmp_path, said)
+    assert all(map(torch.equal, whole, resumed))
+    assert not [text for text in said if "warning" in text]
+
+
+@pytest.mark.parametrize("kind", ["bilevel", "loss"])
+@pytest.mark.parametrize("has_tensor", [True, False])
+def test_what_a_loss_holds_is_saved(kind: str, *, has_tensor: bool, tmp_path: Path) -> None:
+    def make() -> Any:
+        student = nn.Linear(6, 3)
+        losses = (Centered(torch.zeros(3) if has_tensor else Meter()),)
+        if kind == "loss":
+            optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+            return metapl.LossTrainer(student, losses, optimizer=optimizer)
+        return metapl.BilevelTrainer(
+            nn.Linear(6, 3), student, "forward", teacher_losses=losses, verify=False
+        )
+
+    whole, resumed = weights_after_resuming(make, tmp_path, [])
+    assert all(map(torch.equal, whole, resumed))
+
+
+def test_a_network_that_a_problem_holds_is_not_saved_twice() -> None:
+    teacher, student = networks()
+    problem: Any = Rising()
+    problem.teacher = teacher
+    problem.layers = [teacher[0], nn.Linear(2, 2)]
+    trainer = metapl.BilevelTrainer(teacher, student, "forward", problem=problem, verify=False)
+    problem_values = trainer.live_state()["held"]["problem"]
+    assert "teacher" not in problem_values
+    first, second = problem_values["layers"]
+    assert "value" not in first
+    assert second["value"].keys() >= {"weight", "bias"}
+    trainer.load_state_dict(trainer.state_dict())
+    assert problem.teacher is teacher
+    assert problem.layers[0] is teacher[0]
+
+
+def test_a_loss_that_is_given_otherwise_stays_so_where_a_fit_goes_on_anyway(tmp_path: Path) -> None:
+    def fit_with(smoothing: float, **options: Any) -> Any:
+        torch.manual_seed(0)
+        student = nn.Linear(6, 3)
+        losses = (metapl.CrossEntropy(label_smoothing=smoothing),)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        trainer = metapl.LossTrainer(student, losses, optimizer=optimizer)
+        fit_and_stop(trainer, tmp_path, **options)
+        return trainer
+
+    with pytest.raises(KeyboardInterrupt):
+        fit_with(0.1, stops=True)
+    assert fit_with(0.3, resume="anyway").losses[0].label_smoothing == 0.3
+
+
+class Way(Enum):
+    UP = 1
+    DOWN = 2
+
+
+class Switched(nn.Module):
+    """A network with settings that a callback may exchange while a fit runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+        self.way = Way.UP
+        self.activation = torch.tanh
+        self.part: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits = self.activation(self.net(x))
+        if self.part is not None:
+            logits = logits * torch.arange(1, 4)[self.part]
+        return logits if self.way is Way.UP else logits.flip(1)
+
+
+def switch_way(network: Any) -> None:
+    network.way = Way.DOWN
+
+
+def exchange_activation(network: Any) -> None:
+    network.activation = torch.relu
+
+
+def cut(network: Any) -> None:
+    network.part = slice(1, 2)
+
+
+def hook(network: Any) -> None:
+    network.net.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
+
+
+SWITCHES = {
+    switch_way: "",
+    exchange_activation: "the student's activation (torch._VariableFunctionsClass.relu when it was",
+    cut: "the student's part (slice(1, 2, None) when it was saved, now None)",
+    hook: "the student's net.forward_hooks (",
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_is_exchanged_in_a_network_is_restored_or_named(switch: Any, tmp_path: Path) -> None:
+    def make() -> Any:
+        network = Switched()
+        return metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), 0.1))
+
+    def switch_once(step: int, row: Any, trainer: Any) -> None:
+        if step == CHANGED_IN:
+            switch(trainer.student)
+
+    said: list[str] = []
+    whole, resumed = weights_after_resuming(make, tmp_path, said, change=switch_once)
+    warnings = [text for text in said if "not restored" in text]
+    if SWITCHES[switch]:
+        (warning,) = warnings
+        assert SWITCHES[switch] in warning
+    else:
+        assert not warnings
+        assert all(map(torch.equal, whole, resumed))
+
+
+def test_a_module_that_is_not_made_yet_is_named(tmp_path: Path) -> None:
+    class Late(Rising):
+        ema: Any = None
+
+        def signal(self, teacher: Any, *args: Any, **options: Any) -> metapl.Signal:
+            if self.ema is None:
+                self.ema = deepcopy(teacher)
+            return super().signal(teacher, *args, **options)
+
+    def make() -> Any:
+        return metapl.BilevelTrainer(
+            nn.Linear(6, 3), nn.Linear(6, 3), "forward", problem=Late(), verify=False
+        )
+
+    said: list[str] = []
+    weights_after_resuming(make, tmp_path, said)
+    (warning,) = [text for text in said if "not restored" in text]
+    assert "the problem's ema (torch.nn.modules.linear.Linear when it was saved, now" in warning
+
+
+@pytest.mark.parametrize("place", ["Counting.seen", "rounds in signal", "steady"])
 def test_a_count_that_no_checkpoint_has_is_named(place: str, tmp_path: Path) -> None:
-    """Of an object in an attribute, of the problem's class, and of a closure."""
+    """Of the problem's class, and of a closure."""
 
     def run(**options: Any) -> None:
         rounds = 0
@@ -420,14 +707,9 @@ def test_a_count_that_no_checkpoint_has_is_named(place: str, tmp_path: Path) -> 
             seen = 0
             constant = 3.0
 
-            def __init__(self) -> None:
-                super().__init__()
-                self.counter = Counter()
-
             def signal(self, *args: Any, **options: Any) -> metapl.Signal:
                 nonlocal rounds
                 rounds += place == "rounds in signal"
-                self.counter.count += place == "counter.count"
                 type(self).seen += place == "Counting.seen"
                 return super().signal(*args, **options)
 
@@ -441,13 +723,13 @@ def test_a_count_that_no_checkpoint_has_is_named(place: str, tmp_path: Path) -> 
         run(stops=True)
     said: list[str] = []
     run(resume=True, say=said.append)
-    warnings = [text for text in said if "no checkpoint" in text]
+    warnings = [text for text in said if "not restored" in text]
     if place == "steady":
         assert not warnings
     else:
         (warning,) = warnings
         assert f"the problem's {place} (" in warning
-        assert warning.count("when it was saved, now 0;") == 1
+        assert warning.count("when it was saved, now 0)") == 1
 
 
 def test_a_loaded_state_keeps_containers_that_others_hold() -> None:
@@ -526,8 +808,8 @@ TRAINER_ATTRIBUTES = {
     "mode": BY_THE_PROGRAM,
     "problem": SAVED,
     "given_problem": BY_THE_PROGRAM,
-    "losses": BY_THE_PROGRAM,
-    "teacher_losses": BY_THE_PROGRAM,
+    "losses": SAVED,
+    "teacher_losses": SAVED,
     "feedback_weight": BY_THE_PROGRAM,
     "feedback_ratio": BY_THE_PROGRAM,
     "feedback_bound": BY_THE_PROGRAM,
@@ -648,10 +930,11 @@ def test_frozen_statistics_and_plain_networks_are_not_named() -> None:
 
 
 class Foreign:
-    """An object of a user's own that remembers in a tensor."""
+    """An object that remembers in a tensor, and has what no file has."""
 
     def __init__(self) -> None:
         self.mean = torch.zeros(3)
+        self.lock = Lock()
 
 
 class Holding(nn.Linear):
@@ -664,7 +947,7 @@ LOOP: dict[str, Any] = {}
 LOOP["me"] = LOOP
 UNUSUAL = {
     "a dict that holds itself": (LOOP, "it holds itself"),
-    "an object with a tensor": (Foreign(), "Foreign"),
+    "an object with a tensor": (Foreign(), "lock"),
     "an array that is turned around": (numpy.arange(5)[::-1], ""),
     "an array of the other order of bytes": (numpy.arange(3.0).astype(">f8"), ""),
     "an array of long doubles": (numpy.zeros(3, numpy.longdouble), "ndarray"),
