@@ -26,6 +26,9 @@ MOST_OUTSIDE = 0.5
 # Where different numbers become so few levels, some of them may be outliers.
 FEW_LEVELS = 32
 
+# The share of the numbers whose levels count; the others may be outliers of any level.
+NEARLY_ALL = 0.95
+
 
 def find_levels(
     learned: Sequence[Files],
@@ -85,11 +88,16 @@ def find_levels(
             f"{examples}: numbers from {low:,g} to {high:,g} cannot be compared with others; save "
             "all with 8 bits."
         )
-    used = len(np.unique(np.round((numbers - low) * (255 / (high - low)))))
-    if used < min(FEW_LEVELS, len(np.unique(numbers)) / 2):
+    # The levels of nearly all numbers: outliers that are spread fill many levels, each a little.
+    levels = np.round((numbers - low) * (255 / (high - low)))
+    _, places, counts = np.unique(levels, return_inverse=True, return_counts=True)
+    descending = np.argsort(-counts)
+    used = int(np.searchsorted(counts[descending].cumsum(), NEARLY_ALL * len(numbers))) + 1
+    is_used = np.isin(places, descending[:used])
+    if used < min(FEW_LEVELS, len(np.unique(numbers[is_used])) / 2):
         say(
-            f"note: numbers from {low:,g} to {high:,g} use {used} of 256 levels, for some are far "
-            "from the others; if these are faults, replace them"
+            f"note: nearly all numbers from {low:,g} to {high:,g} use {used} of 256 levels, for "
+            "some are far from the others; if these are faults, replace them"
         )
     if is_wide and len(first) > 1:
         return None
