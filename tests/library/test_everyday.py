@@ -211,7 +211,7 @@ def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
         ),
         "a network's": (
             lambda: of_losses().load_state_dict(network().state_dict()),
-            rf"it has no optimizer, settings, steps_done, student.*{loss_expected}",
+            rf"it has no held, optimizer, settings, steps_done, student.*{loss_expected}",
         ),
         "nothing": (
             lambda: bilevel().load_state_dict(None),

@@ -222,7 +222,9 @@ def test_a_series_that_diverges_says_where_its_step_size_is_from(step_size: floa
     assert "expected step_size=... below 2 over" in str(caught.value)
 
 
-def unsolved_ridge(scales: Tensor, *, at_optimum: bool, **options: Any) -> Any:
+def unsolved_ridge(
+    scales: Tensor, *, at_optimum: bool, penalty: float = 1e-5, **options: Any
+) -> Any:
     """Return the implicit gradient of a ridge regression in the weights of its examples."""
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(60, 20, generator=draw).double() * scales
@@ -230,7 +232,7 @@ def unsolved_ridge(scales: Tensor, *, at_optimum: bool, **options: Any) -> Any:
     y = y + 0.1 * torch.randn(60, 1, generator=draw).double()
     student = nn.Linear(20, 1, bias=False).double()
     if at_optimum:
-        eye = 1e-5 * torch.eye(20).double()
+        eye = penalty * torch.eye(20).double()
         student.weight.data = torch.linalg.solve(x.T @ x / 120 + eye, x.T @ y / 120).T
     else:
         nn.init.ones_(student.weight)
@@ -239,7 +241,7 @@ def unsolved_ridge(scales: Tensor, *, at_optimum: bool, **options: Any) -> Any:
         student,
         outer=(x, y),
         inner=(x, y, torch.arange(60)),
-        problem=WeightedRidge(),
+        problem=WeightedRidge(penalty),
         inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
         **options,
     )
@@ -248,13 +250,16 @@ def unsolved_ridge(scales: Tensor, *, at_optimum: bool, **options: Any) -> Any:
 class WeightedRidge(metapl.BilevelProblem):
     """A weight for each example, and a penalty."""
 
+    def __init__(self, penalty: float) -> None:
+        self.penalty = penalty
+
     def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
         return metapl.Signal(teacher(batch[2]).sigmoid())
 
     def inner_loss(
         self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
     ) -> Tensor:
-        penalty = 1e-5 * params["weight"].square().sum()
+        penalty = self.penalty * params["weight"].square().sum()
         return signal.value * (outputs - batch[1]).square().sum(1) + penalty
 
     def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -273,6 +278,41 @@ def test_a_system_that_is_not_solved_is_said() -> None:
     assert few.numbers["solver_residual"] > 0.1
     assert many.numbers["solver_residual"] < 1e-9
     assert many.numbers["gradient_norm"] < 1e-9
+
+
+@pytest.mark.parametrize("iterations", [10, 15])
+def test_small_eigenvalues_that_are_not_solved_are_said(iterations: int) -> None:
+    """Columns in units of 1 to 1e-4: the residual is below 1 %, and h is wrong by a tenth or more.
+
+    The outer rows are others than those of the inner loss.
+    """
+    draw = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -4, 12).double()
+    x, z = (torch.randn(n, 12, generator=draw).double() * scales for n in (60, 40))
+    y = x @ torch.randn(12, 1, generator=draw).double()
+    y = y + 0.1 * torch.randn(60, 1, generator=draw).double()
+    student = nn.Linear(12, 1, bias=False).double()
+    ridge = 1e-9 * torch.eye(12).double()
+    student.weight.data = torch.linalg.solve(0.5 * x.T @ x / 60 + ridge, 0.5 * x.T @ y / 60).T
+
+    def gradient(iterations: int) -> Any:
+        return metapl.hypergradient(
+            metapl.problems.Table(torch.zeros(60).double()),
+            student,
+            outer=(z, z.sum(1, keepdim=True)),
+            inner=(x, y, torch.arange(60)),
+            problem=WeightedRidge(1e-9),
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            mode=Implicit(iterations=iterations),
+            verify=True,
+        )
+
+    with pytest.warns(VerificationWarning, match="small eigenvalues are not solved"):
+        few = gradient(iterations)
+    many = gradient(40)
+    assert few.numbers["solver_residual"] < 0.01
+    assert error(few.feedback, many.feedback) > 0.1
+    assert many.numbers["solver_residual"] < 1e-9
 
 
 @pytest.mark.parametrize("solver", ["cg", "neumann"])
