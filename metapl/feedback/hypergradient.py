@@ -390,8 +390,12 @@ class Differentiation:
         ranks = self.of_student.ranks
         steps = len(self.inner_batches)
         network = nn.Module() if request.teacher is None else request.teacher
-        from metapl.feedback.kept_by_signal import KeptBySignal
+        calls = None
+        calls_twice = request.recompute_teacher or request.accumulate > 1
+        if calls_twice or self.inner_batches.are_read_again:
+            from metapl.feedback.kept_by_signal import KeptBySignal
 
+            calls = KeptBySignal(self.problem, network)
         teaching = Teaching(
             self.of_teacher,
             self.problem,
@@ -403,7 +407,7 @@ class Differentiation:
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
             slots=self.slots[0],
-            calls=KeptBySignal(self.problem, network),
+            calls=calls,
         )
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
