@@ -33,6 +33,10 @@ VALUES = "values"
 
 CPU = torch.device("cpu")
 
+# Attributes of modules that are rates at which they drop in training, as PyTorch, torchvision and
+# timm call them.
+DROPOUT_RATES = ("p", "dropout", "drop_prob", "drop_path")
+
 
 def network_settings(
     network: nn.Module, registered: Container[int] | None = None
@@ -105,11 +109,13 @@ def changed_by_evaluation(network: nn.Module) -> list[str]:
     if any(layer.training for layer in layers):
         return []
     changes = []
-    if any(isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0 for layer in layers):
+    modules = list(network.modules())
+    # Of dropout, recurrent layers, attention, and paths that are dropped.
+    rates = [getattr(module, name, None) for module in modules for name in DROPOUT_RATES]
+    if any(isinstance(rate, float) and 0 < rate < 1 for rate in rates):
         changes.append("its dropout is off")
-    norms = [layer for layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
-    if any(norm.track_running_stats for norm in norms):
-        changes.append("the statistics of its batch norms stay")
+    if any(getattr(module, "running_mean", None) is not None for module in modules):
+        changes.append("the statistics of its norms stay")
     return changes
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.training.network_settings import network_settings
+from metapl.training.network_settings import changed_by_evaluation, network_settings
 
 STOPPED_IN = 8
 CHANGED_IN = 4
@@ -914,7 +914,21 @@ def test_a_network_that_is_put_into_evaluation_between_two_fits_is_named() -> No
     trainer.student.eval()
     trainer.fit(data, steps=4, batch_size=8, progress=False, say=said.append)
     (line,) = [text for text in said if "eval()" in text]
-    assert "its dropout is off, and the statistics of its batch norms stay" in line
+    assert "its dropout is off, and the statistics of its norms stay" in line
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(6, 6, num_layers=2, dropout=0.5),
+        nn.MultiheadAttention(6, 2, dropout=0.2),
+        nn.InstanceNorm1d(6, track_running_stats=True),
+    ],
+)
+def test_other_layers_that_act_by_being_in_training_are_named(layer: nn.Module) -> None:
+    network = nn.Sequential(nn.Linear(6, 6), layer)
+    assert not changed_by_evaluation(network)
+    assert len(changed_by_evaluation(network.eval())) == 1
 
 
 def test_frozen_statistics_and_plain_networks_are_not_named() -> None:
