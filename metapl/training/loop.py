@@ -311,13 +311,14 @@ class Fit:
             callback.load_state_dict(callback_state)
         settings_before = copy.deepcopy(self.trainer.network_settings())
         trainer_state = {**state["trainer"], "generator": process_state["generator"]}
-        held = trainer_state["held"]
-        for role in held:
+        # A checkpoint of an older version may have none, and is refused as it is loaded.
+        for role in [*trainer_state.get("held", ())]:
             name = role.partition("[")[0]
             if process_state["compared"].get(name) != self.settings().get(name):
                 # Of resume="anyway": numbers of the problem and the losses that are given now.
-                held = {other: values for other, values in held.items() if other != role}
-        self.trainer.load_state_dict({**trainer_state, "held": held})
+                held = trainer_state["held"]
+                trainer_state["held"] = {k: values for k, values in held.items() if k != role}
+        self.trainer.load_state_dict(trainer_state)
         for role, settings in self.trainer.network_settings().items():
             changes = restored_in_words(settings_before[role], settings)
             if changes:

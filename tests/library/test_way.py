@@ -24,12 +24,12 @@ class Way(NamedTuple):
 
 
 BOUNDS = {
-    "eager": Way(files=27, functions=158, lines=933),
-    "hypergradient": Way(files=34, functions=226, lines=1258),
+    "eager": Way(files=27, functions=157, lines=929),
+    "hypergradient": Way(files=34, functions=225, lines=1258),
     "compiled": Way(files=11, functions=38, lines=189),
 }
 
-IMPORTED_LINES = 22_211
+IMPORTED_LINES = 22_295
 """Lines of the files of the package that ``import metapl`` loads."""
 
 SLACK = 0.9
