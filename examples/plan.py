@@ -60,7 +60,7 @@ PHASES = ("student step", "labeled gradient", "feedback", "teacher step", "updat
 # batches too.
 NAMES = ("weights", "gradients", "optimizer", "for feedback", "activations")
 # ImageNet's number of classes.
-CLASSES = 1_000
+CLASSES = {"imagenet": 1_000, "cifar10": 10, "svhn": 10}
 # Operations, by operator.
 COUNTED = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
@@ -382,7 +382,7 @@ def main() -> None:
     # The import stands here, for a user of rehearse alone need not have the protocols beside it.
     from protocols import ROWS, Feedback, build_network, trainer_of
 
-    names = [name for name, row in ROWS.items() if row.values["data"] == "imagenet"]
+    names = [name for name, row in ROWS.items() if row.values["data"] in CLASSES]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -432,13 +432,14 @@ def main() -> None:
             f"--batch-norm-ranks {batch_norm_ranks}: expected a divisor of {mesh.shares:,} shares"
         )
     is_reduced = c.method == "reduced_mpl"
+    classes = CLASSES[c.data]
     with torch.device("meta"):
         on_meta = dataclasses.replace(c, device="meta")
-        student = build_network(on_meta, CLASSES, c.dropout, c.network)
+        student = build_network(on_meta, classes, c.dropout, c.network)
         if is_reduced:
-            teacher: nn.Module = LabelAdjuster(CLASSES)
+            teacher: nn.Module = LabelAdjuster(classes)
         else:
-            teacher = build_network(on_meta, CLASSES, c.teacher_dropout, c.network)
+            teacher = build_network(on_meta, classes, c.teacher_dropout, c.network)
 
     def batches() -> tuple:
         views = [
@@ -447,7 +448,7 @@ def main() -> None:
         ]
         targets = torch.empty(labeled, dtype=torch.int64)
         if is_reduced:
-            stored = [torch.empty(rows, CLASSES) for rows in (labeled, unlabeled)]
+            stored = [torch.empty(rows, classes) for rows in (labeled, unlabeled)]
             return (views[0], targets, stored[0]), (views[1], stored[1])
         return (views[0], targets), (views[1], views[2])
 
