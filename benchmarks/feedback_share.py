@@ -45,7 +45,7 @@ def train(problem: str, mode: str, seed: int, steps: int) -> Row:
     """Return the ratios of a training's first and last hundred steps, as medians."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
-    split = PROBLEMS[problem].split(seed, Path(), False)
+    split = PROBLEMS[problem].split(seed, Path(), miniature=False)
     teacher, student = (PROBLEMS[problem].network() for _ in range(2))
     trainer = metapl.BilevelTrainer(
         teacher,

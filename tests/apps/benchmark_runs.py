@@ -23,6 +23,7 @@ FIRST = (
     "attribution",
     "data_rater",
     "fashion_protocol",
+    "feedback_share",
     "feedback_size",
     "gpt2_training",
     "modes",
