@@ -41,7 +41,7 @@ from metapl.core.path import Path
 from metapl.core.step import InnerStep
 from metapl.core.teacher import Teaching
 from metapl.distributed import Mesh, shard
-from metapl.engines.eager import Pass
+from metapl.engines.eager import LocalStudent
 from metapl.execution import checks
 from metapl.execution.batch_norm import share_batch_norms
 from metapl.execution.layout import Layout
@@ -146,7 +146,7 @@ def rehearse(
             update = type(trainer.update)
             seams += [
                 (trainers, "take_steps", "student step", None),
-                (Pass, "gradient", None, "gradients"),
+                (LocalStudent, "descend", None, "gradients"),
                 (Path, "outer_gradient", "labeled gradient", "for feedback"),
                 (Path, "commit", "update", None),
                 (Path, "_outer_loss_at", "labeled gradient", None),
@@ -168,7 +168,11 @@ def rehearse(
                 memory.look()
                 result = method(*args, **kwargs)
                 memory.phase = outer_phase
-                tensors = [(h.h, h.others) for h in result[0]] if phase == "feedback" else result
+                tensors = result
+                if phase == "feedback":
+                    tensors = [(h.h, h.others) for h in result[0]]
+                elif name == "gradients":
+                    tensors = result.gradient
                 if name is not None:
                     memory.name(pytree.tree_leaves(tensors), name, only_unnamed=True)
                 return result
