@@ -34,7 +34,6 @@ Declared before the first run, each as a paired difference by draw with the inte
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
 import math

@@ -51,6 +51,7 @@ SECOND = (
     "when",
 )
 SECOND += (
+    "cifar_few_labels",
     "digits_study --forms",
     "rival_attribution",
     "small_pictures",
@@ -60,6 +61,11 @@ SECOND += (
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
     "attribution": ["attribution", "attribution-settings", "attribution-smooth"],
+    "cifar_few_labels": [
+        "cifar_few_labels",
+        "cifar_few_labels-tests",
+        "cifar_few_labels-power",
+    ],
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
     "digits_study": ["digits"],
     "digits_study --forms": ["digits-forms"],
@@ -98,7 +104,7 @@ MINUTES = (
     "rival_attribution",
     "silent",
 )
-MINUTES += ("small_pictures", "something_simpler", "stored_labels")
+MINUTES += ("cifar_few_labels", "small_pictures", "something_simpler", "stored_labels")
 
 
 def committed() -> dict[Path, bytes]:
