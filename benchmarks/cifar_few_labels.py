@@ -348,8 +348,8 @@ def trained(pool: Executor, words: list[str], folder: Path) -> Row:
 # -------------------------------------------------------------------------------------------- jobs
 
 FIRST = ("labels", "smoothing_0", "smoothing_0.1", "none", "mpl")
-SECOND = ("mpl_alone", "none_alone", "mpl_start", "pseudo_labels")
-THIRD = ("uda", "fixmatch", "noisy_student", "none_start")
+SECOND = ("mpl_alone", "mpl_start", "pseudo_labels", "uda", "fixmatch", "noisy_student")
+THIRD = ("none_alone", "none_start")
 LONG_ARMS = ("labels", "three_rounds", "smaller_labels", "smaller_student")
 FEW_ARMS = ("labels", "none", "mpl", "pseudo_labels", "mpl_outer_4", "mpl_outer_16")
 
