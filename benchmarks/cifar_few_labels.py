@@ -397,7 +397,7 @@ def with_cost(job: Row) -> Iterator[Row]:
 
 def selected(rows: list[Row], arm: str, **columns: Any) -> dict[int, Row]:
     """Return the rows of an arm by draw; without columns those of 4,000 labels and equal work."""
-    expected = {"labels": 4000, "is_equal": True, "tests": True, **columns}
+    expected = {"labels": 4000, "is_equal": True, **columns}
     return {
         row["draw"]: row for row in rows if row["arm"] == arm and expected.items() <= row.items()
     }
