@@ -377,12 +377,11 @@ def jobs() -> Iterator[Row]:
 
 
 def miniature_jobs() -> Iterator[Row]:
-    """Yield a job of some arms on random pictures."""
-    usual: Row = {"labels": NOISE_LABELS, "is_equal": False}
-    for arm in ("labels", "mpl_alone", "three_rounds"):
-        for draw in DRAWS[:2]:
-            pictures = 2 * ARMS[arm].batch
-            yield from with_cost({"arm": arm, **usual, "pictures": pictures, "draw": draw})
+    """Yield two draws of one arm and one of another, of two steps on random pictures."""
+    for arm, draws in (("labels", DRAWS[:2]), ("mpl_alone", DRAWS[:1])):
+        for draw in draws:
+            few: Row = {"labels": NOISE_LABELS, "pictures": 2 * BATCH, "is_equal": False}
+            yield from with_cost({"arm": arm, **few, "draw": draw})
 
 
 def with_cost(job: Row) -> Iterator[Row]:
