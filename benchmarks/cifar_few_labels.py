@@ -24,7 +24,7 @@ Declared before the first run, each as a paired difference by draw with the inte
   ``none``, what they deliver, 4,000 labels. Draws 11, 12, 13; 14, 15, 16 follow if there is time.
 - Row 18, MPL on its own: the finetuned student of ``mpl_alone`` less that of ``none_alone``
   (feedback adds to a random teacher), less ``mpl_start`` (the teacher's losses add), and less
-  ``pseudo_labels`` (a fixed teacher).
+  ``pseudo_labels`` (a fixed teacher). Less ``mpl``, as usual, was declared before its first row.
 - Row 19, rounds: Noisy Student's round 2 less 1, and 3 less 2, where round 1 gains on round 0.
 - Row 20, sizes: round 1 less labels alone, of two networks, each of as many steps.
 - Row 21, consistency works less well: ``noisy_student`` less ``uda``, and less ``fixmatch``.
@@ -348,8 +348,8 @@ def trained(pool: Executor, words: list[str], folder: Path) -> Row:
 # -------------------------------------------------------------------------------------------- jobs
 
 FIRST = ("labels", "smoothing_0", "smoothing_0.1", "none", "mpl")
-SECOND = ("mpl_alone", "mpl_start", "pseudo_labels", "uda", "fixmatch", "noisy_student")
-THIRD = ("none_alone", "none_start")
+SECOND = ("mpl_alone", "pseudo_labels", "uda", "noisy_student")
+THIRD = ("fixmatch", "mpl_start", "none_alone", "none_start")
 LONG_ARMS = ("labels", "three_rounds", "smaller_labels", "smaller_student")
 FEW_ARMS = ("labels", "none", "mpl", "pseudo_labels", "mpl_outer_4", "mpl_outer_16")
 
@@ -445,6 +445,7 @@ def table_of_tests(rows: list[Row]) -> str:
         ("main: feedback adds", "mpl", "none", "test_accuracy"),
         ("18: feedback adds to a random teacher", "mpl_alone", "none_alone", student),
         ("18: less with the teacher's losses", "mpl_alone", "mpl_start", student),
+        ("18: less MPL as usual", "mpl_alone", "mpl", student),
         ("18: less labels of a fixed teacher", "mpl_alone", "pseudo_labels", student),
         ("21: Noisy Student less UDA", "noisy_student", "uda", "test_accuracy"),
         ("21: Noisy Student less FixMatch", "noisy_student", "fixmatch", "test_accuracy"),
