@@ -58,7 +58,7 @@ PAGE = ROOT / "docs" / "papers.md"
 
 HEAD = ("of the paper", "command", "run", "result here")
 HOW_FAR = ("at size", "planned at size", "in miniature")
-HOW_FAR += ("on the digits", "on Fashion-MNIST", "on synthetic pictures")
+HOW_FAR += ("on the digits", "on Fashion-MNIST", "on CIFAR-10", "on synthetic pictures")
 NEVER = "never"
 
 
