@@ -118,8 +118,15 @@ CONFIG = (
     tyro.conf.HelptextFromCommentsOff,
 )
 
-# The flags that take True or False, and are chosen by the command where they are left out.
-TRUE_OR_FALSE = ("--balance", "--grey", "--mirror", "--recolor", "--warm-start")
+# The flags that take True or False, by command; it chooses where they are left out.
+TRUE_OR_FALSE = {
+    "train images": ("--grey", "--mirror", "--recolor", "--warm-start"),
+    "train digits": ("--warm-start",),
+    "noisy-student images": ("--balance", "--grey", "--mirror", "--recolor"),
+    "noisy-student digits": ("--balance",),
+    "ablate images": ("--grey", "--mirror", "--recolor", "--warm-start"),
+    "ablate digits": ("--warm-start",),
+}
 
 # Not every recipe has all of these flags.
 LESS = (
@@ -276,7 +283,7 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
         raise SystemExit(0)
     kind = COMMANDS[name].load()
     flags = words[len(name.split()) :]
-    refuse_lacking_truth(flags)
+    refuse_lacking_truth(name, flags)
     default = tyro.MISSING_NONPROP
     if hasattr(kind, "default_for"):
         # Its flags, and their defaults, depend on some of them.
@@ -285,13 +292,13 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
     return name, command
 
 
-def refuse_lacking_truth(flags: Sequence[str]) -> None:
+def refuse_lacking_truth(command: str, flags: Sequence[str]) -> None:
     """Refuse a flag of :data:`TRUE_OR_FALSE` that is given without one of both."""
     for word, next_word in pairwise([*flags, ""]):
         flag, equals, value = word.replace("_", "-").partition("=")
         if not equals:
             value = next_word
-        if flag in TRUE_OR_FALSE and value not in ("True", "False"):
+        if flag in TRUE_OR_FALSE.get(command, ()) and value not in ("True", "False"):
             stood_there = f" {value}" if value and not value.startswith("-") else ""
             raise MetaplError(
                 f"{flag}{shown(stood_there)} was given; expected {flag} True or {flag} False."

@@ -175,7 +175,7 @@ def check_step(
         refuse_learned_settings(update)
         refuse_hooks(student_layout.network)
     # A truncated feedback is verified over as many steps as it goes back, untruncated.
-    truncate = getattr(estimate, "truncate", None)
+    truncate = estimate.truncate
     most_steps = STEPS if truncate is None else min(STEPS, max(1, truncate))
     verified_steps = min(len(inner_batches), most_steps)
 
