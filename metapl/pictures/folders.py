@@ -655,12 +655,13 @@ def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
                 f"hardly a picture of their own; expected one folder a class, as in {example}, or, "
                 f"where {few(parts)} are the classes, their pictures without folders between.",
             )
-    # Two hospitals, say, that have not the same classes.
+    # Two hospitals, say, that have not the same classes, or patients of whom each has one.
     inner = {(place[0], place[1]) for place in places}
     folders_of_part = Counter(part for part, _ in inner)
     parts_of_folder = Counter(folder for _, folder in inner)
     repeated = sorted(folder for folder, count in parts_of_folder.items() if count > 1)
-    if repeated and min(folders_of_part.values()) > 1:
+    all_repeat = len(parts_of_folder) > 1 and len(repeated) == len(parts_of_folder)
+    if repeated and (all_repeat or min(folders_of_part.values()) > 1):
         return Finding(
             "warning",
             f"{few(parts)} in {labeled.root} are taken for the classes, and several of them have "

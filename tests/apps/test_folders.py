@@ -408,6 +408,17 @@ def test_parts_that_share_some_classes_are_a_note(tmp_path: Path) -> None:
     ] == [("warning", True, True)]
 
 
+def test_patients_with_a_class_each_are_a_note(tmp_path: Path) -> None:
+    places = ("p0/ill", "p1/well", "p2/ill", "p3/well")
+    files = [f"{place}/{number}.png" for place in places for number in (1, 2)]
+    (found,) = check_folders(scan_labeled(fill(tmp_path, *files)), copies=False)
+    assert found.level == "warning"
+    assert "several of them have the folders ill, well;" in found.message
+    # Pictures of each class in a folder of the same name are no reason.
+    fine = fill(tmp_path / "fine", *(f"{name}/images/{n}.png" for name in "ab" for n in (1, 2)))
+    assert check_folders(scan_labeled(fine), copies=False) == []
+
+
 def test_what_is_odd_about_classes_is_said(tmp_path: Path) -> None:
     few = labeled(tmp_path, cat=[1, 2], Cat=[3, 4], dog=[5], fish=[6], cow=[7, 8])
     single, alike = check_folders(few)
