@@ -41,7 +41,7 @@ from metapl.core.path import Path
 from metapl.core.step import InnerStep
 from metapl.core.teacher import Teaching
 from metapl.distributed import Mesh, shard
-from metapl.engines.eager import LocalStudent
+from metapl.engines.eager import EagerEngine
 from metapl.execution import checks
 from metapl.execution.batch_norm import share_batch_norms
 from metapl.execution.layout import Layout
@@ -146,7 +146,7 @@ def rehearse(
             update = type(trainer.update)
             seams += [
                 (trainers, "take_steps", "student step", None),
-                (LocalStudent, "descend", None, "gradients"),
+                (EagerEngine, "descend", None, "gradients"),
                 (Path, "outer_gradient", "labeled gradient", "for feedback"),
                 (Path, "commit", "update", None),
                 (Path, "_outer_loss_at", "labeled gradient", None),

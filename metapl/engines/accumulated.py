@@ -36,7 +36,7 @@ class Part(Descent, Protocol):
 Run = Callable[[Tree, Lesson, Signal | None], Part]
 
 
-class AccumulatedPass:
+class AccumulatedDescent:
     """The passes on the micro-batches of a lesson.
 
     Args:
@@ -109,7 +109,7 @@ class AccumulatedPass:
         chunks = {name: t.chunk(self.parts) for name, t in fields.items()}
         return [{name: pieces[i] for name, pieces in chunks.items()} for i in range(self.parts)]
 
-    def again(self, signal: Signal) -> AccumulatedPass:
+    def again(self, signal: Signal) -> AccumulatedDescent:
         again = copy.copy(self)
         again.signal = signal
         signals = signal.chunks(self.parts)

@@ -5,7 +5,7 @@ Passes at other weights and replays leave nothing behind.
 Several processes may each hold the whole network and take a share of every batch: losses and
 gradients are then the means over these ranks, and outputs are those of this rank's rows.
 
-:class:`LocalStudent` is the network as it is in one step, and :class:`Pass` one inner pass of it.
+:class:`EagerEngine` is the network in one step, and :class:`EagerDescent` an inner pass of it.
 
 The symbols: θ the weights, x the inputs and z = S(x; θ) the outputs of the inner pass; ℓ the inner
 loss and g = ∇_θ ℓ its gradient; v the gradient of the outer loss after the step; w a direction in
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 
 
-class LocalStudent:
+class EagerEngine:
     """A student on one device, as it is in one step.
 
     Args:
@@ -75,7 +75,7 @@ class LocalStudent:
         parts: micro-batches that each batch is split into.
 
     Attributes:
-        pass_type: the class of its passes.
+        descent_type: the class of its passes.
         has_whole_weights: whether this process holds whole weights, which a loss of the problem may
             read.
         parameters: the weights that are learned, as the module holds them, by name.
@@ -89,7 +89,7 @@ class LocalStudent:
             gradient. Gradients that are computed again are then compared with the first ones.
     """
 
-    pass_type: type[Pass]
+    descent_type: type[EagerDescent]
     has_whole_weights = True
 
     def __init__(
@@ -135,14 +135,14 @@ class LocalStudent:
         Buffers and generators advance as in training.
         """
         if self.parts > 1:
-            from metapl.engines.accumulated import AccumulatedPass
+            from metapl.engines.accumulated import AccumulatedDescent
 
-            return AccumulatedPass(self, params, lesson, run=partial(self.pass_type, self))
+            return AccumulatedDescent(self, params, lesson, run=partial(self.descent_type, self))
         # Line 2: ŷ ~ T(x), or the soft label.
         signal = None
         if lesson.asks_first:
             signal = lesson.heard(lesson.ask(lesson.batch, None))
-        inner_pass = self.pass_type(self, params, lesson, signal)
+        inner_pass = self.descent_type(self, params, lesson, signal)
         if signal is None:
             signal = lesson.heard(lesson.ask(lesson.batch, inner_pass.outputs))
         # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
@@ -322,7 +322,7 @@ class LocalStudent:
         """Run the student as :meth:`at_weights`, with dual numbers for weights.
 
         Their tangent is w. A weight that w lacks is the module's own in this block. The inner loss
-        does not reach it, nor do the outputs depend on it then; :meth:`Pass.tangent` compares them.
+        does not reach it, nor do the outputs depend on it; :meth:`EagerDescent.tangent` compares.
         """
         duals: Tree = {}
         for name, p in params.items():
@@ -339,7 +339,7 @@ class _KeptGraph(NamedTuple):
     leaves: Tree
 
 
-class Pass:
+class EagerDescent:
     """One inner pass z = S(x; θ) on a lesson, its loss ℓ and g = ∇_θ ℓ, and its replays.
 
     A replay runs on the draws of the pass, and from copies of the state that it began with. The
@@ -370,7 +370,7 @@ class Pass:
     gradient: Tree
 
     def __init__(
-        self, student: LocalStudent, params: Tree, lesson: Lesson, signal: Signal | None = None
+        self, student: EagerEngine, params: Tree, lesson: Lesson, signal: Signal | None = None
     ) -> None:
         self.student = student
         self.params = params
@@ -518,7 +518,7 @@ class Pass:
         # The ranks' shares add up to the mean.
         return value if ranks.alone else value / ranks.size
 
-    def again(self, signal: Signal) -> Pass:
+    def again(self, signal: Signal) -> EagerDescent:
         """Return the same pass on another signal.
 
         Cost: a forward and a backward pass of the student.
@@ -777,7 +777,7 @@ class Pass:
         return in_weights, self._in_fields(fields, in_leaves), slope
 
 
-LocalStudent.pass_type = Pass
+EagerEngine.descent_type = EagerDescent
 
 
 def _gradient_of_mean(gradients: TreeSum, weight: Tensor | float, leaves: Tree) -> Tree:
@@ -785,7 +785,7 @@ def _gradient_of_mean(gradients: TreeSum, weight: Tensor | float, leaves: Tree) 
 
     Args:
         gradients: those of each micro-batch, means over the ranks.
-        weight: the second value of :meth:`LocalStudent.mean_of_all`; a number for losses that are
+        weight: the second value of :meth:`EagerEngine.mean_of_all`; a number for losses that are
             means themselves.
     """
     v = gradients.mean()

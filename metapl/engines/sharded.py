@@ -32,7 +32,7 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
 
 from metapl.core.lesson import GraphLook, plain_leaves
-from metapl.engines.eager import LocalStudent, Pass
+from metapl.engines.eager import EagerDescent, EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Inputs, flatten
 from metapl.execution.layout import Layout
@@ -66,10 +66,10 @@ if TYPE_CHECKING:
 ForwardMethod = Callable[..., Any]
 
 
-class ShardedStudent(LocalStudent):
+class ShardedEngine(EagerEngine):
     """A student that is sharded.
 
-    For its arguments see :class:`metapl.engines.eager.LocalStudent`.
+    For its arguments see :class:`metapl.engines.eager.EagerEngine`.
     """
 
     has_whole_weights = False
@@ -357,10 +357,10 @@ def _with_duals(forward: ForwardMethod, places: list[_WeightPlace], w: Tree) -> 
     return run
 
 
-class ShardedPass(Pass):
+class ShardedDescent(EagerDescent):
     """One inner pass of a sharded student, and its replays."""
 
-    student: ShardedStudent
+    student: ShardedEngine
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -386,7 +386,7 @@ class ShardedPass(Pass):
                 yield leaves, outputs
 
 
-ShardedStudent.pass_type = ShardedPass
+ShardedEngine.descent_type = ShardedDescent
 
 
 # ----------------------------------------------------------- operations that are run again backward

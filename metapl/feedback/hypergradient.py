@@ -21,7 +21,7 @@ from metapl.core.order import Order, Orders
 from metapl.core.path import take_steps
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.core.teacher import Teaching
-from metapl.engines.eager import LocalStudent
+from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import generator_of
@@ -319,13 +319,13 @@ class Differentiation:
         """
         if self.takes_direct_term:
             refuse_direct_term_in_processes(self.problem, is_alone=self.of_student.ranks.alone)
-        student_type = LocalStudent
+        engine_type = EagerEngine
         if self.of_student.is_sharded:
             # It is loaded where it is used.
-            from metapl.engines.sharded import ShardedStudent
+            from metapl.engines.sharded import ShardedEngine
 
-            student_type = ShardedStudent
-        self.student = student_type(
+            engine_type = ShardedEngine
+        self.student = engine_type(
             self.of_student,
             self.slots[1],
             double_backward=self.estimate.keep_graph,

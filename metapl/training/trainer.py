@@ -18,7 +18,7 @@ from metapl.core.path import take_steps
 from metapl.core.size import DEFAULT_BOUND, FeedbackSize
 from metapl.core.teacher import Teaching
 from metapl.data.feed import Source
-from metapl.engines.eager import LocalStudent
+from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_by
@@ -101,7 +101,7 @@ class Standing:
         orders: of differentiation, by the number of student steps: those that a step may take.
     """
 
-    student: LocalStudent
+    student: EagerEngine
     direct_term: Literal["", "included", "left out"]
     trained: Sequence[Tensor]
     orders: dict[int, tuple[Order, ...]] = field(default_factory=dict)
@@ -287,12 +287,12 @@ class BilevelTrainer(Trainer):
         self.ranks = self.layout.ranks
         self.student = self.layout.network
         refuse_hooks(self.student)
-        self._student_type = LocalStudent
+        self._engine_type = EagerEngine
         if self.layout.is_sharded:
             # It is loaded where it is used.
-            from metapl.engines.sharded import ShardedStudent
+            from metapl.engines.sharded import ShardedEngine
 
-            self._student_type = ShardedStudent
+            self._engine_type = ShardedEngine
 
         # How a step is taken.
         self.teacher_losses: Sequence[TeacherLoss] | None = None
@@ -446,7 +446,7 @@ class BilevelTrainer(Trainer):
     def _stand(self) -> Standing:
         """Find out what the steps have in common while the networks stay as they are."""
         trained = [] if self.outer_optimizer is None else parameters_of(self.outer_optimizer)
-        student = self._student_type(
+        student = self._engine_type(
             self.layout,
             self.slots[1],
             double_backward=self.mode.keep_graph,
@@ -833,7 +833,7 @@ class BilevelTrainer(Trainer):
             self._standing = None
         teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer)
-        student = self._student_type(self.layout, student_slots, parts=self.accumulate)
+        student = self._engine_type(self.layout, student_slots, parts=self.accumulate)
         self.update.follow(student.parameters)
 
         def first_signal(batch: Batch, outputs: Tensor | None) -> Signal:

@@ -19,7 +19,7 @@ from metapl.core.step import InnerStep
 from metapl.core.teacher import Teaching
 from metapl.data import steps as sampler
 from metapl.engines import eager
-from metapl.engines.eager import LocalStudent, Pass
+from metapl.engines.eager import EagerDescent, EagerEngine
 from metapl.execution.layout import Capability, Layout
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, Slots, State, replay
@@ -168,27 +168,27 @@ def new_minus_old(patch: pytest.MonkeyPatch) -> None:
 
 def gradient_before_the_step(patch: pytest.MonkeyPatch) -> None:
     """Take v = ∇L(θ) instead of ∇L(θ′)."""
-    real = LocalStudent.loss
+    real = EagerEngine.loss
 
     def loss(
-        self: LocalStudent, params: Tree, *args: Any, gradient: bool = False, **options: Any
+        self: EagerEngine, params: Tree, *args: Any, gradient: bool = False, **options: Any
     ) -> Any:
         if gradient:
             params = self.params
         return real(self, params, *args, gradient=gradient, **options)
 
-    patch.setattr(LocalStudent, "loss", loss)
+    patch.setattr(EagerEngine, "loss", loss)
 
 
 def weight_of_the_outer_loss_forgotten(patch: pytest.MonkeyPatch) -> None:
     """Take the gradient of the sum for v, for an outer loss that is (sum, weight)."""
-    real = LocalStudent.mean_of_all
+    real = EagerEngine.mean_of_all
 
-    def mean_of_all(self: LocalStudent, values: Any) -> tuple[Tensor, float]:
+    def mean_of_all(self: EagerEngine, values: Any) -> tuple[Tensor, float]:
         mean, _ = real(self, values)
         return mean, 1.0
 
-    patch.setattr(LocalStudent, "mean_of_all", mean_of_all)
+    patch.setattr(EagerEngine, "mean_of_all", mean_of_all)
 
 
 def state_moved_by_replays(patch: pytest.MonkeyPatch) -> None:
@@ -216,24 +216,22 @@ def tables_not_restored(patch: pytest.MonkeyPatch) -> None:
 
 def other_dropout_mask(patch: pytest.MonkeyPatch) -> None:
     """Take ż with masks of its own."""
-    real = LocalStudent.at_weights
+    real = EagerEngine.at_weights
 
-    def at_weights(
-        self: LocalStudent, params: Tree, random: Any, state: Any, **options: Any
-    ) -> Any:
+    def at_weights(self: EagerEngine, params: Tree, random: Any, state: Any, **options: Any) -> Any:
         is_replay = isinstance(state, State)
         if is_replay:
             random = RandomState.now(self.device)
         return real(self, params, random, state, **options)
 
-    patch.setattr(LocalStudent, "at_weights", at_weights)
+    patch.setattr(EagerEngine, "at_weights", at_weights)
 
 
 def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
     """Take the gradient of L(θ′) with θ′ put aside, so that checkpoints recompute at θ."""
 
     def loss(
-        self: LocalStudent, params: Tree, batches: Any, judge: Any, start: Any, **options: Any
+        self: EagerEngine, params: Tree, batches: Any, judge: Any, start: Any, **options: Any
     ) -> tuple[Tensor, Tree]:
         leaves = self.as_leaves(params)
         inputs, batch = batches[0]
@@ -242,7 +240,7 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
         gradient = torch.autograd.grad(value, list(leaves.values()))
         return value.detach(), dict(zip(leaves, gradient, strict=True))
 
-    patch.setattr(LocalStudent, "loss", loss)
+    patch.setattr(EagerEngine, "loss", loss)
 
 
 def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
@@ -251,11 +249,11 @@ def plain_tensors_stand_in(patch: pytest.MonkeyPatch) -> None:
     def stand_in(t: Tensor, original: Tensor) -> Tensor:
         return t.requires_grad_() if t.is_leaf else t
 
-    def as_leaves(self: LocalStudent, params: Tree) -> Tree:
+    def as_leaves(self: EagerEngine, params: Tree) -> Tree:
         return {name: t.detach().requires_grad_() for name, t in params.items()}
 
     patch.setattr(eager, "stand_in", stand_in)
-    patch.setattr(LocalStudent, "as_leaves", as_leaves)
+    patch.setattr(EagerEngine, "as_leaves", as_leaves)
 
 
 def ignored(*args: Any, **options: Any) -> None:
@@ -316,13 +314,13 @@ def state_cotangent_dropped(patch: pytest.MonkeyPatch) -> None:
 
 def hessian_dropped(patch: pytest.MonkeyPatch) -> None:
     """Take the gradient not to depend on the weights."""
-    real = Pass.second_derivatives
+    real = EagerDescent.second_derivatives
 
-    def second_derivatives(self: Pass, *args: Any, **options: Any) -> Any:
+    def second_derivatives(self: EagerDescent, *args: Any, **options: Any) -> Any:
         in_weights, in_fields, slope = real(self, *args, **options)
         return {name: torch.zeros_like(t) for name, t in in_weights.items()}, in_fields, slope
 
-    patch.setattr(Pass, "second_derivatives", second_derivatives)
+    patch.setattr(EagerDescent, "second_derivatives", second_derivatives)
 
 
 def first_step_forgotten(patch: pytest.MonkeyPatch) -> None:

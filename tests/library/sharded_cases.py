@@ -23,7 +23,7 @@ from metapl.core import step as inner_step
 from metapl.core.step import InnerStep
 from metapl.distributed import Mesh, shard
 from metapl.engines import sharded
-from metapl.engines.eager import Pass
+from metapl.engines.eager import EagerDescent
 from metapl.errors import MetaplError
 from metapl.execution import ranks as ranks_module
 from metapl.execution.batch import micro_batches
@@ -492,18 +492,18 @@ REFUSED: dict[str, Callable[[], Any]] = {
 
 def _mean_over_own_rows(patch: pytest.MonkeyPatch) -> None:
     real_slope = inner_step._slope
-    real_in_fields = Pass._in_fields
+    real_in_fields = EagerDescent._in_fields
 
     def slope(step: InnerStep, *args: Any, **options: Any) -> Any:
         return real_slope(step, *args, **options) * step.student.ranks.size
 
-    def in_fields(self: Pass, *args: Any) -> Any:
+    def in_fields(self: EagerDescent, *args: Any) -> Any:
         size = self.student.ranks.size
         derivatives = real_in_fields(self, *args)
         return {name: None if t is None else t * size for name, t in derivatives.items()}
 
     patch.setattr(inner_step, "_slope", slope)
-    patch.setattr(Pass, "_in_fields", in_fields)
+    patch.setattr(EagerDescent, "_in_fields", in_fields)
 
 
 WHOLE = sharded.whole

@@ -831,7 +831,7 @@ TRAINER_ATTRIBUTES = {
     "slots": FOLLOWS,
     "compiled_step": FOLLOWS,
     "measures_feedback": FOLLOWS,
-    "_student_type": FOLLOWS,
+    "_engine_type": FOLLOWS,
     "_teacher_trainer": FOLLOWS,
     "_looked_at": FOLLOWS,
     "_standing": FOLLOWS,

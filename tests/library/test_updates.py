@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 import metapl
 from metapl.core.lookahead import InnerBatches
 from metapl.core.path import take_steps
-from metapl.engines.eager import LocalStudent
+from metapl.engines.eager import EagerEngine
 from metapl.execution.layout import Layout
 from metapl.execution.state import trainable
 from metapl.updates import Clipped, Update, update_of
@@ -226,7 +226,7 @@ def test_an_adjoint_in_closed_form_is_autograds(
 def step_on_soft_labels(problem: Any, update: Any, keep_graph: bool = False) -> Any:
     """Return the step of a student on the teacher's soft labels."""
     (step,) = take_steps(
-        LocalStudent(Layout(problem.student), double_backward=keep_graph),
+        EagerEngine(Layout(problem.student), double_backward=keep_graph),
         update,
         problem=metapl.PseudoLabels(kind="soft"),
         outer_batch=problem.labeled,

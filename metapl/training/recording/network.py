@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.replays import sketch
-from metapl.engines.eager import LocalStudent
+from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
@@ -112,7 +112,7 @@ class RecordedNetwork:
         # A loop may have wrapped it since the recording began.
         network_in(model)
         layout = Layout(Logits(model))
-        self._student = LocalStudent(layout)
+        self._student = EagerEngine(layout)
         self.ranks = layout.ranks
         self.device = next(model.parameters()).device
         self.parameters = trainable(model)
