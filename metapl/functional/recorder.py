@@ -209,7 +209,7 @@ class Recorded:
             if isinstance(leaf, Tensor):
                 arguments.append(_kind_of(leaf))
             else:
-                arguments.append(_hashable(leaf))
+                arguments.append(_constant(leaf))
         modes = []
         for module in self._modules:
             modes += [*_modes_of(module)]
@@ -460,16 +460,23 @@ def _words(kind: Any) -> str:
     if isinstance(kind, tuple) and len(kind) == 5 and isinstance(kind[0], torch.Size):
         shape, _, dtype, device, _ = kind
         return f"{tuple(shape)} of {str(dtype).removeprefix('torch.')} on {device}"
-    return repr(kind)
+    _, value = kind
+    return repr(value)
 
 
-def _hashable(value: Any) -> Any:
-    """Return a value of an argument for a key: the value, or the object where it has no hash."""
+def _constant(value: Any) -> tuple[type, Any]:
+    """Return an argument that is no tensor for a key, with its type: 2, 2.0 and True are equal.
+
+    A value without a hash, such as an array or a set, may change in place, which no key would see.
+    """
     try:
         hash(value)
-    except TypeError:
-        return ("object", id(value))
-    return value
+    except TypeError as error:
+        raise MetaplError(
+            f"an argument is {described(value)}, which a recording cannot know again; expected "
+            "tensors, and other values that do not change, such as numbers and words."
+        ) from error
+    return type(value), value
 
 
 def _settings() -> tuple[Any, ...]:

@@ -266,6 +266,21 @@ def test_numbers_among_the_arguments_are_constants_of_a_recording() -> None:
     assert step.recordings == 2
 
 
+def test_numbers_that_are_equal_and_of_other_types_are_told_apart() -> None:
+    step = recorded(lambda x, factor: x * factor)
+    whole_numbers = torch.arange(3)
+    assert step(whole_numbers, 2).dtype == torch.int64
+    assert step(whole_numbers, 2.0).dtype == torch.float32
+    assert step(whole_numbers, 2).dtype == torch.int64
+    assert step.recordings == 2
+
+
+def test_an_argument_that_may_change_in_place_is_refused() -> None:
+    step = recorded(lambda x, factors: x * float(factors[0]))
+    with pytest.raises(metapl.MetaplError, match="ndarray, which a recording cannot know again"):
+        step(x4, numpy.array([2.0]))
+
+
 class Counted:
     """A function that keeps a number."""
 
