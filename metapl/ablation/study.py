@@ -13,7 +13,7 @@ import textwrap
 import time
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -34,7 +34,9 @@ from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
+from metapl.feedback.door import DrawsOutside, refusing_draws_outside
 from metapl.problems.base import BilevelProblem, enters_input
+from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.training.trainer import BilevelTrainer
@@ -65,6 +67,9 @@ TRUSTED = 0.1
 
 # A gradient is near the exact one up to this distance, noise included.
 NEAR = 0.01
+
+# Gradients of one step and one draw differ by less, as an accelerator adds up in any order.
+ROUNDING = 1e-5
 
 # Times, and bytes, that differ by no more than this fraction count as equal: timings are noisy.
 EQUAL = 0.1
@@ -301,9 +306,11 @@ def ablate(
         progress: show on a terminal how far it is, and log it elsewhere, every half minute.
 
     Returns: an :class:`metapl.ablation.Ablation`. The trainer and the default generators are left
-    as they were. Cost: some ``draws`` + ``rounds`` + 3 calls of each mode at each point, and the
-    training between the points. Raises: :class:`metapl.MetaplError` where no exact gradient can be
-    had.
+    as they were. Noise is that between draws, whatever generator they come from; an estimator with
+    a field ``seed`` is given another seed for each. Cost: some ``draws`` + ``rounds`` + 3 calls of
+    each mode at each point, and the training between the points. Raises:
+    :class:`metapl.MetaplError` where no exact gradient can be had, as where a network or a loss
+    draws from Python's, NumPy's or a generator of its own.
 
     >>> import metapl, torch
     >>> trainer = metapl.BilevelTrainer(torch.nn.Linear(4, 3), torch.nn.Linear(4, 3), "reinforce")
@@ -331,7 +338,7 @@ def ablate(
     study = Study(trainer, by_name, draws=draws, shows_progress=progress)
     points = tuple(sorted({0, steps // 2, steps}))
     state = trainer.state_dict()
-    random = RandomState.now(trainer.device)
+    generators = rng_state()
     try:
         with (
             closing(_batches(trainer, outer, inner, stop=steps + 1)) as batches_by_step,
@@ -349,7 +356,7 @@ def ablate(
         costs = study.costs(batches, rounds)
     finally:
         trainer.load_state_dict(state)
-        random.restore()
+        set_rng_state(generators)
     compared: dict[str, ModeCost | str] = {}
     controls: dict[str, ModeCost | str] = {}
     for name, mode in study.modes.items():
@@ -440,23 +447,27 @@ class Study:
     def _gradients(self, mode: Estimator, batches: Batches) -> tuple[Tensor, bool]:
         """Return the gradients of several draws, (draws, weights), and whether the mode draws.
 
-        A mode that draws nothing has the same gradient in each draw, and is asked once.
+        Every mode is asked for all of them, since a generator of its own is seen by nothing but its
+        gradients. A mode that draws nothing has the same one in each draw, which is returned once.
         """
-        draws_anything = isinstance(mode, Altered) and mode.alteration != "class_means"
+        # An estimator of one's own may be another class than a dataclass.
+        seeded: Any = mode
+        has_seed = is_dataclass(seeded) and hasattr(seeded, "seed")
         gradients = []
+        draws_labels = False
         for seed in range(self.draws):
             generator = torch.Generator(self.trainer.device).manual_seed(seed)
             start = generator.get_state()
             drawn_mode = mode
-            if isinstance(mode, Altered):
-                drawn_mode = replace(mode, seed=mode.seed + seed)
+            if has_seed:
+                drawn_mode = replace(seeded, seed=seeded.seed + seed)
             gradients.append(_gradient(self.trainer, batches, drawn_mode, generator=generator))
             # Seen by the generator's state, for draws of a confident teacher may be equal.
             if not torch.equal(start, generator.get_state()):
-                draws_anything = True
-            if not draws_anything:
-                break
-        return torch.stack(gradients), draws_anything
+                draws_labels = True
+        if not draws_labels and all(_are_same(gradients[0], other) for other in gradients):
+            return gradients[0][None], False
+        return torch.stack(gradients), True
 
     def add_controls(self) -> list[str]:
         """Add the altered feedback of a mode that runs, and return the names of the controls.
@@ -618,17 +629,43 @@ def _reason(error: BaseException) -> str:
 
 
 def _exact_gradient(trainer: BilevelTrainer, batches: Batches) -> Tensor:
-    """Return the gradient of the soft step, by double backward or else by forward mode."""
+    """Return the gradient of the soft step, by double backward or else by forward mode.
+
+    It is asked for twice: draws that no pass repeats would be in the figures of every mode.
+    """
     reasons = []
     for mode in (estimator("unrolled"), estimator("forward")):
         try:
-            return _gradient(trainer, batches, mode, problem=trainer.problem.exact())
+            with refusing_draws_outside():
+                gradient, again = (
+                    _gradient(trainer, batches, mode, problem=trainer.problem.exact())
+                    for _ in range(2)
+                )
+        except DrawsOutside:
+            raise
         except CANNOT_RUN as error:
             reasons.append(_reason(error))
+            continue
+        if not _are_same(gradient, again):
+            raise MetaplError(
+                "there is no exact gradient: that of the same step is another one when it is asked "
+                "for again: a network or a loss draws from a generator of its own, or moves other "
+                "state outside of the networks' buffers; expected draws by torch's default "
+                "generator, or by the one that signal is given."
+            )
+        return gradient
     raise MetaplError(
         f"there is no exact gradient: by double backward, {reasons[0]}; by forward mode, "
         f"{reasons[1]}"
     )
+
+
+def _are_same(gradient: Tensor, other: Tensor) -> bool:
+    """Return whether two gradients are equal but for the order of sums on an accelerator.
+
+    Of those that are not finite nothing is known.
+    """
+    return not bool((gradient - other).norm() > ROUNDING * gradient.norm())
 
 
 def _gradient(

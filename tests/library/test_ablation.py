@@ -5,10 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 from problems_zoo import everything, same, toy
@@ -134,6 +138,101 @@ def test_a_teacher_that_returns_its_parameter_costs_what_another_does() -> None:
         assert isinstance(cost, ModeCost)
         passes.append(cost.passes)
     assert passes[0] == passes[1]
+
+
+OWN = torch.Generator().manual_seed(1)
+OWN_OF_NUMPY = numpy.random.default_rng(1)
+
+
+def drawn_by_numpy(t: Tensor) -> Tensor:
+    return torch.from_numpy(numpy.random.randn(*t.shape)).to(t)  # noqa: NPY002
+
+
+def drawn_by_python(t: Tensor) -> Tensor:
+    numbers = [random.gauss(0, 1) for _ in range(t.numel())]
+    return torch.tensor(numbers).reshape(t.shape).to(t)
+
+
+def drawn_by_a_generator(t: Tensor) -> Tensor:
+    return torch.randn(t.shape, generator=OWN).to(t)
+
+
+def drawn_by_a_generator_of_numpy(t: Tensor) -> Tensor:
+    return torch.from_numpy(OWN_OF_NUMPY.standard_normal(t.shape)).to(t)
+
+
+class SeededNoise:
+    """Draws the same numbers at each call of one seed."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return torch.randn(t.shape, generator=torch.Generator().manual_seed(self.seed)).to(t)
+
+
+DRAWS = [
+    drawn_by_numpy,
+    drawn_by_python,
+    drawn_by_a_generator,
+    drawn_by_a_generator_of_numpy,
+]
+
+
+@dataclass(frozen=True)
+class NoisyForward(Forward):
+    """The exact feedback, and noise of a quarter of its size."""
+
+    draw: Any = None
+    seed: int = 0
+    name: ClassVar[str] = "noisy"
+
+    def feedback(self, path: Any, state: Any) -> Any:
+        draw = self.draw or SeededNoise(self.seed)
+
+        def noisy(_: str, h: Tensor) -> Tensor:
+            return h + h.norm() / h.numel() ** 0.5 * draw(h) / 4
+
+        feedback, state = super().feedback(path, state)
+        return [by_step.mapped(noisy) for by_step in feedback], state
+
+
+@pytest.mark.parametrize("draw", [*DRAWS, None])
+def test_an_estimator_draws_from_any_generator(draw: Any) -> None:
+    generators = random.getstate(), numpy.random.get_state(legacy=False)["state"]["pos"]  # noqa: NPY002
+    mode = NoisyForward(draw=draw)
+    figures = ablation_of("mlp", [mode, "forward"], draws=16, altered=False)
+    noisy = figures.modes["noisy"]
+    assert isinstance(noisy, ModeCost)
+    assert 0.1 < noisy.noise_to_signal < 1
+    # The error of the mean over 16 draws.
+    assert noisy.relative_error < 0.8 * noisy.noise_to_signal
+    assert figures.recommended == "forward"
+    assert figures.modes["forward"].noise_to_signal == 0  # type: ignore[union-attr]
+    assert generators == (
+        random.getstate(),
+        numpy.random.get_state(legacy=False)["state"]["pos"],  # noqa: NPY002
+    )
+
+
+class NoisyLoss(metapl.PseudoLabels):
+    """Weighs each example by a draw."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses = super().inner_loss(outputs, signal, batch)
+        return losses * self.draw(losses).square()
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_loss_that_draws_from_another_generator_has_no_exact_gradient(draw: Any) -> None:
+    problem = toy("mlp", dtype=torch.float32, rows=8)
+    trainer = metapl.BilevelTrainer(**problem.networks(), problem=NoisyLoss(draw))
+    with pytest.raises(metapl.MetaplError, match="a network or a loss draws from"):
+        ablate(trainer, problem.labeled, problem.unlabeled, ["forward"], **QUICK)
 
 
 def test_the_operations_are_those_of_pytorch_own_counter() -> None:
