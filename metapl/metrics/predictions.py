@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from metapl.execution.batch import (
     to_device,
 )
 from metapl.execution.layout import reshard
+from metapl.execution.state import RandomState
 
 # The number of examples in a pass, where data comes as one batch.
 ROWS = 1024
@@ -81,9 +83,20 @@ def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
     first_parameter = next(model.parameters(), None)
 
     def outputs_of(inputs: Inputs) -> Tensor:
+        device = torch.device("cpu")
         if first_parameter is not None:
-            inputs = to_device(inputs, first_parameter.device)
-        return checks.logits(returned_by(model, inputs), "network")
+            device = first_parameter.device
+            inputs = to_device(inputs, device)
+        random = RandomState.now(device)
+        outputs = checks.logits(returned_by(model, inputs), "network")
+        if not RandomState.now(device).equals(random):
+            warnings.warn(
+                f"{type(model).__name__} draws random numbers in eval() too, so that its "
+                "predictions are others in each pass; expected dropout and noise in training "
+                "alone, such as F.dropout(x, p, training=self.training), unless that is meant",
+                stacklevel=2,
+            )
+        return outputs
 
     try:
         # Not inference mode: what a module keeps of it can have no gradient later.

@@ -492,10 +492,10 @@ class Trainer(ABC):
         return unsaved_in_words(saved, self.live_state())
 
     def _warn(self, text: str) -> None:
-        warnings.warn(text.removeprefix("warning: "), stacklevel=4)
+        warnings.warn(text, stacklevel=4)
 
-    def tell_evaluation(self, say: Say) -> None:
-        """Say which networks are in evaluation mode as a whole, once until they are not."""
+    def tell_evaluation(self, warn: Say) -> None:
+        """Warn of networks that are in evaluation mode as a whole, once until they are not."""
         from metapl.training.network_settings import changed_by_evaluation
 
         told_before = self._told_in_evaluation
@@ -506,8 +506,8 @@ class Trainer(ABC):
                 continue
             self._told_in_evaluation += (role,)
             if role not in told_before:
-                say(
-                    f"warning: the {role} is in eval() as a whole: {', and '.join(changes)}; call "
+                warn(
+                    f"the {role} is in eval() as a whole: {', and '.join(changes)}; call "
                     f"{role}.train() before, unless that is meant"
                 )
 

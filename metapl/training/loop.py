@@ -33,14 +33,6 @@ from metapl.training.options import FitOptions, Rates
 from metapl.training.outcomes import Outcomes
 from metapl.training.patience import Patience
 from metapl.training.records import figures
-from metapl.training.resuming import (
-    Checkpoints,
-    refuse_other_settings,
-    settings_of,
-    sharded_tensors,
-    state_of_process,
-    texts_of,
-)
 from metapl.training.selection import Selection
 from metapl.training.sources import Sources
 
@@ -143,6 +135,8 @@ class Fit:
     """
 
     def __init__(self, trainer: Fittable, request: FitRequest) -> None:
+        from metapl.training.resuming import Checkpoints, texts_of
+
         options = request.options
         if options.wait and trainer.teacher is None:
             raise MetaplError(
@@ -273,10 +267,12 @@ class Fit:
         """Begin at the first step, or where the newest whole checkpoint is."""
         if self.resumes:
             self.resume()
-        self.trainer.tell_evaluation(self.say)
+        self.trainer.tell_evaluation(self.outcomes.warn)
 
     def resume(self) -> None:
         """Begin where the newest whole checkpoint is, or at the first step where there is none."""
+        from metapl.training.resuming import sharded_tensors
+
         path, state = self.checkpoints.newest()
         phase = self.options.phase
         if path is None:
@@ -295,6 +291,7 @@ class Fit:
     def go_on_from(self, path: Path, state: Mapping[str, Any]) -> None:
         """Take over what a checkpoint has."""
         from metapl.training.network_settings import restored_in_words
+        from metapl.training.resuming import refuse_other_settings, state_of_process
 
         process_state = state_of_process(state["ranks"], self.trainer, path, self.sources)
         if state["step"] > self.options.steps:
@@ -323,16 +320,16 @@ class Fit:
             changes = restored_in_words(settings_before[role], settings)
             if changes:
                 self.say(f"as when it was saved, of the {role} are {'; '.join(changes)}")
+        self.outcomes.load_state_dict(state["outcomes"])
         if words := self.trainer.unsaved(state["trainer"]):
-            self.say(
-                f"warning: not restored: {few(words, 3)}; expected numbers, tensors or modules in "
+            self.outcomes.warn(
+                f"not restored: {few(words, 3)}; expected numbers, tensors or modules in "
                 "attributes, which are made before the fit"
             )
         self.selection.load_state_dict(state)
         self.patience.load_state_dict(state["patience"])
         self.step = state["step"]
         self.is_ended = state["ended"]
-        self.outcomes.load_state_dict(state["outcomes"])
         self.checkpoints.go_on_from(path)
         self.sources.load_state_dict({**positions, **process_state["feeds"]})
         # Last, for what comes before may draw.
@@ -490,6 +487,8 @@ class Fit:
 
     def settings(self) -> dict[str, str]:
         """Return what a part of this fit that is resumed must have in common with it."""
+        from metapl.training.resuming import settings_of
+
         return settings_of(
             self.trainer,
             self.options,

@@ -33,9 +33,8 @@ VALUES = "values"
 
 CPU = torch.device("cpu")
 
-# Attributes of modules that are rates at which they drop in training, as PyTorch, torchvision and
-# timm call them.
-DROPOUT_RATES = ("p", "dropout", "drop_prob", "drop_path")
+# The functions of torch.nn.functional that drop in training.
+DROPOUTS = {name for name in vars(nn.functional) if "dropout" in name}
 
 
 def network_settings(
@@ -110,13 +109,37 @@ def changed_by_evaluation(network: nn.Module) -> list[str]:
         return []
     changes = []
     modules = list(network.modules())
-    # Of dropout, recurrent layers, attention, and paths that are dropped.
-    rates = [getattr(module, name, None) for module in modules for name in DROPOUT_RATES]
-    if any(isinstance(rate, float) and 0 < rate < 1 for rate in rates):
+    if any(drops_in_training(module) for module in modules):
         changes.append("its dropout is off")
     if any(getattr(module, "running_mean", None) is not None for module in modules):
         changes.append("the statistics of its norms stay")
     return changes
+
+
+def drops_in_training(module: nn.Module) -> bool:
+    """Return whether a module drops by a rate in its attributes, or in code of its own.
+
+    Rates are those of dropout, recurrent layers, attention, and paths that are dropped. Code is
+    that of methods which call a function such as ``F.dropout`` and read ``training``.
+    """
+    rates = []
+    for name, value in vars(module).items():
+        if (name == "p" or "drop" in name) and type(value) in (float, int):
+            rates.append(value)
+    if rates:
+        return any(0 < rate < 1 for rate in rates)
+    for kind in type(module).__mro__:
+        # Those of torch have their rates in attributes.
+        if kind.__module__.partition(".")[0] == "torch":
+            continue
+        for method in vars(kind).values():
+            code = getattr(method, "__code__", None)
+            names = () if code is None else code.co_names
+            # Of a name that the module has too, that one is called.
+            functions = [name for name in names if name in DROPOUTS and not hasattr(module, name)]
+            if functions and "training" in names:
+                return True
+    return False
 
 
 def unsaved_in_words(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -167,10 +167,13 @@ class Outcomes:
         """Say something, unless something of its kind has been said."""
         if kind not in self.said:
             self.said.append(kind)
-            self._warn(text)
+            self.warn(text)
 
-    def _warn(self, text: str) -> None:
-        self.warnings.append(text)
+    def warn(self, text: str) -> None:
+        """Say what went wrong, and remember it for the result."""
+        # A resumed fit says again what is still so.
+        if text not in self.warnings:
+            self.warnings.append(text)
         self._say(f"warning: {text}")
 
     def _remedies(self, role: str) -> list[str]:
@@ -304,7 +307,7 @@ class Outcomes:
             rate = "0.1"
         if move >= least_move:
             return
-        self._warn(
+        self.warn(
             f"the teacher's parameters have hardly moved after {step:,} steps, by "
             f"{move:.1g} each {compared}; give it a greater rate, as by "
             f"outer_optimizer=torch.optim.Adam(teacher.parameters(), lr={rate})"

@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 import metapl
 from metapl.training.network_settings import changed_by_evaluation, network_settings
@@ -879,8 +880,9 @@ def test_a_network_in_evaluation_as_a_whole_is_named_once(kind: str, is_wrapped:
         trainer = metapl.BilevelTrainer(teacher, model, inner_optimizer=optimizer)
     x = torch.randn(40, 6)
     said: list[str] = []
+    results = []
     for steps in (4, 8):
-        trainer.fit(
+        result = trainer.fit(
             (x, torch.arange(40) % 3),
             x if kind == "bilevel" else None,
             steps=steps,
@@ -888,9 +890,12 @@ def test_a_network_in_evaluation_as_a_whole_is_named_once(kind: str, is_wrapped:
             progress=False,
             say=said.append,
         )
+        results.append(result)
     lines = [text for text in said if "eval()" in text]
     assert len(lines) == 1
     assert lines[0].startswith("warning: the student is in eval() as a whole")
+    assert [f"warning: {text}" for text in results[0].warnings] == lines
+    assert not results[1].warnings
     assert not student.training
 
 
@@ -929,6 +934,58 @@ def test_other_layers_that_act_by_being_in_training_are_named(layer: nn.Module) 
     network = nn.Sequential(nn.Linear(6, 6), layer)
     assert not changed_by_evaluation(network)
     assert len(changed_by_evaluation(network.eval())) == 1
+
+
+class Dropping(nn.Module):
+    """Calls a function of torch that drops, as far as a rate or its mode says so."""
+
+    def __init__(self, **attributes: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+        vars(self).update(attributes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(F.dropout(x, 0.5, training=self.training))
+
+
+class AlwaysDropping(Dropping):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(F.dropout(x, 0.5))
+
+
+def test_functional_dropout_is_named() -> None:
+    for attributes in ({}, {"attention_dropout": 0.1}, {"drop_rate": 0.2}):
+        assert changed_by_evaluation(Dropping(**attributes).eval()) == ["its dropout is off"]
+        assert not changed_by_evaluation(Dropping(**attributes))
+    assert not changed_by_evaluation(Dropping(drop_rate=0.0).eval())
+
+
+def test_a_network_that_draws_while_it_predicts_is_named() -> None:
+    data = torch.randn(8, 6), torch.arange(8) % 3
+    network = AlwaysDropping()
+    trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.1))
+    with pytest.warns(UserWarning, match="AlwaysDropping draws random numbers in eval"):
+        trainer.fit(data, validation=data, steps=1, batch_size=8, progress=False, say=print)
+    with pytest.warns(UserWarning, match="draws random numbers in eval"):
+        trainer.predict(data[0])
+
+
+def test_a_resumed_fit_has_the_warnings_of_its_first_part_once(tmp_path: Path) -> None:
+    data = torch.randn(16, 6), torch.arange(16) % 3
+    for is_resumed in (False, True):
+        trainer = trainer_of("loss")
+        trainer.student.eval()
+        result = trainer.fit(
+            data,
+            steps=2,
+            batch_size=8,
+            progress=False,
+            say=str,
+            out=tmp_path / "run",
+            resume=is_resumed,
+        )
+        (warning,) = result.warnings
+        assert warning.startswith("the student is in eval() as a whole")
 
 
 def test_frozen_statistics_and_plain_networks_are_not_named() -> None:
