@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
 from torch.profiler import ProfilerActivity
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    conv_flop_count,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 from torch.utils.module_tracker import ModuleTracker
 
 
@@ -24,7 +30,70 @@ def _convolution_backward(*arguments: Any, **shapes: Any) -> int:
     return int((wants_inputs + wants_weight) * one_gradient)
 
 
-FORMULAS = {torch.ops.aten.convolution_backward: _convolution_backward}
+def _recurrent(inputs: Sequence[int], *weights: Any, **shapes: Any) -> int:
+    """Count the products of fused recurrent layers.
+
+    Each row of each step is multiplied by each matrix once; other weights are biases.
+    """
+    in_matrices = sum(math.prod(shape) for shape in weights if len(shape) == 2)
+    return int(2 * math.prod(inputs[:-1]) * in_matrices)
+
+
+def _recurrent_on_cpu(inputs: Sequence[int], *arguments: Any, **shapes: Any) -> int:
+    """Count the products of a layer of oneDNN, whose two matrices come first.
+
+    Without biases they follow once more.
+    """
+    return _recurrent(inputs, *arguments[:2])
+
+
+def _recurrent_on_cpu_backward(inputs: Sequence[int], *arguments: Any, **shapes: Any) -> int:
+    """Count those of its gradients, in its inputs and in its weights."""
+    return 2 * _recurrent_on_cpu(inputs, *arguments)
+
+
+def _recurrent_on_cuda(inputs: Sequence[int], weights: Any, *arguments: Any, **shapes: Any) -> int:
+    """Count the products of all layers and directions, whose weights are one list."""
+    return _recurrent(inputs, *weights)
+
+
+def _recurrent_on_cuda_backward(
+    inputs: Sequence[int], weights: Any, *arguments: Any, **shapes: Any
+) -> int:
+    """Count those of its gradients, in its inputs and, where they are asked for, its weights."""
+    wants_weights = bool(arguments[-1][-1])
+    return (1 + wants_weights) * _recurrent(inputs, *weights)
+
+
+def _attention(*arguments: Any, **shapes: Any) -> int:
+    """Count the products of queries, keys and values."""
+    return int(sdpa_flop_count(*arguments[:3]))
+
+
+def _attention_backward(*arguments: Any, **shapes: Any) -> int:
+    """Count those of their gradients, for which the kernel computes the weights again."""
+    return int(sdpa_backward_flop_count(*arguments[:4]))
+
+
+def _matrix_by_vector(*arguments: Any, **shapes: Any) -> int:
+    """Count a product whose last but one argument is the matrix, and the last one the vector."""
+    rows, columns = arguments[-2]
+    return int(2 * rows * columns)
+
+
+# What PyTorch's counter leaves out, or counts otherwise.
+ATEN = torch.ops.aten
+FORMULAS = {
+    ATEN.convolution_backward: _convolution_backward,
+    ATEN.mkldnn_rnn_layer: _recurrent_on_cpu,
+    ATEN.mkldnn_rnn_layer_backward: _recurrent_on_cpu_backward,
+    ATEN._cudnn_rnn: _recurrent_on_cuda,
+    ATEN._cudnn_rnn_backward: _recurrent_on_cuda_backward,
+    ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    ATEN.mv: _matrix_by_vector,
+    ATEN.addmv: _matrix_by_vector,
+}
 
 
 class NoModules(ModuleTracker):

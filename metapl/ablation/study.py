@@ -31,7 +31,7 @@ from metapl.data.feed import feed
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch, is_record_of_rows, is_whole, length
 from metapl.execution.checks import described
-from metapl.execution.numerics import float32_products
+from metapl.execution.numerics import float32_products, no_fast_path
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
 from metapl.feedback.door import DrawsOutside, refusing_draws_outside
@@ -542,7 +542,8 @@ class Study:
     def _student_pass(self, batch: Batch) -> None:
         """Take one forward pass of a copy of the student on an inner batch."""
         problem = self.trainer.problem
-        with torch.no_grad(), replayed(RandomState.now(self.trainer.device)):
+        # PyTorch's counter does not know the fused layers of a transformer in eval mode.
+        with torch.no_grad(), no_fast_path(), replayed(RandomState.now(self.trainer.device)):
             if enters_input(problem):
                 teacher: Any = copy.deepcopy(self.trainer.teacher)
                 signal = problem.signal(teacher, batch, None, generator=None)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import metapl
 from metapl.ablation import Ablation, Altered, ModeCost, ablate, recommendation
-from metapl.ablation.cost import flops, seconds
+from metapl.ablation.cost import FORMULAS, flops, seconds
 from metapl.execution.ranks import ALONE
 from metapl.feedback import Difference, Estimator, Forward
 
@@ -253,6 +253,57 @@ class TooLarge(Difference):
 
     def feedback(self, path: Any, state: Any) -> Any:
         raise MemoryError
+
+
+def by_products(network: nn.RNNBase, x: Tensor) -> Tensor:
+    """Run recurrent layers by matrix products, of which PyTorch's counter knows each."""
+    layer = x
+    for number in range(network.num_layers):
+        directions = []
+        for suffix in ["", "_reverse"][: 1 + network.bidirectional]:
+            from_input = getattr(network, f"weight_ih_l{number}{suffix}")
+            from_state = getattr(network, f"weight_hh_l{number}{suffix}")
+            state = torch.zeros(x.shape[1], network.hidden_size, requires_grad=True)
+            states = []
+            for row in layer:
+                gates = (row @ from_input.T + state @ from_state.T).tanh()
+                state = gates.unflatten(1, (-1, network.hidden_size)).sum(1)
+                states.append(state)
+            directions.append(torch.stack(states))
+        layer = torch.cat(directions, -1)
+    return layer
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"bidirectional": True, "bias": False}])
+def test_recurrent_layers_cost_what_their_products_do(kind: Any, options: Any) -> None:
+    network = kind(5, 7, **options)
+    x = torch.randn(6, 4, 5, requires_grad=True)
+    state = torch.zeros(network.num_layers * (1 + network.bidirectional), 4, 7, requires_grad=True)
+    states = (state, state) if kind is nn.LSTM else state
+    operations = flops(lambda: network(x, states))
+    assert operations == flops(lambda: by_products(network, x)) > 0
+    with_gradients = flops(lambda: network(x, states)[0].sum().backward())
+    assert with_gradients == flops(lambda: by_products(network, x).sum().backward())
+    assert with_gradients == 3 * operations
+
+
+def test_fused_layers_of_a_device_cost_what_their_products_do() -> None:
+    aten = torch.ops.aten
+    inputs = torch.Size([6, 4, 5])
+    weights = [torch.Size(shape) for shape in ([28, 5], [28, 7], [28], [28])]
+    products = 2 * 6 * 4 * 28 * (5 + 7)
+    assert FORMULAS[aten._cudnn_rnn](inputs, weights) == products
+    backward = FORMULAS[aten._cudnn_rnn_backward]
+    assert backward(inputs, weights, [True, True, True, True]) == 2 * products
+    assert backward(inputs, weights, [True, True, True, False]) == products
+
+
+def test_attention_and_products_with_vectors_cost_what_they_compute() -> None:
+    q = torch.randn(2, 3, 5, 4, requires_grad=True)
+    assert flops(lambda: F.scaled_dot_product_attention(q, q, q)) == 2 * 2 * (2 * 3 * 5 * 5 * 4)
+    matrix, vector = torch.randn(6, 4), torch.randn(4)
+    assert flops(lambda: matrix @ vector) == 2 * 6 * 4
 
 
 def test_a_mode_that_cannot_run_has_its_reason_below_the_table() -> None:
