@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     Keep = Callable[[int, int, Engine], Keeping]
 
 OTHER_BATCH = (
-    "the function of Lookahead returned another batch for step {} when it was called again; "
-    "expected the same."
+    "the batch for step {} was another one when it was read again; expected the same: examples "
+    "without random augmentation, or a function of Lookahead that returns the same each time."
 )
 LOSS_NOT_FINITE = (
     "the inner loss is NaN or infinite in step {} of the look-ahead: its batch has such values, "

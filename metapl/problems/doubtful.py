@@ -24,7 +24,14 @@ from torch.nn import functional as F
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, Inputs, holds_tensors, labeled_pair, length
+from metapl.execution.batch import (
+    Batch,
+    Inputs,
+    holds_tensors,
+    inputs_of,
+    labeled_pair,
+    length,
+)
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -129,9 +136,12 @@ class EqualWeights(Weighted):
         """
         if type(self).student_input is not EqualWeights.student_input:
             return batch
-        return labeled_pair(
-            batch, name, " For other batches, give the problem a method student_input(batch)."
-        )
+        mend = "For other batches, give the problem a method student_input(batch)."
+        inputs = inputs_of(batch)
+        tokens = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
+        if isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.ndim == 2:
+            mend = "Of token ids alone, give problem=metapl.problems.NextToken()."
+        return labeled_pair(batch, name, f" {mend}")
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
         """Return the shape of the weights that the inner loss multiplies by.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -106,7 +108,11 @@ class Numbered(Examples):
     def read(self, numbers: Tensor) -> Any:
         examples = [self.source[i] for i in numbers.tolist()]
         if self.collate is default_collate:
-            examples = [with_tensors(example, self.dtype) for example in examples]
+            # A list of two numbers is an input and its label.
+            examples = [
+                example if is_pair_of_numbers(example) else with_tensors(example, self.dtype)
+                for example in examples
+            ]
         try:
             batch = self.collate(examples)
         except (RuntimeError, TypeError) as error:
@@ -121,25 +127,28 @@ class Numbered(Examples):
         return tuple(batch) if type(batch) is list else batch
 
 
-def with_tensors(example: Any, dtype: torch.dtype) -> Any:
-    """Return an example whose lists of numbers, as of a tokenizer, are tensors where it is a dict.
+def with_tensors(value: Any, dtype: torch.dtype) -> Any:
+    """Return an example, or columns of examples, with tensors in the place of lists of numbers.
 
     PyTorch's own collate function would take such a list for a column of several numbers, where
-    those of Trainers make one tensor of all rows.
+    those of Trainers make one tensor of all rows. A list of lists of different lengths stays one.
 
     Args:
         dtype: of those with a fraction.
     """
-    if not isinstance(example, Mapping):
-        return example
-    entries: dict[str, Any] = {}
-    for name, value in example.items():
-        is_list = isinstance(value, list) and len(value) > 0
-        if is_list and all(isinstance(number, int | float) for number in value):
-            has_fractions = any(isinstance(number, float) for number in value)
-            value = torch.tensor(value, dtype=dtype if has_fractions else None)
-        entries[name] = value
-    return entries
+    if isinstance(value, Mapping):
+        return {name: with_tensors(entry, dtype) for name, entry in value.items()}
+    if type(value) is tuple:
+        return tuple(with_tensors(entry, dtype) for entry in value)
+    if not isinstance(value, list) or not value:
+        return value
+    numbers = pytree.tree_leaves(value)
+    if all(isinstance(number, int | float) for number in numbers):
+        has_fractions = any(isinstance(number, float) for number in numbers)
+        # Of lists of different lengths there is no tensor.
+        with suppress(ValueError, TypeError):
+            return torch.tensor(value, dtype=dtype if has_fractions else None)
+    return [with_tensors(entry, dtype) for entry in value]
 
 
 def examples_of(data: Any, name: str, like: Tensor, *, each_once: bool = True) -> Examples:
@@ -153,6 +162,8 @@ def examples_of(data: Any, name: str, like: Tensor, *, each_once: bool = True) -
     """
     columns = columns_of(data)
     if columns is not None:
+        if isinstance(columns, tuple):
+            columns = with_tensors(columns, like.dtype)
         refuse_lists(columns, name)
         return Columns(as_tensors(columns, like.dtype, f"{name} holds data"), name, like.device)
     collate: Callable[[list[Any]], Any] = default_collate
@@ -188,16 +199,28 @@ def columns_of(data: Any) -> Any:
     return None
 
 
+def is_pair_of_numbers(example: Any) -> bool:
+    """Return whether an example is a list of two numbers."""
+    is_pair = isinstance(example, list) and len(example) == 2
+    return is_pair and all(isinstance(number, int | float) for number in example)
+
+
 def refuse_lists(columns: Any, name: str) -> None:
-    """Refuse a dict with lists of numbers, as tokenizers give them."""
-    if not isinstance(columns, dict):
-        return
-    for key, value in columns.items():
-        if isinstance(value, list):
-            raise MetaplError(
-                f"{name} holds a list under {key!r}; expected tensors or arrays, which a tokenizer "
-                "gives with return_tensors='pt'."
-            )
+    """Refuse a list among columns: in a dict, as tokenizers give them, or of other than numbers."""
+    if isinstance(columns, dict):
+        for key, value in columns.items():
+            if isinstance(value, list):
+                raise MetaplError(
+                    f"{name} holds a list under {key!r}; expected tensors or arrays, which a "
+                    "tokenizer gives with return_tensors='pt'."
+                )
+    if isinstance(columns, tuple):
+        for number, value in enumerate(columns):
+            if isinstance(value, list):
+                raise MetaplError(
+                    f"{name} holds a list in [{number}] that no tensor can be made of; expected "
+                    "tensors, arrays or lists of numbers, with rows of one length."
+                )
 
 
 def refuse_loader(loader: DataLoader[Any], name: str, *, each_once: bool) -> None:

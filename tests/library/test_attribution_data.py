@@ -158,6 +158,25 @@ def test_the_form_changes_no_score(form: str, expected: Attribution) -> None:
     assert torch.equal(attribution.outer_loss, expected.outer_loss)
 
 
+def test_lists_of_numbers_are_tensors() -> None:
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(12) % 3
+    scores = []
+    for train in (
+        (x, labels),
+        (x.tolist(), labels.tolist()),
+        (x, labels.tolist()),
+        [*zip(x.tolist(), labels.tolist(), strict=True)],
+        [[row, label] for row, label in zip(x.tolist(), labels.tolist(), strict=True)],
+    ):
+        torch.manual_seed(0)
+        network = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+        scores.append(attributed(train, (x, labels), network, optimizer=optimizer).scores)
+    for others in scores[1:]:
+        assert torch.equal(others, scores[0])
+
+
 def slope_in_weight(attribution: Attribution, number: int) -> Any:
     """Return the central difference of the outer losses of trainings, in one example's weight."""
     move = torch.zeros(N, dtype=torch.float64)
@@ -241,6 +260,8 @@ def test_ids_alone_are_their_labels() -> None:
     expected = attributed((ids, ids), (ids, ids), Causal(), **options).scores
     for data in (ids, TensorDataset(ids), [*ids]):
         assert torch.equal(attributed(data, data, Causal(), **options).scores, expected)
+    lists = ids.tolist()
+    assert torch.equal(attributed(lists, ids, Causal(), **options).scores, expected)
     # What is masked is no label.
     mask = torch.ones_like(ids)
     mask[4:, 3:] = 0
@@ -480,6 +501,12 @@ class Doubling(DataLoader[Any]):
             yield {name: 2 * t for name, t in batch.items()}
 
 
+class Augmented(Records):
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        record = super().__getitem__(number)
+        return {**record, "attention_mask": torch.rand(MASK.shape[1:]).double()}
+
+
 TABLE = columns(IDS, LABELS)
 WEIGHTED = WeightedRandomSampler([1.0] * N, N)
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
@@ -542,6 +569,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         r"give the problem a method student_input\(batch\)",
     ),
     "a number": (lambda: 3, "a data set of examples by number"),
+    "rows of different lengths": (lambda: (IDS, [[1, 2], [3]] * (N // 2)), r"a list in \[1\]"),
+    "token ids alone": (lambda: IDS, r"give problem=metapl\.problems\.NextToken\(\)"),
+    "token ids alone in a dict": (lambda: {"input_ids": IDS}, r"problems\.NextToken\(\)"),
+    "random augmentation": (lambda: Augmented(TABLE), "without random augmentation"),
 }
 
 

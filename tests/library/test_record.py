@@ -1174,3 +1174,22 @@ def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:
     # Small whole numbers in floating point differ in their leading bits alone.
     grid = torch.cartesian_prod(*[torch.arange(12.0)] * 4) / 16
     assert len(row_digests(grid).unique()) == len(grid)
+
+
+def test_a_dict_with_other_names_than_the_network_takes_is_named(tmp_path: Path) -> None:
+    model = nn.Linear(16, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(8, 16)
+    labels = torch.arange(8) % 4
+
+    def train_with(name: str) -> None:
+        data = {name: x, "labels": labels}
+        with record(model, optimizer, out=tmp_path / name, train=data):
+            F.cross_entropy(model(x), labels).backward()
+            optimizer.step()
+
+    # As Linear calls it.
+    train_with("input")
+    optimizer.zero_grad()
+    with pytest.raises(MetaplError, match="a dict of pixels, and the network's forward takes inp"):
+        train_with("pixels")

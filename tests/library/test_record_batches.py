@@ -235,7 +235,7 @@ def test_look_aheads_know_another_batch(form: str) -> None:
         is_second_call = k == 2 and calls.count(2) > 1
         return make(*rows(1 + k + (10 if is_second_call else 0)))
 
-    with pytest.raises(MetaplError, match="another batch for step 2 when it was called again"):
+    with pytest.raises(MetaplError, match="for step 2 was another one when it was read again"):
         hypergradient(changing)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from metapl.errors import MetaplError, few, reason_of
+from metapl.execution.failed_calls import names_of_arguments
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.problems.base import kind_of
 from metapl.problems.doubtful import EqualWeights
@@ -207,6 +208,14 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
             raise
         except Exception as error:
             # The network itself has just run on these examples, in the loop.
+            inputs = network.problem.student_input(call.batch)
+            names = names_of_arguments(network.model)
+            if isinstance(inputs, dict) and not inputs.keys() <= {*names}:
+                raise MetaplError(
+                    f"record: the inputs of train are a dict of {few(inputs)}, and the network's "
+                    f"forward takes {few(names)}; expected a dict with these names, or (inputs, "
+                    "labels)."
+                ) from error
             kind = kind_of(network.problem)
             raise MetaplError(
                 f"record: {kind} cannot take the losses of the loop's examples "
