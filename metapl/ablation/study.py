@@ -34,7 +34,13 @@ from metapl.execution.checks import described
 from metapl.execution.numerics import float32_products, no_fast_path
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
-from metapl.feedback.door import DrawsOutside, refusing_draws_outside
+from metapl.feedback.door import (
+    DrawsOutside,
+    names_written,
+    numbers_in,
+    refusing_draws_outside,
+    why_again,
+)
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
@@ -636,6 +642,7 @@ def _exact_gradient(trainer: BilevelTrainer, batches: Batches) -> Tensor:
     """
     reasons = []
     for mode in (estimator("unrolled"), estimator("forward")):
+        numbers_before = numbers_in(trainer.problem, trainer.teacher)
         try:
             with refusing_draws_outside():
                 gradient, again = (
@@ -648,11 +655,10 @@ def _exact_gradient(trainer: BilevelTrainer, batches: Batches) -> Tensor:
             reasons.append(_reason(error))
             continue
         if not _are_same(gradient, again):
+            written = names_written(numbers_before, numbers_in(trainer.problem, trainer.teacher))
             raise MetaplError(
-                "there is no exact gradient: that of the same step is another one when it is asked "
-                "for again: a network or a loss draws from a generator of its own, or moves other "
-                "state outside of the networks' buffers; expected draws by torch's default "
-                "generator, or by the one that signal is given."
+                "there is no exact gradient: it is another one when it is asked for again, of the "
+                f"same step: {why_again(written)}"
             )
         return gradient
     raise MetaplError(

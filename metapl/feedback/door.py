@@ -229,6 +229,21 @@ def names_written(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     return written
 
 
+def why_again(written: Sequence[str]) -> str:
+    """Return why equal calls differ, by what they have written, and what was expected.
+
+    Args:
+        written: the names of the problem's numbers that a call writes; none for other state.
+    """
+    cause = (
+        "random numbers of a generator of its own, or state outside of buffers that a call writes, "
+        "such as a running sum in a global"
+    )
+    if written:
+        cause = f"a call writes state of the problem ({few(written, 3)})"
+    return f"{cause}; expected draws by torch, and what moves in a buffer of the teacher."
+
+
 def loss_that_changes(loss: str, problem: BilevelProblem, written: Sequence[str]) -> str:
     """Return a sentence on a loss that is another one whenever it is called.
 

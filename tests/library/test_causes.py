@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -162,3 +163,26 @@ def test_implicit_is_right_with_a_direct_term() -> None:
     verdict = verdict_of(Tempered(), metapl.feedback.Implicit(damping=1.0))
     assert "gives the derivative that it approximates" in verdict
     assert "the direct term, along the gradient" in verdict
+
+
+MEAN = np.ones(3)
+
+
+class Remembering(Growing):
+    """Keeps a running mean of NumPy's in a global, which no copy of the problem has."""
+
+    def __init__(self) -> None:
+        super().__init__("nothing", holds_count=True)
+
+    def signal(self, *arguments: Any, **options: Any) -> Signal:
+        signal = super().signal(*arguments, **options)
+        logits = signal.value
+        np.copyto(MEAN, MEAN / 2 + logits.detach().mean(0).double().numpy() + 1)
+        return Signal(logits * torch.from_numpy(MEAN).to(logits))
+
+
+def test_a_running_mean_outside_of_buffers_is_named() -> None:
+    verdict = verdict_of(Remembering())
+    assert "first in the signal of Remembering, or the teacher" in verdict
+    assert "state outside of buffers that a call writes" in verdict
+    assert "expected draws by torch, and what moves in a buffer of the teacher" in verdict

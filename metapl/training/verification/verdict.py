@@ -11,7 +11,14 @@ import torch
 
 from metapl.errors import MetaplError, reason_of
 from metapl.feedback import Estimator
-from metapl.feedback.door import DrawsOutside, PastTheSignal, refusing_draws_outside
+from metapl.feedback.door import (
+    DrawsOutside,
+    PastTheSignal,
+    names_written,
+    numbers_in,
+    refusing_draws_outside,
+    why_again,
+)
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.training.verification.case import EPS, EPS32, Case, Errors
 from metapl.training.verification.causes import changing_loss, coarsest_rounding, first_difference
@@ -127,12 +134,13 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
         errors = errors_of(case)
     if breach or case.off(errors):
         for _ in range(3):
+            numbers_before = numbers_in(case.step.problem, case.step.teacher)
             part = first_difference(case.real, Evaluation(case.step))
             if part:
-                breach = (
-                    f"two equal steps differ, first in {part}: random numbers of a generator of "
-                    "its own, or other state."
+                written = names_written(
+                    numbers_before, numbers_in(case.step.problem, case.step.teacher)
                 )
+                breach = f"two equal steps differ, first in {part}: {why_again(written)}"
                 break
     doubt = case.mode.doubt(case.by_mode.numbers)
     clear_errors = {name: error for name, error in errors.items() if error is not None}
