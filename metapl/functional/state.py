@@ -359,6 +359,12 @@ def impurity(error: BaseException, who: str) -> ImpureError | None:
             f"{who} writes in a pass to its weights, or to a tensor that is no buffer of it",
             "a registered buffer for what passes carry on",
         )
+    if "data pointer" in text:
+        return ImpureError(
+            f"{who} reads the numbers of a tensor in a pass, as by .numpy(), which torch.func "
+            "cannot transform",
+            "operations of torch, and a registered buffer for what passes carry on",
+        )
     if "ADInterpreters" in text or "escaped" in text:
         return ImpureError(
             f"{who} keeps a tensor of a pass, in an attribute, a list or a dict, and reads it in "

@@ -127,9 +127,7 @@ class RunningMean(metapl.BilevelProblem):
 def test_state_that_the_signal_writes_is_named() -> None:
     batch = torch.randn(12, 4), torch.arange(12) % 3
     trainer = metapl.BilevelTrainer(nn.Linear(4, 3), nn.Linear(4, 3), problem=RunningMean())
-    with pytest.raises(
-        metapl.MetaplError, match=r"\(mean\); expected .* in a buffer"
-    ):
+    with pytest.raises(metapl.MetaplError, match=r"\(mean\); expected .* in a buffer"):
         ablate(trainer, batch, batch[0], ["forward"], **QUICK)
 
 

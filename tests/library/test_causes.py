@@ -117,6 +117,15 @@ def test_the_pure_step_names_the_problem_too() -> None:
         step(state, OUTER, U)
 
 
+def test_numpy_in_a_signal_is_named_by_the_pure_step() -> None:
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(4, 3), nn.Linear(4, 3), problem=Remembering(), teacher_losses=(), verify=False
+    )
+    step, state = trainer.functional()
+    with pytest.raises(MetaplError, match=r"the signal of Remembering, reads .* by \.numpy\(\)"):
+        step(state, OUTER, U)
+
+
 class Tempered(Growing):
     """An outer loss with a temperature of the teacher."""
 
