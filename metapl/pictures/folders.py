@@ -524,12 +524,13 @@ def check_folders(
 ) -> list[Finding]:
     """Find what would spoil a training with these folders; errors come first.
 
-    Errors: fewer than two classes; parts of a data set in the place of classes; another of these
-    folders inside that of the classes; a class without pictures; a class of validation or test that
-    training does not know; a picture of test or validation, by its bytes, among the labeled or
-    unlabeled ones, or in two classes. Warnings: a picture of test in validation; a class that
-    validation or test lacks; a class with one picture; classes whose names differ in case alone;
-    all labeled pictures among the unlabeled ones.
+    Errors: fewer than two classes; classes whose names differ in blanks or marks that are not seen;
+    parts of a data set in the place of classes; another of these folders inside that of the
+    classes; a class without pictures; a class of validation or test that training does not know; a
+    picture of test or validation, by its bytes, among the labeled or unlabeled ones, or in two
+    classes. Warnings: a picture of test in validation; a class that validation or test lacks; a
+    class with one picture; classes whose names differ in case alone; all labeled pictures among the
+    unlabeled ones.
 
     Args:
         labeled: the pictures with labels.
@@ -568,9 +569,10 @@ def check_folders(
         findings.append(parts)
     elif len(counts) < 2:
         text = f"{root} has one class, {few(counts)}; expected two or more folders"
-        inner = {name.split("/")[1] for name in labeled.names if name.count("/") > 1}
-        if len(inner) > 1:
-            text += f", as in {shown(root / labeled.classes[0])}: {few(sorted(inner))}"
+        if any(name.count("/") > 1 for name in labeled.names):
+            deepest, _ = _classes_below(root / labeled.names[0].split("/")[0])
+            if len(deepest.classes) > 1:
+                text += f", as in {shown(deepest.root)}: {few(deepest.classes)}"
         findings.append(Finding("error", f"{text}."))
     empty = [name for name, count in counts.items() if count == 0]
     if empty:
@@ -580,11 +582,7 @@ def check_folders(
     if single:
         text = f"{root} has one picture of {few(single)}: it is learned or measured, and not both."
         findings.append(Finding("warning", text))
-    times = Counter(name.casefold() for name in counts)
-    alike = [name for name in counts if times[name.casefold()] > 1]
-    if alike:
-        text = f"{few(alike)} in {root} are {len(alike)} classes: their names differ in case alone."
-        findings.append(Finding("warning", text))
+    findings += _names_alike(root, counts)
 
     # 3. The same pictures on several sides.
     if copies:
@@ -598,8 +596,10 @@ def check_folders(
         folder = f"the {side} folder {held_out.root}"
         unknown = [name for name, count in held_out_counts.items() if count and name not in counts]
         if unknown:
+            looks = {_look(name) for name in counts}
+            names = [repr(name) if _look(name) in looks else name for name in unknown]
             text = (
-                f"{folder} has classes that {root} does not: {few(unknown)}; expected folders of "
+                f"{folder} has classes that {root} does not: {few(names)}; expected folders of "
                 "the same names."
             )
             findings.append(Finding("error", text))
@@ -608,6 +608,45 @@ def check_folders(
             text = f"{folder} has no picture of {few(missing)}: nothing is measured there."
             findings.append(Finding("warning", text))
     return sorted(findings, key=lambda finding: finding.level != "error")
+
+
+def _names_alike(root: Path, names: Iterable[str]) -> list[Finding]:
+    """Return what is wrong with classes whose names look alike.
+
+    Blanks around a name, other kinds of blanks and marks without a width are seen by nobody.
+    """
+    names_by_look: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        names_by_look[_look(name).casefold()].append(name)
+    by_case: list[str] = []
+    by_marks: list[str] = []
+    for alike in names_by_look.values():
+        if len(alike) > 1:
+            has_marks = any(name != _look(name) for name in alike)
+            (by_marks if has_marks else by_case).extend(alike)
+    findings = []
+    if by_marks:
+        text = (
+            f"{few(map(repr, by_marks))} in {root} are {len(by_marks)} classes: names among them "
+            "differ in blanks or marks that are not seen alone; expected one folder for each class."
+        )
+        findings.append(Finding("error", text))
+    if by_case:
+        text = (
+            f"{few(by_case)} in {root} are {len(by_case)} classes: their names differ in case "
+            "alone."
+        )
+        findings.append(Finding("warning", text))
+    return findings
+
+
+def _look(name: str) -> str:
+    """Return what is seen of a name: without marks, and with one blank for several of any kind."""
+    letters = []
+    for letter in name:
+        if unicodedata.category(letter) not in ("Cc", "Cf") or letter.isspace():
+            letters.append(letter)
+    return " ".join("".join(letters).split())
 
 
 # The share of pictures that may lie beside the folders of parts, such as an overview of each.
@@ -634,27 +673,20 @@ def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
             words.append(f"one folder a class in {few(without_classes)}")
         text = f"{labeled.root} has parts of a data set, {few(parts)}; expected {', '.join(words)}"
         return Finding("error", f"{text}.")
-    own_pictures = sum(name.count("/") == 1 for name in labeled.names)
-    if len(parts) < 2 or own_pictures > FEW_OWN_PICTURES * len(labeled.names):
+    if len(parts) < 2 or _has_own_pictures(labeled):
         # Folders with pictures of their own are classes.
         return None
+    shared, folder = _shared_folders(labeled)
+    if shared:
+        deepest, between = _classes_below(folder)
+        candidates = " or ".join([few(parts), *between])
+        return Finding(
+            "error",
+            f"{few(parts)} in {labeled.root} all have the folders {few(shared)} and hardly a "
+            f"picture of their own; expected one folder a class, as in {shown(deepest.root)}, or, "
+            f"where {candidates} are the classes, their pictures without folders between.",
+        )
     places = [composed(name).split("/") for name in labeled.names if name.count("/") > 1]
-    # The folders that are alike may lie deeper: in hospitals, then in years.
-    for level in (1, -2):
-        folders_by_part: defaultdict[str, set[str]] = defaultdict(set)
-        for place in places:
-            folders_by_part[place[0]].add(place[level])
-        shared = set.intersection(*folders_by_part.values())
-        all_folders = set.union(*folders_by_part.values())
-        if len(shared) > 1 and 2 * len(shared) >= len(all_folders):
-            first = next(name for name in labeled.names if name.count("/") > 1)
-            example = shown(labeled.root.joinpath(*first.split("/")[:level]))
-            return Finding(
-                "error",
-                f"{few(parts)} in {labeled.root} all have the folders {few(sorted(shared))} and "
-                f"hardly a picture of their own; expected one folder a class, as in {example}, or, "
-                f"where {few(parts)} are the classes, their pictures without folders between.",
-            )
     # Two hospitals, say, that have not the same classes, or patients of whom each has one.
     inner = {(place[0], place[1]) for place in places}
     folders_of_part = Counter(part for part, _ in inner)
@@ -668,6 +700,49 @@ def _parts_for_classes(labeled: LabeledFiles) -> Finding | None:
             f"the folders {few(repeated)}; if those are the classes, expected one folder for each.",
         )
     return None
+
+
+def _has_own_pictures(labeled: LabeledFiles) -> bool:
+    """Return whether the folders have more than a few pictures that lie in no folder below."""
+    own_pictures = sum(name.count("/") == 1 for name in labeled.names)
+    return own_pictures > FEW_OWN_PICTURES * len(labeled.names)
+
+
+def _shared_folders(labeled: LabeledFiles) -> tuple[list[str], Path]:
+    """Return the folders that all parts of a data set have, and a folder that has them.
+
+    There are none where the parts are not alike.
+    """
+    deep = [name for name in labeled.names if name.count("/") > 1]
+    # The folders that are alike may lie deeper: in hospitals, then in years.
+    for level in (1, -2):
+        folders_by_part: defaultdict[str, set[str]] = defaultdict(set)
+        for name in deep:
+            place = composed(name).split("/")
+            folders_by_part[place[0]].add(place[level])
+        if not folders_by_part:
+            break
+        shared = set.intersection(*folders_by_part.values())
+        all_folders = set.union(*folders_by_part.values())
+        if len(shared) > 1 and 2 * len(shared) >= len(all_folders):
+            return sorted(shared), labeled.root.joinpath(*deep[0].split("/")[:level])
+    return [], labeled.root
+
+
+def _classes_below(folder: Path) -> tuple[LabeledFiles, list[str]]:
+    """Return a folder of classes at or below this one, and the levels between them in words.
+
+    A level whose folders all have the same ones, in years for example, is none of classes.
+    """
+    labeled = scan_labeled(folder)
+    between: list[str] = []
+    while not _has_own_pictures(labeled):
+        shared, inner = _shared_folders(labeled)
+        if not shared:
+            break
+        between.append(few(labeled.classes))
+        labeled = scan_labeled(inner)
+    return labeled, between
 
 
 def _nested(labeled: LabeledFiles, side: str, files: Files) -> Finding | None:

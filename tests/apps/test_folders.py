@@ -362,6 +362,14 @@ PARTS_OF_DATA: dict[str, tuple[list[str], str | None]] = {
         [f"north/2020/{INNER[0]}", f"north/2020/{INNER[1]}", *(f"s/21/{name}" for name in INNER)],
         "as in ROOT/north/2020, or",
     ),
+    "years between": (
+        [f"{part}/{year}/{name}" for part in "ab" for year in (20, 21) for name in INNER],
+        "as in ROOT/a/20, or, where a, b or 20, 21 are the classes",
+    ),
+    "one part, and years": (
+        [f"a/{year}/{name}" for year in (20, 21) for name in INNER],
+        "as in ROOT/a/20: leaf, stem",
+    ),
     "two forms": (
         ["1/Äpfel/1.png", "1/b/1.png", other_form("2/Äpfel/1.png"), "2/b/1.png"],
         "b, Äpfel",
@@ -396,6 +404,50 @@ def test_parts_of_a_data_set_are_no_classes(name: str, tmp_path: Path) -> None:
     else:
         (message,) = errors
         assert words.replace("ROOT", str(tmp_path)) in message
+
+
+@pytest.mark.parametrize("name", ["years between", "one part, and years", "folds", "deeper"])
+def test_the_folder_that_is_proposed_has_classes(name: str, tmp_path: Path) -> None:
+    (finding,) = check_folders(scan_labeled(fill(tmp_path, *PARTS_OF_DATA[name][0])), copies=False)
+    proposed = finding.message.partition("as in ")[2].partition(":")[0].partition(",")[0]
+    again = check_folders(scan_labeled(proposed), copies=False)
+    assert [one for one in again if one.level == "error"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("cat ", "'cat '"),
+        (" cat", "' cat'"),
+        ("cat\u200b", "'cat\\u200b'"),
+        ("\ufeffcat", "'\\ufeffcat'"),
+        ("c\xadat", "'c\\xadat'"),
+        ("Cat\xa0", "'Cat\\xa0'"),
+    ],
+)
+def test_classes_that_look_alike_are_an_error(name: str, shown: str, tmp_path: Path) -> None:
+    files = [f"{folder}/{number}.png" for folder in ("cat", "dog", name) for number in (1, 2)]
+    (found,) = check_folders(scan_labeled(fill(tmp_path / "root", *files)), copies=False)
+    assert found.level == "error"
+    assert shown in found.message
+    assert "'cat'" in found.message
+    # A test folder with one of them.
+    plain = fill(tmp_path / "plain", *files[:4])
+    test = fill(tmp_path / "test", *files[2:])
+    messages = [
+        one.message
+        for one in check_folders(scan_labeled(plain), test=scan_labeled(test), copies=False)
+        if one.level == "error"
+    ]
+    assert len(messages) == 1
+    assert (shown if name.strip("\xa0") != "Cat" else "Cat") in messages[0]
+
+
+def test_other_blanks_within_a_name_are_seen(tmp_path: Path) -> None:
+    files = [f"{folder}/{n}.png" for folder in ("red fox", "redfox", "Red fox") for n in (1, 2)]
+    (found,) = check_folders(scan_labeled(fill(tmp_path, *files)), copies=False)
+    assert found.level == "warning"
+    assert "Red fox, red fox in" in found.message
 
 
 def test_parts_that_share_some_classes_are_a_note(tmp_path: Path) -> None:
