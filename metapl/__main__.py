@@ -13,7 +13,7 @@ from metapl.errors import MissingPackage, needed_for
 def main() -> int:
     """Run the command line; return the exit code, as :func:`metapl.apps.main.main` does."""
     try:
-        with needed_for("the command metapl"):
+        with needed_for("the command"):
             from metapl.apps import main as command
     except MissingPackage as error:
         print(f"metapl: {error}", file=sys.stderr)

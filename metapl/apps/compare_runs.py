@@ -73,7 +73,7 @@ class Compare:
         if not self.folders or len({path.resolve() for path in self.folders}) < len(self.folders):
             given = few(self.folders) if self.folders else "no run"
             raise MetaplError(
-                f"metapl compare RUN RUN...: expected runs, each once, and {given} was given."
+                f"compare RUN RUN...: expected runs, each once, and {given} was given."
             )
         tell(comparison_of(self.folders))
         return 0

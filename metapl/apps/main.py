@@ -168,7 +168,7 @@ def run(words: Sequence[str]) -> int:
     try:
         try:
             # The command may be what needs a package that is not installed, or its flags.
-            with printed_messages(), needed_for(f"metapl {shown(' '.join(words[:1]))}".strip()):
+            with printed_messages(), needed_for(shown(" ".join(["the command", *words[:1]]))):
                 name, command = parsed(words)
                 refuse_several_processes(name)
                 check_fields(command)

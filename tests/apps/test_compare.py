@@ -193,3 +193,8 @@ def test_compare_refuses_runs_on_other_data_or_of_other_classes(tiny: Path, run:
     edited(run / "recipe.json", "recipe", "fields", seed=1)
     edited(run / "result.json", seed=1)
     metapl("compare", tiny, run)
+
+
+def test_a_comparison_of_nothing_names_the_program_once() -> None:
+    told = metapl("compare", code=2)
+    assert told.stderr.startswith("metapl: compare RUN RUN...: expected runs")

@@ -173,7 +173,7 @@ def test_without_the_extra_of_the_command_a_line_names_it() -> None:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT_APPS], capture_output=True, text=True, check=True
     )
-    command = "the command metapl: expected the package tyro"
+    command = "the command: expected the package tyro"
     end = f"which `pip install '{origin()}[apps]'` installs.\n"
     assert done.stderr == f"metapl: {command}, {end}"
     missing = [
@@ -194,7 +194,7 @@ def test_a_package_that_a_command_imports_late_is_named_in_a_line(
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     refused = metapl("train", "digits", "--steps", "2", "--out", tmp_path / "run", code=2)
     assert refused.stderr == (
-        "metapl: metapl train: expected the package scikit-learn, which "
+        "metapl: the command train: expected the package scikit-learn, which "
         f"`pip install '{origin()}[apps]'` installs.\n"
     )
 

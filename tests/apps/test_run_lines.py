@@ -38,6 +38,9 @@ def test_a_package_of_a_later_part_is_asked_for_before_anything_is_made(
     told = metapl(*words.split(), code=2)
     install = f"expected the package {missing}, which `pip install '{origin()}[{extra}]'` installs"
     assert install in told.stderr
+    # The line has the name of the program once, before it.
+    assert told.stderr.startswith("metapl: ")
+    assert not told.stderr.startswith("metapl: metapl")
     assert told.stdout == ""
     assert not [*tmp_path.iterdir()]
 
