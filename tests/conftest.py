@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import logging
 import os
 import signal
 import warnings
@@ -62,6 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+    # pytest listens to loggers that pass nothing on. To this one torch writes traces of all that it
+    # compiles, with the stack of each frame, if anybody listens.
+    logging.getLogger("torch.__trace").propagate = True
 
 
 def pytest_collection(session: pytest.Session) -> None:

@@ -72,7 +72,7 @@ def test_a_comparison_is_gone_on_with_by_the_line_that_its_folder_proposes(
     shutil.rmtree(last)
     edited(
         place / "mpl" / "seed-0" / "recipe.json",
-        command=shlex.join(["metapl", *SHORT, "--out", str(place)]),
+        command=shlex.join(["metapl", *SHORT, "--jobs", "1", "--out", str(place)]),
     )
     refused = metapl("train", "digits", "--resume", "--out", place, code=2).stderr
     assert "mpl/seed-0" in refused

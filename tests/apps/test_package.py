@@ -7,6 +7,7 @@ import ast
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -134,6 +135,9 @@ def test_each_optional_package_is_named_with_the_extra_that_installs_it() -> Non
 
 WITHOUT_APPS = """
 import sys
+import metapl
+# Importing the package alone loads nothing of the command.
+assert not {"tyro", "metapl.apps"} & sys.modules.keys()
 for name in ("tyro", "sklearn", "einops"):
     sys.modules[name] = None
 from importlib import import_module
@@ -380,29 +384,22 @@ def test_the_readme_names_the_wheel_of_this_version() -> None:
     assert wheels == {f"metapl-{PROJECT['version']}-py3-none-any.whl"}
 
 
-def test_python_runs_the_package_as_the_command() -> None:
-    """``python -m metapl``, with its exit code.
-
-    Importing the package alone loads nothing of the command.
-    """
-    answers = {}
-    for words in ("--version", "trian", "train"):
-        ended = subprocess.run(
-            [sys.executable, "-m", "metapl", words], capture_output=True, text=True, check=False
-        )
-        answers[words] = (ended.returncode, ended.stdout.strip(), ended.stderr.strip())
+def test_python_runs_the_package_as_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``python -m metapl``, with its exit code: once in a process of its own, then in this one."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "metapl", "trian"], capture_output=True, text=True, check=False
+    )
+    answers = {"trian": (ended.returncode, ended.stdout.strip(), ended.stderr.strip())}
+    for words in ("--version", "train"):
+        monkeypatch.setattr(sys, "argv", ["metapl", words])
+        with pytest.raises(SystemExit) as ending:
+            runpy.run_module("metapl", run_name="__main__", alter_sys=True)
+        printed, said = capsys.readouterr()
+        answers[words] = (ending.value.code, printed.strip(), said.strip())
     assert answers["--version"] == (0, f"metapl {PROJECT['version']}", "")
     for words, expected in (("trian", "train, noisy-student"), ("train", "{images, digits}")):
         exit_code, printed, said = answers[words]
         assert (exit_code, printed) == (2, "")
         assert expected in said
-    look = (
-        "import sys, metapl; print([name for name in ('tyro', 'metapl.apps') if name in "
-        "sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", look], capture_output=True, text=True, check=True
-        ).stdout
-        == "[]\n"
-    )

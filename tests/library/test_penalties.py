@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import MetaplError, Signal
 from metapl.feedback import Difference, Forward, Implicit
-from metapl.functional import stack, unstack
+from metapl.functional import compiled, stack, unstack
 from metapl.functional.architecture import Undescribed, description_of_object
 from metapl.problems import ExampleWeights, Table
 
@@ -579,9 +579,15 @@ def test_a_list_of_weights_is_refused_by_the_name_of_the_weight(
     assert all(torch.equal(first_state[name], t) for name, t in net.state_dict().items())
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_compiled_trainer_follows_the_student_that_a_loss_names(steps: int) -> None:
+@pytest.mark.parametrize(("steps", "backend"), [(1, "plain"), (2, "captured")])
+def test_a_compiled_trainer_follows_the_student_that_a_loss_names(
+    steps: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its first step is compared with that of a copy, which the loss does not know of."""
+    if backend == "captured":
+        monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
+    else:
+        monkeypatch.setattr(torch, "compile", lambda step, **options: step)
 
     def teacher_after(compile: bool) -> Tensor:
         net = network()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -207,6 +208,7 @@ def loss_after(make: Make, width: int, steps: int, phi: Tensor) -> float:
     return float(case.problem.outer_loss(case.student(case.outer[0]), case.outer).detach())
 
 
+@cache
 def by_differences(make: Make, width: int, steps: int) -> Tensor:
     phi = nn.utils.parameters_to_vector(Case(make, width, steps).teacher.parameters()).detach()
     slopes = []
