@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
-from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import (
     FlopCounterMode,
     conv_flop_count,
@@ -151,14 +150,11 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device) - bytes_before)
     # Else the profiler's library writes of its own start and end, past Python, on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    # acc_events: without it torch 2.11 warns that events of an earlier cycle are dropped, of which
-    # there is none.
-    with torch.profiler.profile(
-        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
-    ) as profile:
+    # Not torch.profiler, which makes a tree of all operations as it ends, or warns in torch 2.11.
+    with torch.autograd.profiler.profile(use_kineto=True, profile_memory=True) as profile:
         run()
-    results: Any = profile.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    results: Any = profile.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
     allocated = 0
     peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
