@@ -100,8 +100,15 @@ SHARED_VIEWS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("crop", [None, ResizedCrop(6)], ids=["whole", "crop"])
-@pytest.mark.parametrize("name", SHARED_VIEWS)
+# Crops are made before the views, which see that in the pictures that are mixed with others alone.
+CROPPED = ("no others", "sometimes, or another", "twice")
+
+
+@pytest.mark.parametrize(
+    ("name", "crop"),
+    [(name, None) for name in SHARED_VIEWS] + [(name, ResizedCrop(6)) for name in CROPPED],
+    ids=[*SHARED_VIEWS, *(f"{name}, crop" for name in CROPPED)],
+)
 def test_a_process_makes_the_rows_of_its_share_with_the_bits_that_they_have_in_the_batch(
     name: str, crop: ResizedCrop | None, paths: list[Path]
 ) -> None:

@@ -223,8 +223,10 @@ def test_a_student_that_dies_is_said_with_its_remedy() -> None:
     assert "lower its learning rate" in chance
 
 
-def test_labels_that_collapse_are_said_with_their_remedy() -> None:
-    texts, _, _ = trained(**COLLAPSES)
+def test_labels_that_collapse_are_said_with_their_remedy(
+    collapsed: tuple[list[str], Any],
+) -> None:
+    texts, _ = collapsed
     (collapse,) = [text for text in texts if "the teacher's labels have collapsed" in text]
     assert "leave out feedback_weight" in collapse
     (chance,) = [text for text in texts if "the teacher is at chance" in text]
@@ -328,29 +330,38 @@ class Stops:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("last_step", [30, 110, 160])
-def test_a_resumed_fit_says_the_same_and_nothing_twice(tmp_path: Path, last_step: int) -> None:
-    def fit(out: Path, *callbacks: Any, resume: bool = False) -> tuple[list[str], Any]:
-        """Return what the fit says, and its result, or None where a callback stops it."""
-        texts: list[str] = []
-        options = {
-            "save_every": 10,
-            "out": str(out),
-            "resume": resume,
-            "callbacks": callbacks,
-            "say": texts.append,
-        }
-        try:
-            _, result, _ = trained(**COLLAPSES, fit=options)
-        except KeyboardInterrupt:
-            return texts, None
-        return texts, result
+def fit_in(out: Path, *callbacks: Any, resume: bool = False) -> tuple[list[str], Any]:
+    """Return what a fit that collapses says, and its result, or None where a callback stops it."""
+    texts: list[str] = []
+    options = {
+        "save_every": 10,
+        "out": str(out),
+        "resume": resume,
+        "callbacks": callbacks,
+        "say": texts.append,
+    }
+    try:
+        _, result, _ = trained(**COLLAPSES, fit=options)
+    except KeyboardInterrupt:
+        return texts, None
+    return texts, result
 
-    uninterrupted, expected = fit(tmp_path / "uninterrupted")
+
+@pytest.fixture(scope="module")
+def collapsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any]:
+    """Return what a fit that collapses says that nobody stops, and its result."""
+    return fit_in(tmp_path_factory.mktemp("uninterrupted"))
+
+
+@pytest.mark.parametrize("last_step", [30, 110, 160])
+def test_a_resumed_fit_says_the_same_and_nothing_twice(
+    collapsed: tuple[list[str], Any], tmp_path: Path, last_step: int
+) -> None:
+    uninterrupted, expected = collapsed
     assert len(uninterrupted) >= 3
-    until_stop, stopped = fit(tmp_path / "stopped", Stops(last_step))
+    until_stop, stopped = fit_in(tmp_path / "stopped", Stops(last_step))
     assert stopped is None
-    texts, result = fit(tmp_path / "stopped", resume=True)
+    texts, result = fit_in(tmp_path / "stopped", resume=True)
     since_checkpoint = [text for text in texts if not text.startswith("resumed")]
     # What was said in a step that was not saved is said when the step is taken again.
     until_checkpoint = until_stop[: len(uninterrupted) - len(since_checkpoint)]
