@@ -615,6 +615,8 @@ def test_a_layer_that_no_loss_reaches_is_refused_where_it_would_decay(
 ) -> None:
     if backend == "plain":
         monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+    else:
+        monkeypatch.setattr(compiled, "BACKEND", {"backend": "eager"})
 
     class Unused(nn.Module):
         def __init__(self) -> None:
