@@ -424,6 +424,7 @@ class BilevelTrainer(Trainer):
         require_batches(outer, inner)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
         opened = self._open_step(outer, inner_batches)
+        standing = self._standing or self._stand()
         if self.compiled_step is not None:
             report = self.compiled_step(self, plain(outer), inner_batches)
             self._looked_at[opened.fingerprint] += 1
@@ -431,7 +432,6 @@ class BilevelTrainer(Trainer):
         steps = len(inner_batches)
         if steps != self.lookahead:
             check_mode(self.mode, steps, self.problem, self.layout)
-        standing = self._standing or self._stand()
         if steps not in standing.orders:
             standing.orders[steps] = self.mode.orders(steps, self.problem, standing.student)
         standing.student.begin()
@@ -476,27 +476,27 @@ class BilevelTrainer(Trainer):
         fingerprint = hash((teacher_slots.mark, student_slots.mark))
         look = None
         is_new = fingerprint not in self._looked_at
-        gives_feedback = self.mode.credits != "nothing"
         if is_new:
+            gives_feedback = self.mode.credits != "nothing"
             self.tell_evaluation(self._warn)
             refuse_tensors(outer_batch, inner_batches, gradients=gives_feedback)
             refuse_pair_of_inputs(self.problem, outer_batch, inner_batches)
-        if is_new and gives_feedback:
-            refuse_learned_settings(self.update)
-            refuse_hooks(self.student)
-            if self.teacher is not None and self.feedback_size.compares:
-                refuse_hooks_one_by_one(self.teacher)
-        if is_new and (gives_feedback or self.accumulate > 1):
-            look = FirstLook(
-                self.teacher,
-                self.student,
-                self.problem,
-                outer_batch=outer_batch,
-                inner_batches=inner_batches,
-                blocks=self.layout.blocks,
-                accumulate=self.accumulate,
-                finds_leaves=gives_feedback,
-            )
+            if gives_feedback:
+                refuse_learned_settings(self.update)
+                refuse_hooks(self.student)
+                if self.teacher is not None and self.feedback_size.compares:
+                    refuse_hooks_one_by_one(self.teacher)
+            if gives_feedback or self.accumulate > 1:
+                look = FirstLook(
+                    self.teacher,
+                    self.student,
+                    self.problem,
+                    outer_batch=outer_batch,
+                    inner_batches=inner_batches,
+                    blocks=self.layout.blocks,
+                    accumulate=self.accumulate,
+                    finds_leaves=gives_feedback,
+                )
         verification = self.verification
         is_verified = fingerprint in verification.verified_marks
         # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
