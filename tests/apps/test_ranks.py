@@ -158,7 +158,10 @@ def test_a_refusal_of_one_process_ends_both(two: Ranks, tiny: Path, tmp_path: Pa
     mesh = ["--mesh.shard", "2"]
     for words, word in (
         (["--out", str(tiny)], "holds a run already"),
-        (["--steps", "7", "--resume", "--out", str(tiny)], "another recipe"),
+        (
+            ["--steps", "7", "--resume", "--out", str(tiny)],
+            "takes 6 steps, and --steps 7 was given",
+        ),
         (["--mode", "unrolled", "--out", str(tmp_path / "run")], "unrolled"),
     ):
         said = two.run("command", arguments=[*TINY, *mesh, *words])
