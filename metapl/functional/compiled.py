@@ -14,16 +14,13 @@ steps.
 from __future__ import annotations
 
 import copy
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import is_
-from types import TracebackType
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +32,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
-from metapl.execution.numerics import as_real, explain, no_fast_path
+from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import (
     RandomState,
     Slots,
@@ -46,14 +43,15 @@ from metapl.execution.state import (
 )
 from metapl.feedback.door import names_written, numbers_in
 from metapl.feedback.report import StepReport
+from metapl.functional.capture import Capture, Captured, Capturing, Held
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
-    ImpureError,
+    Network,
+    Optimizer,
     Report,
     State,
     clipped,
     constants_of,
-    impurity,
     leaves_of,
     norm,
     number_on,
@@ -78,10 +76,6 @@ NOTHING: AbstractContextManager[None] = nullcontext()
 
 # How many steps are unrolled in one function at most.
 LONGEST = 3
-
-# Layers of both networks from which on a compiler is advised against: it takes two to eight seconds
-# for each of them on two cores.
-MANY_LAYERS = 100
 
 
 class Updates(NamedTuple):
@@ -203,119 +197,85 @@ def give_own_code(function: Callable[..., object]) -> None:
     function.__code__ = function.__code__.replace()
 
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
+class Moved(NamedTuple):
+    """What a step by a graph leaves.
 
-# Inductor's own kernels would draw other dropout masks than PyTorch's.
-BACKEND: dict[str, Any] = {"options": {"fallback_random": True}}
-# The names of guards that say that torch and metapl are what they are.
-LIBRARY = re.compile(r"__import_(torch|metapl)_|^__import__\('torch'\)")
-
-
-def backend_of(device: torch.device) -> dict[str, Any]:
-    """Return the arguments of ``torch.compile`` for steps of a fraction of a millisecond.
-
-    Half of such a step would go into Python around the kernels, and into guards. Of these, the
-    ones that torch and metapl are what they are, are dropped.
+    Attributes:
+        leaves: the tensors of networks and optimizers after it, as :func:`leaves_of` orders them.
+        mode: the next state of the estimator.
+        step: the number of the next step.
+        state: makes the whole state of these.
     """
-    options = {
-        **BACKEND["options"],
-        "cpp_wrapper": device.type == "cpu",
-        "size_asserts": False,
-        "alignment_asserts": False,
-        "guard_filter_fn": lambda guards: [not LIBRARY.search(guard.name) for guard in guards],
-    }
-    return {"options": options}
+
+    leaves: list[Tensor]
+    mode: dict[str, Tensor]
+    step: Tensor
+    report: Report
+    state: Callable[[], State]
 
 
-def captured(
-    function: Callable[Arguments, Result], device: torch.device
-) -> Callable[Arguments, Result]:
-    """Return a function as one graph, which is captured when it is called for the first time."""
-    give_own_code(function)
-    with warnings.catch_warnings():
-        # Inductor warns while it is imported.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        return torch.compile(function, fullgraph=True, dynamic=False, **backend_of(device))
+def moved_by_graphs(
+    by_graphs: StepByGraphs, live: LiveState, outer: Batch, inner: Batch, noise: Any
+) -> Moved:
+    """Return what a step by CUDA graphs leaves."""
+    moved, report = by_graphs(live.state, outer, inner, noise)
+    return Moved(leaves_of(moved), moved.mode, moved.step, report, lambda: moved)
 
 
-class Capturing:
-    """A block that names what cannot be captured by a graph that is called there.
-
-    Every step enters such a block, so this is a class: a generator would take longer.
+class CapturedStep:
+    """A pure step as compiled graphs.
 
     Args:
-        written: what the problem writes in a step, in words; "" where it is not known to write.
+        sources: objects whose attributes the step reads: modules, the problem, losses and the mode.
     """
 
-    def __init__(self, written: str = "") -> None:
-        self.written = written
+    def __init__(self, step: Step, device: torch.device, sources: Sequence[Any]) -> None:
+        self.step = step
+        self.captured = Captured(self._on_parts, device, sources)
+        # Of the last graph, where its results have the parts of what a step leaves.
+        self._capture: Capture | None = None
+        self._leaves: list[Any] = []
+        self._mode: dict[str, Any] = {}
+        self._number: Any = 0
+        self._report: list[Any] = []
+        self._structure_of_report: Any = None
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
+    def _on_parts(
         self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if error is None:
-            return
-        # Dynamo leaves these hooks disabled where a transform fails.
-        torch._C._autograd._saved_tensors_hooks_enable()
-        if is_recompile_limit(error):
-            raise MetaplError(TOO_MANY_SHAPES) from error
-        # Dynamo wraps the error of an operation, which says more than what is around it.
-        causes = [error]
-        while inner := causes[-1].__cause__ or causes[-1].__context__:
-            causes.append(inner)
-        for cause in reversed(causes[1:]):
-            explain(cause)
-        reason = why_not_captured(error)
-        if reason and self.written:
-            reason = self.written
-        if reason:
-            raise MetaplError(
-                f"torch.compile cannot take this step: {reason}; leave compile out."
-            ) from error
+        held: tuple[Network, Network, Optimizer, Optimizer],
+        mode: dict[str, Tensor],
+        number: Tensor,
+        *batches: Any,
+    ) -> tuple[State, Report]:
+        """Take the step from the parts of a state."""
+        return self.step(State(*held, mode=mode, step=number), *batches)
 
-
-TOO_MANY_SHAPES = (
-    "torch.compile has made as many graphs of this step as it makes "
-    "(torch._dynamo.config.recompile_limit), one for each shape of a batch, or number that a "
-    "problem changes; expected few shapes: pad to a few lengths, drop the last short batch "
-    "(drop_last=True), or leave compile out."
-)
-
-
-def is_recompile_limit(error: BaseException) -> bool:
-    """Return whether Dynamo has made as many graphs of a function as it makes."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit
-
-    return isinstance(error, FailOnRecompileLimitHit)
-
-
-# What autograd says of an operation without a derivative, somewhere in Dynamo's account of it.
-NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
-
-
-def why_not_captured(error: BaseException) -> str:
-    """Return what an error says about a step that cannot be captured; "" for any other error."""
-    from torch._dynamo.exc import TorchDynamoException
-
-    impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
-    if impure is not None:
-        return impure.what
-    if not isinstance(error, TorchDynamoException):
-        return ""
-    if lacking := NO_DERIVATIVE.search(str(error)):
-        return (
-            f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "
-            "student's backward pass"
+    def __call__(self, live: LiveState, outer: Batch, inner: Batch, noise: Any) -> Moved:
+        """Return what the step leaves; nothing that existed before has moved."""
+        state = live.state
+        capture, tensors = self.captured.run(
+            live.held(), state.mode, state.step, outer, inner, noise
         )
-    first_lines = " ".join(str(error).splitlines()[:2])
-    return " ".join(first_lines.split()) or type(error).__name__
+        if capture is not self._capture:
+            self._find_places(capture)
+        report = [tensors[place] for place in self._report]
+        return Moved(
+            leaves=[tensors[place] for place in self._leaves],
+            mode={name: tensors[place] for name, place in self._mode.items()},
+            step=tensors[self._number],
+            report=pytree.tree_unflatten(report, self._structure_of_report),
+            state=lambda: capture.nested(tensors)[0],
+        )
+
+    def _find_places(self, capture: Capture) -> None:
+        """Note where a graph's results have the parts of what a step leaves."""
+        count = sum(1 for leaf in capture.results if leaf is Tensor)
+        moved, report = capture.nested(range(count))
+        self._capture = capture
+        self._leaves = leaves_of(moved)
+        self._mode = moved.mode
+        self._number = moved.step
+        self._report, self._structure_of_report = pytree.tree_flatten(report)
 
 
 @dataclass
@@ -327,7 +287,7 @@ class Compiled:
         alive: the objects whose addresses are in the key. They are held here, so that no other
             object can get one of these addresses.
         updates: the rules of the optimizers.
-        run: the graph.
+        run: the graph, as a function of the live state, the batches and the noise.
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
@@ -337,7 +297,7 @@ class Compiled:
     key: tuple[object, ...]
     alive: tuple[object, ...]
     updates: Updates
-    run: Callable[..., tuple[State, Report]]
+    run: Callable[..., Moved]
     direct_term: Literal["", "included", "left out"]
     probs: Tensor | None = None
     is_compared: bool = False
@@ -364,6 +324,7 @@ class LiveState:
         # None where one of them may change in place.
         self._optimizers = [unclipped(update).optimizer for update in updates if update is not None]
         self._group_values = self._fixed_values()
+        self._held: Held | None = None
         # Whose weights these groups have, and what in them is a constant of the graph.
         self._group_weights = parameters_of_groups(self._optimizers)
         self._group_sizes = sizes_of_groups(self._optimizers)
@@ -381,6 +342,13 @@ class LiveState:
         self._addresses: list[int] = []
         self._parts: list[object] = []
         self._steps_and_size: tuple[object, ...] = ()
+
+    def held(self) -> Held:
+        """Return the tensors of networks and optimizers, taken apart until they are others."""
+        if self._held is None:
+            state = self.state
+            self._held = Held((state.teacher, state.student, state.inner, state.outer))
+        return self._held
 
     def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
         """Return whether the trainer still holds these tensors, and takes the same step.
@@ -432,6 +400,7 @@ class LiveState:
         """Make tensors of the settings whose numbers have changed."""
         settings = [settings_by_group(update) for update in self.updates]
         if settings != self._settings:
+            self._held = None
             optimizers = self.state.inner, self.state.outer
             pairs = zip(optimizers, self._settings, settings, strict=True)
             for optimizer, old_settings, new_settings in pairs:
@@ -460,6 +429,8 @@ class LiveState:
             if rule is not None:
                 for part in parts_of(rule.optimizer):
                     tables += [part.state, *part.state.values()]
+        # The optimizers may hold more than before.
+        self._held = None
         self._tables = [table for table in tables if table]
         self._empty_tables = [table for table in tables if not table]
         self._table_values = values_of_tables(self._tables)
@@ -469,13 +440,13 @@ class LiveState:
         self._parts = parts_of_step(trainer)
         self._steps_and_size = (steps, trainer.feedback_size)
 
-    def write(self, moved: State, *, next_number: int) -> None:
-        """Copy the state after a step into the tensors.
+    def write(self, moved: Moved, *, next_number: int) -> None:
+        """Copy what a step leaves into the tensors.
 
         Args:
             next_number: that of the step that begins with this state.
         """
-        torch._foreach_copy_(self._tensors, leaves_of(moved))
+        torch._foreach_copy_(self._tensors, moved.leaves)
         self._next_number = next_number
         self._next_step = moved.step
 
@@ -629,7 +600,7 @@ class CompiledStep:
         )
 
         if self._live is None:
-            live.adopt(trainer, moved, steps)
+            live.adopt(trainer, moved.state(), steps)
             self._cache[compiled.key] = compiled
         live.write(moved, next_number=trainer.steps_done + 1)
         self._live = live
@@ -685,7 +656,7 @@ class CompiledStep:
         inner_batches: InnerBatches,
         *,
         eager: Outcome | None,
-    ) -> tuple[State, StepReport]:
+    ) -> tuple[Moved, StepReport]:
         """Run the graph, compare what comes out with the eager step, and return it.
 
         Only random numbers have moved then, and none where it raises.
@@ -697,12 +668,12 @@ class CompiledStep:
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
             written = "" if eager is None else eager.written
             with torch.no_grad(), switches, Capturing(written):
-                moved, report = compiled.run(live.state, outer_batch, inner, noise)
-                step_report = step_report_of(compiled, trainer, report, inner_batches)
+                moved = compiled.run(live, outer_batch, inner, noise)
+                step_report = step_report_of(compiled, trainer, moved.report, inner_batches)
                 if eager is not None:
                     refuse_other(
                         live.state,
-                        Outcome(moved, step_report),
+                        Outcome(moved.state(), step_report),
                         eager,
                         is_reduced=is_recorded_in_half_precision(trainer),
                     )
@@ -789,6 +760,7 @@ def compile_step(
     trainer.update.follow(trainable(trainer.student))
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
+    run: Callable[..., Moved]
     if trainer.compile == "cudagraphs":
         by_graphs = StepByGraphs(
             step,
@@ -797,36 +769,10 @@ def compile_step(
             step_with_replay=step_of(trainer, steps, updates, replays_tangent=True),
             student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
         )
-        return Compiled(
-            key=key,
-            alive=alive,
-            updates=updates,
-            run=by_graphs,
-            direct_term=trainer.direct_term,
-        )
-    warn_of_many_layers(trainer)
-    run = captured(step, trainer.device)
+        run = partial(moved_by_graphs, by_graphs)
+    else:
+        run = CapturedStep(step, trainer.device, sources_of(trainer))
     return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
-
-
-def warn_of_many_layers(trainer: TwoLevelTrainer) -> None:
-    """Warn where the compiler takes longer than most trainings would gain by it."""
-    layers = 0
-    for network in (trainer.teacher, trainer.student):
-        if network is not None:
-            layers += sum(1 for part in network.modules() if not any(part.children()))
-    if layers < MANY_LAYERS:
-        return
-    instead = "leave compile out"
-    if trainer.device.type == "cuda":
-        instead = 'compile="cudagraphs", which records the step in the time of three steps'
-    warnings.warn(
-        f"compile=True compiles a step of two networks with {layers} layers, several seconds for "
-        "each of them: WRN-28-2, twice 67 layers, took 21 minutes on two cores, and its step "
-        f"was then slower than without; expected networks with less than {MANY_LAYERS}, or "
-        f"{instead}",
-        stacklevel=2,
-    )
 
 
 def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:

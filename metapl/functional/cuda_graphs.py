@@ -16,7 +16,8 @@ between steps has one of three places here:
 
 A value of a tensor that the host reads would be a constant in silence. So the second of the two
 steps before a recording runs in a mode of PyTorch in which this is an error. Numbers that a network
-or a loss reads from elsewhere, such as a global variable, are those of the recording.
+or a loss reads from elsewhere than :class:`metapl.functional.capture.Attributes` looks are those of
+the recording.
 """
 
 from __future__ import annotations
@@ -26,19 +27,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
-from metapl.execution.numerics import float32_products, no_fast_path
+from metapl.execution.numerics import no_fast_path
 from metapl.execution.state import RandomState
+from metapl.functional.capture import (
+    Attributes,
+    Kind,
+    switches,
+    take_apart,
+    without_cache_of_casts,
+)
 from metapl.functional.state import Report, State, with_fields
 from metapl.functional.step import Step
 
@@ -46,9 +53,6 @@ Results = tuple[State, Report]
 
 # Recordings of one step that are kept. Each holds a state's worth of results.
 MOST_RECORDINGS = 8
-
-# The types of attributes and of parts of a batch that are constants of a graph.
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class Recording(NamedTuple):
@@ -150,27 +154,15 @@ class RecordedStep:
 
     Attributes:
         state: the state whose tensors of networks and optimizers the graph reads.
-        kind: the structure, the shapes and the numbers of what varies, and PyTorch's switches.
-        attributes: the values of attributes that were read last and are the same to the graph as
-            those of the recording, which are held here.
+        kind: of what varies, and of the attributes that the step reads.
         inputs: the memory of the tensors that vary.
         recording: the graph.
     """
 
     state: State
-    kind: list[Any]
-    attributes: list[Any]
+    kind: Kind
     inputs: list[Tensor]
     recording: Recording
-
-    def has_attributes(self, attributes: list[Any]) -> bool:
-        """Return whether these are the same to the graph as those of the recording."""
-        if len(attributes) == len(self.attributes) and all(map(is_, attributes, self.attributes)):
-            return True
-        if constants_of(attributes) != constants_of(self.attributes):
-            return False
-        self.attributes = attributes
-        return True
 
 
 class StepByGraphs:
@@ -245,7 +237,7 @@ class StepByGraphs:
             self.recorded.clear()
         for index in reversed(range(len(self.recorded))):
             recorded = self.recorded[index]
-            if recorded.kind == kind and recorded.has_attributes(attributes):
+            if recorded.kind.is_of(kind, attributes):
                 self.recorded.append(self.recorded.pop(index))
                 return recorded
         return None
@@ -289,9 +281,8 @@ class StepByGraphs:
             start.restore()
         recorded = RecordedStep(
             state=state,
-            kind=kind,
-            # A pass may have put a tensor into one. No pass runs in a replay.
-            attributes=self.attributes.values(),
+            # A pass may have put a tensor into an attribute. No pass runs in a replay.
+            kind=Kind(kind, self.attributes.values()),
             inputs=inputs,
             recording=recording,
         )
@@ -340,31 +331,6 @@ def reads_the_same(recorded: State, state: State) -> bool:
     )
 
 
-def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
-    """Append the tensors of a nested value, and what of it is a constant of a graph.
-
-    PyTorch's pytrees would take ten times as long.
-    """
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        kind.append((value.shape, value.stride(), value.dtype, value.device))
-    elif isinstance(value, PLAIN):
-        kind.append((type(value), value))
-    elif isinstance(value, tuple | list):
-        kind.append((type(value), len(value)))
-        for part in value:
-            take_apart(part, tensors, kind)
-    elif isinstance(value, dict):
-        kind.append((type(value), tuple(value)))
-        for part in value.values():
-            take_apart(part, tensors, kind)
-    else:
-        raise MetaplError(
-            f'compile="cudagraphs" was given a batch with a part {described(value)}; expected '
-            "tensors and numbers in tuples, lists and dicts."
-        )
-
-
 def copied(value: Any) -> Any:
     """Return a nested value with copies of its tensors, in the order of :func:`take_apart`."""
     if isinstance(value, Tensor):
@@ -376,79 +342,6 @@ def copied(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return type(value)(map(copied, value))
     return value
-
-
-class Attributes:
-    """The attributes of objects that a step reads.
-
-    Args:
-        sources: the objects. Of modules, what every module has is left out: tables of tensors,
-            parts and hooks, and the mode, which are looked at in each step elsewhere.
-    """
-
-    def __init__(self, sources: Sequence[Any]) -> None:
-        self._tables = [vars(source) for source in sources if hasattr(source, "__dict__")]
-        self._sizes: list[int] = []
-        self._places: list[tuple[dict[str, Any], str]] = []
-
-    def values(self) -> list[Any]:
-        """Return the values of all attributes, as they are now."""
-        sizes = [*map(len, self._tables)]
-        if sizes != self._sizes:
-            self._sizes = sizes
-            self._places = [
-                (table, name)
-                for table in self._tables
-                for name in table
-                if name not in ATTRIBUTES_OF_ALL_MODULES
-            ]
-        try:
-            return [table[name] for table, name in self._places]
-        except KeyError:
-            # As many attributes, of other names.
-            self._sizes = []
-            return self.values()
-
-
-ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
-
-
-def constants_of(attributes: Sequence[Any]) -> list[Any]:
-    """Return what of the values of attributes is a constant of a graph.
-
-    That is numbers and texts, also in tuples, and which objects the others are.
-    """
-    constants: list[Any] = []
-    for value in attributes:
-        if isinstance(value, PLAIN):
-            constants.append((type(value), value))
-        elif isinstance(value, tuple):
-            constants.append(constants_of(value))
-        else:
-            constants.append(id(value))
-    return constants
-
-
-def switches(device: torch.device) -> list[Any]:
-    """Return the settings of PyTorch that a step depends on."""
-    return [
-        torch.is_autocast_enabled(device.type),
-        torch.get_autocast_dtype(device.type),
-        torch.are_deterministic_algorithms_enabled(),
-        torch.get_default_dtype(),
-        float32_products(device),
-    ]
-
-
-@contextmanager
-def without_cache_of_casts() -> Iterator[None]:
-    """Let a region of autocast, which may be the caller's, keep no casts of weights."""
-    keeps_casts = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(keeps_casts)
 
 
 def refuse_other_devices(state: State, varying: Varying, device: torch.device) -> None:

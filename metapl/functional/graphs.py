@@ -29,7 +29,7 @@ from metapl.functional.architecture import (
     description_of_networks,
     description_of_object,
 )
-from metapl.functional.compiled import captured
+from metapl.functional.capture import Captured
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.updates import TorchUpdate, parts_of
@@ -136,7 +136,11 @@ def graphs_of(
         autocast=autocast,
     )
     make_room()
-    graphs = Graphs(captured(step, device), captured(adjoint, device), subject.alive)
+    graphs = Graphs(
+        Captured(step, device, subject.alive),
+        Captured(adjoint, device, subject.alive),
+        subject.alive,
+    )
     _CACHE[subject.key] = graphs
     return graphs
 

@@ -17,7 +17,7 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -25,17 +25,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import named_leaves_of
-from metapl.execution.checks import described, no_values
+from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
-from metapl.functional.compiled import backend_of
-
-# The most recordings that one function keeps.
-MOST_KEPT = 8
+from metapl.functional.capture import (
+    MOST_KEPT,
+    asks_for_value,
+    compiled_graph,
+    constants_in,
+    graph_of,
+)
 
 # After so many calls the numbers that modules hold are looked at in one call of so many.
 MANY_CALLS = 100
@@ -43,20 +45,6 @@ MANY_CALLS = 100
 # Two results that differ by less than this many roundings, relative to their size, are equal: a
 # replay has the function's own bits, but for kernels that do not repeat theirs.
 ROUNDINGS = 1e3
-
-# What stands in a graph for tensors that were no arguments.
-_CONSTANT = ("_tensor_constant", "_param_constant")
-
-# What PyTorch says where a function asks for a value while it is recorded.
-_ASKS_FOR_VALUE = (
-    "DataDependent",
-    "tracing tensor",
-    "fake",
-    "Fake",
-    "item()",
-    "nonzero",
-    ".numpy()",
-)
 
 _TEXT_OF_DERIVATIVE = (
     "the derivative of a recorded function was asked for, and a recording has none; expected the "
@@ -261,8 +249,7 @@ class Recorded:
 
     def _recorded(self, leaves: list[Any], structure: Any, places: list[int]) -> _Recording:
         """Return the graph of the function for arguments of these kinds."""
-        # Without values, in which nothing of this call's numbers can be.
-        examples = [_example(leaves[place]) for place in places]
+        examples = [leaves[place] for place in places]
         results: list[Any] = []
         structures: list[Any] = []
 
@@ -277,16 +264,13 @@ class Recorded:
             return [leaf.detach() for leaf in returned if isinstance(leaf, Tensor)]
 
         device = examples[0].device
-        torch.clear_autocast_cache()
         try:
-            with no_values(), replayed(RandomState.now(device)), torch.enable_grad(), _no_mkldnn():
-                graph = make_fx(on_tensors, tracing_mode="fake", _allow_non_fake_inputs=True)(
-                    *examples
-                )
+            with torch.enable_grad():
+                graph = graph_of(on_tensors, examples)
         except MetaplError:
             raise
         except Exception as error:
-            if any(word in f"{type(error).__name__} {error}" for word in _ASKS_FOR_VALUE):
+            if asks_for_value(error):
                 raise MetaplError(
                     f"{_name(self.function)} reads a value of a tensor on the host "
                     f"({reason_of(error)}), which no graph can; expected torch.where and the like, "
@@ -294,10 +278,9 @@ class Recorded:
                 ) from error
             raise
         self._refuse_constants(graph)
-        _without_views(graph)
         run: Callable[..., Any] = graph
         if self.compile:
-            run = _compiled(graph, examples)
+            run = compiled_graph(graph, examples)
         if torch.is_autocast_enabled(device.type):
             # The casts are operations of the graph.
             run = partial(_without_autocast, run, device.type)
@@ -306,14 +289,7 @@ class Recorded:
     def _refuse_constants(self, graph: GraphModule) -> None:
         """Refuse a graph that holds tensors that were no arguments, but for literals."""
         names = {id(t): name for name, t in _tensors_of(self.function)}
-        found = []
-        for node in graph.graph.nodes:
-            if node.op != "get_attr" or not str(node.target).startswith(_CONSTANT):
-                continue
-            is_literal = all("lift_fresh" in str(user.target) for user in node.users)
-            if not is_literal:
-                t = getattr(graph, str(node.target))
-                found.append(names.get(id(t), described(t)))
+        found = [names.get(id(t), described(t)) for t in constants_in(graph).values()]
         if found:
             raise MetaplError(
                 f"{_name(self.function)} reads {few(found, 3)}, which no argument holds, so that a "
@@ -389,55 +365,9 @@ class _WithoutDerivative(torch.autograd.Function):
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
-def _compiled(graph: GraphModule, examples: list[Tensor]) -> Callable[..., Any]:
-    """Return a graph as Inductor compiles it."""
-    # The options of compiled steps, but for what is Dynamo's.
-    options = backend_of(examples[0].device).get("options", {})
-    patches = {name: value for name, value in options.items() if name != "guard_filter_fn"}
-    with warnings.catch_warnings(), torch.no_grad():
-        # Inductor warns while it is imported.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        from torch import _inductor
-
-        compiled: Callable[..., Any] = _inductor.standalone_compile(
-            graph,
-            [t.detach() for t in examples],
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": patches},
-        )
-    return compiled
-
-
 def _without_autocast(run: Callable[..., Any], device_type: str, *tensors: Tensor) -> Any:
     with torch.autocast(device_type, enabled=False):
         return run(*tensors)
-
-
-@contextmanager
-def _no_mkldnn() -> Iterator[None]:
-    """Record without mkldnn, whose kernels of recurrent networks record and do not run."""
-    # Without the switch of torch.backends, which warns of a setting of another device.
-    was_enabled = torch._C._get_mkldnn_enabled()
-    is_enabled = False
-    torch._C._set_mkldnn_enabled(is_enabled)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(was_enabled)
-
-
-def _without_views(graph: GraphModule) -> None:
-    """Let a graph reshape where it views, which strides of a mapped tensor may not allow."""
-    for node in graph.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    graph.recompile()
-
-
-def _example(t: Tensor) -> Tensor:
-    """Return a tensor of the same kind, in no transform."""
-    like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-    return like.requires_grad_(t.requires_grad)
 
 
 def _is_transformed() -> bool:

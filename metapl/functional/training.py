@@ -45,7 +45,8 @@ from metapl.feedback import Estimator, Forward
 from metapl.feedback.door import outer_variables, refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.functional.adjoint import Carry, Cotangents, Settings
-from metapl.functional.compiled import Capturing, refuse_gap
+from metapl.functional.capture import Capturing
+from metapl.functional.compiled import refuse_gap
 from metapl.functional.graphs import Graphs, Shapes, graphs_of, shapes_of
 from metapl.functional.state import (
     Function,

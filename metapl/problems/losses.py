@@ -365,7 +365,9 @@ def log_of_shares(shares: tuple[float, ...], dtype: torch.dtype, device: torch.d
     It is kept because a copy to a device makes the host wait. Within a transform of ``torch.func``
     a new tensor belongs to the transform, and may not outlive it, so it is made outside of all.
     """
-    if torch.compiler.is_compiling():
+    # While a step is captured, a tensor has no value that could be kept.
+    is_captured = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    if torch.compiler.is_compiling() or is_captured:
         return torch.tensor(shares, dtype=dtype, device=device).log()
     return _kept_log_of_shares(shares, dtype, device)
 

@@ -116,12 +116,12 @@ class LossTrainer(Trainer):
         self.accumulate = accumulate
         self.network: Any = self.student
         if compile:
-            from metapl.functional import compiled
-
             with warnings.catch_warnings():
                 # Inductor warns while it is imported.
                 warnings.simplefilter("ignore", DeprecationWarning)
-                self.network = torch.compile(self.student, dynamic=False, **compiled.BACKEND)
+                # Inductor's own kernels would draw other dropout masks than PyTorch's.
+                options: dict[str, Any] = {"fallback_random": True}
+                self.network = torch.compile(self.student, dynamic=False, options=options)
 
     @property
     def optimizers(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.functional.adjoint import Carry, Settings, make_training
-from metapl.functional.compiled import Capturing, captured
+from metapl.functional.capture import Captured, Capturing
 from metapl.functional.state import clipped, constants_of, tensors_of
 from metapl.functional.training import first_moving_step, first_state, tensor_settings
 from metapl.problems.base import BilevelProblem, Params, Random, Signal, enters_input
@@ -536,7 +536,8 @@ class StackedTrainings:
             return after
 
         if compile:
-            return captured(step_of_stack, training.start.device)
+            sources = [*plan.network.modules(), training.problem]
+            return Captured(step_of_stack, training.start.device, sources)
         return step_of_stack
 
 

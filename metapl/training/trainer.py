@@ -187,14 +187,16 @@ class BilevelTrainer(Trainer):
             batches per step, the student steps on each, and the teacher takes one step on the
             feedback on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes
             a :class:`metapl.Lookahead` of any length.
-        compile: take steps by the pure step (:meth:`functional`), compiled whole: a fifth to 0.7 of
-            the time, after 5 seconds to three minutes of compiling for each shape of batches. In
-            one process, with SGD, Adam, AdamW or Muon on both levels and at most 3 steps ahead,
-            without ``accumulate``. The first step is compared with an eager one.
+        compile: take steps by the pure step (:meth:`functional`), recorded as one graph and
+            compiled by Inductor: a fifth to 0.7 of the time, after 5 seconds to three minutes of
+            compiling for each shape of batches, and again where a number has changed that networks
+            or losses read from their attributes, or as variables of their file. In one process,
+            with SGD, Adam, AdamW or Muon on both levels and at most 3 steps ahead, without
+            ``accumulate``. The first step is compared with an eager one.
             ``"cudagraphs"``: the pure step by CUDA graphs alone, without a compiler, recorded in
             the time of three eager steps for each shape of batches, for another copy of all state.
-            What a network or a loss reads from a global variable, or deep in its attributes,
-            is then a constant. A network alone (:meth:`finetune`) is eager with it.
+            What a network or a loss reads elsewhere, as from another library's objects, is a
+            constant of both. A network alone (:meth:`finetune`) is eager with it.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at
             the first step and where the networks are changed (their modes, frozen parts, hooks),
             and refuse one that is wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it;

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from captures import as_functions, without_inductor
 from reference import error
 from torch import Tensor, nn
-from torch._dynamo.utils import counters
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead
-from metapl.functional import compiled, graphs
+from metapl.functional import graphs
 from metapl.functional.architecture import (
     Undescribed,
     bare_copies,
@@ -31,10 +32,10 @@ from metapl.problems import EqualWeights
 
 
 @pytest.fixture(autouse=True)
-def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture by Dynamo, run what it captures as it is, and have graphs of the test alone."""
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
+    """Capture without Inductor, with graphs of the test alone, and return them."""
     monkeypatch.setattr(graphs, "_CACHE", {})
-    monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "eager"})
+    return without_inductor(monkeypatch)
 
 
 @dataclass
@@ -110,12 +111,6 @@ def assert_is_eager(compiled: Tensor, network: nn.Module, *arguments: Any) -> No
     assert error({"h": compiled}, {"h": expected}) < 1e-9
 
 
-def graphs_compiled() -> int:
-    """Return how many graphs Dynamo has made in this process."""
-    count: int = counters["stats"]["unique_graphs"]
-    return count
-
-
 SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
     "itself": lambda first: first,
     "a copy": copy.deepcopy,
@@ -123,16 +118,18 @@ SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def test_another_student_of_the_architecture_compiles_nothing() -> None:
+def test_another_student_of_the_architecture_compiles_nothing(
+    traced: list[GraphModule],
+) -> None:
     first = student()
     gradient(first)
-    compiled_before = graphs_compiled()
+    compiled_before = len(traced)
     for make in SAME.values():
         network = make(first)
         weights = {name: t.clone() for name, t in network.state_dict().items()}
         assert_is_eager(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
-    assert graphs_compiled() == compiled_before
+    assert len(traced) == compiled_before
     assert len(graphs._CACHE) == 1
 
 
@@ -181,7 +178,7 @@ def test_what_computes_something_else_is_never_taken_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without Dynamo, whose guards would find many of these too."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    as_functions(monkeypatch)
     monkeypatch.setattr(graphs, "MOST_CACHED", 100)
     gradient(student())
     for name, change in CHANGES.items():
@@ -222,7 +219,7 @@ def test_what_a_class_and_its_module_hold_counts(
 
 
 def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    as_functions(monkeypatch)
     gradient(student())
     changed = EqualWeights()
     gradient(student(), changed)
@@ -264,7 +261,7 @@ def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A bare copy in its place would leave the weights of the start in the loss."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    as_functions(monkeypatch)
     assert_is_eager(gradient(READ, ReadsByName()), READ, ReadsByName())
 
     def problem_with_penalty_on(network: nn.Module) -> Any:
@@ -348,14 +345,14 @@ class WithTemplate(EqualWeights):
         self.template = nn.Linear(2, 2)
 
 
-def test_a_second_compiling_says_what_could_not_be_described() -> None:
+def test_a_second_compiling_says_what_could_not_be_described(traced: list[GraphModule]) -> None:
     network = student()
     problem = WithTemplate()
     compiled_of: list[int] = []
     for case in (problem, problem):
         gradient(network, problem=case)
-        compiled_of.append(graphs_compiled())
+        compiled_of.append(len(traced))
     assert compiled_of[0] == compiled_of[1], "the same objects again compile nothing"
     with pytest.warns(UserWarning, match=r"WithTemplate or a network holds .* Linear"):
         gradient(network, problem=WithTemplate())
-    assert graphs_compiled() > compiled_of[1]
+    assert len(traced) > compiled_of[1]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import as_functions
 from tape import record_on_tape
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import metapl
 from metapl import UDA, CrossEntropy, MetaplError
 from metapl.feedback import Reinforce
-from metapl.functional import compiled, cuda_graphs
+from metapl.functional import cuda_graphs
 
 pytestmark = pytest.mark.gpu
 
@@ -148,7 +149,7 @@ def take(pair: list[metapl.BilevelTrainer], number: int, batches: tuple[Any, Any
 
 
 def graphs_of(trainer: metapl.BilevelTrainer) -> Any:
-    return trainer.compiled_step._compiled.run
+    return trainer.compiled_step._compiled.run.args[0]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -209,7 +210,7 @@ def test_dropout_of_the_student_has_new_masks_in_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Compare with the pure step as it is, whose draws are in the same order."""
-    monkeypatch.setattr(compiled, "captured", lambda step, device, **options: step)
+    as_functions(monkeypatch)
     pair = trainers(network=noisy, roads=(True, "cudagraphs"))
     for trainer in pair:
         for optimizer in trainer.schedulable:

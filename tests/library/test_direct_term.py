@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from captures import as_functions, without_inductor
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from metapl import Lookahead, MetaplError, Signal
 from metapl.ablation.altered import Altered
 from metapl.feedback import Difference, Estimator, Feedback, Forward, Implicit
 from metapl.feedback.base import exact_feedback
-from metapl.functional import compiled
 from metapl.training.verification import VerificationWarning
 
 ROWS = 6
@@ -288,9 +288,9 @@ def test_a_trainer_steps_on_the_sum_eager_compiled_and_pure(
     The gradient is λ times the sum, and that of the teacher's own losses.
     """
     if (kind, size_name) in CAPTURED:
-        monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
+        without_inductor(monkeypatch)
     else:
-        monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+        as_functions(monkeypatch)
     size = SIZES[size_name]
     gradients = []
     for road in ("eager", "pure", "compiled"):
@@ -413,7 +413,7 @@ def test_implicit_has_it() -> None:
     "kind", ["a module", pytest.param("a module, in the input", marks=pytest.mark.long)]
 )
 def test_compiled_steps_have_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
+    without_inductor(monkeypatch)
     teacher, student, outer, inner = networks()
     problem = PROBLEMS[kind](teacher)
     options: dict[str, Any] = {
@@ -471,8 +471,7 @@ def test_a_teacher_that_is_the_inner_loss_is_compiled(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Graphs are traced whole, and run without Inductor.
-    monkeypatch.setattr(compiled, "BACKEND", {"backend": "aot_eager"})
-    monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
+    without_inductor(monkeypatch)
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     student = nn.Linear(4, 3).double()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import reference
 import torch
+from captures import as_functions
 from problems_zoo import toy
 from reference import error
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ STEPS = 4
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave graphs as plain functions, for what they compute matters here."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    as_functions(monkeypatch)
 
 
 def batch(number: int, rows: int = 6) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from captures import without_inductor
 from reference import cross_entropy, several_steps, sgd
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -18,7 +19,6 @@ from metapl import MetaplError
 from metapl.core.terms import StudentPath
 from metapl.feedback import Estimator, Feedback, Forward, Unrolled
 from metapl.feedback.base import State, exact_feedback, head_feedback
-from metapl.functional import compiled
 from metapl.problems.base import Kind, gumbel
 
 FEATURES = 4
@@ -29,9 +29,8 @@ RATE = 0.3
 
 @pytest.fixture(autouse=True)
 def traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Capture graphs whole, and run what is captured as it is."""
-    monkeypatch.setattr(compiled, "BACKEND", {"backend": "eager"})
-    monkeypatch.setattr(compiled, "backend_of", lambda device: compiled.BACKEND)
+    """Trace graphs whole, and run them without Inductor."""
+    without_inductor(monkeypatch)
 
 
 @dataclass(frozen=True)

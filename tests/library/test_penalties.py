@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import as_functions, without_inductor
 from problems_zoo import OPTIMISERS, product
 from reference import Tree, error, own_stream, stepped
 from test_implicit import D, Penalties, Ridge, closed_form, data, student
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import MetaplError, Signal
 from metapl.feedback import Difference, Forward, Implicit
-from metapl.functional import compiled, stack, unstack
+from metapl.functional import stack, unstack
 from metapl.functional.architecture import Undescribed, description_of_object
 from metapl.problems import ExampleWeights, Table
 
@@ -585,9 +586,9 @@ def test_a_compiled_trainer_follows_the_student_that_a_loss_names(
 ) -> None:
     """Its first step is compared with that of a copy, which the loss does not know of."""
     if backend == "captured":
-        monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
+        without_inductor(monkeypatch)
     else:
-        monkeypatch.setattr(torch, "compile", lambda step, **options: step)
+        as_functions(monkeypatch)
 
     def teacher_after(compile: bool) -> Tensor:
         net = network()

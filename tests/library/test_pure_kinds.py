@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import as_functions, without_inductor
 from problems_zoo import everything, toy
 from reference import error
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError
-from metapl.functional import compiled, graphs, stack, unstack
+from metapl.functional import graphs, stack, unstack
 from metapl.problems import EqualWeights, ExampleWeights, Table
 
 ROWS = 6
@@ -32,9 +33,9 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Run plain functions, or no Inductor where a test's name says that it is captured."""
     monkeypatch.setattr(graphs, "_CACHE", {})
     if "captured" in request.node.name:
-        monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
+        without_inductor(monkeypatch)
     else:
-        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        as_functions(monkeypatch)
 
 
 class Head(nn.Module):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import test_long_paths
 import torch
+from captures import as_functions
 from test_long_paths import network
 from torch import Tensor, nn
 
@@ -113,16 +114,16 @@ def gradient(
 
 
 @pytest.fixture
-def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+def graphs_as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Run the two graphs of a compiled path as plain functions."""
     monkeypatch.setattr(graphs, "_CACHE", {})
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    as_functions(monkeypatch)
 
 
 @BLOCKS
 @pytest.mark.parametrize("compile", [False, True])
 def test_a_student_that_is_a_function_replays_bit_for_bit(
-    way: str, compile: bool, as_functions: None
+    way: str, compile: bool, graphs_as_functions: None
 ) -> None:
     # With dropout and batch norm.
     student = network().double()
@@ -181,7 +182,7 @@ def test_where_all_states_are_kept_nothing_is_computed_again() -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, "all"])
 def test_compiled_paths_look_too(
-    way: str, as_functions: None, monkeypatch: pytest.MonkeyPatch
+    way: str, graphs_as_functions: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The comparison with the eager road would refuse the student first.
     monkeypatch.setattr(training, "refuse_other_gradient", lambda *arguments: None)
@@ -259,7 +260,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, bool]]]:
 @pytest.mark.parametrize("compile", [False, True])
 def test_paths_ask_for_deterministic_algorithms(
     compile: bool,
-    as_functions: None,
+    graphs_as_functions: None,
     monkeypatch: pytest.MonkeyPatch,
     asked: list[tuple[bool, bool]],
 ) -> None:

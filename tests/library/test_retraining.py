@@ -194,11 +194,11 @@ def test_compiled_stacks_are_trainings_alone(kind: str, rule: str) -> None:
 def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
 
-    def captured(function: Any, device: torch.device) -> Any:
+    def captured(function: Any, device: torch.device, sources: object) -> Any:
         compiled.append(function)
         return function
 
-    monkeypatch.setattr(retraining, "captured", captured)
+    monkeypatch.setattr(retraining, "Captured", captured)
     attribution = scored(student("mlp"))
     monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS + 1)
     assert attribution.validate(SETS).execution == "in stacks of 6"
@@ -212,13 +212,13 @@ def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPat
 def test_what_cannot_be_compiled_is_stacked_unless_it_was_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def captured(function: Any, device: torch.device) -> Any:
+    def captured(function: Any, device: torch.device, sources: object) -> Any:
         def refuse(*arguments: Any) -> Any:
             raise RuntimeError("no compiler here")
 
         return refuse
 
-    monkeypatch.setattr(retraining, "captured", captured)
+    monkeypatch.setattr(retraining, "Captured", captured)
     monkeypatch.setattr(retraining, "COMPILED_FROM", 1)
     attribution = scored(student("mlp"))
     assert attribution.validate(SETS).execution == "in stacks of 6, not compiled: no compiler here"

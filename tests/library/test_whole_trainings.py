@@ -14,6 +14,7 @@ import reference
 import test_long_paths
 import torch
 import torchopt
+from captures import as_functions, without_inductor
 from problems_zoo import Judged, product
 from reference import error
 from test_muon import muon_and_adamw
@@ -24,7 +25,7 @@ import metapl
 from metapl import Lookahead, MetaplError
 from metapl.execution.state import trainable
 from metapl.feedback import Forward, Unrolled
-from metapl.functional import compiled, graphs
+from metapl.functional import graphs
 from metapl.problems import EqualWeights, MetaWeightNet, WeightNet
 from metapl.updates import update_of
 
@@ -147,9 +148,9 @@ def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """
     monkeypatch.setattr(graphs, "_CACHE", {})
     if "captured" in request.node.name:
-        monkeypatch.setattr(compiled, "backend_of", lambda device: {"backend": "aot_eager"})
+        without_inductor(monkeypatch)
     elif "inductor" not in request.node.name:
-        monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+        as_functions(monkeypatch)
 
 
 def on_both_roads(

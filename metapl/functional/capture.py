@@ -1,0 +1,645 @@
+"""Functions of nested tensors as graphs of operations, compiled, and what a graph holds for.
+
+``make_fx`` runs a function once, on tensors without values, and writes down its operations, those
+of the backward passes that it asks for included. Inductor compiles what comes out. So the compiler
+reads no Python, of metapl's or of anybody's.
+
+What the function asked Python for is a constant of its graph. So each call compares what it is
+given, attributes and global variables that the function reads, and switches of PyTorch with what
+they were (:class:`Captured`), and captures the function anew where one of them differs.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, is_dataclass
+from itertools import chain
+from operator import is_
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError, reason_of
+from metapl.execution.checks import described, no_values
+from metapl.execution.numerics import explain, float32_products
+from metapl.execution.state import RandomState, replayed
+from metapl.functional.state import ImpureError, impurity
+
+# The most graphs of one function that are kept.
+MOST_KEPT = 8
+
+# The types of attributes and of parts of a batch that are constants of a graph.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+# Operations of a graph from which on a compiler is advised against: some 37 ms each, and more.
+MANY_OPERATIONS = 5_000
+
+# What stands in a graph for tensors that were no arguments.
+CONSTANTS = ("_tensor_constant", "_param_constant")
+
+# What PyTorch says where a function asks for a value while it is recorded.
+_ASKS_FOR_VALUE = (
+    "DataDependent",
+    "data-dependent",
+    "tracing tensor",
+    "fake",
+    "Fake",
+    "item()",
+    "nonzero",
+    ".numpy()",
+)
+
+# What autograd says of an operation without a derivative.
+_NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
+
+Result = TypeVar("Result")
+
+
+# ------------------------------------------------------------------------------------------- graphs
+
+
+def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) -> GraphModule:
+    """Return a function of tensors, which returns a list of tensors, as one graph.
+
+    Nothing of the values of tensors is in it, and no generator moves.
+
+    Args:
+        examples: tensors of the kinds that the graph is given.
+    """
+    device = examples[0].device
+    torch.clear_autocast_cache()
+    with no_values(), replayed(RandomState.now(device)), _no_mkldnn(), without_cache_of_casts():
+        # Without values, in which nothing of this call's numbers can be.
+        graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            *map(_example, examples)
+        )
+    for node in [*graph.graph.nodes]:
+        if node.target is torch.ops.aten.view.default:
+            # Strides of a mapped tensor may not allow to view.
+            node.target = torch.ops.aten.reshape.default
+        elif node.target in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            # A replay has no graph that they could leave.
+            node.replace_all_uses_with(node.args[0])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return graph
+
+
+def take_each_result_once(graph: GraphModule) -> list[int]:
+    """Let a graph return no tensor twice, and none that it is given.
+
+    Returns: of each result that it had, its place in what is given followed by what is returned.
+    """
+    inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.graph.nodes if node.op == "output")
+    results = [*output.args[0]]
+    returned = [node for node in dict.fromkeys(results) if node not in inputs]
+    places = {node: place for place, node in enumerate([*inputs, *returned])}
+    output.args = (returned,)
+    graph.recompile()
+    return [places[node] for node in results]
+
+
+def constants_in(graph: GraphModule) -> dict[str, Tensor]:
+    """Return the tensors that a graph holds and that were no arguments, but for literals."""
+    constants = {}
+    for node in graph.graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith(CONSTANTS):
+            is_literal = all("lift_fresh" in str(user.target) for user in node.users)
+            if not is_literal:
+                constants[str(node.target)] = getattr(graph, str(node.target))
+    return constants
+
+
+def take_constants_as_inputs(graph: GraphModule) -> list[Tensor]:
+    """Let a graph take the tensors that it holds as its last arguments, and return them."""
+    constants = constants_in(graph)
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    with graph.graph.inserting_after(placeholders[-1]):
+        inputs = {name: graph.graph.placeholder(f"held{name}") for name in reversed(constants)}
+    for node in list(graph.graph.nodes):
+        if node.op == "get_attr" and str(node.target) in constants:
+            node.replace_all_uses_with(inputs[str(node.target)])
+            graph.graph.erase_node(node)
+    graph.recompile()
+    return [*constants.values()]
+
+
+def backend_of(device: torch.device) -> dict[str, Any]:
+    """Return the options of Inductor for steps of a fraction of a millisecond.
+
+    Half of such a step would go into Python around the kernels. Inductor's own kernels would draw
+    other dropout masks than PyTorch's.
+    """
+    return {
+        "fallback_random": True,
+        "cpp_wrapper": device.type == "cpu",
+        "size_asserts": False,
+        "alignment_asserts": False,
+    }
+
+
+def compiled_graph(graph: GraphModule, examples: Sequence[Tensor]) -> Callable[..., Sequence[Any]]:
+    """Return a graph as Inductor compiles it, for tensors of the kinds of these."""
+    with warnings.catch_warnings(), torch.no_grad():
+        # Inductor warns while it is imported.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch import _inductor
+
+        compiled: Callable[..., Sequence[Any]] = _inductor.standalone_compile(
+            graph,
+            [t.detach() for t in examples],
+            dynamic_shapes="from_example_inputs",
+            options={"config_patches": backend_of(examples[0].device)},
+        )
+    return compiled
+
+
+@contextmanager
+def _no_mkldnn() -> Iterator[None]:
+    """Record without mkldnn, whose kernels of recurrent networks record and do not run."""
+    # Without the switch of torch.backends, which warns of a setting of another device.
+    was_enabled = torch._C._get_mkldnn_enabled()
+    is_enabled = False
+    torch._C._set_mkldnn_enabled(is_enabled)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(was_enabled)
+
+
+@contextmanager
+def without_cache_of_casts() -> Iterator[None]:
+    """Let a region of autocast, which may be the caller's, keep no casts of weights."""
+    keeps_casts = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(keeps_casts)
+
+
+def _example(t: Tensor) -> Tensor:
+    """Return a tensor of the same kind, in no transform."""
+    like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+    return like.requires_grad_(t.requires_grad)
+
+
+def asks_for_value(error: BaseException) -> bool:
+    """Return whether an error says that a function reads a value while it is recorded."""
+    return any(word in f"{type(error).__name__} {error}" for word in _ASKS_FOR_VALUE)
+
+
+def why_not_captured(error: BaseException) -> str:
+    """Return what an error says about a step that cannot be captured; "" for any other error."""
+    impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
+    if impure is not None:
+        return impure.what
+    if isinstance(error, MetaplError):
+        return ""
+    if lacking := _NO_DERIVATIVE.search(str(error)):
+        return (
+            f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "
+            "student's backward pass"
+        )
+    if asks_for_value(error):
+        return f"a network or a loss reads the value of a tensor ({reason_of(error)})"
+    return ""
+
+
+# ------------------------------------------------------------------------ what a graph is made for
+
+
+class Held:
+    """Nested tensors that many calls are given, taken apart once."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.tensors: list[Tensor] = []
+        kind: list[Any] = []
+        take_apart(value, self.tensors, kind)
+        self.kind = tuple(kind)
+
+
+def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
+    """Append the tensors of a nested value, and what of it is a constant of a graph.
+
+    PyTorch's pytrees would take ten times as long.
+    """
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        kind.append((value.shape, value.stride(), value.dtype, value.device))
+    elif isinstance(value, PLAIN):
+        kind.append((type(value), value))
+    elif isinstance(value, tuple | list):
+        kind.append((type(value), len(value)))
+        for part in value:
+            take_apart(part, tensors, kind)
+    elif isinstance(value, dict):
+        kind.append((type(value), tuple(value)))
+        for part in value.values():
+            take_apart(part, tensors, kind)
+    elif isinstance(value, Held):
+        tensors += value.tensors
+        kind.append(value.kind)
+    else:
+        raise MetaplError(
+            f"compile= was given a batch with a part {described(value)}; expected tensors and "
+            "numbers in tuples, lists and dicts."
+        )
+
+
+def put_together(value: Any, tensors: Iterator[Tensor]) -> Any:
+    """Return a nested value with other tensors, in the order of :func:`take_apart`."""
+    if isinstance(value, Tensor):
+        return next(tensors)
+    if isinstance(value, dict):
+        return {name: put_together(part, tensors) for name, part in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(put_together(part, tensors) for part in value))
+    if isinstance(value, tuple | list):
+        return type(value)(put_together(part, tensors) for part in value)
+    if isinstance(value, Held):
+        return put_together(value.value, tensors)
+    return value
+
+
+class Attributes:
+    """What a function reads of objects and of variables, besides its arguments.
+
+    Of objects that these hold, and that are no modules, the attributes count too, to some depth,
+    and so do the entries of dicts, and the variables that methods and functions outside of PyTorch
+    read around them: globals and closures. Of modules, what every module has is left out: tables of
+    tensors, parts and hooks, and the mode, which are looked at elsewhere.
+
+    Args:
+        sources: the objects: networks, losses, a problem.
+    """
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self._tables: list[dict[Any, Any]] = []
+        self._globals: list[tuple[dict[Any, Any], Any]] = []
+        self._cells: list[types.CellType] = []
+        self._lists: list[list[Any]] = []
+        self._met: set[int] = set()
+        for source in sources:
+            self._look_into(source, depth=0)
+        self._sizes: list[int] = []
+        self._places: list[tuple[dict[Any, Any], Any]] = []
+
+    def values(self) -> list[Any]:
+        """Return the values of all attributes and variables, as they are now."""
+        sizes = [*map(len, self._tables)]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._places = [
+                (table, name)
+                for table in self._tables
+                for name in table
+                if name not in ATTRIBUTES_OF_ALL_MODULES
+            ]
+            self._places += self._globals
+        try:
+            values = [table[name] for table, name in self._places]
+        except KeyError:
+            # As many attributes, of other names.
+            self._sizes = []
+            return self.values()
+        values += [cell.cell_contents for cell in self._cells]
+        return [*values, *chain.from_iterable(self._lists)]
+
+    @contextmanager
+    def without_recorded_tensors(self) -> Iterator[None]:
+        """Put back what a pass leaves in attributes in this block and that has no value."""
+        tables_before = [dict(table) for table in self._tables]
+        try:
+            yield
+        finally:
+            for table, before in zip(self._tables, tables_before, strict=True):
+                for name, value in [*table.items()]:
+                    if isinstance(value, FakeTensor):
+                        table.pop(name)
+                        if name in before:
+                            table[name] = before[name]
+
+    def _look_into(self, value: Any, *, depth: int) -> None:
+        is_new = id(value) not in self._met
+        if not is_new or isinstance(value, (*PLAIN, type)):
+            return
+        self._met.add(id(value))
+        if isinstance(value, types.MethodType):
+            self._look_into(value.__self__, depth=depth)
+            self._look_into(value.__func__, depth=depth)
+        elif isinstance(value, types.FunctionType):
+            self._look_around(value, depth=depth)
+        elif isinstance(value, list):
+            self._lists += [value] if len(value) <= MOST_ENTRIES else []
+        elif isinstance(value, dict):
+            if len(value) <= MOST_ENTRIES:
+                self._look_through(value, depth=depth)
+        elif hasattr(value, "__dict__") and (depth == 0 or is_read_deeper(value)):
+            for kind in type(value).__mro__:
+                for method in vars(kind).values():
+                    if is_of_user(kind) and isinstance(method, types.FunctionType):
+                        self._look_into(method, depth=depth)
+            self._look_through(vars(value), depth=depth)
+
+    def _look_through(self, table: dict[Any, Any], *, depth: int) -> None:
+        """Note the entries of a table, and look into them."""
+        self._tables.append(table)
+        if depth < DEPTH:
+            for name, part in table.items():
+                if name not in ATTRIBUTES_OF_ALL_MODULES:
+                    self._look_into(part, depth=depth + 1)
+
+    def _look_around(self, function: types.FunctionType, *, depth: int) -> None:
+        """Note the variables that a function reads of its file and of functions around it."""
+        if not is_of_user(function):
+            return
+        for cell in function.__closure__ or ():
+            # A cell is empty until its name is bound.
+            with suppress(ValueError):
+                self._look_into(cell.cell_contents, depth=DEPTH)
+                self._cells.append(cell)
+        table = function.__globals__
+        codes = [function.__code__]
+        for code in codes:
+            codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+            for name in code.co_names:
+                value = table.get(name)
+                if name in table and isinstance(value, (*PLAIN, tuple)):
+                    self._globals.append((table, name))
+                elif isinstance(value, dict | list | types.FunctionType):
+                    self._look_into(value, depth=DEPTH)
+
+
+def is_read_deeper(value: Any) -> bool:
+    """Return whether the attributes of an object that another one holds are read too."""
+    if isinstance(value, nn.Module | Tensor):
+        return False
+    return is_dataclass(value) or is_of_user(type(value))
+
+
+# How deep attributes of attributes are looked at, and how long dicts and lists of them are.
+DEPTH = 3
+MOST_ENTRIES = 1_000
+
+ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+def is_of_user(value: Any) -> bool:
+    """Return whether a class or function was written outside of PyTorch and metapl."""
+    module = getattr(value, "__module__", None) or "builtins"
+    return module.split(".")[0] not in ("torch", "metapl", "builtins", "collections", "functools")
+
+
+def constants_of(attributes: Sequence[Any]) -> list[Any]:
+    """Return what of the values of attributes is a constant of a graph.
+
+    That is numbers and texts, also in tuples, and which objects the others are.
+    """
+    constants: list[Any] = []
+    for value in attributes:
+        if isinstance(value, PLAIN):
+            constants.append((type(value), value))
+        elif isinstance(value, tuple):
+            constants.append(constants_of(value))
+        else:
+            constants.append(id(value))
+    return constants
+
+
+def switches(device: torch.device) -> list[Any]:
+    """Return the settings of PyTorch that a step depends on."""
+    return [
+        torch.is_autocast_enabled(device.type),
+        torch.get_autocast_dtype(device.type),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_dtype(),
+        float32_products(device),
+    ]
+
+
+@dataclass
+class Kind:
+    """What a graph was made for, but for the tensors.
+
+    Attributes:
+        arguments: their structure, shapes and numbers, and PyTorch's switches.
+        attributes: the values of attributes that were read last and are the same to the graph as
+            those that it was made with, which are held here.
+    """
+
+    arguments: list[Any]
+    attributes: list[Any]
+
+    def is_of(self, arguments: list[Any], attributes: list[Any]) -> bool:
+        """Return whether a graph of this kind serves these."""
+        if arguments != self.arguments:
+            return False
+        if len(attributes) == len(self.attributes) and all(map(is_, attributes, self.attributes)):
+            return True
+        if constants_of(attributes) != constants_of(self.attributes):
+            return False
+        self.attributes = attributes
+        return True
+
+
+# --------------------------------------------------------------------------------------- functions
+
+
+class Capture(NamedTuple):
+    """A function as a compiled graph.
+
+    Attributes:
+        graph: takes the tensors of the arguments and those of ``held``, and returns others.
+        held: tensors that were no arguments.
+        places: of the results' tensors, among those that the graph takes and returns.
+        results: the leaves of the results, with the type in the place of each tensor.
+        structure: of the results.
+    """
+
+    kind: Kind
+    graph: Callable[..., Sequence[Any]]
+    held: list[Tensor]
+    places: list[int]
+    results: list[Any]
+    structure: Any
+
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Return the results' tensors, from those of the arguments."""
+        given = tensors + self.held
+        taken_and_returned = given + [*self.graph(*given)]
+        return [taken_and_returned[place] for place in self.places]
+
+    def nested(self, tensors: Sequence[Any]) -> Any:
+        """Return tensors as the function returns them."""
+        if len(tensors) == len(self.results):
+            return pytree.tree_unflatten(tensors, self.structure)
+        leaves = iter(tensors)
+        filled = [next(leaves) if leaf is Tensor else leaf for leaf in self.results]
+        return pytree.tree_unflatten(filled, self.structure)
+
+
+class Captured(Generic[Result]):
+    """A function of nested tensors as one graph for each kind of arguments that it is called with.
+
+    A kind is what a graph was made for: nesting, shapes and numbers of the arguments, the
+    attributes and variables that the function reads, and switches of PyTorch. It is called without
+    a graph of autograd.
+
+    Args:
+        sources: objects whose attributes the function reads.
+    """
+
+    def __init__(
+        self, function: Callable[..., Result], device: torch.device, sources: Sequence[Any] = ()
+    ) -> None:
+        self.function = function
+        self.device = device
+        self.attributes = Attributes(sources)
+        # The latest last.
+        self.kept: list[Capture] = []
+        self.captures = 0
+
+    def __call__(self, *arguments: Any) -> Result:
+        capture, tensors = self.run(*arguments)
+        result: Result = capture.nested(tensors)
+        return result
+
+    def run(self, *arguments: Any) -> tuple[Capture, Sequence[Any]]:
+        """Return the tensors of the results, and the graph that they are of."""
+        tensors: list[Tensor] = []
+        kind = switches(self.device)
+        take_apart(arguments, tensors, kind)
+        capture = self._find(kind, self.attributes.values())
+        if capture is None:
+            capture = self._capture(arguments, tensors, kind)
+        if kind[0]:
+            # The casts are operations of the graph.
+            with torch.autocast(self.device.type, enabled=False):
+                return capture, capture.run(tensors)
+        return capture, capture.run(tensors)
+
+    def _find(self, kind: list[Any], attributes: list[Any]) -> Capture | None:
+        for index in reversed(range(len(self.kept))):
+            if self.kept[index].kind.is_of(kind, attributes):
+                if index < len(self.kept) - 1:
+                    self.kept.append(self.kept.pop(index))
+                return self.kept[-1]
+        return None
+
+    def _capture(self, arguments: Any, tensors: list[Tensor], kind: list[Any]) -> Capture:
+        """Capture the function for these arguments; nothing moves."""
+        results: list[Any] = []
+        structures: list[Any] = []
+
+        def on_tensors(*recorded: Tensor) -> list[Tensor]:
+            returned = self.function(*put_together(arguments, iter(recorded)))
+            leaves, structure = pytree.tree_flatten(returned)
+            structures.append(structure)
+            results.extend(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+            return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+
+        self._say_why(kind)
+        with self.attributes.without_recorded_tensors():
+            graph = graph_of(on_tensors, tensors)
+        held = take_constants_as_inputs(graph)
+        operations = len(graph.graph.nodes)
+        if operations > MANY_OPERATIONS:
+            warn_of_many_operations(operations, self.device)
+        places = take_each_result_once(graph)
+        compiled = compiled_graph(graph, [*tensors, *held])
+        # A pass may have put a tensor into an attribute. No pass runs in a replay.
+        whole_kind = Kind(kind, self.attributes.values())
+        capture = Capture(whole_kind, compiled, held, places, results, structures[0])
+        self.kept.append(capture)
+        del self.kept[:-MOST_KEPT]
+        self.captures += 1
+        return capture
+
+    def _say_why(self, kind: list[Any]) -> None:
+        """Warn, once, of a function that is captured for the third time, and say why."""
+        if self.captures != 2:
+            return
+        difference = "an attribute or a variable that it reads has changed"
+        for one, two in zip(self.kept[-1].kind.arguments, kind, strict=False):
+            if one != two:
+                difference = f"what was {in_words(one)} is {in_words(two)}"
+                break
+        warnings.warn(
+            f"a step is compiled for the third time: {difference}. Each time takes as long as the "
+            f"first, and {MOST_KEPT} are kept; expected batches of few shapes (pad to a few "
+            "lengths, drop the last short batch by drop_last=True), and few values of numbers that "
+            "the step reads; or leave compile out.",
+            stacklevel=2,
+        )
+
+
+def in_words(kind: Any) -> str:
+    """Return an entry of a kind in words."""
+    if isinstance(kind, tuple) and kind and isinstance(kind[0], torch.Size):
+        shape, _, dtype, device = kind
+        return f"a tensor {tuple(shape)} of {str(dtype).removeprefix('torch.')} on {device}"
+    if isinstance(kind, tuple) and len(kind) == 2:
+        return repr(kind[1])
+    return repr(kind)
+
+
+def warn_of_many_operations(operations: int, device: torch.device) -> None:
+    """Warn where the compiler takes longer than most trainings would gain by it."""
+    instead = "leave compile out"
+    if device.type == "cuda":
+        instead = 'compile="cudagraphs", which records the step in the time of three steps'
+    minutes = max(1, round((8 + 0.06 * operations) / 60))
+    warnings.warn(
+        f"compile=True compiles a step of {operations:,} operations, some {minutes} minutes on "
+        "one core, and the step of so large a network gains little by it on a CPU; expected less "
+        f"than {MANY_OPERATIONS:,}, or {instead}",
+        stacklevel=2,
+    )
+
+
+class Capturing:
+    """A block that names what cannot be captured by a graph that is called there.
+
+    Every step enters such a block, so this is a class: a generator would take longer.
+
+    Args:
+        written: what the problem writes in a step, in words; "" where it is not known to write.
+    """
+
+    def __init__(self, written: str = "") -> None:
+        self.written = written
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        if error is None or not isinstance(error, Exception):
+            return
+        # They stay disabled where a transform fails.
+        torch._C._autograd._saved_tensors_hooks_enable()
+        if not isinstance(error, MetaplError):
+            explain(error)
+        reason = why_not_captured(error)
+        if reason and self.written:
+            reason = self.written
+        if reason:
+            raise MetaplError(
+                f"compile=True cannot take this step: {reason}; leave compile out."
+            ) from error

@@ -1,0 +1,169 @@
+"""What a captured function is captured anew for: all that it reads and that is no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from captures import without_inductor
+from torch import Tensor, nn
+
+from metapl.functional.capture import Captured
+from metapl.problems.losses import log_of_shares
+
+FACTOR = 2.0
+FACTORS = {"of a dict": 3.0}
+
+
+def helper() -> float:
+    return FACTOR
+
+
+@dataclass
+class Options:
+    factor: float = 5.0
+    factors: list[float] = field(default_factory=lambda: [7.0])
+
+
+class Scale(nn.Module):
+    """Factors in all places from which a forward may read one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = 1.5
+        self.options = Options()
+        self.by_name = {"deep": {"factor": 1.25}}
+        self.weight = torch.tensor(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        numbers = (
+            self.factor
+            * helper()
+            * FACTORS["of a dict"]
+            * self.options.factor
+            * self.options.factors[0]
+            * self.by_name["deep"]["factor"]
+        )
+        return x * numbers * self.weight
+
+
+def change_attribute(scale: Scale) -> None:
+    scale.factor = 2.5
+
+
+def change_global(scale: Scale) -> None:
+    globals()["FACTOR"] = 4.0
+
+
+def change_entry_of_global(scale: Scale) -> None:
+    FACTORS["of a dict"] = 6.0
+
+
+def change_dataclass(scale: Scale) -> None:
+    scale.options.factor = 10.0
+
+
+def change_list(scale: Scale) -> None:
+    scale.options.factors[0] = 14.0
+
+
+def change_nested_dict(scale: Scale) -> None:
+    scale.by_name["deep"]["factor"] = 2.5
+
+
+def change_tensor(scale: Scale) -> None:
+    scale.weight = torch.tensor(0.75)
+
+
+def change_tensor_in_place(scale: Scale) -> None:
+    scale.weight.fill_(0.75)
+
+
+@pytest.fixture(autouse=True)
+def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    monkeypatch.setitem(FACTORS, "of a dict", 3.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_attribute,
+        change_global,
+        change_entry_of_global,
+        change_dataclass,
+        change_list,
+        change_nested_dict,
+        change_tensor,
+        change_tensor_in_place,
+    ],
+)
+def test_what_a_module_reads_counts(
+    change: Callable[[Scale], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graphs = without_inductor(monkeypatch)
+    scale = Scale()
+    captured: Captured[Any] = Captured(lambda x: [scale(x)], torch.device("cpu"), [scale])
+    x = torch.arange(3.0)
+    for _ in range(2):
+        torch.testing.assert_close(captured(x), [scale(x)])
+    assert len(graphs) == 1
+    change(scale)
+    for _ in range(2):
+        torch.testing.assert_close(captured(x), [scale(x)])
+    # A tensor is an argument of the graph, which need not be made anew for its values.
+    assert len(graphs) == (1 if change is change_tensor_in_place else 2)
+
+
+def test_a_variable_around_a_function_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_inductor(monkeypatch)
+    factor = 2.0
+
+    def times(x: Tensor) -> Tensor:
+        return factor * x
+
+    captured: Captured[Any] = Captured(times, torch.device("cpu"), [times])
+    assert float(captured(torch.ones(()))) == 2.0
+    factor = 3.0
+    assert float(captured(torch.ones(()))) == 3.0
+
+
+def test_shares_of_classes_are_kept_from_no_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor that is made while a step is captured has no value."""
+    without_inductor(monkeypatch)
+    shares = (0.25, 0.625, 0.125)
+    cpu = torch.device("cpu")
+    captured: Captured[Any] = Captured(lambda x: x + log_of_shares(shares, x.dtype, cpu), cpu)
+    expected = torch.tensor(shares).log()
+    torch.testing.assert_close(captured(torch.zeros(3)), expected)
+    torch.testing.assert_close(log_of_shares(shares, torch.float32, cpu), expected)
+
+
+class Lazy(nn.Module):
+    """A module that makes a tensor in its first pass, and keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = torch.arange(len(x), dtype=x.dtype)
+        return x + self.kept
+
+
+def test_a_tensor_that_a_pass_keeps_has_a_value_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    lazy = Lazy()
+    captured: Captured[Any] = Captured(lazy.forward, torch.device("cpu"), [lazy])
+    x = torch.ones(3)
+    expected = torch.tensor([1.0, 2.0, 3.0])
+    for _ in range(2):
+        assert torch.equal(captured(x), expected)
+        assert torch.equal(Lazy()(x), expected)
+    assert torch.equal(lazy(x), expected)
