@@ -28,7 +28,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import described, no_values
 from metapl.execution.numerics import explain, float32_products
 from metapl.execution.state import RandomState, replayed
@@ -211,6 +211,8 @@ def why_not_captured(error: BaseException) -> str:
             f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "
             "student's backward pass"
         )
+    if type(error).__module__.startswith("torch._inductor"):
+        return reason_of(error)
     if asks_for_value(error):
         return f"a network or a loss reads the value of a tensor ({reason_of(error)})"
     return ""
@@ -571,11 +573,7 @@ class Captured(Generic[Result]):
         """Warn, once, of a function that is captured for the third time, and say why."""
         if self.captures != 2:
             return
-        difference = "an attribute or a variable that it reads has changed"
-        for one, two in zip(self.kept[-1].kind.arguments, kind, strict=False):
-            if one != two:
-                difference = f"what was {in_words(one)} is {in_words(two)}"
-                break
+        difference = difference_of(self.kept[-1].kind.arguments, kind)
         warnings.warn(
             f"a step is compiled for the third time: {difference}. Each time takes as long as the "
             f"first, and {MOST_KEPT} are kept; expected batches of few shapes (pad to a few "
@@ -585,14 +583,35 @@ class Captured(Generic[Result]):
         )
 
 
-def in_words(kind: Any) -> str:
+def difference_of(one: Sequence[Any], two: Sequence[Any]) -> str:
+    """Return the first difference between the arguments of two kinds, in words."""
+    for entry, other in zip(one, two, strict=False):
+        if entry == other:
+            continue
+        if is_of_held(entry) and is_of_held(other):
+            return difference_of(entry, other)
+        return f"what was {in_words(entry)} is {in_words(other)}"
+    return "an attribute or a variable that it reads has changed"
+
+
+def is_of_held(entry: Any) -> bool:
+    """Return whether an entry of a kind has those of :class:`Held` values in it."""
+    return isinstance(entry, tuple) and len(entry) > 0 and isinstance(entry[0], tuple)
+
+
+def in_words(entry: Any) -> str:
     """Return an entry of a kind in words."""
-    if isinstance(kind, tuple) and kind and isinstance(kind[0], torch.Size):
-        shape, _, dtype, device = kind
+    if isinstance(entry, tuple) and entry and isinstance(entry[0], torch.Size):
+        shape, _, dtype, device = entry
         return f"a tensor {tuple(shape)} of {str(dtype).removeprefix('torch.')} on {device}"
-    if isinstance(kind, tuple) and len(kind) == 2:
-        return repr(kind[1])
-    return repr(kind)
+    if isinstance(entry, tuple) and len(entry) == 2:
+        kind, value = entry
+        if kind is dict:
+            return f"a dict of {few([*map(str, value)], 3)}"
+        if kind in PLAIN:
+            return repr(value)
+        return f"a {kind.__name__} of {value}"
+    return repr(entry)
 
 
 def warn_of_many_operations(operations: int, device: torch.device) -> None:
