@@ -211,6 +211,8 @@ def why_not_captured(error: BaseException) -> str:
             f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "
             "student's backward pass"
         )
+    if "saved tensor hooks" in str(error):
+        return "a network keeps tensors by hooks, as a checkpoint does"
     if type(error).__module__.startswith("torch._inductor"):
         return reason_of(error)
     if asks_for_value(error):
@@ -596,7 +598,9 @@ def difference_of(one: Sequence[Any], two: Sequence[Any]) -> str:
 
 def is_of_held(entry: Any) -> bool:
     """Return whether an entry of a kind has those of :class:`Held` values in it."""
-    return isinstance(entry, tuple) and len(entry) > 0 and isinstance(entry[0], tuple)
+    if not isinstance(entry, tuple) or not entry:
+        return False
+    return isinstance(entry[0], tuple) and not isinstance(entry[0], torch.Size)
 
 
 def in_words(entry: Any) -> str:
