@@ -227,7 +227,8 @@ class Path(Drawing):
     def direct_loss(self) -> Tensor:
         """Return L(θ′; φ) with θ′ as a constant, and a graph in what it reads of the teacher, φ.
 
-        It has no graph where it reads nothing.
+        It has no graph where it reads nothing. In several processes it is that of this rank's rows,
+        and the mean over the ranks is L.
 
         Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
         backward pass.
@@ -245,9 +246,15 @@ class Path(Drawing):
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
                 sums.append(total)
                 counts.append(weight)
-        loss: Tensor = torch.stack(sums).sum() / sum(counts)
+        total = torch.stack(sums).sum()
+        weight: Tensor | float = sum(counts)
+        ranks = student.ranks
+        if not ranks.alone:
+            # The gradient is averaged over the ranks, each of which has its own rows.
+            weight = ranks.mean(torch.as_tensor(weight, dtype=total.dtype, device=total.device))
+        loss: Tensor = total / weight
         if not self.knows_outer_loss:
-            vars(self)["outer_loss"] = loss.detach()
+            vars(self)["outer_loss"] = ranks.mean(loss.detach())
         return loss
 
     def _outer_loss_at(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:

@@ -176,7 +176,11 @@ class Teaching:
         It is zero in those that the outer loss does not read.
         """
         assert self.layout is not None, "a direct term is of a teacher"
-        return self._with_zeros(self._reached(path.direct_loss(), retain=True))
+        gradient = self._with_zeros(self._reached(path.direct_loss(), retain=True))
+        if self.is_sharded:
+            # Its backward pass averages over the ranks.
+            return gradient
+        return {name: self.ranks.mean(g) for name, g in gradient.items()}
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """Return the gradient of −Σ h·signal in the teacher's weights, over all passes.

@@ -26,6 +26,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
+from metapl.execution.layout import Layout
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
 from metapl.problems.base import BilevelProblem, kind_of
@@ -296,12 +297,13 @@ def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[
     return variables
 
 
-def refuse_direct_term_in_processes(problem: BilevelProblem, *, is_alone: bool) -> None:
-    """Refuse an outer loss that reads outer variables in several processes."""
-    if not is_alone:
+def refuse_direct_term_of_shards(problem: BilevelProblem, *layouts: Layout | None) -> None:
+    """Refuse an outer loss that reads the teacher, where a network is sharded."""
+    if any(layout is not None and layout.is_sharded for layout in layouts):
         raise MetaplError(
             f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, "
-            "and the networks are in several processes; expected one process."
+            "and a network is sharded; expected whole networks in each process, as in "
+            "DistributedDataParallel."
         )
 
 

@@ -47,7 +47,7 @@ from metapl.feedback import (
 from metapl.feedback.door import (
     FirstLook,
     outer_variables,
-    refuse_direct_term_in_processes,
+    refuse_direct_term_of_shards,
     refuse_learned_settings,
     refuse_tensors,
 )
@@ -318,7 +318,7 @@ class Differentiation:
         No weight or state moves.
         """
         if self.takes_direct_term:
-            refuse_direct_term_in_processes(self.problem, is_alone=self.of_student.ranks.alone)
+            refuse_direct_term_of_shards(self.problem, self.of_teacher, self.of_student)
         engine_type = EagerEngine
         if self.of_student.is_sharded:
             # It is loaded where it is used.

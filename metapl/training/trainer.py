@@ -42,7 +42,7 @@ from metapl.feedback.door import (
     FirstLook,
     hooked,
     outer_variables,
-    refuse_direct_term_in_processes,
+    refuse_direct_term_of_shards,
     refuse_hooks,
     refuse_hooks_one_by_one,
     refuse_learned_settings,
@@ -312,7 +312,7 @@ class BilevelTrainer(Trainer):
         check_mode(self.mode, lookahead, self.problem, self.layout)
         refuse_direct_term_alone(self.mode, self.problem, self.teacher)
         if self.direct_term:
-            refuse_direct_term_in_processes(self.problem, is_alone=self.ranks.alone)
+            refuse_direct_term_of_shards(self.problem, *self.layouts)
 
         # The optimizers.
         if inner_optimizer is None:

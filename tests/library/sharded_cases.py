@@ -219,6 +219,8 @@ def built(
     **options: Any,
 ) -> metapl.BilevelTrainer:
     teacher, student = networks(inside, dtype, hidden)
+    if isinstance(options.get("problem"), ReadsTeacher):
+        options["problem"] = ReadsTeacher(teacher)
     teacher = laid_out(teacher, layout if teacher_layout == "same" else teacher_layout)
     student = laid_out(student, layout)
     build = OPTIMIZERS[optimizer]
@@ -323,6 +325,30 @@ class OfAllRows(Judged):
         self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
     ) -> Tensor:
         return signal.value * outputs.logsumexp(-1)
+
+
+class ReadsTeacher(Judged):
+    """An outer loss that reads the teacher, which the problem holds: it has a direct term."""
+
+    def __init__(self, teacher: nn.Module | None = None) -> None:
+        self.teacher = teacher
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
+        return metapl.Signal(teacher(batch).softmax(-1))
+
+    def inner_loss(
+        self, outputs: Tensor, signal: metapl.Signal, batch: Any, params: Any = None
+    ) -> Tensor:
+        return nn.functional.cross_entropy(outputs, signal.value, reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        assert self.teacher is not None, "it is given the teacher as this is built"
+        x, y = batch
+        weights = 1 + self.teacher(x).softmax(-1)[:, 0]
+        losses = nn.functional.cross_entropy(outputs, y, reduction="none")
+        return (weights * losses).sum(), float(len(y))
 
 
 SEVERAL = Several()
@@ -472,6 +498,9 @@ def _outputs_in_parts() -> None:
 REFUSED: dict[str, Callable[[], Any]] = {
     "graph_of_shards": lambda: built(Forward(by="graph"), "fsdp").step(*share(batches(1)[0])),
     "unrolled": lambda: built("unrolled", "ddp"),
+    "direct_term_of_shards": lambda: built(
+        "forward", "fsdp", teacher_layout="ddp", problem=ReadsTeacher()
+    ),
     "another_batch_on_one": _another_batch_on_one,
     "torchopt": lambda: built("forward", "fsdp", inner=torchopt.sgd(0.1)),
     "reweight": _reweight,

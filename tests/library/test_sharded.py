@@ -20,6 +20,7 @@ from reference import error
 from torch import nn
 from torch_versions import require_torch
 
+import metapl
 from metapl.ablation import Altered
 from metapl.distributed import Mesh, blocks_of, shard
 from metapl.errors import MetaplError
@@ -180,6 +181,24 @@ CASES: dict[str, Cases] = {
             ),
         ],
     ),
+    "an outer loss that reads the teacher": (
+        2,
+        1,
+        [
+            {"problem": sharded_cases.ReadsTeacher(), "teacher_layout": "ddp", **options}
+            for options in (
+                {"mode": "forward", "layout": "ddp"},
+                {"mode": "direct", "layout": "ddp"},
+                {
+                    "mode": "difference",
+                    "layout": "ddp",
+                    "teacher_losses": (metapl.CrossEntropy(),),
+                    "feedback_ratio": 0.5,
+                },
+                {"mode": "forward", "layout": "ddp", "accumulate": 2},
+            )
+        ],
+    ),
     "altered feedback": (
         2,
         1,
@@ -235,6 +254,7 @@ QUICK = {
     "several steps, fsdp",
     "altered feedback",
     "a replicated teacher",
+    "an outer loss that reads the teacher",
     "products, AdamW",
     "orders, fsdp",
 }
