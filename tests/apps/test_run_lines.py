@@ -126,7 +126,7 @@ def stopped(*words: str | Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metapl.training.loop.Checkpoints.write", stop)
+        patch.setattr("metapl.training.resuming.Checkpoints.write", stop)
         metapl(*words, code=130)
 
 
