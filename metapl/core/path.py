@@ -247,12 +247,12 @@ class Path(Drawing):
                 sums.append(total)
                 counts.append(weight)
         total = torch.stack(sums).sum()
-        weight: Tensor | float = sum(counts)
+        count: Tensor | float = sum(counts)
         ranks = student.ranks
         if not ranks.alone:
             # The gradient is averaged over the ranks, each of which has its own rows.
-            weight = ranks.mean(torch.as_tensor(weight, dtype=total.dtype, device=total.device))
-        loss: Tensor = total / weight
+            count = ranks.mean(torch.as_tensor(count, dtype=total.dtype, device=total.device))
+        loss: Tensor = total / count
         if not self.knows_outer_loss:
             vars(self)["outer_loss"] = ranks.mean(loss.detach())
         return loss
