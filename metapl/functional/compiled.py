@@ -237,8 +237,7 @@ class CapturedStep:
         self._leaves: list[Any] = []
         self._mode: dict[str, Any] = {}
         self._number: Any = 0
-        self._report: list[Any] = []
-        self._structure_of_report: Any = None
+        self._report: Any = None
 
     def _on_parts(
         self,
@@ -258,12 +257,11 @@ class CapturedStep:
         )
         if capture is not self._capture:
             self._find_places(capture)
-        report = [tensors[place] for place in self._report]
         return Moved(
             leaves=[tensors[place] for place in self._leaves],
             mode={name: tensors[place] for name, place in self._mode.items()},
             step=tensors[self._number],
-            report=pytree.tree_unflatten(report, self._structure_of_report),
+            report=Report(*(at_places(field, tensors) for field in self._report)),
             state=lambda: capture.nested(tensors)[0],
         )
 
@@ -275,7 +273,21 @@ class CapturedStep:
         self._leaves = leaves_of(moved)
         self._mode = moved.mode
         self._number = moved.step
-        self._report, self._structure_of_report = pytree.tree_flatten(report)
+        self._report = report
+
+
+def at_places(value: Any, tensors: Sequence[Any]) -> Any:
+    """Return nested places as the tensors that are there.
+
+    PyTorch's pytrees would take three times as long.
+    """
+    if type(value) is int:
+        return tensors[value]
+    if type(value) is dict:
+        return {name: at_places(part, tensors) for name, part in value.items()}
+    if type(value) is list:
+        return [at_places(part, tensors) for part in value]
+    return value
 
 
 @dataclass
