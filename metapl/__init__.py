@@ -9,13 +9,13 @@ from metapl.errors import MetaplError
 from metapl.feedback import MODES
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.report import StepReport
+from metapl.guards.verification import check_gradient
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
 from metapl.training import StopFit
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
-from metapl.training.verification import check_gradient
 from metapl.updates import scheduled_settings
 from metapl.words import did_you_mean
 

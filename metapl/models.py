@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Inputs
-from metapl.execution.checks import class_labels, described, tensor_in
+from metapl.execution.checks import class_labels, tensor_in, unexpected
 from metapl.execution.numerics import in_type_of, wide
 from metapl.runs.fields import AtLeastOne, Range, check_arguments
 
@@ -444,10 +444,7 @@ class Logits(nn.Module):
         logits = tensor_in(outputs)
         if logits is None:
             name = type(self.network).__name__
-            raise MetaplError(
-                f"{name} returned {described(outputs)}; expected a tensor, or logits or a tensor "
-                "in it."
-            )
+            raise unexpected(f"{name} returned", outputs, "a tensor, or logits or a tensor in it")
         return logits
 
 

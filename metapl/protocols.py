@@ -9,7 +9,7 @@ takes steps and has a state. :class:`TwoLevelTrainer` has a problem, a mode and 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -100,3 +100,8 @@ class TwoLevelTrainer(AnyTrainer, Protocol):
     def step(self, outer: Batch, inner: Batch = None) -> StepReport: ...
     def teacher_step(self, outer: Batch, inner: Batch) -> Report: ...
     def first_step(self, outer: Batch, inner: Batch) -> Report: ...
+
+
+def is_two_level(trainer: AnyTrainer) -> TypeGuard[TwoLevelTrainer]:
+    """Return whether a trainer has a problem and a mode, as a bilevel one has."""
+    return hasattr(trainer, "measures_feedback")

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from metapl.data.draws import fold_in
 from metapl.errors import MetaplError, few, needed_for
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.metrics.predictions import evaluating, logits_of
 
 with needed_for("metapl.robustness"):
@@ -77,10 +77,7 @@ def corrupted(
             f"{few(CORRUPTIONS, 20)}."
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
-        raise MetaplError(
-            f"the pictures are {described(images)}; expected floating point (B, C, H, W), C = 1 "
-            "or 3."
-        )
+        raise unexpected("the pictures are", images, "floating point (B, C, H, W), C = 1 or 3")
     damage, constants_by_severity = CORRUPTIONS[corruption]
     constants = constants_by_severity[severity - 1]
     if not isinstance(constants, tuple):

@@ -101,7 +101,7 @@ def _no_absent_device_is_seeded() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _no_call_was_verified_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first call of ``metapl.hypergradient`` in each test be verified."""
-    from metapl.training.verification import first_calls
+    from metapl.guards.verification import first_calls
 
     monkeypatch.setattr(first_calls, "VERIFIED", first_calls.VerifiedCalls())
 

@@ -28,19 +28,15 @@ from metapl.ablation.figure import draw_modes
 from metapl.ablation.mode_cost import ModeCost, ModeDistance
 from metapl.core.lookahead import InnerBatches
 from metapl.data.feed import feed
+from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch, is_record_of_rows, is_whole, length
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.execution.numerics import float32_products, no_fast_path
+from metapl.execution.outside import DrawsOutside, refusing_draws_outside
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
-from metapl.feedback.door import (
-    DrawsOutside,
-    names_written,
-    numbers_in,
-    refusing_draws_outside,
-    why_again,
-)
+from metapl.guards.door import why_again
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments
@@ -327,10 +323,7 @@ def ablate(
     (1.0, 'forward')
     """
     if not isinstance(trainer, BilevelTrainer):
-        raise MetaplError(
-            f"ablate was given a trainer that is {described(trainer)}; expected a "
-            "metapl.BilevelTrainer."
-        )
+        raise unexpected("ablate was given a trainer that is", trainer, "a metapl.BilevelTrainer")
     check_arguments(ablate, locals())
     # A text is a sequence too, of letters.
     estimators = []
@@ -642,7 +635,7 @@ def _exact_gradient(trainer: BilevelTrainer, batches: Batches) -> Tensor:
     """
     reasons = []
     for mode in (estimator("unrolled"), estimator("forward")):
-        numbers_before = numbers_in(trainer.problem, trainer.teacher)
+        numbers_before = numbers_of(trainer.problem, trainer.teacher)
         try:
             with refusing_draws_outside():
                 gradient, again = (
@@ -655,7 +648,7 @@ def _exact_gradient(trainer: BilevelTrainer, batches: Batches) -> Tensor:
             reasons.append(_reason(error))
             continue
         if not _are_same(gradient, again):
-            written = names_written(numbers_before, numbers_in(trainer.problem, trainer.teacher))
+            written = names_written(numbers_before, numbers_of(trainer.problem, trainer.teacher))
             raise MetaplError(
                 "there is no exact gradient: it is another one when it is asked for again, of the "
                 f"same step: {why_again(written)}"

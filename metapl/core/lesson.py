@@ -115,10 +115,8 @@ def inner_loss(
     """
     losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
     if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-        raise MetaplError(
-            f"inner_loss returned {checks.described(losses)}; expected one loss per example, "
-            f"({len(outputs)},)."
-        )
+        expected = f"one loss per example, ({len(outputs)},)"
+        raise checks.unexpected("inner_loss returned", losses, expected)
     return losses.mean() if factors is None else (factors * losses).mean()
 
 

@@ -76,6 +76,9 @@ class Look(Protocol):
     ) -> None:
         """Look at an outer loss."""
 
+    def at_batches(self) -> None:
+        """Look at the batches after the step."""
+
 
 class Drawing:
     """A path with the draws of its step, of an estimator that says that it ``draws``."""

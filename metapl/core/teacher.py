@@ -35,7 +35,7 @@ NOT_FINITE = (
 class CallsOfSignal(Protocol):
     """Watches a problem's ``signal``, where each call is made twice."""
 
-    def first_call(self) -> AbstractContextManager[None]:
+    def first_call(self, number: int) -> AbstractContextManager[None]:
         """Note what the call in this block leaves."""
 
     def second_call(self, number: int) -> AbstractContextManager[None]:
@@ -128,7 +128,7 @@ class Teaching:
             random = RandomState.now(self.device, self.generator)
             state = self.slots.snapshot()
             calls = self.calls
-            watched = NOTHING if calls is None else calls.first_call()
+            watched = NOTHING if calls is None else calls.first_call(len(self.passes))
             with torch.no_grad(), no_fast_path(), watched:
                 signal = self._ask(batch, outputs)
             kept_batch = None if self.batches_are_read_again else batch

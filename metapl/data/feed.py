@@ -26,7 +26,7 @@ from metapl.data import draws
 from metapl.data.steps import StepBatches, loader
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, inputs_of, to_device
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.runs.checkpoint import plain_states
 
 Source = Any
@@ -205,10 +205,7 @@ def feed(
     # These are iterable, but what they iterate over is no batches.
     is_no_source = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
     if is_no_source or not isinstance(source, StepBatches | Iterable):
-        raise MetaplError(
-            f"{name} is {described(source)}; expected a DataLoader, or a list or iterable of "
-            "batches."
-        )
+        raise unexpected(f"{name} is", source, "a DataLoader, or a list or iterable of batches")
     target = None if device is None else torch.device(device)
     if isinstance(source, StepBatches | Sequence):
         return _NumberedFeed(

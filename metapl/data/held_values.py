@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 from metapl.data.feed import read_state, write_state
 from metapl.errors import MetaplError
 from metapl.execution.checks import described
+from metapl.execution.compare import same_to_rounding
 from metapl.execution.shards import is_sharded
 from metapl.runs.checkpoint import plain_states
 
@@ -273,6 +274,32 @@ def numbers_in(values: Any, place: str = "") -> Iterator[tuple[str, Any]]:
         for name, entry in values.items():
             inner_place = place if name == BEYOND else f"{place}.{name}".lstrip(".")
             yield from numbers_in(entry, inner_place)
+
+
+def numbers_of(owner: object, teacher: nn.Module | None = None) -> dict[str, Tensor]:
+    """Return copies of the tensors and numbers that an object holds, by their places in it.
+
+    They are those that a checkpoint has, and those of classes and closures that it names.
+
+    Args:
+        owner: what is looked at, such as a problem.
+        teacher: whose tensors are left out, where the object has it too.
+    """
+    held_by_teacher: set[int] = set()
+    if teacher is not None:
+        held_by_teacher = {id(part) for part in teacher.modules()}
+        held_by_teacher |= {id(t) for t in teacher.state_dict(keep_vars=True).values()}
+    numbers = numbers_in(held_values(owner, Walk(held_by_teacher)))
+    return {place: torch.as_tensor(number).clone() for place, number in numbers}
+
+
+def names_written(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of numbers (:func:`numbers_of`) that a call has written."""
+    written = []
+    for name, t in after.items():
+        if name not in before or not same_to_rounding(t, before[name]):
+            written.append(name)
+    return written
 
 
 def attributes_of(owner: object) -> dict[str, Any]:

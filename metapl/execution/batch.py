@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described
+from metapl.execution.checks import described, unexpected
 
 Batch = Any
 """A batch of a user: a tensor, or a tuple, list, dict, dataclass or mapping of tensors and batches.
@@ -437,10 +437,8 @@ def row_digests(inputs: Inputs, *, ignores_padding: bool = False) -> Tensor:
         of_tensor = products.sum(1)
         total = of_tensor if total is None else total + of_tensor
     if total is None:
-        raise MetaplError(
-            f"the network's inputs are {described(inputs)}; expected tensors with a row for each "
-            "example."
-        )
+        expected = "tensors with a row for each example"
+        raise unexpected("the network's inputs are", inputs, expected)
     return total
 
 

@@ -124,6 +124,18 @@ def described(value: Any) -> str:
     return f"of type {type(value).__name__}"
 
 
+def unexpected(subject: str, value: Any, expected: str) -> MetaplError:
+    """Return the error of a value that is not what is expected.
+
+    Args:
+        subject: what the value is, with a verb.
+
+    >>> print(unexpected("inner is", torch.zeros(2), "a pair"))
+    inner is a tensor of shape (2,), float32, on cpu; expected a pair.
+    """
+    return MetaplError(f"{subject} {described(value)}; expected {expected}.")
+
+
 def generator_of(generator: torch.Generator | None, device: torch.device, subject: str) -> None:
     """Refuse a generator of another device than the one on which it is to draw.
 
@@ -133,9 +145,8 @@ def generator_of(generator: torch.Generator | None, device: torch.device, subjec
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
-        raise MetaplError(
-            f"generator is {described(generator)}; expected "
-            f"torch.Generator({str(device)!r}).manual_seed(0), or none."
+        raise unexpected(
+            "generator is", generator, f"torch.Generator({str(device)!r}).manual_seed(0), or none"
         )
     # A device without a number is the current one, and may be any.
     numbers = {generator.device.index, device.index} - {None}
@@ -192,10 +203,7 @@ def logits(outputs: Any, role: str) -> Tensor:
 def class_outputs(outputs: Tensor, role: str) -> None:
     """Refuse outputs that are no logits of two or more classes."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
-        raise MetaplError(
-            f"the {role}'s outputs are {described(outputs)}; expected logits (batch, classes), two "
-            "or more."
-        )
+        raise unexpected(f"the {role}'s outputs are", outputs, "logits (batch, 2 or more classes)")
 
 
 def finite(logits_NC: Tensor) -> None:
@@ -214,10 +222,8 @@ def class_labels(
         reason: where the number of classes comes from, for the error.
     """
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
-        raise MetaplError(
-            f"{subject} are {described(labels)}; expected int64, one class index per example, "
-            "(batch,)."
-        )
+        expected = "int64, one class index per example, (batch,)"
+        raise unexpected(f"{subject} are", labels, expected)
     if labels.numel() and not transformed():
         low, high = labels.aminmax()
         # On a device the two are not read here, and the check is kept for the report.
@@ -247,9 +253,7 @@ def scalar_loss(loss: Any, name: str, mend: str = "take the mean") -> None:
         mend: what to do, for the error.
     """
     if not isinstance(loss, Tensor) or loss.ndim or loss.is_complex():
-        raise MetaplError(
-            f"{name} is {described(loss)}; expected a real tensor without dimensions: {mend}."
-        )
+        raise unexpected(f"{name} is", loss, f"a real tensor without dimensions: {mend}")
 
 
 def learns(loss: Tensor, role: str) -> None:

@@ -25,7 +25,9 @@ def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
     """
     kind = type(network).__name__
     if isinstance(inputs, Tensor):
-        if isinstance(error, TypeError) and required_arguments(network) > 1:
+        # Python's own words, of the network that Logits passes its parts to, too.
+        called = type(getattr(network, "network", network)).__name__
+        if f"{called}.forward() missing" in str(error):
             raise MetaplError(
                 f"{kind} was called with one input, {described(inputs)}, and its forward takes "
                 f"more ({reason_of(error)}); expected their tuple: ((x, extra), labels), and "
@@ -71,17 +73,3 @@ def names_of_arguments(network: nn.Module) -> list[str]:
         return [*inspect.signature(network.forward).parameters]
     except (TypeError, ValueError):
         return []
-
-
-def required_arguments(network: nn.Module) -> int:
-    """Return how many arguments a forward needs; Logits passes them on to the network within."""
-    try:
-        signature = inspect.signature(getattr(network, "network", network).forward)
-    except (TypeError, ValueError, AttributeError):
-        return 0
-    count = 0
-    for parameter in signature.parameters.values():
-        is_positional = parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        if is_positional and parameter.default is parameter.empty:
-            count += 1
-    return count

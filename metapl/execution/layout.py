@@ -304,11 +304,6 @@ def refuse_untrainable(name: str, layout: Layout) -> None:
                 f"the {name}'s {path} has no shape before a first batch; expected one that "
                 f"has: run it once on a batch, {name}(x), before its optimizer is made."
             )
-        if t.is_inference():
-            raise MetaplError(
-                f"the {name}'s {path} is of inference_mode(); expected one that a pass can be "
-                "differentiated in."
-            )
     if not trainable(layout.network):
         raise MetaplError(
             f"the {name} has no parameter with requires_grad=True; expected one that can learn."
@@ -355,7 +350,7 @@ def layout_of(name: str, network: Any) -> Layout:
         name: its role, for errors.
     """
     if not isinstance(network, nn.Module):
-        raise MetaplError(f"{name} is {checks.described(network)}; expected a torch.nn.Module.")
+        raise checks.unexpected(f"{name} is", network, "a torch.nn.Module")
     if isinstance(network, DistributedDataParallel):
         return _replicated(network)
     for part in network.modules():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,7 +22,6 @@ from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layou
 from metapl.feedback.base import Estimator
 from metapl.feedback.difference import Difference
 from metapl.feedback.direct import Direct
-from metapl.feedback.door import outer_variables
 from metapl.feedback.forward import Forward
 from metapl.feedback.implicit import Implicit
 from metapl.feedback.loss_difference import LossDifference
@@ -37,6 +36,7 @@ from metapl.problems.base import (
     Signal,
     enters_input,
     kind_of,
+    outer_variables,
     overrides,
     refuse_signal_in_outer_input,
 )
@@ -201,12 +201,22 @@ def check_teacher(teacher: nn.Module | None, problem: BilevelProblem, **is_given
             )
 
 
-def refuse_direct_term_alone(
-    mode: Estimator, problem: BilevelProblem, teacher: nn.Module | None
+def check_direct_term(
+    mode: Estimator,
+    problem: BilevelProblem,
+    teacher: nn.Module | None,
+    layouts: Sequence[Layout | None],
 ) -> None:
-    """Refuse a mode of the direct term alone where the outer loss does not read the teacher."""
+    """Refuse a direct term where a network is sharded, and a mode of it alone where it is none."""
+    reads_teacher = bool(outer_variables(problem, teacher))
+    if reads_teacher and any(layout is not None and layout.is_sharded for layout in layouts):
+        raise MetaplError(
+            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, "
+            "and a network is sharded; expected whole networks in each process, as in "
+            "DistributedDataParallel."
+        )
     gives_it_alone = mode.has_direct_term and mode.credits == "nothing"
-    if gives_it_alone and not outer_variables(problem, teacher):
+    if gives_it_alone and not reads_teacher:
         raise MetaplError(
             f"mode {mode.name!r} gives the direct term alone, and the outer loss of "
             f"{kind_of(problem)} does not read the teacher; expected a problem that holds the "
@@ -273,18 +283,20 @@ def check_signal(
     Args:
         student_steps: how many the mode differentiates.
     """
-    if not isinstance(signal, Signal):
-        refuse_signal(problem, given=checks.described(signal))
-    value, log_prob = signal.value, signal.log_prob
-    if isinstance(value, dict):
-        has_tensors = bool(value) and all(isinstance(t, Tensor) for t in value.values())
-        fits = log_prob is None and has_tensors
-    else:
-        fits = isinstance(value, Tensor)
-        if fits and log_prob is not None:
-            fits = log_prob.shape == value.shape[:1]
-    if not fits:
-        refuse_signal(problem, given=f"a Signal of {checks.described(value)}")
+    value = getattr(signal, "value", None)
+    log_prob = getattr(signal, "log_prob", None)
+    values = [*value.values()] if isinstance(value, dict) else [value]
+    fits = bool(values) and all(isinstance(t, Tensor) for t in values)
+    if fits and log_prob is not None:
+        fits = isinstance(value, Tensor) and log_prob.shape == value.shape[:1]
+    if not fits or not isinstance(signal, Signal):
+        returned = checks.described(signal)
+        if isinstance(signal, Signal):
+            returned = f"a Signal of {checks.described(value)}"
+        raise MetaplError(
+            f"{kind_of(problem)}.signal returned {returned}; expected metapl.Signal(value) of a "
+            "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
+        )
     kind: Kind = "soft" if log_prob is None else "hard"
     if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
         raise MetaplError(
@@ -301,10 +313,3 @@ def check_signal(
             f"which mode '{mode.name}' does not differentiate; expected {fitting_modes}, or a "
             "signal of floating point, or with log_prob."
         )
-
-
-def refuse_signal(problem: BilevelProblem, *, given: str) -> NoReturn:
-    raise MetaplError(
-        f"{kind_of(problem)}.signal returned {given}; expected metapl.Signal(value) of a "
-        "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
-    )

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.core.order import Order, Orders
-from metapl.core.path import take_steps
+from metapl.core.path import Look, take_steps
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
-from metapl.core.teacher import Teaching
+from metapl.core.teacher import CallsOfSignal, Teaching
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
@@ -36,22 +36,15 @@ from metapl.execution.ranks import NOTHING
 from metapl.execution.state import RandomState, Slots, one_at_a_time, restored
 from metapl.feedback import (
     Mode,
+    check_direct_term,
     check_mode,
     check_signal,
     check_teacher,
     estimator,
     in_place_of,
     prepare,
-    refuse_direct_term_alone,
 )
-from metapl.feedback.door import (
-    FirstLook,
-    outer_variables,
-    refuse_direct_term_of_shards,
-    refuse_learned_settings,
-    refuse_tensors,
-)
-from metapl.problems.base import BilevelProblem
+from metapl.problems.base import BilevelProblem, outer_variables
 from metapl.runs.terminal import step_bar
 from metapl.updates import (
     Clipped,
@@ -167,7 +160,8 @@ class Request:
     """What a hypergradient is asked for; for the fields see :func:`metapl.hypergradient`.
 
     Args:
-        look: at the graphs of both losses, for a step that is verified.
+        look: at the graphs of both losses and at the batches; None without one.
+        calls: watches the problem's ``signal``, where it is called twice; None elsewhere.
     """
 
     teacher: nn.Module | None
@@ -185,7 +179,8 @@ class Request:
     shows_progress: bool = False
     wrt: str | Sequence[str] = ("teacher",)
     replay_tolerance: float = REPLAY_TOLERANCE
-    look: FirstLook | None = None
+    look: Look | None = None
+    calls: CallsOfSignal | None = None
 
 
 @one_at_a_time
@@ -218,7 +213,6 @@ class Differentiation:
         self.compiles = compiles
         has_feedback = self.estimate.credits != "nothing"
         self.inner_batches = InnerBatches.of_hypergradient(request.inner)
-        refuse_tensors(request.outer, self.inner_batches, gradients=has_feedback)
         self.problem = prepare(request.problem, self.estimate)
         self.inner_optimizer = as_one_optimizer(request.inner_optimizer)
         check_teacher(request.teacher, self.problem, recompute_teacher=request.recompute_teacher)
@@ -227,10 +221,6 @@ class Differentiation:
         )
         generator_of(request.generator, self.device, "the networks are on")
         update = update_of(self.inner_optimizer, self.of_student.parameters(), request.inner_state)
-        if has_feedback:
-            refuse_learned_settings(update)
-        else:
-            refuse_direct_term_alone(self.estimate, self.problem, request.teacher)
         if request.clip_norm is not None:
             update = Clipped(update, request.clip_norm, self.of_student.space)
         self.update = update
@@ -243,6 +233,9 @@ class Differentiation:
             and self.estimate.has_direct_term
             and bool(outer_variables(self.problem, request.teacher))
         )
+        if self.takes_direct_term or (not has_feedback and self.estimate.has_direct_term):
+            networks = [self.of_teacher, self.of_student]
+            check_direct_term(self.estimate, self.problem, request.teacher, networks)
 
     @cached_property
     def slots(self) -> list[Slots]:
@@ -317,8 +310,6 @@ class Differentiation:
 
         No weight or state moves.
         """
-        if self.takes_direct_term:
-            refuse_direct_term_of_shards(self.problem, self.of_teacher, self.of_student)
         engine_type = EagerEngine
         if self.of_student.is_sharded:
             # It is loaded where it is used.
@@ -363,19 +354,6 @@ class Differentiation:
                 with_leaves.append({**group, **pytree.tree_map(as_leaf, numbers)})
             self.options.append(with_leaves)
 
-    def _look(self) -> FirstLook:
-        """Return a look at the losses of micro-batches."""
-        return FirstLook(
-            self.request.teacher,
-            self.request.student,
-            self.problem,
-            outer_batch=self.request.outer,
-            inner_batches=self.inner_batches,
-            blocks=self.of_student.blocks,
-            accumulate=self.request.accumulate,
-            finds_leaves=self.estimate.credits != "nothing",
-        )
-
     def _begin(self) -> None:
         """Prepare the networks of several processes for a path."""
         for layout in (self.of_teacher, self.of_student):
@@ -389,13 +367,6 @@ class Differentiation:
         student = self.student
         ranks = self.of_student.ranks
         steps = len(self.inner_batches)
-        network = nn.Module() if request.teacher is None else request.teacher
-        calls = None
-        calls_twice = request.recompute_teacher or request.accumulate > 1
-        if calls_twice or self.inner_batches.are_read_again:
-            from metapl.feedback.kept_by_signal import KeptBySignal
-
-            calls = KeptBySignal(self.problem, network)
         teaching = Teaching(
             self.of_teacher,
             self.problem,
@@ -407,7 +378,7 @@ class Differentiation:
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
             slots=self.slots[0],
-            calls=calls,
+            calls=request.calls,
         )
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
@@ -416,9 +387,6 @@ class Differentiation:
         # One step is not computed again.
         replays = ReplayCheck(request.replay_tolerance, ranks) if steps > 1 else None
         is_shown = request.shows_progress and ranks.first
-        look = request.look
-        if request.accumulate > 1:
-            look = self._look()
         with ExitStack() as stack:
             stack.enter_context(
                 restored(
@@ -449,7 +417,7 @@ class Differentiation:
                     updates=[self.update.with_options(options) for options in self.options],
                     wrt=[name for name in self.wrt if name != "teacher"],
                     replays=replays,
-                    look=look,
+                    look=request.look,
                     progress=show_step,
                 )
             path.is_tried = is_tried
@@ -488,8 +456,8 @@ class Differentiation:
             # The path of the real step: the same, unless the problem makes another signal of the
             # feedback.
             real_path = path.revised(h[-1])
-            if look is not None:
-                look.at_batches()
+            if request.look is not None:
+                request.look.at_batches()
             is_torch_optimizer = isinstance(self.inner_optimizer, torch.optim.Optimizer)
             is_lookahead = self.inner_batches.is_lookahead
             return Hypergradient(

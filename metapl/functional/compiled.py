@@ -28,6 +28,7 @@ from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches
+from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
@@ -41,7 +42,6 @@ from metapl.execution.state import (
     replay,
     trainable,
 )
-from metapl.feedback.door import names_written, numbers_in
 from metapl.feedback.report import StepReport
 from metapl.functional.capture import Capture, Captured, Capturing, Held
 from metapl.functional.cuda_graphs import StepByGraphs
@@ -945,7 +945,7 @@ def refuse_draws_of_problem(
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
     """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
-    written = names_written(numbers_in(trainer.problem), numbers_in(twin.problem))
+    written = names_written(numbers_of(trainer.problem), numbers_of(twin.problem))
     if not written:
         return ""
     return (

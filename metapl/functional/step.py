@@ -39,7 +39,6 @@ from metapl.core.size import FeedbackSize, ratio_of
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import Tree
 from metapl.feedback.base import Estimator
-from metapl.feedback.door import outer_variables
 from metapl.functional.call import Options, StepCall, StepRules
 from metapl.functional.path import End, PurePath
 from metapl.functional.state import (
@@ -57,6 +56,7 @@ from metapl.problems.base import (
     Signal,
     enters_input,
     kind_of,
+    outer_variables,
     overrides,
 )
 from metapl.problems.losses import TeacherLoss

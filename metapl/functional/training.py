@@ -40,9 +40,9 @@ from metapl.execution.numerics import (
     float32_products,
     no_fast_path,
 )
+from metapl.execution.outside import refusing_draws_outside
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
-from metapl.feedback.door import outer_variables, refusing_draws_outside
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
 from metapl.functional.adjoint import Carry, Cotangents, Settings
 from metapl.functional.capture import Capturing
@@ -55,7 +55,13 @@ from metapl.functional.state import (
     settings_of,
     tensors_of,
 )
-from metapl.problems.base import BilevelProblem, Signal, overrides, sum_and_weight
+from metapl.problems.base import (
+    BilevelProblem,
+    Signal,
+    outer_variables,
+    overrides,
+    sum_and_weight,
+)
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, options_of, update_of
 

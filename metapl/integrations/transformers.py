@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from metapl.data.feed import feed
 from metapl.errors import MetaplError, needed_for
 from metapl.execution.batch import plain
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.feedback import Mode
 from metapl.models import Logits
 from metapl.problems.sequences import DataRater
@@ -84,7 +84,7 @@ def weighted(
     if reason := unsupported(trainer):
         raise MetaplError(f"weighted: the Trainer has {reason}.")
     if not isinstance(rater, nn.Module):
-        raise MetaplError(f"weighted: rater is {described(rater)}; expected a module.")
+        raise unexpected("weighted: rater is", rater, "a module")
     problem = problem or DataRater()
     if rater_optimizer is None:
         rater_optimizer = problem.default_outer_optimizer(rater)
@@ -317,8 +317,5 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """Return the optimizer of torch.optim inside the wrapper of accelerate."""
     inside = getattr(optimizer, "optimizer", optimizer)
     if not isinstance(inside, torch.optim.Optimizer):
-        raise MetaplError(
-            f"weighted: the Trainer's optimizer is {described(optimizer)}; expected one of "
-            "torch.optim."
-        )
+        raise unexpected("weighted: the Trainer's optimizer is", optimizer, "one of torch.optim")
     return inside

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, Inputs, first_input, joined, labeled_pair
-from metapl.execution.checks import described, scalar_loss, transformed
+from metapl.execution.checks import scalar_loss, transformed, unexpected
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, sharing
 
@@ -410,6 +411,27 @@ def refuse_signal_in_outer_input(problem: BilevelProblem) -> None:
         )
 
 
+def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:
+    """Return the teacher's parameters that the outer loss may read, by their names in the teacher.
+
+    An outer loss reads outer variables through a module that the problem holds, which is the
+    teacher or a part of it, or a module that shares parameters with it. Without such a module there
+    are none, whatever the loss does.
+    """
+    if teacher is None:
+        return {}
+    ids_in_problem: set[int] = set()
+    for value in vars(problem).values():
+        for module in pytree.tree_leaves(value):
+            if isinstance(module, nn.Module):
+                ids_in_problem |= {id(p) for p in module.parameters()}
+    variables = {}
+    for name, p in teacher.named_parameters():
+        if id(p) in ids_in_problem and p.requires_grad:
+            variables[name] = p
+    return variables
+
+
 def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:
     """Return as (sum, weight) what a problem's ``outer_loss`` returned.
 
@@ -426,8 +448,5 @@ def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:
     if not isinstance(weight, Tensor):
         weight = total.new_full((), weight)
     if weight.ndim or weight.requires_grad:
-        raise MetaplError(
-            f"the weight of the problem's outer_loss is {described(weight)}; expected mask.sum(), "
-            "say."
-        )
+        raise unexpected("the weight of the problem's outer_loss is", weight, "mask.sum(), say")
     return wide(total), weight.to(wide(total))

@@ -75,10 +75,8 @@ class Classification(BilevelProblem):
         """Return the inputs, the first part of an inner batch, or refuse the batch."""
         has_parts = isinstance(batch, tuple | list) and len(batch) == len(self.inner_batch)
         if not has_parts or not holds_tensors(batch[0]):
-            raise MetaplError(
-                f"the inner batch of {type(self).__name__} is {checks.described(batch)}; expected "
-                f"({', '.join(self.inner_batch)}) as inner=."
-            )
+            expected = f"({', '.join(self.inner_batch)}) as inner="
+            raise checks.unexpected(f"the inner batch of {type(self).__name__} is", batch, expected)
         return batch[0]
 
     def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:

@@ -267,10 +267,8 @@ class StoredCrossEntropy(CrossEntropy):
 
     def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
         if len(outer) < 3:
-            raise MetaplError(
-                f"outer is {checks.described(outer)}; expected (inputs, labels, stored), or "
-                "teacher_losses=()."
-            )
+            expected = "(inputs, labels, stored), or teacher_losses=()"
+            raise checks.unexpected("outer is", outer, expected)
         return teacher(in_type_of(teacher, outer[2]))
 
 
@@ -292,7 +290,5 @@ def check_stored(stored: Tensor, shape: Sequence[int], name: str) -> None:
 def stored_pair(batch: Batch) -> tuple[Any, Tensor]:
     """Return the inputs and the stored distributions of a batch, or refuse the batch."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        raise MetaplError(
-            f"inner is {checks.described(batch)}; expected (inputs, stored class distributions)."
-        )
+        raise checks.unexpected("inner is", batch, "(inputs, stored class distributions)")
     return batch[0], batch[1]

@@ -111,9 +111,7 @@ class DataRater(BilevelProblem):
         rows = len(labels)
         scores = teacher(inputs)
         if not isinstance(scores, Tensor) or scores.shape not in ((rows,), (rows, 1)):
-            raise MetaplError(
-                f"the rater returned {checks.described(scores)}; expected scores (B,)."
-            )
+            raise checks.unexpected("the rater returned", scores, "scores (B,)")
         scores_of_all_ranks, rows_of_this_rank = rows_of_all(wide(scores).reshape(rows))
         if len(scores_of_all_ranks) < 2:
             raise MetaplError(
@@ -230,9 +228,7 @@ def check_words(outputs: Tensor, *, inner_labels: Tensor, outer_labels: Tensor) 
     The labels of either batch have to be words of the student, or ignored.
     """
     if outputs.ndim != 3 or outputs.shape[:2] != inner_labels.shape:
-        raise MetaplError(
-            f"the student's outputs are {checks.described(outputs)}; expected logits (B, T, words)."
-        )
+        raise checks.unexpected("the student's outputs are", outputs, "logits (B, T, words)")
     words = outputs.shape[2]
     for labels in (outer_labels, inner_labels):
         ids = labels.masked_fill(labels == IGNORED, 0).flatten()

@@ -31,6 +31,7 @@ from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
 from metapl.functional.training import differentiate
+from metapl.guards.door import refuse_written
 from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import Classification, EqualWeights
 from metapl.problems.sequences import NextToken
@@ -493,12 +494,7 @@ def look_at_passes(training: WeightedTraining) -> None:
     for (name, p), weight in zip(network.named_parameters(), weights_before, strict=True):
         if not torch.equal(p, weight):
             written.append(name)
-    if written:
-        raise MetaplError(
-            f"attribute: the student's forward writes to {few(written, 3)}, as an nn.Embedding "
-            "with max_norm does, and a derivative does not see that; expected weights that the "
-            "optimizer alone moves."
-        )
+    refuse_written("attribute", written)
     moved: list[str] = []
     places = zip(network.named_buffers(), buffers_before, versions_before, strict=False)
     for (name, b), buffer, version in places:

@@ -22,7 +22,7 @@ from metapl.data.feed import Source
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
-from metapl.execution.checks import described
+from metapl.execution.checks import described, unexpected
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, NOTHING, Ranks
@@ -287,10 +287,8 @@ class Trainer(ABC):
         if outer is None:
             raise MetaplError("outer is None; expected a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-            raise MetaplError(
-                f"callbacks is {described(callbacks)}; expected a list of functions: "
-                "callback(step, row, trainer)."
-            )
+            expected = "a list of functions: callback(step, row, trainer)"
+            raise unexpected("callbacks is", callbacks, expected)
         request = FitRequest(
             options=fit_options(steps, options, FIT_ARGUMENTS),
             sources={"outer": outer, "inner": inner},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol
 
 from metapl.feedback.report import Say
-from metapl.protocols import AnyTrainer, TwoLevelTrainer
+from metapl.protocols import AnyTrainer
 from metapl.training.options import FitOptions
 
 
@@ -16,8 +16,3 @@ class Fittable(AnyTrainer, Protocol):
     def tell_evaluation(self, warn: Say) -> None: ...
     def network_settings(self) -> dict[str, Any]: ...
     def unsaved(self, saved: dict[str, Any]) -> list[str]: ...
-
-
-def is_two_level(trainer: AnyTrainer) -> TypeGuard[TwoLevelTrainer]:
-    """Return whether a trainer has a problem and a mode, as a bilevel one has."""
-    return hasattr(trainer, "measures_feedback")

@@ -18,6 +18,7 @@ from metapl.execution.batch import Batch
 from metapl.execution.state import one_at_a_time
 from metapl.feedback import Mode, estimator
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
+from metapl.guards.door import look_at_call
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
 from metapl.updates import InnerOptimizer, Update
@@ -137,9 +138,10 @@ def hypergradient(
         replay_tolerance=replay_tolerance,
     )
     differentiation = Differentiation(request, compiles=compile)
+    look_at_call(differentiation)
     if verify and differentiation.estimate.gives_gradient:
         # Loaded where it is used.
-        from metapl.training.verification.first_calls import verify_first_call
+        from metapl.guards.verification.first_calls import verify_first_call
 
         verify_first_call(differentiation, verify)
     return compiled(differentiation) if compile else differentiation.find()

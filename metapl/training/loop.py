@@ -24,13 +24,14 @@ from metapl.execution.checks import Fault
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Report, Say, StepReport
+from metapl.guards.outcomes import Outcomes
 from metapl.metrics.metric import Metric, metric_for
+from metapl.protocols import is_two_level
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import FitLines, draws_bars, progress, stop_requests
-from metapl.training.fittable import Fittable, is_two_level
+from metapl.training.fittable import Fittable
 from metapl.training.options import FitOptions, Rates
-from metapl.training.outcomes import Outcomes
 from metapl.training.patience import Patience
 from metapl.training.records import figures
 from metapl.training.selection import Selection

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from metapl.core.lookahead import InnerBatches
 from metapl.core.teacher import NOT_FINITE, mean_scalars
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -20,7 +19,6 @@ from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import Slots, restored
-from metapl.feedback.door import refuse_tensors
 from metapl.feedback.report import Report
 from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
@@ -151,7 +149,6 @@ class LossTrainer(Trainer):
         self.layout.begin_step()
         if self.steps_done == 0:
             self.tell_evaluation(self._warn)
-            refuse_tensors(outer, InnerBatches.of_one_step(inner), gradients=False)
             if not self._optimizer_holds_any_weight():
                 raise MetaplError(
                     "the optimizer holds none of the network's trainable parameters; expected "

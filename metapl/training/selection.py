@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from metapl.execution.shards import load_whole, weights_of
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Say
+from metapl.guards.outcomes import Outcomes
 from metapl.metrics.metric import ACCURACY, Metric
 from metapl.metrics.predictions import outer_batches
 from metapl.training.fittable import Fittable
 from metapl.training.options import Average, FitOptions
-from metapl.training.outcomes import Outcomes
 
 # How far, in accuracy, a teacher may end below its best validation and still be kept as it is after
 # the last step.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +28,7 @@ from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import (
     Mode,
+    check_direct_term,
     check_mode,
     check_signal,
     check_teacher,
@@ -36,23 +36,20 @@ from metapl.feedback import (
     in_place_of,
     mode_words,
     prepare,
-    refuse_direct_term_alone,
-)
-from metapl.feedback.door import (
-    FirstLook,
-    hooked,
-    outer_variables,
-    refuse_direct_term_of_shards,
-    refuse_hooks,
-    refuse_hooks_one_by_one,
-    refuse_learned_settings,
-    refuse_pair_of_inputs,
-    refuse_tensors,
 )
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.report import Report, StepReport
+from metapl.guards.door import FirstLook, look_at_step, refuse_hooks
+from metapl.guards.verification import Verification
 from metapl.metrics.metric import Term
-from metapl.problems.base import BilevelProblem, OuterLoss, Signal, kind_of, overrides
+from metapl.problems.base import (
+    BilevelProblem,
+    OuterLoss,
+    Signal,
+    kind_of,
+    outer_variables,
+    overrides,
+)
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
 from metapl.training import FitResult, Trainer
@@ -60,7 +57,6 @@ from metapl.training.base import FinetuneKeywords, refuse_missing_entries
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.training.options import FitOptions
-from metapl.training.verification import Verification
 from metapl.updates import (
     Clipped,
     InnerOptimizer,
@@ -107,25 +103,36 @@ class Standing:
     orders: dict[int, tuple[Order, ...]] = field(default_factory=dict)
 
 
+@dataclass
+class Condition:
+    """The modes, frozen parts and hooks of the networks, and how many steps were taken in them.
+
+    Args:
+        fingerprint: of them.
+        steps: the number of steps; networks are looked at in the first.
+    """
+
+    fingerprint: int
+    steps: int = 0
+
+
 @dataclass(frozen=True)
 class OpenedStep:
     """A step whose networks and batches were looked at, and not refused.
 
-    What is looked for at this door of the step is in :mod:`metapl.feedback.door`.
+    What is looked for at this door of the step is in :mod:`metapl.guards.door`.
 
     Args:
         outer_batch: as it was given, before the problem reads it.
         inner_batches: one for each step of the student.
-        fingerprint: of the networks: it changes with their modes, frozen parts and hooks.
-        is_first: whether no step was taken with this fingerprint.
-        look: looks at the graphs of both losses; None: networks with this fingerprint were looked
-            at before.
+        condition: in which the networks are.
+        look: looks at the graphs of both losses; None: they were looked at in this condition
+            before.
     """
 
     outer_batch: Batch
     inner_batches: InnerBatches
-    fingerprint: int
-    is_first: bool
+    condition: Condition
     look: FirstLook | None
 
 
@@ -288,7 +295,7 @@ class BilevelTrainer(Trainer):
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks = self.layout.ranks
         self.student = self.layout.network
-        refuse_hooks(self.student)
+        refuse_hooks(self.student, self.teacher)
         self._engine_type = EagerEngine
         if self.layout.is_sharded:
             # It is loaded where it is used.
@@ -310,9 +317,7 @@ class BilevelTrainer(Trainer):
         self._refuse_mode_that_does_not_fit()
         self._set_feedback_size(feedback_weight, ratio=feedback_ratio, bound=feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
-        refuse_direct_term_alone(self.mode, self.problem, self.teacher)
-        if self.direct_term:
-            refuse_direct_term_of_shards(self.problem, *self.layouts)
+        check_direct_term(self.mode, self.problem, self.teacher, self.layouts)
 
         # The optimizers.
         if inner_optimizer is None:
@@ -339,9 +344,10 @@ class BilevelTrainer(Trainer):
         # fit says so before the steps that it records. Without effect on weights, and in compiled
         # steps.
         self.measures_feedback = False
-        # The fingerprints of networks whose first step was looked at.
-        self._looked_at = Counter[int]()
+        # The conditions in which steps were taken, by fingerprint.
+        self._conditions: dict[int, Condition] = {}
         # What is asked once, until the networks change.
+        self._condition: Condition | None = None
         self._standing: Standing | None = None
 
     def _refuse_mode_that_does_not_fit(self) -> None:
@@ -367,10 +373,8 @@ class BilevelTrainer(Trainer):
             if self.outer_optimizer is None:
                 self.outer_optimizer = default_optimizer(self.teacher)
         if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
-            raise MetaplError(
-                f"outer_optimizer is {checks.described(outer_optimizer)}; expected one of "
-                "torch.optim over teacher.parameters()."
-            )
+            expected = "one of torch.optim over teacher.parameters()"
+            raise checks.unexpected("outer_optimizer is", outer_optimizer, expected)
         refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
         refuse_tensor_settings(self.outer_optimizer, "outer_optimizer")
         refuse_missing(
@@ -426,14 +430,14 @@ class BilevelTrainer(Trainer):
         require_batches(outer, inner)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
         opened = self._open_step(outer, inner_batches)
-        standing = self._standing or self._stand()
         if self.compiled_step is not None:
             report = self.compiled_step(self, plain(outer), inner_batches)
-            self._looked_at[opened.fingerprint] += 1
+            opened.condition.steps += 1
             return report
         steps = len(inner_batches)
         if steps != self.lookahead:
             check_mode(self.mode, steps, self.problem, self.layout)
+        standing = self._standing or self._stand()
         if steps not in standing.orders:
             standing.orders[steps] = self.mode.orders(steps, self.problem, standing.student)
         standing.student.begin()
@@ -469,42 +473,18 @@ class BilevelTrainer(Trainer):
             if not slots.are_current():
                 self.slots[number] = Slots(slots.module)
                 self._standing = None
-        teacher_slots, student_slots = self.slots
-        if self.outer_optimizer is not None and self._standing is None:
-            # Layers may have been added since, or thawed.
-            refuse_missing(
-                "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
-            )
-        fingerprint = hash((teacher_slots.mark, student_slots.mark))
+                self._condition = None
+        condition = self._condition or self._find_condition()
         look = None
-        is_new = fingerprint not in self._looked_at
-        if is_new:
-            gives_feedback = self.mode.credits != "nothing"
+        if condition.steps == 0:
             self.tell_evaluation(self._warn)
-            refuse_tensors(outer_batch, inner_batches, gradients=gives_feedback)
-            refuse_pair_of_inputs(self.problem, outer_batch, inner_batches)
-            if gives_feedback:
-                refuse_learned_settings(self.update)
-                refuse_hooks(self.student)
-                if self.teacher is not None and self.feedback_size.compares:
-                    refuse_hooks_one_by_one(self.teacher)
-            if gives_feedback or self.accumulate > 1:
-                look = FirstLook(
-                    self.teacher,
-                    self.student,
-                    self.problem,
-                    outer_batch=outer_batch,
-                    inner_batches=inner_batches,
-                    blocks=self.layout.blocks,
-                    accumulate=self.accumulate,
-                    finds_leaves=gives_feedback,
-                )
+            look = look_at_step(self, outer_batch, inner_batches)
         verification = self.verification
-        is_verified = fingerprint in verification.verified_marks
+        is_verified = condition.fingerprint in verification.verified_marks
         # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
         if verification.setting and (verification.every or not is_verified):
             graphs_were_looked_at = verification.before(
-                self, outer_batch, inner_batches, mark=fingerprint
+                self, outer_batch, inner_batches, mark=condition.fingerprint
             )
             # It took a step on these batches, and looked at its graphs as the first look would.
             if graphs_were_looked_at:
@@ -512,10 +492,21 @@ class BilevelTrainer(Trainer):
         return OpenedStep(
             outer_batch=outer_batch,
             inner_batches=inner_batches,
-            fingerprint=fingerprint,
-            is_first=is_new,
+            condition=condition,
             look=look,
         )
+
+    def _find_condition(self) -> Condition:
+        """Return the condition of networks that have changed, or refuse one that no step takes."""
+        teacher_slots, student_slots = self.slots
+        if self.outer_optimizer is not None:
+            # Layers may have been added since, or thawed.
+            refuse_missing(
+                "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
+            )
+        fingerprint = hash((teacher_slots.mark, student_slots.mark))
+        self._condition = self._conditions.setdefault(fingerprint, Condition(fingerprint))
+        return self._condition
 
     def _step_in_order(
         self,
@@ -552,8 +543,8 @@ class BilevelTrainer(Trainer):
         self.update.follow(student.parameters)
         check = calls = None
         # In the second step too: a mean teacher that begins as the teacher does not move before.
-        if self._looked_at[opened.fingerprint] < 2:
-            from metapl.feedback.kept_by_signal import KeptBySignal
+        if opened.condition.steps < 2:
+            from metapl.guards.calls_of_signal import KeptBySignal
 
             check = partial(
                 check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
@@ -607,9 +598,8 @@ class BilevelTrainer(Trainer):
                     step=self.steps_done,
                     size=self.feedback_size,
                     has_feedback=mode.gives_gradient,
-                    # A hook that changes gradients would be called twice.
-                    measure=self.measures_feedback and not hooked(self.slots[0].module),
-                    compares_parts=bool(self.verification.setting) and opened.is_first,
+                    measure=self.measures_feedback,
+                    compares_parts=bool(self.verification.setting) and opened.condition.steps == 0,
                     direct_loss=path.direct_loss if standing.direct_term == "included" else None,
                 )
                 h = [
@@ -654,7 +644,7 @@ class BilevelTrainer(Trainer):
                 layout.agree_on_buffers()
             self.mode_state = mode_state
             self.steps_done += 1
-            self._looked_at[opened.fingerprint] += 1
+            opened.condition.steps += 1
             return report
 
     def _reshard(self) -> None:
@@ -833,6 +823,7 @@ class BilevelTrainer(Trainer):
             # This step is rare, so the tables are read anew without asking whether they changed.
             self.slots = [Slots(slots.module) for slots in self.slots]
             self._standing = None
+            self._condition = None
         teacher_slots, student_slots = self.slots
         outer_batch = self.problem.outer_batch(outer)
         student = self._engine_type(self.layout, student_slots, parts=self.accumulate)

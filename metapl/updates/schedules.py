@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described
+from metapl.execution.checks import described, unexpected
 from metapl.updates.optimizers import options_of
 from metapl.words import did_you_mean
 
@@ -57,10 +57,8 @@ def scheduled_settings(
     groups_by_step: list[StepOptions] = [[] for _ in range(steps)]
     for part in schedulers:
         if not isinstance(part, LRScheduler) or isinstance(part, ReduceLROnPlateau):
-            raise MetaplError(
-                f"scheduler is {described(part)}; expected a torch.optim.lr_scheduler of the step "
-                "alone."
-            )
+            expected = "a torch.optim.lr_scheduler of the step alone"
+            raise unexpected("scheduler is", part, expected)
         for groups, groups_of_part in zip(
             groups_by_step, _options_by_scheduler(part, steps=steps), strict=True
         ):
@@ -123,18 +121,25 @@ def options_by_step(
         )
     for name, values in settings.items():
         if not isinstance(values, Tensor):
-            raise MetaplError(
-                f"settings has {name!r} that is {described(values)}; expected a tensor (K, param "
-                "groups)."
-            )
-        if not bool(values.isfinite().all()):
-            raise MetaplError(f"settings has {name!r} with NaN or infinity; expected numbers.")
-        if name == "lr" and bool((values < 0).any()):
-            raise MetaplError(
-                "settings has 'lr' with a negative rate; expected 0 or more, such as "
-                "torch.nn.functional.softplus of the numbers that are learned."
-            )
+            raise unexpected(f"settings has {name!r} that is", values, "a tensor (K, param groups)")
     return options_by_settings(options_of(optimizer), settings, steps=steps)
+
+
+def _refuse_out_of_range(name: str, values: Tensor) -> None:
+    """Refuse numbers that a setting cannot have."""
+    is_wrong = ~values.isfinite()
+    expected = "finite numbers"
+    if name == "lr":
+        is_wrong = is_wrong | (values < 0)
+        expected = "0 or more, such as torch.nn.functional.softplus of what is learned"
+    elif name == "betas":
+        # At 1 an average never forgets.
+        is_wrong = is_wrong | (values < 0) | (values >= 1)
+        expected = "0 or more and below 1"
+    if bool(is_wrong.any()):
+        raise MetaplError(
+            f"settings has {name!r} with {float(values[is_wrong][0]):g}; expected {expected}."
+        )
 
 
 def options_by_settings(
@@ -144,6 +149,7 @@ def options_by_settings(
     by_step = [[dict(group) for group in groups] for _ in range(steps)]
     _check_names(groups, settings)
     for name, values in settings.items():
+        _refuse_out_of_range(name, values)
         rows = _rows_of_setting(name, values, groups=groups, steps=steps)
         for number, options in enumerate(by_step):
             for group, row in zip(options, rows, strict=True):
@@ -178,11 +184,6 @@ def _rows_of_setting(
         raise MetaplError(
             f"settings has {name!r} of shape {tuple(values.shape)}; expected settings of "
             f"inner_optimizer, {shape}."
-        )
-    if name == "betas" and bool(((values < 0) | (values >= 1)).any()):
-        raise MetaplError(
-            "settings has 'betas' with a number that is negative, 1 or more, at which an "
-            "average never forgets; expected 0 or more and below 1."
         )
     rows: list[list[Any]] = []
     for group, values_of_group in zip(groups, values.unbind(1), strict=True):

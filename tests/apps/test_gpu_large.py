@@ -10,7 +10,7 @@ import pytest
 import torch
 from benchmark_runs import RESULTS
 
-from metapl.training.verification import check
+from metapl.guards.verification import check
 
 pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
@@ -55,7 +55,7 @@ def test_a_row_says_that_a_large_network_was_not_verified(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(check, "MOST_WEIGHTS", 10)
-    monkeypatch.setattr(check, "check_trainer", None)  # nothing is copied
+    monkeypatch.setattr(check, "check_step", None)  # nothing is copied
     (row,) = measured("a billion weights, table", "forward")
     weights = row["teacher_weights"] + row["student_weights"]
     assert row["verification"] == f"not verified: networks of {weights:,} weights"

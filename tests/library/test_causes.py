@@ -75,7 +75,7 @@ def test_a_loss_that_changes_is_the_problems(
     if not holds_count and "two equal steps differ" in verdict:
         assert f"first in the {loss.replace('_', ' ')} of Growing" in verdict
         return
-    state = "state of the problem (held.calls)" if holds_count else "state outside of the problem"
+    state = "state of the problem (held.calls)" if holds_count else "state outside of buffers"
     assert f"{loss} of Growing returns another value when it is called again" in verdict
     assert state in verdict
     assert "moves in the teacher" not in verdict

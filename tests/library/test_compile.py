@@ -42,7 +42,7 @@ from metapl import MetaplError
 from metapl.execution.numerics import no_fast_path
 from metapl.feedback import Reinforce
 from metapl.functional import capture, compiled
-from metapl.training.verification import VerificationWarning
+from metapl.guards.verification import VerificationWarning
 
 
 @pytest.fixture(autouse=True)

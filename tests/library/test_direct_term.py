@@ -20,7 +20,7 @@ from metapl import Lookahead, MetaplError, Signal
 from metapl.ablation.altered import Altered
 from metapl.feedback import Difference, Estimator, Feedback, Forward, Implicit
 from metapl.feedback.base import exact_feedback
-from metapl.training.verification import VerificationWarning
+from metapl.guards.verification import VerificationWarning
 
 ROWS = 6
 CLASSES = 3

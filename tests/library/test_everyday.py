@@ -315,7 +315,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a setting that is NaN": (
         lambda: attribution(settings={"lr": torch.full((2, 1), math.nan)}),
-        "'lr' with NaN or infinity; expected numbers",
+        "'lr' with nan; expected 0 or more",
     ),
     "settings in a tuple": (
         lambda: attribution(settings=({"lr": torch.ones(2, 1)},)),

@@ -14,7 +14,7 @@ from torch import nn
 
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
-from metapl.training.verification import VerificationWarning, check, first_calls, verdict
+from metapl.guards.verification import VerificationWarning, check, first_calls, verdict
 
 X, U = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)).unbind()
 OUTER = X, torch.arange(8) % C

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import metapl
 from metapl import MetaplError
 from metapl.feedback import Implicit
-from metapl.training.verification import VerificationWarning
+from metapl.guards.verification import VerificationWarning
 
 N = 12
 D = 4

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 import metapl
 from metapl.feedback import NoFeedback, Reinforce
+from metapl.guards.outcomes import Outcomes
 from metapl.metrics import evaluate_logits
 from metapl.models import mlp
 from metapl.problems import ExampleWeights, Table
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.options import FitOptions
-from metapl.training.outcomes import Outcomes
 from metapl.training.selection import FAR_BEHIND
 
 LABELED = slice(0, 100)

@@ -327,8 +327,8 @@ TRAINERS: dict[str, Wrong] = {
     "a student without shapes yet": lambda c: partial(
         c.build, student=nn.Sequential(nn.LazyLinear(CLASSES)), inner_optimizer=None
     ),
-    "a student made in inference mode": lambda c: partial(
-        c.build, student=made_in_inference_mode(), inner_optimizer=None
+    "a student made in inference mode": lambda c: c.step(
+        student=made_in_inference_mode(), inner_optimizer=None
     ),
     "a student in DataParallel": lambda c: partial(c.build, student=nn.DataParallel(c.student)),
 }

@@ -26,7 +26,7 @@ FLOORS = (
     ("data", "distributed", "machine", "models", "problems", "updates"),
     ("core", "engines"),
     ("feedback", "metrics", "pictures"),
-    ("functional", "labels", "networks", "processes", "protocols", "robustness"),
+    ("functional", "guards", "labels", "networks", "processes", "protocols", "robustness"),
     ("run_folder", "training"),
     ("ablation", "integrations", "noisy_student"),
     ("apps.printing", "apps.progress"),
@@ -199,8 +199,8 @@ def test_no_room_goes_in_a_circle() -> None:
 def test_an_import_by_a_string_is_seen(source: str) -> None:
     imported = imports(source, {*modules()})
     assert imported == {"metapl.training.loop"}
-    assert upward({"metapl.feedback.door": imported}) == [
-        "metapl.feedback.door -> metapl.training.loop"
+    assert upward({"metapl.feedback.forward": imported}) == [
+        "metapl.feedback.forward -> metapl.training.loop"
     ]
 
 
@@ -244,3 +244,96 @@ def test_the_picture_of_the_architecture_has_the_floors_of_this_test() -> None:
     from_the_bottom = [floors[y] for y in sorted(floors, reverse=True)]
     expected = [{room for room in rooms if not room.startswith("apps")} for rooms in FLOORS]
     assert from_the_bottom == [*filter(None, expected), {"apps"}]
+
+
+MEMORIES = {
+    # The cache of graphs, which another network of the same description is served from.
+    "metapl.functional.graphs._CACHE",
+    # A hypergradient is a function, so that no object of a call outlives it to remember.
+    "metapl.guards.verification.first_calls.VERIFIED",
+    # Results of functions of numbers and of code, which do not change: they are only read again.
+    "metapl.core.replays._signs",
+    "metapl.data.steps._permutation",
+    "metapl.execution.batch._multipliers",
+    "metapl.execution.numerics.load_dual_numbers",
+    "metapl.execution.state._seeded",
+    "metapl.feedback.default_problem",
+    "metapl.functional.state.draws_in_memory_order",
+    "metapl.problems.base._parameter_count",
+    "metapl.problems.losses._kept_log_of_shares",
+    "metapl.runs.fields._limiting_hints",
+}
+"""Names of the library that hold from one call to the next what calls have put there."""
+
+SETTING_OTHERS = {
+    # Functions of torch that a loop calls, while it is recorded: they have no hook.
+    "metapl.training.recording.watching",
+    # The formula of weight norm in a network, in a block; a batch norm over ranks in a network.
+    "metapl.execution.weight_norm",
+    "metapl.execution.batch_norm",
+}
+"""Modules that set attributes of what is not theirs."""
+
+
+def memories(tree: ast.Module) -> Iterator[str]:
+    """Yield the names in a module that remember.
+
+    They are empty containers, values of classes of its own whose methods write to them, variables
+    that functions rebind, and functions with a cache.
+    """
+    writing = set()
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and any(map(writes_to_itself, ast.walk(node))):
+            writing.add(node.name)
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            value = ast.unparse(node.value)
+            is_empty = value in ("{}", "[]", "set()", "dict()", "list()") or "Weak" in value
+            if is_empty or value.partition("(")[0] in writing:
+                yield from map(ast.unparse, targets)
+        elif isinstance(node, ast.FunctionDef):
+            if any("cache" in ast.unparse(decorator) for decorator in node.decorator_list):
+                yield node.name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Global):
+            yield from node.names
+
+
+def writes_to_itself(node: ast.AST) -> bool:
+    """Return whether a statement changes an entry of an attribute of ``self``."""
+    targets = []
+    if isinstance(node, ast.Assign):
+        targets = node.targets
+    elif isinstance(node, ast.Delete):
+        targets = node.targets
+    return any(
+        isinstance(target, ast.Subscript) and ast.unparse(target).startswith("self.")
+        for target in targets
+    )
+
+
+def sets_others(tree: ast.Module) -> bool:
+    """Return whether a module sets an attribute of torch by its name, or of anything by setattr."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            if any(ast.unparse(target).startswith(("torch.", "nn.")) for target in node.targets):
+                return True
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            if ast.unparse(node.args[0]) != "self":
+                return True
+    return False
+
+
+def test_no_room_of_the_library_remembers_by_itself_or_patches_torch() -> None:
+    remembering = set()
+    setting = set()
+    for name, path in modules().items():
+        if name.split(".")[1:2] in (["apps"], ["labels"], ["networks"], ["pictures"]):
+            continue
+        tree = ast.parse(path.read_text())
+        remembering |= {f"{name}.{memory}" for memory in memories(tree)}
+        if sets_others(tree):
+            setting.add(name)
+    assert remembering == MEMORIES
+    assert setting == SETTING_OTHERS

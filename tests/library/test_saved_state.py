@@ -837,7 +837,8 @@ TRAINER_ATTRIBUTES = {
     "measures_feedback": FOLLOWS,
     "_engine_type": FOLLOWS,
     "_teacher_trainer": FOLLOWS,
-    "_looked_at": FOLLOWS,
+    "_condition": FOLLOWS,
+    "_conditions": FOLLOWS,
     "_standing": FOLLOWS,
     "_told_in_evaluation": FOLLOWS,
 }

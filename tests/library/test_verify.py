@@ -25,14 +25,14 @@ import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
 from metapl.feedback import Forward, Implicit, Reinforce
 from metapl.feedback.hypergradient import Request, through_steps
-from metapl.training.verification import (
+from metapl.guards.verification import (
     GradientCheck,
     VerificationWarning,
     check,
     real_step,
     verdict,
 )
-from metapl.training.verification.contract import CONTRACT
+from metapl.guards.verification.contract import CONTRACT
 
 COLUMNS: dict[str, tuple[Any, int]] = {
     "tangent": (Forward(by="tangent"), 1),

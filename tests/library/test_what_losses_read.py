@@ -327,7 +327,7 @@ def test_a_batchs_own_auxiliary_loss_or_draws_are_no_means() -> None:
 
     for make, text in (
         (of_the_batch, "no mean over examples"),
-        (of_draws, r"random numbers.*accumulate=1"),
+        (of_draws, r"accumulate=1, as for a loss that draws"),
     ):
         case = Case(make, SMALL_WIDTH, 1)
         with pytest.raises(MetaplError, match=text):

@@ -455,14 +455,17 @@ WRONG: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "NaN": ("step 2", lambda: lookahead(odd(NAN))),
     "NaN in the first step": ("step 0", lambda: lookahead([odd(NAN)(2)] * STEPS)),
     "a negative rate": (
-        "'lr' with a negative rate",
+        "'lr' with -0.1; expected 0 or more",
         lambda: lookahead(settings={"lr": torch.full((STEPS, 1), -0.1)}),
     ),
-    "a beta of 1": ("'betas' with a number that", lambda: betas_of_adam(0.9, 1.0)),
-    "a first beta of 1": ("'betas' with a number that", lambda: betas_of_adam(1.0, 0.9)),
-    "a negative beta": ("'betas' with a number that", lambda: betas_of_adam(0.9, -0.1)),
+    "a beta of 1": (
+        "'betas' with 1; expected 0 or more and below 1",
+        lambda: betas_of_adam(0.9, 1.0),
+    ),
+    "a first beta of 1": ("'betas' with 1; expected 0 or more", lambda: betas_of_adam(1.0, 0.9)),
+    "a negative beta": ("'betas' with -0.1; expected 0 or more", lambda: betas_of_adam(0.9, -0.1)),
     "a rate of NaN": (
-        "'lr' with NaN or infinity",
+        "'lr' with nan; expected 0 or more",
         lambda: lookahead(settings={"lr": torch.full((STEPS, 1), NAN)}),
     ),
     "NaN in the outer batch": (

@@ -12,10 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NoReturn
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.failed_calls import names_of_arguments
@@ -25,7 +24,6 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import IGNORED, NextToken
 from metapl.training.recording.folder import KeptState
 from metapl.training.recording.network import (
-    IN_SEVERAL_PROCESSES,
     Call,
     RecordedNetwork,
     precision_of,
@@ -153,7 +151,11 @@ def followed_update(model: nn.Module, optimizer: torch.optim.Optimizer) -> Torch
         )
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if type(optimizer) not in FOLLOWED:
-        refuse_optimizer(optimizer)
+        # Muon's own steps round products to bfloat16, and its rule does not.
+        raise MetaplError(
+            f"record: the optimizer is {type(optimizer).__name__}, whose steps no rule takes bit "
+            "for bit; expected torch.optim's SGD, Adam or AdamW over all weights that are trained."
+        )
     refuse_other_parameters(optimizer, parameters)
     update = update_of(optimizer, parameters, name="record: the optimizer")
     assert isinstance(update, TorchUpdate), "the rules of these optimizers are"
@@ -164,33 +166,16 @@ def refuse_other_parameters(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
 ) -> None:
     """Refuse an optimizer over other weights than those of the network that are trained."""
-    kind = type(optimizer).__name__
     optimized = {id(p) for p in parameters_of(optimizer) if p.requires_grad}
     missing = [name for name, p in parameters.items() if id(p) not in optimized]
-    if missing:
+    others = len(optimized) - (len(parameters) - len(missing))
+    if missing or others:
         raise MetaplError(
-            f"record: the {kind} of the loop is not over {few(missing, 3)}, which the network "
-            "would train; expected one optimizer over all weights, and requires_grad=False for "
-            "those that stay as they are."
+            f"record: the {type(optimizer).__name__} of the loop is not over "
+            f"{few(missing, 3) or 'the weights of the network alone'}, and over {others} tensors "
+            "that the network does not have; expected model= with all that it trains, and "
+            "requires_grad=False for those that stay as they are."
         )
-    others = len(optimized) - len(parameters)
-    if others:
-        raise MetaplError(
-            f"record: the {kind} of the loop has {others} tensors that the network does not have; "
-            "expected model= with all that it trains."
-        )
-
-
-def refuse_optimizer(optimizer: torch.optim.Optimizer) -> NoReturn:
-    """Refuse an optimizer whose steps are not followed."""
-    kind = type(optimizer).__name__
-    reason = ""
-    if isinstance(optimizer, torch.optim.Muon):
-        reason = ", whose own steps round products to bfloat16, and a rule does not"
-    raise MetaplError(
-        f"record: the optimizer is {kind}{reason}; expected torch.optim's SGD, Adam or AdamW over "
-        "all weights that are trained."
-    )
 
 
 def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
@@ -243,9 +228,6 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     if gap <= tolerance:
         refuse_counted_labels(network.problem, step, factor)
         return factor
-    if distributed.is_available() and distributed.is_initialized():
-        if distributed.get_world_size() > 1:
-            raise MetaplError(IN_SEVERAL_PROCESSES)
     in_losses = ""
     if not math.isnan(step.loss):
         in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"

@@ -101,8 +101,9 @@ class RecordingFolder:
         """Return what was recorded, or refuse a folder without a recording."""
         if not (self.path / DESCRIPTION).is_file():
             raise MetaplError(
-                f"{self.path} has no {DESCRIPTION}; expected a folder that metapl.record wrote, "
-                "after a first step."
+                f"{self.path} has no {DESCRIPTION}; expected a folder that metapl.record wrote: "
+                "the training inside `with metapl.record(...)`, and in it a first step of an "
+                "optimizer over the network's weights that was not refused."
             )
         return checkpoint.load(self.path / DESCRIPTION)
 

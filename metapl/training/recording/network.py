@@ -18,7 +18,7 @@ from metapl.core.replays import sketch
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.execution.graphs import refuse_once_differentiable, types_in_graphs
 from metapl.execution.layout import (
     Layout,
@@ -364,10 +364,8 @@ class RecordedNetwork:
             weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions).expand(shape)
         losses = self.problem.inner_loss(outputs, Signal(weights), batch, leaves)
         if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            raise MetaplError(
-                f"inner_loss returned {described(losses)}; expected one loss per example, "
-                f"({len(outputs)},)."
-            )
+            expected = f"one loss per example, ({len(outputs)},)"
+            raise unexpected("inner_loss returned", losses, expected)
         return losses.mean(), weights
 
 

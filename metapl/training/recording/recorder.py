@@ -34,11 +34,12 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
+from metapl.execution.outside import generators_outside_torch, refuse_draws_outside
 from metapl.execution.state import RandomState, one_at_a_time, trainable
-from metapl.feedback.door import generators_outside_torch, refuse_draws_outside
+from metapl.guards.door import refuse_written
 from metapl.problems.base import kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.training.examples import examples_of
@@ -298,22 +299,6 @@ class Recorder:
             return False
         return torch.equal(self._smallest, self._smallest_after_step)
 
-    def refuse_nothing(self) -> None:
-        """Refuse to read a recording that has no step, and say why it has none."""
-        if self._first_row > 0:
-            return
-        if self.ended_by:
-            raise MetaplError(
-                f"the recording in {self.folder.path} has no step, for it ended before the second "
-                f"state that is kept: {self.ended_by}"
-            )
-        if self.steps == 0:
-            raise MetaplError(
-                f"the recording in {self.folder.path} has no step; expected the training inside "
-                "`with metapl.record(...) as recording:`, and in it a step of an optimizer over "
-                "the network's weights."
-            )
-
     def _state(
         self, params: Tree, optimizer_state: dict[str, dict[str, Any]], buffers: Tree
     ) -> KeptState:
@@ -486,13 +471,7 @@ class Recorder:
             for name, value_before in self._params.items():
                 if not torch.equal(self.model.get_parameter(name), value_before):
                     written.append(name)
-        if written:
-            names = few([*dict.fromkeys(written)], 3)
-            raise MetaplError(
-                f"record: the network's forward writes to {names}, as an nn.Embedding with "
-                "max_norm does, and a derivative does not see that; expected weights that "
-                "the optimizer alone moves."
-            )
+        refuse_written("record", [*dict.fromkeys(written)])
 
     def _read_data(self, batch: Batch) -> None:
         """Learn the form of the calls, and read the data set once where there is one."""

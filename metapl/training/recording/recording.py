@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -41,7 +42,6 @@ from metapl.training.recording.replay import (
     Cotangents,
     Replay,
     feedback_of,
-    missing_state,
     order_of,
     summed_scores,
 )
@@ -347,8 +347,6 @@ class Recording:
         """Return what the folder has, which is read once and compared with network and data."""
         if self._recorder is not None and self._recorder.is_following:
             raise MetaplError("the training is being recorded; expected the end of the context.")
-        if self._recorder is not None and self._contents is None:
-            self._recorder.refuse_nothing()
         if self._contents is None:
             self._contents = OpenedRecording.of(
                 self._folder, self._model, self._problem, self._train
@@ -398,7 +396,8 @@ class OpenedRecording:
         if not rows:
             raise MetaplError(
                 f"the recording in {folder.path} has no step whose end was saved; expected a "
-                "training that came to its second kept state, or to its end."
+                "training that came to its second kept state, or to its end, without what a line "
+                "has said of it meanwhile."
             )
         refuse_other_network(description, model, problem)
         autocast = description["autocast"]
@@ -423,7 +422,7 @@ class OpenedRecording:
         )
         first = next(model.parameters())
         data, example_numbers, digests = data_of(description, folder, problem, train, form, first)
-        contents = OpenedRecording(
+        return OpenedRecording(
             folder=folder,
             rows=rows,
             network=network,
@@ -437,13 +436,6 @@ class OpenedRecording:
             first_sizes=description["first_sizes"],
             factor=description["factor"],
         )
-        missing = missing_state(contents.replay(None), contents.states_every)
-        if missing is not None:
-            raise MetaplError(
-                f"{folder.path} has no state before step {missing}; expected the folder as the "
-                "recording left it."
-            )
-        return contents
 
     def replay(self, tolerance: float | None) -> Replay:
         """Return the training as one that can be taken again."""
@@ -490,33 +482,22 @@ def refuse_other_network(
     description: dict[str, Any], model: nn.Module, problem: BilevelProblem
 ) -> None:
     """Refuse a network, a problem or a version of torch that is not the recording's."""
-    if description["torch"] != str(torch.__version__):
-        raise MetaplError(
-            f"the recording was made by torch {description['torch']}, and this is "
-            f"{torch.__version__}; expected the same, for another may round otherwise."
-        )
-    weights = {name: shape_of(p) for name, p in trainable(model).items()}
-    recorded = description["weights"]
-    if weights != recorded:
-        names = [
-            name for name in {**recorded, **weights} if weights.get(name) != recorded.get(name)
-        ]
-        raise MetaplError(
-            f"the recording is of a {description['network']} with other weights than this "
-            f"{type(model).__qualname__}, such as {few(names, 3)}; expected the network that was "
-            "recorded."
-        )
-    if kind_of(problem) != description["problem"]:
-        raise MetaplError(
-            f"the recording was made with {description['problem']}, and problem is "
-            f"{kind_of(problem)}; expected that of the recording."
-        )
-    device = next(model.parameters()).device.type
-    if device != description["device"]:
-        raise MetaplError(
-            f"the recording was made on {description['device']}, and the network is on {device}; "
-            "expected the same, for dropout draws from its generator."
-        )
+    # Another version of torch may round otherwise, and dropout draws from a device's generator.
+    current: dict[str, Any] = {
+        "torch": str(torch.__version__),
+        "problem": kind_of(problem),
+        "device": next(model.parameters()).device.type,
+        "weights": {name: shape_of(p) for name, p in trainable(model).items()},
+    }
+    for name, value in current.items():
+        recorded = description[name]
+        if value == recorded:
+            continue
+        differ = f"{name} {recorded}, and this is {value}"
+        if name == "weights":
+            names = [key for key in {**recorded, **value} if value.get(key) != recorded.get(key)]
+            differ = f"a {description['network']} with other weights, such as {few(names, 3)}"
+        raise MetaplError(f"the recording was made with {differ}; expected the same.")
 
 
 def rule_of(description: dict[str, Any], row: StepRow, model: nn.Module) -> TorchUpdate:
@@ -563,18 +544,14 @@ def data_of(
             "the data set of the recording."
         )
     data = Data(examples_of(train, "train", first, each_once=False), problem, form)
-    if len(data) != len(digests):
-        raise MetaplError(
-            f"train has {len(data):,} examples, and the recording was of {len(digests):,}; "
-            "expected the data set of the recording."
-        )
     _, of_all = data.digests()
-    is_other = of_all.cpu() != digests
-    if bool(is_other.any()):
-        number = int(is_other.nonzero()[0])
+    pairs = zip_longest(of_all.tolist(), digests.tolist())
+    differing = [number for number, (digest, recorded) in enumerate(pairs) if digest != recorded]
+    if differing:
         raise MetaplError(
-            f"train has other examples than the recording, or another order: example {number} is "
-            "the first that differs; expected the data set of the recording."
+            f"train has {len(data):,} examples, the recording was of {len(digests):,}, and example "
+            f"{differing[0]} is the first that differs; expected the data set of the recording, in "
+            "its order."
         )
     return data, torch.arange(len(data)), digests
 

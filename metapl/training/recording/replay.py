@@ -474,11 +474,3 @@ def summed_scores(
 def order_of(by_step: Sequence[Tensor]) -> Tensor:
     """Return the examples of each step, (K, B), with −1 behind those of a smaller step."""
     return torch.nn.utils.rnn.pad_sequence([*by_step], batch_first=True, padding_value=-1)
-
-
-def missing_state(replay: Replay, states_every: int) -> int | None:
-    """Return before which step a state is missing that should be there; None: before none."""
-    for number in range(0, len(replay.rows), states_every):
-        if number not in replay.state_numbers:
-            return number
-    return None

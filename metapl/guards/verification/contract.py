@@ -12,11 +12,11 @@ import torch
 
 from metapl.errors import few
 from metapl.execution.batch import rows
-from metapl.execution.state import RandomState, trainable
+from metapl.execution.state import trainable
+from metapl.guards.verification.case import EXACT, Case, flat
+from metapl.guards.verification.causes import changing_loss, likely_causes
+from metapl.guards.verification.real_step import Evaluation
 from metapl.problems.base import enters_input, has_rows, overrides, sum_and_weight
-from metapl.training.verification.case import EXACT, Case, flat
-from metapl.training.verification.causes import changing_loss, likely_causes
-from metapl.training.verification.real_step import Evaluation
 
 
 def breach_of_contract(case: Case) -> str:
@@ -121,7 +121,6 @@ def has_losses_that_are_no_means(case: Case) -> str:
     inner_outputs = case.real.outputs[0]
     outer_outputs = case.real.outputs[-1].detach()
     has_rows_by_field = has_rows(problem, signal, len(inner_outputs))
-    drawing = list[str]()
 
     def inner_loss(begin: int, end: int) -> Any:
         fields = {}
@@ -135,10 +134,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
         if end - begin > 1:
             entering = [signal_of_rows] if enters_input(problem) else []
             copies.student(problem.student_input(of_rows, *entering))
-        random_before = RandomState.now(copies.random.device)
         losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
-        if not RandomState.now(copies.random.device).equals(random_before):
-            drawing.append("inner_loss")
         return losses.mean().detach()
 
     def outer_loss(begin: int, end: int) -> Any:
@@ -150,15 +146,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
             ("inner_loss", inner_loss, len(inner_outputs)),
             ("outer_loss", outer_loss, len(outer_outputs)),
         )
-    changing = changing_loss(case.real) if text else ""
-    if changing:
-        return changing
-    if text and drawing:
-        return (
-            f"{text} It draws random numbers, which are others in micro-batches; expected "
-            "accumulate=1."
-        )
-    return text
+    return (changing_loss(case.real) or text) if text else ""
 
 
 def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], Any], int]) -> str:
@@ -182,7 +170,7 @@ def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], An
             return (
                 f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no "
                 "mean over examples; expected one, (sum, weight) from outer_loss (mean_over of a "
-                "teacher's own loss), or accumulate=1."
+                "teacher's own loss), or accumulate=1, as for a loss that draws."
             )
     return ""
 

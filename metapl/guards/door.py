@@ -3,20 +3,17 @@
 They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
 from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
 is looked for once: in what is given (:func:`refuse_tensors`, :func:`refuse_learned_settings`,
-:func:`refuse_hooks`), and in the graphs of both losses of the first step (:class:`FirstLook`). So
-are draws that a second pass would not repeat (:func:`refusing_draws_outside`). Nothing is copied,
-so that networks of any size, and sharded ones, are looked at. Later steps are not.
+:func:`refuse_hooks`), and in the graphs of both losses of the first step (:class:`FirstLook`).
+Nothing is copied, so that networks of any size, and sharded ones, are looked at. Later steps are
+not.
 """
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -26,12 +23,13 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
-from metapl.execution.layout import Layout
+from metapl.execution.compare import same_to_rounding
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
-from metapl.problems.base import BilevelProblem, kind_of
+from metapl.feedback.hypergradient import Differentiation
+from metapl.problems.base import BilevelProblem, kind_of, outer_variables
 from metapl.problems.pseudo_labels import PseudoLabels
-from metapl.runs.checkpoint import plain_states
+from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Update, parts_of
 
 
@@ -39,24 +37,17 @@ class PastTheSignal(MetaplError):
     """A loss depends on what the feedback does not know of, or a batch changes under it."""
 
 
-class DrawsOutside(MetaplError):
-    """A network or a loss draws from a generator that no pass rewinds."""
-
-
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_tensors(outer: Batch, inner_batches: InnerBatches, *, gradients: bool) -> None:
-    """Refuse a tensor of a batch that no gradient goes through as the feedback takes it.
+def refuse_tensors(outer: Batch, inner_batches: InnerBatches) -> None:
+    """Refuse a tensor of a batch that requires a gradient, which a feedback would leave out.
 
-    It was made in inference mode, whose tensors no pass keeps for its gradient, or it requires a
-    gradient itself. Batches that a function returns as they are taken are looked at by the first
-    look alone.
+    Batches that a function returns as they are taken are looked at by the first look alone.
 
     Args:
         outer: the outer batch.
         inner_batches: those of the student's steps.
-        gradients: refuse tensors that require a gradient, which a feedback would leave out.
     """
     batches_by_name: dict[str, Any] = {"outer": outer}
     for k, batch in enumerate(inner_batches.in_memory()):
@@ -64,14 +55,7 @@ def refuse_tensors(outer: Batch, inner_batches: InnerBatches, *, gradients: bool
         batches_by_name[name] = batch
     for name, batch in batches_by_name.items():
         for place, t in named_leaves_of(batch):
-            if not isinstance(t, Tensor):
-                continue
-            if t.is_inference():
-                raise MetaplError(
-                    f"{name}{place} was made under torch.inference_mode(), and no pass keeps it "
-                    "for a gradient; expected its .clone(), or torch.no_grad() where it is made."
-                )
-            if gradients and t.requires_grad:
+            if isinstance(t, Tensor) and t.requires_grad:
                 raise MetaplError(
                     f"{name}{place} requires a gradient, which a batch does not carry; expected "
                     "data: .detach() it, or let the signal carry it (problem.signal, and "
@@ -113,7 +97,9 @@ def refuse_learned_settings(update: Update) -> None:
     for part in parts_of(optimizer):
         for group in part.param_groups:
             for name, value in group.items():
-                if name != "params" and requires_gradient(value):
+                # Such as two betas.
+                numbers = [] if name == "params" else pytree.tree_leaves(value)
+                if any(isinstance(t, Tensor) and t.requires_grad for t in numbers):
                     raise MetaplError(
                         f"{name} of the inner optimizer requires a gradient, of which the feedback "
                         f"would know nothing; expected a number ({name}.item()), whose gradient "
@@ -121,113 +107,87 @@ def refuse_learned_settings(update: Update) -> None:
                     )
 
 
-def requires_gradient(setting: Any) -> bool:
-    """Return whether a setting of an optimizer, such as two betas, requires a gradient."""
-    leaves = pytree.tree_leaves(setting)
-    return any(isinstance(t, Tensor) and t.requires_grad for t in leaves)
+def refuse_hooks(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse hooks on parameters that change gradients, which copies of a network do not have.
 
-
-def refuse_hooks(student: nn.Module) -> None:
-    """Refuse hooks on the student's parameters.
-
-    They change its gradients, and copies do not have them.
+    On the teacher's, those that are called after a gradient are left: an optimizer, say.
     """
     hooked = []
     for name, p in student.named_parameters():
         if p._backward_hooks or p._post_accumulate_grad_hooks:
-            hooked.append(name)
+            hooked.append(f"student.{name}")
+    for name, p in () if teacher is None else teacher.named_parameters():
+        if p._backward_hooks:
+            hooked.append(f"teacher.{name}")
     if hooked:
         raise MetaplError(
-            f"the student's parameters {few(hooked, 3)} have hooks; expected none (see clip_norm)."
+            f"the parameters {few(hooked, 3)} have hooks; expected none (see clip_norm)."
         )
 
 
-def hooked(network: nn.Module) -> list[str]:
-    """Return the names of the parameters with hooks that may change their gradients."""
-    return [name for name, p in network.named_parameters() if p._backward_hooks]
-
-
-def refuse_hooks_one_by_one(teacher: nn.Module) -> None:
-    """Refuse hooks on the teacher's parameters where two gradients are compared and added."""
-    names = hooked(teacher)
+def refuse_written(call: str, names: Sequence[str]) -> None:
+    """Refuse a network whose forward has written to weights of these names, in a call."""
     if names:
         raise MetaplError(
-            f"the teacher's parameters {few(names, 3)} have hooks, which would change the "
-            "gradients of the feedback and of the own losses one by one; expected "
-            "feedback_weight=1.0, or clip_norm without hooks."
+            f"{call}: the network's forward writes to {few(names, 3)}, as an nn.Embedding with "
+            "max_norm does, and a derivative does not see that; expected weights that the "
+            "optimizer alone moves."
         )
 
 
-# ------------------------------------------------------------------------ draws by Python and NumPy
+def look_at_step(
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
+) -> FirstLook | None:
+    """Refuse what no step of a trainer is taken on, as long as its networks are as they are.
 
-
-def generators_outside_torch() -> tuple[Any, Any]:
-    """Return the states of Python's and NumPy's global generators, which no step rewinds.
-
-    To read them takes 0.1 milliseconds.
+    Returns: what looks at the graphs of the step; None where there is nothing to look for.
     """
-    # The global generator of NumPy is what a network draws from that calls numpy.random.
-    of_numpy = numpy.random.get_state(legacy=False)  # noqa: NPY002
-    return random.getstate(), plain_states(of_numpy)
+    gives_feedback = trainer.mode.credits != "nothing"
+    refuse_pair_of_inputs(trainer.problem, outer_batch, inner_batches)
+    if gives_feedback:
+        refuse_tensors(outer_batch, inner_batches)
+        refuse_learned_settings(trainer.update)
+        refuse_hooks(trainer.student, trainer.teacher)
+    elif trainer.accumulate == 1:
+        return None
+    return FirstLook(
+        trainer.teacher,
+        trainer.student,
+        trainer.problem,
+        outer_batch=outer_batch,
+        inner_batches=inner_batches,
+        blocks=trainer.layout.blocks,
+        accumulate=trainer.accumulate,
+        finds_leaves=gives_feedback,
+    )
 
 
-def refuse_draws_outside(before: tuple[Any, Any], cause: BaseException | None = None) -> None:
-    """Refuse that Python's or NumPy's generator has moved since their states were read.
+def look_at_call(differentiation: Differentiation) -> None:
+    """Refuse what no hypergradient is taken of, and look at what a call does more than once."""
+    request = differentiation.request
+    gives_feedback = differentiation.estimate.credits != "nothing"
+    if gives_feedback:
+        refuse_tensors(request.outer, differentiation.inner_batches)
+        refuse_learned_settings(differentiation.update)
+    if request.accumulate > 1:
+        look = FirstLook(
+            request.teacher,
+            request.student,
+            differentiation.problem,
+            outer_batch=request.outer,
+            inner_batches=differentiation.inner_batches,
+            blocks=differentiation.of_student.blocks,
+            accumulate=request.accumulate,
+            finds_leaves=gives_feedback,
+        )
+        differentiation.request = replace(differentiation.request, look=look)
+    calls_twice = request.recompute_teacher or request.accumulate > 1
+    if calls_twice or differentiation.inner_batches.are_read_again:
+        network = nn.Module() if request.teacher is None else request.teacher
+        from metapl.guards.calls_of_signal import KeptBySignal
 
-    Args:
-        before: these states.
-        cause: the error that the draws have led to, if there is one.
-    """
-    if generators_outside_torch() != before:
-        raise DrawsOutside(
-            "a network or a loss draws from Python's or NumPy's global generator, and would draw "
-            "other numbers in a pass that runs again; expected draws by torch."
-        ) from cause
-
-
-@contextmanager
-def refusing_draws_outside() -> Iterator[None]:
-    """Refuse draws from Python's and NumPy's global generators in this block."""
-    before = generators_outside_torch()
-    try:
-        yield
-    except MetaplError as error:
-        # Passes that draw other numbers are refused in many words; this is the cause of them.
-        refuse_draws_outside(before, cause=error)
-        raise
-    refuse_draws_outside(before)
-
-
-# ------------------------------------------------------------------------- state that signal writes
-
-
-def numbers_in(problem: BilevelProblem, teacher: nn.Module | None = None) -> dict[str, Tensor]:
-    """Return copies of the tensors and numbers that a problem holds, by their places in it.
-
-    They are those that a checkpoint has, and those of classes and closures that it names.
-
-    Args:
-        problem: what is looked at.
-        teacher: whose tensors are left out, where the problem has it too.
-    """
-    from metapl.data import held_values
-
-    held_by_teacher: set[int] = set()
-    if teacher is not None:
-        held_by_teacher = {id(part) for part in teacher.modules()}
-        held_by_teacher |= {id(t) for t in teacher.state_dict(keep_vars=True).values()}
-    values = held_values.held_values(problem, held_values.Walk(held_by_teacher))
-    numbers = held_values.numbers_in(values)
-    return {place: torch.as_tensor(number).clone() for place, number in numbers}
-
-
-def names_written(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of numbers of a problem (:func:`numbers_in`) that a call has written."""
-    written = []
-    for name, t in after.items():
-        if name not in before or not same_to_rounding(t, before[name]):
-            written.append(name)
-    return written
+        calls = KeptBySignal(differentiation.problem, network)
+        differentiation.request = replace(differentiation.request, calls=calls)
 
 
 def why_again(written: Sequence[str]) -> str:
@@ -243,73 +203,6 @@ def why_again(written: Sequence[str]) -> str:
     if written:
         cause = f"a call writes state of the problem ({few(written, 3)})"
     return f"{cause}; expected draws by torch, and what moves in a buffer of the teacher."
-
-
-def loss_that_changes(loss: str, problem: BilevelProblem, written: Sequence[str]) -> str:
-    """Return a sentence on a loss that is another one whenever it is called.
-
-    Args:
-        loss: its name, such as ``"inner_loss"``.
-        problem: whose loss it is.
-        written: the names of the problem's numbers that a call writes; none for other state.
-    """
-    state = "state outside of the problem"
-    if written:
-        state = f"state of the problem ({few(written, 3)})"
-    return (
-        f"{loss} of {kind_of(problem)} returns another value when it is called again with the same "
-        f"arguments: it moves {state}; expected what moves in a buffer of the teacher, moved by "
-        "signal."
-    )
-
-
-def same_to_rounding(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are the same but for the rounding of a pass."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    rounding = 100 * torch.finfo(a.dtype).eps
-    return bool((a - b).norm() <= rounding * b.norm())
-
-
-# ------------------------------------------------------------------ what an outer loss may read too
-
-
-def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:
-    """Return the teacher's parameters that the outer loss may read, by their names in the teacher.
-
-    An outer loss reads outer variables through a module that the problem holds, which is the
-    teacher or a part of it, or a module that shares parameters with it. Without such a module there
-    are none, whatever the loss does.
-    """
-    if teacher is None:
-        return {}
-    ids_in_problem: set[int] = set()
-    for value in vars(problem).values():
-        for module in pytree.tree_leaves(value):
-            if isinstance(module, nn.Module):
-                ids_in_problem |= ids(module.parameters())
-    variables = {}
-    for name, p in teacher.named_parameters():
-        if id(p) in ids_in_problem and p.requires_grad:
-            variables[name] = p
-    return variables
-
-
-def refuse_direct_term_of_shards(problem: BilevelProblem, *layouts: Layout | None) -> None:
-    """Refuse an outer loss that reads the teacher, where a network is sharded."""
-    if any(layout is not None and layout.is_sharded for layout in layouts):
-        raise MetaplError(
-            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, "
-            "and a network is sharded; expected whole networks in each process, as in "
-            "DistributedDataParallel."
-        )
-
-
-def named_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Return the buffers and the parameters of a network by name."""
-    return chain(network.named_buffers(), network.named_parameters())
 
 
 # ----------------------------------------------------------------------------------- the first look
@@ -421,29 +314,25 @@ class FirstLook:
         """
         if self.teacher is None or self.teacher_before is None:
             return
-        numbers_before = numbers_in(self.problem, self.teacher)
         with_state_now = again().detach()
-        written = names_written(numbers_before, numbers_in(self.problem, self.teacher))
         state_now = Slots(self.teacher).snapshot()
-        tensors_now = {name: t.detach().clone() for name, t in named_tensors(self.teacher)}
+        named = [*self.teacher.named_buffers(), *self.teacher.named_parameters()]
+        tensors_now = {name: t.detach().clone() for name, t in named}
         self.teacher_before.restore()
         try:
             with_state_before = again().detach()
             moved = []
-            for name, t in named_tensors(self.teacher):
+            for name, t in (*self.teacher.named_buffers(), *self.teacher.named_parameters()):
                 if name in tensors_now and not same_values(t.detach(), tensors_now[name]):
                     moved.append(name)
         finally:
             state_now.restore()
-        if same_to_rounding(with_state_now, with_state_before):
-            return
-        if not moved:
-            raise PastTheSignal(loss_that_changes("inner_loss", self.problem, written))
-        raise PastTheSignal(
-            f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and with "
-            f"accumulate={self.accumulate} that moves once for each micro-batch; expected it in "
-            "the signal, a number for each row, or accumulate=1."
-        )
+        if moved and not same_to_rounding(with_state_now, with_state_before):
+            raise PastTheSignal(
+                f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and "
+                f"with accumulate={self.accumulate} that moves once for each micro-batch; expected "
+                "it in the signal, a number for each row, or accumulate=1."
+            )
 
     def at_outer_loss(
         self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
@@ -571,28 +460,20 @@ def gathered_weights(student: nn.Module, blocks: Sequence[Any]) -> set[int]:
 def name_in(owner: Any, leaf: Tensor) -> str:
     """Return what a tensor is called in a module or an object; "" where it is not found.
 
-    It is looked for in attributes, and in lists and dicts in these.
+    It is looked for in attributes, and in modules, lists and dicts in these.
     """
+    parts = [("", owner)]
     if isinstance(owner, nn.Module):
-        for name, p in owner.named_parameters(remove_duplicate=False):
-            if p is leaf:
-                return name
-        for prefix, part in owner.named_modules():
-            name = name_in_attributes(vars(part), leaf)
-            if name:
+        parts = [*owner.named_modules()]
+    for prefix, part in parts:
+        attributes = dict(getattr(part, "__dict__", {}))
+        attributes |= attributes.get("_parameters", {})
+        for name, value in attributes.items():
+            inside = ""
+            if isinstance(value, nn.Module):
+                inside = name_in(value, leaf)
+            elif not name.startswith("_") and any(t is leaf for t in pytree.tree_leaves(value)):
                 return f"{prefix}.{name}".removeprefix(".")
-        return ""
-    return "" if owner is None else name_in_attributes(vars(owner), leaf)
-
-
-def name_in_attributes(attributes: Mapping[str, Any], leaf: Tensor) -> str:
-    for name, value in attributes.items():
-        if name.startswith("_"):
-            continue
-        if isinstance(value, nn.Module):
-            inside = name_in(value, leaf)
             if inside:
-                return f"{name}.{inside}"
-        elif any(t is leaf for t in pytree.tree_leaves(value)):
-            return name
+                return f"{prefix}.{name}.{inside}".removeprefix(".")
     return ""

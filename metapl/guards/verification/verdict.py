@@ -9,24 +9,19 @@ from dataclasses import replace
 
 import torch
 
+from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, reason_of
+from metapl.execution.outside import DrawsOutside, refusing_draws_outside
 from metapl.feedback import Estimator
-from metapl.feedback.door import (
-    DrawsOutside,
-    PastTheSignal,
-    names_written,
-    numbers_in,
-    refusing_draws_outside,
-    why_again,
-)
+from metapl.guards.door import PastTheSignal, why_again
+from metapl.guards.verification.case import EPS, EPS32, Case, Errors
+from metapl.guards.verification.causes import changing_loss, coarsest_rounding, first_difference
+from metapl.guards.verification.contract import breach_of_contract
+from metapl.guards.verification.differences import errors_of
+from metapl.guards.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
+from metapl.guards.verification.real_step import Evaluation, RealStep
+from metapl.guards.verification.result import GradientCheck, Status
 from metapl.runs.checkpoint import rng_state, set_rng_state
-from metapl.training.verification.case import EPS, EPS32, Case, Errors
-from metapl.training.verification.causes import changing_loss, coarsest_rounding, first_difference
-from metapl.training.verification.contract import breach_of_contract
-from metapl.training.verification.differences import errors_of
-from metapl.training.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
-from metapl.training.verification.real_step import Evaluation, RealStep
-from metapl.training.verification.result import GradientCheck, Status
 
 LOG = logging.getLogger("metapl")
 
@@ -46,12 +41,15 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
             return verify_in_float64(step, estimate)
     except (PastTheSignal, DrawsOutside) as error:
         return GradientCheck("refused", f"mode {estimate.name!r}: {error} See docs/contract.md.")
-    except MemoryError as error:
-        return out_of_memory(error)
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        return out_of_memory(error)
+        return GradientCheck(
+            "cannot tell",
+            "the step was not verified: its float64 copies do not fit into memory "
+            f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller "
+            "network of the same kind, or verify=False.",
+        )
     finally:
         set_rng_state(generators_before)
 
@@ -108,15 +106,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text
 
 
-def out_of_memory(error: BaseException) -> GradientCheck:
-    return GradientCheck(
-        "cannot tell",
-        "the step was not verified: its float64 copies do not fit into memory "
-        f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller network of "
-        "the same kind, or verify=False.",
-    )
-
-
 def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) -> GradientCheck:
     """Return the verdict at a point and, where it is a refusal, the likely causes."""
     give_rates_to_a_warm_up(copies)
@@ -134,11 +123,11 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
         errors = errors_of(case)
     if breach or case.off(errors):
         for _ in range(3):
-            numbers_before = numbers_in(case.step.problem, case.step.teacher)
+            numbers_before = numbers_of(case.step.problem, case.step.teacher)
             part = first_difference(case.real, Evaluation(case.step))
             if part:
                 written = names_written(
-                    numbers_before, numbers_in(case.step.problem, case.step.teacher)
+                    numbers_before, numbers_of(case.step.problem, case.step.teacher)
                 )
                 breach = f"two equal steps differ, first in {part}: {why_again(written)}"
                 break

@@ -11,15 +11,15 @@ import torch
 
 from metapl.errors import MetaplError, few
 from metapl.feedback import Estimator, estimator
-from metapl.training.verification.case import Case, flat
-from metapl.training.verification.causes import likely_causes, own_functions_in
-from metapl.training.verification.differences import (
+from metapl.guards.verification.case import Case, flat
+from metapl.guards.verification.causes import likely_causes, own_functions_in
+from metapl.guards.verification.differences import (
     compare,
     errors_of,
     errors_of_h,
     errors_of_signal,
 )
-from metapl.training.verification.real_step import Evaluation, Move
+from metapl.guards.verification.real_step import Evaluation, Move
 
 Explanation = tuple[Literal["allowed", "refused"], str]
 
@@ -66,7 +66,7 @@ def explain(case: Case) -> Explanation:
         )
     likely = [which] if bent else []
     likely += likely_causes(case)
-    if not likely and case.mode.takes_differences and is_right_by_forward(case):
+    if not likely and case.mode.takes_differences:
         likely = [
             "something that the inner loss reads of the forward besides its outputs, such as an "
             "auxiliary loss in an attribute or features by a hook, which a difference of outputs "
@@ -123,20 +123,11 @@ def explain_signal(case: Case) -> Explanation:
     )
 
 
-def is_right_by_forward(case: Case) -> bool:
-    """Return whether mode ``forward`` gives the derivative of the same step."""
-    try:
-        by_forward = Case.at(case.step, estimator("forward"), case.eps)
-        return not by_forward.off(errors_of(by_forward))
-    except (RuntimeError, MetaplError):
-        return False
-
-
 def moves_past_the_signal(case: Case) -> bool:
     """Return whether the student's step moves with the teacher, or the problem, past the signal.
 
     The signal stays as it is. What reads the teacher with a gradient was refused when the step was
-    opened (:mod:`metapl.feedback.door`); so this does without one.
+    opened (:mod:`metapl.guards.door`); so this does without one.
     """
     draw = torch.Generator().manual_seed(2)
     direction = {

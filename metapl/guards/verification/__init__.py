@@ -10,7 +10,7 @@
 - :mod:`real_step`: the step itself, taken on copies.
 """
 
-from metapl.training.verification.check import Verification, check_gradient
-from metapl.training.verification.result import GradientCheck, VerificationWarning
+from metapl.guards.verification.check import Verification, check_gradient
+from metapl.guards.verification.result import GradientCheck, VerificationWarning
 
 __all__ = ["GradientCheck", "Verification", "VerificationWarning", "check_gradient"]

@@ -17,10 +17,9 @@ from torch.utils import _pytree as pytree
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import trainable
 from metapl.feedback import Estimator
-from metapl.feedback.door import outer_variables
 from metapl.feedback.hypergradient import Hypergradient
-from metapl.problems.base import Signal, field_name
-from metapl.training.verification.real_step import Evaluation, RealStep, Tree
+from metapl.guards.verification.real_step import Evaluation, RealStep, Tree
+from metapl.problems.base import Signal, field_name, outer_variables
 
 # The relative error that is allowed to an exact gradient, where the verification runs in float64.
 EXACT = 1e-5

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from metapl.execution.state import trainable
+from metapl.guards.verification.case import APPROXIMATE, EPS, EPS32, Case, Errors, flat
+from metapl.guards.verification.real_step import Evaluation, Move, Tree, size_of
 from metapl.problems.base import Signal
-from metapl.training.verification.case import APPROXIMATE, EPS, EPS32, Case, Errors, flat
-from metapl.training.verification.real_step import Evaluation, Move, Tree, size_of
 
 
 def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
@@ -221,14 +221,13 @@ def moves_in_order(clear: list[float], is_short: bool) -> list[float]:
 
     1e-5, the clear moves from the smallest up, and the others from the largest down.
     """
-    usual = 1e-5
     others = [move for move in reversed(possible_moves(is_short)) if move not in clear]
-    order = [move for move in clear if move != usual]
-    if usual in clear:
-        order = [usual, *order]
-    if usual in others:
-        order = [*order, usual]
-    return order + [move for move in others if move != usual]
+    # Sorting keeps the order of all but the usual move, which comes first.
+    return sorted(clear, key=is_unusual) + sorted(others, key=is_unusual)
+
+
+def is_unusual(move: float) -> bool:
+    return move != 1e-5
 
 
 def agree_on_another_slope(

@@ -1,4 +1,4 @@
-"""Look at what calls of a problem's ``signal`` leave in the problem, where each is made twice.
+"""A look at what calls of a problem's ``signal`` leave in the problem, where each is made twice.
 
 It is looked at in the first two steps with networks of the same weights: a mean teacher that begins
 as a copy of the teacher does not move in the first.
@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from metapl.errors import few
-from metapl.feedback.door import PastTheSignal, names_written, numbers_in, same_to_rounding
+from metapl.data.held_values import names_written, numbers_of
+from metapl.errors import MetaplError, few
+from metapl.execution.compare import same_to_rounding
 from metapl.problems.base import BilevelProblem, kind_of
 
 
@@ -31,13 +31,13 @@ class KeptBySignal:
     def __init__(self, problem: BilevelProblem, teacher: nn.Module) -> None:
         self.problem = problem
         self.teacher = teacher
-        self.left_by_first_calls: list[dict[str, Any]] = []
+        self.left_by_first_calls: dict[int, dict[str, Tensor]] = {}
 
     @contextmanager
-    def first_call(self) -> Iterator[None]:
+    def first_call(self, number: int) -> Iterator[None]:
         """Note what the call in this block leaves."""
         yield
-        self.left_by_first_calls.append(numbers_in(self.problem, self.teacher))
+        self.left_by_first_calls[number] = numbers_of(self.problem, self.teacher)
 
     @contextmanager
     def second_call(self, number: int) -> Iterator[None]:
@@ -46,9 +46,9 @@ class KeptBySignal:
         Args:
             number: of that first call.
         """
-        before = numbers_in(self.problem, self.teacher)
+        before = numbers_of(self.problem, self.teacher)
         yield
-        after = numbers_in(self.problem, self.teacher)
+        after = numbers_of(self.problem, self.teacher)
         left_first = self.left_by_first_calls[number]
         moved = []
         for name in names_written(before, after):
@@ -56,7 +56,7 @@ class KeptBySignal:
             if not is_as_first:
                 moved.append(name)
         if moved:
-            raise PastTheSignal(
+            raise MetaplError(
                 f"{kind_of(self.problem)} keeps state between calls of signal ({few(moved, 3)}), "
                 "which is called twice here (recompute_teacher, accumulate, or batches that are "
                 "read again) and would move twice in a step; expected it in a buffer of the "

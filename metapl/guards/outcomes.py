@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,7 @@ from metapl.core.size import DEFAULT_BOUND
 from metapl.execution.shards import local
 from metapl.feedback.report import Say
 from metapl.metrics import Evaluation
-from metapl.protocols import AnyTrainer, TwoLevelTrainer
-from metapl.training.fittable import is_two_level
-from metapl.training.options import FitOptions
+from metapl.protocols import AnyTrainer, TwoLevelTrainer, is_two_level
 
 # From this ratio on of the feedback's gradient to that of the teacher's own losses, the feedback
 # decides alone where the teacher goes.
@@ -64,6 +62,21 @@ PREDICTIONS = {
 }
 
 
+class Plan(Protocol):
+    """How a fit runs: the options of :class:`metapl.FitOptions` that are read here."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def wait(self) -> int: ...
+    @property
+    def log_every(self) -> int: ...
+    @property
+    def phase(self) -> str: ...
+
+
 class Outcomes:
     """Watch a fit, and say each thing that goes wrong once.
 
@@ -77,7 +90,7 @@ class Outcomes:
         say: where a line goes.
     """
 
-    def __init__(self, trainer: AnyTrainer, options: FitOptions, say: Say) -> None:
+    def __init__(self, trainer: AnyTrainer, options: Plan, say: Say) -> None:
         self.trainer = trainer
         self.options = options
         self._say = say

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import few
-from metapl.execution.batch import leaves_of
 from metapl.execution.graphs import nodes_of, types_in_graphs
 from metapl.execution.state import trainable
-from metapl.feedback.door import loss_that_changes, names_written, numbers_in
+from metapl.guards.door import why_again
+from metapl.guards.verification.case import Case
+from metapl.guards.verification.real_step import Evaluation, RealStep
 from metapl.problems.base import kind_of, sum_and_weight
-from metapl.training.verification.case import Case
-from metapl.training.verification.real_step import Evaluation, RealStep
 
 
 def likely_causes(case: Case) -> list[str]:
@@ -35,8 +35,6 @@ def likely_causes(case: Case) -> list[str]:
         causes.append(f"hooks (of {few(hooked, 3)})")
     if counting:
         causes.append(f"attributes that a pass changes ({few(counting, 3)})")
-    if changes_batches(before, after):
-        causes.append("batches changed in place")
     functions = own_functions_in(case.real.outputs[-1])
     if functions:
         causes.append(f"autograd functions of the student's own ({few(functions, 3)})")
@@ -67,12 +65,15 @@ def changing_loss(real: Evaluation) -> str:
         for name, loss in (("inner_loss", inner_loss), ("outer_loss", outer_loss)):
             copies.random.restore()
             first = loss().detach()
-            numbers_before = numbers_in(problem, copies.teacher)
+            numbers_before = numbers_of(problem, copies.teacher)
             copies.random.restore()
             again = loss().detach()
             if not torch.allclose(first, again, rtol=0, atol=0, equal_nan=True):
-                written = names_written(numbers_before, numbers_in(problem, copies.teacher))
-                return loss_that_changes(name, problem, written)
+                written = names_written(numbers_before, numbers_of(problem, copies.teacher))
+                return (
+                    f"{name} of {kind_of(problem)} returns another value when it is called again "
+                    f"with the same arguments: {why_again(written)}"
+                )
     return ""
 
 
@@ -103,16 +104,6 @@ def pairs_of_parts(before: RealStep, after: RealStep) -> list[tuple[nn.Module, n
         if network is not None and network_after is not None:
             pairs += zip(network.modules(), network_after.modules(), strict=False)
     return pairs
-
-
-def changes_batches(before: RealStep, after: RealStep) -> bool:
-    """Return whether a step has changed a tensor of its batches."""
-    leaves = leaves_of([before.inner_batches, before.outer_batch])
-    leaves_after = leaves_of([after.inner_batches, after.outer_batch])
-    for t, t_after in zip(leaves, leaves_after, strict=True):
-        if isinstance(t, Tensor) and not t.equal(t_after):
-            return True
-    return False
 
 
 def own_functions_in(t: Tensor) -> list[str]:

@@ -25,10 +25,11 @@ from metapl.execution.checks import generator_of
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.state import RandomState
 from metapl.feedback import Mode, estimator, prepare
-from metapl.feedback.door import refuse_hooks, refuse_learned_settings, refuse_tensors
+from metapl.feedback.hypergradient import Request
+from metapl.guards.door import refuse_hooks, refuse_learned_settings, refuse_tensors
+from metapl.guards.verification.result import GradientCheck, Setting
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
-from metapl.training.verification.result import GradientCheck, Setting
 from metapl.updates import Clipped, InnerOptimizer, Update, parts_of, update_of
 from metapl.updates.base import OptimizerState
 
@@ -92,22 +93,24 @@ def check_gradient(
     True
     """
     require_batches(outer, inner)
-    inner_batches = InnerBatches.of_hypergradient(inner)
     others = (student, inner_optimizer, problem, inner_state, generator, clip_norm)
     if is_trainer(teacher) and all(argument is None for argument in others):
-        return check_trainer(teacher, outer, inner_batches, mode=mode)
+        inner_batches = InnerBatches.of_hypergradient(inner)
+        return check_step(request_of(teacher, outer, inner_batches, mode=mode))
     return check_step(
-        teacher,  # type: ignore[arg-type]  # what is no module is refused
-        student,  # type: ignore[arg-type]
-        outer_batch=outer,
-        inner_batches=inner_batches,
-        mode="forward" if mode is None else mode,
-        problem=problem,
-        inner_optimizer=inner_optimizer,
-        inner_state=inner_state,
-        generator=generator,
-        accumulate=accumulate,
-        clip_norm=clip_norm,
+        Request(
+            teacher=teacher,  # type: ignore[arg-type]  # what is no module is refused
+            student=student,  # type: ignore[arg-type]
+            outer=outer,
+            inner=inner,
+            mode="forward" if mode is None else mode,
+            problem=problem,
+            inner_optimizer=inner_optimizer,  # type: ignore[arg-type]
+            inner_state=inner_state,
+            generator=generator,
+            accumulate=accumulate,
+            clip_norm=clip_norm,
+        )
     )
 
 
@@ -116,15 +119,15 @@ def is_trainer(teacher: nn.Module | Verified | None) -> TypeGuard[Verified]:
     return isinstance(getattr(teacher, "verification", None), Verification)
 
 
-def check_trainer(
+def request_of(
     trainer: Verified, outer_batch: Batch, inner_batches: InnerBatches, *, mode: Mode | None = None
-) -> GradientCheck:
-    """Verify the step that a trainer would take, by its own mode or another."""
-    return check_step(
-        trainer.teacher,
-        trainer.student,
-        outer_batch=outer_batch,
-        inner_batches=inner_batches,
+) -> Request:
+    """Return what a trainer would ask for in a step, by its own mode or another."""
+    return Request(
+        teacher=trainer.teacher,
+        student=trainer.student,
+        outer=outer_batch,
+        inner=inner_batches.as_argument(),
         mode=trainer.mode if mode is None else mode,
         problem=trainer.problem,
         inner_optimizer=trainer.update,
@@ -134,76 +137,63 @@ def check_trainer(
     )
 
 
-def check_step(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    *,
-    outer_batch: Batch,
-    inner_batches: InnerBatches,
-    mode: Mode,
-    problem: BilevelProblem | None,
-    inner_optimizer: Any,
-    inner_state: OptimizerState = None,
-    generator: torch.Generator | None,
-    accumulate: int,
-    clip_norm: float | None,
-) -> GradientCheck:
-    """Verify a step; for the arguments see :func:`check_gradient`."""
+def check_step(request: Request) -> GradientCheck:
+    """Verify the step that a gradient is asked for."""
     # Loaded where it is used.
-    from metapl.training.verification.real_step import RealStep
-    from metapl.training.verification.verdict import verify_step
+    from metapl.guards.verification.real_step import RealStep
+    from metapl.guards.verification.verdict import verify_step
 
-    estimate = estimator(mode)
+    estimate = estimator(request.mode)
     gives_feedback = estimate.credits != "nothing"
     teacher_layout, student_layout, device = layouts(
-        teacher, student, differentiated=gives_feedback
+        request.teacher, request.student, differentiated=gives_feedback
     )
-    generator_of(generator, device, "the networks are on")
+    generator_of(request.generator, device, "the networks are on")
     if student_layout.is_sharded or not student_layout.ranks.alone:
         raise MetaplError(
             "check_gradient was given networks of several processes; expected those of one, not "
             "sharded."
         )
     parameters = student_layout.parameters()
-    update = update_of(inner_optimizer, parameters, inner_state)
+    update = update_of(request.inner_optimizer, parameters, request.inner_state)
     if isinstance(update, Clipped):
         update = update.inner
     update.follow(parameters)
     refuse_replaced_step(update)
-    refuse_tensors(outer_batch, inner_batches, gradients=gives_feedback)
+    inner_batches = InnerBatches.of_hypergradient(request.inner)
+    student = student_layout.network
+    teacher = None if teacher_layout is None else teacher_layout.network
     if gives_feedback:
+        refuse_tensors(request.outer, inner_batches)
         refuse_learned_settings(update)
-        refuse_hooks(student_layout.network)
+        refuse_hooks(student, teacher)
     # A truncated feedback is verified over as many steps as it goes back, untruncated.
-    truncate = estimate.truncate
-    most_steps = STEPS if truncate is None else min(STEPS, max(1, truncate))
-    verified_steps = min(len(inner_batches), most_steps)
+    most_steps = STEPS if estimate.truncate is None else min(STEPS, max(1, estimate.truncate))
+    verified_batches = [inner_batches[k] for k in range(min(len(inner_batches), most_steps))]
+    parts = request.accumulate
 
     def with_part(number: int) -> GradientCheck:
         return verify_step(
             RealStep(
-                teacher=None if teacher_layout is None else teacher_layout.network,
-                student=student_layout.network,
-                problem=prepare(problem, estimate),
+                teacher=teacher,
+                student=student,
+                problem=prepare(request.problem, estimate),
                 update=update,
-                outer_batch=copy_of_part(outer_batch, accumulate, number),
-                inner_batches=[
-                    copy_of_part(inner_batches[step], accumulate, number)
-                    for step in range(verified_steps)
-                ],
-                clip_norm=clip_norm,
-                generator=generator,
+                outer_batch=copy_of_part(request.outer, parts, number),
+                inner_batches=[copy_of_part(batch, parts, number) for batch in verified_batches],
+                clip_norm=request.clip_norm,
+                generator=request.generator,
                 random=RandomState.now(device),
-                micro_batches=accumulate,
+                micro_batches=parts,
             ),
             estimate,
         )
 
     # Labels may be left out in all rows of a micro-batch, which alone is refused.
-    for number in range(accumulate - 1):
+    for number in range(parts - 1):
         with suppress(MetaplError):
             return with_part(number)
-    return with_part(accumulate - 1)
+    return with_part(parts - 1)
 
 
 def copy_of_part(batch: Batch, parts: int, number: int) -> Any:
@@ -256,7 +246,7 @@ class Verification:
             self.verdict = f"not verified: networks of {what}"
             self.verified_marks.add(mark)
             return False
-        check = check_trainer(trainer, outer_batch, inner_batches)
+        check = check_step(request_of(trainer, outer_batch, inner_batches))
         self.verdict = f"{check.status}: {check.verdict}"
         check.refuse_or_warn(self.setting)
         self.verified_marks.add(mark)

@@ -21,8 +21,8 @@ from metapl.execution.batch import Batch
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
 from metapl.feedback import Estimator, Lookahead
-from metapl.feedback.door import FirstLook
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
+from metapl.guards.door import FirstLook
 from metapl.problems.base import BilevelProblem, Signal, enters_input, sum_and_weight
 from metapl.updates import TorchUpdate, Update, parts_of
 
@@ -186,7 +186,7 @@ class RealStep:
         """Return the gradient that a mode finds of this step, on fresh copies.
 
         Raises: :class:`metapl.MetaplError` for what carries a gradient past the signal
-        (:mod:`metapl.feedback.door`).
+        (:mod:`metapl.guards.door`).
         """
         step = self.copied()
         step.random.restore()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from metapl.execution.numerics import MissingDerivative
 from metapl.feedback.hypergradient import Differentiation
-from metapl.training.verification.check import STEPS, check_step, tell_left_out
+from metapl.guards.verification.check import STEPS, check_step, tell_left_out
 from metapl.updates import options_of, parts_of
 from metapl.updates.optimizers import is_set
 
@@ -49,6 +49,7 @@ class VerifiedCalls:
             del self._references[next(iter(self._references))]
 
 
+# Of the whole process: a hypergradient is a function, and no object of one call meets the next.
 VERIFIED = VerifiedCalls()
 
 
@@ -160,19 +161,7 @@ def verify(differentiation: Differentiation, setting: bool | Literal["warn"]) ->
     if tell_left_out(of_networks):
         return
     try:
-        check = check_step(
-            request.teacher,
-            request.student,
-            outer_batch=request.outer,
-            inner_batches=differentiation.inner_batches,
-            mode=request.mode,
-            problem=request.problem,
-            inner_optimizer=request.inner_optimizer,
-            inner_state=request.inner_state,
-            generator=request.generator,
-            accumulate=request.accumulate,
-            clip_norm=request.clip_norm,
-        )
+        check = check_step(request)
     except MissingDerivative as error:
         raise differentiation.with_proposal(error) from error
     # The caller of metapl.hypergradient.
