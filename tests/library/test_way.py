@@ -30,7 +30,8 @@ class Way(NamedTuple):
 BOUNDS = {
     "eager": Way(files=27, functions=157, lines=922),
     "hypergradient": Way(files=34, functions=225, lines=1254),
-    "compiled": Way(files=11, functions=38, lines=189),
+    # With the look at all that the graph holds for, which was in Dynamo's guards before.
+    "compiled": Way(files=10, functions=48, lines=246),
 }
 
 IMPORTED_LINES = 21_968
