@@ -342,11 +342,6 @@ def predicted(network: nn.Module, pictures: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def accuracy(network: nn.Module, examples: Examples) -> float:
-    right = predicted(network, examples.pictures).argmax(1) == examples.labels
-    return float(right.double().mean())
-
-
 # ------------------------------------------------------------------------------ the rivals' losses
 
 
@@ -529,11 +524,16 @@ class Run:
         loss = cross_entropy()
         learn(self.student, self.trusted(9), self.size.finetuning, loss, rate=FINETUNING_RATE)
 
-    def measured(self, examples: Examples) -> float:
-        """Return the accuracy with batch-norm statistics of plain pictures."""
+    def predicted(self, network: nn.Module, pictures: Tensor) -> Tensor:
+        """Return the probabilities of the classes, with batch-norm statistics of plain pictures."""
         plain = self.draw.noisy.pictures[:1000].split(PREDICTED_AT_ONCE)
-        estimate_statistics(self.student, plain)
-        return accuracy(self.student, examples)
+        estimate_statistics(network, plain)
+        return predicted(network, pictures)
+
+    def measured(self, examples: Examples) -> float:
+        """Return the student's accuracy."""
+        right = self.predicted(self.student, examples.pictures).argmax(1) == examples.labels
+        return float(right.double().mean())
 
 
 def by_plain(run: Run) -> None:
@@ -562,7 +562,7 @@ def by_early_stopping(run: Run) -> None:
         nonlocal best, weights
         if (step + 1) % max(1, steps // CHECKS):
             return
-        reached = accuracy(run.student, run.draw.trusted)
+        reached = run.measured(run.draw.trusted)
         if reached >= best:
             best = reached
             weights = {name: t.clone() for name, t in run.student.state_dict().items()}
@@ -598,7 +598,7 @@ def by_gold_correction(run: Run) -> None:
     steps = round(MATRIX_SHARE * run.work)
     learn(first, run.both(1, copies=0), steps, cross_entropy())
     trusted = run.draw.trusted
-    matrix = gold_matrix(predicted(first, trusted.pictures), trusted.labels)
+    matrix = gold_matrix(run.predicted(first, trusted.pictures), trusted.labels)
     loss = GoldCorrection(matrix, run.trusted_from)
     run.train(run.both(), loss, run.work - steps - run.passes(len(trusted)))
 
@@ -614,7 +614,7 @@ def by_confident_learning(run: Run) -> None:
         others = (fold != half).nonzero()[:, 0]
         learn(network, run.both(1 + half, others), steps, cross_entropy())
         held_out = fold == half
-        probabilities[held_out] = predicted(network, noisy.pictures[held_out])
+        probabilities[held_out] = run.predicted(network, noisy.pictures[held_out])
     issues = confident_issues(probabilities, noisy.labels)
     run.found["left_out"] = float(issues.double().mean())
     run.found["left_out_wrong"] = float(run.draw.is_wrong[issues].double().mean())

@@ -53,6 +53,7 @@ SECOND = (
 SECOND += (
     "cifar_few_labels",
     "digits_study --forms",
+    "people_labels",
     "rival_attribution",
     "small_pictures",
     "something_simpler",
@@ -79,6 +80,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "noisy_student": ["noisy-student-studies"],
     "noisy_student_fashion": ["noisy-student-fashion"],
     "ordinary": ["ordinary", "ordinary-unseen"],
+    "people_labels": ["people_labels", "people_labels-tests", "people_labels-longer"],
     "reliability": [
         "reliability",
         "reliability-errors",
@@ -104,7 +106,13 @@ MINUTES = (
     "rival_attribution",
     "silent",
 )
-MINUTES += ("cifar_few_labels", "small_pictures", "something_simpler", "stored_labels")
+MINUTES += (
+    "cifar_few_labels",
+    "people_labels",
+    "small_pictures",
+    "something_simpler",
+    "stored_labels",
+)
 
 
 def committed() -> dict[Path, bytes]:
