@@ -56,8 +56,7 @@ def optimizer_of_rows(teacher: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Return Adam over a table of which each batch reads some rows.
 
     It has no momentum, since a row would go on by it in the batches that do not read it, and a
-    short memory of squares (0.9): the feedback on a row grows and falls as the student learns. A
-    network in the place of the table gets :func:`optimizer_of_network`, at 1e-3.
+    short memory of squares (0.9): the feedback on a row grows and falls as the student learns.
     """
     if not isinstance(teacher, Table):
         return optimizer_of_network(teacher)
@@ -219,8 +218,8 @@ class MetaWeightNet(Weighted):
     It needs losses that tell wrong labels. Where all wrong labels of a class are the same one, a
     student learns them like right ones, and this problem ends near plain training on the given
     labels, or behind it, and behind the trusted labels alone; take :class:`ExampleWeights`,
-    :class:`ExampleLabels` or :class:`LabelCorrection` then (docs/write-a-problem.md has the
-    numbers).
+    :class:`ExampleLabels` or :class:`LabelCorrection` then. On the mistakes of people it is behind
+    plain training of equal work (docs/write-a-problem.md has the numbers).
 
     Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
@@ -284,7 +283,8 @@ class LearningToReweight(Weighted):
 
     It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 %
     asymmetric noise it is 6 points behind the trusted labels alone after 300 steps, and with Adam
-    at 1e-3 10 behind after 400 and level after 1,000: give it some 1,000 steps, or Adam at 1e-2.
+    at 1e-3 10 behind after 400 and level after 1,000: give it some 1,000 steps, or Adam at 1e-2. On
+    the mistakes of people it is behind plain training of equal work (docs/write-a-problem.md).
 
     Cost: one forward and one backward pass of the student beyond those of the mode.
 
@@ -340,7 +340,8 @@ class ExampleWeights(Weighted):
 
     An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps
     indices (B,) to numbers (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one
-    for each of n examples, all at weight 1/2.
+    for each of n examples, all at weight 1/2. On the mistakes of people it is behind plain training
+    of equal work (docs/write-a-problem.md).
 
     Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018),
     data hyper-cleaning.
@@ -375,9 +376,9 @@ class ExampleLabels(Relabeled):
     (B,) to logits (B, C), such as ``Table(2 * one_hot(given_labels))``.
 
     A label moves only when its example is drawn, and then by its rate at most (0.1 by default), so
-    count its epochs: on 1,200 digits with 40 % asymmetric noise, beside a student by SGD without
-    momentum at 0.1, 300 steps of 64 reached 81.0 % and 1,000 steps 90.5 %, where training on the
-    trusted labels alone has 87.3 and 88.4 %.
+    count its epochs: on 1,200 digits with 40 % asymmetric noise 300 steps of 64 reached 81.0 % and
+    1,000 steps 90.5 %, where the trusted labels alone have 87.3 and 88.4 %. On the mistakes of
+    people it is behind plain training of equal work (docs/write-a-problem.md).
 
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
@@ -404,10 +405,9 @@ class LabelCorrection(Relabeled):
 
     Begin with a corrector whose network has learned the trusted labels, by ``LossTrainer(network,
     optimizer=...).fit(trusted, steps=..., batch_size=...)``. One that begins at random has to find
-    the right labels through the student's steps: on the digits with 40 % asymmetric noise the
-    student of such a one had 73 to 75 %, like plain training on the given labels (70), and with a
-    network of the trusted labels 91, where the trusted labels alone have 88
-    (docs/write-a-problem.md).
+    the right labels through the student's steps: on the digits with 40 % asymmetric noise its
+    student had 73 to 75 %, and with a network of the trusted labels 91, where these alone have 88.
+    On the mistakes of people it is behind plain training of equal work (docs/write-a-problem.md).
 
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI
     2021).
@@ -439,7 +439,8 @@ class NoiseTransition(Classification):
     Where the student can learn the given labels by heart, as in hundreds of epochs of a hundred
     rows, the matrix is found too late: on wine with 40 % symmetric noise it ends 3 points behind
     plain training on the given labels, and 30 behind the trusted alone. Train on the trusted labels
-    alone then, or take :class:`LabelCorrection`.
+    alone then, or take :class:`LabelCorrection`. On the mistakes of people it is behind plain
+    training of equal work (docs/write-a-problem.md).
 
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in
     Wang, Hu and Hu, "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).
