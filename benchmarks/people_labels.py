@@ -37,7 +37,8 @@ the interval of a t-test; p is not corrected:
   the weights do, apart from what they cost; and such training less the same with all steps.
 - The main question again at three times the work, with the same settings.
 
-The trusted pictures alone at three times the work were added when these rows had been seen.
+The trusted pictures alone at three times the work were added when the first of these rows had been
+seen.
 """
 
 from __future__ import annotations
