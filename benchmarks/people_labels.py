@@ -37,8 +37,8 @@ the interval of a t-test; p is not corrected:
   the weights do, apart from what they cost; and such training less the same with all steps.
 - The main question again at three times the work, with the same settings.
 
-The trusted pictures alone at three times the work were added when the first of these rows had been
-seen.
+At three times the work, the trusted pictures alone and plain training with few steps were added
+when the first of these rows had been seen.
 """
 
 from __future__ import annotations
@@ -847,7 +847,8 @@ def jobs(out: Path, *, miniature: bool) -> Iterator[Row]:
         for arm in (best_of(rows, SIMPLE), best_of(rows, LIBRARY)):
             yield {"arm": arm, "seed": seed, "budget": LONGER}
     for seed in () if miniature else SEEDS:
-        yield {"arm": "trusted", "seed": seed, "budget": LONGER}
+        for arm in ("trusted", FEW_STEPS):
+            yield {"arm": arm, "seed": seed, "budget": LONGER}
     for seed in () if miniature else MORE_SEEDS:
         for arm in ARMS:
             yield {"arm": arm, "seed": seed, "budget": 1}
@@ -916,7 +917,9 @@ def table_of_tests(rows: list[Row]) -> str:
 
 
 def table_of_longer(rows: list[Row]) -> str:
-    """Return what the longer runs reach."""
+    """Return what the longer runs reach, and the difference to the simple way of the tests."""
+    simple = best_of(rows, SIMPLE)
+    baseline = selected(rows, simple, LONGER)
     lines = []
     for arm, about in ARMS.items():
         of_arm = selected(rows, arm, LONGER)
@@ -925,10 +928,11 @@ def table_of_longer(rows: list[Row]) -> str:
             before = [row["test_before"] for row in of_arm.values()]
             seconds = statistics.median(row["core_seconds"] for row in of_arm.values())
             line = [about.title, str(next(iter(of_arm.values()))["steps"]), f"{seconds:.0f}"]
-            line += [str(len(of_arm)), harness.spread(before), harness.spread(accuracies)]
+            change = [NONE] * 2 if arm == simple else compared(of_arm, baseline)[1:3]
+            line += [str(len(of_arm)), harness.spread(before), harness.spread(accuracies), *change]
             lines.append(line)
     head = ["arm", "steps", "core-seconds", "seeds", "before finetuning, %", "test, %"]
-    return grid(head, lines)
+    return grid([*head, f"less {ARMS[simple].title}", "95 %"], lines)
 
 
 def run_all(args: argparse.Namespace, place: Path) -> None:
