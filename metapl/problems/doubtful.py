@@ -278,8 +278,7 @@ class LearningToReweight(Weighted):
     its present state, in both steps. The paper looks ahead by plain SGD whatever the optimizer:
     that is SGD without momentum here, or, for any optimizer,
     ``mode=metapl.feedback.Implicit(solver="identity")``. Prefer the latter for Adam, whose slope at
-    a gradient of 0 is of the order of 1/eps for weights that have had no gradient yet: these few
-    then decide all.
+    a gradient of 0 is of the order of 1/eps for weights without a gradient so far: they decide all.
 
     It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 %
     asymmetric noise it is 6 points behind the trusted labels alone after 300 steps, and with Adam
