@@ -65,7 +65,14 @@ class Feedback:
         if self.part is None:
             return self.h.new_zeros(())
         fields = signal.fields()
-        terms = [(-h * fields[name]).sum() for name, h in self.by_field().items()]
+        terms = []
+        for name, h in self.by_field().items():
+            if h.ndim > 0 and h.shape != fields[name].shape:
+                raise MetaplError(
+                    f"an estimator returned h of shape {tuple(h.shape)} on the signal's {name}, "
+                    f"whose shape is {tuple(fields[name].shape)}; expected that shape, or a scalar."
+                )
+            terms.append((-h * fields[name]).sum())
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         return total if self.mean_over == 1 else total / self.mean_over
 

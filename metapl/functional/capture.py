@@ -12,15 +12,18 @@ they were (:class:`Captured`), and captures the function anew where one of them 
 from __future__ import annotations
 
 import re
+import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -281,24 +284,32 @@ class Attributes:
     """What a function reads of objects and of variables, besides its arguments.
 
     Of objects that these hold, and that are no modules, the attributes count too, to some depth,
-    and so do the entries of dicts, and the variables that methods and functions outside of PyTorch
-    read around them: globals and closures. Of modules, what every module has is left out: tables of
-    tensors, parts and hooks, and the mode, which are looked at elsewhere.
+    and so do those of their classes, the entries of dicts, lists and other collections, arrays, and
+    the variables that methods and functions outside of PyTorch read around them: globals and
+    closures. Of modules, what every module has is left out: tables of tensors, parts and hooks, and
+    the mode, which are looked at elsewhere.
 
     Args:
         sources: the objects: networks, losses, a problem.
     """
 
     def __init__(self, sources: Sequence[Any]) -> None:
-        self._tables: list[dict[Any, Any]] = []
-        self._globals: list[tuple[dict[Any, Any], Any]] = []
+        self._sources = sources
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Look into all objects anew: others may be in their places."""
+        self._tables: list[Mapping[Any, Any]] = []
+        self._globals: list[tuple[Mapping[Any, Any], Any]] = []
         self._cells: list[types.CellType] = []
-        self._lists: list[list[Any]] = []
+        self._collections: list[Collection[Any]] = []
+        self._arrays: list[numpy.ndarray[Any, Any]] = []
+        self._slots: list[tuple[Any, str]] = []
         self._met: set[int] = set()
-        for source in sources:
+        for source in self._sources:
             self._look_into(source, depth=0)
         self._sizes: list[int] = []
-        self._places: list[tuple[dict[Any, Any], Any]] = []
+        self._places: list[tuple[Mapping[Any, Any], Any]] = []
 
     def values(self) -> list[Any]:
         """Return the values of all attributes and variables, as they are now."""
@@ -319,16 +330,27 @@ class Attributes:
             self._sizes = []
             return self.values()
         values += [cell.cell_contents for cell in self._cells]
-        return [*values, *chain.from_iterable(self._lists)]
+        values += [getattr(owner, name, None) for owner, name in self._slots]
+        values += [array.tobytes() for array in self._arrays]
+        return [*values, *chain.from_iterable(self._collections)]
+
+    def difference_from(self, values: list[Any]) -> str:
+        """Return which value is another one than among these, in words."""
+        names = [name for _, name in self._places]
+        for name, one, two in zip(names, values, self.values(), strict=False):
+            if constants_of([one]) != constants_of([two]):
+                return f"{name} was {one!r:.40} and is {two!r:.40}"
+        return "an attribute or a variable that it reads has changed"
 
     @contextmanager
     def without_recorded_tensors(self) -> Iterator[None]:
         """Put back what a pass leaves in attributes in this block and that has no value."""
-        tables_before = [dict(table) for table in self._tables]
+        tables = [table for table in self._tables if isinstance(table, dict)]
+        tables_before = [dict(table) for table in tables]
         try:
             yield
         finally:
-            for table, before in zip(self._tables, tables_before, strict=True):
+            for table, before in zip(tables, tables_before, strict=True):
                 for name, value in [*table.items()]:
                     if isinstance(value, FakeTensor):
                         table.pop(name)
@@ -345,17 +367,36 @@ class Attributes:
             self._look_into(value.__func__, depth=depth)
         elif isinstance(value, types.FunctionType):
             self._look_around(value, depth=depth)
-        elif isinstance(value, list):
-            self._lists += [value] if len(value) <= MOST_ENTRIES else []
+        elif isinstance(value, numpy.ndarray):
+            self._arrays += [value] if value.size <= MOST_ENTRIES else []
         elif isinstance(value, dict):
             if len(value) <= MOST_ENTRIES:
                 self._look_through(value, depth=depth)
-        elif hasattr(value, "__dict__") and (depth == 0 or is_read_deeper(value)):
-            for kind in type(value).__mro__:
-                for method in vars(kind).values():
-                    if is_of_user(kind) and isinstance(method, types.FunctionType):
+        elif isinstance(value, list | tuple | deque | set | frozenset):
+            if len(value) <= MOST_ENTRIES:
+                self._collections.append(value)
+                for part in value:
+                    self._look_into(part, depth=depth + 1)
+        elif depth == 0 or (depth <= DEPTH and is_read_deeper(value)):
+            self._look_at_class(type(value), value, depth=depth)
+            if hasattr(value, "__dict__"):
+                self._look_through(vars(value), depth=depth)
+
+    def _look_at_class(self, kind: type, value: Any, *, depth: int) -> None:
+        """Note what an object has of its classes, but for those of PyTorch and metapl."""
+        for base in kind.__mro__:
+            if not is_of_user(base):
+                continue
+            if id(base) not in self._met:
+                self._met.add(id(base))
+                self._tables.append(vars(base))
+                for method in vars(base).values():
+                    if isinstance(method, types.FunctionType):
                         self._look_into(method, depth=depth)
-            self._look_through(vars(value), depth=depth)
+            slots = vars(base).get("__slots__", ())
+            self._slots += [
+                (value, name) for name in ([slots] if isinstance(slots, str) else slots)
+            ]
 
     def _look_through(self, table: dict[Any, Any], *, depth: int) -> None:
         """Note the entries of a table, and look into them."""
@@ -380,9 +421,10 @@ class Attributes:
             codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
             for name in code.co_names:
                 value = table.get(name)
-                if name in table and isinstance(value, (*PLAIN, tuple)):
+                if name in table and isinstance(value, PLAIN):
                     self._globals.append((table, name))
-                elif isinstance(value, dict | list | types.FunctionType):
+                elif isinstance(value, dict | list | tuple | types.FunctionType):
+                    self._globals.append((table, name))
                     self._look_into(value, depth=DEPTH)
 
 
@@ -390,7 +432,8 @@ def is_read_deeper(value: Any) -> bool:
     """Return whether the attributes of an object that another one holds are read too."""
     if isinstance(value, nn.Module | Tensor):
         return False
-    return is_dataclass(value) or is_of_user(type(value))
+    is_namespace = isinstance(value, types.SimpleNamespace)
+    return is_namespace or is_dataclass(value) or is_of_user(type(value))
 
 
 # How deep attributes of attributes are looked at, and how long dicts and lists of them are.
@@ -401,9 +444,17 @@ ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 def is_of_user(value: Any) -> bool:
-    """Return whether a class or function was written outside of PyTorch and metapl."""
-    module = getattr(value, "__module__", None) or "builtins"
-    return module.split(".")[0] not in ("torch", "metapl", "builtins", "collections", "functools")
+    """Return whether a class or function was written outside of Python, metapl and installed code.
+
+    What an installed package reads of itself is not looked at.
+    """
+    name = getattr(value, "__module__", None) or "builtins"
+    package = name.split(".")[0]
+    if package in sys.stdlib_module_names or package in ("torch", "metapl"):
+        # A program and its file of tests are called __main__.
+        return package == "__main__"
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
 
 
 def constants_of(attributes: Sequence[Any]) -> list[Any]:
@@ -563,7 +614,9 @@ class Captured(Generic[Result]):
             warn_of_many_operations(operations, self.device)
         places = take_each_result_once(graph)
         compiled = compiled_graph(graph, [*tensors, *held])
-        # A pass may have put a tensor into an attribute. No pass runs in a replay.
+        # Other objects may be in the places of those that were looked into, and a pass may have put
+        # a tensor into an attribute. No pass runs in a replay.
+        self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
         capture = Capture(whole_kind, compiled, held, places, results, structures[0])
         self.kept.append(capture)
@@ -576,6 +629,8 @@ class Captured(Generic[Result]):
         if self.captures != 2:
             return
         difference = difference_of(self.kept[-1].kind.arguments, kind)
+        if not difference:
+            difference = self.attributes.difference_from(self.kept[-1].kind.attributes)
         warnings.warn(
             f"a step is compiled for the third time: {difference}. Each time takes as long as the "
             f"first, and {MOST_KEPT} are kept; expected batches of few shapes (pad to a few "
@@ -586,14 +641,14 @@ class Captured(Generic[Result]):
 
 
 def difference_of(one: Sequence[Any], two: Sequence[Any]) -> str:
-    """Return the first difference between the arguments of two kinds, in words."""
+    """Return the first difference between the arguments of two kinds, in words; "" for none."""
     for entry, other in zip(one, two, strict=False):
         if entry == other:
             continue
         if is_of_held(entry) and is_of_held(other):
             return difference_of(entry, other)
         return f"what was {in_words(entry)} is {in_words(other)}"
-    return "an attribute or a variable that it reads has changed"
+    return ""
 
 
 def is_of_held(entry: Any) -> bool:

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 from metapl.core.lookahead import InnerBatches
 from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, few
+from metapl.execution import checks
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
@@ -300,6 +301,8 @@ class Compiled:
             object can get one of these addresses.
         updates: the rules of the optimizers.
         run: the graph, as a function of the live state, the batches and the noise.
+        captures: returns how often the step was captured.
+        takes_outer_loss: whether the eager step has taken L(θ′).
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
@@ -310,8 +313,10 @@ class Compiled:
     alive: tuple[object, ...]
     updates: Updates
     run: Callable[..., Moved]
+    captures: Callable[[], int]
     direct_term: Literal["", "included", "left out"]
     probs: Tensor | None = None
+    takes_outer_loss: bool = False
     is_compared: bool = False
 
 
@@ -657,6 +662,7 @@ class CompiledStep:
             return None
         eager = eager_step(trainer, outer_batch, inner_batches)
         compiled.probs = eager.report.signal.probs
+        compiled.takes_outer_loss = "outer_loss" in eager.report.scalars
         return eager
 
     def _run(
@@ -680,7 +686,14 @@ class CompiledStep:
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
             written = "" if eager is None else eager.written
             with torch.no_grad(), switches, Capturing(written):
+                captures_before = compiled.captures()
                 moved = compiled.run(live, outer_batch, inner, noise)
+                if eager is None and compiled.captures() > captures_before:
+                    # For another shape or number, whose graph is another one.
+                    end = RandomState.now(trainer.device, trainer.generator)
+                    start.restore()
+                    eager = eager_step(trainer, outer_batch, inner_batches)
+                    end.restore()
                 step_report = step_report_of(compiled, trainer, moved.report, inner_batches)
                 if eager is not None:
                     refuse_other(
@@ -782,9 +795,18 @@ def compile_step(
             student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
         )
         run = partial(moved_by_graphs, by_graphs)
+        captures = partial(getattr, by_graphs, "recordings_made")
     else:
         run = CapturedStep(step, trainer.device, sources_of(trainer))
-    return Compiled(key=key, alive=alive, updates=updates, run=run, direct_term=trainer.direct_term)
+        captures = partial(getattr, run.captured, "captures")
+    return Compiled(
+        key=key,
+        alive=alive,
+        updates=updates,
+        run=run,
+        captures=captures,
+        direct_term=trainer.direct_term,
+    )
 
 
 def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:
@@ -842,7 +864,7 @@ GREATEST_GAP = 0.1
 GREATEST_GAP_BY_DIFFERENCE = 0.5
 STEP_IS_OFF = (
     "the step is not finite, or the student's outputs do not follow its weights (the slopes "
-    "differ)."
+    "differ); lower the learning rates, clean the batch, or leave compile out to see which."
 )
 
 
@@ -859,7 +881,7 @@ def step_report_of(
     scalars = {"inner_loss": report.inner_loss}
     for name, loss in report.teacher_losses.items():
         scalars[f"teacher_{name}"] = loss
-    if mode.gives_gradient:
+    if compiled.takes_outer_loss:
         scalars["outer_loss"] = report.outer_loss
     if trainer.teacher is not None:
         scalars["teacher_loss"] = report.teacher_loss
@@ -871,6 +893,13 @@ def step_report_of(
     if mode.takes_differences:
         greatest = GREATEST_GAP_BY_DIFFERENCE
 
+    fault = Fault()
+    if checks.waits(report.flag):
+        fault = Fault([(partial(is_not_below, report.flag, greatest), STEP_IS_OFF)])
+    else:
+        # Nothing moves in a step that is wrong.
+        checks.refuse(is_not_below(report.flag, greatest), STEP_IS_OFF)
+
     feedback = report.feedback
     signal = report.signal
     if len(inner_batches) > 1:
@@ -881,7 +910,7 @@ def step_report_of(
     return StepReport(
         trainer.steps_done,
         scalars,
-        fault=Fault([(partial(is_not_below, report.flag, greatest), STEP_IS_OFF)]),
+        fault=fault,
         feedback=feedback,
         signal=Signal(**signal),
         student_outputs=report.student_outputs,

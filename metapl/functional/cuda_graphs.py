@@ -279,9 +279,11 @@ class StepByGraphs:
             ) from error
         finally:
             start.restore()
+        self.attributes.read_again()
         recorded = RecordedStep(
             state=state,
-            # A pass may have put a tensor into an attribute. No pass runs in a replay.
+            # Other objects may be in the places of those that were looked into, and a pass may have
+            # put a tensor into an attribute. No pass runs in a replay.
             kind=Kind(kind, self.attributes.values()),
             inputs=inputs,
             recording=recording,

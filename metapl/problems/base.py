@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, Inputs, first_input, joined, labeled_pair
 from metapl.execution.checks import scalar_loss, transformed, unexpected
 from metapl.execution.numerics import wide
@@ -370,6 +370,12 @@ def has_rows(problem: BilevelProblem, signal: Signal, rows: int) -> dict[str, bo
     declared: dict[str, bool | None]
     if isinstance(declaration, Mapping):
         declared = {field_name(key): has for key, has in declaration.items()}
+        unknown = [key for key in declaration if field_name(key) not in fields]
+        if unknown:
+            raise MetaplError(
+                f"{kind_of(problem)}.signal_has_rows names {few(unknown)}; expected "
+                f"keys of the signal's value: {few(fields)}."
+            )
     else:
         declared = dict.fromkeys(fields, declaration)
     has_rows_by_field = {}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import types
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from captures import without_inductor
@@ -28,11 +31,30 @@ class Options:
     factors: list[float] = field(default_factory=lambda: [7.0])
 
 
+class Slotted:
+    __slots__ = ("factor",)
+
+    def __init__(self) -> None:
+        self.factor = 1.75
+
+
+class Term:
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+
 class Scale(nn.Module):
     """Factors in all places from which a forward may read one."""
 
+    of_class = 1.125
+
     def __init__(self) -> None:
         super().__init__()
+        self.terms = [Term(0.5), Term(1.5)]
+        self.slotted = Slotted()
+        self.space = types.SimpleNamespace(factor=0.875)
+        self.queue = deque([1.375])
+        self.array = numpy.array([0.625])
         self.factor = 1.5
         self.options = Options()
         self.by_name = {"deep": {"factor": 1.25}}
@@ -46,6 +68,12 @@ class Scale(nn.Module):
             * self.options.factor
             * self.options.factors[0]
             * self.by_name["deep"]["factor"]
+            * self.of_class
+            * sum(term.weight for term in self.terms)
+            * self.slotted.factor
+            * self.space.factor
+            * self.queue[0]
+            * float(self.array[0])
         )
         return x * numbers * self.weight
 
@@ -74,6 +102,30 @@ def change_nested_dict(scale: Scale) -> None:
     scale.by_name["deep"]["factor"] = 2.5
 
 
+def change_class(scale: Scale) -> None:
+    type(scale).of_class = 2.25
+
+
+def change_object_in_list(scale: Scale) -> None:
+    scale.terms[0].weight = 4.0
+
+
+def change_slot(scale: Scale) -> None:
+    scale.slotted.factor = 3.5
+
+
+def change_namespace(scale: Scale) -> None:
+    scale.space.factor = 1.75
+
+
+def change_deque(scale: Scale) -> None:
+    scale.queue[0] = 2.75
+
+
+def change_array(scale: Scale) -> None:
+    scale.array[0] = 1.25
+
+
 def change_tensor(scale: Scale) -> None:
     scale.weight = torch.tensor(0.75)
 
@@ -86,6 +138,7 @@ def change_tensor_in_place(scale: Scale) -> None:
 def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "FACTOR", 2.0)
     monkeypatch.setitem(FACTORS, "of a dict", 3.0)
+    monkeypatch.setattr(Scale, "of_class", 1.125)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +150,12 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         change_dataclass,
         change_list,
         change_nested_dict,
+        change_class,
+        change_object_in_list,
+        change_slot,
+        change_namespace,
+        change_deque,
+        change_array,
         change_tensor,
         change_tensor_in_place,
     ],
@@ -116,6 +175,35 @@ def test_what_a_module_reads_counts(
         torch.testing.assert_close(captured(x), [scale(x)])
     # A tensor is an argument of the graph, which need not be made anew for its values.
     assert len(graphs) == (1 if change is change_tensor_in_place else 2)
+
+
+@pytest.mark.filterwarnings("ignore:a step is compiled for the third time")
+def test_an_object_in_the_place_of_another_is_looked_into(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    scale = Scale()
+    captured: Captured[Any] = Captured(lambda x: [scale(x)], torch.device("cpu"), [scale])
+    x = torch.arange(3.0)
+    for options in (None, Options(1.5), Options(2.5)):
+        if options is not None:
+            scale.options = options
+        torch.testing.assert_close(captured(x), [scale(x)])
+        scale.options.factor = 3 * scale.options.factor
+        torch.testing.assert_close(captured(x), [scale(x)])
+
+
+def test_the_third_capture_names_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_inductor(monkeypatch)
+    scale = Scale()
+    captured: Captured[Any] = Captured(lambda x: [scale(x)], torch.device("cpu"), [scale])
+    x = torch.arange(3.0)
+    captured(x)
+    scale.factor = 2.5
+    captured(x)
+    scale.factor = 3.5
+    with pytest.warns(UserWarning, match=r"factor was 2\.5 and is 3\.5"):
+        captured(x)
 
 
 def test_a_variable_around_a_function_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -715,3 +715,41 @@ def test_a_problem_that_writes_state_is_named() -> None:
     with pytest.raises(MetaplError, match=r"Rising writes state in a step \(step\)"):
         trainer.step(batch, batch)
     assert float(problem.step) == 0.0
+
+
+def test_a_batch_that_is_not_finite_moves_nothing() -> None:
+    """In a later step, whose graph was compared."""
+    torch.manual_seed(0)
+    networks = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
+    outer, inner = (torch.randn(6, 4), torch.arange(6) % 3), torch.randn(6, 4)
+    trainer.step(outer, inner)
+    before = copy.deepcopy([network.state_dict() for network in networks])
+    broken = inner.clone()
+    broken[0, 0] = torch.nan
+    with pytest.raises(MetaplError, match="the step is not finite"):
+        trainer.step(outer, broken)
+    assert trainer.steps_done == 1
+    after = [network.state_dict() for network in networks]
+    assert same(tree_leaves(before), tree_leaves(after))
+    trainer.step(outer, inner)
+    assert trainer.steps_done == 2
+
+
+def test_every_capture_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that comes later has another graph, which the first comparison says nothing of."""
+    refuse_other = compiled.refuse_other
+    comparisons = itertools.count()
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        next(comparisons)
+        refuse_other(*arguments, **options)
+
+    monkeypatch.setattr(compiled, "refuse_other", counted)
+    torch.manual_seed(0)
+    networks = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
+    outer = torch.randn(6, 4), torch.arange(6) % 3
+    for rows in (6, 5, 6, 5):
+        trainer.step(outer, torch.randn(rows, 4))
+    assert next(comparisons) == 2

@@ -367,3 +367,43 @@ def test_an_estimator_draws_by_the_generator_that_is_given() -> None:
     torch.rand(3)
     assert torch.equal(feedback(1), first)
     assert not torch.equal(feedback(2), first)
+
+
+@dataclass(frozen=True)
+class OfOneLoss(Estimator):
+    """h of the size of the loss after the step, without L(θ′) of the path itself."""
+
+    name: ClassVar[str] = "of_one_loss"
+    labels: ClassVar[tuple[Kind, ...]] = ("soft",)
+    is_pure: ClassVar[bool] = True
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        (step,) = path.steps
+        (loss,) = path.outer_losses([step.signal])
+        return [Feedback(loss * torch.ones_like(step.signal.value), "value")], state
+
+
+@dataclass(frozen=True)
+class Broadcast(OfOneLoss):
+    """h for each class, where one for each row and class is expected."""
+
+    def feedback(self, path: StudentPath, state: State) -> tuple[list[Feedback], State]:
+        (of_step,), state = super().feedback(path, state)
+        return [Feedback(of_step.h[0], "value")], state
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_report_has_an_outer_loss_where_one_was_taken(*, compile: bool) -> None:
+    labeled, (u,) = batches(1)
+    taken = trainer_of(LastLayer(), compile=compile).step(labeled, u)
+    assert "outer_loss" in taken.as_dict()
+    not_taken = trainer_of(OfOneLoss(), compile=compile).step(labeled, u)
+    assert "outer_loss" not in not_taken.as_dict()
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_feedback_of_another_shape_is_refused(*, compile: bool) -> None:
+    labeled, (u,) = batches(1)
+    trainer = trainer_of(Broadcast(), compile=compile)
+    with pytest.raises(MetaplError, match=r"h of shape \(\d+,\) on the signal's value"):
+        trainer.step(labeled, u)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import reference
@@ -34,6 +34,7 @@ from metapl.problems import (
     Table,
     WeightNet,
 )
+from metapl.problems.base import has_rows
 
 TABLE = 20
 X = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
@@ -376,3 +377,12 @@ def test_a_teacher_in_half_precision_has_its_feedback_in_float32(name: str) -> N
     half, single = feedback
     assert half.dtype == torch.float32
     assert error(half, single) < 5e-3
+
+
+def test_a_declaration_of_rows_names_fields_of_the_signal() -> None:
+    class Misspelled(metapl.PseudoLabels):
+        signal_has_rows: ClassVar[Any] = {"scales": False}
+
+    signal = Signal({"scale": torch.rand(3), "weight": torch.rand(8)})
+    with pytest.raises(MetaplError, match="signal_has_rows names scales"):
+        has_rows(Misspelled(), signal, 8)
