@@ -65,14 +65,11 @@ class Feedback:
         if self.part is None:
             return self.h.new_zeros(())
         fields = signal.fields()
-        terms = []
-        for name, h in self.by_field().items():
-            if h.ndim > 0 and h.shape != fields[name].shape:
-                raise MetaplError(
-                    f"an estimator returned h of shape {tuple(h.shape)} on the signal's {name}, "
-                    f"whose shape is {tuple(fields[name].shape)}; expected that shape, or a scalar."
-                )
-            terms.append((-h * fields[name]).sum())
+        if any(h.ndim and h.shape != fields[name].shape for name, h in self.by_field().items()):
+            shapes = {name: tuple(h.shape) for name, h in self.by_field().items()}
+            expected = {name: tuple(fields[name].shape) for name in shapes}
+            raise MetaplError(f"an estimator returned h of shapes {shapes}; expected {expected}.")
+        terms = [(-h * fields[name]).sum() for name, h in self.by_field().items()]
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         return total if self.mean_over == 1 else total / self.mean_over
 

@@ -230,8 +230,7 @@ class Path(Drawing):
     def direct_loss(self) -> Tensor:
         """Return L(θ′; φ) with θ′ as a constant, and a graph in what it reads of the teacher, φ.
 
-        It has no graph where it reads nothing. In several processes it is that of this rank's rows,
-        and the mean over the ranks is L.
+        It has no graph where it reads nothing. L is the mean over processes.
 
         Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
         backward pass.

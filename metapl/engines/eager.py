@@ -123,9 +123,7 @@ class EagerEngine:
     def begin(self) -> None:
         """Begin a step at the weights that the module holds now."""
         self.params: Tree = {name: p.detach() for name, p in self.parameters.items()}
-        self.inspects_graph = False
-        self.chooses_order = False
-        self.compares_gradients = False
+        self.inspects_graph = self.chooses_order = self.compares_gradients = False
 
     # ----------------------------------------------------------------------------- inner passes
 

@@ -11,6 +11,7 @@ they were (:class:`Captured`), and captures the function anew where one of them 
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 import types
@@ -81,10 +82,17 @@ def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
     device = examples[0].device
     torch.clear_autocast_cache()
     with no_values(), replayed(RandomState.now(device)), _no_mkldnn(), without_cache_of_casts():
-        # Without values, in which nothing of this call's numbers can be.
-        graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            *map(_example, examples)
-        )
+        # It writes an account of each operation that fails, which the error says too.
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        was_disabled = logger.disabled
+        logger.disabled = True
+        try:
+            # Without values, in which nothing of this call's numbers can be.
+            graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
+                *map(_example, examples)
+            )
+        finally:
+            logger.disabled = was_disabled
     for node in [*graph.graph.nodes]:
         if node.target is torch.ops.aten.view.default:
             # Strides of a mapped tensor may not allow to view.
@@ -197,6 +205,10 @@ def _example(t: Tensor) -> Tensor:
     return like.requires_grad_(t.requires_grad)
 
 
+class NotRecorded(RuntimeError):
+    """A function raises where it is recorded, as it may where tensors have no values."""
+
+
 def asks_for_value(error: BaseException) -> bool:
     """Return whether an error says that a function reads a value while it is recorded."""
     return any(word in f"{type(error).__name__} {error}" for word in _ASKS_FOR_VALUE)
@@ -204,6 +216,8 @@ def asks_for_value(error: BaseException) -> bool:
 
 def why_not_captured(error: BaseException) -> str:
     """Return what an error says about a step that cannot be captured; "" for any other error."""
+    if isinstance(error, NotRecorded) and error.__cause__ is not None:
+        return why_not_captured(error.__cause__) or reason_of(error.__cause__)
     impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
     if impure is not None:
         return impure.what
@@ -606,8 +620,13 @@ class Captured(Generic[Result]):
             return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
         self._say_why(kind)
-        with self.attributes.without_recorded_tensors():
-            graph = graph_of(on_tensors, tensors)
+        try:
+            with self.attributes.without_recorded_tensors():
+                graph = graph_of(on_tensors, tensors)
+        except (MetaplError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise NotRecorded(str(error)) from error
         held = take_constants_as_inputs(graph)
         operations = len(graph.graph.nodes)
         if operations > MANY_OPERATIONS:
@@ -712,8 +731,9 @@ class Capturing:
             return
         # They stay disabled where a transform fails.
         torch._C._autograd._saved_tensors_hooks_enable()
-        if not isinstance(error, MetaplError):
-            explain(error)
+        cause = error.__cause__ if isinstance(error, NotRecorded) else error
+        if cause is not None and not isinstance(cause, MetaplError):
+            explain(cause)
         reason = why_not_captured(error)
         if reason and self.written:
             reason = self.written

@@ -372,10 +372,8 @@ def has_rows(problem: BilevelProblem, signal: Signal, rows: int) -> dict[str, bo
         declared = {field_name(key): has for key, has in declaration.items()}
         unknown = [key for key in declaration if field_name(key) not in fields]
         if unknown:
-            raise MetaplError(
-                f"{kind_of(problem)}.signal_has_rows names {few(unknown)}; expected "
-                f"keys of the signal's value: {few(fields)}."
-            )
+            named = f"{kind_of(problem)}.signal_has_rows names {few(unknown)}"
+            raise MetaplError(f"{named}; expected keys of the signal's value: {few(fields)}.")
     else:
         declared = dict.fromkeys(fields, declaration)
     has_rows_by_field = {}

@@ -176,8 +176,7 @@ class BilevelTrainer(Trainer):
             place, or a cross-entropy), is a bound of 0.1
             (:data:`metapl.core.size.DEFAULT_BOUND`; measured in docs/modes.md); elsewhere it is
             a weight of 1. A bound and a ratio take no pass more than a weight does, and hold one
-            more gradient of the teacher. A compiled step takes one more backward pass of the
-            teacher, unless its losses say ``detaches_signal``.
+            more gradient of the teacher (docs/modes.md has the cost of a compiled step).
         recompute_teacher: run the teacher on the inner batch without a graph first, and once
             more with one at the end: one more teacher forward pass, one graph less in memory.
         generator: for drawing labels; default: the default generator of the device.
@@ -194,16 +193,13 @@ class BilevelTrainer(Trainer):
             batches per step, the student steps on each, and the teacher takes one step on the
             feedback on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes
             a :class:`metapl.Lookahead` of any length.
-        compile: take steps by the pure step (:meth:`functional`), recorded as one graph and
-            compiled by Inductor: a fifth to 0.7 of the time, after 5 seconds to three minutes of
-            compiling for each shape of batches, and again where a number has changed that networks
-            or losses read from their attributes, or as variables of their file. In one process,
-            with SGD, Adam, AdamW or Muon on both levels and at most 3 steps ahead, without
-            ``accumulate``. The first step is compared with an eager one.
-            ``"cudagraphs"``: the pure step by CUDA graphs alone, without a compiler, recorded in
-            the time of three eager steps for each shape of batches, for another copy of all state.
-            What a network or a loss reads elsewhere, as from another library's objects, is a
-            constant of both. A network alone (:meth:`finetune`) is eager with it.
+        compile: take steps by the pure step (:meth:`functional`), recorded as one graph that
+            Inductor compiles in 5 seconds to three minutes for each shape of batches (docs/modes.md
+            says what it holds for). In one process, with SGD, Adam, AdamW or Muon on both levels
+            and at most 3 steps ahead, without ``accumulate``. The first step of each graph is
+            compared with an eager one. ``"cudagraphs"``: by CUDA graphs alone, recorded in the time
+            of three eager steps, for another copy of all state. A network alone
+            (:meth:`finetune`) is eager with it.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at
             the first step and where the networks are changed (their modes, frozen parts, hooks),
             and refuse one that is wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it;

@@ -386,7 +386,7 @@ def test_what_cannot_be_captured_is_refused_at_the_first_step_and_nothing_moves(
     expected: type[Exception] = MetaplError
     if reason == "a reentrant checkpoint":
         case.student.append(Reentrant())
-        # It is torch that refuses it.
+        # It is torch that refuses it, in the eager step.
         expected = RuntimeError
     options: dict[str, Any] = {"mode": "forward", **REFUSED[reason]}
     trainer = metapl.BilevelTrainer(**case.networks(), **options, compile=True)
@@ -753,3 +753,30 @@ def test_every_capture_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (6, 5, 6, 5):
         trainer.step(outer, torch.randn(rows, 4))
     assert next(comparisons) == 2
+
+
+class Sparse(nn.Module):
+    """An embedding whose gradient is sparse, which no recording adds to a dense one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4, sparse=True)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).tanh())
+
+
+def test_what_fails_where_it_is_recorded_is_said_in_one_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(6) % 5
+    student = Sparse()
+    inner = torch.optim.SGD(student.parameters(), lr=0.1)
+    trainer = metapl.BilevelTrainer(
+        nn.Sequential(nn.Embedding(5, 3)), student, "forward", inner_optimizer=inner, compile=True
+    )
+    with pytest.raises(MetaplError, match="cannot take this step: .*; leave compile out"):
+        trainer.step((ids, ids % 3), ids)
+    assert "Traceback" not in capfd.readouterr().err
