@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -148,6 +149,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - bytes_before)
+    # What was left before, and is freed meanwhile, would count against what the call holds.
+    gc.collect()
     # Else the profiler's library writes of its own start and end, past Python, on standard error.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     # Not torch.profiler, which makes a tree of all operations as it ends, or warns in torch 2.11.
