@@ -460,10 +460,9 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     ("backend", "mode", "optimizer", "feature"),
-    [
-        pytest.param("aot_eager", *row, marks=[] if row == QUICK else [pytest.mark.long])
-        for row in (*MIXED, MUON)
-    ]
+    # Dynamo alone tells whether a step is captured whole.
+    [pytest.param("eager", *QUICK)]
+    + [pytest.param("aot_eager", *row, marks=pytest.mark.long) for row in (*MIXED, MUON)]
     + [
         pytest.param("inductor", *row, marks=[needs_compiler, pytest.mark.long])
         for row in (*MIXED[:9], MUON)
