@@ -66,9 +66,8 @@ class Feedback:
             return self.h.new_zeros(())
         fields = signal.fields()
         if any(h.ndim and h.shape != fields[name].shape for name, h in self.by_field().items()):
-            shapes = {name: tuple(h.shape) for name, h in self.by_field().items()}
-            expected = {name: tuple(fields[name].shape) for name in shapes}
-            raise MetaplError(f"an estimator returned h of shapes {shapes}; expected {expected}.")
+            shapes = {name: (h.shape, fields[name].shape) for name, h in self.by_field().items()}
+            raise MetaplError(f"h and the signal differ in shape; expected the same: {shapes}.")
         terms = [(-h * fields[name]).sum() for name, h in self.by_field().items()]
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         return total if self.mean_over == 1 else total / self.mean_over

@@ -53,7 +53,8 @@ class FeedbackSize:
 
         A feedback of zero has λ = 0 by a ratio, and the weight else.
         """
-        norms = own_norm / feedback_norm.clamp_min(torch.finfo(feedback_norm.dtype).tiny)
+        smallest = torch.finfo(feedback_norm.dtype).tiny
+        norms = own_norm / feedback_norm.clamp_min(smallest)
         if self.ratio is not None:
             return torch.where(feedback_norm > 0, self.ratio * norms, 0.0)
         if self.bound is not None:

@@ -261,8 +261,7 @@ class Teaching:
         if parts > 1:
             outer_parts = micro_batches(outer_batch, parts, "outer")
         first_of_last_batch = len(self.passes) - parts
-        last_passes = self.passes[first_of_last_batch:]
-        inner_parts = [teacher_pass.inner_batch for teacher_pass in last_passes]
+        inner_parts = [of_part.inner_batch for of_part in self.passes[first_of_last_batch:]]
         if parts > 1 and compares_parts:
             with rows_shared(self.ranks):
                 refuse_other_than_means(
@@ -270,7 +269,7 @@ class Teaching:
                     losses,
                     outer_parts,
                     inner_parts,
-                    signals=[teacher_pass.signal for teacher_pass in last_passes],
+                    signals=[of_part.signal for of_part in self.passes[first_of_last_batch:]],
                     step=step,
                     ranks=self.ranks,
                     device=self.device,

@@ -465,8 +465,7 @@ def is_of_user(value: Any) -> bool:
     name = getattr(value, "__module__", None) or "builtins"
     package = name.split(".")[0]
     if package in sys.stdlib_module_names or package in ("torch", "metapl"):
-        # A program and its file of tests are called __main__.
-        return package == "__main__"
+        return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     return "site-packages" not in file and "dist-packages" not in file
 

@@ -370,8 +370,7 @@ def has_rows(problem: BilevelProblem, signal: Signal, rows: int) -> dict[str, bo
     declared: dict[str, bool | None]
     if isinstance(declaration, Mapping):
         declared = {field_name(key): has for key, has in declaration.items()}
-        unknown = [key for key in declaration if field_name(key) not in fields]
-        if unknown:
+        if unknown := [key for key in declaration if field_name(key) not in fields]:
             named = f"{kind_of(problem)}.signal_has_rows names {few(unknown)}"
             raise MetaplError(f"{named}; expected keys of the signal's value: {few(fields)}.")
     else:

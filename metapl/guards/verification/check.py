@@ -98,8 +98,9 @@ def check_gradient(
         inner_batches = InnerBatches.of_hypergradient(inner)
         return check_step(request_of(teacher, outer, inner_batches, mode=mode))
     return check_step(
+        # What is no module, and no optimizer, is refused there.
         Request(
-            teacher=teacher,  # type: ignore[arg-type]  # what is no module is refused
+            teacher=teacher,  # type: ignore[arg-type]
             student=student,  # type: ignore[arg-type]
             outer=outer,
             inner=inner,
