@@ -68,6 +68,9 @@ RAW = RESULTS / "cifar_few_labels.jsonl"
 BATCH = 64
 SIDE = 32
 BUDGET = 30_000
+# For few labels, and for as many as usual.
+LONGER_BUDGET = 60_000
+LONGEST_BUDGET = 180_000
 DRAWS = (11, 12, 13)
 MORE_DRAWS = (14, 15, 16)
 UNLABELED = 8_000
@@ -352,7 +355,9 @@ SECOND = ("mpl_alone", "pseudo_labels", "uda", "noisy_student")
 THIRD = ("fixmatch", "mpl_start")
 LAST = ("none_alone", "none_start")
 AS_MANY_STEPS = ("three_rounds", "smaller_labels", "smaller_student")
-FEW_ARMS = ("labels", "none", "mpl", "pseudo_labels", "mpl_outer_4", "mpl_outer_16")
+LARGER_OUTER = ("mpl_outer_4", "mpl_outer_16")
+FEW_ARMS = ("labels", "none", "mpl", "uda")
+LONGEST_ARMS = ("labels", "none", "mpl")
 
 
 def jobs() -> Iterator[Row]:
@@ -373,10 +378,16 @@ def jobs() -> Iterator[Row]:
     for draw in MORE_DRAWS:
         for arm in ("none", "mpl"):
             yield from with_cost({"arm": arm, **usual, "draw": draw})
-    for labels in (250, 1000):
-        for draw in DRAWS:
+    for draw in DRAWS:
+        for arm in LARGER_OUTER:
+            yield from with_cost({"arm": arm, **usual, "draw": draw})
+    for draw in DRAWS:
+        for labels in (1000, 250):
             for arm in FEW_ARMS:
-                yield from with_cost({"arm": arm, **usual, "labels": labels, "draw": draw})
+                few: Row = {"labels": labels, "pictures": LONGER_BUDGET, "is_equal": True}
+                yield from with_cost({"arm": arm, **few, "draw": draw})
+        for arm in LONGEST_ARMS:
+            yield from with_cost({"arm": arm, **usual, "pictures": LONGEST_BUDGET, "draw": draw})
 
 
 def miniature_jobs() -> Iterator[Row]:
@@ -398,8 +409,10 @@ def with_cost(job: Row) -> Iterator[Row]:
 
 
 def selected(rows: list[Row], arm: str, **columns: Any) -> dict[int, Row]:
-    """Return the rows of an arm by draw; without columns those of 4,000 labels and equal work."""
+    """Return the rows of an arm by draw; without columns those of the declared tests."""
     expected = {"labels": 4000, "is_equal": True, **columns}
+    if expected["is_equal"]:
+        expected = {"pictures": BUDGET, **expected}
     return {
         row["draw"]: row for row in rows if row["arm"] == arm and expected.items() <= row.items()
     }
@@ -408,11 +421,13 @@ def selected(rows: list[Row], arm: str, **columns: Any) -> dict[int, Row]:
 def table_of_arms(rows: list[Row]) -> str:
     """Return what each arm reaches, with its work, and its difference to labels alone."""
     lines = []
-    groups = dict.fromkeys((row["labels"], row["is_equal"], row["arm"]) for row in rows)
-    for labels, is_equal, arm in groups:
-        columns = {"labels": labels, "is_equal": is_equal}
-        of_arm = selected(rows, arm, **columns)
-        baseline = selected(rows, "labels", labels=labels)
+    groups = dict.fromkeys(
+        (row["labels"], row["pictures"], row["is_equal"], row["arm"]) for row in rows
+    )
+    for labels, pictures, is_equal, arm in groups:
+        of_arm = selected(rows, arm, labels=labels, pictures=pictures, is_equal=is_equal)
+        same_work = pictures if is_equal else BUDGET
+        baseline = selected(rows, "labels", labels=labels, pictures=same_work)
         if ARMS[arm].network == SMALLER:
             baseline = selected(rows, "smaller_labels", is_equal=False)
         accuracies = [row["test_accuracy"] for row in of_arm.values()]
