@@ -32,7 +32,7 @@ from metapl.functional import capture, cuda_graphs
 
 pytestmark = [pytest.mark.docs, pytest.mark.usefixtures("as_scripts")]
 
-PAGES = [*(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md")]
+PAGES = [*(ROOT / "docs").rglob("*.md"), *RESULTS.glob("*.md")]
 
 
 def test_every_command_is_run_here() -> None:
@@ -85,7 +85,7 @@ def test_the_rows_that_a_page_shows_are_those_of_the_whole_table() -> None:
             found += [dict(zip(head, cells, strict=True)) for cells in body]
         return found
 
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         for name, table in re.findall(r"<!-- rows of (\w+) -->\n((?:\|.*\n)+)", page.read_text()):
             whole = rows_of((RESULTS / f"{name}.md").read_text())
             for row in rows_of(table):

@@ -178,6 +178,28 @@ def test_all_pages_are_in_the_navigation_and_code_is_in_those_that_run() -> None
     } == run
 
 
+STUDY = (
+    "Question",
+    "Arms",
+    "Cost",
+    "Test",
+    "Data",
+    "Result",
+    "What would change our mind",
+    "Command",
+)
+STUDIES = sorted((ROOT / "docs" / "studies").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", STUDIES, ids=[page.stem for page in STUDIES])
+def test_a_study_has_the_form_of_all_studies(page: Path) -> None:
+    """What was asked, by which arms, and what would change our mind; then the command and rows."""
+    text = page.read_text()
+    assert re.findall(r"^\*\*([\w ]+)\.\*\*", text, re.MULTILINE) == [*STUDY]
+    assert re.search(r"benchmarks/results/\w+\.\w+", text)
+    assert len(text.split()) <= 2_500
+
+
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="the docs extra is not installed: make docs")
     command = [
@@ -235,7 +257,7 @@ def test_the_appendix_lists_all_rows_of_older_versions_and_other_pages_name_no_c
     assert older
     assert older <= listed
     assert all((RESULTS / name).is_file() for name in listed)
-    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         if page.name != "evidence.md":
             text = " ".join(page.read_text().split())
             assert not re.findall(

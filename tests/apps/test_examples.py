@@ -303,7 +303,7 @@ def test_the_verdicts_on_two_moons() -> None:
     assert verdict(32, 5, supervised=20) == "not reproduced"
 
 
-def test_the_page_of_the_papers_has_two_moons_as_the_committed_rows_do() -> None:
+def test_the_study_of_two_moons_is_that_of_the_committed_rows() -> None:
     example = runpy.run_path(str(ROOT / "examples" / "two_moons.py"))
     lines = (ROOT / "benchmarks" / "results" / "two_moons_runs.jsonl").read_text().splitlines()
     committed = [json.loads(line) for line in lines]
@@ -313,7 +313,7 @@ def test_the_page_of_the_papers_has_two_moons_as_the_committed_rows_do() -> None
     for arm in arms:
         job = moons.job(arm)
         (rows[arm.name],) = (row for row in committed if job.items() <= row.items())
-    page = (ROOT / "docs" / "papers.md").read_text()
+    page = (ROOT / "docs" / "studies" / "two-moons.md").read_text()
     assert example["table"](rows) in page
     assert f"`{example['verdict'](rows, arms)}`" in " ".join(page.split())
 

@@ -1,4 +1,4 @@
-"""The commands of docs/papers.md as they stand there, on small data called as there, few steps.
+"""The commands of the papers' pages and studies as they stand there, on small data, few steps.
 
 A command is read by its script's own parser as the page has it, and then runs with the words of its
 rule behind it, of which the last value of a flag counts. Commands that read what another one
@@ -51,7 +51,8 @@ from metapl.pictures import FileImages
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "papers.md"
+DOCS = ROOT / "docs"
+PAGES = [DOCS / "papers.md", *sorted((DOCS / "studies").glob("*.md"))]
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -113,7 +114,7 @@ def commands_of(text: str) -> list[str]:
     return [command for command in dict.fromkeys(commands) if command]
 
 
-TEXT = PAGE.read_text()
+TEXT = "\n".join(page.read_text() for page in PAGES)
 CLAIMS = claims_of(TEXT)
 COMMANDS = commands_of(TEXT)
 
