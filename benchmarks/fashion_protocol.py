@@ -1,7 +1,7 @@
 """Five arms of the papers' protocol on Fashion-MNIST, which has the size of CIFAR-10.
 
     python benchmarks/fashion_protocol.py --source /usr/share/datasets/fashion-mnist
-    python benchmarks/fashion_protocol.py --write docs/papers.md    # put the table there
+    python benchmarks/fashion_protocol.py --write benchmarks/results/fashion_protocol.md
     make gpu BENCH_ARGS="--source DIR"    # one seed of WRN-28-2, all arms at once on one card
 
 The rows ``fashion-4k`` and ``fashion-400`` of ``examples/protocols.py``: 4,000 or 400 of 60,000

@@ -1,7 +1,7 @@
 """Does each row of CIFAR-10 and SVHN train, seen small, beside the same without feedback?
 
-    python benchmarks/protocol_rows.py --root /usr/share/datasets/fashion-mnist   # an hour; goes on
-    python benchmarks/protocol_rows.py --write docs/papers.md              # put the table there
+    python benchmarks/protocol_rows.py --root fashion-mnist/   # an hour; goes on
+    python benchmarks/protocol_rows.py --write docs/studies/protocols-small.md
 
 The rows of ``examples/protocols.py`` with a few changes: pictures of 28 pixels, a network of 94,762
 weights with batch norm in the place of WRN-28-2, and batches of 16 and 112; waits, warmups, ramps

@@ -41,10 +41,8 @@ def test_every_command_is_run_here() -> None:
     marked = [
         mark for page in PAGES for mark in re.findall(r"<!-- ([\w-]+):begin -->", page.read_text())
     ]
-    # In tests/apps/test_protocol_examples.py.
-    elsewhere = ["protocol_sources"]
     assert sorted(marked) == sorted(
-        elsewhere + [mark for script in SCRIPTS for mark in MARKS.get(script, [script])]
+        mark for script in SCRIPTS for mark in MARKS.get(script, [script])
     )
 
 

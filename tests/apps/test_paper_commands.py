@@ -52,7 +52,7 @@ pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "papers.md", *sorted((DOCS / "studies").glob("*.md"))]
+PAGES = [DOCS / "papers.md", DOCS / "protocols.md", *sorted((DOCS / "studies").glob("*.md"))]
 
 
 # ----------------------------------------------------------------------------------------- the page
@@ -535,6 +535,7 @@ SCRIPT_RULES: dict[str, Callable[[list[str], int], None]] = {
     "examples/training_accuracy.py": run_training_accuracy,
     "examples/compare_two_networks.py": run_script("examples/compare_two_networks.py", ""),
     "examples/two_moons.py": run_script("examples/two_moons.py", "--seeds 2 --steps 20"),
+    "examples/set_folders.py": run_script("examples/set_folders.py", "--per-class 3"),
     "examples/darts.py": run_script("examples/darts.py", "--steps 2"),
     "examples/tensor_parallel.py": run_tensor_parallel,
     "examples/plan.py": run_script(

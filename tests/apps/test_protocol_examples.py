@@ -317,14 +317,6 @@ def test_every_value_of_a_row_has_a_source() -> None:
         assert {key for key, source in sources.items() if source == "paper"} <= {*algorithm}
 
 
-def test_the_table_of_the_page_is_that_of_the_program() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "papers.md").read_text()
-    table = page.partition("<!-- protocol_sources:begin -->\n")[2].partition(
-        "\n<!-- protocol_sources:end -->"
-    )[0]
-    assert table == protocols.sources_table()
-
-
 def test_the_rows_of_the_paper_are_algorithm_1() -> None:
     rows = {name: c for name, (_, c) in protocols.PROTOCOLS.items() if name.endswith("-paper")}
     assert len(rows) == 5
