@@ -52,7 +52,8 @@ pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [DOCS / "papers.md", DOCS / "protocols.md", *sorted((DOCS / "studies").glob("*.md"))]
+PAPERS = ("papers", "papers-noisy-student", "protocols")
+PAGES = [*(DOCS / f"{name}.md" for name in PAPERS), *sorted((DOCS / "studies").glob("*.md"))]
 
 
 # ----------------------------------------------------------------------------------------- the page
