@@ -3,7 +3,7 @@
     python benchmarks/fashion_feedback.py --source /usr/share/datasets/fashion-mnist
     python benchmarks/fashion_feedback.py --device cuda --parts tuning pilot --seconds 80
     python benchmarks/fashion_feedback.py --device cuda --parts final --seconds 150
-    python benchmarks/fashion_feedback.py --write docs/when.md    # put the tables there
+    python benchmarks/fashion_feedback.py --write benchmarks/results/fashion_feedback.md
 
 A row is the training of one seed of one arm. Each part goes on where it was stopped, and does not
 run a row again that is in the file. ``--seconds`` ends the script; a stack of seeds that has not

@@ -1,7 +1,7 @@
 """How large is the feedback beside the teacher's own gradient, at the weight 1, in each mode?
 
     python benchmarks/feedback_share.py     # minutes of a core; goes on
-    python benchmarks/feedback_share.py --write docs/reproduce.md
+    python benchmarks/feedback_share.py --write docs/studies/reproduce.md
 
 A row is a training of 300 steps at a constant rate of 0.1, SGD with Nesterov momentum 0.9, on 64
 labeled and 128 unlabeled examples a step. In every tenth step the ratio of the norms in the
