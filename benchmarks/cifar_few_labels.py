@@ -1,7 +1,7 @@
 """What do unlabeled pictures add to few labels in minutes of a core, and what does feedback add?
 
     python benchmarks/cifar_few_labels.py --root CIFAR      # two hours of a core; goes on
-    python benchmarks/cifar_few_labels.py --write docs/studies/cifar-few-labels.md
+    python benchmarks/cifar_few_labels.py --write benchmarks/results/cifar_few_labels.md
 
 Each run is the command ``metapl train images`` or ``metapl noisy-student images`` with the flags of
 ARMS, on ``airbench_small`` with its recipe, from pictures of 32 x 32. CIFAR has train/CLASS/*.png
