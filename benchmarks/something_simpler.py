@@ -3,7 +3,7 @@
     python benchmarks/something_simpler.py --cleanlab-python env/bin/python \\
         --cifar10 data/cifar10 --backbone efficientnet-lite0.pth
     python benchmarks/something_simpler.py --cases tables steps      # what needs no files
-    python benchmarks/something_simpler.py --write docs/something-simpler.md
+    python benchmarks/something_simpler.py --write benchmarks/results/something_simpler.md
 
 There are four cases, and a function for each: photographs with few labels, wrong labels, tables,
 and a step that never changes. It goes on with the rows that are there. Arms whose files are not
