@@ -136,6 +136,8 @@ class Engine(Protocol):
         module: the network.
         has_whole_weights: whether this process holds whole weights, which a loss of the problem may
             read.
+        returns_state: whether a step returns the optimizer's next state, and its own step does not
+            make it.
         parameters: the weights that are learned, as the module holds them, by name.
         params: the same without their graph.
         double_backward: whether the gradients of its inner passes stay differentiable in the
@@ -158,6 +160,7 @@ class Engine(Protocol):
     parts: int
     capabilities: frozenset[Capability]
     has_whole_weights: bool
+    returns_state: bool
     has_half_precision: bool
     double_backward: bool
     inspects_graph: bool
@@ -181,6 +184,15 @@ class Engine(Protocol):
         look: GraphLook | None = None,
     ) -> tuple[Tensor, Tree]:
         """Return the outer loss, Σ sum / Σ weight over batches and ranks, and its gradient."""
+
+    def losses(
+        self,
+        points: Sequence[Tree],
+        batches: MicroBatches,
+        judge: WeightedLoss,
+        start: RandomState,
+    ) -> list[Tensor]:
+        """Return the outer loss at several weights, with the same draws."""
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the module's outputs, in float32 or wider."""

@@ -32,7 +32,7 @@ from metapl.updates import Options, Update
 
 if TYPE_CHECKING:
     from metapl.core.draws import Draws
-    from metapl.core.engine import Derivatives, Engine
+    from metapl.core.engine import Derivatives, Engine, MicroBatches, WeightedLoss
 
     # Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
     Keep = Callable[[int, int, Engine], Keeping]
@@ -182,9 +182,14 @@ class Path(Drawing):
 
     @cached_property
     def outer_loss_before(self) -> Tensor:
-        """L(θ), with the dropout masks of L(θ′); one forward pass."""
-        loss, _ = self._outer_loss_at(self.student.params)
-        return loss
+        """L(θ), with the dropout masks of L(θ′); one forward pass, and one of L(θ′)."""
+        points = [self.student.params]
+        if not self.knows_outer_loss:
+            points.append(self.params)
+        before, *after = self._outer_losses_at(points)
+        if after:
+            (vars(self)["outer_loss"],) = after
+        return before
 
     @property
     def knows_outer_loss(self) -> bool:
@@ -203,11 +208,8 @@ class Path(Drawing):
         Cost of each: a forward and a backward pass on the inner batch, a forward pass on the outer.
         """
         (step,) = self.steps
-        losses = []
-        for signal in signals:
-            loss, _ = self._outer_loss_at(step.with_signal(signal.detached()).new_params)
-            losses.append(loss)
-        return torch.stack(losses)
+        points = [step.with_signal(signal.detached()).new_params for signal in signals]
+        return torch.stack(self._outer_losses_at(points))
 
     def outer_gradient(self) -> Tree:
         """Return v = ∇L(θ′).
@@ -264,24 +266,27 @@ class Path(Drawing):
 
         The pass draws from a stream apart from the teacher's.
         """
+        look = self.look
+        return self.student.loss(
+            params,
+            *self._outer_pass(),
+            gradient=gradient,
+            look=None if look is None else look.at_outer_loss,
+        )
+
+    def _outer_losses_at(self, points: Sequence[Tree]) -> list[Tensor]:
+        """Return the outer loss of the path at several weights, with the same draws."""
+        return self.student.losses(points, *self._outer_pass())
+
+    def _outer_pass(self) -> tuple[MicroBatches, WeightedLoss, RandomState]:
+        """Return the inputs and batches of the outer loss, the loss, and where its draws begin."""
         problem = self.problem
-        last_step = self.steps[-1]
-        inputs_and_batches = [
-            (problem.outer_input(batch), batch) for batch in self.outer_micro_batches
-        ]
+        batches = [(problem.outer_input(batch), batch) for batch in self.outer_micro_batches]
 
         def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
             return sum_and_weight(problem.outer_loss(outputs, batch))
 
-        look = self.look
-        return self.student.loss(
-            params,
-            inputs_and_batches,
-            judge,
-            last_step.descent.random_state_after.branch(),
-            gradient=gradient,
-            look=None if look is None else look.at_outer_loss,
-        )
+        return batches, judge, self.steps[-1].descent.random_state_after.branch()
 
     # ------------------------------------------------------------------------------- the adjoint
 
@@ -646,7 +651,7 @@ class _Walk:
             update=self.updates[number] if self.updates else self.path.update,
             descent=self.student.descend(self.params, self._lesson(number, inner_batch)),
             state=self.state,
-            by_optimizer=not self.is_alone_step,
+            by_optimizer=not self.is_alone_step or self.student.returns_state,
             digest=digest(inner_batch) if self.inner_batches.are_read_again else None,
             order=self.path.order,
         )

@@ -81,6 +81,7 @@ class Teaching:
         recompute: make signals without a graph first, and once more with one at the end.
         slots: the network's tables, where they have been read in this step already.
         calls: watches the problem's ``signal``, in a first step; None in later ones.
+        noises: of labels that are drawn, one for each pass, in the place of a generator.
     """
 
     def __init__(
@@ -97,11 +98,13 @@ class Teaching:
         recompute: bool,
         slots: Slots | None = None,
         calls: CallsOfSignal | None = None,
+        noises: Sequence[Any] = (),
     ) -> None:
         self.layout = layout
         self.problem = problem
         self.check = check
         self.generator = generator
+        self._noises = iter(noises)
         self.ranks = ranks
         self.device = device
         self.passes_per_batch = 1 if problem.signal_of_batch else accumulate
@@ -117,6 +120,8 @@ class Teaching:
             self.parameters = layout.parameters()
         self.passes: list[TeacherPass] = []
         self.calls = calls
+        # The teacher's own loss and its scalars, where they are taken before the feedback.
+        self._own: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
@@ -165,7 +170,8 @@ class Teaching:
 
     def _ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
-            signal = self.problem.signal(self.network, batch, outputs, generator=self.generator)
+            generator = next(self._noises, self.generator)
+            signal = self.problem.signal(self.network, batch, outputs, generator=generator)
         if self.check is not None:
             self.check(signal)
         return signal
@@ -223,7 +229,7 @@ class Teaching:
         losses: Sequence[TeacherLoss],
         *,
         outer_batch: Batch,
-        step: int,
+        step: int | Tensor,
         size: FeedbackSize,
         has_feedback: bool = True,
         measure: bool = False,
@@ -297,7 +303,7 @@ class Teaching:
             own_loss = None
             if i >= first_of_last_batch:
                 part = i - first_of_last_batch
-                own_loss, scalars_of_part = self._own_loss(
+                own_loss, scalars_of_part = self._own or self._own_loss(
                     losses,
                     outer_batch=outer_parts[part],
                     inner_batch=teacher_pass.inner_batch,
@@ -386,6 +392,24 @@ class Teaching:
             "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
         }
 
+    def take_own_loss(
+        self, losses: Sequence[TeacherLoss], *, outer_batch: Batch, step: int | Tensor
+    ) -> None:
+        """Take the sum of the teacher's own losses now, for :meth:`backward`.
+
+        For the arguments see there. It has one pass for each inner batch.
+        """
+        if self.layout is not None:
+            last_pass = self.passes[-1]
+            self._own = self._own_loss(
+                losses,
+                outer_batch=outer_batch,
+                inner_batch=last_pass.inner_batch,
+                signal=last_pass.signal,
+                step=step,
+                shares={},
+            )
+
     def _own_loss(
         self,
         losses: Sequence[TeacherLoss],
@@ -393,7 +417,7 @@ class Teaching:
         outer_batch: Batch,
         inner_batch: Batch,
         signal: Signal,
-        step: int,
+        step: int | Tensor,
         shares: Shares,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the teacher's own losses on a micro-batch, and its report's scalars."""

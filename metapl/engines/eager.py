@@ -78,6 +78,8 @@ class EagerEngine:
         descent_type: the class of its passes.
         has_whole_weights: whether this process holds whole weights, which a loss of the problem may
             read.
+        returns_state: whether a step returns the optimizer's next state, and its own step does not
+            make it.
         parameters: the weights that are learned, as the module holds them, by name.
         params: the same without their graph.
         dtypes: the types of these weights.
@@ -91,6 +93,7 @@ class EagerEngine:
 
     descent_type: type[EagerDescent]
     has_whole_weights = True
+    returns_state = False
 
     def __init__(
         self,
@@ -212,6 +215,19 @@ class EagerEngine:
                 "outputs."
             )
         return mean, _gradient_of_mean(gradients, weight, leaves=leaves)
+
+    def losses(
+        self,
+        points: Sequence[Tree],
+        batches: MicroBatches,
+        judge: WeightedLoss,
+        start: RandomState,
+    ) -> list[Tensor]:
+        """Return the outer loss at several weights, with the same draws.
+
+        For the arguments see :meth:`loss`.
+        """
+        return [self.loss(params, batches, judge, start)[0] for params in points]
 
     def _judged(self, judge: WeightedLoss, inputs: Inputs, batch: Batch) -> Tensor:
         value, _ = judge(self.forward(inputs), batch)
@@ -376,7 +392,7 @@ class EagerDescent:
         self.signal_input: SignalInput | None = None
         if signal is not None and enters_input(lesson.problem):
             self.signal_input = SignalInput(
-                lesson.problem, lesson.batch, signal, in_graph=student.double_backward
+                lesson.problem, lesson.batch, signal, in_graph=lesson.graph == "path"
             )
             self.inputs: Inputs = self.signal_input.inputs
         else:

@@ -54,6 +54,11 @@ _interpreters = torch._C._functorch.peek_interpreter_stack
 _has_values: ContextVar[bool] = ContextVar("has_values", default=True)
 
 
+def has_values() -> bool:
+    """Return whether values of tensors can be read here, as they cannot where none are there."""
+    return _has_values.get()
+
+
 def transformed() -> bool:
     """Return whether this runs inside a transform of ``torch.func``, or is compiled or recorded.
 
@@ -84,8 +89,8 @@ deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
 
 def waits(t: Tensor) -> bool:
-    """Return whether the host would have to wait for the values of a tensor."""
-    return t.device.type != "cpu"
+    """Return whether the host would have to wait for the values of a tensor, or has none."""
+    return t.device.type != "cpu" or not _has_values.get()
 
 
 def refuse(bad: Tensor, text: str) -> None:
@@ -93,12 +98,10 @@ def refuse(bad: Tensor, text: str) -> None:
 
     Now, or on a device when the next report is read.
     """
-    if transformed():
-        return
     fault = deferred.get()
     if fault is not None and waits(bad):
         fault.findings.append((bad, text))
-    elif bool(bad):
+    elif not transformed() and bool(bad):
         raise MetaplError(text)
 
 

@@ -67,6 +67,8 @@ class RandomState(NamedTuple):
         Args:
             generator: that of labels.
         """
+        if not checks.has_values():
+            return OneStream(device, torch.empty(0))
         accelerator = None
         if device.type != "cpu":
             accelerator = torch.get_device_module(device).get_rng_state(device)
@@ -116,6 +118,24 @@ class RandomState(NamedTuple):
         )
         # The states are on the host, also those of a device's generator.
         return all(numpy.array_equal(a, b) for a, b in pairs if a is not None and b is not None)
+
+
+class OneStream(RandomState):
+    """A state of generators that no pass restores, since no graph of operations can.
+
+    So all passes draw from one stream, one after the other.
+    """
+
+    def restore(self) -> None:
+        """Do nothing."""
+
+    def branch(self) -> RandomState:
+        """Return the same stream."""
+        return self
+
+    def equals(self, other: RandomState) -> bool:
+        """Return True: what has been drawn is not known."""
+        return True
 
 
 # Where nothing draws, every step begins in the same state, and branches to the same stream.

@@ -18,7 +18,7 @@ import types
 import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from operator import is_
@@ -49,6 +49,12 @@ MANY_OPERATIONS = 5_000
 
 # What stands in a graph for tensors that were no arguments.
 CONSTANTS = ("_tensor_constant", "_param_constant")
+
+# Fused operations on lists of tensors, with those on a tensor.
+UNFUSED: dict[Any, Any] = {
+    torch.ops.aten._foreach_norm.Scalar: torch.ops.aten.linalg_vector_norm.default,
+    torch.ops.aten._foreach_mul.List: torch.ops.aten.mul.Tensor,
+}
 
 # What PyTorch says where a function asks for a value while it is recorded.
 _ASKS_FOR_VALUE = (
@@ -81,7 +87,13 @@ def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
     """
     device = examples[0].device
     torch.clear_autocast_cache()
-    with no_values(), replayed(RandomState.now(device)), _no_mkldnn(), without_cache_of_casts():
+    with (
+        no_transform(),
+        replayed(RandomState.now(device)),
+        no_values(),
+        _no_mkldnn(),
+        without_cache_of_casts(),
+    ):
         # It writes an account of each operation that fails, which the error says too.
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         was_disabled = logger.disabled
@@ -101,8 +113,22 @@ def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
             # A replay has no graph that they could leave.
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target in UNFUSED:
+            _unfuse(graph, node)
     graph.recompile()
     return graph
+
+
+def _unfuse(graph: GraphModule, node: torch.fx.Node) -> None:
+    """Take a fused operation on lists of tensors tensor by tensor, as vmap has rules for."""
+    for user in [*node.users]:
+        _, index = user.args
+        with graph.graph.inserting_before(user):
+            arguments = [part[index] if isinstance(part, list) else part for part in node.args]
+            one = graph.graph.call_function(UNFUSED[node.target], tuple(arguments))
+        user.replace_all_uses_with(one)
+        graph.graph.erase_node(user)
+    graph.graph.erase_node(node)
 
 
 def take_each_result_once(graph: GraphModule) -> list[int]:
@@ -237,6 +263,74 @@ def why_not_captured(error: BaseException) -> str:
     return ""
 
 
+# ------------------------------------------------------------------------------------- transforms
+
+
+def is_transformed() -> bool:
+    """Return whether this runs inside a transform of ``torch.func``."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def no_transform() -> AbstractContextManager[Any]:
+    """Leave all transforms of ``torch.func`` in a block."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+def refuse_derivative() -> None:
+    """Refuse transforms other than ``torch.func.vmap``."""
+    from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
+
+    for interpreter in retrieve_all_functorch_interpreters():
+        if interpreter.key() != torch._C._functorch.TransformType.Vmap:
+            raise MetaplError(
+                "torch.func differentiates a step, which was recorded and has no derivative; "
+                "expected metapl.hypergradient, with wrt= for the start and the rates."
+            )
+
+
+def first_of_mapped(t: Tensor) -> Tensor:
+    """Return the first of the tensors that a mapped one stands for; any other as it is."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        dimension = functorch.maybe_get_bdim(t)
+        t = functorch.get_unwrapped(t)
+        if dimension >= 0:
+            t = t.select(dimension, 0)
+    return t
+
+
+# Two results that differ by less than this many roundings, relative to their size, are equal: a
+# replay has the function's own bits, but for kernels that do not repeat theirs.
+ROUNDINGS = 1e3
+
+
+def is_equal(found: Any, wanted: Any, *, factor: float = 1.0) -> bool:
+    """Return whether two results are equal, to the rounding of a sum where they are tensors.
+
+    Args:
+        factor: how many times as much rounding is allowed.
+    """
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return bool(found == wanted)
+    wanted = wanted.detach()
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if torch.equal(found, wanted):
+        return True
+    if not wanted.is_floating_point():
+        return False
+    limit = ROUNDINGS * torch.finfo(wanted.dtype).eps * factor
+    return torch.allclose(found, wanted, rtol=limit, atol=limit * size_of(wanted), equal_nan=True)
+
+
+def size_of(t: Tensor) -> float:
+    """Return the largest size among the finite entries of a tensor."""
+    size = float(t.abs().nan_to_num().max()) if t.numel() else 0.0
+    return size if size < float("inf") else 1.0
+
+
 # ------------------------------------------------------------------------ what a graph is made for
 
 
@@ -347,6 +441,12 @@ class Attributes:
         values += [getattr(owner, name, None) for owner, name in self._slots]
         values += [array.tobytes() for array in self._arrays]
         return [*values, *chain.from_iterable(self._collections)]
+
+    def named_values(self) -> list[tuple[str, Any]]:
+        """Return the values of attributes and entries of dicts and lists, as they are now."""
+        values = self.values()
+        names = [str(name) for _, name in self._places]
+        return [*zip(names + ["an entry"] * (len(values) - len(names)), values, strict=True)]
 
     def difference_from(self, values: list[Any]) -> str:
         """Return which value is another one than among these, in words."""
@@ -567,13 +667,20 @@ class Captured(Generic[Result]):
 
     Args:
         sources: objects whose attributes the function reads.
+        is_compiled: whether Inductor compiles the graphs.
     """
 
     def __init__(
-        self, function: Callable[..., Result], device: torch.device, sources: Sequence[Any] = ()
+        self,
+        function: Callable[..., Result],
+        device: torch.device,
+        sources: Sequence[Any] = (),
+        *,
+        is_compiled: bool = True,
     ) -> None:
         self.function = function
         self.device = device
+        self.is_compiled = is_compiled
         self.attributes = Attributes(sources)
         # The latest last.
         self.kept: list[Capture] = []
@@ -583,6 +690,46 @@ class Captured(Generic[Result]):
         capture, tensors = self.run(*arguments)
         result: Result = capture.nested(tensors)
         return result
+
+    def mapped(self, *arguments: Any) -> Result:
+        """Return the results under ``torch.func.vmap``.
+
+        A graph that is new is compared with the function, on the first of what is mapped.
+
+        Raises: :class:`metapl.MetaplError` under another transform, for a graph has no derivative.
+        """
+        refuse_derivative()
+        captures = self.captures
+        try:
+            with torch.no_grad():
+                capture, tensors = self.run(*arguments)
+        except NotRecorded as error:
+            reason = why_not_captured(error) or reason_of(error)
+            raise MetaplError(
+                f"torch.func.vmap cannot map this step: {reason}; expected a loop over the states."
+            ) from error
+        if self.captures > captures:
+            with no_transform():
+                self._compare(capture, pytree.tree_map_only(Tensor, first_of_mapped, arguments))
+        result: Result = capture.nested(tensors)
+        return result
+
+    def _compare(self, capture: Capture, arguments: Any) -> None:
+        """Refuse a graph that returns something else than the function."""
+        tensors: list[Tensor] = []
+        take_apart(arguments, tensors, [])
+        with replayed(RandomState.now(self.device)):
+            wanted = pytree.tree_leaves(self.function(*arguments))
+        with replayed(RandomState.now(self.device)), torch.no_grad():
+            found = pytree.tree_leaves(capture.nested(capture.run(tensors)))
+        for one, two in zip(found, wanted, strict=True):
+            if isinstance(one, Tensor) and not is_equal(one, two):
+                self.kept.remove(capture)
+                raise MetaplError(
+                    "the step comes out otherwise when it is recorded, as torch.func.vmap needs "
+                    "it; expected a function of its arguments and of torch's default generators, "
+                    "without NumPy's, and without numbers that it keeps; or a loop over the states."
+                )
 
     def run(self, *arguments: Any) -> tuple[Capture, Sequence[Any]]:
         """Return the tensors of the results, and the graph that they are of."""
@@ -631,7 +778,9 @@ class Captured(Generic[Result]):
         if operations > MANY_OPERATIONS:
             warn_of_many_operations(operations, self.device)
         places = take_each_result_once(graph)
-        compiled = compiled_graph(graph, [*tensors, *held])
+        compiled: Callable[..., Sequence[Any]] = graph
+        if self.is_compiled:
+            compiled = compiled_graph(graph, [*tensors, *held])
         # Other objects may be in the places of those that were looked into, and a pass may have put
         # a tensor into an attribute. No pass runs in a replay.
         self.attributes.read_again()
@@ -709,13 +858,7 @@ class Capturing:
     """A block that names what cannot be captured by a graph that is called there.
 
     Every step enters such a block, so this is a class: a generator would take longer.
-
-    Args:
-        written: what the problem writes in a step, in words; "" where it is not known to write.
     """
-
-    def __init__(self, written: str = "") -> None:
-        self.written = written
 
     def __enter__(self) -> None:
         pass
@@ -734,8 +877,6 @@ class Capturing:
         if cause is not None and not isinstance(cause, MetaplError):
             explain(cause)
         reason = why_not_captured(error)
-        if reason and self.written:
-            reason = self.written
         if reason:
             raise MetaplError(
                 f"compile=True cannot take this step: {reason}; leave compile out."

@@ -37,10 +37,8 @@ from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real, no_fast_path
 from metapl.execution.state import (
     RandomState,
-    Slots,
     all_with_contents_of,
     branching_to,
-    replay,
     trainable,
 )
 from metapl.feedback.report import StepReport
@@ -61,7 +59,7 @@ from metapl.functional.state import (
     unclipped,
     with_fields,
 )
-from metapl.functional.step import Step, make_step
+from metapl.functional.step import StateStep, Step, StepRules
 from metapl.problems.base import Signal, enters_input, gumbel, kind_of
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
@@ -95,13 +93,8 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(
-    trainer: TwoLevelTrainer, steps: int, updates: Updates, *, replays_tangent: bool = False
-) -> Step:
-    """Return the pure step of a trainer that looks so many steps ahead.
-
-    Args:
-        replays_tangent: see :class:`metapl.functional.call.StepRules`.
+def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+    """Return the step of a trainer that looks so many steps ahead, as a function of tensors.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
     """
@@ -118,18 +111,24 @@ def step_of(
     if trainer.precision != "float32":
         # Without the cache, which would keep casts of tensors inside a transform.
         autocast = partial(torch.autocast, trainer.device.type, torch.bfloat16, cache_enabled=False)
-    return make_step(
-        trainer.teacher,
-        trainer.student,
-        trainer.problem,
-        trainer.mode,
-        *updates,
-        [constants_of(inner), rounded_options(constants_of(unclipped(updates.outer)))],
-        losses_for,
-        steps=steps,
-        feedback_size=trainer.feedback_size,
-        autocast=autocast,
-        replays_tangent=replays_tangent,
+    return StateStep(
+        StepRules(
+            teacher=trainer.teacher_layout,
+            student=trainer.layout,
+            problem=trainer.problem,
+            mode=trainer.mode,
+            inner_update=updates.inner,
+            outer_update=updates.outer,
+            inner_constants=constants_of(inner),
+            outer_constants=rounded_options(constants_of(unclipped(updates.outer))),
+            losses_for=losses_for,
+            steps=steps,
+            feedback_size=trainer.feedback_size,
+            has_direct_term=trainer.direct_term == "included",
+            device=trainer.device,
+            autocast=autocast,
+        ),
+        sources_of(trainer),
     )
 
 
@@ -185,17 +184,7 @@ def functional(trainer: TwoLevelTrainer) -> tuple[Step, State]:
     """Return the pure step of a trainer, and a copy of its state."""
     updates = updates_of(trainer)
     step = step_of(trainer, trainer.lookahead, updates)
-    give_own_code(step)
     return step, pytree.tree_map_only(Tensor, Tensor.clone, state_of(trainer, updates))
-
-
-def give_own_code(function: Callable[..., object]) -> None:
-    """Give a function a code object that no other function has.
-
-    Dynamo counts graphs by code object, up to a limit, and all functions that one ``def`` makes
-    share theirs.
-    """
-    function.__code__ = function.__code__.replace()
 
 
 class Moved(NamedTuple):
@@ -684,8 +673,8 @@ class CompiledStep:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
-            written = "" if eager is None else eager.written
-            with torch.no_grad(), switches, Capturing(written):
+            refuse_written(eager)
+            with torch.no_grad(), switches, Capturing():
                 captures_before = compiled.captures()
                 moved = compiled.run(live, outer_batch, inner, noise)
                 if eager is None and compiled.captures() > captures_before:
@@ -693,6 +682,7 @@ class CompiledStep:
                     end = RandomState.now(trainer.device, trainer.generator)
                     start.restore()
                     eager = eager_step(trainer, outer_batch, inner_batches)
+                    refuse_written(eager)
                     end.restore()
                 step_report = step_report_of(compiled, trainer, moved.report, inner_batches)
                 if eager is not None:
@@ -787,13 +777,7 @@ def compile_step(
     step = step_of(trainer, steps, updates)
     run: Callable[..., Moved]
     if trainer.compile == "cudagraphs":
-        by_graphs = StepByGraphs(
-            step,
-            trainer.device,
-            sources_of(trainer),
-            step_with_replay=step_of(trainer, steps, updates, replays_tangent=True),
-            student_draws=partial(student_draws, trainer.student, trainer.problem, steps),
-        )
+        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
         run = partial(moved_by_graphs, by_graphs)
         captures = partial(getattr, by_graphs, "recordings_made")
     else:
@@ -807,28 +791,6 @@ def compile_step(
         captures=captures,
         direct_term=trainer.direct_term,
     )
-
-
-def student_draws(student: nn.Module, problem: Any, steps: int, inner: Any) -> bool:
-    """Return whether a pass of the student draws random numbers; nothing moves.
-
-    Args:
-        inner: the inner batch as a pure step takes it, a tuple of several for several steps.
-    """
-    if enters_input(problem):
-        # There ż is not asked for.
-        return True
-    device = next(student.parameters()).device
-    batch = inner[0] if steps > 1 else inner
-    start = RandomState.now(device)
-    try:
-        with torch.no_grad(), replay(start, Slots(student)):
-            student(problem.student_input(batch))
-            end = RandomState.now(device)
-    except RuntimeError:
-        # A pass that needs a graph, for one. What is wrong with it is said where it is recorded.
-        return True
-    return not end.equals(start)
 
 
 def sources_of(trainer: TwoLevelTrainer) -> list[object]:
@@ -969,6 +931,14 @@ def refuse_draws_of_problem(
             f"compile= was given with generator=, from which {kind_of(trainer.problem)} draws a "
             "signal without probs, as no graph does; expected compile=False, or no generator= and "
             "torch.manual_seed."
+        )
+
+
+def refuse_written(eager: Outcome | None) -> None:
+    """Refuse a problem that writes its own state in an eager step."""
+    if eager is not None and eager.written:
+        raise MetaplError(
+            f"compile=True cannot take this step: {eager.written}; leave compile out."
         )
 
 

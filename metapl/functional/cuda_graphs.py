@@ -26,7 +26,6 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -34,10 +33,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.checks import described
-from metapl.execution.numerics import no_fast_path
 from metapl.execution.state import RandomState
 from metapl.functional.capture import (
     Attributes,
@@ -171,31 +168,15 @@ class StepByGraphs:
     Args:
         step: the pure step.
         sources: objects whose attributes the step reads: modules, the problem, losses and the mode.
-        step_with_replay: the same step, whose ż is found by a second pass of the student in forward
-            mode, which is quicker without a compiler.
-        student_draws: whether a pass of the student on an inner batch draws random numbers. The
-            second pass would have other ones.
     """
 
-    def __init__(
-        self,
-        step: Step,
-        device: torch.device,
-        sources: Sequence[Any],
-        *,
-        step_with_replay: Step,
-        student_draws: Callable[[Any], bool],
-    ) -> None:
+    def __init__(self, step: Step, device: torch.device, sources: Sequence[Any]) -> None:
         self.step = step
-        self.step_with_replay = step_with_replay
-        self.student_draws = student_draws
         self.device = device
         self.attributes = Attributes(sources)
         # The latest last.
         self.recorded: list[RecordedStep] = []
         self.recordings_made = 0
-        # Of each recording, whether the student runs a second time in it.
-        self.replayed_tangents: list[bool] = []
         self._pool: Any = None
 
     def __call__(self, state: State, outer: Batch, inner: Batch, noise: Any = None) -> Results:
@@ -258,15 +239,15 @@ class StepByGraphs:
             step=static.step,
         )
 
-        def run(step: Step) -> Results:
-            with checks.no_values(), without_cache_of_casts(), no_fast_path():
-                return step(graph_state, static.outer_batch, static.inner_batch, static.noise)
+        def run() -> Results:
+            with without_cache_of_casts():
+                return self.step(graph_state, static.outer_batch, static.inner_batch, static.noise)
 
         if self._pool is None and self.device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         start = RandomState.now(self.device)
         try:
-            recording = self._record_quicker_step(run, varying.inner_batch)
+            recording = RECORDERS[self.device.type](run, self.device, self._pool)
             refuse_draws_of_the_host(start, RandomState.now(self.device))
         except torch.OutOfMemoryError:
             raise
@@ -292,25 +273,6 @@ class StepByGraphs:
         del self.recorded[:-MOST_RECORDINGS]
         self.recordings_made += 1
         return recorded
-
-    def _record_quicker_step(self, run: Callable[[Step], Results], inner: Batch) -> Recording:
-        """Record the step with a second pass of the student, if there may be one; else without."""
-        record = RECORDERS[self.device.type]
-        if not self.student_draws(inner):
-            try:
-                recording = record(partial(run, self.step_with_replay), self.device, self._pool)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError:
-                # An operation of the student may have no forward mode, or, within another
-                # transform, none in a region of autocast. Any other error comes again below.
-                pass
-            else:
-                self.replayed_tangents.append(True)
-                return recording
-        recording = record(partial(run, self.step), self.device, self._pool)
-        self.replayed_tangents.append(False)
-        return recording
 
     def _warn_of_many(self) -> None:
         """Warn once of steps that are recorded again and again."""

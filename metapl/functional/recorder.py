@@ -17,7 +17,6 @@ import inspect
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -37,14 +36,12 @@ from metapl.functional.capture import (
     compiled_graph,
     constants_in,
     graph_of,
+    is_equal,
+    is_transformed,
 )
 
 # After so many calls the numbers that modules hold are looked at in one call of so many.
 MANY_CALLS = 100
-
-# Two results that differ by less than this many roundings, relative to their size, are equal: a
-# replay has the function's own bits, but for kernels that do not repeat theirs.
-ROUNDINGS = 1e3
 
 _TEXT_OF_DERIVATIVE = (
     "the derivative of a recorded function was asked for, and a recording has none; expected the "
@@ -176,7 +173,7 @@ class Recorded:
                 recording = None
         if recording is None:
             recording = self._record(key, leaves, structure)
-        if key in self._uncompared and not _is_transformed():
+        if key in self._uncompared and not is_transformed():
             self._compare(recording, leaves, structure)
             self._uncompared.discard(key)
         tensors = [leaves[place] for place in recording.places]
@@ -221,13 +218,12 @@ class Recorded:
         places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         if not places:
             raise MetaplError(f"{_name(self.function)} was given no tensor; expected one at least.")
-        with _no_transform():
-            recording = self._recorded(leaves, structure, places)
+        recording = self._recorded(leaves, structure, places)
         self._kept.pop(key, None)
         while len(self._kept) >= MOST_KEPT:
             del self._kept[next(iter(self._kept))]
         self._uncompared &= {*self._kept}
-        if _is_transformed():
+        if is_transformed():
             self._uncompared.add(key)
         else:
             self._compare(recording, leaves, structure)
@@ -319,7 +315,7 @@ class Recorded:
                 f"({structure_found}) than by itself ({structure_wanted}); expected the same."
             )
         for one, two in zip(found, wanted, strict=True):
-            if not _is_equal(one, two, compiled=self.compile):
+            if not is_equal(one, two, factor=100 if self.compile else 1):
                 raise MetaplError(
                     f"{_name(self.function)} returns {_beside(two, one)} by itself and recorded, "
                     "on the same draws; expected a function of its arguments and of torch's "
@@ -368,17 +364,6 @@ _REQUIRES_GRAD = attrgetter("requires_grad")
 def _without_autocast(run: Callable[..., Any], device_type: str, *tensors: Tensor) -> Any:
     with torch.autocast(device_type, enabled=False):
         return run(*tensors)
-
-
-def _is_transformed() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def _no_transform() -> AbstractContextManager[Any]:
-    """Leave all transforms of ``torch.func`` in a block."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    return temporarily_clear_interpreter_stack()
 
 
 def _kind_of(t: Tensor) -> tuple[Any, ...]:
@@ -478,26 +463,6 @@ def _tensors_of(function: Any) -> Iterator[tuple[str, Tensor]]:
             elif isinstance(leaf, nn.Module):
                 for place, t in leaf.state_dict(keep_vars=True).items():
                     yield f"{name}.{place}".removeprefix("."), t
-
-
-def _is_equal(found: Any, wanted: Any, *, compiled: bool) -> bool:
-    """Return whether two results are equal, to the rounding of a sum where they are tensors."""
-    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
-        return bool(found == wanted)
-    wanted = wanted.detach()
-    if found.shape != wanted.shape or found.dtype != wanted.dtype:
-        return False
-    if torch.equal(found, wanted):
-        return True
-    if not wanted.is_floating_point():
-        return False
-    limit = ROUNDINGS * torch.finfo(wanted.dtype).eps * (100 if compiled else 1)
-    return torch.allclose(found, wanted, rtol=limit, atol=limit * _size(wanted), equal_nan=True)
-
-
-def _size(t: Tensor) -> float:
-    size = float(t.abs().nan_to_num().max()) if t.numel() else 0.0
-    return size if size < float("inf") else 1.0
 
 
 def _beside(wanted: Any, found: Any) -> str:

@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import logits
+from metapl.execution.masks import EagerMasks
 from metapl.execution.numerics import Space, Tree, as_real, asks_for_gradient, wide
 from metapl.execution.state import named_parts
 from metapl.execution.weight_norm import by_formulas, formulas_of
@@ -281,42 +279,6 @@ def rounded_steps(
     return taken, optimizer_state, gap / length.clamp_min(smallest)
 
 
-@cache
-def draws_in_memory_order() -> bool:
-    """Return whether PyTorch draws a transposed tensor in the order of its memory.
-
-    With MKL it does not.
-    """
-    drawn = []
-    for t in (torch.empty(8, 8), torch.empty(8, 8).t()):
-        drawn.append(t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)))
-    return torch.equal(drawn[0], drawn[1].t())
-
-
-class EagerMasks(TorchFunctionMode):
-    """Dropout with the masks that it has without a transform.
-
-    Within a transform PyTorch draws the mask of a transposed tensor by its dimensions, and without
-    one, on some builds, in the order of the tensor's memory.
-
-    Args:
-        in_memory_order: whether this build does (:func:`draws_in_memory_order`).
-    """
-
-    def __init__(self, *, in_memory_order: bool) -> None:
-        super().__init__()
-        self.in_memory_order = in_memory_order
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        options = kwargs or {}
-        if func is not F.dropout or not self.in_memory_order or args[0].device.type != "cpu":
-            return func(*args, **options)
-        x, *others = args
-        order = sorted(range(x.dim()), key=x.stride, reverse=True)
-        masked = func(x.permute(order), *others, **options)
-        return masked.permute([order.index(i) for i in range(x.dim())])
-
-
 class ImpureError(MetaplError):
     """A pass of a network has no pure form.
 
@@ -390,7 +352,6 @@ class Function:
     def __init__(self, module: nn.Module | None, role: str = "student") -> None:
         self.module: Any = module
         self.role = role
-        self.in_memory_order = draws_in_memory_order()
         # The first name of the tensor in each place, which has the place's name as its key. Tensors
         # are compared here, for within a graph or a transform none has an identity.
         self.first_names: dict[str, str] = {}
@@ -428,7 +389,7 @@ class Function:
                 for name in [*table]:
                     if table[name] is not None:
                         table[name] = tensors[self.first_names[prefix + name]]
-            with EagerMasks(in_memory_order=self.in_memory_order), by_formulas(self.formulas):
+            with EagerMasks(), by_formulas(self.formulas):
                 answer = ask(self.module)
             left: dict[str, Any] = {}
             for prefix, table in tables:

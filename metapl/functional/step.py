@@ -1,283 +1,338 @@
-r"""One step of Algorithm 1 as one pure function, in every mode but ``implicit``:
+"""A trainer's step as a function of tensors:
 
     state, report = step(state, outer, inner, noise=None)
 
 Nothing is hidden: weights, buffers, optimizers, their settings and the step's number go in and come
 out, labels are drawn by the noise that is given, and only dropout draws from torch's default
-generator. So ``torch.compile`` takes the step whole, ``torch.func.vmap`` takes many states at once,
-and it can be read from top to bottom.
-
-The mathematics is that of :mod:`metapl.feedback.forward`. With z = S(x_u; θ) and its pullback c ↦
-(∂z/∂θ)ᵀ c,
-
-- g = (∂z/∂θ)ᵀ ∂ℓ/∂z, θ′ = U(θ, g), v = ∇L(θ′), w = (∂U/∂g)ᵀ v;
-- ż = (∂z/∂θ) w is the *transpose of the pullback*, which is linear in c: its own pullback along w.
-  So the student runs once, and ż has the dropout masks and the batch statistics of that one pass.
-  Of a student that draws nothing, ``compile="cudagraphs"`` takes ż by a second pass in forward
-  mode, which is less work without a compiler;
-- h = −∂/∂(signal) ⟨∂ℓ/∂z (z, signal), ż⟩, in the head alone;
-- the teacher's gradient is that of −λ Σ sg(h)·signal + Σ its own losses, by one pullback of its
-  passes; where L reads the teacher itself, λ L(sg(θ′); θ_T) is added, the direct term.
-
-What h is, its units and its baseline stand with the mode, in
-:meth:`metapl.feedback.Estimator.feedback`; how v, w and ż are found is in
-:mod:`metapl.functional.path`, and the passes of both networks are in :mod:`metapl.functional.call`.
-Here is Algorithm 1, line by line.
+generator. It is the eager step (:func:`metapl.core.algorithm.learn`) on networks that hold these
+tensors in the meantime. Recorded, it is one graph of operations, which Inductor compiles and
+``torch.func.vmap`` maps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from metapl.core.size import FeedbackSize, ratio_of
+from metapl.core.algorithm import Learned, learn
+from metapl.core.lookahead import InnerBatches
+from metapl.core.size import FeedbackSize
+from metapl.core.teacher import Teaching
+from metapl.engines.recorded import RecordedEngine, UpdateOfState
+from metapl.errors import MetaplError, few
+from metapl.execution import checks
 from metapl.execution.batch import Batch
-from metapl.execution.numerics import Tree
+from metapl.execution.layout import Layout
+from metapl.execution.numerics import Tree, no_fast_path
+from metapl.execution.state import Slots, named_parts, put_contents
 from metapl.feedback.base import Estimator
-from metapl.functional.call import Options, StepCall, StepRules
-from metapl.functional.path import End, PurePath
+from metapl.functional.capture import Captured, is_transformed
 from metapl.functional.state import (
-    Function,
     Network,
     Report,
     State,
     as_dict,
-    norm,
     rounded_steps,
     with_fields,
 )
-from metapl.problems.base import (
-    BilevelProblem,
-    Signal,
-    enters_input,
-    kind_of,
-    outer_variables,
-    overrides,
-)
+from metapl.problems.base import BilevelProblem
 from metapl.problems.losses import TeacherLoss
-from metapl.updates import Update
+from metapl.updates import Options, Update
 
 Step = Callable[..., tuple[State, Report]]
-vjp: Any = torch.func.vjp
 
 
-class Outcome(NamedTuple):
-    """What lines 2 to 7 of Algorithm 1 leave besides the teacher's losses: tensors alone.
-
-    Attributes:
-        end: of the student's steps, the real one where the problem revises the signal.
-        outer_loss: L(θ′), or NaN where the mode does not take it.
-        feedback: h on each signal, as the signal's value is.
-        mode_state: the estimator's next state.
-        gap: that of :class:`PureStep`.
-    """
-
-    end: End
-    outer_loss: Tensor
-    feedback: list[Any]
-    mode_state: Tree
-    gap: Tensor
-
-
-def run_student(call: StepCall, theta_T: Tree) -> tuple[tuple[Tensor, Tensor], Outcome]:
-    """Return lines 2 to 7 as a function of the teacher's weights.
-
-    Returns: −Σ sg(h)·signal plus the direct term, and the sum of the teacher's own losses, both
-    scalars with the teacher's graph; and what else there is.
-    """
-    rules = call.rules
-    path = PurePath(call, theta_T)
-    feedback, mode_state = rules.mode.drawn_feedback(path, call.state.mode)
-    end = path.end
-    from_feedback = 0 * end.inner_losses[0]
-    shown = []
-    for of_step, fields in zip(feedback, end.signals, strict=True):
-        signal = Signal(**fields)
-        from_feedback = from_feedback + of_step.loss_term(signal)
-        shown.append(of_step.on_value(signal.value))
-    outer_loss = path.known_outer_loss
-    if rules.has_direct_term:
-        # L(θ′; θ_T) at fixed θ′.
-        theta = {name: t.detach() for name, t in end.carry.theta.items()}
-        student_state = {name: t.detach() for name, t in end.carry.student_state.items()}
-        direct_loss = call.outer_loss(theta, student_state, theta_T)
-        from_feedback = from_feedback + direct_loss
-        if rules.mode.credits == "nothing":
-            # No other pass has taken it.
-            outer_loss = direct_loss.detach()
-    own = torch.stack([0 * from_feedback, *end.own_losses.values()]).sum()
-    outcome = Outcome(end, outer_loss, shown, mode_state, path.gap)
-    if rules.revises_signal:
-        outcome = with_fields(outcome, end=revised(path, shown[0]))
-    return (from_feedback, own), outcome
-
-
-def revised(path: PurePath, h: Any) -> End:
-    """Return the end of the real step, on the signal that the problem makes of the feedback.
-
-    Line 3 once more; a problem that returns None takes the step that is there.
-    """
-    begun = path.first
-    signal = path.call.rules.problem.revised_signal(begun.signal, h)
-    if signal is None:
-        return path.end
-    descent = begun.descend({}, signal)
-    return with_fields(
-        path.end,
-        inner_losses=[descent.inner_loss],
-        gradients=[descent.gradient],
-        signals=[as_dict(signal)],
-        carry=begun.moved(descent),
-    )
-
-
-def make_step(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    problem: BilevelProblem,
-    mode: Estimator,
-    inner_update: Update,
-    outer_update: Update | None,
-    constants: Sequence[Options],
-    losses_for: Callable[[Batch], Sequence[TeacherLoss]],
-    *,
-    steps: int = 1,
-    feedback_size: FeedbackSize,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    replays_tangent: bool = False,
-) -> Step:
-    """Return the step of these networks, losses and rules.
-
-    The modules' own tensors are not read, those of the state are.
+@dataclass(frozen=True)
+class StepRules:
+    """What all steps of a trainer have in common: networks, losses and rules, but no tensor.
 
     Args:
-        constants: what the param groups of the two optimizers hold besides the settings.
+        teacher: None: the problem has none.
+        inner_update: U of the student, perhaps behind a clip.
+        outer_update: that of the teacher; None without a teacher.
+        inner_constants: what the param groups hold besides the settings, which are in the state.
+        outer_constants: the same of the teacher's optimizer.
+        losses_for: the teacher's own losses, by the inner batch.
+        steps: K.
+        feedback_size: the rule that gives λ.
+        has_direct_term: whether the outer loss reads the teacher, and the mode takes that.
+        device: where the networks are.
         autocast: makes the context of the networks' passes.
-
-    The other arguments are those of :class:`StepRules`.
     """
-    inner_constants, outer_constants = constants
-    reads_teacher = bool(outer_variables(problem, teacher))
-    rules = StepRules(
-        teacher=Function(teacher, f"teacher, or the signal of {kind_of(problem)},"),
-        student=Function(student),
-        problem=problem,
-        mode=mode,
-        inner_update=inner_update,
-        outer_update=outer_update,
-        inner_constants=inner_constants,
-        outer_constants=outer_constants,
-        losses_for=losses_for,
-        steps=steps,
-        feedback_size=feedback_size,
-        signal_enters_input=enters_input(problem),
-        outer_loss_reads_teacher=reads_teacher,
-        has_direct_term=reads_teacher and mode.has_direct_term,
-        has_feedback=mode.gives_gradient,
-        revises_signal=overrides(problem, "revised_signal"),
-        replays_tangent=replays_tangent,
-    )
 
-    def step(state: State, outer: Batch, inner: Batch, noise: Any = None) -> tuple[State, Report]:
-        call = StepCall(rules, state, outer, inner, noise)
-        theta_T = state.teacher.params
-        gradient: Tree = {}
-        sizes: Tree = {}
-        # Lines 2 to 7. Fused kernels of attention have neither a second derivative nor a forward
-        # mode.
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            if not theta_T:
-                (_, own), outcome = run_student(call, {})
-            else:
-                (_, own), pull, outcome = vjp(
-                    lambda theta_T: run_student(call, theta_T), theta_T, has_aux=True
-                )
-                gradient, sizes = teacher_gradient(rules, pull, own, outcome.end.own_gradient)
-        end = outcome.end
-
-        # Line 8. A teacher that gets no gradient at all does not move, not even by weight decay.
-        # Of a teacher that gets one, a parameter that no loss reaches does decay.
-        s_T = state.outer.state
-        if rules.outer_update is not None and (rules.has_feedback or end.own_losses):
-            theta_T, s_T = rules.outer_update.update(theta_T, gradient, s_T, call.outer_options)
-        loss = torch.stack(end.inner_losses).mean()
-        # Line 3, as the optimizer itself takes it.
-        theta = end.carry.theta
-        s = end.carry.optimizer_state
-        rounding = 0 * loss
-        if rules.inner_update.is_rounded:
-            theta, s, rounding = rounded_steps(
-                rules.inner_update,
-                state.student.params,
-                state.inner.state,
-                call.inner_options,
-                gradients=end.gradients,
-                exact=end.carry.theta,
-            )
-
-        signals = [as_dict(Signal(**fields).detached()) for fields in end.signals]
-        feedback = outcome.feedback
-        # NaN where anything is not finite.
-        sums = [own]
-        for h in feedback:
-            for t in h.values() if isinstance(h, dict) else [h]:
-                sums.append(t.sum())
-        flag = outcome.gap + 0 * (loss + torch.stack(sums).sum())
-        is_single = rules.steps == 1
-        report = Report(
-            feedback=feedback[0] if is_single else feedback,
-            signal=signals[0] if is_single else signals,
-            student_outputs=end.outputs.detach(),
-            inner_loss=loss,
-            outer_loss=outcome.outer_loss,
-            teacher_loss=own,
-            flag=flag,
-            teacher_losses=end.own_losses,
-            step_rounding=rounding,
-            sizes=sizes,
-        )
-        moved = State(
-            teacher=Network(theta_T, end.carry.teacher_state),
-            student=Network(theta, end.carry.student_state),
-            inner=with_fields(state.inner, state=s),
-            outer=with_fields(state.outer, state=s_T),
-            mode=outcome.mode_state,
-            step=state.step + 1,
-        )
-        return moved, report
-
-    return step
+    teacher: Layout | None
+    student: Layout
+    problem: BilevelProblem
+    mode: Estimator
+    inner_update: Update
+    outer_update: Update | None
+    inner_constants: Options
+    outer_constants: Options
+    losses_for: Callable[[Batch], Sequence[TeacherLoss]]
+    steps: int
+    feedback_size: FeedbackSize
+    has_direct_term: bool
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
-def teacher_gradient(
-    rules: StepRules, pull: Any, own: Tensor, own_gradient: Tree
-) -> tuple[Tree, Tree]:
-    """Return G = λ G_h + G_own, and λ and ‖λ G_h‖ / ‖G_own‖ by name, where the rule needs them.
+class Places:
+    """The places where a network holds its tensors, by their names.
+
+    A tensor that several places hold has the name of the first of them.
 
     Args:
-        pull: the pullback of :func:`run_student`'s two scalars to the teacher's weights.
-        own: the second of these scalars.
-        own_gradient: G_own, where it has been taken; else empty.
+        module: the network; None has no place.
+        role: what errors call it.
     """
-    size = rules.feedback_size
-    one = torch.ones_like(own)
-    gradient: Tree
-    if not (size.compares and rules.has_feedback):
-        (gradient,) = pull((size.weight * one, one))
-        return gradient, {}
-    of_feedback: Tree
-    (of_feedback,) = pull((one, 0 * one))
-    of_losses = own_gradient
-    if not of_losses:
-        (of_losses,) = pull((0 * one, one))
-    feedback_norm = norm(of_feedback)
-    own_norm = norm(of_losses)
-    weight = size.weight_for(feedback_norm, own_norm)
-    gradient = {name: weight * t + of_losses[name] for name, t in of_feedback.items()}
-    ratio = ratio_of(weight, feedback_norm, own_norm)
-    return gradient, {"feedback_weight": weight, "feedback_ratio": ratio}
+
+    def __init__(self, module: nn.Module | None, role: str) -> None:
+        self.module = module
+        self.role = role
+        self.first_names: dict[str, str] = {}
+        name_of: dict[int, str] = {}
+        for place, (table, name) in self._filled().items():
+            self.first_names[place] = name_of.setdefault(id(table[name]), place)
+
+    def _tables(self) -> list[tuple[str, dict[str, Any]]]:
+        """Return each part's tables of parameters and of buffers, with the prefix of its names."""
+        tables: list[tuple[str, Any]] = []
+        for prefix, part in [] if self.module is None else named_parts(self.module):
+            tables += [(prefix, part._parameters), (prefix, part._buffers)]
+        return tables
+
+    def _filled(self) -> dict[str, tuple[dict[str, Any], str]]:
+        """Return the places that hold a tensor, as a table and a name, by their whole names."""
+        filled = {}
+        for prefix, table in self._tables():
+            for name, t in table.items():
+                if t is not None:
+                    filled[prefix + name] = (table, name)
+        return filled
+
+    @contextmanager
+    def holding(self, network: Network) -> Iterator[Callable[[], Tree]]:
+        """Hold the tensors of a state in this block: weights as leaves, and copies of the others.
+
+        Yields: a function that returns the others as passes have left them.
+        """
+        filled = self._filled()
+        if [*filled] != [*self.first_names]:
+            raise MetaplError(
+                "the network has other parameters or buffers than when its step was made; "
+                "expected functional() again."
+            )
+        contents = [(table, dict(table)) for _, table in self._tables()]
+        tensors = {name: t.detach().requires_grad_() for name, t in network.params.items()}
+        versions = {name: t._version for name, t in tensors.items()}
+        # Passes move them in place.
+        tensors |= {name: t.detach().clone() for name, t in network.state.items()}
+        for place, (table, name) in filled.items():
+            table[name] = tensors[self.first_names[place]]
+        try:
+            yield lambda: self._left(network)
+            written = [
+                name for name, version in versions.items() if tensors[name]._version != version
+            ]
+            if written:
+                raise MetaplError(
+                    f"the {self.role} writes in a pass to its weights ({few(written, 3)}); "
+                    "expected a registered buffer for what passes carry on, or the trainer's own "
+                    "steps in the place of functional()."
+                )
+        finally:
+            put_contents(contents)
+
+    def _left(self, network: Network) -> Tree:
+        filled = self._filled()
+        new = [place for place in filled if place not in self.first_names]
+        if new:
+            raise MetaplError(
+                f"the {self.role} makes a buffer in its pass ({few(new, 3)}), and the state of a "
+                "step has none; expected one that is there before: run the network once on a "
+                "batch, or the trainer's own steps in the place of functional()."
+            )
+        left: Tree = {}
+        for name in network.state:
+            table, key = filled[name]
+            left[name] = table[key].detach()
+        return left
+
+
+class StateStep:
+    """The step of these networks, losses and rules, as a function of tensors.
+
+    The modules' own tensors are not read, those of the state are. Under ``torch.func.vmap`` a
+    recording of it is mapped, which is compared with the step itself on the first of the states.
+    """
+
+    def __init__(self, rules: StepRules, sources: Sequence[object]) -> None:
+        self.rules = rules
+        teacher = None if rules.teacher is None else rules.teacher.network
+        self.teacher = Places(teacher, "teacher")
+        self.student = Places(rules.student.network, "student")
+        self.recorded = Captured(self.taken, rules.device, sources, is_compiled=False)
+        self._looked_at_attributes = False
+
+    def __call__(
+        self, state: State, outer: Batch, inner: Batch, noise: Any = None
+    ) -> tuple[State, Report]:
+        if is_transformed():
+            return self.recorded.mapped(state, outer, inner, noise)
+        taken = self.taken(state, outer, inner, noise)
+        if not self._looked_at_attributes:
+            self._refuse_kept_tensors()
+        return taken
+
+    def _refuse_kept_tensors(self) -> None:
+        """Refuse, after a first step, networks that keep tensors of a pass for the next one."""
+        for name, value in self.recorded.attributes.named_values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise MetaplError(
+                    f"a network keeps a tensor of a pass ({name}), with its graph, in an "
+                    "attribute, a list or a dict; expected a registered buffer for what passes "
+                    "carry on, detach() of what is only looked at, or the trainer's own steps in "
+                    "the place of functional()."
+                )
+        self._looked_at_attributes = True
+
+    def taken(self, state: State, outer: Batch, inner: Batch, noise: Any) -> tuple[State, Report]:
+        """Return the next state, and the report."""
+        fault = checks.Fault()
+        token = checks.deferred.set(fault)
+        try:
+            with (
+                checks.no_values(),
+                torch.enable_grad(),
+                self.teacher.holding(state.teacher) as left_of_teacher,
+                self.student.holding(state.student) as left_of_student,
+            ):
+                moved, report = taken_step(self.rules, state, outer, inner, noise)
+                moved = with_fields(
+                    moved,
+                    teacher=Network(moved.teacher.params, left_of_teacher()),
+                    student=Network(moved.student.params, left_of_student()),
+                )
+        finally:
+            checks.deferred.reset(token)
+        if fault.findings:
+            flag = torch.where(fault.flag, torch.nan, report.flag)
+            report = with_fields(report, flag=flag)
+        without_graph: tuple[State, Report] = pytree.tree_map_only(
+            Tensor, Tensor.detach, (moved, report)
+        )
+        return without_graph
+
+
+def taken_step(
+    rules: StepRules, state: State, outer: Batch, inner: Batch, noise: Any
+) -> tuple[State, Report]:
+    """Return the next state and the report, from networks that hold the tensors of a state."""
+    inner_options = with_settings(rules.inner_constants, state.inner.settings)
+    student = RecordedEngine(
+        rules.student, Slots(rules.student.network), double_backward=rules.mode.keep_graph
+    )
+    update = UpdateOfState(rules.inner_update, inner_options, state.inner.state)
+    inner_batches = InnerBatches.of_one_step(inner)
+    noises = [noise]
+    if rules.steps > 1:
+        inner_batches = InnerBatches(list(inner), is_lookahead=True)
+        noises = list(noise or [None] * rules.steps)
+    teaching = Teaching(
+        rules.teacher,
+        rules.problem,
+        check=None,
+        generator=None,
+        noises=noises,
+        ranks=student.ranks,
+        device=rules.device,
+        inner_batches=inner_batches,
+        accumulate=1,
+        recompute=False,
+    )
+    # Fused kernels of attention have no second derivative.
+    with rules.autocast(), no_fast_path(math=True):
+        learned = learn(
+            student,
+            update,
+            teaching,
+            rules.mode,
+            state.mode,
+            outer_batch=rules.problem.outer_batch(outer),
+            inner_batches=inner_batches,
+            losses=() if rules.teacher is None else rules.losses_for(inner_batches[-1]),
+            size=rules.feedback_size,
+            step=state.step,
+            order="graph",
+            has_direct_term=rules.has_direct_term,
+        )
+
+    # Line 8. What no loss reaches does not move, not even by weight decay.
+    gradient = {name: p.grad for name, p in teaching.parameters.items() if p.grad is not None}
+    theta_T = state.teacher.params
+    s_T = state.outer.state
+    if rules.outer_update is not None and gradient:
+        outer_options = with_settings(rules.outer_constants, state.outer.settings)
+        theta_T, s_T = rules.outer_update.update(theta_T, gradient, s_T, outer_options)
+
+    # Line 3, as the optimizer itself takes it.
+    steps = learned.path.steps
+    theta, s = steps[-1].updated
+    rounding = torch.zeros_like(learned.path.inner_loss)
+    if update.is_rounded:
+        theta, s, rounding = rounded_steps(
+            rules.inner_update,
+            state.student.params,
+            state.inner.state,
+            inner_options,
+            gradients=[of_step.gradient for of_step in steps],
+            exact=theta,
+        )
+    moved = State(
+        teacher=Network(theta_T, {}),
+        student=Network(theta, {}),
+        inner=with_fields(state.inner, state=s),
+        outer=with_fields(state.outer, state=s_T),
+        mode=learned.mode_state,
+        step=state.step + 1,
+    )
+    return moved, report_of(learned, rules.steps, rounding)
+
+
+def report_of(learned: Learned, count: int, rounding: Tensor) -> Report:
+    """Return the report of a step."""
+    steps = learned.path.steps
+    scalars = dict(learned.scalars)
+    loss = scalars.pop("inner_loss")
+    not_taken = torch.full_like(loss, torch.nan)
+    outer_loss = scalars.pop("outer_loss", not_taken)
+    teacher_loss = scalars.pop("teacher_loss", torch.zeros_like(loss))
+    teacher_losses = {
+        name.removeprefix("teacher_"): scalars.pop(name)
+        for name in [*scalars]
+        if name.startswith("teacher_")
+    }
+    signals = [as_dict(of_step.signal.detached()) for of_step in steps]
+    return Report(
+        feedback=learned.h[0] if count == 1 else learned.h,
+        signal=signals[0] if count == 1 else signals,
+        student_outputs=steps[-1].outputs.detach(),
+        inner_loss=loss,
+        outer_loss=outer_loss,
+        teacher_loss=teacher_loss,
+        flag=torch.zeros_like(loss),
+        teacher_losses=teacher_losses,
+        step_rounding=rounding,
+        sizes=scalars,
+    )
+
+
+def with_settings(constants: Options, settings: Options) -> list[dict[str, Any]]:
+    """Return the options of param groups: what is constant, and the settings of the state."""
+    return [{**group, **now} for group, now in zip(constants, settings, strict=True)]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
+from metapl.core.algorithm import learn
 from metapl.core.lookahead import InnerBatches, require_batches
 from metapl.core.order import Order, Orders
 from metapl.core.path import take_steps
@@ -529,8 +530,6 @@ class BilevelTrainer(Trainer):
         mode = self.mode
         student = standing.student
         inner_batches = opened.inner_batches
-        outer_batch = self.problem.outer_batch(opened.outer_batch)
-        teacher_losses = self._losses_for(inner_batches[-1])
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
@@ -569,54 +568,31 @@ class BilevelTrainer(Trainer):
             generator=self.generator,
         ) as fault:
             with self._autocast(), kernels:
-                # Lines 2 and 3 of Algorithm 1: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
-                path = take_steps(
+                learned = learn(
                     student,
                     self.update,
-                    problem=self.problem,
-                    outer_batch=outer_batch,
+                    teaching,
+                    mode,
+                    self.mode_state,
+                    outer_batch=self.problem.outer_batch(opened.outer_batch),
                     inner_batches=inner_batches,
-                    teach=teaching,
-                    order=order,
-                    credits=mode.credits_of_steps,
-                    truncate=mode.truncate,
-                    keep=mode.keeping,
-                    look=opened.look,
-                )
-                path.is_tried = is_tried
-                # Line 4: h.
-                feedback, mode_state = mode.checked_feedback(path, self.mode_state)
-                # Lines 5 to 7: the gradient of −Σ h·signal and of the teacher's own losses.
-                teacher_scalars = teaching.backward(
-                    feedback,
-                    teacher_losses,
-                    outer_batch=outer_batch,
-                    step=self.steps_done,
+                    losses=self._losses_for(inner_batches[-1]),
                     size=self.feedback_size,
-                    has_feedback=mode.gives_gradient,
+                    step=self.steps_done,
+                    order=order,
+                    is_tried=is_tried,
+                    has_direct_term=standing.direct_term == "included",
                     measure=self.measures_feedback,
                     compares_parts=bool(self.verification.setting) and opened.condition.steps == 0,
-                    direct_loss=path.direct_loss if standing.direct_term == "included" else None,
+                    look=opened.look,
+                    keep=mode.keeping,
                 )
-                h = [
-                    feedback_of_step.of_batch(step)
-                    for step, feedback_of_step in zip(path.steps, feedback, strict=True)
-                ]
-                # What the estimator says besides h.
-                scalars: dict[str, Tensor] = {**feedback[-1].numbers}
-                # The modes that take v have L(θ′); for others it would be one more pass.
-                if path.knows_outer_loss:
-                    scalars["outer_loss"] = path.outer_loss
-                # The student's real step is the one that was looked ahead, unless the problem makes
-                # another signal of the feedback.
-                real_path = path.revised(h[-1])
-                scalars = {"inner_loss": real_path.inner_loss, **scalars, **teacher_scalars}
-                last_step = real_path.steps[-1]
+                last_step = learned.path.steps[-1]
                 report = StepReport(
                     self.steps_done,
-                    scalars,
+                    learned.scalars,
                     fault=fault,
-                    feedback=tuple(h) if inner_batches.is_lookahead else h[0],
+                    feedback=tuple(learned.h) if inner_batches.is_lookahead else learned.h[0],
                     signal=last_step.signal.detached() if mode.keep_graph else last_step.signal,
                     # A copy: the outputs may be weights, which the step moves.
                     student_outputs=last_step.outputs.clone(),
@@ -635,10 +611,10 @@ class BilevelTrainer(Trainer):
                 # Line 8: θ_T′.
                 self.outer_optimizer.step()
             # Line 3: θ_S′.
-            report.scalars.update(real_path.commit())
+            report.scalars.update(learned.path.commit())
             for layout in self.distributed:
                 layout.agree_on_buffers()
-            self.mode_state = mode_state
+            self.mode_state = learned.mode_state
             self.steps_done += 1
             opened.condition.steps += 1
             return report

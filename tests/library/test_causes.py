@@ -99,31 +99,15 @@ def test_what_differs_in_two_equal_steps_is_named(growing: str, words: str) -> N
     assert f"two equal steps differ, first in {words}" in verdict
 
 
-def test_the_pure_step_names_the_problem_too() -> None:
-    class Counting(Growing):
-        def __init__(self) -> None:
-            super().__init__("nothing", holds_count=True)
-            self.steps = torch.zeros(())
-
-        def signal(self, *arguments: Any, **options: Any) -> Signal:
-            self.steps += 1
-            return super().signal(*arguments, **options)
-
-    trainer = metapl.BilevelTrainer(
-        nn.Linear(4, 3), nn.Linear(4, 3), problem=Counting(), teacher_losses=(), verify=False
-    )
-    step, state = trainer.functional()
-    with pytest.raises(MetaplError, match="the teacher, or the signal of Counting, writes"):
-        step(state, OUTER, U)
-
-
-def test_numpy_in_a_signal_is_named_by_the_pure_step() -> None:
+def test_numpy_in_a_signal_is_named_where_the_step_is_mapped() -> None:
     trainer = metapl.BilevelTrainer(
         nn.Linear(4, 3), nn.Linear(4, 3), problem=Remembering(), teacher_losses=(), verify=False
     )
     step, state = trainer.functional()
-    with pytest.raises(MetaplError, match=r"the signal of Remembering, reads .* by \.numpy\(\)"):
-        step(state, OUTER, U)
+    states = metapl.functional.stack([state, state])
+    mapped = torch.func.vmap(step, in_dims=(0, None, None))
+    with pytest.raises(MetaplError, match=r"cannot map this step: .*numpy.*; expected a loop"):
+        mapped(states, OUTER, U)
 
 
 class Tempered(Growing):

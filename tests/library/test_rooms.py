@@ -258,7 +258,7 @@ MEMORIES = {
     "metapl.execution.numerics.load_dual_numbers",
     "metapl.execution.state._seeded",
     "metapl.feedback.default_problem",
-    "metapl.functional.state.draws_in_memory_order",
+    "metapl.execution.masks.draws_in_memory_order",
     "metapl.problems.base._parameter_count",
     "metapl.problems.losses._kept_log_of_shares",
     "metapl.runs.fields._limiting_hints",
