@@ -61,7 +61,8 @@ class TwoLevelTrainer(AnyTrainer, Protocol):
 
     Attributes:
         update: the student's optimizer as a function that is differentiated, with its clip.
-        layouts, layout: where the networks' weights lie, and where the student's do.
+        layouts: where the networks' weights lie.
+        teacher_layout, layout: where the teacher's do, and the student's.
         slots: the tables of the teacher and of the student, as the last step read them.
         mode_state: what the mode carries from one step to the next.
         steps_done: the number of steps so far.
@@ -73,6 +74,7 @@ class TwoLevelTrainer(AnyTrainer, Protocol):
     problem: BilevelProblem
     update: Update
     layouts: list[Layout]
+    teacher_layout: Layout | None
     layout: Layout
     slots: list[Slots]
     mode_state: dict[str, Tensor]

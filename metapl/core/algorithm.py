@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from metapl.core.lookahead import InnerBatches
+from metapl.core.feedback import Feedback
+from metapl.core.lesson import Credited
 from metapl.core.order import Order
 from metapl.core.path import Look, Path, take_steps
-from metapl.core.size import FeedbackSize
 from metapl.core.teacher import Teaching
-from metapl.execution.batch import Batch
-from metapl.problems.losses import TeacherLoss
 from metapl.updates import Update
 
 if TYPE_CHECKING:
     from metapl.core.engine import Engine
-    from metapl.feedback.base import Estimator
+    from metapl.core.path import Keep
+
+
+class Mode(Protocol):
+    """What the algorithm asks of an estimator (:class:`metapl.feedback.Estimator`)."""
+
+    @property
+    def gives_gradient(self) -> bool:
+        """Whether there is any feedback."""
+
+    @property
+    def truncate(self) -> int | None:
+        """How many of the last steps are differentiated; None: all."""
+
+    @property
+    def credits_of_steps(self) -> Credited:
+        """For what feedback has one number each."""
+
+    def checked_feedback(
+        self, path: Path, state: dict[str, Any]
+    ) -> tuple[list[Feedback], dict[str, Any]]:
+        """Return h of each step, and the estimator's next state."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +61,23 @@ def learn(
     student: Engine,
     update: Update,
     teaching: Teaching,
-    mode: Estimator,
+    mode: Mode,
     mode_state: dict[str, Any],
     *,
-    outer_batch: Batch,
-    inner_batches: InnerBatches,
-    losses: Sequence[TeacherLoss],
-    size: FeedbackSize,
-    step: int | Tensor,
     order: Order | None = None,
     is_tried: bool = False,
-    has_direct_term: bool = False,
+    direct_term: str = "",
     measure: bool = False,
     compares_parts: bool = False,
     look: Look | None = None,
-    keep: Callable[..., Any] | None = None,
+    keep: Keep | None = None,
 ) -> Learned:
     """Take lines 2 to 7 of Algorithm 1, which leave the teacher's gradient in ``.grad``.
 
     Args:
-        losses: the teacher's own.
-        size: the rule that gives λ.
-        step: the number of the step.
         order: of differentiation; None: there is nothing to choose.
         is_tried: whether the order is being chosen, by this step.
-        has_direct_term: whether the outer loss reads the teacher, and the mode takes that.
+        direct_term: ``"included"``: the teacher's gradient has that of an outer loss that reads it.
 
     The others are those of :func:`metapl.core.path.take_steps` and :meth:`Teaching.backward`.
     """
@@ -76,8 +86,8 @@ def learn(
         student,
         update,
         problem=teaching.problem,
-        outer_batch=outer_batch,
-        inner_batches=inner_batches,
+        outer_batch=teaching.outer_batch,
+        inner_batches=teaching.inner_batches,
         teach=teaching,
         order=order,
         credits=mode.credits_of_steps,
@@ -88,25 +98,18 @@ def learn(
     path.is_tried = is_tried
     if student.returns_state:
         # Of the one stream of draws the outer loss takes what comes after the teacher's.
-        teaching.take_own_loss(losses, outer_batch=outer_batch, step=step)
+        teaching.take_own_loss()
     # Line 4: h.
-    feedback, next_mode_state = mode.checked_feedback(path, mode_state)
+    feedback, mode_state = mode.checked_feedback(path, mode_state)
     # Lines 5 to 7: the gradient of −Σ h·signal and of the teacher's own losses.
     teacher_scalars = teaching.backward(
         feedback,
-        losses,
-        outer_batch=outer_batch,
-        step=step,
-        size=size,
         has_feedback=mode.gives_gradient,
         measure=measure,
         compares_parts=compares_parts,
-        direct_loss=path.direct_loss if has_direct_term else None,
+        direct_loss=path.direct_loss if direct_term == "included" else None,
     )
-    h = [
-        feedback_of_step.of_batch(step_of_path)
-        for step_of_path, feedback_of_step in zip(path.steps, feedback, strict=True)
-    ]
+    h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
     # What the estimator says besides h.
     scalars: dict[str, Tensor] = {**feedback[-1].numbers}
     # The modes that take v have L(θ′); for others it would be one more pass.
@@ -116,4 +119,4 @@ def learn(
     # signal of the feedback.
     real_path = path.revised(h[-1])
     scalars = {"inner_loss": real_path.inner_loss, **scalars, **teacher_scalars}
-    return Learned(real_path, h, next_mode_state, scalars)
+    return Learned(real_path, h, mode_state, scalars)

@@ -177,7 +177,7 @@ class Path(Drawing):
 
         Cost: one outer forward pass, unless its gradient has been computed.
         """
-        loss, _ = self._outer_loss_at(self.params)
+        (loss,) = self._outer_losses_at([self.params])
         return loss
 
     @cached_property
@@ -217,7 +217,13 @@ class Path(Drawing):
         Cost: one forward and backward pass on the outer batch, with its own batch statistics.
         """
         if self._outer_gradient is None:
-            loss, gradient = self._outer_loss_at(self.steps[-1].new_params, gradient=True)
+            look = self.look
+            loss, gradient = self.student.loss(
+                self.steps[-1].new_params,
+                *self._outer_pass(),
+                gradient=True,
+                look=None if look is None else look.at_outer_loss,
+            )
             # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
             vars(self)["outer_loss"] = loss
             self._outer_gradient = gradient
@@ -225,7 +231,7 @@ class Path(Drawing):
 
     def outer_gradient_before(self) -> Tree:
         """Return ∇L(θ), by one forward and backward pass on the outer batch."""
-        loss, gradient = self._outer_loss_at(self.student.params, gradient=True)
+        loss, gradient = self.student.loss(self.student.params, *self._outer_pass(), gradient=True)
         vars(self)["outer_loss_before"] = loss
         return gradient
 
@@ -261,21 +267,11 @@ class Path(Drawing):
             vars(self)["outer_loss"] = ranks.mean(loss.detach())
         return loss
 
-    def _outer_loss_at(self, params: Tree, *, gradient: bool = False) -> tuple[Tensor, Tree]:
-        """Return the outer loss of the path at these weights and, if it is asked for, its gradient.
-
-        The pass draws from a stream apart from the teacher's.
-        """
-        look = self.look
-        return self.student.loss(
-            params,
-            *self._outer_pass(),
-            gradient=gradient,
-            look=None if look is None else look.at_outer_loss,
-        )
-
     def _outer_losses_at(self, points: Sequence[Tree]) -> list[Tensor]:
-        """Return the outer loss of the path at several weights, with the same draws."""
+        """Return the outer loss of the path at several weights, with the same draws.
+
+        They are from a stream apart from the teacher's.
+        """
         return self.student.losses(points, *self._outer_pass())
 
     def _outer_pass(self) -> tuple[MicroBatches, WeightedLoss, RandomState]:
@@ -719,5 +715,5 @@ class _Walk:
         A problem may read the student as it is in this step.
         """
         weights = NOTHING if self.is_at_own_weights else self.student.with_weights(self.params)
-        with weights, self.ranks.agreed():
+        with weights, NOTHING if self.ranks.alone else self.ranks.agreed():
             return self.teach(batch, outputs).detached()

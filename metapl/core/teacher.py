@@ -32,6 +32,10 @@ NOT_FINITE = (
 )
 
 
+# The feedback as it is.
+OWN_SIZE = FeedbackSize()
+
+
 class CallsOfSignal(Protocol):
     """Watches a problem's ``signal``, where each call is made twice."""
 
@@ -82,7 +86,14 @@ class Teaching:
         slots: the network's tables, where they have been read in this step already.
         calls: watches the problem's ``signal``, in a first step; None in later ones.
         noises: of labels that are drawn, one for each pass, in the place of a generator.
+        losses: L_k, the teacher's own; they read the last batch.
+        size: the rule that gives λ.
+        outer_batch: which the losses read too.
+        step: the number of the step, for losses that depend on it.
     """
+
+    # The teacher's own loss and its scalars, where they are taken before the feedback.
+    _own: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def __init__(
         self,
@@ -99,18 +110,26 @@ class Teaching:
         slots: Slots | None = None,
         calls: CallsOfSignal | None = None,
         noises: Sequence[Any] = (),
+        losses: Sequence[TeacherLoss] = (),
+        size: FeedbackSize = OWN_SIZE,
+        outer_batch: Batch = None,
+        step: int | Tensor = 0,
     ) -> None:
         self.layout = layout
         self.problem = problem
         self.check = check
         self.generator = generator
         self._noises = iter(noises)
+        self.losses = losses
+        self.size = size
+        self.outer_batch = outer_batch
+        self.step = step
         self.ranks = ranks
         self.device = device
         self.passes_per_batch = 1 if problem.signal_of_batch else accumulate
-        self.batches_are_read_again = inner_batches.are_read_again
+        self.inner_batches = inner_batches
         self.recompute = layout is not None and (
-            recompute or accumulate > 1 or self.batches_are_read_again
+            recompute or accumulate > 1 or self.inner_batches.are_read_again
         )
         self.network = nn.Module() if layout is None else layout.network
         self.slots = slots or Slots(self.network)
@@ -120,8 +139,6 @@ class Teaching:
             self.parameters = layout.parameters()
         self.passes: list[TeacherPass] = []
         self.calls = calls
-        # The teacher's own loss and its scalars, where they are taken before the feedback.
-        self._own: tuple[Tensor, dict[str, Tensor]] | None = None
 
     def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
@@ -136,7 +153,7 @@ class Teaching:
             watched = NOTHING if calls is None else calls.first_call(len(self.passes))
             with torch.no_grad(), no_fast_path(), watched:
                 signal = self._ask(batch, outputs)
-            kept_batch = None if self.batches_are_read_again else batch
+            kept_batch = None if self.inner_batches.are_read_again else batch
             teacher_pass = TeacherPass(
                 kept_batch, outputs, signal, random=random, state=state, number=len(self.passes)
             )
@@ -199,7 +216,7 @@ class Teaching:
         feedback_by_pass = self._by_pass(feedback)
         for number, (teacher_pass, h) in enumerate(zip(self.passes, feedback_by_pass, strict=True)):
             batch = teacher_pass.inner_batch
-            if self.batches_are_read_again:
+            if self.inner_batches.are_read_again:
                 step, part = divmod(number, self.passes_per_batch)
                 whole_batch = path.inner_batch(step)
                 batch = micro_batches(whole_batch, self.passes_per_batch, "inner")[part]
@@ -226,11 +243,7 @@ class Teaching:
     def backward(
         self,
         feedback: Sequence[Feedback],
-        losses: Sequence[TeacherLoss],
         *,
-        outer_batch: Batch,
-        step: int | Tensor,
-        size: FeedbackSize,
         has_feedback: bool = True,
         measure: bool = False,
         compares_parts: bool = False,
@@ -244,10 +257,6 @@ class Teaching:
 
         Args:
             feedback: h of each student step.
-            losses: L_k, the teacher's own; they read the last batch.
-            outer_batch: which they read too.
-            step: the number of the step, for losses that depend on it.
-            size: the rule that gives λ.
             has_feedback: whether any gradient of the outer loss is given.
             measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
                 backward pass of the feedback. The gradient that is left stays the same, bit for
@@ -263,27 +272,31 @@ class Teaching:
         if self.layout is None:
             return {}
         parts = self.passes_per_batch
-        outer_parts = [outer_batch]
+        outer_parts = [self.outer_batch]
         if parts > 1:
-            outer_parts = micro_batches(outer_batch, parts, "outer")
+            outer_parts = micro_batches(self.outer_batch, parts, "outer")
         first_of_last_batch = len(self.passes) - parts
         inner_parts = [of_part.inner_batch for of_part in self.passes[first_of_last_batch:]]
         if parts > 1 and compares_parts:
             with rows_shared(self.ranks):
                 refuse_other_than_means(
                     self.network,
-                    losses,
+                    self.losses,
                     outer_parts,
                     inner_parts,
                     signals=[of_part.signal for of_part in self.passes[first_of_last_batch:]],
-                    step=step,
+                    step=self.step,
                     ranks=self.ranks,
                     device=self.device,
                     parts=parts,
                 )
-        shares = shares_of_losses(losses, outer_parts, inner_parts, self.ranks, self.device)
-        compares = size.compares and has_feedback
-        measures = measure and has_feedback and bool(losses)
+        shares: Sequence[Shares] = [{}]
+        if parts > 1 or not self.ranks.alone:
+            shares = shares_of_losses(
+                self.losses, outer_parts, inner_parts, self.ranks, self.device
+            )
+        compares = self.size.compares and has_feedback
+        measures = measure and has_feedback and bool(self.losses)
 
         scalars: list[dict[str, Tensor]] = []
         feedback_gradient: dict[str, Tensor] = {}
@@ -304,12 +317,7 @@ class Teaching:
             if i >= first_of_last_batch:
                 part = i - first_of_last_batch
                 own_loss, scalars_of_part = self._own or self._own_loss(
-                    losses,
-                    outer_batch=outer_parts[part],
-                    inner_batch=teacher_pass.inner_batch,
-                    signal=signal,
-                    step=step,
-                    shares=shares[part],
+                    outer_parts[part], teacher_pass.inner_batch, signal, shares[part]
                 )
                 scalars.append(scalars_of_part)
                 if parts > 1:
@@ -324,8 +332,8 @@ class Teaching:
                     add_to(own_gradient, self._reached(own_loss))
                 continue
             loss = feedback_loss
-            if size.weight != 1.0:
-                loss = size.weight * feedback_loss
+            if self.size.weight != 1.0:
+                loss = self.size.weight * feedback_loss
             if measures and loss.requires_grad:
                 add_to(feedback_gradient, self._reached(loss, retain=True))
             if own_loss is not None:
@@ -333,9 +341,9 @@ class Teaching:
             if loss.requires_grad:
                 loss.backward()
         if compares:
-            scalars[-1] |= self._leave_sum(feedback_gradient, own_gradient, size)
+            scalars[-1] |= self._leave_sum(feedback_gradient, own_gradient, self.size)
         elif measures:
-            scalars[-1] |= self._measured_size(feedback_gradient, size)
+            scalars[-1] |= self._measured_size(feedback_gradient, self.size)
         means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
         if not self.ranks.alone:
             means = self.ranks.mean_tree(means, means)
@@ -392,42 +400,28 @@ class Teaching:
             "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
         }
 
-    def take_own_loss(
-        self, losses: Sequence[TeacherLoss], *, outer_batch: Batch, step: int | Tensor
-    ) -> None:
-        """Take the sum of the teacher's own losses now, for :meth:`backward`.
+    def take_own_loss(self) -> None:
+        """Take the sum of the teacher's own losses now, and not in :meth:`backward`.
 
-        For the arguments see there. It has one pass for each inner batch.
+        The batches are not split.
         """
         if self.layout is not None:
             last_pass = self.passes[-1]
             self._own = self._own_loss(
-                losses,
-                outer_batch=outer_batch,
-                inner_batch=last_pass.inner_batch,
-                signal=last_pass.signal,
-                step=step,
-                shares={},
+                self.outer_batch, last_pass.inner_batch, last_pass.signal, shares={}
             )
 
     def _own_loss(
-        self,
-        losses: Sequence[TeacherLoss],
-        *,
-        outer_batch: Batch,
-        inner_batch: Batch,
-        signal: Signal,
-        step: int | Tensor,
-        shares: Shares,
+        self, outer_batch: Batch, inner_batch: Batch, signal: Signal, shares: Shares
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the teacher's own losses on a micro-batch, and its report's scalars."""
         with NOTHING if self.ranks.alone else rows_shared(self.ranks):
             terms = sum_of_terms(
                 self.network,
-                losses,
+                self.losses,
                 kind="teacher loss",
                 shares=shares,
-                step=step,
+                step=self.step,
                 outer=outer_batch,
                 inner=inner_batch,
                 signal=signal,

@@ -382,6 +382,13 @@ class EagerDescent:
     signal: Signal
     inner_loss: Tensor
     gradient: Tree
+    # What makes the input of the signal, where the signal enters it.
+    signal_input: SignalInput | None = None
+    # A sample of the outputs, where the outputs themselves are dropped.
+    _output_sample: Tensor | None = None
+    # The generators as the loss begins, where it draws: other draws may lie between the two.
+    _random_state_of_loss: RandomState | None = None
+    _kept_graph: _KeptGraph | None = None
 
     def __init__(
         self, student: EagerEngine, params: Tree, lesson: Lesson, signal: Signal | None = None
@@ -389,7 +396,6 @@ class EagerDescent:
         self.student = student
         self.params = params
         self.lesson = lesson
-        self.signal_input: SignalInput | None = None
         if signal is not None and enters_input(lesson.problem):
             self.signal_input = SignalInput(
                 lesson.problem, lesson.batch, signal, in_graph=lesson.graph == "path"
@@ -397,12 +403,6 @@ class EagerDescent:
             self.inputs: Inputs = self.signal_input.inputs
         else:
             self.inputs = lesson.problem.student_input(lesson.batch)
-        # A sample of the outputs, where the outputs themselves are dropped.
-        self._output_sample: Tensor | None = None
-        # The generators as the loss begins, where it draws: other draws may lie between it and the
-        # pass.
-        self._random_state_of_loss: RandomState | None = None
-        self._kept_graph: _KeptGraph | None = None
 
         slots = student.slots
         if params is student.params:
@@ -430,7 +430,7 @@ class EagerDescent:
         self._half_types = slots.half_types(outputs)
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
-        with student.ranks.agreed():
+        with NOTHING if student.ranks.alone else student.ranks.agreed():
             lesson.problem.check(self.outputs, lesson.outer_batch, lesson.batch)
 
     @property

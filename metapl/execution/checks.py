@@ -51,12 +51,8 @@ def result_of(bad: Tensor | Callable[[], Tensor]) -> Tensor:
 
 
 _interpreters = torch._C._functorch.peek_interpreter_stack
-_has_values: ContextVar[bool] = ContextVar("has_values", default=True)
-
-
-def has_values() -> bool:
-    """Return whether values of tensors can be read here, as they cannot where none are there."""
-    return _has_values.get()
+# Whether values of tensors can be read, as they cannot where operations are recorded.
+has_values: ContextVar[bool] = ContextVar("has_values", default=True)
 
 
 def transformed() -> bool:
@@ -64,17 +60,17 @@ def transformed() -> bool:
 
     No value can be read then.
     """
-    return torch.compiler.is_compiling() or _interpreters() is not None or not _has_values.get()
+    return torch.compiler.is_compiling() or _interpreters() is not None or not has_values.get()
 
 
 @contextmanager
 def no_values() -> Iterator[None]:
     """Let no value of a tensor be read in this block, whose operations are to be recorded."""
-    token = _has_values.set(False)
+    token = has_values.set(False)
     try:
         yield
     finally:
-        _has_values.reset(token)
+        has_values.reset(token)
 
 
 NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."
@@ -90,7 +86,7 @@ deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
 def waits(t: Tensor) -> bool:
     """Return whether the host would have to wait for the values of a tensor, or has none."""
-    return t.device.type != "cpu" or not _has_values.get()
+    return t.device.type != "cpu" or not has_values.get()
 
 
 def refuse(bad: Tensor, text: str) -> None:

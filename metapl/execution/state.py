@@ -67,7 +67,7 @@ class RandomState(NamedTuple):
         Args:
             generator: that of labels.
         """
-        if not checks.has_values():
+        if not checks.has_values.get():
             return OneStream(device, torch.empty(0))
         accelerator = None
         if device.type != "cpu":

@@ -122,7 +122,7 @@ def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
 def _unfuse(graph: GraphModule, node: torch.fx.Node) -> None:
     """Take a fused operation on lists of tensors tensor by tensor, as vmap has rules for."""
     for user in [*node.users]:
-        _, index = user.args
+        index: Any = user.args[1]
         with graph.graph.inserting_before(user):
             arguments = [part[index] if isinstance(part, list) else part for part in node.args]
             one = graph.graph.call_function(UNFUSED[node.target], tuple(arguments))

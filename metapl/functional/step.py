@@ -61,7 +61,7 @@ class StepRules:
         losses_for: the teacher's own losses, by the inner batch.
         steps: K.
         feedback_size: the rule that gives λ.
-        has_direct_term: whether the outer loss reads the teacher, and the mode takes that.
+        direct_term: as of :func:`metapl.core.algorithm.learn`.
         device: where the networks are.
         autocast: makes the context of the networks' passes.
     """
@@ -77,7 +77,7 @@ class StepRules:
     losses_for: Callable[[Batch], Sequence[TeacherLoss]]
     steps: int
     feedback_size: FeedbackSize
-    has_direct_term: bool
+    direct_term: str
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
@@ -204,6 +204,8 @@ class StateStep:
 
     def taken(self, state: State, outer: Batch, inner: Batch, noise: Any) -> tuple[State, Report]:
         """Return the next state, and the report."""
+        given = [t for t in pytree.tree_leaves((outer, inner)) if isinstance(t, Tensor)]
+        versions = [t._version for t in given]
         fault = checks.Fault()
         token = checks.deferred.set(fault)
         try:
@@ -221,6 +223,11 @@ class StateStep:
                 )
         finally:
             checks.deferred.reset(token)
+        if [t._version for t in given] != versions:
+            raise MetaplError(
+                "a network or a loss writes to its batch in place, so that the next step has "
+                "another one; expected an operation that returns a new tensor."
+            )
         if fault.findings:
             flag = torch.where(fault.flag, torch.nan, report.flag)
             report = with_fields(report, flag=flag)
@@ -255,6 +262,10 @@ def taken_step(
         inner_batches=inner_batches,
         accumulate=1,
         recompute=False,
+        losses=() if rules.teacher is None else rules.losses_for(inner_batches[-1]),
+        size=rules.feedback_size,
+        outer_batch=rules.problem.outer_batch(outer),
+        step=state.step,
     )
     # Fused kernels of attention have no second derivative.
     with rules.autocast(), no_fast_path(math=True):
@@ -264,13 +275,8 @@ def taken_step(
             teaching,
             rules.mode,
             state.mode,
-            outer_batch=rules.problem.outer_batch(outer),
-            inner_batches=inner_batches,
-            losses=() if rules.teacher is None else rules.losses_for(inner_batches[-1]),
-            size=rules.feedback_size,
-            step=state.step,
             order="graph",
-            has_direct_term=rules.has_direct_term,
+            direct_term=rules.direct_term,
         )
 
     # Line 8. What no loss reaches does not move, not even by weight decay.

@@ -93,7 +93,7 @@ def refuse_other_than_means(
     inner: Sequence[Any],
     signals: Sequence[Signal],
     *,
-    step: int,
+    step: Any,
     ranks: Ranks,
     device: torch.device,
     parts: int,
@@ -149,7 +149,7 @@ def refuse_other_than_means(
 
 
 def loss_and_count(
-    loss: Any, network: nn.Module, outer: Batch, inner: Batch, signal: Signal, *, step: int
+    loss: Any, network: nn.Module, outer: Batch, inner: Batch, signal: Signal, *, step: Any
 ) -> tuple[float, float]:
     """Return a loss of a batch, and how many it is a mean over.
 

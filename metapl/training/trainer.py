@@ -557,6 +557,10 @@ class BilevelTrainer(Trainer):
             recompute=self.recompute_teacher,
             slots=self.slots[0],
             calls=calls,
+            losses=self._losses_for(inner_batches[-1]),
+            size=self.feedback_size,
+            outer_batch=self.problem.outer_batch(opened.outer_batch),
+            step=self.steps_done,
         )
         # Fused attention has no second derivative, which a kept graph of g needs.
         needs_second_derivatives = mode.keep_graph or order == "graph"
@@ -574,14 +578,9 @@ class BilevelTrainer(Trainer):
                     teaching,
                     mode,
                     self.mode_state,
-                    outer_batch=self.problem.outer_batch(opened.outer_batch),
-                    inner_batches=inner_batches,
-                    losses=self._losses_for(inner_batches[-1]),
-                    size=self.feedback_size,
-                    step=self.steps_done,
                     order=order,
                     is_tried=is_tried,
-                    has_direct_term=standing.direct_term == "included",
+                    direct_term=standing.direct_term,
                     measure=self.measures_feedback,
                     compares_parts=bool(self.verification.setting) and opened.condition.steps == 0,
                     look=opened.look,

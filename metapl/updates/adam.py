@@ -12,8 +12,7 @@ from metapl.errors import MetaplError
 from metapl.execution.checks import transformed
 from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents, OptimizerState, Options, Parameters, cotangents_of
-from metapl.updates.lists import Tensors, add, div, mul, plus, sub
-from metapl.updates.optimizers import is_set
+from metapl.updates.lists import Tensors, add, div, is_set, mul, plus, sub
 from metapl.updates.torch_optim import State, States, TorchUpdate
 
 

@@ -56,3 +56,11 @@ def add_and_mul(*factors: Any) -> tuple[Any, Any]:
     if transformed() or any(isinstance(factor, Tensor) for factor in factors):
         return add, mul
     return torch._foreach_add, torch._foreach_mul
+
+
+def is_set(setting: Any) -> bool:
+    """Return whether a number of a param group counts as another than 0.
+
+    A number in a tensor always does: its value may be differentiated, or unknown to a compiler.
+    """
+    return isinstance(setting, Tensor) or setting != 0

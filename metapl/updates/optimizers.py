@@ -62,14 +62,6 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return options
 
 
-def is_set(setting: Any) -> bool:
-    """Return whether a number of a param group counts as another than 0.
-
-    A number in a tensor always does: its value may be differentiated, or unknown to a compiler.
-    """
-    return isinstance(setting, Tensor) or setting != 0
-
-
 def refuse_tensor_settings(optimizer: torch.optim.Optimizer, name: str) -> None:
     """Refuse a setting in a tensor with dimensions, which torch reads as one number, or not at all.
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from metapl.execution.numerics import Tree
 from metapl.updates.base import Cotangents, OptimizerState, Options, cotangents_of
-from metapl.updates.lists import Tensors, add, add_and_mul, mul, plus
-from metapl.updates.optimizers import is_set
+from metapl.updates.lists import Tensors, add, add_and_mul, is_set, mul, plus
 from metapl.updates.torch_optim import State, States, TorchUpdate
 
 BUFFER = "momentum_buffer"

@@ -15,9 +15,8 @@ from metapl.errors import MetaplError
 from metapl.execution.numerics import Tree
 from metapl.execution.shards import as_sharded, is_sharded, local
 from metapl.updates.base import OptimizerState, Options, Parameters, Update
-from metapl.updates.lists import Tensors
+from metapl.updates.lists import Tensors, is_set
 from metapl.updates.optimizers import (
-    is_set,
     parameters_of,
     parts_of,
     refuse_missing,

@@ -171,19 +171,19 @@ def doubled(module: Any, inputs: Any, outputs: Any) -> Any:
 
 norms = nn.utils.parametrizations
 old_norms = nn.utils
-# Each kind has a letter for each of COLUMNS in test_verify.py, after the space those of the pure
-# road, and the arguments of TwoLayers.
+# Each kind has a letter for each of COLUMNS in test_verify.py, after the space those of a step
+# as a function, and the arguments of TwoLayers.
 KINDS: dict[str, tuple[Any, ...]] = {
     "plain": ("RRRRR RR", plain),
     "a frozen layer": ("RRRRR RR", plain, lambda s: s.a.requires_grad_(requires_grad=False)),
     "a shared layer": ("RRRRR RR", lambda s, x: s.b(s.c(s.d(s.a(x)).tanh())), shared),
     "a hook that scales outputs": ("RRRRR RR", plain, lambda s: s.a.register_forward_hook(scaled)),
     "a buffer that counts": ("RRRRR RR", counts, lambda s: s.register_buffer("n", torch.zeros(()))),
-    # On the pure road it has to be there before: the state of a step has no place for it.
+    # Of a step as a function it has to be there before: the state of a step has no place for it.
     "a buffer made by the first pass": ("RRRRR XX", lazy),
-    "a gradient in its input": ("RRRRR XX", slopes),
+    "a gradient in its input": ("RRRRR RR", slopes),
     "a checkpoint": (
-        "RRRRX XX",
+        "RRRRX RX",
         lambda s, x: s.b(checkpoint(lambda t: s.a(t).tanh(), x, use_reentrant=False)),
     ),
     "a reentrant checkpoint": (
@@ -245,7 +245,7 @@ KINDS: dict[str, tuple[Any, ...]] = {
     ),
     "a hook on an activation": ("XAAAA AA", hooked),
     "a hook on a backward pass": (
-        "XAAAA XX",
+        "XAAAA AA",
         plain,
         lambda s: s.b.register_full_backward_hook(doubled),
     ),

@@ -28,14 +28,14 @@ class Way(NamedTuple):
 
 
 BOUNDS = {
-    "eager": Way(files=27, functions=157, lines=922),
-    "hypergradient": Way(files=34, functions=225, lines=1254),
+    "eager": Way(files=26, functions=156, lines=921),
+    "hypergradient": Way(files=34, functions=225, lines=1252),
     # With the look at all that the graph holds for, which was in Dynamo's guards before, and at
     # the flag, without which a step that is not finite moved the networks.
     "compiled": Way(files=11, functions=52, lines=260),
 }
 
-IMPORTED_LINES = 21_968
+IMPORTED_LINES = 21_200
 """Lines of the files of the package that ``import metapl`` loads."""
 
 GUARDS = 0.1807

@@ -19,7 +19,7 @@ from metapl.execution.numerics import MissingDerivative
 from metapl.feedback.hypergradient import Differentiation
 from metapl.guards.verification.check import STEPS, check_step, tell_left_out
 from metapl.updates import options_of, parts_of
-from metapl.updates.optimizers import is_set
+from metapl.updates.lists import is_set
 
 LOG = logging.getLogger("metapl")
 
