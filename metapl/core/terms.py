@@ -1,15 +1,10 @@
-r"""What a road hands to an estimator: the student's steps, in terms that both roads have.
+r"""What an estimator is handed: the student's steps.
 
-:meth:`metapl.feedback.Estimator.feedback` is a formula. The symbols in it are found in two ways:
+:meth:`metapl.feedback.Estimator.feedback` is a formula. The symbols in it are found by
+:class:`metapl.core.path.Path` and its :class:`~metapl.core.step.InnerStep`, on any engine.
 
-- on the *eager road* by :class:`metapl.core.path.Path` and its
-  :class:`~metapl.core.step.InnerStep`, with ``torch.autograd`` and forward mode, on the
-  modules themselves, in micro-batches and over processes;
-- on the *pure road*, which ``compile=True`` and ``functional()`` take, by ``PurePath`` and
-  ``PureStep`` of :mod:`metapl.functional.path`, with ``torch.func``.
-
-An estimator that asks for nothing but the protocols of this file runs on both, and says so by
-``is_pure = True``.
+An estimator that asks for nothing but the protocols of this file, and reads no value of a tensor on
+the host, can be recorded (``compile=True``, ``functional()``), and says so by ``is_pure = True``.
 """
 
 from __future__ import annotations

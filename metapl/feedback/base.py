@@ -134,7 +134,7 @@ class Estimator(ABC):
     """Whether :meth:`feedback` is written in the terms of both roads.
 
     It then asks for nothing but the protocols of :mod:`metapl.core.terms`, and reads no number
-    on the host: the pure road runs it too, and ``torch.compile`` traces it.
+    on the host: it is recorded too.
     """
 
     def __init_subclass__(cls) -> None:
@@ -411,10 +411,10 @@ def divisor(normalization: str, step: StudentStep, w: Tree | None = None) -> Ten
 def exact_feedback(step: StudentStep, w: Tree, of: Credited = "signal") -> Feedback:
     """Return the feedback along w by exact derivatives, h = −∂⟨g, w⟩/∂(signal).
 
-    For w, g and ż see the head of this module. On the eager road the derivatives are taken in the
+    For w, g and ż see the head of this module. The derivatives are taken in the
     step's order: from the graph of g where the pass has kept it; by ż; or by double backward, as
     always where the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the whole
-    network. On the pure road they are taken by ż.
+    network.
     """
     return feedback_from(step, step.derivatives_along(w, of), of)
 

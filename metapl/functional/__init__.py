@@ -1,6 +1,6 @@
-"""The pure road: a step as one function of tensors.
+"""A step as one function of tensors, and recordings of functions as graphs of operations.
 
-It is for ``torch.compile``, ``torch.func.vmap`` and readers.
+They are for compilers, ``torch.func.vmap`` and readers.
 :meth:`metapl.BilevelTrainer.functional` returns such a step, and the state that it begins with.
 """
 

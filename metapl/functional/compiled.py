@@ -901,8 +901,8 @@ def eager_step(
     twin, report = step_of_copy(trainer, outer_batch, inner)
     end = RandomState.now(trainer.device)
     start.restore()
-    # On the pure road L(θ′) draws from where the teacher's passes end; on the eager road, from a
-    # stream of its own. So a step that draws is taken again, with that stream begun where this one
+    # Recorded, L(θ′) draws from where the teacher's passes end; in an eager step, from a stream of
+    # its own. So a step that draws is taken again, with that stream begun where this one
     # ended.
     if not end.equals(start):
         with branching_to(end):

@@ -24,7 +24,7 @@ Params = Mapping[str, Tensor]
 # The kind of a signal: differentiable, or sampled.
 Kind = Literal["soft", "hard"]
 
-# What labels are drawn with. A tensor is the noise itself, as the pure road has it.
+# What labels are drawn with. A tensor is the noise itself, as a recorded step has it.
 Random = torch.Generator | Tensor | None
 
 # A loss of all rows; or a sum, and the weight to divide it by.

@@ -49,7 +49,7 @@ class TeacherLoss(Protocol):
     ) -> Tensor:
         """Return a scalar with the teacher's graph, a mean over the rows.
 
-        ``step`` counts from 0; on the pure road it is an int64 tensor without dimensions.
+        ``step`` counts from 0; recorded it is an int64 tensor without dimensions.
 
         A mean over something else, such as the tokens that have a label, is right in micro-batches
         and processes with a method ``mean_over(*, outer, inner)`` beside it, which returns
@@ -290,7 +290,7 @@ class UDA:
         is_zero_in_both = (target_BC == 0) & (log_strong_BC == -math.inf)
         losses_B = -(target_BC * log_strong_BC.masked_fill(is_zero_in_both, 0)).sum(-1)
         if isinstance(step, Tensor):
-            # On the pure road one function serves every step, so that it has no branch on the step.
+            # Recorded, one function serves every step, so that it has no branch on the step.
             steps_since_start = step.to(losses_B.dtype) - self.start
             if self.ramp:
                 share_of_weight = (steps_since_start / self.ramp).clamp(0, 1)

@@ -10,8 +10,8 @@ of g, θ and s:
 
 For a look-ahead of one step, w = (∂U/∂g)ᵀ v with v = ∇L(θ′) is enough.
 
-Both roads use the same rules. On the pure road the settings of the param groups come in as
-``options``, whose numbers are 0-D tensors, and the step counter is a tensor.
+The rules are recorded too. Then the settings of the param groups come in as ``options``, whose
+numbers are 0-D tensors, and the step counter is a tensor.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Update(ABC):
     Parameters that the inner loss does not depend on are missing in ``grads``, and do not move.
 
     Attributes:
-        numbers: names of the options of a param group that are numbers. The pure road takes these
+        numbers: names of the options of a param group that are numbers. A recorded step takes these
             as tensors.
         parameters: the student's trainable parameters, as :meth:`follow` was last given them.
         is_rounded: whether the optimizer's own step rounds its products to a shorter type than the

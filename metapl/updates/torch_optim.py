@@ -73,7 +73,7 @@ class TorchUpdate(Update):
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
         """Return an equal state with all tensors that later ones have.
 
-        The pure road's first step needs a state of the same structure as the other steps.
+        A first recorded step needs a state of the same structure as the other steps.
         """
 
     def follow(self, parameters: Parameters) -> None:

@@ -1,4 +1,4 @@
-"""The pure road against the eager one: h, both gradients, the next state; stacked, and alone."""
+"""A step as a function beside the eager one: h, both gradients, the next state; stacked too."""
 
 from __future__ import annotations
 

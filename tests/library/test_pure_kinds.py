@@ -1,4 +1,4 @@
-"""Networks of unusual build on the pure road.
+"""Networks of unusual build in a step as a function, stacked and recorded.
 
 A step is right and leaves the user's network as it was, or it ends in one line.
 """
