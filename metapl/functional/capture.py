@@ -38,13 +38,16 @@ from metapl.execution.numerics import explain, float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.state import ImpureError, impurity
 
+LOG = logging.getLogger("metapl")
+
 # The most graphs of one function that are kept.
 MOST_KEPT = 8
 
 # The types of attributes and of parts of a batch that are constants of a graph.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
-# Operations of a graph from which on a compiler is advised against: some 37 ms each, and more.
+# Operations of a graph from which on a compiler is advised against. It takes some 8 s and 37 ms an
+# operation (345 operations 19 s, 1,276 45 s, 2,718 53 s of processor time).
 MANY_OPERATIONS = 5_000
 
 # What stands in a graph for tensors that were no arguments.
@@ -138,12 +141,19 @@ def take_each_result_once(graph: GraphModule) -> list[int]:
     """
     inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
     (output,) = (node for node in graph.graph.nodes if node.op == "output")
-    results = [*output.args[0]]
+    results = [*map(_written_to, output.args[0])]
     returned = [node for node in dict.fromkeys(results) if node not in inputs]
     places = {node: place for place, node in enumerate([*inputs, *returned])}
     output.args = (returned,)
     graph.recompile()
     return [places[node] for node in results]
+
+
+def _written_to(node: Any) -> Any:
+    """Return the tensor that a node is: of a write, what was written to."""
+    while node.target is torch.ops.aten.copy_.default:
+        node = node.args[0]
+    return node
 
 
 def constants_in(graph: GraphModule) -> dict[str, Tensor]:
@@ -631,6 +641,7 @@ class Capture(NamedTuple):
     Attributes:
         graph: takes the tensors of the arguments and those of ``held``, and returns others.
         held: tensors that were no arguments.
+        given: how many tensors the graph takes.
         places: of the results' tensors, among those that the graph takes and returns.
         results: the leaves of the results, with the type in the place of each tensor.
         structure: of the results.
@@ -639,6 +650,7 @@ class Capture(NamedTuple):
     kind: Kind
     graph: Callable[..., Sequence[Any]]
     held: list[Tensor]
+    given: int
     places: list[int]
     results: list[Any]
     structure: Any
@@ -733,17 +745,26 @@ class Captured(Generic[Result]):
 
     def run(self, *arguments: Any) -> tuple[Capture, Sequence[Any]]:
         """Return the tensors of the results, and the graph that they are of."""
+        capture, tensors = self.find(*arguments)
+        return capture, self.replay(capture, tensors)
+
+    def find(self, *arguments: Any) -> tuple[Capture, list[Tensor]]:
+        """Return the graph for these arguments, and their tensors."""
         tensors: list[Tensor] = []
         kind = switches(self.device)
         take_apart(arguments, tensors, kind)
         capture = self._find(kind, self.attributes.values())
         if capture is None:
             capture = self._capture(arguments, tensors, kind)
-        if kind[0]:
+        return capture, tensors
+
+    def replay(self, capture: Capture, tensors: list[Tensor]) -> Sequence[Any]:
+        """Return the tensors of the results of a graph."""
+        if torch.is_autocast_enabled(self.device.type):
             # The casts are operations of the graph.
             with torch.autocast(self.device.type, enabled=False):
-                return capture, capture.run(tensors)
-        return capture, capture.run(tensors)
+                return capture.run(tensors)
+        return capture.run(tensors)
 
     def _find(self, kind: list[Any], attributes: list[Any]) -> Capture | None:
         for index in reversed(range(len(self.kept))):
@@ -774,9 +795,8 @@ class Captured(Generic[Result]):
         except Exception as error:
             raise NotRecorded(str(error)) from error
         held = take_constants_as_inputs(graph)
-        operations = len(graph.graph.nodes)
-        if operations > MANY_OPERATIONS:
-            warn_of_many_operations(operations, self.device)
+        if self.is_compiled:
+            say_how_long(len(graph.graph.nodes), self.device)
         places = take_each_result_once(graph)
         compiled: Callable[..., Sequence[Any]] = graph
         if self.is_compiled:
@@ -785,7 +805,8 @@ class Captured(Generic[Result]):
         # a tensor into an attribute. No pass runs in a replay.
         self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
-        capture = Capture(whole_kind, compiled, held, places, results, structures[0])
+        given = len(tensors) + len(held)
+        capture = Capture(whole_kind, compiled, held, given, places, results, structures[0])
         self.kept.append(capture)
         del self.kept[:-MOST_KEPT]
         self.captures += 1
@@ -840,15 +861,22 @@ def in_words(entry: Any) -> str:
     return repr(entry)
 
 
-def warn_of_many_operations(operations: int, device: torch.device) -> None:
-    """Warn where the compiler takes longer than most trainings would gain by it."""
+def say_how_long(operations: int, device: torch.device) -> None:
+    """Say how long the compiler takes, and warn where most trainings gain less."""
+    minutes = (8 + 0.037 * operations) / 60
+    words = f"{60 * minutes:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
+    what = f"compile=True compiles a step of {operations:,} operations, some {words} on one core"
+    if operations <= MANY_OPERATIONS:
+        LOG.info(
+            "%s; it pays in a training whose eager steps take more than twice as long together",
+            what,
+        )
+        return
     instead = "leave compile out"
     if device.type == "cuda":
         instead = 'compile="cudagraphs", which records the step in the time of three steps'
-    minutes = max(1, round((8 + 0.06 * operations) / 60))
     warnings.warn(
-        f"compile=True compiles a step of {operations:,} operations, some {minutes} minutes on "
-        "one core, and the step of so large a network gains little by it on a CPU; expected less "
+        f"{what}, and the step of so large a network gains little by it on a CPU; expected less "
         f"than {MANY_OPERATIONS:,}, or {instead}",
         stacklevel=2,
     )

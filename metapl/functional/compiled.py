@@ -14,6 +14,7 @@ steps.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -188,29 +189,43 @@ class Moved(NamedTuple):
     """What a step by a graph leaves.
 
     Attributes:
-        leaves: the tensors of networks and optimizers after it, as :func:`leaves_of` orders them.
+        leaves: the tensors of networks and optimizers after it, as :func:`leaves_of` orders them;
+            None: the step has written them into those that it was given.
         mode: the next state of the estimator.
         step: the number of the next step.
         state: makes the whole state of these.
+        is_first: whether the graph was made for this step.
     """
 
-    leaves: list[Tensor]
+    leaves: list[Tensor] | None
     mode: dict[str, Tensor]
     step: Tensor
     report: Report
     state: Callable[[], State]
+    is_first: bool
 
 
 def moved_by_graphs(
-    by_graphs: StepByGraphs, live: LiveState, outer: Batch, inner: Batch, noise: Any
+    by_graphs: StepByGraphs,
+    live: LiveState,
+    outer: Batch,
+    inner: Batch,
+    noise: Any,
+    *,
+    on_copies: bool,
 ) -> Moved:
-    """Return what a step by CUDA graphs leaves."""
+    """Return what a step by CUDA graphs leaves, which never writes into what it is given."""
+    recordings = by_graphs.recordings_made
     moved, report = by_graphs(live.state, outer, inner, noise)
-    return Moved(leaves_of(moved), moved.mode, moved.step, report, lambda: moved)
+    is_first = by_graphs.recordings_made > recordings
+    return Moved(leaves_of(moved), moved.mode, moved.step, report, lambda: moved, is_first)
 
 
 class CapturedStep:
-    """A pure step as compiled graphs.
+    """A step as compiled graphs, which write into the tensors that they are given.
+
+    A step that is off writes nothing. Neither does the first one of a graph, whose results are to
+    be compared.
 
     Args:
         sources: objects whose attributes the step reads: modules, the problem, losses and the mode.
@@ -222,6 +237,7 @@ class CapturedStep:
         # Of the last graph, where its results have the parts of what a step leaves.
         self._capture: Capture | None = None
         self._leaves: list[Any] = []
+        self._writes = False
         self._mode: dict[str, Any] = {}
         self._number: Any = 0
         self._report: Any = None
@@ -233,23 +249,47 @@ class CapturedStep:
         number: Tensor,
         *batches: Any,
     ) -> tuple[State, Report]:
-        """Take the step from the parts of a state."""
-        return self.step(State(*held, mode=mode, step=number), *batches)
+        """Take the step from the parts of a state, and write what it leaves into them."""
+        state = State(*held, mode=mode, step=number)
+        moved, report = self.step(state, *batches)
+        tensors, moved_tensors = leaves_of(state), leaves_of(moved)
+        if len(tensors) == len(moved_tensors):
+            is_right = report.flag == 0
+            for t, moved_t in zip(tensors, moved_tensors, strict=True):
+                t.copy_(torch.where(is_right, moved_t, t))
+            moved = State(*held, mode=moved.mode, step=moved.step)
+        return moved, report
 
-    def __call__(self, live: LiveState, outer: Batch, inner: Batch, noise: Any) -> Moved:
-        """Return what the step leaves; nothing that existed before has moved."""
+    def __call__(
+        self, live: LiveState, outer: Batch, inner: Batch, noise: Any, *, on_copies: bool
+    ) -> Moved:
+        """Return what the step leaves.
+
+        Args:
+            on_copies: write into copies of the live tensors.
+        """
         state = live.state
-        capture, tensors = self.captured.run(
+        captures = self.captured.captures
+        capture, tensors = self.captured.find(
             live.held(), state.mode, state.step, outer, inner, noise
         )
+        is_first = self.captured.captures > captures
+        on_copies = on_copies or is_first
+        if on_copies:
+            tensors = [t.clone() for t in tensors]
+        results = self.captured.replay(capture, tensors)
         if capture is not self._capture:
             self._find_places(capture)
+        leaves = None
+        if on_copies or not self._writes:
+            leaves = [results[place] for place in self._leaves]
         return Moved(
-            leaves=[tensors[place] for place in self._leaves],
-            mode={name: tensors[place] for name, place in self._mode.items()},
-            step=tensors[self._number],
-            report=Report(*(at_places(field, tensors) for field in self._report)),
-            state=lambda: capture.nested(tensors)[0],
+            leaves=leaves,
+            mode={name: results[place] for name, place in self._mode.items()},
+            step=results[self._number],
+            report=Report(*(at_places(field, results) for field in self._report)),
+            state=lambda: capture.nested(results)[0],
+            is_first=is_first,
         )
 
     def _find_places(self, capture: Capture) -> None:
@@ -258,6 +298,7 @@ class CapturedStep:
         moved, report = capture.nested(range(count))
         self._capture = capture
         self._leaves = leaves_of(moved)
+        self._writes = all(capture.places[place] < capture.given for place in self._leaves)
         self._mode = moved.mode
         self._number = moved.step
         self._report = report
@@ -287,7 +328,6 @@ class Compiled:
             object can get one of these addresses.
         updates: the rules of the optimizers.
         run: the graph, as a function of the live state, the batches and the noise.
-        captures: returns how often the step was captured.
         takes_outer_loss: whether the eager step has taken L(θ′).
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
@@ -299,7 +339,6 @@ class Compiled:
     alive: tuple[object, ...]
     updates: Updates
     run: Callable[..., Moved]
-    captures: Callable[[], int]
     direct_term: Literal["", "included", "left out"]
     probs: Tensor | None = None
     takes_outer_loss: bool = False
@@ -449,7 +488,8 @@ class LiveState:
         Args:
             next_number: that of the step that begins with this state.
         """
-        torch._foreach_copy_(self._tensors, moved.leaves)
+        if moved.leaves is not None:
+            torch._foreach_copy_(self._tensors, moved.leaves)
         self._next_number = next_number
         self._next_step = moved.step
 
@@ -672,9 +712,8 @@ class CompiledStep:
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
             refuse_written(eager)
             with torch.no_grad(), switches, Capturing():
-                captures_before = compiled.captures()
-                moved = compiled.run(live, outer_batch, inner, noise)
-                if eager is None and compiled.captures() > captures_before:
+                moved = compiled.run(live, outer_batch, inner, noise, on_copies=eager is not None)
+                if eager is None and moved.is_first:
                     # For another shape or number, whose graph is another one.
                     end = RandomState.now(trainer.device, trainer.generator)
                     start.restore()
@@ -776,16 +815,13 @@ def compile_step(
     if trainer.compile == "cudagraphs":
         by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
         run = partial(moved_by_graphs, by_graphs)
-        captures = partial(getattr, by_graphs, "recordings_made")
     else:
         run = CapturedStep(step, trainer.device, sources_of(trainer))
-        captures = partial(getattr, run.captured, "captures")
     return Compiled(
         key=key,
         alive=alive,
         updates=updates,
         run=run,
-        captures=captures,
         direct_term=trainer.direct_term,
     )
 
@@ -817,26 +853,21 @@ def inner_arguments(
     return inner_batches[0], None if noise is None else noise[0]
 
 
-# The greatest report.flag of a step that is right; by differences of the student's outputs, whose
-# curvature adds to it.
-GREATEST_GAP = 0.1
-GREATEST_GAP_BY_DIFFERENCE = 0.5
 STEP_IS_OFF = (
     "the step is not finite, or the student's outputs do not follow its weights (the slopes "
     "differ); lower the learning rates, clean the batch, or leave compile out to see which."
 )
 
 
-def is_not_below(flag: Tensor, greatest: float) -> Tensor:
-    """Return whether a flag is not below a number, as NaN is not: a boolean scalar."""
-    return ~(flag < greatest)
+def is_off(flag: Tensor) -> Tensor:
+    """Return whether a step is off by its flag, which is 0 or NaN: a boolean scalar."""
+    return flag.isnan()
 
 
 def step_report_of(
     compiled: Compiled, trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
 ) -> StepReport:
     """Return the report of a pure step as the one that a trainer returns."""
-    mode = trainer.mode
     scalars = {"inner_loss": report.inner_loss}
     for name, loss in report.teacher_losses.items():
         scalars[f"teacher_{name}"] = loss
@@ -848,16 +879,11 @@ def step_report_of(
     if trainer.update.is_rounded:
         scalars["step_rounding"] = report.step_rounding
 
-    greatest = GREATEST_GAP
-    if mode.takes_differences:
-        greatest = GREATEST_GAP_BY_DIFFERENCE
-
     fault = Fault()
     if checks.waits(report.flag):
-        fault = Fault([(partial(is_not_below, report.flag, greatest), STEP_IS_OFF)])
-    else:
-        # Nothing moves in a step that is wrong.
-        checks.refuse(is_not_below(report.flag, greatest), STEP_IS_OFF)
+        fault = Fault([(partial(is_off, report.flag), STEP_IS_OFF)])
+    elif math.isnan(report.flag):
+        raise MetaplError(STEP_IS_OFF)
 
     feedback = report.feedback
     signal = report.signal

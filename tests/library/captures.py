@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from metapl.execution.state import RandomState, replayed
 from metapl.functional import capture
 from metapl.functional.capture import Capture, Captured, Kind, put_together, take_apart
 
@@ -29,17 +30,27 @@ def without_inductor(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
 def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Call functions themselves, in the place of their graphs."""
 
-    run_graph = Captured.run
+    find_graph = Captured.find
 
-    def run(captured: Captured[Any], *arguments: Any) -> tuple[Capture, Sequence[Any]]:
+    def find(captured: Captured[Any], *arguments: Any) -> tuple[Capture, list[Tensor]]:
         if not captured.is_compiled:
-            return run_graph(captured, *arguments)
+            return find_graph(captured, *arguments)
         tensors: list[Tensor] = []
         take_apart(arguments, tensors, [])
-        returned = captured.function(*put_together(arguments, iter(tensors)))
+
+        def call(*given: Tensor) -> Sequence[Any]:
+            returned = captured.function(*put_together(arguments, iter(given)))
+            return [leaf for leaf in pytree.tree_leaves(returned) if isinstance(leaf, Tensor)]
+
+        # Its results are known by a call on copies.
+        with replayed(RandomState.now(captured.device)):
+            copies = [t.clone() for t in tensors]
+            returned = captured.function(*put_together(arguments, iter(copies)))
         leaves, structure = pytree.tree_flatten(returned)
         results = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        found = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        return Capture(Kind([], []), captured.function, [], [], results, structure), found
+        count = results.count(Tensor)
+        places = [len(tensors) + place for place in range(count)]
+        kind = Kind([], [])
+        return Capture(kind, call, [], len(tensors), places, results, structure), tensors
 
-    monkeypatch.setattr(Captured, "run", run)
+    monkeypatch.setattr(Captured, "find", find)
