@@ -31,9 +31,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from metapl.errors import MetaplError, few, reason_of
-from metapl.execution.checks import described, no_values
+from metapl.execution.checks import described, has_values, no_values
 from metapl.execution.numerics import explain, float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.state import ImpureError, impurity
@@ -720,8 +721,9 @@ class Captured(Generic[Result]):
             raise MetaplError(
                 f"torch.func.vmap cannot map this step: {reason}; expected a loop over the states."
             ) from error
-        if self.captures > captures:
-            with no_transform():
+        if self.captures > captures and has_values.get():
+            # In no mode either, such as that of a user's own recording.
+            with no_transform(), _disable_current_modes():
                 self._compare(capture, pytree.tree_map_only(Tensor, first_of_mapped, arguments))
         result: Result = capture.nested(tensors)
         return result

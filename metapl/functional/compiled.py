@@ -967,7 +967,8 @@ def refuse_written(eager: Outcome | None) -> None:
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
     """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
-    written = names_written(numbers_of(trainer.problem), numbers_of(twin.problem))
+    before = numbers_of(trainer.problem, trainer.teacher)
+    written = names_written(before, numbers_of(twin.problem, twin.teacher))
     if not written:
         return ""
     return (

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.path import Path
-from metapl.core.size import FeedbackSize
 from metapl.core.step import InnerStep
 from metapl.core.teacher import Teaching
 from metapl.data import steps as sampler
@@ -81,10 +80,10 @@ def ratio_the_wrong_way_round(patch: pytest.MonkeyPatch) -> None:
     """Take the ratio of the two gradients' norms for its inverse."""
     real = Teaching.backward
 
-    def backward(self: Teaching, *args: Any, size: FeedbackSize, **options: Any) -> Any:
-        if size.ratio is not None:
-            size = replace(size, ratio=1 / size.ratio)
-        return real(self, *args, size=size, **options)
+    def backward(self: Teaching, *args: Any, **options: Any) -> Any:
+        if self.size.ratio is not None:
+            self.size = replace(self.size, ratio=1 / self.size.ratio)
+        return real(self, *args, **options)
 
     patch.setattr(Teaching, "backward", backward)
 

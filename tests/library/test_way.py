@@ -38,8 +38,11 @@ BOUNDS = {
 IMPORTED_LINES = 21_200
 """Lines of the files of the package that ``import metapl`` loads."""
 
-GUARDS = 0.1807
-"""The share of the library's code lines that only guard (guard_lines.py); it may only fall."""
+GUARDS = 0.1828
+"""The share of the library's code lines that only guard (guard_lines.py); it may only fall.
+
+It was 0.1807 before a second implementation of the step went, which had none.
+"""
 
 SLACK = 0.9
 """A count below this share of its bound asks for a lower bound."""
