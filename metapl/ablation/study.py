@@ -36,7 +36,7 @@ from metapl.execution.numerics import float32_products, no_fast_path
 from metapl.execution.outside import DrawsOutside, refusing_draws_outside
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback import MODES, Estimator, Lookahead, Mode, estimator
-from metapl.guards.door import why_again
+from metapl.guards.verification.causes import why_again
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_arguments

@@ -125,16 +125,6 @@ def refuse_hooks(student: nn.Module, teacher: nn.Module | None) -> None:
         )
 
 
-def refuse_written(call: str, names: Sequence[str]) -> None:
-    """Refuse a network whose forward has written to weights of these names, in a call."""
-    if names:
-        raise MetaplError(
-            f"{call}: the network's forward writes to {few(names, 3)}, as an nn.Embedding with "
-            "max_norm does, and a derivative does not see that; expected weights that the "
-            "optimizer alone moves."
-        )
-
-
 def look_at_step(
     trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
 ) -> FirstLook | None:
@@ -188,21 +178,6 @@ def look_at_call(differentiation: Differentiation) -> None:
 
         calls = KeptBySignal(differentiation.problem, network)
         differentiation.request = replace(differentiation.request, calls=calls)
-
-
-def why_again(written: Sequence[str]) -> str:
-    """Return why equal calls differ, by what they have written, and what was expected.
-
-    Args:
-        written: the names of the problem's numbers that a call writes; none for other state.
-    """
-    cause = (
-        "random numbers of a generator of its own, or state outside of buffers that a call writes, "
-        "such as a running sum in a global"
-    )
-    if written:
-        cause = f"a call writes state of the problem ({few(written, 3)})"
-    return f"{cause}; expected draws by torch, and what moves in a buffer of the teacher."
 
 
 # ----------------------------------------------------------------------------------- the first look

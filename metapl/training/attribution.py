@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,11 @@ from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
 from metapl.functional.training import differentiate
-from metapl.guards.door import refuse_written
 from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import Classification, EqualWeights
 from metapl.problems.sequences import NextToken
 from metapl.runs import checkpoint
-from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
+from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_arguments
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
@@ -55,7 +54,11 @@ from metapl.updates import (
     options_of,
     update_of,
 )
+from metapl.updates.smoothing import refuse_nothing_to_smooth, smoothed_optimizer
 from metapl.words import summary
+
+# By how much of the typical second moment an adjoint of Adam is smoothed.
+Smoothing = Annotated[float, Range(0)]
 
 # The metasmoothness of the first steps below which scores were unreliable
 # (docs/whole-trainings.md).
@@ -262,6 +265,7 @@ def attribute(
     generator: torch.Generator | None = None,
     problem: BilevelProblem | None = None,
     each: bool = False,
+    smoothing: Smoothing = 0.0,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
     compile: bool = False,
@@ -361,6 +365,12 @@ def attribute(
             "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
             "more."
         )
+    refuse_nothing_to_smooth(training.optimizer, smoothing)
+    if smoothing and training.layout.is_sharded:
+        raise MetaplError(
+            f"smoothing={smoothing:g} was given with a sharded student, whose parts have not the "
+            "root mean square of the whole; expected DistributedDataParallel, or smoothing=0."
+        )
     if training.can_be_repeated:
         look_at_passes(training)
     if steps >= 100 and training.can_be_repeated:
@@ -373,6 +383,7 @@ def attribute(
         settings=settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
+    differentiated = smoothed_optimizer(training.optimizer, smoothing)
     judges: list[BilevelProblem] = [training.problem]
     if each:
         judges = [
@@ -397,7 +408,7 @@ def attribute(
                     None,
                     student,
                     training.problem,
-                    training.optimizer,
+                    differentiated,
                     mode,
                     outer_batch,
                     ahead,
@@ -414,7 +425,7 @@ def attribute(
                     inner=ahead,
                     mode=mode,
                     problem=judging[0],
-                    inner_optimizer=training.optimizer,
+                    inner_optimizer=differentiated,
                     clip_norm=clip_norm,
                     progress=progress,
                     # Two passes of its first step were looked at.
@@ -466,6 +477,16 @@ def warn_of_negative_loss(attribution: Attribution, problem: BilevelProblem) -> 
             "small changes grow, and scores may not say what removals do. Try a lower learning "
             "rate or momentum.",
             stacklevel=3,
+        )
+
+
+def refuse_written(call: str, names: Sequence[str]) -> None:
+    """Refuse a network whose forward has written to weights of these names, in a call."""
+    if names:
+        raise MetaplError(
+            f"{call}: the network's forward writes to {few(names, 3)}, as an nn.Embedding with "
+            "max_norm does, and a derivative does not see that; expected weights that the "
+            "optimizer alone moves."
         )
 
 

@@ -15,6 +15,9 @@ from metapl.updates.base import Cotangents, OptimizerState, Options, Parameters,
 from metapl.updates.lists import Tensors, add, div, is_set, mul, plus, sub
 from metapl.updates.torch_optim import State, States, TorchUpdate
 
+SMOOTHING = "adjoint_smoothing"
+"""The option of a param group by which its adjoint, and no step, divides by more than √n̂ + ε."""
+
 
 class Adam(TorchUpdate):
     r"""m′ = β₁m + (1−β₁)d; n′ = β₂n + (1−β₂)d²; θ′ = θ(1−ηλ) − η m̂/(√n̂ + ε).
@@ -23,6 +26,10 @@ class Adam(TorchUpdate):
     m̂ = m′/(1−β₁ᵗ) and n̂ = n′/(1−β₂ᵗ), or the greatest n′ so far with ``amsgrad``. Where n̂ = 0
     the update is smooth in d, and the square root is not: there n̂ counts as the smallest normal
     number, a constant. In float16 that is above many a real n̂, and such weights are refused.
+
+    Where second moments are small, a step is nearly a sign, whose derivative says nothing of finite
+    changes. A param group with the option :data:`SMOOTHING`, c, has the same steps, and the adjoint
+    of steps with ε + c·rms(√n̂) of each tensor, a constant, in the place of ε.
     """
 
     numbers = ("lr", "betas", "eps", "weight_decay")
@@ -39,7 +46,12 @@ class Adam(TorchUpdate):
         if is_set(group["weight_decay"]) and group.get("decoupled_weight_decay", False):
             kept = mul(params, 1 - eta * group["weight_decay"])
         _, m_hat, root, _, new = _moments(params, grads, states, group)
-        return sub(kept, mul(div(m_hat, plus(root, group["eps"])), eta)), new
+        moves = div(m_hat, plus(root, group["eps"]))
+        if SMOOTHING in group:
+            smooth_moves = div(m_hat, _divisors(root, group))
+            pairs = zip(moves, smooth_moves, strict=True)
+            moves = [move.detach() + (smooth - smooth.detach()) for move, smooth in pairs]
+        return sub(kept, mul(moves, eta)), new
 
     @staticmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:
@@ -60,7 +72,7 @@ class Adam(TorchUpdate):
             (beta1, beta2), sign = group["betas"], -1.0 if group["maximize"] else 1.0
             given = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
             d, m_hat, root, steps, new = _moments(*given, group)
-            size = plus(root, group["eps"])
+            size = _divisors(root, group)
             of_root = mul(div(d, root), [(1 - beta2) / (1 - beta2**t) for t in steps])
             if group["amsgrad"]:
                 # Where an older maximum rules, n̂ does not depend on d.
@@ -101,7 +113,7 @@ class Adam(TorchUpdate):
             (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
             held = [params[n] for n in names], [grads[n] for n in names], [state[n] for n in names]
             d, m_hat, root, steps, _ = _moments(*held, group)
-            size = plus(root, group["eps"])
+            size = _divisors(root, group)
             # The cotangent of m̂, which becomes that of m below.
             of_m = div(mul([v[n] for n in names], -lr), size)
             of_n = div(div(mul(of_m, m_hat), size), root)
@@ -124,6 +136,15 @@ class Adam(TorchUpdate):
                     of_state[n] |= {key: bar} if key in state[n] else {}
             w.update(zip(names, mul(of_d, -1.0) if group["maximize"] else of_d, strict=True))
         return Cotangents({name: w[name] for name in grads}, theta, of_state)
+
+
+def _divisors(root: Tensors, group: Mapping[str, Any]) -> Tensors:
+    """Return √n̂ + ε, and in a smoothed adjoint √n̂ + ε + c·rms(√n̂) of each tensor."""
+    divisors: Tensors = plus(root, group["eps"])
+    if SMOOTHING not in group:
+        return divisors
+    sizes = [r.detach().square().mean().sqrt() for r in root]
+    return [t + group[SMOOTHING] * size for t, size in zip(divisors, sizes, strict=True)]
 
 
 def refuse_half(parameters: Parameters) -> None:

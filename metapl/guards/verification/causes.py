@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,6 @@ from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import few
 from metapl.execution.graphs import nodes_of, types_in_graphs
 from metapl.execution.state import trainable
-from metapl.guards.door import why_again
 from metapl.guards.verification.case import Case
 from metapl.guards.verification.real_step import Evaluation, RealStep
 from metapl.problems.base import kind_of, sum_and_weight
@@ -39,6 +40,21 @@ def likely_causes(case: Case) -> list[str]:
     if functions:
         causes.append(f"autograd functions of the student's own ({few(functions, 3)})")
     return causes
+
+
+def why_again(written: Sequence[str]) -> str:
+    """Return why equal calls differ, by what they have written, and what was expected.
+
+    Args:
+        written: the names of the problem's numbers that a call writes; none for other state.
+    """
+    cause = (
+        "random numbers of a generator of its own, or state outside of buffers that a call writes, "
+        "such as a running sum in a global"
+    )
+    if written:
+        cause = f"a call writes state of the problem ({few(written, 3)})"
+    return f"{cause}; expected draws by torch, and what moves in a buffer of the teacher."
 
 
 def changing_loss(real: Evaluation) -> str:

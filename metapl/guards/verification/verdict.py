@@ -13,9 +13,14 @@ from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.outside import DrawsOutside, refusing_draws_outside
 from metapl.feedback import Estimator
-from metapl.guards.door import PastTheSignal, why_again
+from metapl.guards.door import PastTheSignal
 from metapl.guards.verification.case import EPS, EPS32, Case, Errors
-from metapl.guards.verification.causes import changing_loss, coarsest_rounding, first_difference
+from metapl.guards.verification.causes import (
+    changing_loss,
+    coarsest_rounding,
+    first_difference,
+    why_again,
+)
 from metapl.guards.verification.contract import breach_of_contract
 from metapl.guards.verification.differences import errors_of
 from metapl.guards.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal

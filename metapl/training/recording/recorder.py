@@ -39,9 +39,9 @@ from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.outside import generators_outside_torch, refuse_draws_outside
 from metapl.execution.state import RandomState, one_at_a_time, trainable
-from metapl.guards.door import refuse_written
 from metapl.problems.base import kind_of
 from metapl.problems.doubtful import EqualWeights
+from metapl.training.attribution import refuse_written
 from metapl.training.examples import examples_of
 from metapl.training.recording.calls import (
     CallForm,

@@ -23,6 +23,7 @@ from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
 from metapl.training.attribution import (
     EQUAL_WEIGHTS,
     Attribution,
+    Smoothing,
     judged_by_example,
     warn_of_negative_loss,
     with_weights_of_one,
@@ -46,6 +47,7 @@ from metapl.training.recording.replay import (
     summed_scores,
 )
 from metapl.updates import TorchUpdate, update_of
+from metapl.updates.smoothing import refuse_nothing_to_smooth
 from metapl.words import summary
 
 # A state costs about as much as a few steps, and a replay rounds on its own between two of them.
@@ -250,6 +252,7 @@ class Recording:
         outer: Any,
         *,
         each: bool = False,
+        smoothing: Smoothing = 0.0,
         progress: bool = True,
         replay_tolerance: Tolerance | None = None,
     ) -> RecordedAttribution:
@@ -284,7 +287,8 @@ class Recording:
         """
         check_arguments(Recording.attribute, locals())
         contents = self._read()
-        replay = contents.replay(replay_tolerance)
+        refuse_nothing_to_smooth(contents.update.optimizer, smoothing)
+        replay = contents.replay(replay_tolerance, smoothing)
         first = next(self._model.parameters())
         outer_examples = examples_of(outer, "outer", first)
         batch = contents.outer_batch(outer_examples[torch.arange(len(outer_examples))])
@@ -437,8 +441,8 @@ class OpenedRecording:
             factor=description["factor"],
         )
 
-    def replay(self, tolerance: float | None) -> Replay:
-        """Return the training as one that can be taken again."""
+    def replay(self, tolerance: float | None, smoothing: float) -> Replay:
+        """Return the training as one that can be taken again, with smoothed adjoints."""
         return Replay(
             self.folder,
             self.rows,
@@ -449,6 +453,7 @@ class OpenedRecording:
             first_sizes=self.first_sizes,
             factor=self.factor,
             tolerance=tolerance,
+            smoothing=smoothing,
         )
 
     def numbers_in(self, dataset: Any) -> Tensor:

@@ -46,6 +46,7 @@ from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.training.recording.network import Call, RecordedNetwork
 from metapl.updates import Clipped, TorchUpdate, Update
 from metapl.updates.base import OptimizerState
+from metapl.updates.smoothing import smoothed_groups
 
 
 @dataclass
@@ -92,6 +93,7 @@ class Replay:
         factor: by which the loop multiplies the mean loss.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
             way between two kept states; None: that which rounding may cause.
+        smoothing: of the adjoint of Adam's steps.
 
     Attributes:
         error: the greatest such difference so far.
@@ -110,6 +112,7 @@ class Replay:
         first_sizes: Sequence[float],
         factor: float,
         tolerance: float | None,
+        smoothing: float,
     ) -> None:
         self.folder = folder
         self.rows = rows
@@ -120,6 +123,7 @@ class Replay:
         self.first_sizes = first_sizes
         self.factor = factor
         self.tolerance = tolerance
+        self.smoothing = smoothing
         self.error = 0.0
         self._factors: dict[int, list[float]] = {}
         self.state_numbers = [number for number in folder.states() if number <= len(rows)]
@@ -141,7 +145,7 @@ class Replay:
     def update_in(self, number: int) -> Update:
         """Return U of a step, with its settings and its clipping."""
         row = self.rows[number]
-        update: Update = self.update.with_options(row.options)
+        update: Update = self.update.with_options(smoothed_groups(row.options, self.smoothing))
         if row.clip_norm is None:
             return update
         return Clipped(update, row.clip_norm, WHOLE)

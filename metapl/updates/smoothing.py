@@ -1,0 +1,56 @@
+"""Optimizers whose steps have smoother adjoints: see :class:`metapl.updates.adam.Adam`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from metapl.errors import MetaplError
+from metapl.updates.adam import SMOOTHING
+from metapl.updates.optimizers import parts_of
+from metapl.updates.several import Several
+
+
+def is_adams(group: Mapping[str, Any]) -> bool:
+    """Return whether a param group is that of an Adam or an AdamW."""
+    return "amsgrad" in group
+
+
+def smoothed_groups(
+    groups: Sequence[Mapping[str, Any]], smoothing: float
+) -> Sequence[Mapping[str, Any]]:
+    """Return param groups with smoothed adjoints of Adam's steps; at 0 as they are."""
+    if smoothing == 0:
+        return groups
+    smoothed: list[Mapping[str, Any]] = []
+    for group in groups:
+        smoothed.append({**group, SMOOTHING: smoothing} if is_adams(group) else group)
+    return smoothed
+
+
+def smoothed_optimizer(optimizer: Any, smoothing: float) -> Any:
+    """Return an optimizer over the same weights and state, with smoothed adjoints.
+
+    At 0 it is the optimizer itself.
+    """
+    if smoothing == 0:
+        return optimizer
+    parts: list[Any] = []
+    for part in parts_of(optimizer):
+        smoothed: Any = copy.copy(part)
+        smoothed.param_groups = smoothed_groups(part.param_groups, smoothing)
+        parts.append(smoothed)
+    return Several(parts) if isinstance(optimizer, Several) else parts[0]
+
+
+def refuse_nothing_to_smooth(optimizer: Any, smoothing: float) -> None:
+    """Refuse a smoothing of the adjoint for an optimizer without a part of Adam's kind."""
+    parts = parts_of(optimizer)
+    groups = [group for part in parts for group in getattr(part, "param_groups", [])]
+    if smoothing and not any(map(is_adams, groups)):
+        kinds = " and ".join(type(part).__name__ for part in parts)
+        raise MetaplError(
+            f"smoothing={smoothing:g} was given with {kinds}, whose steps divide by no second "
+            "moments; expected Adam or AdamW, or smoothing=0."
+        )
