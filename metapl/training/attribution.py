@@ -8,12 +8,15 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +26,7 @@ from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, returned_by
-from metapl.execution.checks import described, generator_of
+from metapl.execution.checks import described, generator_of, unexpected
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import MissingDerivative, deterministic, explain, wide
 from metapl.execution.ranks import Ranks
@@ -32,8 +35,7 @@ from metapl.execution.state import RandomState, replayed, trainable, with_conten
 from metapl.feedback import Forward
 from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, sum_and_weight
-from metapl.problems.doubtful import Classification, EqualWeights
-from metapl.problems.sequences import NextToken
+from metapl.problems.doubtful import EqualWeights
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_arguments
 from metapl.runs.terminal import step_bar
@@ -44,8 +46,10 @@ from metapl.training.retraining import (
     Removals,
     StackedTrainings,
     datamodeling_score,
+    rank_correlations,
     signal_of_weights,
 )
+from metapl.training.worth import warn_of_worth
 from metapl.updates import (
     Settings,
     Update,
@@ -57,16 +61,14 @@ from metapl.updates import (
 from metapl.updates.smoothing import refuse_nothing_to_smooth, smoothed_optimizer
 from metapl.words import summary
 
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+SomeAttribution = TypeVar("SomeAttribution", bound="Attribution")
 # By how much of the typical second moment an adjoint of Adam is smoothed.
 Smoothing = Annotated[float, Range(0)]
 
 # The metasmoothness of the first steps below which scores were unreliable
 # (docs/whole-trainings.md).
 SMOOTH = 0.95
-# So many of the examples are removed, in thought, to see whether scores predict a possible loss.
-HARMFUL_SHARE = 0.1
-# Outer losses that are not below 0.
-CROSS_ENTROPIES = (Classification.outer_loss, NextToken.outer_loss)
 # What an error expects where an operation lacks a derivative: there are no modes to choose from.
 NO_OTHER_MODE = "another operation, since attribute needs the second derivative of each"
 # The problem where none is given: always the same object.
@@ -83,15 +85,20 @@ class Attribution:
             outer loss. Positive: more of the example would lower the loss. One that no step has
             drawn has 0. Of a problem with weights of parts of an example, such as tokens, (N, T) or
             (M, N, T).
-        order: the training examples of each step, (K, B).
-        outer_loss: L(θ_K), a scalar or (M,).
-        student_params: θ_K by name.
+        order: the training examples of each step, (K, B); of S seeds (S, K, B).
+        outer_loss: L(θ_K), a scalar or (M,); of several seeds the mean.
+        student_params: θ_K by name; of several seeds the first one's.
         kept: which steps kept their states.
         replay_error: the largest relative difference between a kept state and the same state
             computed again, as of :class:`metapl.Hypergradient`.
         float32_products: in what precision matrix products and convolutions of float32 were taken
             on the device: ``"ieee"``, ``"tf32"`` or ``"bf16"`` by name; empty for a device that has
             no such switches. Scores whose factors are rounded keep their order roughly.
+        outer_loss_before: L(θ_0), a scalar, also of M outer losses; None of a sharded student.
+        of_seeds: the result of each seed, whose mean this is; empty of a single training.
+        agreement: the rank correlation of the scores of two seeds, the mean over all pairs, and
+            over M outer losses; None of a single training.
+        has_data_set: whether examples are numbered as the rows of a data set.
     """
 
     scores: Tensor
@@ -103,15 +110,27 @@ class Attribution:
     _stacks: StackedTrainings | None = field(default=None, repr=False)
     replay_error: float = 0.0
     float32_products: dict[str, str] = field(default_factory=dict)
+    outer_loss_before: Tensor | None = None
+    of_seeds: tuple[Attribution, ...] = ()
+    agreement: float | None = None
+    has_data_set: bool = True
 
     def __repr__(self) -> str:
-        return summary(
-            "Attribution",
-            scores=self.scores,
-            order=self.order,
-            outer_loss=self.outer_loss,
-            kept=self.kept,
-        )
+        shown: dict[str, Any] = {
+            "scores": self.scores,
+            "order": self.order,
+            "outer_loss": self.outer_loss,
+            "kept": self.kept,
+        }
+        if self.agreement is not None:
+            shown["agreement"] = self.agreement
+        return summary("Attribution", **shown)
+
+    @property
+    def by_example(self) -> Tensor:
+        """The scores of whole examples, (M, N), also of a single outer loss: sums over parts."""
+        examples = self.scores.shape[self.outer_loss.ndim]
+        return self.scores.reshape(self.outer_loss.numel(), examples, -1).sum(2)
 
     def predict(self, removed: Any) -> Tensor:
         """Return Σ score_i, the change of the outer loss, to first order, without some examples.
@@ -139,6 +158,8 @@ class Attribution:
         The trainings have the same batches, initial weights and dropout masks. A removed example
         has the weight 0, and a batch that loses one keeps its size. The linear datamodeling score
         is ``spearman``, of M outer losses the mean of theirs.
+
+        Of several seeds the changes are means over the trainings of each.
 
         Cost: a training for each removal, and for ``top`` one for each outer loss. A hundred of a
         perceptron with 64 (256) hidden units take 14 (28) plain trainings in compiled stacks, 38
@@ -176,8 +197,15 @@ class Attribution:
         if top is not None:
             highest = self._highest(top)
         weights = 1.0 - torch.stack([*sets, *highest]).float()
-        trainings = Removals(self._losses_with, self._stacks, at_once=at_once, compile=compile)
-        losses = trainings.losses(weights, self.outer_loss, progress=progress)
+        losses_of_seeds = list[Tensor]()
+        for attribution in self.of_seeds or [self]:
+            trainings = Removals(
+                attribution._losses_with, attribution._stacks, at_once=at_once, compile=compile
+            )
+            losses_of_seeds.append(
+                trainings.losses(weights, attribution.outer_loss, progress=progress)
+            )
+        losses = torch.stack(losses_of_seeds).mean(0)
         # (R,) or (R, M), and behind them those without the highest scores of each outer loss.
         changes = losses - self.outer_loss
         changes_without_top = None
@@ -198,9 +226,8 @@ class Attribution:
         """
         if share >= 1:
             raise MetaplError(f"validate was given top={share:g}; expected a share below 1.")
-        shape = self.scores.shape[self.outer_loss.ndim :]
-        by_loss = self.scores.reshape(self.outer_loss.numel(), shape[0], -1).sum(2)
-        count = max(1, round(share * shape[0]))
+        by_loss = self.by_example
+        count = max(1, round(share * by_loss.shape[1]))
         return [self._removed(scores.argsort(descending=True)[:count]) for scores in by_loss]
 
     def top(self, count: int = 10) -> tuple[Tensor, Tensor]:
@@ -215,9 +242,7 @@ class Attribution:
         """
         if count < 0:
             raise MetaplError(f"top was given count={count}; expected 0 or more.")
-        examples = self.scores.shape[self.outer_loss.ndim]
-        mean = self.scores.reshape(self.outer_loss.numel(), examples, -1).sum(2).mean(0)
-        ranked = mean.argsort(descending=True)
+        ranked = self.by_example.mean(0).argsort(descending=True)
         return ranked[:count], ranked.flip(0)[:count]
 
     def save(self, file: str | Path) -> None:
@@ -254,11 +279,11 @@ class Attribution:
 
 
 def attribute(
-    student: nn.Module,
+    student: nn.Module | Callable[[], nn.Module],
     train: Any,
     outer: Any,
     *,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    optimizer: Optimizers | Callable[[nn.Module], Optimizers],
     steps: AtLeastOne,
     batch_size: AtLeastOne,
     settings: Settings | None = None,
@@ -266,6 +291,7 @@ def attribute(
     problem: BilevelProblem | None = None,
     each: bool = False,
     smoothing: Smoothing = 0.0,
+    seeds: AtLeastOne = 1,
     mode: Forward | None = None,
     clip_norm: AboveZero | None = None,
     compile: bool = False,
@@ -287,10 +313,10 @@ def attribute(
 
     Args:
         student: the network at the start of the training; it stays as it is (``student_params`` has
-            θ_K). In several processes, in ``DistributedDataParallel`` or sharded by
-            ``fully_shard``: every rank is given the same data, takes its share of each batch, and
-            gets all scores. A sharded one's trainings cannot be repeated, for
-            :meth:`Attribution.validate`.
+            θ_K). Or a function without arguments that makes one, for ``seeds``. In several
+            processes, in ``DistributedDataParallel`` or sharded by ``fully_shard``: every rank is
+            given the same data, takes its share of each batch, and gets all scores. A sharded one's
+            trainings cannot be repeated, for :meth:`Attribution.validate`.
         train: (inputs, labels), tensors or arrays of N rows; one dict of such columns, as
             tokenizers give it, with the labels under ``labels``; or a data set of such pairs or
             dicts by number, whose views are always the same. Of a ``DataLoader`` the data set and
@@ -301,15 +327,28 @@ def attribute(
             runs as it is, in train or eval mode, on these too.
         optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the student's parameters, or a
             tuple of these; it stays as it is. Muon's products are taken in the type of the weights.
+            Beside a function for the student, a function that makes it for a student.
         steps, batch_size: K batches of B examples, in shuffled passes over all of them; a batch may
             hold the end of one pass and the beginning of the next.
         settings: of the optimizer in each step, as for :class:`metapl.Lookahead`; those of a
             scheduler are ``metapl.scheduled_settings(scheduler, steps=K)``.
-        generator: for the order; default ``torch.Generator().manual_seed(0)``.
+        generator: for the order, of one seed after another; default, for each,
+            ``torch.Generator().manual_seed(seed)``, from seed 0 on.
         problem: default :class:`metapl.problems.EqualWeights`, cross-entropy; see there for other
             losses. :class:`metapl.problems.NextToken` for sequences and for their tokens.
         each: the scores of each outer example's loss, (M, N), in place of the whole outer loss's;
             the network sees all M, as for that one.
+        smoothing: c. Where Adam's second moments n̂ are small, its step is nearly a sign, and the
+            derivative through many such steps is exact and says nothing of a removal. With c > 0
+            the training stays what it is, and the derivative is that of steps with ε + c·rms(√n̂)
+            of each tensor, a constant, in the place of ε, in Adam and AdamW alone. 0.3 is advised
+            for convolutions and transformers at the usual ε, by trainings of 125 to 600 steps
+            (docs/whole-trainings.md); of 1 and more the scores are more alike between seeds, and
+            say less of this training. 0: the exact derivative.
+        seeds: S. The mean of the scores of S trainings: for each seed the two functions make a
+            student and an optimizer with torch's generators at it, from 0 to S - 1, and the order
+            and the dropout masks are the seed's. ``agreement`` of the result says how alike their
+            scores are, and ``of_seeds`` has the result of each.
         mode: default ``Forward()``, which keeps as many steps as half of the free memory holds.
         clip_norm: the greatest global norm of the gradient in each step; None: no clipping.
         compile: one step and its adjoint as two compiled graphs, as for
@@ -327,11 +366,14 @@ def attribute(
     kept states, and of each step its masks' generator states and buffers. Bias: none, as a
     derivative. As a prediction of what a removal does it is of first order: it fails for large
     removals and for trainings that are not smooth in the weights, such as those with large rates or
-    many steps. A removed example stays in its batch, with the weight 0: it counts in B and in the
-    statistics of a batch norm. Warns: ``UserWarning`` where the metasmoothness of the first steps
-    is below 0.95, as with weights in bfloat16, Adam's usual eps, or ten times a good learning rate;
-    where the scores predict a cross-entropy below 0 without the most harmful tenth; and where the
-    student reads buffers that its passes move, as spectral norm does.
+    many steps, or by Adam at its usual ε; ``smoothing`` has a bias as a derivative, and less of one
+    there. A removed example stays in its batch, with the weight 0: it counts in B and in the
+    statistics of a batch norm. Of S seeds, S times the cost.
+    Warns: ``UserWarning`` where the metasmoothness of the first steps is below 0.95, as with
+    weights in bfloat16, Adam's usual eps, or ten times a good learning rate; where the student
+    reads buffers that its passes move, as spectral norm does; and once of all reasons for which
+    scores may not say what removals do: effects that no loss can have, seeds whose scores have a
+    rank correlation below 0.3, and an eps of 1e-8 in Adam without smoothing.
     Raises: :class:`metapl.MetaplError` for other data, for a student whose forward writes to its
     weights, and as :func:`metapl.hypergradient`. A sharded student is not looked at for weights and
     buffers.
@@ -346,41 +388,118 @@ def attribute(
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
     check_arguments(attribute, locals())
-    mode = mode or Forward()
-    training = WeightedTraining(
-        student,
-        train,
-        outer,
-        optimizer=optimizer,
-        steps=steps,
-        batch_size=batch_size,
-        settings=settings,
-        generator=generator,
-        problem=problem,
-        clip_norm=clip_norm,
-    )
-    ranks = training.layout.ranks
-    if mode.truncate == 0:
+    refuse_one_start(student, optimizer, seeds)
+    attributions = list[Attribution]()
+    for seed in range(seeds):
+        with started(student, optimizer, seed) as (network, its_optimizer):
+            training = WeightedTraining(
+                network,
+                train,
+                outer,
+                optimizer=its_optimizer,
+                steps=steps,
+                batch_size=batch_size,
+                settings=settings,
+                generator=generator or torch.Generator().manual_seed(seed),
+                problem=problem,
+                clip_norm=clip_norm,
+            )
+            if seed == 0:
+                look_at_training(training, smoothing)
+            attributions.append(
+                attribution_of(
+                    training,
+                    network,
+                    each=each,
+                    smoothing=smoothing,
+                    mode=mode or Forward(),
+                    compile=compile,
+                    progress=progress,
+                    replay_tolerance=replay_tolerance,
+                )
+            )
+    attribution = attributions[0] if seeds == 1 else mean_of(attributions)
+    warn_of_worth(attribution, training.problem, training.optimizer, smoothing)
+    return attribution
+
+
+def refuse_one_start(student: Any, optimizer: Any, seeds: int) -> None:
+    """Refuse one network for several seeds, and what does not go together."""
+    makes_student = not isinstance(student, nn.Module)
+    makes_optimizer = callable(optimizer)
+    if makes_student and not callable(student):
+        raise unexpected("student is", student, "a module, or a function that makes one")
+    if makes_student != makes_optimizer:
         raise MetaplError(
-            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
-            "more."
+            f"student is a {type(student).__name__}, and optimizer a {type(optimizer).__name__}; "
+            "expected a module and an optimizer over its weights, or two functions, such as "
+            "optimizer=lambda student: torch.optim.AdamW(student.parameters())."
         )
+    if seeds > 1 and not makes_student:
+        raise MetaplError(
+            f"seeds={seeds} was given with one {type(student).__name__}, which is one start; "
+            "expected two functions, such as lambda: Network() and optimizer=lambda student: "
+            "torch.optim.AdamW(student.parameters()), or lambda: copy.deepcopy(network) where all "
+            "seeds begin at the same weights."
+        )
+
+
+@contextmanager
+def started(
+    student: nn.Module | Callable[[], nn.Module],
+    optimizer: Optimizers | Callable[[nn.Module], Optimizers],
+    seed: int,
+) -> Iterator[tuple[nn.Module, Optimizers]]:
+    """Give a network and its optimizer, which functions make with generators at a seed."""
+    if isinstance(student, nn.Module):
+        yield student, cast(Optimizers, optimizer)
+        return
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        network = student()
+        make_optimizer = cast(Callable[[nn.Module], Optimizers], optimizer)
+        yield network, make_optimizer(network)
+
+
+def look_at_training(training: WeightedTraining, smoothing: float) -> None:
+    """Refuse what no adjoint is smoothed of, and warn of what scores leave out or miss."""
     refuse_nothing_to_smooth(training.optimizer, smoothing)
     if smoothing and training.layout.is_sharded:
         raise MetaplError(
             f"smoothing={smoothing:g} was given with a sharded student, whose parts have not the "
             "root mean square of the whole; expected DistributedDataParallel, or smoothing=0."
         )
+    steps = len(training.order)
     if training.can_be_repeated:
         look_at_passes(training)
     if steps >= 100 and training.can_be_repeated:
         warn_of_roughness(training, steps)
 
+
+def attribution_of(
+    training: WeightedTraining,
+    student: nn.Module,
+    *,
+    each: bool,
+    smoothing: float,
+    mode: Forward,
+    compile: bool,
+    progress: bool,
+    replay_tolerance: float,
+) -> Attribution:
+    """Return the scores of one training; for the arguments see :func:`attribute`."""
+    steps = len(training.order)
+    ranks = training.layout.ranks
+    if mode.truncate == 0:
+        raise MetaplError(
+            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
+            "more."
+        )
     # Each rank has its rows of the batches.
     ahead = Lookahead(
         lambda number: training.batch(ranks.own_rows(training.order[number])),
         steps=steps,
-        settings=settings,
+        settings=training.settings,
     )
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
     differentiated = smoothed_optimizer(training.optimizer, smoothing)
@@ -413,7 +532,7 @@ def attribute(
                     outer_batch,
                     ahead,
                     judging=judging if each else (),
-                    clip_norm=clip_norm,
+                    clip_norm=training.clip_norm,
                     progress=progress,
                     replay_tolerance=replay_tolerance,
                 )
@@ -426,7 +545,7 @@ def attribute(
                     mode=mode,
                     problem=judging[0],
                     inner_optimizer=differentiated,
-                    clip_norm=clip_norm,
+                    clip_norm=training.clip_norm,
                     progress=progress,
                     # Two passes of its first step were looked at.
                     verify=False,
@@ -441,7 +560,13 @@ def attribute(
         replay_error = max(replay_error, result.replay_error)
 
     L = torch.stack(losses) if each else losses[0]
-    attribution = Attribution(
+    loss_before = None
+    if training.can_be_repeated:
+        # Of a copy, whose buffers may move.
+        network = copy.deepcopy(training.begun[0])
+        with replayed(training.start), torch.no_grad():
+            loss_before = training.outer_losses(network, [training.problem])[0]
+    return Attribution(
         scores=torch.stack(scores) if each else scores[0],
         order=training.order,
         outer_loss=L,
@@ -451,33 +576,69 @@ def attribute(
         _stacks=StackedTrainings(training, judges),
         replay_error=replay_error,
         float32_products=result.float32_products,
+        outer_loss_before=loss_before,
     )
-    warn_of_negative_loss(attribution, training.problem)
-    return attribution
 
 
-def warn_of_negative_loss(attribution: Attribution, problem: BilevelProblem) -> None:
-    """Warn where scores predict a cross-entropy below 0 without a tenth of the examples.
+def mean_of(attributions: Sequence[SomeAttribution]) -> SomeAttribution:
+    """Return the mean of several results on the same examples, such as those of several seeds.
 
-    There is no such loss: small changes grew on their way through the training, and a removal is
-    none. Of M outer losses the means count, and of parts of examples the sums.
+    Its ``agreement`` says how alike they are, and its ``of_seeds`` are these results.
+
+    Args:
+        attributions: two or more of :func:`attribute`, or of recordings with ``train=``.
+
+    Raises: :class:`metapl.MetaplError` for fewer, and for results of other examples.
+
+    >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
+    >>> found = attribute(
+    ...     lambda: nn.Linear(4, 3),
+    ...     (x, y),
+    ...     (x, y),
+    ...     optimizer=lambda student: torch.optim.SGD(student.parameters(), 0.1),
+    ...     steps=5,
+    ...     batch_size=6,
+    ...     seeds=3,
+    ... )
+    >>> found.scores.shape, found.order.shape, found.agreement > 0.3
+    (torch.Size([12]), torch.Size([3, 5, 6]), True)
     """
-    if type(problem).outer_loss not in CROSS_ENTROPIES:
-        return
-    loss = float(attribution.outer_loss.mean())
-    scores = attribution.scores.reshape(attribution.outer_loss.numel(), -1)
-    parts = attribution.scores.shape[attribution.outer_loss.ndim :]
-    of_examples = scores.mean(0).reshape(parts[0], -1).sum(1)
-    count = max(1, round(HARMFUL_SHARE * len(of_examples)))
-    harm = float(of_examples.sort().values[:count].sum())
-    if -harm > loss:
-        warnings.warn(
-            f"the scores say that the outer loss, {loss:.3g}, would be {loss + harm:.3g} without "
-            f"the {count:,} most harmful examples, and it cannot be below 0: the training makes "
-            "small changes grow, and scores may not say what removals do. Try a lower learning "
-            "rate or momentum.",
-            stacklevel=3,
+    shapes = {(a.scores.shape, a.order.shape) for a in attributions}
+    if len(attributions) < 2 or len(shapes) > 1:
+        listed = ", ".join(f"{tuple(a.scores.shape)}" for a in attributions)
+        raise MetaplError(
+            f"{len(attributions)} results were given, with scores of shape {listed}; expected two "
+            "or more of the same examples and of as many steps."
         )
+    if not all(a.has_data_set for a in attributions):
+        raise MetaplError(
+            "a recording was made without train=, so that its examples are numbered as they were "
+            "first seen; expected recordings with the same train=."
+        )
+
+    def mean_losses(weights: Tensor) -> Tensor:
+        return torch.stack([a._losses_with(weights) for a in attributions]).mean(0)
+
+    before = [a.outer_loss_before for a in attributions if a.outer_loss_before is not None]
+    mean_before = torch.stack(before).mean(0) if before else None
+    return replace(
+        attributions[0],
+        scores=torch.stack([a.scores for a in attributions]).mean(0),
+        order=torch.stack([a.order for a in attributions]),
+        outer_loss=torch.stack([a.outer_loss for a in attributions]).mean(0),
+        outer_loss_before=mean_before,
+        _losses_with=mean_losses,
+        replay_error=max(a.replay_error for a in attributions),
+        of_seeds=tuple(attributions),
+        agreement=agreement_of(attributions),
+    )
+
+
+def agreement_of(attributions: Sequence[Attribution]) -> float:
+    """Return the mean rank correlation of the scores of all pairs of results."""
+    scores = [a.by_example.double().cpu().numpy() for a in attributions]
+    pairs = combinations(scores, 2)
+    return float(np.mean([rank_correlations(first, second).mean() for first, second in pairs]))
 
 
 def refuse_written(call: str, names: Sequence[str]) -> None:
@@ -660,7 +821,8 @@ class WeightedTraining:
         can_be_repeated: whether the student can be copied, which a sharded one cannot.
         begun: the student and its optimizer at the beginning, copied; of one that can be repeated.
         start: the generators there.
-        is_scheduled: whether the optimizer's settings differ from step to step.
+        settings: of the optimizer in each step, as they were given.
+        is_scheduled: whether they differ from step to step.
         is_in_autocast: whether the passes run under autocast.
 
     Raises: :class:`metapl.MetaplError` for other data, problems and numbers.
@@ -701,6 +863,7 @@ class WeightedTraining:
             self.begun = copied_without_graphs(self.layout.network, self.optimizer)
         self.start = RandomState.now(first.device)
         self._options: Any = [[]] * steps
+        self.settings = settings
         self.is_scheduled = settings is not None
         if settings is not None:
             self._options = options_by_step(self.optimizer, settings, steps)
@@ -775,18 +938,15 @@ class WeightedTraining:
         Args:
             v: as ``direction`` of :func:`metasmoothness`.
         """
-        if v is None:
-            v = torch.randn(len(self.data), generator=torch.Generator().manual_seed(0))
-        trained = list[Tensor]()
         losses = list[Tensor]()
-        with step_bar(progress, 3, "trainings") as advance:
-            for number in range(3):
-                params, (loss,) = self.repeated(1 + number * h * v, [self.problem], steps)
-                trained.append(torch.cat([t.flatten() for t in params.values()]))
-                losses.append(loss)
-                advance()
-        theta_0, theta_h, theta_2h = trained
-        return (theta_0, theta_h, theta_2h), torch.stack(losses)
+
+        def train_with(weights: Tensor) -> Mapping[str, Tensor]:
+            params, (loss,) = self.repeated(weights, [self.problem], steps)
+            losses.append(loss)
+            return params
+
+        thetas = thetas_along(train_with, len(self.data), h=h, v=v, progress=progress)
+        return thetas, torch.stack(losses)
 
     def repeated(
         self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
@@ -870,6 +1030,33 @@ class WeightedTraining:
                 sums_and_weights.append(torch.stack([total, torch.as_tensor(weight).to(total)]))
             totals, counts = ranks.mean(torch.stack(sums_and_weights)).unbind(1)
         return totals / counts
+
+
+def thetas_along(
+    train_with: Callable[[Tensor], Mapping[str, Tensor]],
+    examples: int,
+    *,
+    h: float,
+    v: Tensor | None,
+    progress: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of three trainings as vectors, of examples that weigh 1 + k h v.
+
+    Args:
+        train_with: returns the trained weights by name, from the weights of the examples.
+        examples: N.
+        v: as ``direction`` of :func:`metasmoothness`.
+    """
+    if v is None:
+        v = torch.randn(examples, generator=torch.Generator().manual_seed(0))
+    thetas = list[Tensor]()
+    with step_bar(progress, 3, "trainings") as advance:
+        for number in range(3):
+            params = train_with(1 + number * h * v)
+            thetas.append(torch.cat([t.flatten() for t in params.values()]))
+            advance()
+    theta_0, theta_h, theta_2h = thetas
+    return theta_0, theta_h, theta_2h
 
 
 def agreement_of_signs(theta_0: Tensor, theta_h: Tensor, theta_2h: Tensor) -> tuple[float, float]:

@@ -44,12 +44,19 @@ def smoothed_optimizer(optimizer: Any, smoothing: float) -> Any:
     return Several(parts) if isinstance(optimizer, Several) else parts[0]
 
 
+def adams_groups(optimizer: Any) -> list[Mapping[str, Any]]:
+    """Return the param groups of an optimizer's parts of Adam's kind."""
+    groups: list[Mapping[str, Any]] = []
+    for part in parts_of(optimizer):
+        # A transform of TorchOpt has none.
+        groups += filter(is_adams, getattr(part, "param_groups", []))
+    return groups
+
+
 def refuse_nothing_to_smooth(optimizer: Any, smoothing: float) -> None:
     """Refuse a smoothing of the adjoint for an optimizer without a part of Adam's kind."""
-    parts = parts_of(optimizer)
-    groups = [group for part in parts for group in getattr(part, "param_groups", [])]
-    if smoothing and not any(map(is_adams, groups)):
-        kinds = " and ".join(type(part).__name__ for part in parts)
+    if smoothing and not adams_groups(optimizer):
+        kinds = " and ".join(type(part).__name__ for part in parts_of(optimizer))
         raise MetaplError(
             f"smoothing={smoothing:g} was given with {kinds}, whose steps divide by no second "
             "moments; expected Adam or AdamW, or smoothing=0."

@@ -53,6 +53,7 @@ def test_a_removed_example_has_no_weight_in_a_batch_of_the_same_size(script: Any
         assert (p - q).abs().max() < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:scores may not say what removals do")
 def test_a_rate_falls_as_half_a_cosine_in_the_loop_as_in_the_library(script: Any) -> None:
     data = script.table("wine")
     hidden = partial(script.two_hidden_layers, 13, 3, nn.GELU, 8)

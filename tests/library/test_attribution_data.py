@@ -336,7 +336,7 @@ class OfColumns(OfFields):
         "data set of tuples",
     ],
 )
-@pytest.mark.filterwarnings("ignore:the scores say that the outer loss")
+@pytest.mark.filterwarnings("ignore:scores may not say what removals do")
 @pytest.mark.parametrize("each", [False, True])
 def test_a_problem_that_reads_columns_of_its_own(form: str, each: bool) -> None:
     """Scaled losses have the scores of the plain problem on scaled losses.

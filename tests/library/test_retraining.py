@@ -84,7 +84,7 @@ def optimizer_of(network: nn.Module, rule: str) -> torch.optim.Optimizer:
         return torch.optim.SGD(weights, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
     if rule == "adamw":
         return torch.optim.AdamW(weights, lr=0.1, eps=1e-3)
-    return torch.optim.Adam(weights, lr=0.01, amsgrad=True)
+    return torch.optim.Adam(weights, lr=0.01, eps=1e-6, amsgrad=True)
 
 
 def scored(network: nn.Module, rule: str = "sgd", **options: Any) -> Attribution:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metapl.core.replays import Tolerance
 from metapl.errors import MetaplError, few, needed_for, reason_of
-from metapl.execution.numerics import deterministic, explain, float32_products
+from metapl.execution.numerics import Tree, deterministic, explain, float32_products
 from metapl.execution.state import one_at_a_time, trainable
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.problems.doubtful import EqualWeights
@@ -25,7 +25,7 @@ from metapl.training.attribution import (
     Attribution,
     Smoothing,
     judged_by_example,
-    warn_of_negative_loss,
+    thetas_along,
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
@@ -46,6 +46,8 @@ from metapl.training.recording.replay import (
     order_of,
     summed_scores,
 )
+from metapl.training.reliability import PERTURBATION, Reliability, estimate_by
+from metapl.training.worth import warn_of_worth
 from metapl.updates import TorchUpdate, update_of
 from metapl.updates.smoothing import refuse_nothing_to_smooth
 from metapl.words import summary
@@ -269,6 +271,7 @@ class Recording:
                 takes; one batch. The network evaluates, without dropout and by the running
                 statistics of batch norm, which count as constants.
             each: the scores of each outer example's loss, (M, N).
+            smoothing: of the derivative of Adam's steps, as for :func:`metapl.attribute`.
             progress: show on a terminal how far it is.
             replay_tolerance: the most by which a state may differ from the recorded one, as a share
                 of the way from the kept state before it; None: ten roots of the type's precision,
@@ -279,8 +282,10 @@ class Recording:
         gradients where they fit into half of what is free, else some √m of them, for one more
         training. Bias: none, as a derivative, where constants are constants: the settings of each
         step, batch norm's running statistics in the outer loss, and other buffers that passes move.
-        Nothing of the network moves. Warns: ``UserWarning`` where losses read such buffers, and
-        where the scores predict a cross-entropy below 0 without the most harmful tenth. Raises:
+        Nothing of the network moves. Of several recordings, as of several seeds,
+        :func:`metapl.training.attribution.mean_of` has the mean. Warns: ``UserWarning`` where
+        losses read such buffers, and once of all reasons for which scores may not say what removals
+        do, as :func:`metapl.attribute`. Raises:
         :class:`metapl.MetaplError` before the replay for an outer set that cannot be read, other
         data, another network or version of torch, a missing state and operations without a second
         derivative; in it, for steps that lead elsewhere.
@@ -318,6 +323,10 @@ class Recording:
                 ) from error
 
             end = replay.last_state(progress=progress)
+            first_state, _ = replay.read_state(0)
+            loss_before, _ = network.outer_losses(
+                first_state.params, first_state.buffers, batch, [self._problem]
+            )
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
             ends = [Cotangents(gradient) for gradient in gradients]
             feedback = feedback_of(replay, ends, progress=progress)
@@ -341,11 +350,40 @@ class Recording:
             _losses_with=losses_with,
             replay_error=replay.error,
             float32_products=float32_products(network.device),
+            outer_loss_before=loss_before[0],
             has_data_set=contents.has_data_set,
             _numbers_in=contents.numbers_in,
         )
-        warn_of_negative_loss(attribution, self._problem)
+        warn_of_worth(attribution, self._problem, contents.update.optimizer, smoothing)
         return attribution
+
+    @one_at_a_time
+    def reliability(self, *, progress: bool = True) -> Reliability:
+        """Return how well scores of this training may be expected to predict retraining.
+
+        As :func:`metapl.reliability`, of the recorded steps: the first half of them is taken again
+        with three weightings of the examples, as the loop took them.
+
+        Args:
+            progress: show on a terminal how far it is.
+
+        Returns: a :class:`metapl.training.reliability.Reliability`, which is printed as one line.
+        Cost: one and a half trainings, and no derivative. Bias: as there. Raises:
+        :class:`metapl.MetaplError` where no weight moves, or one becomes NaN.
+        """
+        contents = self._read()
+        replay = contents.replay(None, 0.0)
+        steps = len(contents.rows)
+        first_steps = max(1, steps // 2)
+
+        def train_with(weights: Tensor) -> Tree:
+            return replay.trained(weights[contents.example_numbers], first_steps).params
+
+        with torch.enable_grad(), deterministic(contents.network.device):
+            thetas = thetas_along(
+                train_with, len(contents.digests), h=PERTURBATION, v=None, progress=progress
+            )
+        return estimate_by(thetas, first_steps, steps)
 
     def _read(self) -> OpenedRecording:
         """Return what the folder has, which is read once and compared with network and data."""
@@ -605,11 +643,8 @@ class RecordedAttribution(Attribution):
     a row for each of its rows. Of equal ones each has the mean of their scores, and one that no
     step has drawn has the score 0.
 
-    Attributes:
-        has_data_set: whether examples are numbered as the rows of a data set.
     """
 
-    has_data_set: bool
     _numbers_in: Callable[[Any], Tensor]
 
     def weights(self, rate: AboveZero = 1.0, dataset: Any = None) -> Tensor:

@@ -317,10 +317,10 @@ class Replay:
         self._compare_end(state, kept_state)
         return state
 
-    def trained(self, weights: Tensor) -> KeptState:
-        """Return the state after all steps with other weights of the examples."""
+    def trained(self, weights: Tensor, steps: int | None = None) -> KeptState:
+        """Return the state after some steps with other weights of the examples; None: after all."""
         state, _ = self.read_state(0)
-        for number in range(len(self.rows)):
+        for number in range(len(self.rows) if steps is None else steps):
             _, state = self.step(number, state, weights)
         return state
 
