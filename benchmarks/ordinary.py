@@ -643,9 +643,9 @@ def table_of_smoothed(rows: Sequence[Row]) -> str:
     means = [statistics.mean(row["correlations"][name] for row in rows) for name in names]
     ahead = sum(row["correlations"]["0.3"] > row["correlations"]["0"] for row in rows)
     counts = (
-        f"Of {len(rows)} trainings the scores of c = 0.3 are ahead of the exact ones in {ahead}. The "
-        f"mean correlation is {means[0]:.2f} exact, {means[1]:.2f} at c = 0.3 and {means[2]:.2f} at "
-        "c = 1."
+        f"Of {len(rows)} trainings the scores of c = 0.3 are ahead of the exact ones in {ahead}. "
+        f"The mean correlation is {means[0]:.2f} exact, {means[1]:.2f} at c = 0.3 and "
+        f"{means[2]:.2f} at c = 1."
     )
     return f"{grid(head, lines, 'lrrrrrrrr')}\n\n{counts}"
 

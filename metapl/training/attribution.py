@@ -49,7 +49,8 @@ from metapl.training.retraining import (
     rank_correlations,
     signal_of_weights,
 )
-from metapl.training.worth import warn_of_worth
+from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
+from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
     Settings,
     Update,
@@ -261,6 +262,53 @@ class Attribution:
         names = ("scores", "order", "outer_loss", "student_params")
         checkpoint.save(file, gathered({name: getattr(self, name) for name in names}))
 
+    def weights(self, rate: AboveZero = 1.0) -> Tensor:
+        r"""Return weights of the examples that are a step of descent away from 1, (N,) or (N, T).
+
+        .. math:: a_i = N\, \frac{\max(0,\, 1 + \mathrm{rate}\cdot s_i / \mathrm{rms}(s))}
+                  {\sum_j \max(0,\, 1 + \mathrm{rate}\cdot s_j / \mathrm{rms}(s))}
+
+        for the scores s, of M outer losses their means. They have the mean 1, so that a weighted
+        mean loss keeps its size. Examples that no step has drawn have the weight of a score of 0.
+        It is one step along a derivative: small rates lower the outer loss where scores predict
+        removals, and large ones may not.
+
+        Args:
+            rate: 1 leaves out what is as harmful as the typical size of a score.
+        """
+        scores, _ = self._scores_and_draws()
+        return weights_by(scores, rate)
+
+    def columns(self, rate: AboveZero = 1.0) -> dict[str, list[Any]]:
+        """Return a table with a row for each example, as columns by name.
+
+        ``example`` is its number, ``score`` its score, which of tokens is the sum, ``weight`` as
+        :meth:`weights` has it, and ``draws`` how often it was drawn. Of tokens, ``token_score`` and
+        ``token_weight`` are lists, and ``weight`` is the mean of the example's.
+
+        Args:
+            rate: as for :meth:`weights`.
+        """
+        scores, draws = self._scores_and_draws()
+        return columns_of(scores, draws, rate=rate, name_of_numbers="example")
+
+    def save_table(self, file: str | Path, rate: AboveZero = 1.0) -> None:
+        """Write :meth:`columns` to a CSV file, which needs no further package, or to Parquet.
+
+        Args:
+            file: its path, which ends in ``.csv`` or ``.parquet``; its folder is made if need be.
+            rate: as for :meth:`weights`.
+
+        Raises: :class:`metapl.MetaplError` for another suffix, and for Parquet without pyarrow.
+        """
+        path = path_of_table(file)
+        write_table(self.columns(rate), path)
+
+    def _scores_and_draws(self) -> tuple[Tensor, Tensor]:
+        """Return the scores, of M outer losses their means, and how often each was drawn, (N,)."""
+        scores = self.scores.mean(0) if self.outer_loss.ndim else self.scores
+        return scores, torch.bincount(self.order[self.order >= 0], minlength=len(scores))
+
     def _removed(self, removed: Any) -> Tensor:
         """Return which scores of one outer loss are removed, as booleans of their shape."""
         shape = self.scores.shape[self.outer_loss.ndim :]
@@ -320,9 +368,10 @@ def attribute(
         train: (inputs, labels), tensors or arrays of N rows; one dict of such columns, as
             tokenizers give it, with the labels under ``labels``; or a data set of such pairs or
             dicts by number, whose views are always the same. Of a ``DataLoader`` the data set and
-            its ``collate_fn`` count, and not its batch size and order. A problem with a
-            ``student_input`` of its own gets the batch as it is, and it may be a tuple or a
-            dataclass of any columns.
+            its ``collate_fn`` count, and not its batch size and order. With
+            :class:`metapl.problems.NextToken` token ids x are both: ``x`` alone, or ``(x, x)``. A
+            problem with a ``student_input`` of its own gets the batch as it is, and it may be a
+            tuple or a dataclass of any columns.
         outer: what the trained network is judged on, in any of these forms; one batch. The network
             runs as it is, in train or eval mode, on these too.
         optimizer: ``torch.optim`` SGD, Adam, AdamW or Muon over the student's parameters, or a
@@ -421,6 +470,35 @@ def attribute(
     attribution = attributions[0] if seeds == 1 else mean_of(attributions)
     warn_of_worth(attribution, training.problem, training.optimizer, smoothing)
     return attribution
+
+
+def warn_of_worth(
+    attribution: Attribution, problem: BilevelProblem, optimizer: Any, smoothing: float
+) -> None:
+    """Warn, in one line, of all reasons for which scores may not say what removals do.
+
+    Of M outer losses the means count.
+
+    Args:
+        problem: whose outer loss was judged.
+        optimizer: of the training.
+        smoothing: of the adjoint.
+    """
+    before = attribution.outer_loss_before
+    reasons = [
+        reason_of_possible_loss(
+            attribution.by_example.mean(0),
+            float(attribution.outer_loss.mean()),
+            None if before is None else float(before),
+            problem,
+        ),
+        reason_of_agreement(attribution.agreement, len(attribution.of_seeds)),
+        reason_of_eps(optimizer, smoothing),
+    ]
+    clauses = "; ".join(reason for reason in reasons if reason)
+    if clauses:
+        # In the line of the user's call.
+        warnings.warn(f"scores may not say what removals do: {clauses}.", stacklevel=3)
 
 
 def refuse_one_start(student: Any, optimizer: Any, seeds: int) -> None:

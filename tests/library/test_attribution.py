@@ -6,6 +6,8 @@ Against double backward by hand, and against trainings without the examples.
 from __future__ import annotations
 
 import copy
+import csv
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -469,6 +471,32 @@ def test_what_helps_most_and_what_is_saved(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], weights[name]) for name in weights)
     assert {*saved} == {"scores", "order", "outer_loss", *weights}
     assert "24" in repr(attribution)
+
+
+def test_scores_are_a_table_in_csv_without_pyarrow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    found = scored(student(), each=True)
+    scores = found.scores.mean(0)
+    file = tmp_path / "made" / "scores.csv"
+    found.save_table(file, rate=0.5)
+    rows = [*csv.DictReader(file.read_text().splitlines())]
+    assert [*rows[0]] == ["example", "score", "weight", "draws"]
+    assert [int(row["example"]) for row in rows] == [*range(N)]
+    assert [float(row["score"]) for row in rows] == scores.tolist()
+    drawn = found.order.flatten().tolist()
+    assert [int(row["draws"]) for row in rows] == [drawn.count(number) for number in range(N)]
+    weights = (1 + 0.5 * scores / scores.square().mean().sqrt()).clamp_min(0)
+    weights = weights / weights.mean()
+    assert [float(row["weight"]) for row in rows] == pytest.approx(weights.tolist(), rel=1e-12)
+    assert found.weights(rate=0.5).tolist() == pytest.approx(weights.tolist(), rel=1e-12)
+    with pytest.raises(MetaplError, match="pyarrow"):
+        found.save_table(tmp_path / "scores.parquet")
+    with pytest.raises(MetaplError, match=r"expected a name\.csv or name\.parquet"):
+        found.save_table(tmp_path / "scores.txt")
+    with pytest.raises(MetaplError, match="rate=0: expected a number > 0"):
+        found.weights(rate=0)
 
 
 class Noisy(TensorDataset):

@@ -145,6 +145,14 @@ def test_smoothed_scores_are_those_of_another_backward(
         assert error(found.scores, exact.scores) > 0.01
 
 
+@pytest.mark.long
+def test_a_compiled_adjoint_is_smoothed_as_the_eager_one() -> None:
+    network = student()
+    found = attributed(network, optimizer_of(network, "AdamW"), 0.3, compile=True)
+    expected = by_hand(network, found.order, "AdamW", 0.3)
+    assert error(found.scores, expected) < 1e-9
+
+
 def test_of_several_optimizers_those_of_adams_kind_are_smoothed() -> None:
     network = student()
     first, second = network[0], network[2]
@@ -327,7 +335,8 @@ def test_the_usual_eps_of_adam_is_told_where_nothing_is_smoothed(road: str, tmp_
         return warned_by(lambda: recording.attribute(OUTER, smoothing=smoothing, progress=False))
 
     (warning,) = said(1e-8, 0.0)
-    assert "Adam's eps is 1e-08" in warning and "try smoothing=0.3" in warning
+    assert "Adam's eps is 1e-08" in warning
+    assert "try smoothing=0.3" in warning
     assert said(1e-8, 0.3) == said(1e-6, 0.0) == []
 
 
@@ -360,7 +369,8 @@ def test_seeds_that_do_not_agree_are_told_in_the_same_line() -> None:
         batch_size=N,
         seeds=2,
     )
-    assert agreeing.agreement is not None and agreeing.agreement > 0.9
+    assert agreeing.agreement is not None
+    assert agreeing.agreement > 0.9
 
 
 # ------------------------------------------------------------------------ reliability of recordings

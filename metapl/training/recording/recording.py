@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.replays import Tolerance
-from metapl.errors import MetaplError, few, needed_for, reason_of
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.numerics import Tree, deterministic, explain, float32_products
 from metapl.execution.state import one_at_a_time, trainable
 from metapl.problems.base import BilevelProblem, kind_of
@@ -26,6 +25,7 @@ from metapl.training.attribution import (
     Smoothing,
     judged_by_example,
     thetas_along,
+    warn_of_worth,
     with_weights_of_one,
 )
 from metapl.training.examples import examples_of
@@ -47,7 +47,7 @@ from metapl.training.recording.replay import (
     summed_scores,
 )
 from metapl.training.reliability import PERTURBATION, Reliability, estimate_by
-from metapl.training.worth import warn_of_worth
+from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
 from metapl.updates import TorchUpdate, update_of
 from metapl.updates.smoothing import refuse_nothing_to_smooth
 from metapl.words import summary
@@ -103,10 +103,10 @@ def record(
             :class:`metapl.problems.EqualWeights`, cross-entropy;
             :class:`metapl.problems.NextToken` for causal language models.
         train: the examples, in a form that :func:`metapl.attribute` takes, as the network is called
-            with them. Their numbers are then those of this data set, and each call's rows are found
-            in it by their bits. None: the network has to be called with the labels, as
-            transformers does; examples are recorded as they are, and numbered in the order in which
-            they were first seen.
+            with them; of a language model ``x`` or ``(x, x)``. Their numbers are then those of this
+            data set, and each call's rows are found in it by their bits. None: the network has to
+            be called with the labels, as transformers does; examples are recorded as they are, and
+            numbered in the order in which they were first seen.
         states_every: m, steps from one kept state to the next. A state has the size of the weights
             and the optimizer's state.
         max_bytes: of recorded examples. Beyond them the recording ends with a warning, and the
@@ -648,18 +648,10 @@ class RecordedAttribution(Attribution):
     _numbers_in: Callable[[Any], Tensor]
 
     def weights(self, rate: AboveZero = 1.0, dataset: Any = None) -> Tensor:
-        r"""Return weights of the examples that are a step of descent away from 1, (N,) or (N, T).
-
-        .. math:: a_i = N\, \frac{\max(0,\, 1 + \mathrm{rate}\cdot s_i / \mathrm{rms}(s))}
-                  {\sum_j \max(0,\, 1 + \mathrm{rate}\cdot s_j / \mathrm{rms}(s))}
-
-        for the scores s, of M outer losses their means. They have the mean 1, so that a weighted
-        mean loss keeps its size. Examples that no step has drawn have the weight of a score of 0.
-        It is one step along a derivative: small rates lower the outer loss where scores predict
-        removals, and large ones may not.
+        """Return weights that are a step of descent away from 1, as :meth:`Attribution.weights`.
 
         Args:
-            rate: 1 leaves out what is as harmful as the typical size of a score.
+            rate: as there.
             dataset: the data set whose rows get the weights, in a form that
                 :func:`metapl.attribute` takes; None: that of the recording.
 
@@ -675,56 +667,27 @@ class RecordedAttribution(Attribution):
         return weights_by(scores, rate)
 
     def columns(self, rate: AboveZero = 1.0, dataset: Any = None) -> dict[str, list[Any]]:
-        """Return a table with a row for each example, as columns by name.
+        """Return a table with a row for each example, as :meth:`Attribution.columns`.
 
-        ``example`` is its number in the data set, or ``first_seen`` where there is none, ``score``
-        its score, which of tokens is the sum, ``weight`` as :meth:`weights` has it, and ``draws``
-        how often it, or one that is equal to it, was drawn. Of tokens, ``token_score`` and
-        ``token_weight`` are lists, and ``weight`` is the mean of the example's.
+        Without a data set the first column is ``first_seen``, and equal examples count as one.
 
         Args:
             rate, dataset: as for :meth:`weights`.
         """
         scores, draws = self._rows(dataset)
-        weights = weights_by(scores, rate)
         has_rows = self.has_data_set or dataset is not None
-        columns: dict[str, list[Any]] = {
-            "example" if has_rows else "first_seen": list(range(len(scores))),
-            "score": scores.reshape(len(scores), -1).sum(1).tolist(),
-            "weight": weights.reshape(len(scores), -1).mean(1).tolist(),
-            "draws": draws.tolist(),
-        }
-        if scores.ndim > 1:
-            columns["token_score"] = scores.tolist()
-            columns["token_weight"] = weights.tolist()
-        return columns
+        name = "example" if has_rows else "first_seen"
+        return columns_of(scores, draws, rate=rate, name_of_numbers=name)
 
     def save_table(self, file: str | Path, rate: AboveZero = 1.0, dataset: Any = None) -> None:
-        """Write :meth:`columns` to a CSV file, or to a Parquet file.
+        """Write :meth:`columns` to a file, as :meth:`Attribution.save_table`.
 
         Args:
             file: its path, which ends in ``.csv`` or ``.parquet``.
             rate, dataset: as for :meth:`weights`.
-
-        Raises: :class:`metapl.MetaplError` for another suffix, and for Parquet without pyarrow.
         """
-        path = Path(file)
-        if path.suffix not in (".csv", ".parquet"):
-            raise MetaplError(
-                f"{path} would be a table of no known kind; expected a name.csv or name.parquet."
-            )
-        columns = self.columns(rate, dataset)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".csv":
-            with path.open("w", newline="") as stream:
-                writer = csv.writer(stream)
-                writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
-            return
-        with needed_for("a table of scores"):
-            import pyarrow
-            import pyarrow.parquet
-        pyarrow.parquet.write_table(pyarrow.table(columns), path)
+        path = path_of_table(file)
+        write_table(self.columns(rate, dataset), path)
 
     def add_to(self, dataset: Any, rate: AboveZero = 1.0, *, replace: bool = False) -> Any:
         """Return a ``datasets.Dataset`` with the columns ``score`` and ``weight`` beside its own.
@@ -769,8 +732,7 @@ class RecordedAttribution(Attribution):
         Of M outer losses they are the means. None: the data set of the recording, or the examples
         as they were first seen.
         """
-        scores = self.scores.mean(0) if self.outer_loss.ndim else self.scores
-        draws = torch.bincount(self.order[self.order >= 0], minlength=len(scores))
+        scores, draws = self._scores_and_draws()
         if dataset is None and not self.has_data_set:
             return scores, draws
         numbers = self._numbers_in(dataset)
@@ -780,13 +742,3 @@ class RecordedAttribution(Attribution):
         means = torch.cat([means, torch.zeros_like(means[:1])])
         draws = torch.cat([draws, torch.zeros_like(draws[:1])])
         return means[numbers], draws[numbers]
-
-
-def weights_by(scores: Tensor, rate: float) -> Tensor:
-    """Return weights that are a step along scores away from 1, with the mean 1."""
-    check_arguments(RecordedAttribution.weights, {"rate": rate})
-    size = scores.square().mean().sqrt()
-    if not bool(size > 0):
-        return torch.ones_like(scores)
-    weights = (1 + rate * scores / size).clamp_min(0)
-    return weights * (weights.numel() / weights.sum())
