@@ -161,3 +161,13 @@ def test_the_page_says_what_the_rows_say(script: Any) -> None:
     first, second = sorted(row["correlation"] for row in below)
     assert all("momentum 0.9" in row["name"] for row in below)
     assert f"that have a momentum of 0.9 ({first:.2f} and {second:.2f})." in page
+
+
+def test_the_smoothed_trainings_are_those_of_the_rows(script: Any) -> None:
+    rows = script.rows_of_kind(script.read(script.RAW, "correlation"), script.SMOOTHED)
+    assert [row["name"] for row in rows] == [*script.SMOOTHED_PROGRAMS]
+    results = (ROOT / "benchmarks" / "results" / "ordinary.md").read_text()
+    assert script.table_of_smoothed(rows) in results
+    for program in script.SMOOTHED_PROGRAMS.values():
+        _, optimizer = program.start()
+        assert optimizer.param_groups[0]["eps"] == 1e-8
