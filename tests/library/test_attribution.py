@@ -114,6 +114,7 @@ def by_hand(
         usual=["mlp", "sgd", True, 0.3],
     ),
 )
+@pytest.mark.filterwarnings("ignore:scores may not say what removals do")
 def test_the_scores_are_the_derivatives(
     kind: str, optimizer: str, scheduled: bool, clip: float | None
 ) -> None:

@@ -123,6 +123,7 @@ def compare_with_alone(
         usual=["batch_norm", "sgd", True, 0.3],
     ),
 )
+@pytest.mark.filterwarnings("ignore:scores may not say what removals do")
 def test_trainings_in_stacks_are_those_alone(
     kind: str, rule: str, scheduled: bool, clip: float | None
 ) -> None:
@@ -185,6 +186,7 @@ def test_a_training_goes_on_from_the_optimizer_s_state_and_moves_nothing() -> No
 
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "rule"), [("dropout", "sgd"), ("batch_norm", "adamw")])
+@pytest.mark.filterwarnings("ignore:scores may not say what removals do")
 def test_compiled_stacks_are_trainings_alone(kind: str, rule: str) -> None:
     # Six trainings and the one on all examples are four stacks, of which the last is filled up.
     score = compare_with_alone(scored(student(kind), rule), [*SETS, [2]], compile=True)
