@@ -758,14 +758,14 @@ def _past_arguments() -> None:
 
 
 def _attributed(
-    student: nn.Module | None = None, layout: str = "fsdp", **options: Any
+    student: nn.Module | None = None, layout: str = "fsdp", rule: str = "sgd", **options: Any
 ) -> metapl.Attribution:
     if student is None:
         student = networks()[1]
     student = laid_out(student, layout)
     labeled, _ = batches(1)[0]
     defaults = {
-        "optimizer": OPTIMIZERS["sgd"](student.parameters()),
+        "optimizer": OPTIMIZERS[rule](student.parameters()),
         "steps": 2,
         "batch_size": 8,
         "progress": False,
@@ -784,6 +784,7 @@ REFUSED |= {
     "past_arguments": _past_arguments,
     "unequal_rows_of_a_training": lambda: _attributed(batch_size=5),
     "compiled_training": lambda: _attributed(compile=True),
+    "smoothed_training": lambda: _attributed(rule="adamw", smoothing=0.3),
     "repeated_training": lambda: _attributed().validate([[0], [1], [2]], progress=False),
 }
 
