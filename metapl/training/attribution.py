@@ -391,9 +391,9 @@ def attribute(
             derivative through many such steps is exact and says nothing of a removal. With c > 0
             the training stays what it is, and the derivative is that of steps with ε + c·rms(√n̂)
             of each tensor, a constant, in the place of ε, in Adam and AdamW alone. 0.3 is advised
-            for convolutions and transformers at the usual ε, by trainings of 125 to 600 steps
-            (docs/whole-trainings.md); of 1 and more the scores are more alike between seeds, and
-            say less of this training. 0: the exact derivative.
+            for convolutions, transformers and recurrent networks at the usual ε, by trainings of
+            some hundred steps (docs/whole-trainings.md); 1 found more of the wrong examples of
+            convolutions there, and said less of removals. 0: the exact derivative.
         seeds: S. The mean of the scores of S trainings: for each seed the two functions make a
             student and an optimizer with torch's generators at it, from 0 to S - 1, and the order
             and the dropout masks are the seed's. ``agreement`` of the result says how alike their
@@ -437,9 +437,18 @@ def attribute(
     Source: MAGIC (Ilyas and Engstrom, 2025); metagradients (Engstrom et al., 2025).
     """
     check_arguments(attribute, locals())
+    mode = mode or Forward()
+    if mode.truncate == 0:
+        raise MetaplError(
+            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
+            "more."
+        )
     refuse_one_start(student, optimizer, seeds)
     attributions = list[Attribution]()
     for seed in range(seeds):
+        order_generator = generator
+        if generator is None:
+            order_generator = torch.Generator().manual_seed(seed)
         with started(student, optimizer, seed) as (network, its_optimizer):
             training = WeightedTraining(
                 network,
@@ -449,19 +458,23 @@ def attribute(
                 steps=steps,
                 batch_size=batch_size,
                 settings=settings,
-                generator=generator or torch.Generator().manual_seed(seed),
+                generator=order_generator,
                 problem=problem,
                 clip_norm=clip_norm,
             )
             if seed == 0:
-                look_at_training(training, smoothing)
+                refuse_smoothing(training, smoothing)
+            if seed == 0 and training.can_be_repeated:
+                look_at_passes(training)
+                if steps >= 100:
+                    warn_of_roughness(training, steps)
             attributions.append(
                 attribution_of(
                     training,
                     network,
                     each=each,
                     smoothing=smoothing,
-                    mode=mode or Forward(),
+                    mode=mode,
                     compile=compile,
                     progress=progress,
                     replay_tolerance=replay_tolerance,
@@ -539,19 +552,14 @@ def started(
         yield network, make_optimizer(network)
 
 
-def look_at_training(training: WeightedTraining, smoothing: float) -> None:
-    """Refuse what no adjoint is smoothed of, and warn of what scores leave out or miss."""
+def refuse_smoothing(training: WeightedTraining, smoothing: float) -> None:
+    """Refuse a smoothing of an adjoint that has nothing to be smoothed, or parts of tensors."""
     refuse_nothing_to_smooth(training.optimizer, smoothing)
     if smoothing and training.layout.is_sharded:
         raise MetaplError(
             f"smoothing={smoothing:g} was given with a sharded student, whose parts have not the "
             "root mean square of the whole; expected DistributedDataParallel, or smoothing=0."
         )
-    steps = len(training.order)
-    if training.can_be_repeated:
-        look_at_passes(training)
-    if steps >= 100 and training.can_be_repeated:
-        warn_of_roughness(training, steps)
 
 
 def attribution_of(
@@ -568,11 +576,6 @@ def attribution_of(
     """Return the scores of one training; for the arguments see :func:`attribute`."""
     steps = len(training.order)
     ranks = training.layout.ranks
-    if mode.truncate == 0:
-        raise MetaplError(
-            "truncate=0 differentiates no step, so nothing reaches the examples; expected 1 or "
-            "more."
-        )
     # Each rank has its rows of the batches.
     ahead = Lookahead(
         lambda number: training.batch(ranks.own_rows(training.order[number])),

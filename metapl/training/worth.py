@@ -66,8 +66,8 @@ def reason_of_agreement(agreement: float | None, seeds: int) -> str:
     if agreement is None or agreement >= LEAST_AGREEMENT:
         return ""
     return (
-        f"those of two of the {seeds} seeds have a rank correlation of {agreement:.2f} (more "
-        "seeds, or a larger smoothing, give what holds for others)"
+        f"those of two of the {seeds} seeds have a rank correlation of {agreement:.2f} (a mean of "
+        "more seeds says more of others)"
     )
 
 

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import MetaplError
 from metapl.training.attribution import Attribution, mean_of
+from metapl.training.recording import RecordedAttribution
 
 N = 16
 STEPS = 5
@@ -141,6 +142,15 @@ def test_smoothed_scores_are_those_of_another_backward(
     assert error(found.scores, expected) < 1e-9
     if road == "eager":
         assert all(t.equal(exact.student_params[name]) for name, t in found.student_params.items())
+        # Settings of each step, and states that are computed again.
+        scheduled = attributed(
+            network,
+            optimizer_of(network, rule),
+            smoothing,
+            settings={"lr": torch.full((STEPS, 1), 0.05, dtype=torch.float64)},
+            mode=metapl.feedback.Forward(keep_every=2),
+        )
+        assert error(scheduled.scores, expected) < 1e-9
     if smoothing:
         assert error(found.scores, exact.scores) > 0.01
 
@@ -273,6 +283,49 @@ def test_results_of_other_examples_have_no_mean() -> None:
     fewer_steps = attributed(network, by_sgd, 0.0, steps=2)
     with pytest.raises(MetaplError, match="2 results were given, .* of as many steps"):
         mean_of([found, fewer_steps])
+
+
+def test_recordings_have_a_mean_where_their_examples_are_those_of_a_data_set(
+    tmp_path: Path,
+) -> None:
+    def attributed_recording(seed: int, train: Any) -> RecordedAttribution:
+        network = student()
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        batches = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).split(4)
+        data = Labeled(network) if train is None else network
+        out = tmp_path / f"{seed} {train is None}"
+        with metapl.record(data, optimizer, out=out, train=train) as recording:
+            for rows in batches:
+                optimizer.zero_grad()
+                if train is None:
+                    data(X[rows], Y[rows])["loss"].backward()
+                else:
+                    F.cross_entropy(data(X[rows]), Y[rows]).backward()
+                optimizer.step()
+        outer = OUTER if train is not None else {"x": OUTER[0], "labels": OUTER[1]}
+        return recording.attribute(outer, progress=False)
+
+    results = [attributed_recording(seed, (X, Y)) for seed in (0, 1)]
+    found = mean_of(results)
+    assert error(found.scores, (results[0].scores + results[1].scores) / 2) < 1e-12
+    assert found.columns()["draws"] == [2] * N
+    assert error(found.weights(dataset=(X, Y)), found.weights()) < 1e-12
+    by_sight = [attributed_recording(seed, None) for seed in (0, 1)]
+    with pytest.raises(MetaplError, match="without train=, .* expected recordings with the same"):
+        mean_of(by_sight)
+
+
+class Labeled(nn.Module):
+    """A network that is called with labels."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+        logits = self.body(x)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return {"loss": loss, "logits": logits}
 
 
 # ------------------------------------------------------------------------- what scores are worth

@@ -642,7 +642,6 @@ class RecordedAttribution(Attribution):
     number. The tables below find rows of a ``dataset=`` by their bits, in any order: then they have
     a row for each of its rows. Of equal ones each has the mean of their scores, and one that no
     step has drawn has the score 0.
-
     """
 
     _numbers_in: Callable[[Any], Tensor]
