@@ -147,6 +147,50 @@ class Transformer(nn.Module):
         return outputs
 
 
+class SmallStart(nn.Module):
+    """A causal language model of two layers that begins as GPT-2 does, with small weights."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, width)
+        self.places = nn.Parameter(torch.zeros(32, width))
+        self.layers = nn.ModuleList(Layer(width) for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+        for parameter in self.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = self.words(ids) + self.places
+        for layer in self.layers:
+            h = layer(h)
+        outputs: Tensor = self.norm(h) @ self.words.weight.T
+        return outputs
+
+
+class Layer(nn.Module):
+    """A layer of a transformer with two heads, whose biases begin at 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = nn.Linear(width, 3 * width)
+        self.mixed = nn.Linear(width, width)
+        self.wide = nn.Linear(width, 4 * width)
+        self.narrow = nn.Linear(4 * width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        for linear in (self.attention, self.mixed, self.wide, self.narrow):
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        rows, length, width = h.shape
+        parts = self.attention(self.norms[0](h)).view(rows, length, 3, 2, width // 2)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        h = h + self.mixed(heads.transpose(1, 2).reshape(rows, length, width))
+        after: Tensor = h + self.narrow(F.gelu(self.wide(self.norms[1](h))))
+        return after
+
+
 class Recurrent(nn.Module):
     """A language model with a gated recurrent unit."""
 
@@ -366,6 +410,8 @@ KINDS_OF_SMOOTHED = {
     "docstrings, transformer, AdamW 0.001": (docstrings, Transformer, adamw(), 16, 4),
     "docstrings, transformer, AdamW 0.01": (docstrings, Transformer, adamw(0.01), 16, 4),
     "docstrings, recurrent, AdamW 0.01": (docstrings, Recurrent, adamw(0.01), 32, 4),
+    "docstrings, small start, AdamW 0.0003": (docstrings, SmallStart, adamw(3e-4), 16, 4),
+    "docstrings, small start, AdamW 0.001": (docstrings, SmallStart, adamw(), 16, 4),
 }
 SMOOTHED_PROGRAMS: dict[str, Program] = {
     f"{name}, seed {seed}": Program(*parts, seed=seed)
