@@ -171,3 +171,21 @@ def test_the_smoothed_trainings_are_those_of_the_rows(script: Any) -> None:
     for program in script.SMOOTHED_PROGRAMS.values():
         _, optimizer = program.start()
         assert optimizer.param_groups[0]["eps"] == 1e-8
+    page = " ".join((ROOT / "docs" / "whole-trainings.md").read_text().split())
+    correlations = [row["correlations"] for row in rows]
+    exact, smoothed = (statistics.mean(row[c] for row in correlations) for c in ("0", "0.3"))
+    ahead = sum(row["0.3"] > row["0"] for row in correlations)
+    assert f"is {exact:.2f} exact and {smoothed:.2f} smoothed, and {ahead} of them gain" in page
+    by_name = {row["name"]: row["correlations"] for row in rows}
+
+    def said(name: str) -> list[float]:
+        rows_of_seeds = [by_name[f"{name}, seed {seed}"] for seed in (0, 1)]
+        return [row[c] for c in ("0", "0.3") for row in rows_of_seeds]
+
+    a, b, c, d = said("digits, three convolutions, AdamW 0.003")
+    assert f"have {a:.2f} and {b:.2f} exact, and {c:.2f} and {d:.2f} smoothed" in page
+    a, b, c, d = said("digits, perceptron, AdamW 0.001")
+    assert f"A perceptron loses {a - c:.2f} and {b - d:.2f}." in page
+    a, b, c, d = said("docstrings, small start, AdamW 0.001")
+    assert f"{a:.2f} and {b:.2f} become {c:.2f} and {d:.2f}." in page
+    assert f"In {len(rows)} trainings by AdamW" in page
