@@ -108,7 +108,7 @@ def test_the_programs_that_test_the_coefficients_are_other_ones(script: Any) -> 
     results = (ROOT / "benchmarks" / "results" / "ordinary.md").read_text()
     assert script.table_of_unseen(rows) in results
     inside = sum(map(script.is_inside, rows))
-    page = " ".join((ROOT / "docs" / "whole-trainings.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "studies" / "reliability.md").read_text().split())
     assert f"Of these ten, {inside} fell into the interval" in page
 
     second_line = CALIBRATION._replace(
@@ -137,7 +137,7 @@ def test_the_page_says_what_the_rows_say(script: Any) -> None:
     assert [row["name"] for row in rows] == [*script.PROGRAMS]
     results = (ROOT / "benchmarks" / "results" / "ordinary.md").read_text()
     assert script.table_of_programs(rows) in results
-    page = " ".join((ROOT / "docs" / "whole-trainings.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "studies" / "reliability.md").read_text().split())
     inside = sum(map(script.is_inside, rows))
     above = sum(row["correlation"] > row["expected"][2] for row in rows)
     median = statistics.median(row["correlation"] for row in rows)

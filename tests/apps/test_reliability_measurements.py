@@ -237,7 +237,8 @@ def test_a_calibration_gives_what_its_regression_gives() -> None:
 
 def test_the_page_says_the_line_and_its_errors() -> None:
     script = importlib.import_module("reliability")
-    page = " ".join((RESULTS.parents[1] / "docs" / "whole-trainings.md").read_text().split())
+    path = RESULTS.parents[1] / "docs" / "studies" / "reliability.md"
+    page = " ".join(path.read_text().split())
     bend = f"{-CALIBRATION.slope:.2f} log10(bend)"
     steps = f"{-CALIBRATION.slope_of_steps:.2f} log10(K)"
     assert f"z = {CALIBRATION.intercept:.2f} − {bend} − {steps}" in page
