@@ -219,7 +219,7 @@ class MetaWeightNet(Weighted):
     student learns them like right ones, and this problem ends near plain training on the given
     labels, or behind it, and behind the trusted labels alone; take :class:`ExampleWeights`,
     :class:`ExampleLabels` or :class:`LabelCorrection` then. On the mistakes of people it is behind
-    plain training of equal work (docs/write-a-problem.md has the numbers).
+    plain training of equal work (docs/studies/people-labels.md has the numbers).
 
     Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
 
@@ -283,7 +283,8 @@ class LearningToReweight(Weighted):
     It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 %
     asymmetric noise it is 6 points behind the trusted labels alone after 300 steps, and with Adam
     at 1e-3 10 behind after 400 and level after 1,000: give it some 1,000 steps, or Adam at 1e-2. On
-    the mistakes of people it is behind plain training of equal work (docs/write-a-problem.md).
+    the mistakes of people it is behind plain training of equal work
+    (docs/studies/people-labels.md).
 
     Cost: one forward and one backward pass of the student beyond those of the mode.
 
@@ -340,7 +341,7 @@ class ExampleWeights(Weighted):
     An inner batch is (x, y, index), the outer one (x, y) with trusted labels. The teacher maps
     indices (B,) to numbers (B,), whose sigmoid is the weight; ``Table(torch.zeros(n))`` holds one
     for each of n examples, all at weight 1/2. On the mistakes of people it is behind plain training
-    of equal work (docs/write-a-problem.md).
+    of equal work (docs/studies/people-labels.md).
 
     Source: Franceschi et al., "Bilevel programming for hyperparameter optimization" (ICML 2018),
     data hyper-cleaning.
@@ -377,7 +378,7 @@ class ExampleLabels(Relabeled):
     A label moves only when its example is drawn, and then by its rate at most (0.1 by default), so
     count its epochs: on 1,200 digits with 40 % asymmetric noise 300 steps of 64 reached 81.0 % and
     1,000 steps 90.5 %, where the trusted labels alone have 87.3 and 88.4 %. On the mistakes of
-    people it is behind plain training of equal work (docs/write-a-problem.md).
+    people it is behind plain training of equal work (docs/studies/people-labels.md).
 
     Source: Vyas, Saxena and Voice, "Learning soft labels via meta learning" (2020).
     """
@@ -406,7 +407,8 @@ class LabelCorrection(Relabeled):
     optimizer=...).fit(trusted, steps=..., batch_size=...)``. One that begins at random has to find
     the right labels through the student's steps: on the digits with 40 % asymmetric noise its
     student had 73 to 75 %, and with a network of the trusted labels 91, where these alone have 88.
-    On the mistakes of people it is behind plain training of equal work (docs/write-a-problem.md).
+    On the mistakes of people it is behind plain training of equal work
+    (docs/studies/people-labels.md).
 
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI
     2021).
@@ -439,7 +441,7 @@ class NoiseTransition(Classification):
     rows, the matrix is found too late: on wine with 40 % symmetric noise it ends 3 points behind
     plain training on the given labels, and 30 behind the trusted alone. Train on the trusted labels
     alone then, or take :class:`LabelCorrection`. On the mistakes of people it is behind plain
-    training of equal work (docs/write-a-problem.md).
+    training of equal work (docs/studies/people-labels.md).
 
     Source: the forward correction of Patrini et al. (CVPR 2017), with the matrix learned as in
     Wang, Hu and Hu, "Training noise-robust deep neural networks via meta-learning" (CVPR 2020).

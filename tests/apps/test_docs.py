@@ -69,7 +69,7 @@ def test_the_page_on_problems_has_the_method_of_its_example() -> None:
 
 
 def test_the_table_of_label_methods_has_all_of_them_and_the_figures_of_their_examples() -> None:
-    text = (ROOT / "docs" / "write-a-problem.md").read_text()
+    text = (ROOT / "docs" / "studies" / "label-methods.md").read_text()
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in text.splitlines()
