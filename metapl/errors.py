@@ -74,15 +74,15 @@ def installation(extra: str) -> str:
 def origin() -> str:
     """Return what metapl was installed from: a checkout or a wheel file that is there still.
 
-    pip notes it (PEP 610). "metapl" stands for what nothing is known of.
+    pip notes it (PEP 610). A made-up path stands for what nothing is known of.
     """
     try:
         note = importlib.metadata.distribution("metapl").read_text("direct_url.json")
         address = urllib.parse.urlparse(json.loads(note or "{}")["url"])
     except (importlib.metadata.PackageNotFoundError, KeyError, ValueError, OSError):
-        return "metapl"
+        return "/path/to/metapl"
     path = Path(urllib.parse.unquote(address.path))
-    return str(path) if address.scheme == "file" and path.exists() else "metapl"
+    return str(path) if address.scheme == "file" and path.exists() else "/path/to/metapl"
 
 
 @contextmanager

@@ -283,8 +283,7 @@ class LearningToReweight(Weighted):
     It is slow: a batch moves the student as far as its helpful examples go. On the digits with 40 %
     asymmetric noise it is 6 points behind the trusted labels alone after 300 steps, and with Adam
     at 1e-3 10 behind after 400 and level after 1,000: give it some 1,000 steps, or Adam at 1e-2. On
-    the mistakes of people it is behind plain training of equal work
-    (docs/studies/people-labels.md).
+    people's mistakes it is behind plain training of equal work (docs/studies/people-labels.md).
 
     Cost: one forward and one backward pass of the student beyond those of the mode.
 
@@ -407,8 +406,7 @@ class LabelCorrection(Relabeled):
     optimizer=...).fit(trusted, steps=..., batch_size=...)``. One that begins at random has to find
     the right labels through the student's steps: on the digits with 40 % asymmetric noise its
     student had 73 to 75 %, and with a network of the trusted labels 91, where these alone have 88.
-    On the mistakes of people it is behind plain training of equal work
-    (docs/studies/people-labels.md).
+    On people's mistakes it is behind plain training of equal work (docs/studies/people-labels.md).
 
     Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI
     2021).

@@ -155,10 +155,10 @@ for module in ("pictures", "labels", "networks"):
     ("note", "expected"),
     [
         ('{"url": "file://FOLDER", "dir_info": {}}', "FOLDER"),
-        ('{"url": "file://FOLDER/gone.whl", "archive_info": {}}', "metapl"),
-        ('{"url": "https://example.com/metapl.whl", "archive_info": {}}', "metapl"),
-        ("{}", "metapl"),
-        (None, "metapl"),
+        ('{"url": "file://FOLDER/gone.whl", "archive_info": {}}', "/path/to/metapl"),
+        ('{"url": "https://example.com/metapl.whl", "archive_info": {}}', "/path/to/metapl"),
+        ("{}", "/path/to/metapl"),
+        (None, "/path/to/metapl"),
     ],
 )
 def test_the_way_out_of_a_missing_package_is_where_metapl_came_from(
