@@ -479,10 +479,12 @@ def main() -> None:
         "pictures"
     )
     print(f"a statistic of a batch norm sees {seen}, of {batch_norm_ranks:,} ranks\n")
-    print(f"{'MB of a rank':17}{''.join(f'{name:>13}' for name in (*NAMES, 'sum'))}")
+    widths = {name: max(len(name) + 2, 10) for name in NAMES} | {"sum": 12}
+    print(f"{'MB of a rank':17}{''.join(f'{name:>{width}}' for name, width in widths.items())}")
     for phase, sizes in step.phases.items():
-        row = [*(sizes.get(name, 0) for name in NAMES), sum(sizes.values())]
-        print(f"{phase:17}{''.join(f'{size / 1e6:13,.1f}' for size in row)}")
+        row = {**sizes, "sum": sum(sizes.values())}
+        cells = [f"{row.get(name, 0) / 1e6:{width},.1f}" for name, width in widths.items()]
+        print(f"{phase:17}{''.join(cells)}")
     print(
         f"\nA rank computes {step.flops / 1e12:.3g} TFLOP a step and sends {step.sent / 1e9:.3g} "
         "GB."
