@@ -101,7 +101,15 @@ def train(
     places = {"labeled": str(labeled), "unlabeled": str(unlabeled), "test": str(test)}
     card = NetworkCard(title="student", input=Input(size=SIDE))
     config = {"seed": seed, "steps": steps, **places}
-    save(out, student, card, classes=few.classes, name="own_run", config=config, evaluation=reached)
+    save(
+        out,
+        student,
+        card,
+        classes=few.classes,
+        name="own_run",
+        config=config,
+        evaluation=reached,
+    )
     return reached.accuracy
 
 
