@@ -61,7 +61,10 @@ def train(accelerator: Any, out: Path, steps: int, save_every: int = 50) -> meta
     unlabeled = feed(many, name="unlabeled", stop=steps)
 
     feeds = [
-        SimpleNamespace(state_dict=feed_of_batches.state, load_state_dict=feed_of_batches.restore)
+        SimpleNamespace(
+            state_dict=feed_of_batches.state,
+            load_state_dict=feed_of_batches.restore,
+        )
         for feed_of_batches in (labeled, unlabeled)
     ]
     accelerator.register_for_checkpointing(trainer, *feeds)

@@ -48,7 +48,11 @@ class MetaPseudoLabels(L.LightningModule):
         # The networks are on their device by now.
         inner, outer = (wrapper.optimizer for wrapper in self.optimizers())
         self.bilevel = metapl.BilevelTrainer(
-            self.teacher, self.student, "forward", inner_optimizer=inner, outer_optimizer=outer
+            self.teacher,
+            self.student,
+            "forward",
+            inner_optimizer=inner,
+            outer_optimizer=outer,
         )
         if self.resumed:
             self.bilevel.load_state_dict(self.resumed["bilevel"])

@@ -56,7 +56,13 @@ def main(steps):
     rater = Rater(torch.zeros(WORDS**2))
     clean_batches = DataLoader(clean_rows, batch_size=50, shuffle=True)
     optimizer = torch.optim.Adam(rater.parameters(), lr=0.03)
-    rated = weighted(trainer, rater, outer=clean_batches, every=2, rater_optimizer=optimizer)
+    rated = weighted(
+        trainer,
+        rater,
+        outer=clean_batches,
+        every=2,
+        rater_optimizer=optimizer,
+    )
     trainer.train()
 
     scores = rater({"input_ids": mixed})
