@@ -17,7 +17,7 @@ from metapl.problems import Table
 
 
 class PairWeights(metapl.BilevelProblem):
-    """An example's weight is looked up by its given label and by the student's prediction."""
+    """An example's weight is looked up by its label and the student's prediction."""
 
     def signal(self, teacher, batch, student_outputs, *, generator):
         labels = batch[1]
