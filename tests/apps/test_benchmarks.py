@@ -127,9 +127,14 @@ def test_the_table_of_the_readme_is_that_of_the_rows() -> None:
     part = readme.partition("## What nothing simpler does here")[2].partition("\n## ")[0]
     table = re.findall(r"^\| (.*) \| ([\d.]+) \| ([\d.]+), (.*) \| `(.*)` \|$", part, re.MULTILINE)
     assert len(table) == 5
+    # Each stands beside its rivals on the page of evidence.
+    claims = (ROOT / "docs" / "evidence.md").read_text().partition("## Claims")[2]
+    claims = claims.partition("\n## ")[0]
+    beside = [line for line in claims.splitlines() if "(README)" in line]
 
     def claim(words: str) -> tuple[str, str, str]:
         ((ours, rivals, rival),) = [line[1:4] for line in table if words in line[0]]
+        assert any(ours in row.split("|")[1].replace(";", "").split() for row in beside), ours
         return ours, rivals, rival
 
     silent = json.loads((RESULTS / "silent.json").read_text())["rows"]
