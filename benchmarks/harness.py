@@ -326,9 +326,10 @@ def show(page: Path | None, name: str, tables: str) -> None:
 def figure_of(page: Path, name: str) -> Path:
     """Return where the figure of a page's tables goes.
 
-    It goes beside the page; if the tables lie among the raw rows, into docs/.
+    It goes into docs/, and that of a page outside of the project beside the page.
     """
-    return (HERE.parent / "docs" if page.resolve().parent == RESULTS else page.parent) / name
+    is_of_project = HERE.parent in page.resolve().parents
+    return (HERE.parent / "docs" if is_of_project else page.parent) / name
 
 
 # Of Okabe and Ito's colors, which the color-blind can tell apart.

@@ -1,7 +1,7 @@
 """What each mode costs and how noisy it is, side by side in one run.
 
     python benchmarks/modes.py                          # about five minutes on two cores
-    python benchmarks/modes.py --write docs/modes.md
+    python benchmarks/modes.py --write docs/studies/modes.md
 
 The latter also prints and draws ``ablate_digits.json``, the ``ablation.json`` of
 

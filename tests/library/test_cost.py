@@ -82,7 +82,7 @@ def test_the_default_size_of_the_feedback_takes_no_pass_more_than_a_weight(mode:
 
 
 def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> None:
-    page = (ROOT / "docs" / "modes.md").read_text()
+    page = (ROOT / "docs" / "studies" / "modes.md").read_text()
     (fixed, per_iteration) = re.findall(
         r"^\| `implicit` \|.*\| (\d+) \+ (\d+) n \|", page, re.MULTILINE
     )[0]
@@ -94,7 +94,7 @@ def test_the_cost_of_implicit_is_what_the_table_of_the_documentation_says() -> N
 
 
 def test_the_table_of_the_documentation_has_every_mode() -> None:
-    page = (ROOT / "docs" / "modes.md").read_text().split(BEGIN)[1].split(END)[0]
+    page = (ROOT / "docs" / "studies" / "modes.md").read_text().split(BEGIN)[1].split(END)[0]
     assert set(re.findall(r"^\| `(\w+)`", page, re.MULTILINE)) == set(metapl.MODES)
 
 
