@@ -139,6 +139,21 @@ def plain_regression() -> Given:
     return Given(PAGES["Regression"](), None, network(1, 8, 1), regression(), regression())
 
 
+def bootstrap() -> Given:
+    return Given(PAGES["Bootstrap"](), None, network(64, 8, 10), digits(), digits())
+
+
+def proximal() -> Given:
+    start = network(1, 8, 1)
+    return Given(PAGES["Proximal"](), start, network(1, 8, 1), regression(), regression())
+
+
+def learned_loss() -> Given:
+    loss = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    problem = PAGES["LearnedLoss"](loss)
+    return Given(problem, loss, network(1, 8, 1), regression(), regression())
+
+
 def is_even() -> Given:
     x, y = digits()
     batch = (x, (y % 2).float())
@@ -188,6 +203,9 @@ CASES: dict[str, Callable[[], Given]] = {
     "LearnedScales": learned_scales,
     "Regression": plain_regression,
     "WeighedRegression": weighed_regression,
+    "Bootstrap": bootstrap,
+    "Proximal": proximal,
+    "LearnedLoss": learned_loss,
     "IsEven": is_even,
     "examples: Distilled": distilled,
     "examples: Hyperparameters": hyperparameters,
