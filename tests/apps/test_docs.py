@@ -193,7 +193,11 @@ def test_a_study_has_the_form_of_all_studies(page: Path) -> None:
     heads = re.findall(r"^\*\*([\w ]+)\.\*\*", text, re.MULTILINE)
     assert [head for head in heads if head in STUDY] == [*STUDY]
     assert re.search(r"benchmarks/results/\w+\.\w+|\brows\b", text.partition("**Command.**")[2])
-    assert len(text.split()) <= 2_500
+
+
+def test_a_page_is_read_at_one_go() -> None:
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert len(page.read_text().split()) <= 2_500, page
 
 
 def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
