@@ -149,7 +149,7 @@ def rehearse(
                 (EagerEngine, "descend", None, "gradients"),
                 (Path, "outer_gradient", "labeled gradient", "for feedback"),
                 (Path, "commit", "update", None),
-                (Path, "_outer_loss_at", "labeled gradient", None),
+                (Path, "_outer_losses_at", "labeled gradient", None),
                 (Teaching, "backward", "teacher step", None),
                 (type(trainer.mode), "feedback", "feedback", "for feedback"),
                 (InnerStep, "pullback", None, "for feedback"),
