@@ -171,7 +171,7 @@ def test_the_smoothed_trainings_are_those_of_the_rows(script: Any) -> None:
     for program in script.SMOOTHED_PROGRAMS.values():
         _, optimizer = program.start()
         assert optimizer.param_groups[0]["eps"] == 1e-8
-    page = " ".join((ROOT / "docs" / "whole-trainings.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "studies" / "smoothing.md").read_text().split())
     correlations = [row["correlations"] for row in rows]
     exact, smoothed = (statistics.mean(row[c] for row in correlations) for c in ("0", "0.3"))
     ahead = sum(row["0.3"] > row["0"] for row in correlations)
