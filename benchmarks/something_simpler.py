@@ -221,7 +221,7 @@ Loss = Callable[[nn.Module, Batch, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Digits:
-    """The rows of the README's first example, and the network that every arm begins with."""
+    """The rows of the example with wrong labels, and the network that every arm begins with."""
 
     noisy: Batch
     checked: Batch
@@ -230,7 +230,7 @@ class Digits:
 
 
 def drawn_digits(seed: int) -> Digits:
-    """Draw as the README does: 1,300 digits with 40 % wrong labels, and 100 that are checked."""
+    """Draw 1,300 digits with 40 % wrong labels, and 100 that are checked."""
     from sklearn import datasets, preprocessing
 
     torch.manual_seed(seed)
@@ -319,7 +319,7 @@ def accuracy_of(network: nn.Module, digits: Digits) -> float:
 
 
 def by_example_weights(digits: Digits, steps: int) -> float:
-    """Train as the README's first example does."""
+    """Train by ``ExampleWeights`` at its defaults."""
     weights = Table(torch.zeros(1300))
     trainer = metapl.BilevelTrainer(
         weights, digits.student, mode="forward", problem=ExampleWeights()
