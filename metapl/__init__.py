@@ -12,7 +12,6 @@ from metapl.feedback.report import StepReport
 from metapl.guards.verification import check_gradient
 from metapl.problems import BilevelProblem, PseudoLabels, Signal
 from metapl.problems.losses import UDA, CrossEntropy
-from metapl.training import StopFit
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import LossTrainer
 from metapl.training.trainer import BilevelTrainer
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     )
     from metapl.ablation import ablate
     from metapl.training.attribution import attribute, metasmoothness
+    from metapl.training.loop import StopFit
     from metapl.training.recording import Recording, record
     from metapl.training.reliability import reliability
 
@@ -90,6 +90,7 @@ _LAZY_MODULES = (
 )
 _MODULES_OF_LAZY_FUNCTIONS = {
     "Recording": "metapl.training.recording",
+    "StopFit": "metapl.training.loop",
     "ablate": "metapl.ablation",
     "attribute": "metapl.training.attribution",
     "metasmoothness": "metapl.training.attribution",

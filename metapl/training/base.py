@@ -13,12 +13,11 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from metapl.data.feed import Source
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
@@ -27,27 +26,14 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, NOTHING, Ranks
 from metapl.feedback.report import Report, Say
-from metapl.metrics.metric import Better, MetricLike, Term, default_metric, metric_of, of_classes
-from metapl.metrics.predictions import input_batches, logits_of, outer_batches
-from metapl.runs import checkpoint
-from metapl.runs.folder import Folder
-from metapl.training.loop import Callback, Fit, FitRequest, FitResult
-from metapl.training.options import FitKeywords, FitOptions, fit_options
 from metapl.updates.optimizers import summary_of
 
-
-class FinetuneKeywords(FitKeywords, total=False):
-    """The keywords of :meth:`Trainer.fit` for a network that learns from one source of batches."""
-
-    batch_size: int | None
-    validation: Source
-    metric: MetricLike | None
-    metric_mode: Better | None
-    out: str | Path | Folder | None
-    resume: bool | Literal["anyway"]
-    progress: bool
-    say: Say | None
-    callbacks: Sequence[Callback]
+if TYPE_CHECKING:
+    from metapl.data.feed import Source
+    from metapl.metrics.metric import Better, MetricLike, Term
+    from metapl.runs.folder import Folder
+    from metapl.training.loop import Callback, FitResult
+    from metapl.training.options import FitKeywords, FitOptions
 
 
 def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
@@ -284,6 +270,12 @@ class Trainer(ABC):
         >>> steps, sorted(result.history[-1])
         ([2, 4, 6], ['loss', 'loss_cross_entropy', 'lr', 'step'])
         """
+        # What only a fit needs is loaded here.
+        from metapl.metrics.metric import metric_of
+        from metapl.runs.folder import Folder
+        from metapl.training.loop import Fit, FitRequest
+        from metapl.training.options import fit_options
+
         if outer is None:
             raise MetaplError("outer is None; expected a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
@@ -326,6 +318,9 @@ class Trainer(ABC):
         >>> trainer.evaluate((x, model(x).detach()), metric=error)
         Measured(metric='error', value=0.0, n=8)
         """
+        from metapl.metrics.metric import default_metric, metric_of
+        from metapl.metrics.predictions import logits_of, outer_batches
+
         batches = outer_batches(
             as_tensors(data, self.dtype), self.read_outer, self.device, "the labeled data"
         )
@@ -380,6 +375,9 @@ class Trainer(ABC):
         >>> trainer.predict(np.ones((5, 4))).shape
         torch.Size([5, 3])
         """
+        from metapl.metrics.metric import of_classes
+        from metapl.metrics.predictions import input_batches, logits_of
+
         outputs = logits_of(self.student, input_batches(data, self.dtype, self.read_input))
         if not of_classes(self, None, outputs):
             return wide(outputs)
@@ -429,6 +427,8 @@ class Trainer(ABC):
 
         Raises: :class:`metapl.MetaplError` for another suffix, and where it cannot be written.
         """
+        from metapl.runs import checkpoint
+
         checkpoint.check_suffix(path)
         checkpoint.save(path, {"trainer": self.live_state(), "rng": checkpoint.rng_state()})
 
@@ -437,6 +437,8 @@ class Trainer(ABC):
 
         Raises: :class:`metapl.MetaplError` for another file, such as a checkpoint of a fit.
         """
+        from metapl.runs import checkpoint
+
         state = checkpoint.load(path)
         if not {"trainer", "rng"} <= state.keys():
             raise MetaplError(

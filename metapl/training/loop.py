@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metapl.data.feed import Source
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, as_tensors, length
 from metapl.execution.checks import Fault
@@ -25,13 +26,13 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Report, Say, StepReport
 from metapl.guards.outcomes import Outcomes
-from metapl.metrics.metric import Metric, metric_for
+from metapl.metrics.metric import Better, Metric, MetricLike, metric_for
 from metapl.protocols import is_two_level
 from metapl.runs.checkpoint import rng_state, set_rng_state
 from metapl.runs.folder import Folder, Records
 from metapl.runs.terminal import FitLines, draws_bars, progress, stop_requests
 from metapl.training.fittable import Fittable
-from metapl.training.options import FitOptions, Rates
+from metapl.training.options import FitKeywords, FitOptions, Rates
 from metapl.training.patience import Patience
 from metapl.training.records import figures
 from metapl.training.selection import Selection
@@ -45,6 +46,20 @@ An object with ``state_dict()`` and ``load_state_dict(state)`` beside its ``__ca
 the checkpoints and goes on where it was when the fit is resumed. One with ``skips(fit)`` may
 skip a step before it is taken, and returns whether it has; the schedule goes on.
 """
+
+
+class FinetuneKeywords(FitKeywords, total=False):
+    """The keywords of :meth:`Trainer.fit` for a network that learns from one source of batches."""
+
+    batch_size: int | None
+    validation: Source
+    metric: MetricLike | None
+    metric_mode: Better | None
+    out: str | Path | Folder | None
+    resume: bool | Literal["anyway"]
+    progress: bool
+    say: Say | None
+    callbacks: Sequence[Callback]
 
 
 class StopFit(Exception):

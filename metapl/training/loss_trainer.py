@@ -6,7 +6,7 @@ import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import laid_out_for, load_whole
 from metapl.execution.state import Slots, restored
 from metapl.feedback.report import Report
-from metapl.metrics.metric import Term
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
     CrossEntropy,
@@ -31,8 +30,7 @@ from metapl.problems.losses import (
 )
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
-from metapl.training import Trainer
-from metapl.training.base import refuse_missing_entries
+from metapl.training.base import Trainer, refuse_missing_entries
 from metapl.updates import (
     as_one_optimizer,
     parameters_of,
@@ -40,6 +38,9 @@ from metapl.updates import (
     refuse_state_of_another,
     refuse_tensor_settings,
 )
+
+if TYPE_CHECKING:
+    from metapl.metrics.metric import Term
 
 # What decides a step beside the losses.
 SETTINGS = ("clip_norm", "precision", "accumulate")

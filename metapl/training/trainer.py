@@ -17,7 +17,6 @@ from metapl.core.order import Order, Orders
 from metapl.core.path import take_steps
 from metapl.core.size import DEFAULT_BOUND, FeedbackSize
 from metapl.core.teacher import Teaching
-from metapl.data.feed import Source
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -42,7 +41,6 @@ from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.report import Report, StepReport
 from metapl.guards.door import FirstLook, look_at_step, refuse_hooks
 from metapl.guards.verification import Verification
-from metapl.metrics.metric import Term
 from metapl.problems.base import (
     BilevelProblem,
     OuterLoss,
@@ -53,11 +51,9 @@ from metapl.problems.base import (
 )
 from metapl.problems.losses import TeacherLoss, check_losses
 from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
-from metapl.training import FitResult, Trainer
-from metapl.training.base import FinetuneKeywords, refuse_missing_entries
+from metapl.training.base import Trainer, refuse_missing_entries
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
-from metapl.training.options import FitOptions
 from metapl.updates import (
     Clipped,
     InnerOptimizer,
@@ -72,9 +68,13 @@ from metapl.updates import (
 )
 
 if TYPE_CHECKING:
+    from metapl.data.feed import Source
     from metapl.functional.compiled import CompiledStep
     from metapl.functional.state import State
     from metapl.functional.step import Step
+    from metapl.metrics.metric import Term
+    from metapl.training.loop import FinetuneKeywords, FitResult
+    from metapl.training.options import FitOptions
 
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, get_type_hints
+from typing import Any, Unpack, get_type_hints
 
 import pytest
 import torch
@@ -43,8 +43,8 @@ from metapl.execution.ranks import ALONE
 from metapl.metrics import evaluate_logits
 from metapl.runs import folder as folders
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.training import Trainer
-from metapl.training.base import FinetuneKeywords
+from metapl.training import Trainer, loop
+from metapl.training.loop import FinetuneKeywords
 from metapl.training.options import FitKeywords, FitOptions
 from metapl.training.records import figures
 
@@ -513,7 +513,7 @@ def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
     sources = {"self", "outer", "inner", "steps", "options"}
     of_fit = {
         name: hint
-        for name, hint in get_type_hints(Trainer.fit).items()
+        for name, hint in get_type_hints(Trainer.fit, {**vars(loop), "Unpack": Unpack}).items()
         if name in {*parameters} - sources
     }
     assert get_type_hints(FinetuneKeywords) == keywords | of_fit
