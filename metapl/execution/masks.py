@@ -6,8 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @cache
@@ -16,10 +18,12 @@ def draws_in_memory_order() -> bool:
 
     With MKL it does not.
     """
-    drawn = []
-    for t in (torch.empty(8, 8), torch.empty(8, 8).t()):
-        drawn.append(t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)))
-    return torch.equal(drawn[0], drawn[1].t())
+    # The first call may come from within a recording or a transform, which has no values.
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        drawn = []
+        for t in (torch.empty(8, 8), torch.empty(8, 8).t()):
+            drawn.append(t.bernoulli_(0.5, generator=torch.Generator().manual_seed(0)))
+        return torch.equal(drawn[0], drawn[1].t())
 
 
 class EagerMasks(TorchFunctionMode):
