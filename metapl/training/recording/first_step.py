@@ -24,6 +24,7 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import IGNORED, NextToken
 from metapl.training.recording.folder import KeptState
 from metapl.training.recording.network import (
+    IN_SEVERAL_PROCESSES,
     Call,
     RecordedNetwork,
     precision_of,
@@ -228,6 +229,10 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     if gap <= tolerance:
         refuse_counted_labels(network.problem, step, factor)
         return factor
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A wrapper around the network has averaged its gradients.
+        if torch.distributed.get_world_size() > 1:
+            raise MetaplError(IN_SEVERAL_PROCESSES)
     in_losses = ""
     if not math.isnan(step.loss):
         in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"
