@@ -198,6 +198,21 @@ ARMS = {
     "mpl_outer_16": Arm(
         "MPL, 16 x the labeled batch", method("mpl"), is_finetuned=True, batch=16 * BATCH
     ),
+    "no_noise": Arm(
+        "Noisy Student, no noise on unlabeled pictures",
+        ("--unlabeled-noise", "none"),
+        rounds=1,
+        cost_of="noisy_student",
+    ),
+    "unbalanced": Arm(
+        "Noisy Student, not balanced", ("--balance", "False"), rounds=1, cost_of="noisy_student"
+    ),
+    "staged": Arm(
+        "Noisy Student, pretrained and finetuned",
+        ("--training", "pretrain_finetune"),
+        rounds=1,
+        cost_of="noisy_student",
+    ),
     "three_rounds": Arm("Noisy Student, three rounds", (), rounds=3),
     "smaller_labels": Arm(
         "`pooled_cnn`, labels alone", method("supervised"), network=SMALLER, batch=BATCH // 2
@@ -355,6 +370,7 @@ SECOND = ("mpl_alone", "pseudo_labels", "uda", "noisy_student")
 THIRD = ("fixmatch", "mpl_start")
 LAST = ("none_alone", "none_start")
 AS_MANY_STEPS = ("three_rounds", "smaller_labels", "smaller_student")
+NOISY_STUDENTS = ("no_noise", "unbalanced", "staged")
 LARGER_OUTER = ("mpl_outer_4", "mpl_outer_16")
 FEW_ARMS = ("labels", "none", "mpl", "uda")
 LONGEST_ARMS = ("labels", "none", "mpl")
@@ -388,6 +404,9 @@ def jobs() -> Iterator[Row]:
                 yield from with_cost({"arm": arm, **few, "draw": draw})
         for arm in LONGEST_ARMS:
             yield from with_cost({"arm": arm, **usual, "pictures": LONGEST_BUDGET, "draw": draw})
+    for draw in DRAWS:
+        for arm in NOISY_STUDENTS:
+            yield from with_cost({"arm": arm, **usual, "is_equal": False, "draw": draw})
 
 
 def miniature_jobs() -> Iterator[Row]:
