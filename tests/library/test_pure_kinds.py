@@ -236,6 +236,7 @@ def test_stacked_steps_are_single_ones(build: Callable[[], nn.Module]) -> None:
 
 
 @pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
+@pytest.mark.filterwarnings("ignore:scores may not say")
 @pytest.mark.parametrize("build", [Repeated, Backbone], ids=lambda build: build.__name__)
 def test_compiled_steps_and_paths_are_right(build: Callable[[], nn.Module], backend: str) -> None:
     student = network(build)
