@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
+from functools import cached_property, partial
 from itertools import chain
 from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -172,8 +173,13 @@ def take_constants_as_inputs(graph: GraphModule) -> list[Tensor]:
     """Let a graph take the tensors that it holds as its last arguments, and return them."""
     constants = constants_in(graph)
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    inputs = {}
     with graph.graph.inserting_after(placeholders[-1]):
-        inputs = {name: graph.graph.placeholder(f"held{name}") for name in reversed(constants)}
+        for name in reversed(constants):
+            inputs[name] = graph.graph.placeholder(f"held{name}")
+            # Inductor reads shapes and types there.
+            fake_mode = placeholders[0].meta["val"].fake_mode
+            inputs[name].meta["val"] = fake_mode.from_tensor(constants[name])
     for node in list(graph.graph.nodes):
         if node.op == "get_attr" and str(node.target) in constants:
             node.replace_all_uses_with(inputs[str(node.target)])
@@ -427,7 +433,7 @@ class Attributes:
         self._met: set[int] = set()
         for source in self._sources:
             self._look_into(source, depth=0)
-        self._sizes: list[int] = []
+        self._sizes: list[int] | None = None
         self._places: list[tuple[Mapping[Any, Any], Any]] = []
 
     def values(self) -> list[Any]:
@@ -445,13 +451,17 @@ class Attributes:
         try:
             values = [table[name] for table, name in self._places]
         except KeyError:
-            # As many attributes, of other names.
-            self._sizes = []
+            # As many attributes, of other names; or a variable that was deleted.
+            self.read_again()
             return self.values()
         values += [cell.cell_contents for cell in self._cells]
         values += [getattr(owner, name, None) for owner, name in self._slots]
         values += [array.tobytes() for array in self._arrays]
         return [*values, *chain.from_iterable(self._collections)]
+
+    def modules(self) -> list[nn.Module]:
+        """Return the modules among the objects."""
+        return [source for source in self._sources if isinstance(source, nn.Module)]
 
     def named_values(self) -> list[tuple[str, Any]]:
         """Return the values of attributes and entries of dicts and lists, as they are now."""
@@ -487,7 +497,9 @@ class Attributes:
         if not is_new or isinstance(value, (*PLAIN, type)):
             return
         self._met.add(id(value))
-        if isinstance(value, types.MethodType):
+        if isinstance(value, partial):
+            self._look_into((value.func, value.args, value.keywords), depth=depth)
+        elif isinstance(value, types.MethodType):
             self._look_into(value.__self__, depth=depth)
             self._look_into(value.__func__, depth=depth)
         elif isinstance(value, types.FunctionType):
@@ -516,8 +528,8 @@ class Attributes:
                 self._met.add(id(base))
                 self._tables.append(vars(base))
                 for method in vars(base).values():
-                    if isinstance(method, types.FunctionType):
-                        self._look_into(method, depth=depth)
+                    for function in functions_of(method):
+                        self._look_into(function, depth=depth)
             slots = vars(base).get("__slots__", ())
             self._slots += [
                 (value, name) for name in ([slots] if isinstance(slots, str) else slots)
@@ -540,17 +552,46 @@ class Attributes:
             with suppress(ValueError):
                 self._look_into(cell.cell_contents, depth=DEPTH)
                 self._cells.append(cell)
+        self._look_into((function.__defaults__, function.__kwdefaults__), depth=DEPTH)
         table = function.__globals__
         codes = [function.__code__]
         for code in codes:
             codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
             for name in code.co_names:
-                value = table.get(name)
-                if name in table and isinstance(value, PLAIN):
-                    self._globals.append((table, name))
-                elif isinstance(value, dict | list | tuple | types.FunctionType):
-                    self._globals.append((table, name))
-                    self._look_into(value, depth=DEPTH)
+                if name in table:
+                    self._look_at_variable(table, name, code)
+
+    def _look_at_variable(self, table: dict[str, Any], name: str, code: types.CodeType) -> None:
+        """Note a variable of a file that a function reads, and what the function may read of it."""
+        value = table[name]
+        if isinstance(value, types.ModuleType):
+            if is_of_user_file(value):
+                read = [part for part in code.co_names if part in vars(value)]
+                self._globals += [(vars(value), part) for part in read]
+        elif isinstance(value, type):
+            if is_of_user(value):
+                self._look_at_class(value, value, depth=DEPTH)
+        elif not isinstance(value, types.BuiltinFunctionType):
+            self._globals.append((table, name))
+            self._look_into(value, depth=DEPTH)
+
+
+def functions_of(method: Any) -> list[Any]:
+    """Return the functions of what a class holds: a method, a property, a static method."""
+    if isinstance(method, property):
+        return [function for function in (method.fget,) if function is not None]
+    if isinstance(method, staticmethod | classmethod):
+        return [method.__func__]
+    if isinstance(method, cached_property):
+        return [method.func]
+    return [method] if isinstance(method, types.FunctionType) else []
+
+
+def modes_of(module: nn.Module) -> list[Any]:
+    """Return what a forward may branch on, of a part of a network: mode, hooks, parts."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return [module.training, [*map(id, hooks)], [*map(id, module._modules.values())]]
 
 
 def is_read_deeper(value: Any) -> bool:
@@ -578,6 +619,15 @@ def is_of_user(value: Any) -> bool:
     if package in sys.stdlib_module_names or package in ("torch", "metapl"):
         return False
     file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
+
+
+def is_of_user_file(module: types.ModuleType) -> bool:
+    """Return whether a file was written outside of Python, metapl and installed code."""
+    package = module.__name__.split(".")[0]
+    if package in sys.stdlib_module_names or package in ("torch", "metapl"):
+        return False
+    file = getattr(module, "__file__", None) or ""
     return "site-packages" not in file and "dist-packages" not in file
 
 
@@ -621,13 +671,17 @@ class Kind:
     arguments: list[Any]
     attributes: list[Any]
 
-    def is_of(self, arguments: list[Any], attributes: list[Any]) -> bool:
-        """Return whether a graph of this kind serves these."""
+    def is_of(self, arguments: list[Any], attributes: list[Any], *, exactly: bool = False) -> bool:
+        """Return whether a graph of this kind serves these.
+
+        Args:
+            exactly: only where the attributes are the same objects.
+        """
         if arguments != self.arguments:
             return False
         if len(attributes) == len(self.attributes) and all(map(is_, attributes, self.attributes)):
             return True
-        if constants_of(attributes) != constants_of(self.attributes):
+        if exactly or constants_of(attributes) != constants_of(self.attributes):
             return False
         self.attributes = attributes
         return True
@@ -738,7 +792,7 @@ class Captured(Generic[Result]):
             found = pytree.tree_leaves(capture.nested(capture.run(tensors)))
         for one, two in zip(found, wanted, strict=True):
             if isinstance(one, Tensor) and not is_equal(one, two):
-                self.kept.remove(capture)
+                self.kept = [kept for kept in self.kept if kept is not capture]
                 raise MetaplError(
                     "the step comes out otherwise when it is recorded, as torch.func.vmap needs "
                     "it; expected a function of its arguments and of torch's default generators, "
@@ -755,10 +809,17 @@ class Captured(Generic[Result]):
         tensors: list[Tensor] = []
         kind = switches(self.device)
         take_apart(arguments, tensors, kind)
-        capture = self._find(kind, self.attributes.values())
+        kind += self._modes()
+        capture = self._find(kind)
         if capture is None:
             capture = self._capture(arguments, tensors, kind)
         return capture, tensors
+
+    def _modes(self) -> list[Any]:
+        """Return the modes, hooks and parts of modules, where nobody else looks at them."""
+        if self.is_compiled:
+            return []
+        return [*chain.from_iterable(map(modes_of, self.attributes.modules()))]
 
     def replay(self, capture: Capture, tensors: list[Tensor]) -> Sequence[Any]:
         """Return the tensors of the results of a graph."""
@@ -768,11 +829,16 @@ class Captured(Generic[Result]):
                 return capture.run(tensors)
         return capture.run(tensors)
 
-    def _find(self, kind: list[Any], attributes: list[Any]) -> Capture | None:
+    def _find(self, kind: list[Any]) -> Capture | None:
+        values = self.attributes.values()
+        if self.kept and self.kept[-1].kind.is_of(kind, values, exactly=True):
+            return self.kept[-1]
+        # Another object may be in the place of one that was looked into.
+        self.attributes.read_again()
+        values = self.attributes.values()
         for index in reversed(range(len(self.kept))):
-            if self.kept[index].kind.is_of(kind, attributes):
-                if index < len(self.kept) - 1:
-                    self.kept.append(self.kept.pop(index))
+            if self.kept[index].kind.is_of(kind, values):
+                self.kept.append(self.kept.pop(index))
                 return self.kept[-1]
         return None
 

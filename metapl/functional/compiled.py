@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from operator import is_
+from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,7 +44,13 @@ from metapl.execution.state import (
     trainable,
 )
 from metapl.feedback.report import StepReport
-from metapl.functional.capture import Capture, Captured, Capturing, Held
+from metapl.functional.capture import (
+    ATTRIBUTES_OF_ALL_MODULES,
+    Capture,
+    Captured,
+    Capturing,
+    Held,
+)
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
     Network,
@@ -87,7 +94,7 @@ class Updates(NamedTuple):
 
 def updates_of(trainer: TwoLevelTrainer) -> Updates:
     """Return the rules of a trainer's optimizers for the parameters that are trained now."""
-    inner = clipped(unclipped(trainer.update), trainer.clip_norm)
+    inner = trainer.update
     if trainer.teacher is None:
         return Updates(inner, None)
     outer = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
@@ -383,7 +390,7 @@ class LiveState:
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._parts: list[object] = []
-        self._steps_and_size: tuple[object, ...] = ()
+        self._step_settings: tuple[object, ...] = ()
 
     def held(self) -> Held:
         """Return the tensors of networks and optimizers, taken apart until they are others."""
@@ -398,7 +405,7 @@ class LiveState:
         Every step asks this of hundreds of tensors, so the loops over them run in C.
         """
         return (
-            (steps, trainer.feedback_size) == self._steps_and_size
+            settings_of_step(trainer, steps) == self._step_settings
             and are_the_same(parts_of_step(trainer), self._parts)
             and self._has_same_groups()
             and not any(self._empty_tables)
@@ -480,7 +487,7 @@ class LiveState:
         self._weights = tensors_of_networks(trainer)
         self._addresses = [*map(Tensor.data_ptr, self._weights)]
         self._parts = parts_of_step(trainer)
-        self._steps_and_size = (steps, trainer.feedback_size)
+        self._step_settings = settings_of_step(trainer, steps)
 
     def write(self, moved: Moved, *, next_number: int) -> None:
         """Copy what a step leaves into the tensors.
@@ -494,6 +501,37 @@ class LiveState:
         self._next_step = moved.step
 
 
+def settings_of_step(trainer: TwoLevelTrainer, steps: int) -> tuple[object, ...]:
+    """Return what a step is besides its parts: settings of the trainer, hooks on its optimizers.
+
+    And the modes of modules that the problem holds, which no network has.
+    """
+    hooks = 0
+    for optimizer in trainer.schedulable:
+        for part in parts_of(optimizer):
+            hooks += len(part._optimizer_step_pre_hooks) + len(part._optimizer_step_post_hooks)
+    return (
+        steps,
+        trainer.feedback_size,
+        trainer.clip_norm,
+        trainer.precision,
+        hooks,
+        *[module.training for module in modules_in(trainer.problem)],
+    )
+
+
+def modules_in(problem: Any) -> list[nn.Module]:
+    """Return the modules that a problem holds, with their parts."""
+    found: list[nn.Module] = []
+    for value in vars(problem).values() if hasattr(problem, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            found += value.modules()
+        elif isinstance(value, dict | list | tuple):
+            for leaf in pytree.tree_leaves(value):
+                found += leaf.modules() if isinstance(leaf, nn.Module) else ()
+    return found
+
+
 def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
     """Return the objects that a trainer's step is made of.
 
@@ -504,6 +542,7 @@ def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
         trainer.mode,
         trainer.problem,
         trainer.teacher_losses,
+        *(trainer.teacher_losses or ()),
     ]
     for optimizer in trainer.schedulable:
         for part in parts_of(optimizer):
@@ -752,14 +791,14 @@ class CompiledStep:
             trainer.mode,
             trainer.problem,
             trainer.teacher_losses,
+            *(trainer.teacher_losses or ()),
             *optimizers,
             # In order, so that a key tells whose weights are in which group.
             *parameters_of_groups(optimizers),
         )
         marks = [slots.mark for slots in trainer.slots]
         key = (
-            steps,
-            trainer.feedback_size,
+            *settings_of_step(trainer, steps),
             *marks,
             *map(id, alive),
             tuple(name for network in networks for name, _ in network.named_buffers()),
@@ -804,6 +843,13 @@ def compile_step(
                 "a parameter of the networks has a hook, which no graph captures; leave compile "
                 "out."
             )
+    for optimizer in trainer.schedulable:
+        for part in parts_of(optimizer):
+            if part._optimizer_step_pre_hooks or part._optimizer_step_post_hooks:
+                raise MetaplError(
+                    "an optimizer has a hook on its step, which no graph captures; leave compile "
+                    "out."
+                )
     if not isinstance(unclipped(trainer.update), TorchUpdate):
         raise MetaplError(
             "inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False."
@@ -830,7 +876,8 @@ def sources_of(trainer: TwoLevelTrainer) -> list[object]:
     """Return the objects whose attributes a step of the trainer reads."""
     modules = [part for network in networks_of(trainer) for part in network.modules()]
     losses = trainer.teacher_losses or ()
-    return [*modules, trainer.problem, trainer.mode, *losses]
+    held = modules_in(trainer.problem)
+    return [*modules, *held, trainer.problem, trainer.mode, *losses]
 
 
 def inner_arguments(
@@ -997,16 +1044,38 @@ def step_of_copy(
 
 
 def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None) -> None:
-    """Refuse a network whose copy has another number or text in an attribute after a step."""
+    """Refuse a network whose copy holds another number, text or tensor in Python after a step.
+
+    Of what was there before; what a pass has put there anew is only looked at, as a rule.
+    """
     if network is None or moved is None:
         return
     pairs = zip(network.named_modules(), moved.modules(), strict=True)
     for (path, part), part_moved in pairs:
-        for name, value in vars(part_moved).items():
-            if isinstance(value, int | float | str) and vars(part).get(name) != value:
-                raise MetaplError(
-                    f"a network's {path}.{name} changes in a step, which no graph captures."
-                )
+        before, after = (numbers_of(held_by(one)) for one in (part, part_moved))
+        written = names_written(before, {name: t for name, t in after.items() if name in before})
+        texts = [
+            name
+            for name, value in vars(part_moved).items()
+            if isinstance(value, str) and vars(part).get(name) != value
+        ]
+        if written or texts:
+            place = f"{path}.{[*written, *texts][0]}".lstrip(".")
+            raise MetaplError(
+                f"a network's {place} changes in a step, which no graph captures; expected a "
+                "registered buffer, or compile left out."
+            )
+
+
+def held_by(part: nn.Module) -> SimpleNamespace:
+    """Return what a part of a network holds besides tables of tensors, parts and hooks."""
+    return SimpleNamespace(
+        **{
+            name: value
+            for name, value in vars(part).items()
+            if name not in ATTRIBUTES_OF_ALL_MODULES and not isinstance(value, nn.Module)
+        }
+    )
 
 
 def is_recorded_in_half_precision(trainer: TwoLevelTrainer) -> bool:
@@ -1041,16 +1110,21 @@ def refuse_other(
 def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
     """Return the trees of tensors by which steps from one state are compared, by their names."""
     state = outcome.state
-    trees = {"h": dict(enumerate(pytree.tree_leaves(outcome.report.feedback)))}
+    trees: dict[str, dict[Any, Tensor]] = {}
+    trees["h"] = dict(enumerate(pytree.tree_leaves(outcome.report.feedback)))
+    trees["the inner loss"] = {"": outcome.report.scalars["inner_loss"]}
+    trees["the mode's state"] = {name: t for name, t in state.mode.items() if t.is_floating_point()}
     for role, optimizer in (("student", state.inner), ("teacher", state.outer)):
         network = getattr(state, role)
         weights_before = getattr(before, role).params
         # By first moments, in which gradients are: of a fresh Adam, a weight's move is a sign.
         gradients = {}
+        moves = {}
         for name, t in network.params.items():
             moments = optimizer.state[name]
-            move = t - weights_before[name]
-            gradients[name] = moments.get("exp_avg", moments.get("momentum_buffer", move))
+            moves[name] = t - weights_before[name]
+            gradients[name] = moments.get("exp_avg", moments.get("momentum_buffer", moves[name]))
+        trees[f"the {role}'s move"] = moves
         trees[f"the {role}'s gradient"] = gradients
         trees[f"the {role}'s buffers"] = network.state
     return trees
@@ -1062,6 +1136,9 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
 # the eager road, and ż by the transpose of the pullback round otherwise: by 2e-2 on WRN-28-2 in
 # bfloat16.
 TOLERANCE_OF_HALF = 0.1
+# That of what weights move by: a first step of Adam is a sign for each weight, and that of a
+# gradient that is 0 but for rounding may be either.
+TOLERANCE_OF_MOVES = 0.5
 
 
 def refuse_gap(
@@ -1086,6 +1163,8 @@ def refuse_gap(
     gap = norm(gaps) if gaps else 0.0 * loss
     size = norm(dict(eager)) if eager else 0.0 * loss
     tolerance = TOLERANCE_OF_HALF if is_reduced else TOLERANCE[loss.dtype]
+    if name.endswith("move"):
+        tolerance = TOLERANCE_OF_MOVES
     allowed = tolerance * size
     if rounding:
         allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()

@@ -200,6 +200,11 @@ class StepByGraphs:
         for value in varying:
             take_apart(value, tensors, kind)
         attributes = self.attributes.values()
+        last = self.recorded[-1:]
+        if not any(one.kind.is_of(kind, attributes, exactly=True) for one in last):
+            # Another object may be in the place of one that was looked into.
+            self.attributes.read_again()
+            attributes = self.attributes.values()
         recorded = self._find(state, kind, attributes)
         if recorded is None:
             recorded = self._record(state, varying, kind=kind)

@@ -32,6 +32,8 @@ from metapl.execution.checks import described
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.capture import (
     MOST_KEPT,
+    Attributes,
+    Kind,
     asks_for_value,
     compiled_graph,
     constants_in,
@@ -39,9 +41,6 @@ from metapl.functional.capture import (
     is_equal,
     is_transformed,
 )
-
-# After so many calls the numbers that modules hold are looked at in one call of so many.
-MANY_CALLS = 100
 
 _TEXT_OF_DERIVATIVE = (
     "the derivative of a recorded function was asked for, and a recording has none; expected the "
@@ -128,7 +127,7 @@ class _Recording(NamedTuple):
         places: of the tensors among the leaves of the arguments.
         results: the leaves of the results, with the type in the place of each tensor.
         structure: of the results.
-        numbers: the plain numbers among the attributes of the modules that the function reaches.
+        kind: the attributes and variables that the function read.
     """
 
     graph: GraphModule
@@ -136,7 +135,7 @@ class _Recording(NamedTuple):
     places: list[int]
     results: list[Any]
     structure: Any
-    numbers: list[Any]
+    kind: Kind
 
     def with_results(self, tensors: Any) -> Any:
         """Return tensors as the function returns them."""
@@ -161,17 +160,15 @@ class Recorded:
         self._kept: dict[_Key, _Recording] = {}
         # Those that were made under vmap, where nothing can be compared.
         self._uncompared: set[_Key] = set()
-        self._calls = 0
+        parts = [part for module in self._modules for part in module.modules()]
+        self._attributes = Attributes([*parts, function])
         self._has_warned = False
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, options))
         key = self._key(leaves, structure)
         recording = self._kept.get(key)
-        if recording is not None and self._looks_at_numbers():
-            if recording.numbers != self._numbers():
-                recording = None
-        if recording is None:
+        if recording is None or not self._reads_the_same(recording):
             recording = self._record(key, leaves, structure)
         if key in self._uncompared and not is_transformed():
             self._compare(recording, leaves, structure)
@@ -200,17 +197,12 @@ class Recorded:
             modes += [*_modes_of(module)]
         return _Key(structure, tuple(arguments), tuple(modes), _settings())
 
-    def _looks_at_numbers(self) -> bool:
-        """Count a call, and return whether it looks at the numbers that modules hold.
-
-        That takes longer than all else, so it is done in the first calls, and seldom later.
-        """
-        self._calls += 1
-        return self._calls <= MANY_CALLS or self._calls % MANY_CALLS == 0
-
-    def _numbers(self) -> list[Any]:
-        """Return the plain numbers among the attributes of the modules that are reached."""
-        return [number for module in self._modules for number in _numbers_of(module)]
+    def _reads_the_same(self, recording: _Recording) -> bool:
+        """Return whether attributes and variables that the function reads are as they were."""
+        if recording.kind.is_of([], self._attributes.values(), exactly=True):
+            return True
+        self._attributes.read_again()
+        return recording.kind.is_of([], self._attributes.values())
 
     def _record(self, key: _Key, leaves: list[Any], structure: Any) -> _Recording:
         """Record the function for this key."""
@@ -280,7 +272,9 @@ class Recorded:
         if torch.is_autocast_enabled(device.type):
             # The casts are operations of the graph.
             run = partial(_without_autocast, run, device.type)
-        return _Recording(graph, run, places, results, structures[0], self._numbers())
+        self._attributes.read_again()
+        kind = Kind([], self._attributes.values())
+        return _Recording(graph, run, places, results, structures[0], kind)
 
     def _refuse_constants(self, graph: GraphModule) -> None:
         """Refuse a graph that holds tensors that were no arguments, but for literals."""
@@ -416,14 +410,6 @@ def _modes_of(module: nn.Module) -> Iterator[Any]:
         yield part.training
         yield len(part._forward_hooks) + len(part._forward_pre_hooks)
         yield tuple(p is not None and p.requires_grad for p in part._parameters.values())
-
-
-def _numbers_of(module: nn.Module) -> Iterator[Any]:
-    """Yield the numbers and words among the attributes of each part of a module."""
-    for part in module.modules():
-        for name, value in vars(part).items():
-            if type(value) in (int, float, bool, str):
-                yield name, value
 
 
 def _reached(function: Any) -> Iterator[tuple[str, Any]]:

@@ -83,8 +83,6 @@ class State(NamedTuple):
 class Report(NamedTuple):
     """The numbers of a step; of K steps looked ahead, ``feedback`` and ``signal`` are lists of K.
 
-    A step is right where ``flag`` is below 0.1, or 0.5 in ``difference``; NaN is not.
-
     Attributes:
         feedback: h = −dL(θ′)/d(signal), as the signal's value is: a tensor or a dict of them.
         signal: the fields of the signal by name.
@@ -92,8 +90,7 @@ class Report(NamedTuple):
         inner_loss: the mean of ℓ_i, and over the steps.
         outer_loss: L(θ′); NaN in a mode that does not compute it, such as ``none``.
         teacher_loss: the sum of the teacher's own losses.
-        flag: |⟨∂ℓ/∂z, ż⟩ − ⟨g, w⟩| relative to the sizes of its terms; NaN where anything is not
-            finite.
+        flag: 0 where the step is right, else NaN: a check has failed, or a number is not finite.
         teacher_losses: these by name.
         step_rounding: ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, where the step is rounded as that of Muon is;
             else 0.

@@ -1,0 +1,339 @@
+"""What a graph holds for: each change after which a compiled or stacked step has to be another.
+
+Weights of both networks are those of a trainer that is not compiled.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from captures import without_inductor
+from torch import Tensor, nn
+
+import metapl
+from metapl import MetaplError
+from metapl.functional import recorded, stack
+
+SETTINGS = types.SimpleNamespace(factor=1.0)
+
+
+class Kind(enum.Enum):
+    PLAIN = 1
+    DOUBLED = 2
+
+
+KIND = Kind.PLAIN
+FACTOR = torch.ones(())
+DEFAULT = [1.0]
+
+
+class Config:
+    factor = 1.0
+
+    def __init__(self, x: float = 1.0) -> None:
+        self.x = x
+
+
+CONFIG = Config()
+
+
+class Scaled(nn.Module):
+    """A part that scales by what it reads where ``kind`` says."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.config = Config()
+        self.tensor = torch.ones(8)
+        self.counts = {"n": 0}
+        self.mean = torch.ones(8)
+
+    @property
+    def from_property(self) -> float:
+        return CONFIG.x
+
+    @staticmethod
+    def from_static_method() -> float:
+        return CONFIG.x
+
+    def from_default(self, numbers: list[float] = DEFAULT) -> float:
+        return numbers[0]
+
+    def factor(self, x: Tensor) -> Any:
+        """Return what the inputs are multiplied by."""
+        factors: dict[str, Callable[[], Any]] = {
+            "a global object": lambda: CONFIG.x,
+            "a namespace": lambda: SETTINGS.factor,
+            "a class": lambda: Config.factor,
+            "an enumeration": lambda: 2.0 if KIND is Kind.DOUBLED else 1.0,
+            "a global tensor": lambda: FACTOR,
+            "a property": lambda: self.from_property,
+            "a static method": self.from_static_method,
+            "a default": self.from_default,
+            "an attribute's attribute": lambda: self.config.x,
+            "a tensor in an attribute": lambda: self.tensor,
+        }
+        return factors[self.kind]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor(x)
+
+
+def change(part: Scaled, to: float) -> None:
+    """Let the part read another number, where it reads it."""
+    global KIND, FACTOR
+    if part.kind in ("a global object", "a property", "a static method"):
+        CONFIG.x = to
+    elif part.kind == "a namespace":
+        SETTINGS.factor = to
+    elif part.kind == "a class":
+        Config.factor = to
+    elif part.kind == "an enumeration":
+        KIND = Kind.DOUBLED if to == 2.0 else Kind.PLAIN
+    elif part.kind == "a global tensor":
+        FACTOR = torch.tensor(to)
+    elif part.kind == "a default":
+        DEFAULT[0] = to
+    elif part.kind == "an attribute's attribute":
+        part.config.x = to
+    else:
+        part.tensor = torch.full((8,), to)
+
+
+KINDS = [
+    "a global object",
+    "a namespace",
+    "a class",
+    "an enumeration",
+    "a global tensor",
+    "a property",
+    "a static method",
+    "a default",
+    "an attribute's attribute",
+    "a tensor in an attribute",
+]
+
+
+def network(*parts: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), *parts, nn.Tanh(), nn.Linear(8, 3))
+
+
+def batches() -> tuple[Any, Tensor]:
+    torch.manual_seed(1)
+    return (torch.randn(12, 4), torch.arange(12) % 3), torch.randn(12, 4)
+
+
+def trainers(build: Callable[[], nn.Module], **options: Any) -> list[metapl.BilevelTrainer]:
+    """Return a trainer that is compiled, and one that is not, of equal networks."""
+    pair = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        pair.append(
+            metapl.BilevelTrainer(
+                network(), build(), "forward", compile=compile, verify=False, **options
+            )
+        )
+    return pair
+
+
+def agree(pair: list[metapl.BilevelTrainer]) -> None:
+    """Take a step by both, and compare the weights."""
+    outer, inner = batches()
+    for trainer in pair:
+        trainer.step(outer, inner)
+    for role in ("student", "teacher"):
+        one, two = (getattr(trainer, role).state_dict() for trainer in pair)
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_recorded_anew_for_what_a_forward_reads(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_inductor(monkeypatch)
+    pair = trainers(lambda: network(Scaled(kind)))
+    for factor in (2.0, 1.0):
+        for trainer in pair:
+            change(trainer.student[1], factor)
+        agree(pair)
+
+
+@pytest.mark.filterwarnings("ignore:a step is compiled for the third time")
+def test_an_object_that_comes_back_with_another_number_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    pair = trainers(lambda: network(Scaled("an attribute's attribute")))
+    agree(pair)
+    parts = [trainer.student[1] for trainer in pair]
+    first = [part.config for part in parts]
+    for part in parts:
+        part.config = Config()
+    agree(pair)
+    for part, config in zip(parts, first, strict=True):
+        config.x = 3.0
+        part.config = config
+    agree(pair)
+
+
+def test_settings_of_the_trainer_that_change_are_another_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    pair = trainers(network)
+    losses = [metapl.CrossEntropy()]
+    for trainer in pair:
+        trainer.teacher_losses = losses
+    agree(pair)
+    losses[0] = metapl.CrossEntropy(label_smoothing=0.5)
+    agree(pair)
+
+
+def test_a_hook_on_an_optimizers_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_inductor(monkeypatch)
+    compiled = trainers(network)[0]
+    outer, inner = batches()
+    compiled.step(outer, inner)
+    compiled.outer_optimizer.register_step_post_hook(lambda *arguments: None)
+    with pytest.raises(MetaplError, match="hook on its step, which no graph captures"):
+        compiled.step(outer, inner)
+
+
+@pytest.mark.parametrize("label", [7, -1, -100])
+def test_a_label_out_of_range_is_refused_and_moves_nothing(
+    label: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_inductor(monkeypatch)
+    compiled = trainers(network)[0]
+    (x, y), inner = batches()
+    compiled.step((x, y), inner)
+    before = [p.detach().clone() for p in compiled.student.parameters()]
+    wrong = y.clone()
+    wrong[0] = label
+    with pytest.raises(MetaplError, match="the step is not finite|reach outside"):
+        compiled.step((x, wrong), inner)
+    assert all(map(torch.equal, before, compiled.student.parameters()))
+    step, state = compiled.functional()
+    _, report = step(state, (x, wrong), inner)
+    assert bool(report.flag.isnan())
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = {"n": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.counts["n"] += 1
+        return x * max(0.0, 1 - 0.01 * self.counts["n"])
+
+
+class Averaging(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.ones(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + x.detach().abs().mean(0)
+        return x / self.mean
+
+
+@pytest.mark.parametrize(("build", "name"), [(Counting, "counts"), (Averaging, "mean")])
+def test_state_that_a_network_keeps_in_python_is_refused(
+    build: Callable[[], nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_inductor(monkeypatch)
+    compiled = trainers(lambda: network(build()))[0]
+    with pytest.raises(MetaplError, match=f"1.{name}.* changes in a step"):
+        compiled.step(*batches())
+
+
+def test_a_tensor_that_is_no_argument_is_compiled() -> None:
+    """By Inductor, which needs its shape and its type."""
+    pair = trainers(lambda: network(Scaled("a tensor in an attribute")))
+    agree(pair)
+
+
+class Judging(metapl.PseudoLabels):
+    """A loss by a module that the problem holds."""
+
+    def __init__(self, judge: nn.Module) -> None:
+        super().__init__()
+        vars(self)["judge"] = judge
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return super().outer_loss(vars(self)["judge"](outputs), batch)
+
+
+def test_a_module_that_the_problem_holds_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_inductor(monkeypatch)
+    pair = [trainers(network, problem=Judging(nn.Dropout(0.0)))[number] for number in (0, 1)]
+    agree(pair)
+    for trainer in pair:
+        vars(trainer.problem)["judge"].p = 1.0
+        vars(trainer.problem)["judge"].eval()
+    agree(pair)
+
+
+@pytest.mark.parametrize("what", ["mode", "hook", "part"])
+def test_a_stacked_step_looks_at_modes_hooks_and_parts(what: str) -> None:
+    torch.manual_seed(0)
+    student = network(nn.BatchNorm1d(8))
+    step, state = metapl.BilevelTrainer(network(), student, verify=False).functional()
+    mapped = torch.func.vmap(step, (0, None, None), randomness="same")
+    outer, inner = batches()
+    mapped(stack([state, state]), outer, inner)
+    if what == "mode":
+        student.eval()
+    elif what == "hook":
+        student[0].register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
+    else:
+        student[2] = nn.ReLU()
+    expected, _ = step(state, outer, inner)
+    found, _ = mapped(stack([state, state]), outer, inner)
+    for name, t in expected.student.params.items():
+        torch.testing.assert_close(found.student.params[name][0], t)
+
+
+SCALE = 2.0
+
+
+def scaled(x: Tensor) -> Tensor:
+    return x * SCALE
+
+
+def test_a_recorded_function_is_recorded_anew_for_its_variables() -> None:
+    global SCALE
+    function = recorded(scaled)
+    x = torch.ones(3)
+    assert torch.equal(function(x), 2 * x)
+    SCALE = 5.0
+    assert torch.equal(function(x), 5 * x)
+    config = Config(2.0)
+    by_closure = recorded(lambda x: x * config.x)
+    assert torch.equal(by_closure(x), 2 * x)
+    config.x = 4.0
+    assert torch.equal(by_closure(x), 4 * x)
+
+
+def test_a_variable_that_is_deleted_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "PASSING", 3.0)
+    function = recorded(lambda x: x * globals().get("PASSING", 1.0) if "PASSING" else x)
+    read = recorded(reads_passing)
+    x = torch.ones(3)
+    function(x)
+    read(x)
+    monkeypatch.delitem(globals(), "PASSING")
+    assert torch.equal(read(x), x)
+
+
+def reads_passing(x: Tensor) -> Tensor:
+    try:
+        return x * PASSING  # type: ignore[name-defined]
+    except NameError:
+        return x * 1.0
