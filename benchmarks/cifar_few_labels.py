@@ -478,7 +478,7 @@ def compared(
 
 
 def table_of_tests(rows: list[Row]) -> str:
-    """Return the tests that were declared before the first run."""
+    """Return the tests that were declared before the first run, and later comparisons."""
     student = "finetuned_test_accuracy"
     pairs = [
         ("main: feedback adds", "mpl", "none", "test_accuracy"),
@@ -523,7 +523,38 @@ def table_of_tests(rows: list[Row]) -> str:
         count = len(first_round.keys() & labels_alone.keys())
         name = f"20: `{network}`, round 1 less labels alone"
         lines.append([name, str(count), *compared(first_round, labels_alone)])
-    return grid(["declared test", "draws", "difference", "95 %", "p"], lines, 1)
+    lines += later_lines(rows, rounds)
+    return grid(["test", "draws", "difference", "95 %", "p"], lines, 1)
+
+
+def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]]:
+    """Return the comparisons that were not declared, with their names.
+
+    Args:
+        rounds: what each network of Noisy Student's three rounds reaches, by draw.
+    """
+    first_round = {draw: reached[1] for draw, reached in rounds.items()}
+    few = [{"labels": labels, "pictures": LONGER_BUDGET} for labels in (1000, 250)]
+    budgets = [*few, {"pictures": LONGEST_BUDGET}]
+    pairs = []
+    for columns in budgets:
+        name = f"{columns.get('labels', 4000):,} labels, {columns['pictures']:,} pictures"
+        mpl, none, labels, uda = (
+            selected(rows, arm, **columns) for arm in ("mpl", "none", "labels", "uda")
+        )
+        pairs += [(f"{name}: feedback adds", mpl, none), (f"{name}: UDA adds", uda, labels)]
+    for arm, times in (("mpl_outer_4", 4), ("mpl_outer_16", 16)):
+        name = f"MPL, {times} x the labeled batch, less MPL"
+        pairs.append((name, selected(rows, arm), selected(rows, "mpl")))
+    for arm in NOISY_STUDENTS:
+        name = f"{ARMS[arm].title}, less as usual"
+        pairs.append((name, selected(rows, arm, is_equal=False), first_round))
+    lines = []
+    for name, first, second in pairs:
+        count = len(first.keys() & second.keys())
+        if count > 1:
+            lines.append([f"not declared: {name}", str(count), *compared(first, second)])
+    return lines
 
 
 def power(spread: float, draws: int) -> float:

@@ -412,7 +412,7 @@ class Attributes:
     and so do those of their classes, the entries of dicts, lists and other collections, arrays, and
     the variables that methods and functions outside of PyTorch read around them: globals and
     closures. Of modules, what every module has is left out: tables of tensors, parts and hooks, and
-    the mode, which are looked at elsewhere.
+    the mode. :func:`modes_of` has these for stacks, and ``Slots.mark`` for a trainer's steps.
 
     Args:
         sources: the objects: networks, losses, a problem.

@@ -5,9 +5,11 @@ of the backward passes that it asks for included. What comes out needs no autogr
 without a graph, Inductor compiles it, and ``torch.func.vmap`` maps it.
 
 A recording holds what the function asked Python for: shapes, modes, numbers. So each call asks
-whether that is as it was (:class:`_Key`), and where it is not, the function is recorded anew. What
-no key sees is caught by the first call of each recording, which is compared with the function
-itself: values were not there when it was recorded, so that nothing of them can be in the graph.
+whether that is as it was (:class:`_Key`, and the attributes and variables that the function reads),
+and where it is not, the function is recorded anew. The first call of each recording is compared
+with the function itself: values were not there when it was recorded, so that nothing of them can be
+in the graph. What changes later and no key sees is not found. Under ``vmap`` alone nothing is
+compared.
 """
 
 from __future__ import annotations
@@ -53,8 +55,9 @@ def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded
     """Return a function of tensors as one graph, with the gradients that it takes inside.
 
     It is recorded at its first call, and anew for other shapes, types, layouts, numbers among the
-    arguments, modes of modules that it reaches, and settings of PyTorch; the second time a warning
-    says why. Each recording is compared once with the function.
+    arguments, modes of modules that it reaches, attributes and variables that it reads, and
+    settings of PyTorch; the second time a warning says why. Each recording is compared once with
+    the function, where it is called outside of ``vmap``.
 
     Args:
         function: takes and returns tensors, in any nesting of tuples, lists and dicts; numbers and
