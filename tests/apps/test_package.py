@@ -378,8 +378,8 @@ def test_the_citation_is_of_this_version() -> None:
         assert f"{line}\n" in text
 
 
-def test_the_readme_names_the_wheel_of_this_version() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_the_page_on_installing_names_the_wheel_of_this_version() -> None:
+    text = (ROOT / "docs" / "install.md").read_text()
     wheels = set(re.findall(r"metapl-[\w.]+-py3-none-any\.whl", text))
     assert wheels == {f"metapl-{PROJECT['version']}-py3-none-any.whl"}
 
