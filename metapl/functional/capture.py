@@ -809,17 +809,13 @@ class Captured(Generic[Result]):
         tensors: list[Tensor] = []
         kind = switches(self.device)
         take_apart(arguments, tensors, kind)
-        kind += self._modes()
+        if not self.is_compiled:
+            # A trainer has looked at these before a compiled step.
+            kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
         capture = self._find(kind)
         if capture is None:
             capture = self._capture(arguments, tensors, kind)
         return capture, tensors
-
-    def _modes(self) -> list[Any]:
-        """Return the modes, hooks and parts of modules, where nobody else looks at them."""
-        if self.is_compiled:
-            return []
-        return [*chain.from_iterable(map(modes_of, self.attributes.modules()))]
 
     def replay(self, capture: Capture, tensors: list[Tensor]) -> Sequence[Any]:
         """Return the tensors of the results of a graph."""

@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from operator import is_
+from operator import attrgetter, is_
 from types import SimpleNamespace
 from typing import Any, Literal, NamedTuple
 
@@ -287,11 +287,9 @@ class CapturedStep:
         results = self.captured.replay(capture, tensors)
         if capture is not self._capture:
             self._find_places(capture)
-        leaves = None
-        if on_copies or not self._writes:
-            leaves = [results[place] for place in self._leaves]
+        is_written = self._writes and not on_copies
         return Moved(
-            leaves=leaves,
+            leaves=None if is_written else [results[place] for place in self._leaves],
             mode={name: results[place] for name, place in self._mode.items()},
             step=results[self._number],
             report=Report(*(at_places(field, results) for field in self._report)),
@@ -390,7 +388,10 @@ class LiveState:
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
         self._parts: list[object] = []
-        self._step_settings: tuple[object, ...] = ()
+        self._settings_of_step: tuple[object, ...] = ()
+        # The modules that the problem holds, and their modes.
+        self._held_modules: list[nn.Module] = []
+        self._held_modes: list[bool] = []
 
     def held(self) -> Held:
         """Return the tensors of networks and optimizers, taken apart until they are others."""
@@ -405,7 +406,8 @@ class LiveState:
         Every step asks this of hundreds of tensors, so the loops over them run in C.
         """
         return (
-            settings_of_step(trainer, steps) == self._step_settings
+            settings_of_step(trainer, steps) == self._settings_of_step
+            and [*map(_is_training, self._held_modules)] == self._held_modes
             and are_the_same(parts_of_step(trainer), self._parts)
             and self._has_same_groups()
             and not any(self._empty_tables)
@@ -480,6 +482,8 @@ class LiveState:
                     tables += [part.state, *part.state.values()]
         # The optimizers may hold more than before.
         self._held = None
+        # They are empty: a step with hooks is refused.
+        tables += hooks_of_optimizers(trainer)
         self._tables = [table for table in tables if table]
         self._empty_tables = [table for table in tables if not table]
         self._table_values = values_of_tables(self._tables)
@@ -487,7 +491,9 @@ class LiveState:
         self._weights = tensors_of_networks(trainer)
         self._addresses = [*map(Tensor.data_ptr, self._weights)]
         self._parts = parts_of_step(trainer)
-        self._step_settings = settings_of_step(trainer, steps)
+        self._settings_of_step = settings_of_step(trainer, steps)
+        self._held_modules = modules_in(trainer.problem)
+        self._held_modes = [*map(_is_training, self._held_modules)]
 
     def write(self, moved: Moved, *, next_number: int) -> None:
         """Copy what a step leaves into the tensors.
@@ -501,23 +507,22 @@ class LiveState:
         self._next_step = moved.step
 
 
-def settings_of_step(trainer: TwoLevelTrainer, steps: int) -> tuple[object, ...]:
-    """Return what a step is besides its parts: settings of the trainer, hooks on its optimizers.
+# Reads an attribute without a frame of Python.
+_is_training = attrgetter("training")
 
-    And the modes of modules that the problem holds, which no network has.
-    """
-    hooks = 0
+
+def settings_of_step(trainer: TwoLevelTrainer, steps: int) -> tuple[object, ...]:
+    """Return what a step is besides its parts: settings of the trainer."""
+    return (steps, trainer.feedback_size, trainer.clip_norm, trainer.precision)
+
+
+def hooks_of_optimizers(trainer: TwoLevelTrainer) -> list[dict[Any, Any]]:
+    """Return the tables of hooks on the steps of a trainer's optimizers."""
+    tables: list[dict[Any, Any]] = []
     for optimizer in trainer.schedulable:
         for part in parts_of(optimizer):
-            hooks += len(part._optimizer_step_pre_hooks) + len(part._optimizer_step_post_hooks)
-    return (
-        steps,
-        trainer.feedback_size,
-        trainer.clip_norm,
-        trainer.precision,
-        hooks,
-        *[module.training for module in modules_in(trainer.problem)],
-    )
+            tables += [part._optimizer_step_pre_hooks, part._optimizer_step_post_hooks]
+    return tables
 
 
 def modules_in(problem: Any) -> list[nn.Module]:
@@ -749,7 +754,8 @@ class CompiledStep:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
             switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
-            refuse_written(eager)
+            if eager is not None:
+                refuse_written(eager)
             with torch.no_grad(), switches, Capturing():
                 moved = compiled.run(live, outer_batch, inner, noise, on_copies=eager is not None)
                 if eager is None and moved.is_first:
@@ -799,6 +805,8 @@ class CompiledStep:
         marks = [slots.mark for slots in trainer.slots]
         key = (
             *settings_of_step(trainer, steps),
+            *map(_is_training, modules_in(trainer.problem)),
+            *map(len, hooks_of_optimizers(trainer)),
             *marks,
             *map(id, alive),
             tuple(name for network in networks for name, _ in network.named_buffers()),
@@ -843,13 +851,10 @@ def compile_step(
                 "a parameter of the networks has a hook, which no graph captures; leave compile "
                 "out."
             )
-    for optimizer in trainer.schedulable:
-        for part in parts_of(optimizer):
-            if part._optimizer_step_pre_hooks or part._optimizer_step_post_hooks:
-                raise MetaplError(
-                    "an optimizer has a hook on its step, which no graph captures; leave compile "
-                    "out."
-                )
+    if any(hooks_of_optimizers(trainer)):
+        raise MetaplError(
+            "an optimizer has a hook on its step, which no graph captures; leave compile out."
+        )
     if not isinstance(unclipped(trainer.update), TorchUpdate):
         raise MetaplError(
             "inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False."
@@ -1004,9 +1009,9 @@ def refuse_draws_of_problem(
         )
 
 
-def refuse_written(eager: Outcome | None) -> None:
+def refuse_written(eager: Outcome) -> None:
     """Refuse a problem that writes its own state in an eager step."""
-    if eager is not None and eager.written:
+    if eager.written:
         raise MetaplError(
             f"compile=True cannot take this step: {eager.written}; leave compile out."
         )
