@@ -405,6 +405,13 @@ def jobs() -> Iterator[Row]:
         for arm in LONGEST_ARMS:
             yield from with_cost({"arm": arm, **usual, "pictures": LONGEST_BUDGET, "draw": draw})
     for draw in DRAWS:
+        for labels in (1000, 250):
+            for arm in FEW_ARMS:
+                longest: Row = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
+                yield from with_cost({"arm": arm, **longest, "draw": draw})
+    for draw in DRAWS:
+        yield from with_cost({"arm": "uda", **usual, "pictures": LONGEST_BUDGET, "draw": draw})
+    for draw in DRAWS:
         for arm in NOISY_STUDENTS:
             yield from with_cost({"arm": arm, **usual, "is_equal": False, "draw": draw})
 
@@ -534,11 +541,14 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
         rounds: what each network of Noisy Student's three rounds reaches, by draw.
     """
     first_round = {draw: reached[1] for draw, reached in rounds.items()}
-    few = [{"labels": labels, "pictures": LONGER_BUDGET} for labels in (1000, 250)]
-    budgets = [*few, {"pictures": LONGEST_BUDGET}]
+    budgets = [
+        {"labels": labels, "pictures": pictures}
+        for pictures in (LONGER_BUDGET, LONGEST_BUDGET)
+        for labels in (4000, 1000, 250)
+    ]
     pairs = []
     for columns in budgets:
-        name = f"{columns.get('labels', 4000):,} labels, {columns['pictures']:,} pictures"
+        name = f"{columns['labels']:,} labels, {columns['pictures']:,} pictures"
         mpl, none, labels, uda = (
             selected(rows, arm, **columns) for arm in ("mpl", "none", "labels", "uda")
         )
