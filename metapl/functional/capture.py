@@ -28,7 +28,6 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -71,6 +70,11 @@ _ASKS_FOR_VALUE = (
     "item()",
     "nonzero",
     ".numpy()",
+)
+
+NO_DERIVATIVE_OF_STEP = (
+    "a step of functional(), which has no derivative; expected metapl.hypergradient, with wrt= for "
+    "the start and the rates."
 )
 
 # What autograd says of an operation without a derivative.
@@ -301,10 +305,37 @@ def refuse_derivative() -> None:
 
     for interpreter in retrieve_all_functorch_interpreters():
         if interpreter.key() != torch._C._functorch.TransformType.Vmap:
-            raise MetaplError(
-                "torch.func differentiates a step, which was recorded and has no derivative; "
-                "expected metapl.hypergradient, with wrt= for the start and the rates."
-            )
+            raise MetaplError(f"torch.func differentiates {NO_DERIVATIVE_OF_STEP}")
+
+
+def requires_grad(t: Tensor) -> bool:
+    """Return whether a tensor, or what a mapped one stands for, requires a gradient."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(t):
+        t = functorch.get_unwrapped(t)
+    return t.requires_grad
+
+
+class WithoutDerivative(torch.autograd.Function):
+    """A function of tensors as an operation whose derivative raises, in these words."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(run: Callable[..., Any], text: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(run(*tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.text, *_ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise MetaplError(ctx.text)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise MetaplError(ctx.text)
 
 
 def first_of_mapped(t: Tensor) -> Tensor:
@@ -316,6 +347,21 @@ def first_of_mapped(t: Tensor) -> Tensor:
         if dimension >= 0:
             t = t.select(dimension, 0)
     return t
+
+
+def rows_repeated(values: Any) -> Any:
+    """Return nested tensors whose second rows are their first again: others, of the same kind."""
+
+    def repeated(t: Tensor) -> Tensor:
+        half = len(t) // 2 if t.ndim else 0
+        # Compiled graphs hold for strides, which a copy of an expanded tensor has not.
+        if not half or 0 in t.stride():
+            return t
+        other = t.detach().clone()
+        other[half : 2 * half] = other[:half].clone()
+        return other.requires_grad_(t.requires_grad)
+
+    return pytree.tree_map_only(Tensor, repeated, values)
 
 
 # Two results that differ by less than this many roundings, relative to their size, are equal: a
@@ -478,19 +524,20 @@ class Attributes:
         return "an attribute or a variable that it reads has changed"
 
     @contextmanager
-    def without_recorded_tensors(self) -> Iterator[None]:
-        """Put back what a pass leaves in attributes in this block and that has no value."""
+    def restored(self) -> Iterator[None]:
+        """Put back what passes in this block leave in attributes and in dicts.
+
+        Where a function is recorded, they leave tensors without values.
+        """
         tables = [table for table in self._tables if isinstance(table, dict)]
         tables_before = [dict(table) for table in tables]
         try:
             yield
         finally:
             for table, before in zip(tables, tables_before, strict=True):
-                for name, value in [*table.items()]:
-                    if isinstance(value, FakeTensor):
-                        table.pop(name)
-                        if name in before:
-                            table[name] = before[name]
+                if len(table) != len(before) or not all(map(is_, table.values(), before.values())):
+                    table.clear()
+                    table.update(before)
 
     def _look_into(self, value: Any, *, depth: int) -> None:
         is_new = id(value) not in self._met
@@ -777,8 +824,11 @@ class Captured(Generic[Result]):
             ) from error
         if self.captures > captures and has_values.get():
             # In no mode either, such as that of a user's own recording.
-            with no_transform(), _disable_current_modes():
-                self._compare(capture, pytree.tree_map_only(Tensor, first_of_mapped, arguments))
+            with no_transform(), _disable_current_modes(), self.attributes.restored():
+                first = pytree.tree_map_only(Tensor, first_of_mapped, arguments)
+                # The second time, a function with a memory of its own has that of the first.
+                for values in (first, rows_repeated(first)):
+                    self._compare(capture, values)
         result: Result = capture.nested(tensors)
         return result
 
@@ -852,7 +902,7 @@ class Captured(Generic[Result]):
 
         self._say_why(kind)
         try:
-            with self.attributes.without_recorded_tensors():
+            with self.attributes.restored():
                 graph = graph_of(on_tensors, tensors)
         except (MetaplError, torch.OutOfMemoryError):
             raise
@@ -865,8 +915,7 @@ class Captured(Generic[Result]):
         compiled: Callable[..., Sequence[Any]] = graph
         if self.is_compiled:
             compiled = compiled_graph(graph, [*tensors, *held])
-        # Other objects may be in the places of those that were looked into, and a pass may have put
-        # a tensor into an attribute. No pass runs in a replay.
+        # Other objects may be in the places of those that were looked into.
         self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
         given = len(tensors) + len(held)

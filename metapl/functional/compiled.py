@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -41,6 +41,7 @@ from metapl.execution.state import (
     RandomState,
     all_with_contents_of,
     branching_to,
+    replayed,
     trainable,
 )
 from metapl.feedback.report import StepReport
@@ -50,6 +51,8 @@ from metapl.functional.capture import (
     Captured,
     Capturing,
     Held,
+    is_equal,
+    rows_repeated,
 )
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
@@ -972,7 +975,8 @@ def eager_step(
 ) -> Outcome:
     """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
 
-    Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network.
+    Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network, or makes
+        one that later steps read.
     """
     inner = inner_batches.as_argument()
     start = RandomState.now(trainer.device)
@@ -987,8 +991,11 @@ def eager_step(
             twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
     refuse_draws_of_problem(trainer, twin, report)
-    refuse_changed_attributes(trainer.student, twin.student)
-    refuse_changed_attributes(trainer.teacher, twin.teacher)
+    made: list[MadeAttribute] = []
+    for network, moved in ((trainer.student, twin.student), (trainer.teacher, twin.teacher)):
+        made += attributes_made_by(network, moved)
+    if made:
+        refuse_made_that_are_read(made, trainer, outer_batch, inner_batches)
     return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
 
 
@@ -1048,13 +1055,30 @@ def step_of_copy(
         return twin, twin.step(outer_batch, inner)
 
 
-def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None) -> None:
-    """Refuse a network whose copy holds another number, text or tensor in Python after a step.
+class MadeAttribute(NamedTuple):
+    """An attribute of a part of a network in which a step has put numbers.
 
-    Of what was there before; what a pass has put there anew is only looked at, as a rule.
+    Attributes:
+        part: of the network that took no step.
+        name: the attribute's.
+        place: the names of the part and of the attribute, in words.
+        value: what a copy of the part holds after the step.
     """
+
+    part: nn.Module
+    name: str
+    place: str
+    value: Any
+
+
+def attributes_made_by(network: nn.Module | None, moved: nn.Module | None) -> list[MadeAttribute]:
+    """Return the attributes in which a step of a network's copy has put numbers anew.
+
+    Raises: :class:`metapl.MetaplError` where a number, text or tensor that was there has changed.
+    """
+    made: list[MadeAttribute] = []
     if network is None or moved is None:
-        return
+        return made
     pairs = zip(network.named_modules(), moved.modules(), strict=True)
     for (path, part), part_moved in pairs:
         before, after = (numbers_of(held_by(one)) for one in (part, part_moved))
@@ -1070,6 +1094,54 @@ def refuse_changed_attributes(network: nn.Module | None, moved: nn.Module | None
                 f"a network's {place} changes in a step, which no graph captures; expected a "
                 "registered buffer, or compile left out."
             )
+        for name, value in vars(held_by(part_moved)).items():
+            if numbers_of(SimpleNamespace(**{name: value})).keys() - before.keys():
+                made.append(MadeAttribute(part, name, f"{path}.{name}".lstrip("."), value))
+    return made
+
+
+def refuse_made_that_are_read(
+    made: Sequence[MadeAttribute],
+    trainer: TwoLevelTrainer,
+    outer_batch: Batch,
+    inner_batches: InnerBatches,
+) -> None:
+    """Refuse a network to whose later steps it matters what a first step has put into attributes.
+
+    A graph has each step as the first one. So an eager step on other rows is taken with these
+    attributes and without; a cache that every step would fill with the same is none to be refused.
+    """
+    inner = rows_repeated(inner_batches.as_argument())
+    outer = rows_repeated(outer_batch)
+    start = RandomState.now(trainer.device)
+    ends: list[State] = []
+    for attributes in ((), made):
+        with holding(attributes), replayed(start):
+            twin, _ = step_of_copy(trainer, outer, inner)
+        ends.append(state_of(twin, updates_of(twin)))
+    without, with_made = map(leaves_of, ends)
+    if not all(map(is_equal, with_made, without)):
+        raise MetaplError(
+            f"a network's {made[0].place} is made by its first step and read by later ones, which "
+            "no graph captures; expected a registered buffer, or compile left out."
+        )
+
+
+@contextmanager
+def holding(made: Sequence[MadeAttribute]) -> Iterator[None]:
+    """Let the parts of networks hold what a step has put into attributes, in this block."""
+    tables = [vars(attribute.part) for attribute in made]
+    before = [dict(table) for table in tables]
+    try:
+        for table, attribute in zip(tables, made, strict=True):
+            detached = pytree.tree_map_only(Tensor, Tensor.detach, attribute.value)
+            table[attribute.name] = detached
+        yield
+    finally:
+        for table, attribute, held in zip(tables, made, before, strict=True):
+            table.pop(attribute.name)
+            if attribute.name in held:
+                table[attribute.name] = held[attribute.name]
 
 
 def held_by(part: nn.Module) -> SimpleNamespace:

@@ -36,12 +36,14 @@ from metapl.functional.capture import (
     MOST_KEPT,
     Attributes,
     Kind,
+    WithoutDerivative,
     asks_for_value,
     compiled_graph,
     constants_in,
     graph_of,
     is_equal,
     is_transformed,
+    rows_repeated,
 )
 
 _TEXT_OF_DERIVATIVE = (
@@ -174,11 +176,12 @@ class Recorded:
         if recording is None or not self._reads_the_same(recording):
             recording = self._record(key, leaves, structure)
         if key in self._uncompared and not is_transformed():
-            self._compare(recording, leaves, structure)
+            self._compare_twice(recording, leaves, structure)
             self._uncompared.discard(key)
         tensors = [leaves[place] for place in recording.places]
         if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors)):
-            return recording.with_results(_WithoutDerivative.apply(recording.run, *tensors))
+            without = WithoutDerivative.apply(recording.run, _TEXT_OF_DERIVATIVE, *tensors)
+            return recording.with_results(without)
         with torch.no_grad():
             return recording.with_results(recording.run(*tensors))
 
@@ -221,7 +224,7 @@ class Recorded:
         if is_transformed():
             self._uncompared.add(key)
         else:
-            self._compare(recording, leaves, structure)
+            self._compare_twice(recording, leaves, structure)
         self._kept[key] = recording
         self.recordings += 1
         return recording
@@ -256,7 +259,7 @@ class Recorded:
 
         device = examples[0].device
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._attributes.restored():
                 graph = graph_of(on_tensors, examples)
         except MetaplError:
             raise
@@ -289,6 +292,15 @@ class Recorded:
                 "recording would keep it as it is; expected it among the arguments, such as "
                 "params of torch.func.functional_call(net, params, (x,))."
             )
+
+    def _compare_twice(self, recording: _Recording, leaves: list[Any], structure: Any) -> None:
+        """Refuse a recording that returns something else than the function, or writes.
+
+        The second time, on other rows, a function with a memory of its own has that of the first.
+        """
+        with self._attributes.restored():
+            for values in (leaves, rows_repeated(leaves)):
+                self._compare(recording, values, structure)
 
     def _compare(self, recording: _Recording, leaves: list[Any], structure: Any) -> None:
         """Refuse a recording that returns something else than the function, or writes."""
@@ -331,28 +343,6 @@ class Recorded:
                     f"{_name(self.function)} writes to its argument{names[id(copies[place])]} in "
                     "place; expected a new tensor, which it returns."
                 )
-
-
-class _WithoutDerivative(torch.autograd.Function):
-    """A recording as an operation whose derivative raises."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(run: Callable[..., Any], *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(run(*tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
-        raise MetaplError(_TEXT_OF_DERIVATIVE)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise MetaplError(_TEXT_OF_DERIVATIVE)
 
 
 _REQUIRES_GRAD = attrgetter("requires_grad")

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,13 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots, named_parts, put_contents
 from metapl.feedback.base import Estimator
-from metapl.functional.capture import Captured, is_transformed
+from metapl.functional.capture import (
+    NO_DERIVATIVE_OF_STEP,
+    Captured,
+    WithoutDerivative,
+    is_transformed,
+    requires_grad,
+)
 from metapl.functional.state import (
     Network,
     Report,
@@ -183,9 +190,10 @@ class StateStep:
     def __call__(
         self, state: State, outer: Batch, inner: Batch, noise: Any = None
     ) -> tuple[State, Report]:
+        given = (state, outer, inner, noise)
         if is_transformed():
-            return self.recorded.mapped(state, outer, inner, noise)
-        taken = self.taken(state, outer, inner, noise)
+            return without_derivative(self.recorded.mapped(*given), of=given)
+        taken = without_derivative(self.taken(*given), of=given)
         if not self._looked_at_attributes:
             self._refuse_kept_tensors()
         return taken
@@ -235,6 +243,30 @@ class StateStep:
             Tensor, Tensor.detach, (moved, report)
         )
         return without_graph
+
+
+def without_derivative(taken: tuple[State, Report], *, of: Any) -> tuple[State, Report]:
+    """Return what a step leaves, whose derivative in what it was given raises.
+
+    It would be 0 in silence where a loss reads what was given besides.
+    """
+    given = [t for t in pytree.tree_leaves(of) if isinstance(t, Tensor) and requires_grad(t)]
+    if not given or not torch.is_grad_enabled():
+        return taken
+    leaves, structure = pytree.tree_flatten(taken)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    text = f"torch.autograd differentiates {NO_DERIVATIVE_OF_STEP}"
+    without = iter(
+        WithoutDerivative.apply(partial(without_first, len(given)), text, *given, *tensors)
+    )
+    filled = [next(without) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    result: tuple[State, Report] = pytree.tree_unflatten(filled, structure)
+    return result
+
+
+def without_first(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors without the first ones."""
+    return tensors[count:]
 
 
 def taken_step(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import types
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -253,6 +254,100 @@ def test_state_that_a_network_keeps_in_python_is_refused(
         compiled.step(*batches())
 
 
+class Smoothing(nn.Module):
+    """A part whose first pass makes what later ones read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.detach().mean(0)
+        self.mean = 0.5 * (mean + getattr(self, "mean", mean))
+        return x - self.mean
+
+
+class KeepingFirst(nn.Module):
+    """A part that keeps the scale of the first batch that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.kept:
+            self.kept["scale"] = x.detach().std(0)
+        return x / self.kept["scale"]
+
+
+class Rotating(nn.Module):
+    """A part that fills a cache with what no batch changes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "angles"):
+            self.angles = torch.arange(x.shape[1]) / 10
+        return x * self.angles.cos()
+
+
+@pytest.mark.parametrize(("build", "name"), [(Smoothing, "mean"), (KeepingFirst, "kept")])
+def test_what_a_first_step_makes_and_later_ones_read_is_refused(
+    build: Callable[[], nn.Module], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_inductor(monkeypatch)
+    compiled = trainers(lambda: network(build()))[0]
+    before = [p.detach().clone() for p in compiled.student.parameters()]
+    with pytest.raises(MetaplError, match=f"1.{name} is made by its first step"):
+        compiled.step(*batches())
+    assert not vars(compiled.student[1]).get(name)
+    assert all(map(torch.equal, before, compiled.student.parameters()))
+
+
+@pytest.mark.parametrize("build", [Counting, Averaging, Smoothing, KeepingFirst])
+def test_state_that_a_network_keeps_in_python_is_refused_in_stacks(
+    build: Callable[[], nn.Module],
+) -> None:
+    torch.manual_seed(0)
+    trainer = metapl.BilevelTrainer(network(), network(build()), "forward", verify=False)
+    step, state = trainer.functional()
+    before = dict(vars(trainer.student[1]))
+    with pytest.raises(MetaplError, match="comes out otherwise when it is recorded"):
+        torch.func.vmap(step, in_dims=(0, None, None))(stack([state, state]), *batches())
+    assert vars(trainer.student[1]) == before
+
+
+@pytest.mark.parametrize("build", [Counting, Smoothing, KeepingFirst])
+def test_state_that_a_network_keeps_in_python_is_refused_in_recorded_functions(
+    build: Callable[[], nn.Module],
+) -> None:
+    net = network(build())
+
+    def gradient(params: dict[str, Tensor], x: Tensor) -> Any:
+        out = torch.func.functional_call(net, params, (x,)).sum()
+        return torch.autograd.grad(out, list(params.values()))
+
+    with pytest.raises(MetaplError, match="by itself and recorded, on the same draws"):
+        recorded(gradient)(dict(net.named_parameters()), batches()[1])
+
+
+def test_a_cache_that_a_pass_fills_is_recorded() -> None:
+    """It stays empty: once it is full, it is a tensor that no argument holds."""
+    net, other = network(Rotating()), network(Rotating())
+    other.load_state_dict(net.state_dict())
+
+    def gradient(net: nn.Module, params: dict[str, Tensor], x: Tensor) -> Any:
+        out = torch.func.functional_call(net, params, (x,)).square().sum()
+        return torch.autograd.grad(out, list(params.values()))
+
+    x = batches()[1]
+    step = recorded(partial(gradient, net))
+    for _ in range(2):
+        found = step(dict(net.named_parameters()), x)
+        torch.testing.assert_close(found, gradient(other, dict(other.named_parameters()), x))
+
+
+def test_a_cache_that_a_pass_fills_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_inductor(monkeypatch)
+    pair = trainers(lambda: network(Rotating()))
+    for _ in range(2):
+        agree(pair)
+
+
 def test_a_tensor_that_is_no_argument_is_compiled() -> None:
     """By Inductor, which needs its shape and its type."""
     pair = trainers(lambda: network(Scaled("a tensor in an attribute")))
@@ -337,3 +432,19 @@ def reads_passing(x: Tensor) -> Tensor:
         return x * PASSING  # type: ignore[name-defined]
     except NameError:
         return x * 1.0
+
+
+@pytest.mark.parametrize("is_mapped", [False, True])
+def test_a_derivative_through_a_step_raises_beside_another_one(is_mapped: bool) -> None:
+    """A loss that reads the rate itself too would have the rest of its gradient in silence."""
+    trainer = metapl.BilevelTrainer(network(), network(), "forward", verify=False)
+    step, state = trainer.functional()
+    states = stack([state, state]) if is_mapped else state
+    rate = states.inner.settings[0]["lr"].clone().requires_grad_()
+    states.inner.settings[0]["lr"] = rate
+    if is_mapped:
+        step = torch.func.vmap(step, in_dims=(0, None, None))
+    moved, _ = step(states, *batches())
+    loss = sum(p.square().sum() for p in moved.student.params.values()) + rate.sum()
+    with pytest.raises(MetaplError, match="a step of functional.., which has no derivative"):
+        torch.autograd.grad(loss, rate)
