@@ -383,7 +383,7 @@ def digest(batch: Batch) -> Tensor:
         else:
             descriptions.append(type(leaf))
     # Not Python's hash, which is another one in every process.
-    described_batch = repr((str(structure), *descriptions)).encode()
+    described_batch = repr((_as_text(structure), *descriptions)).encode()
     of_structure = hashlib.blake2b(described_batch, digest_size=8).digest()
     total = torch.tensor(int.from_bytes(of_structure, "little", signed=True))
     for number, t in enumerate(tensors):
@@ -396,6 +396,12 @@ def digest(batch: Batch) -> Tensor:
         else:
             total = total.to(t.device) + _mixed(bits, number).sum()
     return total
+
+
+@functools.lru_cache(maxsize=16)
+def _as_text(structure: pytree.TreeSpec) -> str:
+    """Return a structure as text, which PyTorch makes in the time of a digest."""
+    return str(structure)
 
 
 def row_digests(inputs: Inputs, *, ignores_padding: bool = False) -> Tensor:

@@ -12,8 +12,6 @@ hold them, as its weights are. The old one, of ``torch.nn.utils``, is refused
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -70,19 +68,3 @@ def formulas_of(part: nn.Module) -> list[Formula]:
         if type(child) is _Parametrization:
             formulas.append(Formula(part, name, stand_in=Composite(child.dim)))
     return formulas
-
-
-@contextmanager
-def by_formulas(formulas: Sequence[Formula]) -> Iterator[None]:
-    """Take the formulas in this block, by attributes.
-
-    ``torch.compile`` does not see what is put into a table.
-    """
-    kernels = [getattr(formula.parent, formula.name) for formula in formulas]
-    for formula in formulas:
-        setattr(formula.parent, formula.name, formula.stand_in)
-    try:
-        yield
-    finally:
-        for formula, kernel in zip(formulas, kernels, strict=True):
-            setattr(formula.parent, formula.name, kernel)

@@ -1,4 +1,4 @@
-r"""One step of a training as a pure function, and that step's adjoint.
+r"""One step of a training as a function of tensors, and that step's adjoint.
 
 With the carry c_k = (θ_k, s_k, buffers), the settings η_k of the optimizer and the teacher's
 weights φ, a step is
@@ -6,33 +6,41 @@ weights φ, a step is
 .. math:: c_{k+1} = f(c_k, \mathrm{signal}_k(\phi), \eta_k), \qquad k = 0, ..., K-1
 
 and the adjoint takes the cotangents of c_{k+1} to those of c_k, signal_k, η_k and φ, from v =
-∇L(θ_K) on. It is *one* pullback of f, in which the Hessian product, the feedback h_k =
+∇L(θ_K) on. It is *one* backward pass of f, in which the Hessian product, the feedback h_k =
 −dL/d(signal_k) and the gradient in the settings are found together. As on the eager road, a signal
 reads the student's outputs as constants.
 
-:mod:`metapl.functional.training` has the loop over steps.
+Both are the eager step (:class:`metapl.core.step.InnerStep`) on networks that hold these tensors in
+the meantime, and are recorded. :mod:`metapl.functional.training` has the loop over steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
+from metapl.core.lesson import Lesson
+from metapl.core.step import InnerStep
+from metapl.engines.recorded import RecordedEngine, UpdateOfState
+from metapl.execution import checks
 from metapl.execution.batch import Batch
-from metapl.execution.numerics import Tree
-from metapl.functional.state import Function, as_dict, norm
-from metapl.problems.base import BilevelProblem, Signal, enters_input
+from metapl.execution.layout import Layout
+from metapl.execution.numerics import Tree, no_fast_path
+from metapl.execution.state import Slots
+from metapl.functional.capture import Captured, is_transformed
+from metapl.functional.state import Network, as_dict, norm
+from metapl.functional.step import Places, with_settings
+from metapl.problems.base import BilevelProblem, Signal
 from metapl.updates import Update
 from metapl.updates.base import OptimizerState
 
-vjp: Any = torch.func.vjp
-grad_and_value = torch.func.grad_and_value
-vmap = torch.func.vmap
 # The numbers of each param group that are 0-D tensors in the graphs, by name.
 Settings = list[dict[str, Any]]
 
@@ -64,164 +72,247 @@ class Cotangents(NamedTuple):
     teacher: Tree
 
 
+class Lecture(NamedTuple):
+    """What a step is given besides the carry.
+
+    Attributes:
+        batch: the inner batch.
+        outer: a row of the outer batch, as the outer loss reads it, which the problem checks
+            outputs with.
+        settings: η.
+    """
+
+    batch: Batch
+    outer: Batch
+    settings: Settings
+
+
 class StepFunction(Protocol):
     """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k)."""
 
-    def __call__(
-        self, phi: Tree, carry: Carry, batch: Batch, settings: Settings, /
-    ) -> tuple[Carry, Tensor, dict[str, Any]]:
-        """Return the carry after the step, the mean loss, and the fields of the signal by name."""
+    def __call__(self, phi: Tree, carry: Carry, lecture: Lecture, /) -> Taken:
+        """Take the step."""
+
+
+class Taken(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+        carry: after the step.
+        loss: the mean inner loss.
+        signal: the fields of the signal by name.
+        findings: what checks have found, boolean scalars by the texts of their errors.
+    """
+
+    carry: Carry
+    loss: Tensor
+    signal: dict[str, Any]
+    findings: dict[str, Tensor]
 
 
 class AdjointFunction(Protocol):
     """The adjoint of a step."""
 
     def __call__(
-        self,
-        phi: Tree,
-        carry: Carry,
-        batch: Batch,
-        settings: Settings,
-        bars: Cotangents,
-        nudge: Tree,
-        /,
-    ) -> tuple[Cotangents, Tree, Settings | None, Tensor]:
+        self, phi: Tree, carry: Carry, lecture: Lecture, bars: Cotangents, /
+    ) -> tuple[Cotangents, Tree, Settings, Tensor]:
         """Return the cotangents before the step, dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
 
         Args:
             carry: before the step.
             bars: the cotangents after it.
-            nudge: zeros, by the names of the signal's differentiable fields.
         """
 
 
-def make_training(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    problem: BilevelProblem,
-    update: Update,
-    constants: Sequence[dict[str, Any]],
-    *,
-    in_settings: bool = False,
-    several: bool = False,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-) -> tuple[StepFunction, AdjointFunction]:
-    """Return the step of a training and its adjoint.
+@dataclass(frozen=True, eq=False)
+class TrainingRules:
+    """What all steps of a training have in common: networks, losses and the rule, but no tensor.
 
     Args:
+        teacher: None: the problem has none.
         update: U of the student, perhaps behind a clip.
         constants: what its param groups hold besides the settings.
+        device: where the tensors are.
         in_settings: whether the gradient in the settings is asked for.
         several: whether the cotangents are those of M outer losses, with a first dimension M.
-        autocast: the context in which the passes are taken.
+        autocast: makes the context of the networks' passes.
     """
-    T = Function(teacher, "teacher")
-    S = Function(student)
-    signal_enters_input = enters_input(problem)
 
-    def next_step(
-        carry: Carry,
-        batch: Batch,
-        theta: Tree,
-        s: OptimizerState,
-        phi: Tree,
-        nudge: Tree,
-        settings: Settings,
-    ) -> tuple[tuple[Tree, OptimizerState], Any]:
-        """Return (θ′, s′) as a function of all that a gradient may be in.
+    teacher: nn.Module | None
+    student: nn.Module
+    problem: BilevelProblem
+    update: Update
+    constants: Sequence[dict[str, Any]]
+    device: torch.device
+    in_settings: bool = False
+    several: bool = False
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
 
-        Beside it: the student's state, the teacher's, the loss and the signal.
-        """
 
-        def student_outputs(theta: Tree, *entering: Signal) -> tuple[Tensor, Tree]:
-            return S.outputs(theta, carry.state, problem.student_input(batch, *entering))
+class TrainingStep:
+    """The step of a training and its adjoint, as functions of tensors.
 
-        def mean_loss(z: Tensor, theta: Tree) -> Tensor:
-            # A loss may read ``student.parameters()``, so it is called while these weights are in
-            # the student.
-            losses_B, _ = S.at(
-                theta, state, lambda network: problem.inner_loss(z, signal, batch, theta)
-            )
-            mean: Tensor = losses_B.mean()
-            return mean
+    The modules' own tensors are not read. Under ``torch.func.vmap`` a recording of the step is
+    mapped.
+    """
 
-        if signal_enters_input:
-            signal, teacher_state = signal_of(
-                T, problem, phi=phi, carry=carry, batch=batch, z=None, nudge=nudge
-            )
-            z, pull, state = vjp(lambda theta: student_outputs(theta, signal), theta, has_aux=True)
-        else:
-            z, pull, state = vjp(student_outputs, theta, has_aux=True)
-            signal, teacher_state = signal_of(
-                T, problem, phi=phi, carry=carry, batch=batch, z=z.detach(), nudge=nudge
-            )
-        # g = ∇_θ (1/B) Σ ℓ_i, through the outputs and in what the loss reads of θ itself.
-        (in_outputs, in_weights), loss = grad_and_value(mean_loss, (0, 1))(z, theta)
-        (through_outputs,) = pull(in_outputs)
-        g = {name: t + in_weights[name] for name, t in through_outputs.items()}
-        pairs = zip(constants, settings, strict=True)
-        options = [{**constant_options, **numbers} for constant_options, numbers in pairs]
-        after = update.update(theta, g, s, options)
-        return after, (state, teacher_state, loss.detach(), as_dict(signal.detached()))
+    def __init__(self, rules: TrainingRules, sources: Sequence[object] = ()) -> None:
+        self.rules = rules
+        self.teacher = Places(rules.teacher, "teacher")
+        self.student = Places(rules.student, "student")
+        self.recorded = Captured(self.taken, rules.device, sources, is_compiled=False)
 
-    def step(
-        phi: Tree, carry: Carry, batch: Batch, settings: Settings
-    ) -> tuple[Carry, Tensor, dict[str, Any]]:
-        # Fused attention has no second derivative, and the adjoint has to take the same steps.
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            after, others = next_step(
-                carry, batch, carry.params, carry.optimizer, phi, {}, settings
-            )
-        state, teacher_state, loss, signal = others
-        return Carry(*after, state, teacher_state), loss, signal
+    def __call__(self, phi: Tree, carry: Carry, lecture: Lecture) -> Taken:
+        """Take the step (:class:`StepFunction`)."""
+        if is_transformed():
+            return self.recorded.mapped(phi, carry, lecture)
+        return self.taken(phi, carry, lecture)
+
+    def taken(self, phi: Tree, carry: Carry, lecture: Lecture) -> Taken:
+        """Take the step, outside of any transform."""
+        with self._begun(phi, carry, lecture) as begun:
+            theta, s = pytree.tree_map_only(Tensor, Tensor.detach, begun.step.updated)
+            after = Carry(theta, s, begun.left_of_student(), begun.left_of_teacher())
+            signal = as_dict(begun.signal.detached())
+            return Taken(after, begun.step.inner_loss, signal, begun.findings())
 
     def adjoint(
-        phi: Tree, carry: Carry, batch: Batch, settings: Settings, bars: Cotangents, nudge: Tree
-    ) -> tuple[Cotangents, Tree, Settings | None, Tensor]:
-        variables = (settings,) if in_settings else ()
-        constant = () if in_settings else (settings,)
-
-        def after_step(*point: Any) -> Any:
-            return next_step(carry, batch, *point, *constant)
-
-        with autocast(), sdpa_kernel(SDPBackend.MATH):
-            _, pull, _ = vjp(
-                after_step, carry.params, carry.optimizer, phi, nudge, *variables, has_aux=True
+        self, phi: Tree, carry: Carry, lecture: Lecture, bars: Cotangents
+    ) -> tuple[Cotangents, Tree, Settings, Tensor]:
+        """Take the adjoint of the step (:class:`AdjointFunction`)."""
+        settings = lecture.settings
+        if self.rules.in_settings:
+            settings = as_leaves(settings)
+        carry = carry._replace(optimizer=as_leaves(carry.optimizer))
+        with self._begun(phi, carry, lecture._replace(settings=settings)) as begun:
+            fields = begun.step.signal.differentiable()
+            before = (begun.step.params, carry.optimizer, fields, settings)
+            pull: Callable[[Any], Any] = partial(
+                pulled_back, begun.step.updated, before, begun.signal.differentiable(), begun.phi
             )
-            if several:
-                pull = vmap(pull)
-            theta_bar, s_bar, phi_bar, signal_bar, *settings_bar = pull(
+            if self.rules.several:
+                pull = torch.func.vmap(pull)
+            (theta_bar, s_bar, signal_bar, settings_bar), phi_bar = pull(
                 (bars.params, bars.optimizer)
             )
         teacher_bar = {name: t + phi_bar[name] for name, t in bars.teacher.items()}
         cotangents = Cotangents(theta_bar, s_bar, teacher=teacher_bar)
-        return cotangents, signal_bar, settings_bar[0] if in_settings else None, norm(theta_bar)
+        in_settings = settings_bar if self.rules.in_settings else []
+        return cotangents, signal_bar, in_settings, norm(theta_bar)
 
-    return step, adjoint
+    @contextmanager
+    def _begun(self, phi: Tree, carry: Carry, lecture: Lecture) -> Iterator[BegunStep]:
+        """Take the student's pass up to g, with its graph, while the networks hold the tensors."""
+        rules = self.rules
+        fault = checks.Fault()
+        token = checks.deferred.set(fault)
+        try:
+            with (
+                checks.no_values(),
+                torch.enable_grad(),
+                self.teacher.holding(Network(phi, carry.teacher_state)) as left_of_teacher,
+                self.student.holding(Network(carry.params, carry.state)) as left_of_student,
+                rules.autocast(),
+                no_fast_path(math=True),
+            ):
+                options = with_settings(rules.constants, lecture.settings)
+                update = UpdateOfState(rules.update, options, carry.optimizer)
+                student = RecordedEngine(
+                    Layout(rules.student), Slots(rules.student), double_backward=True
+                )
+                # A problem without a teacher never asks it.
+                teacher: Any = rules.teacher
+                asked: list[Signal] = []
+
+                def ask(batch: Batch, outputs: Tensor | None) -> Signal:
+                    signal = rules.problem.signal(teacher, batch, outputs, generator=None)
+                    asked.append(signal)
+                    return signal.detached()
+
+                lesson = Lesson(rules.problem, lecture.batch, lecture.outer, ask)
+                # θ is what the module holds, so that checkpoints run again at the same leaves.
+                student.params = {**student.parameters}
+                descent = student.descend(student.params, lesson)
+                yield BegunStep(
+                    step=InnerStep(update, descent, carry.optimizer),
+                    signal=asked[-1],
+                    phi={name: p for name, p in self.teacher.parameters() if name in phi},
+                    left_of_student=left_of_student,
+                    left_of_teacher=left_of_teacher,
+                    fault=fault,
+                )
+        finally:
+            checks.deferred.reset(token)
 
 
-def signal_of(
-    T: Function,
-    problem: BilevelProblem,
-    *,
-    phi: Tree,
-    carry: Carry,
-    batch: Batch,
-    z: Tensor | None,
-    nudge: Tree,
-) -> tuple[Signal, Tree]:
-    """Return the signal about a batch with ``nudge`` added to its fields, and the teacher's state.
+class BegunStep(NamedTuple):
+    """A step whose gradient g is known.
 
-    The nudge is 0. It is where the adjoint takes the derivative in the signal.
+    Attributes:
+        step: U and the pass, whose signal's fields, and whose weights, are leaves.
+        signal: with its graph in φ.
+        phi: φ as the teacher's leaves.
+        left_of_student, left_of_teacher: return what passes have left of buffers.
+        fault: what checks have found.
+    """
+
+    step: InnerStep
+    signal: Signal
+    phi: Tree
+    left_of_student: Callable[[], Tree]
+    left_of_teacher: Callable[[], Tree]
+    fault: checks.Fault
+
+    def findings(self) -> dict[str, Tensor]:
+        """Return what checks have found, by the texts of their errors."""
+        found: dict[str, Tensor] = {}
+        for bad, text in self.fault.findings:
+            result = checks.result_of(bad)
+            found[text] = found[text] | result if text in found else result
+        return found
+
+
+def as_leaves(tensors: Any) -> Any:
+    """Return nested tensors as leaves of a graph."""
+
+    def leaf(t: Tensor) -> Tensor:
+        return t.detach().requires_grad_(t.is_floating_point() or t.is_complex())
+
+    return pytree.tree_map_only(Tensor, leaf, tensors)
+
+
+def pulled_back(after: Any, before: Any, signal: Tree, phi: Tree, bars: Any) -> tuple[Any, Tree]:
+    """Return the cotangents of what a step depends on from those of (θ′, s′), zeros for no graph.
 
     Args:
-        z: the student's outputs, (B, ...), as constants; None where the signal enters its input.
+        after: θ′ and s′, with their graph.
+        before: what they depend on, the third part the signal's fields as leaves.
+        signal: these fields with their graph in φ.
+        phi: the teacher's leaves.
+        bars: the cotangents of ``after``.
+
+    Returns: those of ``before``, and those of φ.
     """
-    signal: Signal
-    signal, teacher_state = T.at(
-        phi,
-        carry.teacher_state,
-        lambda network: problem.signal(network, batch, z, generator=None),
-    )
-    fields = {name: t + nudge[name] for name, t in signal.differentiable().items() if name in nudge}
-    return signal.having(fields), teacher_state
+    in_before = gradients(after, before, bars)
+    _, _, signal_bar, *_ = in_before
+    return in_before, gradients(signal, phi, signal_bar)
+
+
+def gradients(ends: Any, leaves: Any, cotangents: Any) -> Any:
+    """Return the gradient in nested leaves, from the cotangents of ends; zeros without a graph."""
+    tensors, structure = pytree.tree_flatten(leaves)
+    ends, structure_of_ends = pytree.tree_flatten(ends)
+    cotangents = structure_of_ends.flatten_up_to(cotangents)
+    pairs = [pair for pair in zip(ends, cotangents, strict=True) if pair[0].requires_grad]
+    asked = [t for t in tensors if t.requires_grad]
+    found: Iterator[Tensor | None] = iter([None] * len(asked))
+    if pairs and asked:
+        with_graph, bars = zip(*pairs, strict=True)
+        found = iter(
+            torch.autograd.grad(with_graph, asked, bars, retain_graph=True, allow_unused=True)
+        )
+    filled = []
+    for t in tensors:
+        gradient = next(found) if t.requires_grad else None
+        filled.append(torch.zeros_like(t) if gradient is None else gradient)
+    return pytree.tree_unflatten(filled, structure)

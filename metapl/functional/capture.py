@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property, partial
-from itertools import chain
+from itertools import chain, count
 from operator import is_
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -37,7 +37,6 @@ from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import described, has_values, no_values
 from metapl.execution.numerics import explain, float32_products
 from metapl.execution.state import RandomState, replayed
-from metapl.functional.state import ImpureError, impurity
 
 LOG = logging.getLogger("metapl")
 
@@ -265,9 +264,6 @@ def why_not_captured(error: BaseException) -> str:
     """Return what an error says about a step that cannot be captured; "" for any other error."""
     if isinstance(error, NotRecorded) and error.__cause__ is not None:
         return why_not_captured(error.__cause__) or reason_of(error.__cause__)
-    impure = error if isinstance(error, ImpureError) else impurity(error, "a network")
-    if impure is not None:
-        return impure.what
     if isinstance(error, MetaplError):
         return ""
     if lacking := _NO_DERIVATIVE.search(str(error)):
@@ -745,8 +741,7 @@ class Capture(NamedTuple):
         held: tensors that were no arguments.
         given: how many tensors the graph takes.
         places: of the results' tensors, among those that the graph takes and returns.
-        results: the leaves of the results, with the type in the place of each tensor.
-        structure: of the results.
+        results: nested as the function returns them, with an :class:`At` for each tensor.
     """
 
     kind: Kind
@@ -754,8 +749,7 @@ class Capture(NamedTuple):
     held: list[Tensor]
     given: int
     places: list[int]
-    results: list[Any]
-    structure: Any
+    results: Any
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the results' tensors, from those of the arguments."""
@@ -763,13 +757,30 @@ class Capture(NamedTuple):
         taken_and_returned = given + [*self.graph(*given)]
         return [taken_and_returned[place] for place in self.places]
 
-    def nested(self, tensors: Sequence[Any]) -> Any:
-        """Return tensors as the function returns them."""
-        if len(tensors) == len(self.results):
-            return pytree.tree_unflatten(tensors, self.structure)
-        leaves = iter(tensors)
-        filled = [next(leaves) if leaf is Tensor else leaf for leaf in self.results]
-        return pytree.tree_unflatten(filled, self.structure)
+
+class At(int):
+    """The place of a tensor among those of a graph's results."""
+
+
+def at_places(value: Any, tensors: Sequence[Any]) -> Any:
+    """Return nested results with the tensors that are at their places.
+
+    PyTorch's pytrees would take three times as long.
+    """
+    kind = type(value)
+    if kind is At:
+        return tensors[value]
+    if kind is dict:
+        return {name: at_places(part, tensors) for name, part in value.items()}
+    if kind is list:
+        return [at_places(part, tensors) for part in value]
+    if hasattr(kind, "_fields"):
+        return kind(*[at_places(part, tensors) for part in value])
+    if kind is tuple:
+        return tuple([at_places(part, tensors) for part in value])
+    if isinstance(value, PLAIN):
+        return value
+    return pytree.tree_map_only(At, tensors.__getitem__, value)
 
 
 class Captured(Generic[Result]):
@@ -802,7 +813,7 @@ class Captured(Generic[Result]):
 
     def __call__(self, *arguments: Any) -> Result:
         capture, tensors = self.run(*arguments)
-        result: Result = capture.nested(tensors)
+        result: Result = at_places(capture.results, tensors)
         return result
 
     def mapped(self, *arguments: Any) -> Result:
@@ -829,7 +840,7 @@ class Captured(Generic[Result]):
                 # The second time, a function with a memory of its own has that of the first.
                 for values in (first, rows_repeated(first)):
                     self._compare(capture, values)
-        result: Result = capture.nested(tensors)
+        result: Result = at_places(capture.results, tensors)
         return result
 
     def _compare(self, capture: Capture, arguments: Any) -> None:
@@ -839,7 +850,7 @@ class Captured(Generic[Result]):
         with replayed(RandomState.now(self.device)):
             wanted = pytree.tree_leaves(self.function(*arguments))
         with replayed(RandomState.now(self.device)), torch.no_grad():
-            found = pytree.tree_leaves(capture.nested(capture.run(tensors)))
+            found = pytree.tree_leaves(at_places(capture.results, capture.run(tensors)))
         for one, two in zip(found, wanted, strict=True):
             if isinstance(one, Tensor) and not is_equal(one, two):
                 self.kept = [kept for kept in self.kept if kept is not capture]
@@ -890,14 +901,13 @@ class Captured(Generic[Result]):
 
     def _capture(self, arguments: Any, tensors: list[Tensor], kind: list[Any]) -> Capture:
         """Capture the function for these arguments; nothing moves."""
-        results: list[Any] = []
-        structures: list[Any] = []
+        nested: list[Any] = []
 
         def on_tensors(*recorded: Tensor) -> list[Tensor]:
             returned = self.function(*put_together(arguments, iter(recorded)))
-            leaves, structure = pytree.tree_flatten(returned)
-            structures.append(structure)
-            results.extend(Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+            numbers = count()
+            nested.append(pytree.tree_map_only(Tensor, lambda _: At(next(numbers)), returned))
+            leaves = pytree.tree_leaves(returned)
             return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
         self._say_why(kind)
@@ -919,7 +929,7 @@ class Captured(Generic[Result]):
         self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
         given = len(tensors) + len(held)
-        capture = Capture(whole_kind, compiled, held, given, places, results, structures[0])
+        capture = Capture(whole_kind, compiled, held, given, places, nested[0])
         self.kept.append(capture)
         del self.kept[:-MOST_KEPT]
         self.captures += 1

@@ -51,6 +51,7 @@ from metapl.functional.capture import (
     Captured,
     Capturing,
     Held,
+    at_places,
     is_equal,
     rows_repeated,
 )
@@ -296,34 +297,19 @@ class CapturedStep:
             mode={name: results[place] for name, place in self._mode.items()},
             step=results[self._number],
             report=Report(*(at_places(field, results) for field in self._report)),
-            state=lambda: capture.nested(results)[0],
+            state=lambda: at_places(capture.results, results)[0],
             is_first=is_first,
         )
 
     def _find_places(self, capture: Capture) -> None:
         """Note where a graph's results have the parts of what a step leaves."""
-        count = sum(1 for leaf in capture.results if leaf is Tensor)
-        moved, report = capture.nested(range(count))
+        moved, report = capture.results
         self._capture = capture
         self._leaves = leaves_of(moved)
         self._writes = all(capture.places[place] < capture.given for place in self._leaves)
         self._mode = moved.mode
         self._number = moved.step
         self._report = report
-
-
-def at_places(value: Any, tensors: Sequence[Any]) -> Any:
-    """Return nested places as the tensors that are there.
-
-    PyTorch's pytrees would take three times as long.
-    """
-    if type(value) is int:
-        return tensors[value]
-    if type(value) is dict:
-        return {name: at_places(part, tensors) for name, part in value.items()}
-    if type(value) is list:
-        return [at_places(part, tensors) for part in value]
-    return value
 
 
 @dataclass

@@ -13,13 +13,18 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from metapl.execution.batch import Batch, flatten
-from metapl.functional.adjoint import AdjointFunction, StepFunction, make_training
+from metapl.execution.batch import Batch
+from metapl.functional.adjoint import (
+    AdjointFunction,
+    StepFunction,
+    TrainingRules,
+    TrainingStep,
+)
 from metapl.functional.architecture import (
     EVERYWHERE,
     PASS_HOOKS,
@@ -29,19 +34,20 @@ from metapl.functional.architecture import (
     description_of_networks,
     description_of_object,
 )
-from metapl.functional.capture import Captured
+from metapl.functional.capture import Captured, take_apart
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.updates import TorchUpdate, parts_of
 
-# The structure of a batch, and the shapes of its tensors.
-Shapes = tuple[str | tuple[int, ...], ...]
+# What a graph holds of a batch: its structure, its numbers, and the shapes and types of tensors.
+BatchKind = tuple[Any, ...]
 
 
-def shapes_of(batch: Batch) -> Shapes:
-    """Return the structure of a batch as text, and of each leaf its shape, or its value as text."""
-    leaves, structure = flatten(batch)
-    return str(structure), *(tuple(t.shape) if isinstance(t, Tensor) else str(t) for t in leaves)
+def kind_of_batch(batch: Batch) -> BatchKind:
+    """Return what a graph holds of a batch."""
+    kind: list[Any] = []
+    take_apart(batch, [], kind)
+    return tuple(kind)
 
 
 @dataclass(eq=False)
@@ -51,15 +57,14 @@ class Graphs:
     Attributes:
         alive: the objects whose addresses are in the key of the cache, which are held here so that
             no other object gets such an address; empty where the key is a description.
-        compared: the shapes of the batches for which the two were compared with the eager step,
-            each with the weights that its losses do not reach; None while the comparison runs.
+        compared: the kinds of the batches for which the two were compared with the eager step.
         networks: the networks for which they were compared.
     """
 
     step: StepFunction
     adjoint: AdjointFunction
     alive: tuple[object, ...]
-    compared: dict[Shapes, frozenset[str] | None] = field(default_factory=dict)
+    compared: set[BatchKind] = field(default_factory=set)
     networks: list[weakref.ref[nn.Module] | None] = field(default_factory=list)
 
     def serve(self, *networks: nn.Module | None) -> None:
@@ -69,7 +74,7 @@ class Graphs:
         """
         asking = [None if network is None else weakref.ref(network) for network in networks]
         if asking != self.networks:
-            self.compared = {}
+            self.compared = set()
             self.networks = asking
 
 
@@ -89,11 +94,12 @@ def graphs_of(
     in_settings: bool,
     several: bool,
 ) -> Graphs:
-    """Return the functions of :func:`make_training` as graphs, from the cache where it has them.
+    """Return a training's step and its adjoint as graphs, from the cache where it has them.
 
     Args:
         update: the rule of an optimizer of ``torch.optim``, without a clip.
-        clip_norm, in_settings, several: as for :func:`make_training`, and the clip's norm.
+        clip_norm: that of the clip.
+        in_settings, several: as of :class:`metapl.functional.adjoint.TrainingRules`.
     """
     device = next(student.parameters()).device
     dtype = None
@@ -125,20 +131,23 @@ def graphs_of(
     if dtype is not None:
         # Without the cache, which would keep casts of tensors inside a transform.
         autocast = partial(torch.autocast, device.type, dtype, cache_enabled=False)
-    step, adjoint = make_training(
-        subject.teacher,
-        subject.student,
-        subject.problem,
-        clipped(update.without_optimizer(), clip_norm),
-        constants,
-        in_settings=in_settings,
-        several=several,
-        autocast=autocast,
+    step = TrainingStep(
+        TrainingRules(
+            teacher=subject.teacher,
+            student=subject.student,
+            problem=subject.problem,
+            update=clipped(update.without_optimizer(), clip_norm),
+            constants=constants,
+            device=device,
+            in_settings=in_settings,
+            several=several,
+            autocast=autocast,
+        )
     )
     make_room()
     graphs = Graphs(
-        Captured(step, device, subject.alive),
-        Captured(adjoint, device, subject.alive),
+        Captured(step.taken, device, subject.alive),
+        Captured(step.adjoint, device, subject.alive),
         subject.alive,
     )
     _CACHE[subject.key] = graphs

@@ -6,7 +6,7 @@ A step takes and returns tensors in NamedTuples and dicts, and nothing else.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,12 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError, few
-from metapl.execution.checks import logits
-from metapl.execution.masks import EagerMasks
-from metapl.execution.numerics import Space, Tree, as_real, asks_for_gradient, wide
-from metapl.execution.state import named_parts
-from metapl.execution.weight_norm import by_formulas, formulas_of
+from metapl.execution.numerics import Space, Tree, as_real, wide
 from metapl.problems.base import Signal, field_name
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Options, TorchUpdate, Update, options_of, rounded_options
@@ -274,162 +269,3 @@ def rounded_steps(
     length = norm({name: t - exact[name] for name, t in theta.items()})
     smallest = torch.finfo(length.dtype).tiny
     return taken, optimizer_state, gap / length.clamp_min(smallest)
-
-
-class ImpureError(MetaplError):
-    """A pass of a network has no pure form.
-
-    Args:
-        what: whose pass it is, and what it does, without a period.
-        instead: what to write in its place.
-    """
-
-    def __init__(self, what: str, instead: str) -> None:
-        super().__init__(
-            f"{what}; expected {instead}, or the trainer's own steps in the place of functional()."
-        )
-        self.what = what
-
-
-def impurity(error: BaseException, who: str) -> ImpureError | None:
-    """Return what to say of torch.func's error about a forward that it cannot transform.
-
-    None of any other error.
-
-    Args:
-        who: whose forward it is, such as ``"the student"``.
-    """
-    text = str(error)
-    if "setup_context" in text:
-        return ImpureError(
-            f"{who} has a torch.autograd.Function without setup_context, which torch.func cannot "
-            "transform",
-            "one whose forward has no ctx, and a setup_context(ctx, inputs, output)",
-        )
-    if "Tensor.requires_grad_()" in text or asks_for_gradient(error):
-        return ImpureError(
-            f"{who} asks for a gradient in its forward (Tensor.requires_grad_(), which "
-            "torch.autograd.grad and torch.func.stack_module_state need), and torch.func cannot "
-            "transform that",
-            "torch.func.grad, or torch.stack of the parameters",
-        )
-    if "mutate a captured Tensor" in text:
-        return ImpureError(
-            f"{who} writes in a pass to its weights, or to a tensor that is no buffer of it",
-            "a registered buffer for what passes carry on",
-        )
-    if "data pointer" in text:
-        return ImpureError(
-            f"{who} reads the numbers of a tensor in a pass, as by .numpy(), which torch.func "
-            "cannot transform",
-            "operations of torch, and a registered buffer for what passes carry on",
-        )
-    if "ADInterpreters" in text or "escaped" in text:
-        return ImpureError(
-            f"{who} keeps a tensor of a pass, in an attribute, a list or a dict, and reads it in "
-            "another",
-            "a registered buffer for what passes carry on",
-        )
-    return None
-
-
-class Function:
-    """A network as a function of the tensors that it holds.
-
-    So its parts and methods have values at other tensors. Each place of a tensor is exchanged once,
-    and put back, however many names lead to it: a part that stands under two names is one part.
-    ``torch.func.functional_call`` goes by names, takes such a place twice, and puts back what it
-    put there itself.
-
-    Args:
-        module: the network; None is a function without tensors.
-        role: what errors call it.
-    """
-
-    def __init__(self, module: nn.Module | None, role: str = "student") -> None:
-        self.module: Any = module
-        self.role = role
-        # The first name of the tensor in each place, which has the place's name as its key. Tensors
-        # are compared here, for within a graph or a transform none has an identity.
-        self.first_names: dict[str, str] = {}
-        # The places of parts whose kernel has no second derivative, with one that has it for each.
-        self.formulas: list[Any] = []
-        if module is None:
-            return
-        name_of: dict[int, str] = {}
-        for prefix, table in self.tables():
-            for name, t in table.items():
-                if t is not None:
-                    place = prefix + name
-                    self.first_names[place] = name_of.setdefault(id(t), place)
-        for part in module.modules():
-            self.formulas += formulas_of(part)
-
-    def tables(self) -> list[tuple[str, dict[str, Tensor | None]]]:
-        """Return each part's tables of parameters and of buffers, with the prefix of its names."""
-        tables: list[tuple[str, Any]] = []
-        for prefix, part in named_parts(self.module):
-            tables += [(prefix, part._parameters), (prefix, part._buffers)]
-        return tables
-
-    def at(self, params: Tree, state: Tree, ask: Callable[[Any], Any]) -> tuple[Any, Tree]:
-        """Return what ``ask(module)`` returns with these tensors, and the state that it leaves."""
-        if self.module is None:
-            return ask(None), state
-        # A pass moves its state in place.
-        tensors = params | {name: t.clone() for name, t in state.items()}
-        tables = self.tables()
-        self.refuse_other_places(tables)
-        own_tables = [dict(table) for _, table in tables]
-        try:
-            for prefix, table in tables:
-                for name in [*table]:
-                    if table[name] is not None:
-                        table[name] = tensors[self.first_names[prefix + name]]
-            with EagerMasks(), by_formulas(self.formulas):
-                answer = ask(self.module)
-            left: dict[str, Any] = {}
-            for prefix, table in tables:
-                left |= {prefix + name: t for name, t in table.items()}
-            self.refuse_new_buffers(left)
-        except RuntimeError as error:
-            if torch.compiler.is_compiling():
-                raise
-            impure = impurity(error, f"the {self.role}")
-            if impure is None:
-                raise
-            raise impure from error
-        finally:
-            for (_, table), own_table in zip(tables, own_tables, strict=True):
-                # A buffer that the pass has made goes.
-                for name in [name for name in table if name not in own_table]:
-                    del table[name]
-                for name, t in own_table.items():
-                    table[name] = t
-        return answer, {name: left[name].detach() for name in state}
-
-    def outputs(self, params: Tree, state: Tree, x: Any) -> tuple[Tensor, Tree]:
-        """Return a student's outputs, (B, ...), and the state that it leaves."""
-        z, left = self.at(params, state, lambda network: network(x))
-        return wide(logits(z, "student")), left
-
-    def refuse_new_buffers(self, left: Mapping[str, Tensor | None]) -> None:
-        """Refuse a pass that has made a buffer, which the state would not carry on."""
-        new = [name for name, t in left.items() if t is not None and name not in self.first_names]
-        if new and not torch.compiler.is_compiling():
-            raise ImpureError(
-                f"the {self.role} makes a buffer in its pass ({few(new, 3)}), and the state of a "
-                "step has none",
-                "one that is there before: run the network once on a batch",
-            )
-
-    def refuse_other_places(self, tables: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-        """Refuse a network that has other tensors than it had when this function was made."""
-        places = []
-        for prefix, table in tables:
-            places += [prefix + name for name, t in table.items() if t is not None]
-        if places != [*self.first_names]:
-            raise MetaplError(
-                "the network has other parameters or buffers than when its step was made; "
-                "expected functional() again."
-            )

@@ -107,6 +107,10 @@ class Places:
         for place, (table, name) in self._filled().items():
             self.first_names[place] = name_of.setdefault(id(table[name]), place)
 
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Return the weights that the network holds now, with their names."""
+        return iter(()) if self.module is None else self.module.named_parameters()
+
     def _tables(self) -> list[tuple[str, dict[str, Any]]]:
         """Return each part's tables of parameters and of buffers, with the prefix of its names."""
         tables: list[tuple[str, Any]] = []

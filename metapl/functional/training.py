@@ -28,9 +28,9 @@ from metapl.core.keeping import Keeping, States, keeping
 from metapl.core.lookahead import Lookahead
 from metapl.core.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError
 from metapl.execution import checks
-from metapl.execution.batch import Batch, digest
+from metapl.execution.batch import Batch, digest, returned_by
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import (
     HALF,
@@ -39,22 +39,23 @@ from metapl.execution.numerics import (
     deterministic,
     float32_products,
     no_fast_path,
+    wide,
 )
 from metapl.execution.outside import refusing_draws_outside
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
 from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
-from metapl.functional.adjoint import Carry, Cotangents, Settings
+from metapl.functional.adjoint import Carry, Cotangents, Lecture, Settings, gradients
 from metapl.functional.capture import Capturing
 from metapl.functional.compiled import refuse_gap
-from metapl.functional.graphs import Graphs, Shapes, graphs_of, shapes_of
+from metapl.functional.graphs import BatchKind, Graphs, graphs_of, kind_of_batch
 from metapl.functional.state import (
-    Function,
-    norm,
+    Network,
     on_value,
     settings_of,
     tensors_of,
 )
+from metapl.functional.step import Places
 from metapl.problems.base import (
     BilevelProblem,
     Signal,
@@ -65,8 +66,6 @@ from metapl.problems.base import (
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, options_of, update_of
 
-vjp: Any = torch.func.vjp
-vmap = torch.func.vmap
 OptionsOfStep = Sequence[Mapping[str, Any]]
 
 
@@ -371,13 +370,13 @@ class StepBook:
     Attributes:
         losses: the inner loss of each step, scalars.
         digests: of the batch of each step, where it is read again: whole numbers.
-        kinds: of the signals, by the shapes of a batch.
+        kinds: of the signals, by the kind of a batch.
         kinds_of_steps: that of each step.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     digests: list[Tensor] = field(default_factory=list)
-    kinds: dict[Shapes, SignalKind] = field(default_factory=dict)
+    kinds: dict[BatchKind, SignalKind] = field(default_factory=dict)
     kinds_of_steps: list[SignalKind] = field(default_factory=list)
 
     def note_batch(self, number: int, batch: Batch) -> None:
@@ -390,17 +389,17 @@ class StepBook:
 
     def note_signal(self, number: int, batch: Batch, signal: Mapping[str, Any]) -> None:
         """Note what the signal about a batch is like; refuse one that is drawn."""
-        shapes = shapes_of(batch)
-        if shapes not in self.kinds:
+        kind = kind_of_batch(batch)
+        if kind not in self.kinds:
             if "log_prob" in signal:
                 raise MetaplError(
                     "compile=True was given with a signal that is drawn; leave compile out."
                 )
             fields = Signal(**signal).differentiable()
             zeros = {name: torch.zeros_like(t) for name, t in fields.items()}
-            self.kinds[shapes] = SignalKind(zeros, signal["value"])
+            self.kinds[kind] = SignalKind(zeros, signal["value"])
         if number == len(self.kinds_of_steps):
-            self.kinds_of_steps.append(self.kinds[shapes])
+            self.kinds_of_steps.append(self.kinds[kind])
 
 
 @dataclass
@@ -430,6 +429,8 @@ class CompiledPath:
 
     Attributes:
         judged: the outer batch as the problem reads it.
+        row_of_outer: its first row.
+        teacher, student: the places of the networks' tensors.
         book: what is known of the steps.
         replays: digests of states, by which it is seen whether steps that are computed again come
             out as they did. They are those of the states at the ends of blocks, and of every √K-th
@@ -442,6 +443,12 @@ class CompiledPath:
         self.graphs = graphs
         self.states = States(request.mode.keep_on)
         self.judged = request.problem.outer_batch(request.outer)
+        # Checks of outputs are given a row, for graphs serve outer batches of all sizes.
+        self.row_of_outer = pytree.tree_map_only(
+            Tensor, lambda t: t[:1] if t.ndim else t, self.judged
+        )
+        self.teacher = Places(request.teacher, "teacher")
+        self.student = Places(request.student, "student")
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
 
@@ -489,12 +496,24 @@ class CompiledPath:
         """Return the outer loss at the end of the path, and the cotangents that it has there."""
         request = self.request
         # As on the eager road, the outer loss draws from a stream apart from the path's.
-        with replayed(ended.branch()):
-            L, pull = vjp(partial(self._outer_loss, carry), carry.params, self.plan.phi)
+        with (
+            replayed(ended.branch()),
+            torch.enable_grad(),
+            self.teacher.holding(Network(self.plan.phi, carry.teacher_state)),
+            self.student.holding(Network(carry.params, carry.state)),
+        ):
+            losses = self._outer_losses()
+            L = losses if request.judging else losses[0]
+            phi = self.plan.phi
+            if self.reads_teacher:
+                phi = {name: p for name, p in self.teacher.parameters() if name in phi}
+            theta = {name: p for name, p in self.student.parameters() if name in carry.params}
+            pull = partial(gradients, L, (theta, phi))
             if request.judging:
-                v, in_teacher = vmap(pull)(torch.eye(len(L)).to(L))
+                v, in_teacher = torch.func.vmap(pull)(torch.eye(len(L)).to(L))
             else:
                 v, in_teacher = pull(torch.ones_like(L))
+            L = L.detach()
         in_optimizer = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), carry.optimizer)
         direct = in_teacher if "teacher" in request.wrt and self.reads_teacher else {}
         bars = Cotangents(v, in_optimizer, in_teacher)
@@ -517,7 +536,7 @@ class CompiledPath:
         kind = self.book.kinds_of_steps[number]
         batch = self._read_batch(number)
         back.bars, in_signal, in_settings, size = self.graphs.adjoint(
-            self.plan.phi, carry, batch, self.plan.rates_of(number), back.bars, kind.zeros
+            self.plan.phi, carry, self._lecture(number, batch), back.bars
         )
         checks.refuse_not_finite(NOT_FINITE.format(number), size)
         # h is minus the derivative.
@@ -567,11 +586,15 @@ class CompiledPath:
         """Return the carry after a step, and its inner loss."""
         batch = self._read_batch(number)
         refuse_other_gradient(self.request, self.plan, self.graphs, batch)
-        after, loss, signal = self.graphs.step(
-            self.plan.phi, carry, batch, self.plan.rates_of(number)
-        )
-        self.book.note_signal(number, batch, signal)
-        return after, loss
+        taken = self.graphs.step(self.plan.phi, carry, self._lecture(number, batch))
+        for text, is_found in taken.findings.items():
+            checks.refuse(is_found, f"in step {number}, {text}")
+        self.book.note_signal(number, batch, taken.signal)
+        return taken.carry, taken.loss
+
+    def _lecture(self, number: int, batch: Batch) -> Lecture:
+        """Return what the step of a number is given besides the carry."""
+        return Lecture(batch, self.row_of_outer, self.plan.rates_of(number))
 
     def _compare_replay(self, number: int, carry: Carry) -> None:
         """Take a step again whose end was noted, and compare.
@@ -595,31 +618,16 @@ class CompiledPath:
             outer_variables(request.problem, request.teacher)
         )
 
-    def _outer_loss(self, carry: Carry, theta: Tree, phi: Tree) -> Tensor:
-        """Return L at these weights, a scalar, or (M,) by the problems that judge."""
+    def _outer_losses(self) -> Tensor:
+        """Return L at the weights that the networks hold, (1,), or (M,) by problems that judge."""
         problem = self.request.problem
-        judges = self.request.judging or [problem]
-        judged = self.judged
-        S = Function(self.request.student)
-
-        def judge_all(teacher: Any) -> Tensor:
-            z, state_after = S.outputs(theta, carry.state, problem.outer_input(judged))
-
-            def ask(student: Any) -> list[tuple[Tensor, Tensor | float]]:
-                return [sum_and_weight(judge.outer_loss(z, judged)) for judge in judges]
-
-            # As the inner loss, they are called while these weights are in the student.
-            sums, _ = S.at(theta, state_after, ask)
-            return torch.stack([total / weight for total, weight in sums])
-
-        losses: Tensor
-        if self.reads_teacher:
-            # The module that the problem holds has φ meanwhile.
-            teacher = Function(self.request.teacher, "teacher")
-            losses, _ = teacher.at(phi, carry.teacher_state, judge_all)
-        else:
-            losses = judge_all(None)
-        return losses if self.request.judging else losses[0]
+        outputs = returned_by(self.request.student, problem.outer_input(self.judged))
+        z = wide(checks.logits(outputs, "student"))
+        losses = []
+        for judge in self.request.judging or [problem]:
+            total, weight = sum_and_weight(judge.outer_loss(z, self.judged))
+            losses.append(total / weight)
+        return torch.stack(losses)
 
     # --------------------------------------------------------------------------------- kept states
 
@@ -698,15 +706,15 @@ def refuse_other_gradient(
 ) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not the eager one.
 
-    Batches of shapes that were compared before are let through.
+    Batches of a kind that was compared before are let through.
     """
-    shapes = shapes_of(batch)
-    if shapes in graphs.compared:
+    kind = kind_of_batch(batch)
+    if kind in graphs.compared:
         return
     one_step = Lookahead([batch], settings=plan.compared_settings)
     begun = RandomState.now(plan.device)
     # The step by which they are compared is a step by these graphs too, and not compared.
-    graphs.compared[shapes] = None
+    graphs.compared.add(kind)
     try:
         with replayed(begun):
             by_graphs = differentiate(
@@ -724,13 +732,10 @@ def refuse_other_gradient(
             after = RandomState.now(plan.device)
         with replayed(begun), branching_to(after.branch()):
             eager = eager_gradient(request, one_step)
-        unreached = refuse_moved_without_loss(plan.start.params, by_graphs, eager)
-        refuse_other_reach(unreached, graphs)
         refuse_gaps(by_graphs, eager)
     except BaseException:
-        del graphs.compared[shapes]
+        graphs.compared.discard(kind)
         raise
-    graphs.compared[shapes] = unreached
 
 
 def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:
@@ -751,32 +756,6 @@ def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:
     except MissingDerivative as error:
         # What an eager step proposes may not be compiled.
         raise MissingDerivative(error.what) from error
-
-
-def refuse_moved_without_loss(
-    theta: Tree, by_graphs: Hypergradient, eager: Hypergradient
-) -> frozenset[str]:
-    """Return the names of the weights that no loss reaches; refuse graphs that move one."""
-    moves = {name: t - theta[name] for name, t in eager.student_params.items()}
-    eps = torch.finfo(eager.inner_loss.dtype).eps
-    # Such as the gradient of a bias before a norm, which is 0 but for rounding.
-    least = 1e3 * float(norm(moves))
-    rounding = {name: eps * (least + 8 * float(t.norm())) for name, t in theta.items()}
-    unreached = [name for name, t in moves.items() if float(t.norm()) <= rounding[name]]
-    for name in unreached:
-        if float((by_graphs.student_params[name] - theta[name]).norm()) > rounding[name]:
-            raise MetaplError(
-                f"no loss reaches the student's {name}; expected requires_grad=False."
-            )
-    return frozenset(unreached)
-
-
-def refuse_other_reach(unreached: frozenset[str], graphs: Graphs) -> None:
-    """Refuse batches whose losses reach other weights than those of batches of other shapes."""
-    for other in graphs.compared.values():
-        if other is not None and other != unreached:
-            names = few(sorted(other ^ unreached), 3)
-            raise MetaplError(f"no loss of some batches reaches {names}; leave compile out.")
 
 
 def refuse_gaps(by_graphs: Hypergradient, eager: Hypergradient) -> None:

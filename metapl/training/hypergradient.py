@@ -83,7 +83,7 @@ def hypergradient(
             counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). The
             bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖). Settings of
             the last T steps get the whole gradient, and those before them zeros.
-        compile: one step, and its adjoint, as two graphs of ``torch.compile`` that are looped over
+        compile: one step, and its adjoint, recorded and compiled, in a loop over the steps
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim``
             and signals that are not drawn, in one process. It pays from some hundreds of steps on,
             or where calls are repeated: one for networks of the same architecture, such as another

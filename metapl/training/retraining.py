@@ -35,7 +35,7 @@ from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
-from metapl.functional.adjoint import Carry, Settings, make_training
+from metapl.functional.adjoint import Carry, Lecture, Settings, TrainingRules, TrainingStep
 from metapl.functional.capture import Captured, Capturing
 from metapl.functional.state import clipped, constants_of, tensors_of
 from metapl.functional.training import first_moving_step, first_state, tensor_settings
@@ -509,12 +509,17 @@ class StackedTrainings:
         """Return one step of a stack as a function of its members, compiled or not."""
         training = self.training
         plan = self._plan
-        training_step, _ = make_training(
-            None,
-            plan.network,
-            WithWeights(training.problem),
-            clipped(plan.rule.without_optimizer(), training.clip_norm),
-            plan.constants,
+        sources = [*plan.network.modules(), training.problem]
+        training_step = TrainingStep(
+            TrainingRules(
+                teacher=None,
+                student=plan.network,
+                problem=WithWeights(training.problem),
+                update=clipped(plan.rule.without_optimizer(), training.clip_norm),
+                constants=plan.constants,
+                device=training.start.device,
+            ),
+            sources,
         )
 
         def step_of_member(
@@ -523,7 +528,7 @@ class StackedTrainings:
             carry = Carry(
                 member.params, member.optimizer, {**frozen, **member.buffers}, teacher_state={}
             )
-            after, _, _ = training_step({}, carry, (weights, batch), settings)
+            after = training_step({}, carry, Lecture((weights, batch), None, settings)).carry
             buffers = {name: after.state[name] for name in member.buffers}
             return Members(after.params, after.optimizer, buffers)
 
@@ -536,7 +541,6 @@ class StackedTrainings:
             return after
 
         if compile:
-            sources = [*plan.network.modules(), training.problem]
             return Captured(step_of_stack, training.start.device, sources)
         return step_of_stack
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution.state import RandomState, replayed
 from metapl.functional import capture
-from metapl.functional.capture import Capture, Captured, Kind, put_together, take_apart
+from metapl.functional.capture import At, Capture, Captured, Kind, put_together, take_apart
 
 
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
@@ -46,11 +47,9 @@ def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
         with replayed(RandomState.now(captured.device)):
             copies = [t.clone() for t in tensors]
             returned = captured.function(*put_together(arguments, iter(copies)))
-        leaves, structure = pytree.tree_flatten(returned)
-        results = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        count = results.count(Tensor)
-        places = [len(tensors) + place for place in range(count)]
-        kind = Kind([], [])
-        return Capture(kind, call, [], len(tensors), places, results, structure), tensors
+        numbers = itertools.count()
+        results = pytree.tree_map_only(Tensor, lambda _: At(next(numbers)), returned)
+        places = [len(tensors) + place for place in range(next(numbers))]
+        return Capture(Kind([], []), call, [], len(tensors), places, results), tensors
 
     monkeypatch.setattr(Captured, "find", find)

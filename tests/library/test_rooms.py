@@ -254,6 +254,7 @@ MEMORIES = {
     # Results of functions of numbers and of code, which do not change: they are only read again.
     "metapl.core.replays._signs",
     "metapl.data.steps._permutation",
+    "metapl.execution.batch._as_text",
     "metapl.execution.batch._multipliers",
     "metapl.execution.numerics.load_dual_numbers",
     "metapl.execution.state._seeded",
@@ -268,8 +269,7 @@ MEMORIES = {
 SETTING_OTHERS = {
     # Functions of torch that a loop calls, while it is recorded: they have no hook.
     "metapl.training.recording.watching",
-    # The formula of weight norm in a network, in a block; a batch norm over ranks in a network.
-    "metapl.execution.weight_norm",
+    # A batch norm over ranks in a network.
     "metapl.execution.batch_norm",
 }
 """Modules that set attributes of what is not theirs."""
