@@ -160,12 +160,14 @@ class TrainingStep:
         self.rules = rules
         self.teacher = Places(rules.teacher, "teacher")
         self.student = Places(rules.student, "student")
-        self.recorded = Captured(self.taken, rules.device, sources, is_compiled=False)
+        self.recorded = Captured(
+            self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
+        )
 
     def __call__(self, phi: Tree, carry: Carry, lecture: Lecture) -> Taken:
         """Take the step (:class:`StepFunction`)."""
         if is_transformed():
-            return self.recorded.mapped(phi, carry, lecture)
+            return self.recorded.compared(phi, carry, lecture)
         return self.taken(phi, carry, lecture)
 
     def taken(self, phi: Tree, carry: Carry, lecture: Lecture) -> Taken:

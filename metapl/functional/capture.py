@@ -295,13 +295,12 @@ def no_transform() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack()
 
 
-def refuse_derivative() -> None:
-    """Refuse transforms other than ``torch.func.vmap``."""
+def is_differentiated() -> bool:
+    """Return whether this runs inside a transform other than ``torch.func.vmap``."""
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    for interpreter in retrieve_all_functorch_interpreters():
-        if interpreter.key() != torch._C._functorch.TransformType.Vmap:
-            raise MetaplError(f"torch.func differentiates {NO_DERIVATIVE_OF_STEP}")
+    mapping = torch._C._functorch.TransformType.Vmap
+    return any(one.key() != mapping for one in retrieve_all_functorch_interpreters())
 
 
 def requires_grad(t: Tensor) -> bool:
@@ -332,6 +331,27 @@ class WithoutDerivative(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
         raise MetaplError(ctx.text)
+
+
+def without_derivative(results: Any, *, of: Any, text: str) -> Any:
+    """Return nested results of a function, whose derivative in what it was given raises a text.
+
+    It would be 0 in silence where a loss reads what was given besides.
+    """
+    given = [t for t in pytree.tree_leaves(of) if isinstance(t, Tensor) and requires_grad(t)]
+    if not given or not torch.is_grad_enabled():
+        return results
+    leaves, structure = pytree.tree_flatten(results)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    run = partial(without_first, len(given))
+    without = iter(WithoutDerivative.apply(run, text, *given, *tensors))
+    filled = [next(without) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(filled, structure)
+
+
+def without_first(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors without the first ones."""
+    return tensors[count:]
 
 
 def first_of_mapped(t: Tensor) -> Tensor:
@@ -404,6 +424,20 @@ class Held:
         self.kind = tuple(kind)
 
 
+class Named(NamedTuple):
+    """A part of a kind that has a name of its own."""
+
+    name: str
+    value: Any
+
+
+class Constants(NamedTuple):
+    """What of the arguments of a function is no tensor, as its kind and as it is."""
+
+    kind: list[Any]
+    value: Any
+
+
 def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
     """Append the tensors of a nested value, and what of it is a constant of a graph.
 
@@ -414,6 +448,8 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
         kind.append((value.shape, value.stride(), value.dtype, value.device))
     elif isinstance(value, PLAIN):
         kind.append((type(value), value))
+    elif isinstance(value, Constants):
+        kind += value.kind
     elif isinstance(value, tuple | list):
         kind.append((type(value), len(value)))
         for part in value:
@@ -436,6 +472,8 @@ def put_together(value: Any, tensors: Iterator[Tensor]) -> Any:
     """Return a nested value with other tensors, in the order of :func:`take_apart`."""
     if isinstance(value, Tensor):
         return next(tensors)
+    if isinstance(value, Constants):
+        return value
     if isinstance(value, dict):
         return {name: put_together(part, tensors) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -742,6 +780,7 @@ class Capture(NamedTuple):
         given: how many tensors the graph takes.
         places: of the results' tensors, among those that the graph takes and returns.
         results: nested as the function returns them, with an :class:`At` for each tensor.
+        operations: the graph as it was recorded.
     """
 
     kind: Kind
@@ -750,6 +789,7 @@ class Capture(NamedTuple):
     given: int
     places: list[int]
     results: Any
+    operations: GraphModule | None = None
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the results' tensors, from those of the arguments."""
@@ -793,7 +833,12 @@ class Captured(Generic[Result]):
     Args:
         sources: objects whose attributes the function reads.
         is_compiled: whether Inductor compiles the graphs.
+        looks_at_modes: whether each call looks at modes, hooks and parts of the sources. A trainer
+            has looked at them before a compiled step.
     """
+
+    what = "a step"
+    """What is recorded, for warnings."""
 
     def __init__(
         self,
@@ -802,10 +847,12 @@ class Captured(Generic[Result]):
         sources: Sequence[Any] = (),
         *,
         is_compiled: bool = True,
+        looks_at_modes: bool = False,
     ) -> None:
         self.function = function
         self.device = device
         self.is_compiled = is_compiled
+        self.looks_at_modes = looks_at_modes
         self.attributes = Attributes(sources)
         # The latest last.
         self.kept: list[Capture] = []
@@ -816,49 +863,87 @@ class Captured(Generic[Result]):
         result: Result = at_places(capture.results, tensors)
         return result
 
-    def mapped(self, *arguments: Any) -> Result:
-        """Return the results under ``torch.func.vmap``.
+    def compared(self, *arguments: Any) -> Result:
+        """Return the results of a graph that was compared with the function, also under vmap.
 
-        A graph that is new is compared with the function, on the first of what is mapped.
+        A graph that is new is compared on these arguments, or on the first of what is mapped, and
+        once more on other rows, where a function with a memory of its own has that of before.
 
-        Raises: :class:`metapl.MetaplError` under another transform, for a graph has no derivative.
+        Raises: :class:`metapl.MetaplError` where the function cannot be recorded or comes out
+            otherwise, and under a transform that differentiates, for a graph has no derivative.
         """
-        refuse_derivative()
+        if is_transformed() and is_differentiated():
+            raise MetaplError(self.text_of_derivative())
         captures = self.captures
         try:
-            with torch.no_grad():
-                capture, tensors = self.run(*arguments)
+            capture, tensors = self.find(*arguments)
         except NotRecorded as error:
-            reason = why_not_captured(error) or reason_of(error)
-            raise MetaplError(
-                f"torch.func.vmap cannot map this step: {reason}; expected a loop over the states."
-            ) from error
+            raise self.not_recorded(error) from error
         if self.captures > captures and has_values.get():
-            # In no mode either, such as that of a user's own recording.
-            with no_transform(), _disable_current_modes(), self.attributes.restored():
-                first = pytree.tree_map_only(Tensor, first_of_mapped, arguments)
-                # The second time, a function with a memory of its own has that of the first.
-                for values in (first, rows_repeated(first)):
-                    self._compare(capture, values)
-        result: Result = at_places(capture.results, tensors)
+            try:
+                # In no mode either, such as that of a user's own recording.
+                with no_transform(), _disable_current_modes(), self.attributes.restored():
+                    first = pytree.tree_map_only(Tensor, first_of_mapped, arguments)
+                    for values in (first, rows_repeated(first)):
+                        self._compare(capture, values)
+            except BaseException:
+                self.kept = [kept for kept in self.kept if kept is not capture]
+                raise
+        with torch.no_grad():
+            result: Result = at_places(capture.results, self.replay(capture, tensors))
         return result
 
     def _compare(self, capture: Capture, arguments: Any) -> None:
-        """Refuse a graph that returns something else than the function."""
+        """Refuse a graph that returns something else than the function, or a function that writes.
+
+        No generator moves.
+        """
         tensors: list[Tensor] = []
         take_apart(arguments, tensors, [])
+        copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        versions = [t._version for t in copies]
+        given = put_together(arguments, iter(copies))
         with replayed(RandomState.now(self.device)):
-            wanted = pytree.tree_leaves(self.function(*arguments))
+            wanted, structure = pytree.tree_flatten(self.function(*given))
+        for t, version in zip(copies, versions, strict=True):
+            if t._version != version:
+                raise MetaplError(self.text_of_write(given, t))
         with replayed(RandomState.now(self.device)), torch.no_grad():
-            found = pytree.tree_leaves(at_places(capture.results, capture.run(tensors)))
+            results = at_places(capture.results, capture.run(tensors))
+        found, structure_found = pytree.tree_flatten(results)
+        if structure_found != structure:
+            raise MetaplError(self.text_of_difference(structure_found, structure))
+        factor = 100 if self.is_compiled else 1
         for one, two in zip(found, wanted, strict=True):
-            if isinstance(one, Tensor) and not is_equal(one, two):
-                self.kept = [kept for kept in self.kept if kept is not capture]
-                raise MetaplError(
-                    "the step comes out otherwise when it is recorded, as torch.func.vmap needs "
-                    "it; expected a function of its arguments and of torch's default generators, "
-                    "without NumPy's, and without numbers that it keeps; or a loop over the states."
-                )
+            if not is_equal(one, two, factor=factor):
+                raise MetaplError(self.text_of_difference(one, two))
+
+    def not_recorded(self, error: NotRecorded) -> BaseException:
+        """Return the error that says why the function cannot be recorded."""
+        reason = why_not_captured(error) or reason_of(error)
+        return MetaplError(
+            f"torch.func.vmap cannot map this step: {reason}; expected a loop over the states."
+        )
+
+    def text_of_derivative(self) -> str:
+        """Return what to say where a transform differentiates the function."""
+        return f"torch.func differentiates {NO_DERIVATIVE_OF_STEP}"
+
+    def text_of_write(self, arguments: Any, t: Tensor) -> str:
+        """Return what to say of a function that writes to one of its arguments."""
+        return f"the step writes to {described(t)} that it is given; expected a new tensor."
+
+    def text_of_difference(self, found: Any, wanted: Any) -> str:
+        """Return what to say where a graph returns something else than the function."""
+        return (
+            "the step comes out otherwise when it is recorded, as torch.func.vmap needs it; "
+            "expected a function of its arguments and of torch's default generators, without "
+            "NumPy's, and without numbers that it keeps; or a loop over the states."
+        )
+
+    def inputs_of_constants(self, graph: GraphModule) -> list[Tensor]:
+        """Return the tensors that a graph holds, which are its last arguments from now on."""
+        return take_constants_as_inputs(graph)
 
     def run(self, *arguments: Any) -> tuple[Capture, Sequence[Any]]:
         """Return the tensors of the results, and the graph that they are of."""
@@ -870,8 +955,7 @@ class Captured(Generic[Result]):
         tensors: list[Tensor] = []
         kind = switches(self.device)
         take_apart(arguments, tensors, kind)
-        if not self.is_compiled:
-            # A trainer has looked at these before a compiled step.
+        if self.looks_at_modes:
             kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
         capture = self._find(kind)
         if capture is None:
@@ -918,7 +1002,7 @@ class Captured(Generic[Result]):
             raise
         except Exception as error:
             raise NotRecorded(str(error)) from error
-        held = take_constants_as_inputs(graph)
+        held = self.inputs_of_constants(graph)
         if self.is_compiled:
             say_how_long(len(graph.graph.nodes), self.device)
         places = take_each_result_once(graph)
@@ -929,7 +1013,7 @@ class Captured(Generic[Result]):
         self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
         given = len(tensors) + len(held)
-        capture = Capture(whole_kind, compiled, held, given, places, nested[0])
+        capture = Capture(whole_kind, compiled, held, given, places, nested[0], operations=graph)
         self.kept.append(capture)
         del self.kept[:-MOST_KEPT]
         self.captures += 1
@@ -942,11 +1026,12 @@ class Captured(Generic[Result]):
         difference = difference_of(self.kept[-1].kind.arguments, kind)
         if not difference:
             difference = self.attributes.difference_from(self.kept[-1].kind.attributes)
+        instead = "; or leave compile out" if self.is_compiled else ""
         warnings.warn(
-            f"a step is compiled for the third time: {difference}. Each time takes as long as the "
-            f"first, and {MOST_KEPT} are kept; expected batches of few shapes (pad to a few "
-            "lengths, drop the last short batch by drop_last=True), and few values of numbers that "
-            "the step reads; or leave compile out.",
+            f"{self.what} is recorded for the third time: {difference}. Each time takes as long as "
+            f"the first, and {MOST_KEPT} are kept; expected few shapes (pad to a few lengths, drop "
+            "the last short batch by drop_last=True), and few values of numbers that it "
+            f"reads{instead}.",
             stacklevel=2,
         )
 
@@ -956,6 +1041,8 @@ def difference_of(one: Sequence[Any], two: Sequence[Any]) -> str:
     for entry, other in zip(one, two, strict=False):
         if entry == other:
             continue
+        if isinstance(entry, Named) and isinstance(other, Named):
+            return f"{entry.name} has changed"
         if is_of_held(entry) and is_of_held(other):
             return difference_of(entry, other)
         return f"what was {in_words(entry)} is {in_words(other)}"

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,9 +35,8 @@ from metapl.feedback.base import Estimator
 from metapl.functional.capture import (
     NO_DERIVATIVE_OF_STEP,
     Captured,
-    WithoutDerivative,
     is_transformed,
-    requires_grad,
+    without_derivative,
 )
 from metapl.functional.state import (
     Network,
@@ -188,16 +186,22 @@ class StateStep:
         teacher = None if rules.teacher is None else rules.teacher.network
         self.teacher = Places(teacher, "teacher")
         self.student = Places(rules.student.network, "student")
-        self.recorded = Captured(self.taken, rules.device, sources, is_compiled=False)
+        self.recorded = Captured(
+            self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
+        )
         self._looked_at_attributes = False
 
     def __call__(
         self, state: State, outer: Batch, inner: Batch, noise: Any = None
     ) -> tuple[State, Report]:
         given = (state, outer, inner, noise)
+        text = f"torch.autograd differentiates {NO_DERIVATIVE_OF_STEP}"
         if is_transformed():
-            return without_derivative(self.recorded.mapped(*given), of=given)
-        taken = without_derivative(self.taken(*given), of=given)
+            mapped: tuple[State, Report] = without_derivative(
+                self.recorded.compared(*given), of=given, text=text
+            )
+            return mapped
+        taken: tuple[State, Report] = without_derivative(self.taken(*given), of=given, text=text)
         if not self._looked_at_attributes:
             self._refuse_kept_tensors()
         return taken
@@ -247,30 +251,6 @@ class StateStep:
             Tensor, Tensor.detach, (moved, report)
         )
         return without_graph
-
-
-def without_derivative(taken: tuple[State, Report], *, of: Any) -> tuple[State, Report]:
-    """Return what a step leaves, whose derivative in what it was given raises.
-
-    It would be 0 in silence where a loss reads what was given besides.
-    """
-    given = [t for t in pytree.tree_leaves(of) if isinstance(t, Tensor) and requires_grad(t)]
-    if not given or not torch.is_grad_enabled():
-        return taken
-    leaves, structure = pytree.tree_flatten(taken)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    text = f"torch.autograd differentiates {NO_DERIVATIVE_OF_STEP}"
-    without = iter(
-        WithoutDerivative.apply(partial(without_first, len(given)), text, *given, *tensors)
-    )
-    filled = [next(without) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    result: tuple[State, Report] = pytree.tree_unflatten(filled, structure)
-    return result
-
-
-def without_first(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors without the first ones."""
-    return tensors[count:]
 
 
 def taken_step(

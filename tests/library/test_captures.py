@@ -177,7 +177,7 @@ def test_what_a_module_reads_counts(
     assert len(graphs) == (1 if change is change_tensor_in_place else 2)
 
 
-@pytest.mark.filterwarnings("ignore:a step is compiled for the third time")
+@pytest.mark.filterwarnings("ignore:a step is recorded for the third time")
 def test_an_object_in_the_place_of_another_is_looked_into(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

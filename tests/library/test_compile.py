@@ -174,7 +174,7 @@ CHANGES: dict[str, Any] = {
 @pytest.mark.parametrize("backend", ["plain", pytest.param("captured", marks=pytest.mark.long)])
 @pytest.mark.parametrize("change", CHANGES)
 # A first step by this optimizer is another one than the others, for each of the two networks.
-@pytest.mark.filterwarnings("ignore:a step is compiled for the third time")
+@pytest.mark.filterwarnings("ignore:a step is recorded for the third time")
 def test_what_is_changed_between_steps_counts(
     change: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

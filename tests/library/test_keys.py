@@ -164,7 +164,7 @@ def test_a_step_is_recorded_anew_for_what_a_forward_reads(
         agree(pair)
 
 
-@pytest.mark.filterwarnings("ignore:a step is compiled for the third time")
+@pytest.mark.filterwarnings("ignore:a step is recorded for the third time")
 def test_an_object_that_comes_back_with_another_number_is_looked_at(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -228,7 +228,9 @@ def test_another_kind_of_call_records_anew_and_the_third_says_why() -> None:
         warnings.simplefilter("error")
         step(params, x4[:5], y3[:5])
         step(params, x4, y3)
-    with pytest.warns(UserWarning, match=r"third time: an argument was \(5, 4\).* is \(3, 4\)"):
+    with pytest.warns(
+        UserWarning, match=r"third time: what was a tensor \(6, 4\).* is a tensor \(3, 4\)"
+    ):
         step(params, x4[:3], y3[:3])
     assert step.recordings == 3
     network.eval()
@@ -360,6 +362,11 @@ def test_vmap_maps_a_recording(is_called_before: bool) -> None:
             torch.testing.assert_close(grads[name][number], g, rtol=1e-10, atol=1e-14)
     step(params, batches[0])
     assert step.recordings == 1
+
+
+def test_a_function_that_keeps_a_number_is_refused_under_vmap_too() -> None:
+    with pytest.raises(metapl.MetaplError, match="returns tensors .* apart by itself"):
+        torch.func.vmap(recorded(Counted()))(x4)
 
 
 def test_a_recording_under_autocast_has_its_casts() -> None:
