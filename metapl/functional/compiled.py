@@ -977,9 +977,7 @@ def eager_step(
             twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
     refuse_draws_of_problem(trainer, twin, report)
-    made: list[MadeAttribute] = []
-    for network, moved in ((trainer.student, twin.student), (trainer.teacher, twin.teacher)):
-        made += attributes_made_by(network, moved)
+    made = attributes_made(trainer, twin)
     if made:
         refuse_made_that_are_read(made, trainer, outer_batch, inner_batches)
     return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
@@ -1057,17 +1055,20 @@ class MadeAttribute(NamedTuple):
     value: Any
 
 
-def attributes_made_by(network: nn.Module | None, moved: nn.Module | None) -> list[MadeAttribute]:
-    """Return the attributes in which a step of a network's copy has put numbers anew.
+def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[MadeAttribute]:
+    """Return the attributes in which a step of a trainer's copy has put numbers anew.
+
+    Of both networks, but for what one of them holds of the other.
 
     Raises: :class:`metapl.MetaplError` where a number, text or tensor that was there has changed.
     """
     made: list[MadeAttribute] = []
-    if network is None or moved is None:
-        return made
-    pairs = zip(network.named_modules(), moved.modules(), strict=True)
-    for (path, part), part_moved in pairs:
-        before, after = (numbers_of(held_by(one)) for one in (part, part_moved))
+    networks, moved = (nn.ModuleList(networks_of(one)) for one in (trainer, twin))
+    pairs = zip(networks.named_modules(), moved.modules(), strict=True)
+    for (name, part), part_moved in pairs:
+        path = name.partition(".")[2]
+        before = numbers_of(held_by(part), networks)
+        after = numbers_of(held_by(part_moved), moved)
         written = names_written(before, {name: t for name, t in after.items() if name in before})
         texts = [
             name
@@ -1081,7 +1082,7 @@ def attributes_made_by(network: nn.Module | None, moved: nn.Module | None) -> li
                 "registered buffer, or compile left out."
             )
         for name, value in vars(held_by(part_moved)).items():
-            if numbers_of(SimpleNamespace(**{name: value})).keys() - before.keys():
+            if numbers_of(SimpleNamespace(**{name: value}), moved).keys() - before.keys():
                 made.append(MadeAttribute(part, name, f"{path}.{name}".lstrip("."), value))
     return made
 
