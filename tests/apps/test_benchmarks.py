@@ -263,6 +263,7 @@ def test_the_share_of_the_card_is_measured_by_every_way(monkeypatch: pytest.Monk
     for new in card.measure(share, [], "cpu", is_small=True):
         rows += new
     assert [row["way"] for row in rows] == [*share.ways]
+    assert [row["reason"] for row in rows if "reason" in row] == []
     operations = {row["way"]: row["operations"] for row in rows}
     assert 2 < operations[card.OURS] / operations[card.PLAIN] < 6
     assert operations[card.OURS] == operations[card.OURS_BY_GRAPHS] == operations[card.REPLAY]
