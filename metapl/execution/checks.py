@@ -36,13 +36,19 @@ class Fault:
             return torch.zeros((), dtype=torch.bool)
         return torch.stack([result_of(bad) for bad, _ in self.findings]).any()
 
-    def raise_if_found(self, where: str = "") -> None:
-        """Raise the first error that a check has found; ``where`` is the beginning of its text."""
+    def found(self) -> str:
+        """Return the text of the first check that has failed; "" for none."""
         for bad, text in self.findings:
             if bool(result_of(bad)):
-                raise MetaplError(
-                    f"{where}{text} (found after the step: go on from the last good checkpoint)"
-                )
+                return text
+        return ""
+
+    def raise_if_found(self, where: str = "") -> None:
+        """Raise the first error that a check has found; ``where`` is the beginning of its text."""
+        if text := self.found():
+            raise MetaplError(
+                f"{where}{text} (found after the step: go on from the last good checkpoint)"
+            )
 
 
 def result_of(bad: Tensor | Callable[[], Tensor]) -> Tensor:

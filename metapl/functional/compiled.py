@@ -894,15 +894,12 @@ def inner_arguments(
     return inner_batches[0], None if noise is None else noise[0]
 
 
-STEP_IS_OFF = (
-    "the step is not finite, or the student's outputs do not follow its weights (the slopes "
-    "differ); lower the learning rates, clean the batch, or leave compile out to see which."
-)
-
-
-def is_off(flag: Tensor) -> Tensor:
-    """Return whether a step is off by its flag, which is 0 or NaN: a boolean scalar."""
-    return flag.isnan()
+def findings_of(report: Report) -> Fault:
+    """Return what the checks of a step have found, as a fault that is read later."""
+    fault = Fault()
+    for texts, found in report.findings.items():
+        fault.findings += [(partial(found.select, 0, place), t) for place, t in enumerate(texts)]
+    return fault
 
 
 def step_report_of(
@@ -922,9 +919,9 @@ def step_report_of(
 
     fault = Fault()
     if checks.waits(report.flag):
-        fault = Fault([(partial(is_off, report.flag), STEP_IS_OFF)])
+        fault = findings_of(report)
     elif math.isnan(report.flag):
-        raise MetaplError(STEP_IS_OFF)
+        raise MetaplError(findings_of(report).found())
 
     feedback = report.feedback
     signal = report.signal

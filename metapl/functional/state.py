@@ -91,6 +91,8 @@ class Report(NamedTuple):
             else 0.
         sizes: ``feedback_weight`` and ``feedback_ratio``, where the rule of the feedback's size
             compares gradients.
+        findings: what checks have found, boolean, one for each of the texts of their errors, which
+            are the key.
     """
 
     feedback: Any
@@ -103,6 +105,7 @@ class Report(NamedTuple):
     teacher_losses: Tree
     step_rounding: Tensor
     sizes: Tree
+    findings: dict[tuple[str, ...], Tensor]
 
 
 def as_dict(signal: Signal) -> dict[str, Any]:

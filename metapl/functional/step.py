@@ -245,8 +245,10 @@ class StateStep:
                 "another one; expected an operation that returns a new tensor."
             )
         if fault.findings:
-            flag = torch.where(fault.flag, torch.nan, report.flag)
-            report = with_fields(report, flag=flag)
+            texts = tuple(text for _, text in fault.findings)
+            found = torch.stack([checks.result_of(bad) for bad, _ in fault.findings])
+            flag = torch.where(found.any(), torch.nan, report.flag)
+            report = with_fields(report, flag=flag, findings={texts: found})
         without_graph: tuple[State, Report] = pytree.tree_map_only(
             Tensor, Tensor.detach, (moved, report)
         )
@@ -352,6 +354,7 @@ def report_of(learned: Learned, count: int, rounding: Tensor) -> Report:
         teacher_losses=teacher_losses,
         step_rounding=rounding,
         sizes=scalars,
+        findings={},
     )
 
 
