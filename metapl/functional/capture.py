@@ -431,7 +431,8 @@ class Named(NamedTuple):
     value: Any
 
 
-class Constants(NamedTuple):
+@dataclass(frozen=True)
+class Constants:
     """What of the arguments of a function is no tensor, as its kind and as it is."""
 
     kind: list[Any]
@@ -448,8 +449,6 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
         kind.append((value.shape, value.stride(), value.dtype, value.device))
     elif isinstance(value, PLAIN):
         kind.append((type(value), value))
-    elif isinstance(value, Constants):
-        kind += value.kind
     elif isinstance(value, tuple | list):
         kind.append((type(value), len(value)))
         for part in value:
@@ -461,6 +460,8 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
     elif isinstance(value, Held):
         tensors += value.tensors
         kind.append(value.kind)
+    elif isinstance(value, Constants):
+        kind += value.kind
     else:
         raise MetaplError(
             f"compile= was given a batch with a part {described(value)}; expected tensors and "
@@ -472,8 +473,6 @@ def put_together(value: Any, tensors: Iterator[Tensor]) -> Any:
     """Return a nested value with other tensors, in the order of :func:`take_apart`."""
     if isinstance(value, Tensor):
         return next(tensors)
-    if isinstance(value, Constants):
-        return value
     if isinstance(value, dict):
         return {name: put_together(part, tensors) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -807,17 +806,14 @@ def at_places(value: Any, tensors: Sequence[Any]) -> Any:
 
     PyTorch's pytrees would take three times as long.
     """
-    kind = type(value)
-    if kind is At:
+    if type(value) is At:
         return tensors[value]
-    if kind is dict:
+    if type(value) is dict:
         return {name: at_places(part, tensors) for name, part in value.items()}
-    if kind is list:
-        return [at_places(part, tensors) for part in value]
-    if hasattr(kind, "_fields"):
-        return kind(*[at_places(part, tensors) for part in value])
-    if kind is tuple:
-        return tuple([at_places(part, tensors) for part in value])
+    if type(value) in (list, tuple):
+        return type(value)([at_places(part, tensors) for part in value])
+    if hasattr(value, "_fields"):
+        return type(value)(*[at_places(part, tensors) for part in value])
     if isinstance(value, PLAIN):
         return value
     return pytree.tree_map_only(At, tensors.__getitem__, value)
