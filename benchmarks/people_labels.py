@@ -1,7 +1,7 @@
 """Do learned weights or labels help against the mistakes of people? CIFAR-10 with CIFAR-10N.
 
     python benchmarks/people_labels.py --root CIFAR --labels LABELS.npz    # an hour of a core
-    python benchmarks/people_labels.py --write docs/studies/people-labels.md
+    python benchmarks/people_labels.py --write benchmarks/results/people_labels.md
 
 CIFAR has train/CLASS/NNNNN.png and test/CLASS/NNNNN.png, where NNNNN is the number of a training
 picture in the set's own order. LABELS.npz has the labels that people gave to the training pictures
