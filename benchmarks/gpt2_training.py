@@ -1,7 +1,7 @@
 """What each sequence did to a GPT-2 of 124 million weights, through its whole training.
 
     python benchmarks/gpt2_training.py --device cuda     # a minute and a half; make gpu has it too
-    python benchmarks/gpt2_training.py --write docs/studies/gpt2-training.md
+    python benchmarks/gpt2_training.py --write docs/studies/whole-training-costs.md
 
 The network is GPT-2's smallest, with random weights: 12 layers of 768, 12 heads, 50,257 words, and
 the head tied to the embedding. The text is Python's own documentation, the docstrings of the

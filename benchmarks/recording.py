@@ -1,7 +1,7 @@
 """What it costs a loop to be recorded, and to be attributed from the recording.
 
     python benchmarks/recording.py         # three loops; that of transformers where it is installed
-    python benchmarks/recording.py --write docs/studies/recording.md
+    python benchmarks/recording.py --write docs/studies/whole-training-costs.md
 
 Processor time on one thread. A plain training and a recorded one take turns, and a row has one of
 each, with the seconds of the first step apart: there the data are read once, and the loss and the

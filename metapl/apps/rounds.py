@@ -18,7 +18,7 @@ from metapl.networks.architectures import Architecture
 # Model noise, for networks that have it. The rate of dropout before the head is that of the
 # authors' published code for EfficientNets; the paper names that of B7 and L2 alone. All other
 # networks have that of the smallest one: with 0.5 a small network that trains for minutes learns
-# less (docs/studies/noisy-student-schedule.md has the measurement).
+# less (docs/studies/noisy-student.md has the measurement).
 DROPOUTS = {
     "efficientnet_b2": 0.3,
     "efficientnet_b3": 0.3,
@@ -36,7 +36,7 @@ STOCHASTIC_DEPTH = 0.2
 
 # Unlabeled pictures in a batch for each labeled one: the paper's number for the smallest networks,
 # which a training on pictures begins with. Small networks lose by more: in study 7 on the digits,
-# and on pictures (docs/studies/noisy-student-schedule.md).
+# and on pictures (docs/studies/noisy-student.md).
 RATIO_OF_PICTURES = 1
 
 METHODS: dict[str, Method] = {NoisyStudent.name: NoisyStudent()}

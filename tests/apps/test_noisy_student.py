@@ -288,7 +288,7 @@ def test_networks_have_the_noise_of_their_size_unless_it_is_given() -> None:
 def test_a_training_of_minutes_spends_half_of_it_at_a_high_rate() -> None:
     """By the paper's exponential a student loses five points.
 
-    docs/studies/noisy-student-schedule.md has the rows.
+    docs/studies/noisy-student.md has the rows.
     """
     config = ImagesOfRounds(labeled="few", unlabeled="many")
     # The network chooses how its rate falls.
