@@ -159,7 +159,7 @@ def test_the_example_on_text_prints_each_way_to_train(
 
 
 @pytest.mark.docs
-@pytest.mark.parametrize("name", ["own-loop", "runs", "text", "whole-trainings"])
+@pytest.mark.parametrize("name", ["neighbors", "own-loop", "runs", "text", "whole-trainings"])
 def test_the_code_of_a_page_stands_in_an_example(name: str) -> None:
     """But for its indentation; the examples run above."""
 
