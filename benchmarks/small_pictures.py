@@ -1,7 +1,7 @@
 """Is ``airbench_small`` by the command as fast and as good as by a script of sixty lines?
 
     python benchmarks/small_pictures.py --root FOLDERS     # half an hour of a core; goes on
-    python benchmarks/small_pictures.py --write docs/studies/small-pictures.md
+    python benchmarks/small_pictures.py --write docs/studies/picture-methods.md
 
 A step: 64 pictures of 24 x 24 and of 32 x 32 by ``metapl.LossTrainer`` on the batches of ``metapl
 train images --method supervised``, and by the script below, in turns on one thread, in processor
