@@ -30,7 +30,7 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, map_tensors, returned_by
 from metapl.execution.compare import BY_DIFFERENCE, EXACTLY, check_same_outputs, coarsest_dtype
-from metapl.execution.graphs import refuse_once_differentiable
+from metapl.execution.graphs import refuse_once_differentiable, types_in_graphs
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import (
     DTYPE,
@@ -277,9 +277,8 @@ class EagerEngine:
 
         PyTorch would leave these out without an error.
         """
-        if self.inspects_graph:
-            self.inspects_graph = False
-            refuse_once_differentiable(gradients.values(), value)
+        self.inspects_graph = False
+        refuse_once_differentiable(gradients.values(), value)
 
     # --------------------------------------------------------------- the module at other weights
 
@@ -386,7 +385,7 @@ class EagerDescent:
     signal_input: SignalInput | None = None
     # A sample of the outputs, where the outputs themselves are dropped.
     _output_sample: Tensor | None = None
-    # The generators as the loss begins, where it draws: other draws may lie between the two.
+    # The generators as the loss begins: other draws may lie between the pass and its loss.
     _random_state_of_loss: RandomState | None = None
     _kept_graph: _KeptGraph | None = None
 
@@ -427,7 +426,8 @@ class EagerDescent:
             outputs = checks.logits(returned_by(student.module, self.inputs), "student")
         self.random_state_after = RandomState.now(student.device)
         self._output_dtype = outputs.dtype
-        self._half_types = slots.half_types(outputs)
+        if slots.half_types is None and outputs.grad_fn is not None:
+            slots.half_types = HALF.intersection(types_in_graphs([outputs]))
         self.graph: Tensor | None = wide(outputs)
         self.outputs = self.graph.detach()
         with NOTHING if student.ranks.alone else student.ranks.agreed():
@@ -439,7 +439,8 @@ class EagerDescent:
 
         A key of the tolerances in :mod:`metapl.execution.compare`.
         """
-        dtypes = [self._output_dtype, *self.student.dtypes, *self._half_types]
+        half_types = self.student.slots.half_types or ()
+        dtypes = [self._output_dtype, *self.student.dtypes, *half_types]
         return coarsest_dtype(dtypes, self.student.device)
 
     @property
@@ -472,7 +473,8 @@ class EagerDescent:
         # A loss may read ``student.parameters()``, which have to be those of this pass; and the
         # backward pass of a checkpoint runs the module again.
         with self._running():
-            value = self._first_value(loss)
+            self._random_state_of_loss = RandomState.now(student.device)
+            value = loss(self.graph, self._weights)
             if lesson.look is not None:
                 made_here = [*self.params.values(), *signal.fields().values(), *leaves.values()]
                 lesson.look(
@@ -481,7 +483,7 @@ class EagerDescent:
             if not value.requires_grad:
                 raise MetaplError(f"the student's loss {checks.NO_GRADIENT}")
             of_rank, mean = student.gradient(value, self._weights, create_graph=keeps_graph)
-        if keeps_graph:
+        if keeps_graph and student.inspects_graph:
             student.inspect_graph(of_rank, value)
         if leaves:
             self._kept_graph = _KeptGraph(of_rank, leaves)
@@ -495,16 +497,6 @@ class EagerDescent:
             self._held_slots = []
         self.inner_loss = student.ranks.mean(value.detach())
         self.gradient = mean
-
-    def _first_value(self, loss: Loss) -> Tensor:
-        """Return the loss of this pass, and keep the state of the generators where it draws."""
-        assert self.graph is not None, "a pass learns once"
-        device = self.student.device
-        before = RandomState.now(device)
-        value = loss(self.graph, self._weights)
-        if not RandomState.now(device).equals(before):
-            self._random_state_of_loss = before
-        return value
 
     def _loss_again(self, loss: Loss) -> Tensor:
         """Return a loss of this pass once more, by a replay."""
@@ -758,7 +750,8 @@ class EagerDescent:
                 value, [*weights.values()], create_graph=True, allow_unused=True
             )
             g = {name: t for name, t in zip(weights, tensors, strict=True) if t is not None}
-            self.student.inspect_graph(g, value)
+            if self.student.inspects_graph:
+                self.student.inspect_graph(g, value)
             yield partial(_derivatives, g, weights, leaves)
 
     def second_derivatives(

@@ -183,9 +183,9 @@ def logits(outputs: Any, role: str) -> Tensor:
     Args:
         role: of the network, for the error.
     """
-    is_sharded = hasattr(outputs, "device_mesh")
     # The type is asked first, since nearly all outputs are plain.
-    is_plain = type(outputs) is Tensor or (isinstance(outputs, Tensor) and not is_sharded)
+    is_sharded = type(outputs) is not Tensor and hasattr(outputs, "device_mesh")
+    is_plain = isinstance(outputs, Tensor) and not is_sharded
     if is_plain and not outputs.is_complex():
         plain_outputs: Tensor = outputs
         return plain_outputs

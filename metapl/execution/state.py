@@ -26,8 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution import checks
-from metapl.execution.graphs import types_in_graphs
-from metapl.execution.numerics import HALF, explain, takes_formulas, wide
+from metapl.execution.numerics import explain, takes_formulas, wide
 from metapl.execution.shards import is_sharded
 from metapl.execution.weight_norm import formulas_of
 
@@ -194,6 +193,8 @@ class Slots:
         state: the snapshot with which a step begins; None when its first pass has taken it over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every
             pass; found by trying.
+        half_types: the types of half precision in which a part of the network computes, from the
+            graph of its first outputs; None before.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -202,6 +203,7 @@ class Slots:
         self.frozen: list[Slot] = []
         self.state: State | None = None
         self.takes_gradients = False
+        self.half_types: set[torch.dtype] | None = None
 
         named = named_parts(module)
         # By identity: a parameter that several parts hold has the name of the first of them.
@@ -247,8 +249,6 @@ class Slots:
         self._tensors = [p for _, _, p in self.parameters]
 
         self._empty_state: State | None = None
-        # Found in the first pass, and the same in all passes with these modes and hooks.
-        self._half_types: frozenset[torch.dtype] | None = None
         self._modes = [*map(_is_training, parts)]
         self._hook_counts = [*map(len, self._hooks)]
         self._parts_have_hooks = any(self._hooks)
@@ -293,15 +293,6 @@ class Slots:
         if self.formulas and takes_formulas():
             return self.formulas
         return []
-
-    def half_types(self, outputs: Tensor) -> frozenset[torch.dtype]:
-        """Return the types of half precision in which a part of the network computes.
-
-        They are found in the graph of its first outputs.
-        """
-        if self._half_types is None and outputs.grad_fn is not None:
-            self._half_types = frozenset(HALF.intersection(types_in_graphs([outputs])))
-        return self._half_types or frozenset()
 
     def snapshot(self, *, copies: bool = True) -> State:
         """Return the network's state as it is now.
