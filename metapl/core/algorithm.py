@@ -10,7 +10,7 @@ from torch import Tensor
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credited
 from metapl.core.order import Order
-from metapl.core.path import Look, Path, take_steps
+from metapl.core.path import Look, Path
 from metapl.core.teacher import Teaching
 from metapl.updates import Update
 
@@ -79,10 +79,10 @@ def learn(
         is_tried: whether the order is being chosen, by this step.
         direct_term: ``"included"``: the teacher's gradient has that of an outer loss that reads it.
 
-    The others are those of :func:`metapl.core.path.take_steps` and :meth:`Teaching.backward`.
+    The others are those of :class:`metapl.core.path.Path` and :meth:`Teaching.backward`.
     """
     # Lines 2 and 3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
-    path = take_steps(
+    path = Path(
         student,
         update,
         problem=teaching.problem,
@@ -94,8 +94,9 @@ def learn(
         truncate=mode.truncate,
         keep=keep,
         look=look,
+        is_tried=is_tried,
     )
-    path.is_tried = is_tried
+    path.take_steps()
     if student.returns_state:
         # Of the one stream of draws the outer loss takes what comes after the teacher's.
         teaching.take_own_loss()
@@ -113,7 +114,7 @@ def learn(
     # What the estimator says besides h.
     scalars: dict[str, Tensor] = {**feedback[-1].numbers}
     # The modes that take v have L(θ′); for others it would be one more pass.
-    if path.knows_outer_loss:
+    if "outer_loss" in path.known_outer_losses:
         scalars["outer_loss"] = path.outer_loss
     # The student's real step is the one that was looked ahead, unless the problem makes another
     # signal of the feedback.

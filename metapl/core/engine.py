@@ -27,7 +27,7 @@ from metapl.execution.layout import Capability
 from metapl.execution.numerics import Space, Tree
 from metapl.execution.ranks import Ranks
 from metapl.execution.state import RandomState, Slots, State
-from metapl.problems.base import Signal
+from metapl.problems.base import OuterLoss, Signal
 
 Derivatives = dict[str, Tensor | None]
 """Of ⟨g, w⟩ in fields of a signal, by name; None where nothing depends on a field."""
@@ -36,8 +36,8 @@ Weighted = tuple[Tensor, Tensor | float]
 """A loss as a sum over rows, and the weight that it is to be divided by: the number 1.0 for a loss
 that is a mean already."""
 
-WeightedLoss = Callable[[Tensor, Any], Weighted]
-"""A loss of outputs on a batch."""
+OuterLossOf = Callable[[Tensor, Any], OuterLoss]
+"""A problem's ``outer_loss``, of outputs on a batch."""
 
 MicroBatches = Sequence[tuple[Any, Any]]
 """The inputs of each micro-batch, and the batch that the loss reads."""
@@ -177,7 +177,7 @@ class Engine(Protocol):
         self,
         params: Tree,
         batches: MicroBatches,
-        judge: WeightedLoss,
+        judge: OuterLossOf,
         start: RandomState,
         *,
         gradient: bool = False,
@@ -189,7 +189,7 @@ class Engine(Protocol):
         self,
         points: Sequence[Tree],
         batches: MicroBatches,
-        judge: WeightedLoss,
+        judge: OuterLossOf,
         start: RandomState,
     ) -> list[Tensor]:
         """Return the outer loss at several weights, with the same draws."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -32,7 +32,7 @@ from metapl.updates import Options, Update
 
 if TYPE_CHECKING:
     from metapl.core.draws import Draws
-    from metapl.core.engine import Derivatives, Engine, MicroBatches, WeightedLoss
+    from metapl.core.engine import Derivatives, Engine, MicroBatches, OuterLossOf
 
     # Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
     Keep = Callable[[int, int, Engine], Keeping]
@@ -103,48 +103,64 @@ class Drawing:
 class Path(Drawing):
     """The student's steps from θ to θ′, where the outer loss is taken.
 
-    No weight moves before :meth:`commit`.
+    :meth:`take_steps` takes them, and no weight moves before :meth:`commit`.
 
     Args:
-        problem: the two losses and the signal.
-        student: the network that takes the steps.
+        student: as its engine runs it. One with ``double_backward`` keeps the path differentiable
+            in the signals, for :meth:`gradients_in_signals`.
         update: U.
-        outer_micro_batches: of the outer batch.
-        inner_batches: one for each step.
-        order: of differentiation; None: there is nothing to choose.
+        problem: the two losses and the signal.
+        outer_batch: as the outer loss reads it.
+        inner_batches: one for each step; those of a function are read as they are taken.
+        teach: returns the signal about a batch.
+        order: of differentiation; ``"graph"``: g keeps a graph in what gets the feedback; None:
+            there is nothing to choose.
+        credits: what gets the feedback.
+        truncate: how many of the last steps are differentiated; None: all.
+        keep: chooses which steps keep their states; None: all do.
+        updates: U of each step, where they differ by step, or have settings that are leaves.
         wrt: what the gradient is in besides the signals: settings of the optimizer, and
             ``"start"``.
         replays: compares steps that are computed again with the first time; None: nothing does.
         look: at the graphs of both losses, in the first step; None in later ones.
+        progress: is called after each step, and after each step of the adjoint.
+        is_tried: whether the order of differentiation is being chosen, by this path.
+        steps: the steps so far.
 
     Attributes:
-        steps: the steps so far.
         keeping: which steps keep their states; the adjoint computes the others again.
         states: those that are kept, of several steps of which some are computed again.
-        is_tried: whether the order of differentiation is being chosen, by this path.
-        progress: is called after each step of the adjoint.
+        known_outer_losses: those that have been taken so far, by the properties' names.
         start: dL/dθ by name, where it is asked for, once the path is differentiated.
         setting_gradients: dL in the settings of each step, the last step first.
     """
 
-    problem: BilevelProblem
     student: Engine
     update: Update
-    outer_micro_batches: Sequence[Any]
+    problem: BilevelProblem
+    outer_batch: Batch
     inner_batches: InnerBatches
+    teach: Ask
     order: Order | None = None
+    credits: Credited = "signal"
+    truncate: int | None = None
+    keep: Keep | None = None
+    updates: Sequence[Update] = ()
     wrt: Sequence[str] = ()
     replays: ReplayCheck | None = None
     look: Look | None = None
+    progress: Callable[[], object] | None = None
+    is_tried: bool = False
 
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
     states: States = field(init=False)
-    is_tried: bool = False
-    progress: Callable[[], object] | None = None
+    known_outer_losses: dict[str, Tensor] = field(default_factory=dict, init=False)
     start: Tree = field(default_factory=dict, init=False)
     setting_gradients: list[Options] = field(default_factory=list, init=False)
     _outer_gradient: Tree | None = field(default=None, init=False)
+    # θ of the step that is being taken.
+    _theta: Tree = field(default_factory=dict, init=False)
 
     @property
     def settings(self) -> list[str]:
@@ -169,38 +185,150 @@ class Path(Drawing):
             return self.steps[0].inner_loss
         return mean_of_scalars([step.inner_loss for step in self.steps])
 
+    # ------------------------------------------------------------------------------ the steps
+
+    def take_steps(self) -> None:
+        """Take the student's steps on the inner batches: Algorithm 1, lines 2 and 3.
+
+        Buffers and generators advance as in training; the weights do not move.
+        """
+        student = self.student
+        if not student.ranks.alone:
+            student.ranks.equal(length(self.outer_batch), "the outer batch")
+        count = len(self.inner_batches)
+        params = student.params
+        if student.double_backward and (count > 1 or "start" in self.wrt):
+            # A graph of several steps begins at leaves, so that the student's own parameters are in
+            # none but by mistake.
+            params = plain_leaves(params)
+        state = self.update.read_state()
+        for number in range(count):
+            if number > 0:
+                params, state = self.steps[-1].updated
+                spacings = self.keeping.spacings
+                if spacings:
+                    self.forget(number - 1)
+                    if number % spacings[0] == 0:
+                        self.keep_state(number, params, state)
+            self._theta = params
+            self.steps.append(self._step(number, params, state))
+            if count > 1:
+                with student.ranks.agreed():
+                    loss = self.steps[-1].inner_loss
+                    checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
+                if number == 0 and self.inner_batches.are_read_again:
+                    # A function that always returns another batch is refused here, not after the
+                    # path.
+                    self.inner_batch(0)
+            if self.progress is not None:
+                self.progress()
+        self._theta = {}
+
+    def _step(self, number: int, params: Tree, state: Any) -> InnerStep:
+        """Return the step of this number.
+
+        Args:
+            params: the weights θ before it.
+            state: the optimizer's before it.
+        """
+        student = self.student
+        ranks = student.ranks
+        is_read_again = self.inner_batches.are_read_again
+        is_at_own_weights = params is student.params
+        has_several = len(self.inner_batches) > 1
+        with ranks.agreed() if is_read_again else NOTHING:
+            batch = self.inner_batches[number]
+        if has_several and number == 0:
+            # What does not fit is refused before anything is computed.
+            self._choose_keeping(batch, params, state)
+        if not ranks.alone:
+            ranks.equal(length(batch), "the inner batch")
+        graph: Graph = "none"
+        if student.double_backward:
+            graph = "path"
+        elif self.order == "graph" and number == self._first_differentiated(self.truncate):
+            graph = "credited"
+        look = None
+        # Without a graph of the path, the second step is the first one at other weights than the
+        # student's own. With one, the first step is at leaves already, and the second one's graph
+        # ends in those of the first.
+        if self.look is not None and number <= (0 if student.double_backward else 1):
+            look = partial(self.look.at_inner_loss, at_own_weights=is_at_own_weights)
+        lesson = Lesson(
+            problem=self.problem,
+            batch=batch,
+            outer_batch=self.outer_batch,
+            ask=self._ask_teacher,
+            credits=self.credits,
+            graph=graph,
+            is_readable=student.has_whole_weights,
+            look=look,
+        )
+        return InnerStep(
+            update=self.updates[number] if self.updates else self.update,
+            descent=student.descend(params, lesson),
+            state=state,
+            by_optimizer=has_several or student.returns_state,
+            digest=digest(batch) if is_read_again else None,
+            order=self.order,
+        )
+
+    def _first_differentiated(self, truncate: int | None) -> int:
+        """Return the number of the first step that is differentiated.
+
+        The steps after it take a Hessian product, by a graph that they make then.
+        """
+        return 0 if truncate is None else max(0, len(self.inner_batches) - truncate)
+
+    def _choose_keeping(self, inner_batch: Batch, params: Tree, state: Any) -> None:
+        """Choose which steps keep their states, by the bytes that a step holds."""
+        # θ and g have the same size; a batch that is read again is held by the step alone.
+        weights_size = sum(t.nbytes for t in params.values())
+        size = 2 * weights_size + self.update.state_bytes()
+        if self.inner_batches.are_read_again:
+            size += sum(t.nbytes for t in leaves_of(inner_batch) if isinstance(t, Tensor))
+        if self.keep is not None:
+            self.keeping = self.keep(len(self.inner_batches), size, self.student)
+        self.states = States(self.keeping.on)
+        if self.keeping.spacings:
+            self.states.keep(0, (params, state))
+
+    def _ask_teacher(self, batch: Batch, outputs: Tensor | None) -> Signal:
+        """Return the signal about a batch, without its graph.
+
+        A problem may read the student as it is in this step.
+        """
+        student = self.student
+        is_at_own_weights = self._theta is student.params
+        weights = NOTHING if is_at_own_weights else student.with_weights(self._theta)
+        with weights, NOTHING if student.ranks.alone else student.ranks.agreed():
+            return self.teach(batch, outputs).detached()
+
     # ----------------------------------------------------------------------------- the outer loss
 
-    @cached_property
+    @property
     def outer_loss(self) -> Tensor:
         """L(θ′), without a graph.
 
         Cost: one outer forward pass, unless its gradient has been computed.
         """
-        (loss,) = self._outer_losses_at([self.params])
-        return loss
+        known = self.known_outer_losses
+        if "outer_loss" not in known:
+            (known["outer_loss"],) = self._outer_losses_at([self.params])
+        return known["outer_loss"]
 
-    @cached_property
+    @property
     def outer_loss_before(self) -> Tensor:
         """L(θ), with the dropout masks of L(θ′); one forward pass, and one of L(θ′)."""
-        points = [self.student.params]
-        if not self.knows_outer_loss:
-            points.append(self.params)
-        before, *after = self._outer_losses_at(points)
-        if after:
-            (vars(self)["outer_loss"],) = after
-        return before
-
-    @property
-    def knows_outer_loss(self) -> bool:
-        """Whether L(θ′) has been taken."""
-        return "outer_loss" in vars(self)
-
-    @property
-    def known_outer_losses(self) -> list[Tensor]:
-        """The outer losses that have been taken so far, of L(θ′) and L(θ)."""
-        taken = [vars(self).get(name) for name in ("outer_loss", "outer_loss_before")]
-        return [loss for loss in taken if loss is not None]
+        known = self.known_outer_losses
+        if "outer_loss_before" not in known:
+            names = ["outer_loss_before"]
+            points = [self.student.params]
+            if "outer_loss" not in known:
+                names.append("outer_loss")
+                points.append(self.params)
+            known.update(zip(names, self._outer_losses_at(points), strict=True))
+        return known["outer_loss_before"]
 
     def outer_losses(self, signals: Sequence[Signal]) -> Tensor:
         """Return L after the step on each of several signals, (n,), with the same draws.
@@ -224,15 +352,14 @@ class Path(Drawing):
                 gradient=True,
                 look=None if look is None else look.at_outer_loss,
             )
-            # L(θ′) comes with its gradient: it is put where the property of that name keeps it.
-            vars(self)["outer_loss"] = loss
+            self.known_outer_losses["outer_loss"] = loss
             self._outer_gradient = gradient
         return self._outer_gradient
 
     def outer_gradient_before(self) -> Tree:
         """Return ∇L(θ), by one forward and backward pass on the outer batch."""
         loss, gradient = self.student.loss(self.student.params, *self._outer_pass(), gradient=True)
-        vars(self)["outer_loss_before"] = loss
+        self.known_outer_losses["outer_loss_before"] = loss
         return gradient
 
     def direct_loss(self) -> Tensor:
@@ -251,7 +378,7 @@ class Path(Drawing):
         sums: list[Tensor] = []
         counts: list[Tensor | float] = []
         with student.at_weights(weights, start, student.slots):
-            for batch in self.outer_micro_batches:
+            for batch in micro_batches(self.outer_batch, student.parts, "outer"):
                 outputs = student.forward(self.problem.outer_input(batch))
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
                 sums.append(total)
@@ -263,8 +390,7 @@ class Path(Drawing):
             # The gradient is averaged over the ranks, each of which has its own rows.
             count = ranks.mean(torch.as_tensor(count, dtype=total.dtype, device=total.device))
         loss: Tensor = total / count
-        if not self.knows_outer_loss:
-            vars(self)["outer_loss"] = ranks.mean(loss.detach())
+        self.known_outer_losses.setdefault("outer_loss", ranks.mean(loss.detach()))
         return loss
 
     def _outer_losses_at(self, points: Sequence[Tree]) -> list[Tensor]:
@@ -274,15 +400,12 @@ class Path(Drawing):
         """
         return self.student.losses(points, *self._outer_pass())
 
-    def _outer_pass(self) -> tuple[MicroBatches, WeightedLoss, RandomState]:
+    def _outer_pass(self) -> tuple[MicroBatches, OuterLossOf, RandomState]:
         """Return the inputs and batches of the outer loss, the loss, and where its draws begin."""
         problem = self.problem
-        batches = [(problem.outer_input(batch), batch) for batch in self.outer_micro_batches]
-
-        def judge(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor | float]:
-            return sum_and_weight(problem.outer_loss(outputs, batch))
-
-        return batches, judge, self.steps[-1].descent.random_state_after.branch()
+        micro = micro_batches(self.outer_batch, self.student.parts, "outer")
+        batches = [(problem.outer_input(batch), batch) for batch in micro]
+        return batches, problem.outer_loss, self.steps[-1].descent.random_state_after.branch()
 
     # ------------------------------------------------------------------------------- the adjoint
 
@@ -307,20 +430,23 @@ class Path(Drawing):
         only a gradient in the start needs.
         """
         end = len(self.steps)
-        first = 0 if truncate is None else max(0, end - truncate)
+        first = self._first_differentiated(truncate)
         takes_start = "start" in self.wrt
+        settings = self.settings if self.wrt else []
         v = {name: t.to_dense() for name, t in self.outer_gradient().items()}
         state_cotangent = None
         # This is dL/dθ where no step is differentiated.
         self.start = v
-        for number, step in self._backwards(first, 0, end, *self.keeping.spacings):
+        spacings = self.keeping.spacings
+        backwards: Iterable[tuple[int, InnerStep]] = [*enumerate(self.steps)][first:][::-1]
+        if spacings:
+            backwards = self._backwards(first, 0, end, *spacings)
+        for number, step in backwards:
             if self.inner_batches.are_read_again:
                 # A batch that has changed since is refused.
                 self.inner_batch(number, step.inner_batch)
-            if self.settings:
-                self.setting_gradients.append(
-                    step.setting_cotangents(self.settings, v, state_cotangent)
-                )
+            if settings:
+                self.setting_gradients.append(step.setting_cotangents(settings, v, state_cotangent))
             if number == first and not takes_start:
                 if state_cotangent is None:
                     w = step.pullback(v)
@@ -342,17 +468,16 @@ class Path(Drawing):
     ) -> Iterator[tuple[int, InnerStep]]:
         """Yield the steps from ``end`` back to ``begin``, none before ``first``.
 
-        Each has its θ, g and s. Each block between two multiples of ``spacings[0]``, which were
-        kept, is computed again, and keeps its multiples of the next spacing.
+        Not all of them are kept, and each has its θ, g and s. Each block between two multiples of
+        ``spacings[0]``, which were kept, is computed again, and keeps its multiples of the next
+        spacing.
         """
         if not spacings:
-            if self.keeping.spacings:
-                self._compare_replay(begin, end)
+            self._compare_replay(begin, end)
             for number in reversed(range(begin, end)):
                 if number >= first:
                     yield number, self.steps[number]
-                if self.keeping.spacings:
-                    self.forget(number)
+                self.forget(number)
             return
         spacing, *finer = spacings
         for start in reversed(range(begin, end, spacing)):
@@ -374,7 +499,7 @@ class Path(Drawing):
                 if spacings:
                     self.forget(number - 1)
             if spacings and number % spacings[0] == 0:
-                self.keep(number, params, state)
+                self.keep_state(number, params, state)
             step = self.steps[number]
             # The last step of all has not been forgotten.
             if not step.descent.gradient:
@@ -385,7 +510,7 @@ class Path(Drawing):
         if spacings:
             self.forget(stop - 1)
 
-    def keep(self, number: int, params: Tree, state: Any) -> None:
+    def keep_state(self, number: int, params: Tree, state: Any) -> None:
         """Keep the state before a step, and its digest."""
         self.states.keep(number, (params, state))
         if self.replays is not None:
@@ -439,8 +564,7 @@ class Path(Drawing):
         Args:
             truncate: how many of the last steps are differentiated; None: all.
         """
-        first = 0 if truncate is None else max(0, len(self.steps) - truncate)
-        steps = self.steps[first:]
+        steps = self.steps[self._first_differentiated(truncate) :]
         ends: list[Tensor] = []
         cotangents: list[Tensor] = []
         theta_prime, _ = self.steps[-1].updated
@@ -498,222 +622,22 @@ class Path(Drawing):
         Returns: where the optimizer's own steps are rounded otherwise than U, ``step_rounding``:
         the distance of the weights that they lead to from θ′, relative to that of θ from θ′.
         """
-        if not self.update.is_rounded:
-            self._move_student()
-            return {}
         norm = self.student.space.norm
-        exact = self.params
+        exact: Tree = {}
         # These are the student's own tensors, which move.
         weights = self.student.params
-        length = norm({name: t - weights[name] for name, t in exact.items()})
-        self._move_student()
-        gap = norm({name: t - weights[name] for name, t in exact.items()})
-        return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}
-
-    def _move_student(self) -> None:
+        if self.update.is_rounded:
+            exact = self.params
+            length = norm({name: t - weights[name] for name, t in exact.items()})
         parameters = self.student.parameters
         if self.keeping.spacings:
             # Gradients were dropped.
             self.update.write(parameters, self.params, self.state)
-            return
-        for step in self.steps:
-            # The rule may step by itself, and does then not ask for θ′.
-            self.update.commit(parameters, step.gradient, partial(getattr, step, "updated"))
-
-
-def take_steps(
-    student: Engine,
-    update: Update,
-    *,
-    problem: BilevelProblem,
-    outer_batch: Batch,
-    inner_batches: InnerBatches,
-    teach: Ask,
-    order: Order | None = None,
-    credits: Credited = "signal",
-    truncate: int | None = None,
-    keep: Keep | None = None,
-    updates: Sequence[Update] = (),
-    wrt: Sequence[str] = (),
-    replays: ReplayCheck | None = None,
-    look: Look | None = None,
-    progress: Callable[[], object] | None = None,
-) -> Path:
-    """Take the student's steps on the inner batches: Algorithm 1, lines 2 and 3.
-
-    Buffers and generators advance as in training; the weights do not move.
-
-    Args:
-        student: as its engine runs it. One with ``double_backward`` keeps the path differentiable
-            in the signals, for :meth:`Path.gradients_in_signals`.
-        update: U.
-        problem: the two losses.
-        outer_batch: as the outer loss reads it.
-        inner_batches: one for each step; those of a function are read as they are taken.
-        teach: returns the signal about a batch.
-        order: of differentiation; ``"graph"``: g keeps a graph in what gets the feedback.
-        credits: what gets the feedback.
-        truncate: how many of the last steps are differentiated; None: all.
-        keep: chooses which steps keep their states; None: all do.
-        updates: U of each step, where they differ by step, or have settings that are leaves.
-        wrt: what the gradient is in besides the signals.
-        replays: compares steps that are computed again with the first time.
-        look: at the graphs of both losses.
-        progress: is called after each step.
-    """
-    path = Path(
-        problem=problem,
-        student=student,
-        update=update,
-        outer_micro_batches=micro_batches(outer_batch, student.parts, "outer"),
-        inner_batches=inner_batches,
-        order=order,
-        wrt=wrt,
-        replays=replays,
-        look=look,
-    )
-    if not student.ranks.alone:
-        student.ranks.equal(length(outer_batch), "the outer batch")
-    walk = _Walk(
-        path,
-        outer_batch=outer_batch,
-        teach=teach,
-        credits=credits,
-        truncate=truncate,
-        keep=keep,
-        updates=updates,
-    )
-    for number in range(len(inner_batches)):
-        walk.take_step(number)
-        if progress is not None:
-            progress()
-    return path
-
-
-@dataclass
-class _Walk:
-    """A student on its way along a path.
-
-    For the arguments see :func:`take_steps`.
-
-    Attributes:
-        params: the weights θ_k before the next step.
-        state: the optimizer's state before it.
-    """
-
-    path: Path
-    outer_batch: Batch
-    teach: Ask
-    credits: Credited
-    truncate: int | None
-    keep: Keep | None
-    updates: Sequence[Update]
-
-    def __post_init__(self) -> None:
-        path = self.path
-        self.student = path.student
-        self.ranks = path.student.ranks
-        self.inner_batches = path.inner_batches
-        self.is_alone_step = len(self.inner_batches) == 1
-        # The steps after the first one that is differentiated take a Hessian product, by a graph
-        # that they make then.
-        self.first_differentiated = 0
-        if self.truncate:
-            self.first_differentiated = max(0, len(self.inner_batches) - self.truncate)
-        self.params = self.student.params
-        if self.student.double_backward and (not self.is_alone_step or "start" in path.wrt):
-            # A graph of several steps begins at leaves, so that the student's own parameters are in
-            # none but by mistake.
-            self.params = plain_leaves(self.student.params)
-        self.state = path.update.read_state()
-
-    @property
-    def is_at_own_weights(self) -> bool:
-        """Whether the student is at the weights that its module holds."""
-        return self.params is self.student.params
-
-    def take_step(self, number: int) -> None:
-        """Take the step of this number, which the path then has."""
-        if number > 0:
-            self._go_on_to(number)
-        with self.ranks.agreed() if self.inner_batches.are_read_again else NOTHING:
-            inner_batch = self.inner_batches[number]
-        if number == 0 and not self.is_alone_step:
-            # What does not fit is refused before anything is computed.
-            self._choose_keeping(inner_batch)
-        if not self.ranks.alone:
-            self.ranks.equal(length(inner_batch), "the inner batch")
-        step = InnerStep(
-            update=self.updates[number] if self.updates else self.path.update,
-            descent=self.student.descend(self.params, self._lesson(number, inner_batch)),
-            state=self.state,
-            by_optimizer=not self.is_alone_step or self.student.returns_state,
-            digest=digest(inner_batch) if self.inner_batches.are_read_again else None,
-            order=self.path.order,
-        )
-        self.path.steps.append(step)
-        if not self.is_alone_step:
-            with self.ranks.agreed():
-                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), step.inner_loss)
-            if number == 0 and self.inner_batches.are_read_again:
-                # A function that always returns another batch is refused here, not after the path.
-                self.path.inner_batch(0)
-
-    def _lesson(self, number: int, inner_batch: Batch) -> Lesson:
-        """Return what the student is taught in the step of this number."""
-        graph: Graph = "none"
-        # Without a graph of the path, the second step is the first one at other weights than the
-        # student's own. With one, the first step is at leaves already, and the second one's graph
-        # ends in those of the first.
-        steps_to_look_at = [0, 1]
-        if self.student.double_backward:
-            graph = "path"
-            steps_to_look_at = [0]
-        elif self.path.order == "graph" and number == self.first_differentiated:
-            graph = "credited"
-        look = None
-        if self.path.look is not None and number in steps_to_look_at:
-            look = partial(self.path.look.at_inner_loss, at_own_weights=self.is_at_own_weights)
-        return Lesson(
-            problem=self.path.problem,
-            batch=inner_batch,
-            outer_batch=self.outer_batch,
-            ask=self._ask_teacher,
-            credits=self.credits,
-            graph=graph,
-            is_readable=self.student.has_whole_weights,
-            look=look,
-        )
-
-    def _go_on_to(self, number: int) -> None:
-        """Take the weights and the state that the step before leads to."""
-        path = self.path
-        self.params, self.state = path.steps[-1].updated
-        spacings = path.keeping.spacings
-        if spacings:
-            path.forget(number - 1)
-            if number % spacings[0] == 0:
-                path.keep(number, self.params, self.state)
-
-    def _choose_keeping(self, inner_batch: Batch) -> None:
-        """Choose which steps keep their states, by the bytes that a step holds."""
-        path = self.path
-        # θ and g have the same size; a batch that is read again is held by the step alone.
-        weights_size = sum(t.nbytes for t in self.params.values())
-        size = 2 * weights_size + path.update.state_bytes()
-        if self.inner_batches.are_read_again:
-            size += sum(t.nbytes for t in leaves_of(inner_batch) if isinstance(t, Tensor))
-        if self.keep is not None:
-            path.keeping = self.keep(len(self.inner_batches), size, self.student)
-        path.states = States(path.keeping.on)
-        if path.keeping.spacings:
-            path.states.keep(0, (self.params, self.state))
-
-    def _ask_teacher(self, batch: Batch, outputs: Tensor | None) -> Signal:
-        """Return the signal about a batch, without its graph.
-
-        A problem may read the student as it is in this step.
-        """
-        weights = NOTHING if self.is_at_own_weights else self.student.with_weights(self.params)
-        with weights, NOTHING if self.ranks.alone else self.ranks.agreed():
-            return self.teach(batch, outputs).detached()
+        else:
+            for step in self.steps:
+                # The rule may step by itself, and does then not ask for θ′.
+                self.update.commit(parameters, step.gradient, partial(getattr, step, "updated"))
+        if not exact:
+            return {}
+        gap = norm({name: t - weights[name] for name, t in exact.items()})
+        return {"step_rounding": gap / length.clamp_min(torch.finfo(length.dtype).tiny)}

@@ -57,10 +57,10 @@ from metapl.execution.state import (
     swapped,
 )
 from metapl.execution.tangents import norms_by_backward_kernels
-from metapl.problems.base import Signal, enters_input
+from metapl.problems.base import Signal, enters_input, sum_and_weight
 
 if TYPE_CHECKING:
-    from metapl.core.engine import Derivatives, Descent, MicroBatches, Weighted, WeightedLoss
+    from metapl.core.engine import Derivatives, Descent, MicroBatches, OuterLossOf, Weighted
 
 # A function of w that returns (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
@@ -156,7 +156,7 @@ class EagerEngine:
         self,
         params: Tree,
         batches: MicroBatches,
-        judge: WeightedLoss,
+        judge: OuterLossOf,
         start: RandomState,
         *,
         gradient: bool = False,
@@ -188,7 +188,7 @@ class EagerEngine:
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
                 outputs_have_graph = outputs.requires_grad
-                value, weight = judge(outputs, batch)
+                value, weight = sum_and_weight(judge(outputs, batch))
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
@@ -220,7 +220,7 @@ class EagerEngine:
         self,
         points: Sequence[Tree],
         batches: MicroBatches,
-        judge: WeightedLoss,
+        judge: OuterLossOf,
         start: RandomState,
     ) -> list[Tensor]:
         """Return the outer loss at several weights, with the same draws.
@@ -229,8 +229,8 @@ class EagerEngine:
         """
         return [self.loss(params, batches, judge, start)[0] for params in points]
 
-    def _judged(self, judge: WeightedLoss, inputs: Inputs, batch: Batch) -> Tensor:
-        value, _ = judge(self.forward(inputs), batch)
+    def _judged(self, judge: OuterLossOf, inputs: Inputs, batch: Batch) -> Tensor:
+        value, _ = sum_and_weight(judge(self.forward(inputs), batch))
         return value
 
     def mean_of_all(self, values: Sequence[Weighted]) -> Weighted:

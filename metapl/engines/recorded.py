@@ -23,12 +23,12 @@ from metapl.execution.batch import Inputs
 from metapl.execution.masks import EagerMasks
 from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, Slot, swapped
-from metapl.problems.base import Signal
+from metapl.problems.base import Signal, sum_and_weight
 from metapl.updates import Options, Update
 from metapl.updates.base import OptimizerState, Parameters
 
 if TYPE_CHECKING:
-    from metapl.core.engine import Derivatives, Descent, MicroBatches, WeightedLoss
+    from metapl.core.engine import Derivatives, Descent, MicroBatches, OuterLossOf
 
 
 class RecordedDescent(EagerDescent):
@@ -145,7 +145,7 @@ class RecordedEngine(EagerEngine):
         self,
         points: Sequence[Tree],
         batches: MicroBatches,
-        judge: WeightedLoss,
+        judge: OuterLossOf,
         start: RandomState,
     ) -> list[Tensor]:
         """Return the outer loss at several weights, by one pass, with the same draws."""
@@ -159,7 +159,7 @@ class RecordedEngine(EagerEngine):
         def loss(params: Tree, tensors: list[Tensor]) -> Tensor:
             places = [(table, name, t) for (table, name, _), t in zip(state, tensors, strict=True)]
             with swapped([*self.slots_of(params), *places, *self.slots.in_formulas()]):
-                total, weight = judge(self.forward(inputs), batch)
+                total, weight = sum_and_weight(judge(self.forward(inputs), batch))
             value: Tensor = total / weight
             return value
 

@@ -60,7 +60,7 @@ from metapl.execution.state import (
 )
 
 if TYPE_CHECKING:
-    from metapl.core.engine import MicroBatches, WeightedLoss
+    from metapl.core.engine import MicroBatches, OuterLossOf
 
 # A module's forward, or what takes its place.
 ForwardMethod = Callable[..., Any]
@@ -98,7 +98,7 @@ class ShardedEngine(EagerEngine):
         self,
         params: Tree,
         batches: MicroBatches,
-        judge: WeightedLoss,
+        judge: OuterLossOf,
         start: RandomState,
         *,
         gradient: bool = False,

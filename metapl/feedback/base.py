@@ -305,7 +305,7 @@ class Estimator(ABC):
                     f"the inner loss of {kind_of(path.problem)} does not depend on its signal; "
                     "expected one that does, without detach() or argmax, or mode='none'."
                 )
-            numbers = [path.inner_loss, *path.known_outer_losses]
+            numbers = [path.inner_loss, *path.known_outer_losses.values()]
             for of_step in feedback:
                 numbers += [h.sum() if h.ndim else h for h in (of_step.h, *of_step.others.values())]
             try:
@@ -341,7 +341,7 @@ def begins_in_outer_loss(path: Path) -> bool:
 
     The host waits for the device.
     """
-    outer_losses_are_finite = [bool(loss.isfinite()) for loss in path.known_outer_losses]
+    outer_losses_are_finite = [bool(loss.isfinite()) for loss in path.known_outer_losses.values()]
     return not all(outer_losses_are_finite) and bool(path.inner_loss.isfinite())
 
 

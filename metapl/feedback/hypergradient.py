@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.core.order import Order, Orders
-from metapl.core.path import Look, take_steps
+from metapl.core.path import Look, Path
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.core.teacher import CallsOfSignal, Teaching
 from metapl.engines.eager import EagerEngine
@@ -403,7 +403,7 @@ class Differentiation:
                 stack.enter_context(deterministic(self.device))
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
             with step_bar(is_shown, steps, "steps") if is_shown else NOTHING as show_step:
-                path = take_steps(
+                path = Path(
                     student,
                     self.update,
                     problem=self.problem,
@@ -419,8 +419,9 @@ class Differentiation:
                     replays=replays,
                     look=request.look,
                     progress=show_step,
+                    is_tried=is_tried,
                 )
-            path.is_tried = is_tried
+                path.take_steps()
             mode_state = estimate.first_state(request.generator, self.device)
             before = RandomState.now(self.device)
             # h = −dL(θ′)/d(signal)

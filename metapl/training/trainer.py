@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from metapl.core.algorithm import learn
 from metapl.core.lookahead import InnerBatches, require_batches
 from metapl.core.order import Order, Orders
-from metapl.core.path import take_steps
+from metapl.core.path import Path
 from metapl.core.size import DEFAULT_BOUND, FeedbackSize
 from metapl.core.teacher import Teaching
 from metapl.engines.eager import EagerEngine
@@ -810,7 +810,7 @@ class BilevelTrainer(Trainer):
             teacher_slots, student_slots, device=self.device, trained=[], generator=self.generator
         ) as fault:
             with self._autocast():
-                path = take_steps(
+                path = Path(
                     student,
                     self.update,
                     problem=self.problem,
@@ -818,6 +818,7 @@ class BilevelTrainer(Trainer):
                     inner_batches=inner_batches,
                     teach=first_signal,
                 )
+                path.take_steps()
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)
             scalars = {"inner_loss": path.inner_loss}
             scalars |= path.commit()

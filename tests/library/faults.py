@@ -24,7 +24,7 @@ from metapl.execution.numerics import Tree
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.feedback import base
 from metapl.problems import BilevelProblem, PseudoLabels, pseudo_labels
-from metapl.problems.base import Signal
+from metapl.problems.base import Signal, sum_and_weight
 from metapl.runs.fields import Range
 from metapl.updates.base import Clipped
 from metapl.updates.sgd import SGD
@@ -159,8 +159,8 @@ def clip_without_derivative(patch: pytest.MonkeyPatch) -> None:
 
 def new_minus_old(patch: pytest.MonkeyPatch) -> None:
     """Take the loss difference the wrong way round, as public implementations have it."""
-    loss_before = Path.outer_loss_before.func
-    loss_after = Path.outer_loss.func
+    loss_before = Path.outer_loss_before.fget
+    loss_after = Path.outer_loss.fget
     patch.setattr(Path, "outer_loss_before", property(loss_after))
     patch.setattr(Path, "outer_loss", property(loss_before))
 
@@ -235,7 +235,7 @@ def backward_at_the_old_weights(patch: pytest.MonkeyPatch) -> None:
         leaves = self.as_leaves(params)
         inputs, batch = batches[0]
         with torch.enable_grad(), self.at_weights(leaves, start, self.slots):
-            value, _ = judge(self.forward(inputs), batch)
+            value, _ = sum_and_weight(judge(self.forward(inputs), batch))
         gradient = torch.autograd.grad(value, list(leaves.values()))
         return value.detach(), dict(zip(leaves, gradient, strict=True))
 

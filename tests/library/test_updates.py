@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl.core.lookahead import InnerBatches
-from metapl.core.path import take_steps
+from metapl.core.path import Path
 from metapl.engines.eager import EagerEngine
 from metapl.execution.layout import Layout
 from metapl.execution.state import trainable
@@ -225,14 +225,16 @@ def test_an_adjoint_in_closed_form_is_autograds(
 
 def step_on_soft_labels(problem: Any, update: Any, keep_graph: bool = False) -> Any:
     """Return the step of a student on the teacher's soft labels."""
-    (step,) = take_steps(
+    path = Path(
         EagerEngine(Layout(problem.student), double_backward=keep_graph),
         update,
         problem=metapl.PseudoLabels(kind="soft"),
         outer_batch=problem.labeled,
         inner_batches=InnerBatches.of_one_step(problem.unlabeled),
         teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
-    ).steps
+    )
+    path.take_steps()
+    (step,) = path.steps
     return step
 
 
