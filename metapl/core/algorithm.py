@@ -85,7 +85,7 @@ def learn(
     path = Path(
         student,
         update,
-        problem=teaching.problem,
+        problem=teaching.teacher.problem,
         outer_batch=teaching.outer_batch,
         inner_batches=teaching.inner_batches,
         teach=teaching,

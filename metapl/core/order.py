@@ -93,6 +93,10 @@ class Orders:
             return result
         raise _why_none_runs(failures)
 
+    def chosen(self, candidates: Sequence[Order]) -> Order | None:
+        """Return the order that was chosen among these; None where there is nothing to choose."""
+        return self._chosen.get(_key(candidates))
+
     def state_dict(self) -> dict[str, str]:
         """Return the choices, for a checkpoint."""
         return dict(self._chosen)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Protocol
 
 import torch
@@ -67,78 +68,136 @@ class TeacherPass:
     number: int = 0
 
 
+@dataclass(eq=False)
+class Teacher:
+    """The teacher, as it is while its network keeps its tables, and how its passes are taken.
+
+    Args:
+        layout: None: the problem has no teacher, and is given an empty module.
+        problem: makes the signal.
+        ranks: the processes that share the batches.
+        device: where the networks are.
+        slots: the network's tables.
+        accumulate: micro-batches that each batch is split into.
+        recompute: make signals without a graph first, and once more with one at the end.
+
+    Attributes:
+        parameters: the weights that are learned, by name.
+        passes_per_batch: one for each micro-batch, or one where the problem says so
+            (``signal_of_batch``).
+    """
+
+    layout: Layout | None
+    problem: BilevelProblem
+    ranks: Ranks
+    device: torch.device
+    slots: Slots
+    accumulate: int = 1
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        self.network = self.slots.module
+        self.parameters: dict[str, nn.Parameter] = self.slots.learned
+        self.is_sharded = self.layout is not None and self.layout.is_sharded
+        if self.layout is not None and self.is_sharded:
+            self.parameters = self.layout.parameters()
+        self.passes_per_batch = 1 if self.problem.signal_of_batch else self.accumulate
+        self.calls_twice = self.layout is not None and (self.recompute or self.accumulate > 1)
+
+    def over_ranks(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gradient as the mean over the ranks, which a sharded network's is already."""
+        if self.layout is None or self.layout.kind != "replicated":
+            return gradient
+        like: dict[str, Tensor] = dict(self.parameters)
+        return self.ranks.mean_tree(gradient, like)
+
+    def norm(self, gradient: Tree) -> Tensor:
+        """Return the norm of a gradient over all processes that hold parts of it.
+
+        Of no gradient 0.
+        """
+        if self.layout is None or not gradient:
+            return torch.zeros((), device=self.device)
+        if self.is_sharded:
+            gradient = {name: local(g) for name, g in gradient.items()}
+        return self.layout.space.norm(gradient)
+
+    def reached(self, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
+        """Return the gradient of a loss in the weights that it reaches.
+
+        It is that of this rank's rows, or the mean over the ranks of a sharded network, whose own
+        backward pass averages.
+
+        By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way;
+        ``.grad`` stays as it is. Where the weights have hooks that a backward pass would call with
+        a part of the step's gradient, by ``torch.autograd.grad``. ``retain`` keeps the graph for
+        another pass.
+        """
+        if not loss.requires_grad:
+            return {}
+        weights = self.parameters
+        if self.is_sharded or not any(map(_hooks_after_gradient, weights.values())):
+            return by_backward(loss, weights, retain=retain)
+        grads = torch.autograd.grad(
+            loss, list(weights.values()), retain_graph=retain, allow_unused=True
+        )
+        return {name: g for name, g in zip(weights, grads, strict=True) if g is not None}
+
+    def gradient_of(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return the gradient of a loss in all weights, with zeros where it reaches none.
+
+        No other leaf of the graph gets a gradient.
+        """
+        if not loss.requires_grad:
+            return self.with_zeros({})
+        if self.is_sharded:
+            return self.with_zeros(by_backward(loss, self.parameters))
+        grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
+        return dict(zip(self.parameters, grads, strict=True))
+
+    def with_zeros(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a gradient in all weights, with zeros where it has no entry."""
+        whole: dict[str, Tensor] = {}
+        for name, p in self.parameters.items():
+            whole[name] = gradient[name] if name in gradient else torch.zeros_like(p)
+        return whole
+
+
+# Reads the hooks that a backward pass calls; map() calls it without a frame of Python for each.
+_hooks_after_gradient = attrgetter("_post_accumulate_grad_hooks")
+
+
+@dataclass(eq=False)
 class Teaching:
     """The teacher's passes on the inner batches of a path, in their order.
 
-    There is one for each micro-batch, or one for the whole batch where the problem says so
-    (``signal_of_batch``).
-
     Args:
-        layout: of the teacher; None: the problem has none, and is given an empty module.
-        problem: makes the signal.
-        check: refuses what is no signal for the mode, in a first step; None in later ones.
-        generator: of labels that are drawn; None: the default one.
-        ranks: the processes that share the batches.
-        device: where the networks are.
+        teacher: whose passes they are.
+        outer_batch: as the outer loss reads it, which the teacher's own losses read too.
         inner_batches: those of the student's steps.
-        accumulate: micro-batches that each of them is split into.
-        recompute: make signals without a graph first, and once more with one at the end.
-        slots: the network's tables, where they have been read in this step already.
-        calls: watches the problem's ``signal``, in a first step; None in later ones.
-        noises: of labels that are drawn, one for each pass, in the place of a generator.
+        generator: of labels that are drawn; None: the default one.
         losses: L_k, the teacher's own; they read the last batch.
         size: the rule that gives λ.
-        outer_batch: which the losses read too.
         step: the number of the step, for losses that depend on it.
+        check: refuses what is no signal for the mode, in a first step; None in later ones.
+        calls: watches the problem's ``signal``, in a first step; None in later ones.
+        noises: of labels that are drawn, one for each pass, in the place of a generator.
     """
 
-    # The teacher's own loss and its scalars, where they are taken before the feedback.
-    _own: tuple[Tensor, dict[str, Tensor]] | None = None
+    teacher: Teacher
+    outer_batch: Batch
+    inner_batches: InnerBatches
+    generator: torch.Generator | None = None
+    losses: Sequence[TeacherLoss] = ()
+    size: FeedbackSize = OWN_SIZE
+    step: int | Tensor = 0
+    check: Callable[[Any], None] | None = None
+    calls: CallsOfSignal | None = None
+    noises: list[Any] = field(default_factory=list)
 
-    def __init__(
-        self,
-        layout: Layout | None,
-        problem: BilevelProblem,
-        *,
-        check: Callable[[Any], None] | None,
-        generator: torch.Generator | None,
-        ranks: Ranks,
-        device: torch.device,
-        inner_batches: InnerBatches,
-        accumulate: int,
-        recompute: bool,
-        slots: Slots | None = None,
-        calls: CallsOfSignal | None = None,
-        noises: Sequence[Any] = (),
-        losses: Sequence[TeacherLoss] = (),
-        size: FeedbackSize = OWN_SIZE,
-        outer_batch: Batch = None,
-        step: int | Tensor = 0,
-    ) -> None:
-        self.layout = layout
-        self.problem = problem
-        self.check = check
-        self.generator = generator
-        self._noises = iter(noises)
-        self.losses = losses
-        self.size = size
-        self.outer_batch = outer_batch
-        self.step = step
-        self.ranks = ranks
-        self.device = device
-        self.passes_per_batch = 1 if problem.signal_of_batch else accumulate
-        self.inner_batches = inner_batches
-        self.recompute = layout is not None and (
-            recompute or accumulate > 1 or self.inner_batches.are_read_again
-        )
-        self.network = nn.Module() if layout is None else layout.network
-        self.slots = slots or Slots(self.network)
-        self.parameters: dict[str, nn.Parameter] = self.slots.learned
-        self.is_sharded = layout is not None and layout.is_sharded
-        if layout is not None and layout.is_sharded:
-            self.parameters = layout.parameters()
-        self.passes: list[TeacherPass] = []
-        self.calls = calls
+    passes: list[TeacherPass] = field(default_factory=list, init=False)
+    # The teacher's own loss and its scalars, where they are taken before the feedback.
+    _own: tuple[Tensor, dict[str, Tensor]] | None = field(default=None, init=False)
 
     def __call__(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a micro-batch: Algorithm 1, line 2, ŷ_u ~ T(x_u).
@@ -146,22 +205,22 @@ class Teaching:
         Args:
             outputs: the student's on it; None: it has not run.
         """
-        if self.recompute:
-            random = RandomState.now(self.device, self.generator)
-            state = self.slots.snapshot()
-            calls = self.calls
-            watched = NOTHING if calls is None else calls.first_call(len(self.passes))
-            with torch.no_grad(), no_fast_path(), watched:
-                signal = self._ask(batch, outputs)
-            kept_batch = None if self.inner_batches.are_read_again else batch
-            teacher_pass = TeacherPass(
-                kept_batch, outputs, signal, random=random, state=state, number=len(self.passes)
-            )
-        else:
-            teacher_pass = TeacherPass(batch, outputs, self._ask(batch, outputs))
-        if self.layout is not None:
-            self.passes.append(teacher_pass)
-        return teacher_pass.signal
+        teacher = self.teacher
+        if teacher.layout is None:
+            return self._ask(batch, outputs)
+        if not (teacher.calls_twice or self.inner_batches.are_read_again):
+            signal = self._ask(batch, outputs)
+            self.passes.append(TeacherPass(batch, outputs, signal))
+            return signal
+        random = RandomState.now(teacher.device, self.generator)
+        state = teacher.slots.snapshot()
+        number = len(self.passes)
+        watched = NOTHING if self.calls is None else self.calls.first_call(number)
+        with torch.no_grad(), no_fast_path(), watched:
+            signal = self._ask(batch, outputs)
+        kept_batch = None if self.inner_batches.are_read_again else batch
+        self.passes.append(TeacherPass(kept_batch, outputs, signal, random, state, number))
+        return signal
 
     def with_graph(self, teacher_pass: TeacherPass, batch: Batch) -> Signal:
         """Return the signal of a pass with the teacher's graph.
@@ -181,14 +240,15 @@ class Teaching:
             # The rounding of a deep network. What moves little in one step, as a running mean does,
             # moves in every step.
             tolerance = min(EXACTLY[dtype].outputs, 1e3 * torch.finfo(dtype).eps)
-            role = f"teacher, or the signal of {kind_of(self.problem)},"
+            role = f"teacher, or the signal of {kind_of(self.teacher.problem)},"
             check_same_outputs(fields[name].detach(), first.detach(), tolerance, role)
         return signal
 
     def _ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
-        with NOTHING if self.ranks.alone else rows_shared(self.ranks):
-            generator = next(self._noises, self.generator)
-            signal = self.problem.signal(self.network, batch, outputs, generator=generator)
+        teacher = self.teacher
+        generator = self.noises.pop(0) if self.noises else self.generator
+        with NOTHING if teacher.ranks.alone else rows_shared(teacher.ranks):
+            signal = teacher.problem.signal(teacher.network, batch, outputs, generator=generator)
         if self.check is not None:
             self.check(signal)
         return signal
@@ -198,47 +258,49 @@ class Teaching:
 
         It is zero in those that the outer loss does not read.
         """
-        assert self.layout is not None, "a direct term is of a teacher"
-        gradient = self._with_zeros(self._reached(path.direct_loss(), retain=True))
-        if self.is_sharded:
+        teacher = self.teacher
+        assert teacher.layout is not None, "a direct term is of a teacher"
+        gradient = teacher.with_zeros(teacher.reached(path.direct_loss(), retain=True))
+        if teacher.is_sharded:
             # Its backward pass averages over the ranks.
             return gradient
-        return {name: self.ranks.mean(g) for name, g in gradient.items()}
+        return {name: teacher.ranks.mean(g) for name, g in gradient.items()}
 
     def gradient(self, path: Path, feedback: Sequence[Feedback]) -> dict[str, Tensor]:
         """Return the gradient of −Σ h·signal in the teacher's weights, over all passes.
 
         Empty without a teacher.
         """
-        if self.layout is None:
+        teacher = self.teacher
+        if teacher.layout is None:
             return {}
         gradient: dict[str, Tensor] = {}
-        feedback_by_pass = self._by_pass(feedback)
-        for number, (teacher_pass, h) in enumerate(zip(self.passes, feedback_by_pass, strict=True)):
+        for teacher_pass, h in zip(self.passes, self._by_pass(feedback), strict=True):
             batch = teacher_pass.inner_batch
             if self.inner_batches.are_read_again:
-                step, part = divmod(number, self.passes_per_batch)
+                step, part = divmod(teacher_pass.number, teacher.passes_per_batch)
                 whole_batch = path.inner_batch(step)
-                batch = micro_batches(whole_batch, self.passes_per_batch, "inner")[part]
+                batch = micro_batches(whole_batch, teacher.passes_per_batch, "inner")[part]
             loss = h.teacher_loss(self.with_graph(teacher_pass, batch))
-            if self.is_sharded:
+            if teacher.is_sharded:
                 # The backward pass of a sharded network averages over the ranks.
-                loss = self.ranks.size * loss
-            gradient_of_pass = self._gradient_of(loss)
+                loss = teacher.ranks.size * loss
+            gradient_of_pass = teacher.gradient_of(loss)
             if gradient:
                 gradient = {name: gradient[name] + g for name, g in gradient_of_pass.items()}
             else:
                 gradient = gradient_of_pass
-        if self.is_sharded:
+        if teacher.is_sharded:
             return gradient
         # The backward pass of any other network stays with this rank.
-        return {name: self.ranks.sum(g) for name, g in gradient.items()}
+        return {name: teacher.ranks.sum(g) for name, g in gradient.items()}
 
-    def _by_pass(self, feedback: Sequence[Feedback]) -> list[Feedback]:
+    def _by_pass(self, feedback: Sequence[Feedback]) -> Sequence[Feedback]:
         """Return the feedback on the signal of each pass, from that of each student step."""
-        if self.passes_per_batch == 1:
-            return list(feedback)
-        return [part for of_step in feedback for part in of_step.chunks(self.passes_per_batch)]
+        parts = self.teacher.passes_per_batch
+        if parts == 1:
+            return feedback
+        return [part for of_step in feedback for part in of_step.chunks(parts)]
 
     def backward(
         self,
@@ -269,47 +331,33 @@ class Teaching:
         Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio``
         where both gradients were found.
         """
-        if self.layout is None:
+        teacher = self.teacher
+        if teacher.layout is None:
             return {}
-        parts = self.passes_per_batch
-        outer_parts = [self.outer_batch]
-        if parts > 1:
-            outer_parts = micro_batches(self.outer_batch, parts, "outer")
+        parts = teacher.passes_per_batch
         first_of_last_batch = len(self.passes) - parts
-        inner_parts = [of_part.inner_batch for of_part in self.passes[first_of_last_batch:]]
-        if parts > 1 and compares_parts:
-            with rows_shared(self.ranks):
-                refuse_other_than_means(
-                    self.network,
-                    self.losses,
-                    outer_parts,
-                    inner_parts,
-                    signals=[of_part.signal for of_part in self.passes[first_of_last_batch:]],
-                    step=self.step,
-                    ranks=self.ranks,
-                    device=self.device,
-                    parts=parts,
-                )
+        outer_parts = [self.outer_batch]
         shares: Sequence[Shares] = [{}]
-        if parts > 1 or not self.ranks.alone:
-            shares = shares_of_losses(
-                self.losses, outer_parts, inner_parts, self.ranks, self.device
-            )
-        compares = self.size.compares and has_feedback
-        measures = measure and has_feedback and bool(self.losses)
+        if parts > 1 or not teacher.ranks.alone:
+            outer_parts = micro_batches(self.outer_batch, parts, "outer")
+            last_passes = self.passes[first_of_last_batch:]
+            shares = self._shares(outer_parts, last_passes, compares_parts=compares_parts)
+        compares = has_feedback and self.size.compares
+        measures = has_feedback and measure and bool(self.losses)
 
         scalars: list[dict[str, Tensor]] = []
         feedback_gradient: dict[str, Tensor] = {}
         own_gradient: dict[str, Tensor] = {}
-        feedback_by_pass = self._by_pass(feedback)
-        for i, (teacher_pass, h) in enumerate(zip(self.passes, feedback_by_pass, strict=True)):
+        for i, (teacher_pass, h) in enumerate(
+            zip(self.passes, self._by_pass(feedback), strict=True)
+        ):
             signal = teacher_pass.signal
             if teacher_pass.random is not None:
                 signal = self.with_graph(teacher_pass, teacher_pass.inner_batch)
             feedback_loss = h.teacher_loss(signal)
-            if not self.ranks.alone:
+            if not teacher.ranks.alone:
                 # It is a sum over all rows, and its gradient is averaged over the ranks.
-                feedback_loss = self.ranks.size * feedback_loss
+                feedback_loss = teacher.ranks.size * feedback_loss
             if direct_loss is not None and i == len(self.passes) - 1:
                 # Without a graph it adds nothing to a gradient.
                 feedback_loss = feedback_loss + direct_loss()
@@ -327,50 +375,79 @@ class Teaching:
             if compares:
                 # The teacher's pass belongs to both graphs.
                 retain = own_loss is not None
-                add_to(feedback_gradient, self._reached(feedback_loss, retain=retain))
+                add_to(feedback_gradient, teacher.reached(feedback_loss, retain=retain))
                 if own_loss is not None:
-                    add_to(own_gradient, self._reached(own_loss))
+                    add_to(own_gradient, teacher.reached(own_loss))
                 continue
             loss = feedback_loss
             if self.size.weight != 1.0:
                 loss = self.size.weight * feedback_loss
-            if measures and loss.requires_grad:
-                add_to(feedback_gradient, self._reached(loss, retain=True))
+            if measures:
+                add_to(feedback_gradient, teacher.reached(loss, retain=True))
             if own_loss is not None:
                 loss = loss + own_loss
             if loss.requires_grad:
                 loss.backward()
         if compares:
-            scalars[-1] |= self._leave_sum(feedback_gradient, own_gradient, self.size)
+            scalars[-1] |= self._leave_sum(feedback_gradient, own_gradient)
         elif measures:
-            scalars[-1] |= self._measured_size(feedback_gradient, self.size)
+            scalars[-1] |= self._measured_size(feedback_gradient)
         means = scalars[0] if len(scalars) == 1 else mean_scalars(scalars)
-        if not self.ranks.alone:
-            means = self.ranks.mean_tree(means, means)
+        if not teacher.ranks.alone:
+            means = teacher.ranks.mean_tree(means, means)
         # The mean over the ranks is finite where all of them are: they refuse it together.
         checks.refuse_not_finite(NOT_FINITE, means["teacher_loss"])
         return means
 
+    def _shares(
+        self, outer_parts: list[Batch], passes: Sequence[TeacherPass], *, compares_parts: bool
+    ) -> Sequence[Shares]:
+        """Return the factors of the own losses on the micro-batches, by their places.
+
+        Args:
+            passes: the teacher's on the inner micro-batches.
+            compares_parts: refuse losses of which these are no means.
+        """
+        teacher = self.teacher
+        inner_parts = [of_part.inner_batch for of_part in passes]
+        parts = len(outer_parts)
+        if parts > 1 and compares_parts:
+            with rows_shared(teacher.ranks):
+                refuse_other_than_means(
+                    teacher.network,
+                    self.losses,
+                    outer_parts,
+                    inner_parts,
+                    signals=[of_part.signal for of_part in passes],
+                    step=self.step,
+                    ranks=teacher.ranks,
+                    device=teacher.device,
+                    parts=parts,
+                )
+        return shares_of_losses(
+            self.losses, outer_parts, inner_parts, teacher.ranks, teacher.device
+        )
+
     def _leave_sum(
-        self,
-        feedback_gradient: dict[str, Tensor],
-        own_gradient: dict[str, Tensor],
-        size: FeedbackSize,
+        self, feedback_gradient: dict[str, Tensor], own_gradient: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Leave λ G_h + G_own in ``.grad``, with the λ of a rule that compares the two.
 
         Returns: λ and the size of the feedback, for the report.
         """
-        if not self.ranks.alone:
-            feedback_gradient = self._over_ranks(feedback_gradient)
-            own_gradient = self._over_ranks(own_gradient)
-        feedback_norm = self._norm(feedback_gradient)
-        own_norm = self._norm(own_gradient)
-        weight = size.weight_for(feedback_norm, own_norm)
-        weighted = {name: weight.to(g.dtype) * g for name, g in feedback_gradient.items()}
+        teacher = self.teacher
+        if not teacher.ranks.alone:
+            feedback_gradient = teacher.over_ranks(feedback_gradient)
+            own_gradient = teacher.over_ranks(own_gradient)
+        feedback_norm = teacher.norm(feedback_gradient)
+        own_norm = teacher.norm(own_gradient)
+        weight = self.size.weight_for(feedback_norm, own_norm)
         whole_gradient = own_gradient
-        add_to(whole_gradient, weighted)
-        for name, p in self.parameters.items():
+        add_to(
+            whole_gradient,
+            {name: weight.to(g.dtype) * g for name, g in feedback_gradient.items()},
+        )
+        for name, p in teacher.parameters.items():
             p.grad = whole_gradient.get(name)
             # A backward pass would have called these on the whole gradient.
             if p.grad is not None:
@@ -381,22 +458,21 @@ class Teaching:
             "feedback_ratio": ratio_of(weight, feedback_norm, own_norm),
         }
 
-    def _measured_size(
-        self, feedback_gradient: dict[str, Tensor], size: FeedbackSize
-    ) -> dict[str, Tensor]:
+    def _measured_size(self, feedback_gradient: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return λ and the size of the feedback, for the report.
 
         Args:
             feedback_gradient: λ G_h; G_own is what is in ``.grad`` besides it.
         """
+        teacher = self.teacher
         own_gradient: dict[str, Tensor] = {
-            name: p.grad for name, p in self.parameters.items() if p.grad is not None
+            name: p.grad for name, p in teacher.parameters.items() if p.grad is not None
         }
         add_to(own_gradient, {name: -g for name, g in feedback_gradient.items()})
-        feedback_norm = self._norm(self._over_ranks(feedback_gradient))
-        own_norm = self._norm(self._over_ranks(own_gradient))
+        feedback_norm = teacher.norm(teacher.over_ranks(feedback_gradient))
+        own_norm = teacher.norm(teacher.over_ranks(own_gradient))
         return {
-            "feedback_weight": torch.full_like(own_norm, size.weight),
+            "feedback_weight": torch.full_like(own_norm, self.size.weight),
             "feedback_ratio": ratio_of(torch.ones_like(own_norm), feedback_norm, own_norm),
         }
 
@@ -405,7 +481,7 @@ class Teaching:
 
         The batches are not split.
         """
-        if self.layout is not None:
+        if self.passes:
             last_pass = self.passes[-1]
             self._own = self._own_loss(
                 self.outer_batch, last_pass.inner_batch, last_pass.signal, shares={}
@@ -415,9 +491,10 @@ class Teaching:
         self, outer_batch: Batch, inner_batch: Batch, signal: Signal, shares: Shares
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the sum of the teacher's own losses on a micro-batch, and its report's scalars."""
-        with NOTHING if self.ranks.alone else rows_shared(self.ranks):
+        teacher = self.teacher
+        with NOTHING if teacher.ranks.alone else rows_shared(teacher.ranks):
             terms = sum_of_terms(
-                self.network,
+                teacher.network,
                 self.losses,
                 kind="teacher loss",
                 shares=shares,
@@ -426,7 +503,7 @@ class Teaching:
                 inner=inner_batch,
                 signal=signal,
             )
-        values = [*terms.values()] or [torch.zeros((), device=self.device)]
+        values = [*terms.values()] or [torch.zeros((), device=teacher.device)]
         loss = values[0] if len(values) == 1 else torch.stack(values).sum()
         if not loss.requires_grad:
             checks.learns(loss, "teacher")
@@ -434,65 +511,6 @@ class Teaching:
         for name, term in terms.items():
             scalars[f"teacher_{name}"] = term.detach()
         return loss, scalars
-
-    def _over_ranks(self, gradient: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return a gradient as the mean over the ranks, which a sharded network's is already."""
-        if self.layout is None or self.layout.kind != "replicated":
-            return gradient
-        like: dict[str, Tensor] = dict(self.parameters)
-        return self.ranks.mean_tree(gradient, like)
-
-    def _norm(self, gradient: Tree) -> Tensor:
-        """Return the norm of a gradient over all processes that hold parts of it.
-
-        Of no gradient 0.
-        """
-        if self.layout is None or not gradient:
-            return torch.zeros((), device=self.device)
-        if self.is_sharded:
-            gradient = {name: local(g) for name, g in gradient.items()}
-        return self.layout.space.norm(gradient)
-
-    def _reached(self, loss: Tensor, *, retain: bool = False) -> dict[str, Tensor]:
-        """Return the gradient of a loss in the weights that it reaches.
-
-        It is that of this rank's rows, or the mean over the ranks of a sharded network, whose own
-        backward pass averages.
-
-        By a backward pass, since a part under ``torch.utils.checkpoint`` may run in no other way;
-        ``.grad`` stays as it is. Where the weights have hooks that a backward pass would call with
-        a part of the step's gradient, by ``torch.autograd.grad``. ``retain`` keeps the graph for
-        another pass.
-        """
-        if not loss.requires_grad:
-            return {}
-        weights = self.parameters
-        has_hooks = any(p._post_accumulate_grad_hooks for p in weights.values())
-        if self.is_sharded or not has_hooks:
-            return by_backward(loss, weights, retain=retain)
-        grads = torch.autograd.grad(
-            loss, list(weights.values()), retain_graph=retain, allow_unused=True
-        )
-        return {name: g for name, g in zip(weights, grads, strict=True) if g is not None}
-
-    def _gradient_of(self, loss: Tensor) -> dict[str, Tensor]:
-        """Return the gradient of a loss in all weights, with zeros where it reaches none.
-
-        No other leaf of the graph gets a gradient.
-        """
-        if not loss.requires_grad:
-            return self._with_zeros({})
-        if self.is_sharded:
-            return self._with_zeros(by_backward(loss, self.parameters))
-        grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
-        return dict(zip(self.parameters, grads, strict=True))
-
-    def _with_zeros(self, gradient: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a gradient in all weights, with zeros where it has no entry."""
-        whole: dict[str, Tensor] = {}
-        for name, p in self.parameters.items():
-            whole[name] = gradient[name] if name in gradient else torch.zeros_like(p)
-        return whole
 
 
 def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.core.order import Order, Orders
 from metapl.core.path import Look, Path
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
-from metapl.core.teacher import CallsOfSignal, Teaching
+from metapl.core.teacher import CallsOfSignal, Teacher, Teaching
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
@@ -367,19 +367,16 @@ class Differentiation:
         student = self.student
         ranks = self.of_student.ranks
         steps = len(self.inner_batches)
-        teaching = Teaching(
+        teacher = Teacher(
             self.of_teacher,
             self.problem,
-            check=partial(check_signal, mode=estimate, problem=self.problem, student_steps=steps),
-            generator=request.generator,
-            ranks=ranks,
-            device=self.device,
-            inner_batches=self.inner_batches,
+            ranks,
+            self.device,
+            self.slots[0],
             accumulate=request.accumulate,
             recompute=request.recompute_teacher,
-            slots=self.slots[0],
-            calls=request.calls,
         )
+        check = partial(check_signal, mode=estimate, problem=self.problem, student_steps=steps)
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
@@ -390,8 +387,7 @@ class Differentiation:
         with ExitStack() as stack:
             stack.enter_context(
                 restored(
-                    teaching.slots,
-                    student.slots,
+                    *self.slots,
                     device=self.device,
                     generator=request.generator,
                     always=True,
@@ -401,13 +397,21 @@ class Differentiation:
                 stack.enter_context(no_fast_path(math=True))
             if steps > 1:
                 stack.enter_context(deterministic(self.device))
+            teaching = Teaching(
+                teacher,
+                self.problem.outer_batch(request.outer),
+                self.inner_batches,
+                generator=request.generator,
+                check=check,
+                calls=request.calls,
+            )
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
             with step_bar(is_shown, steps, "steps") if is_shown else NOTHING as show_step:
                 path = Path(
                     student,
                     self.update,
                     problem=self.problem,
-                    outer_batch=self.problem.outer_batch(request.outer),
+                    outer_batch=teaching.outer_batch,
                     inner_batches=self.inner_batches,
                     teach=teaching,
                     order=order,

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from metapl.core.algorithm import Learned, learn
 from metapl.core.lookahead import InnerBatches
 from metapl.core.size import FeedbackSize
-from metapl.core.teacher import Teaching
+from metapl.core.teacher import Teacher, Teaching
 from metapl.engines.recorded import RecordedEngine, UpdateOfState
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
@@ -269,21 +269,16 @@ def taken_step(
     if rules.steps > 1:
         inner_batches = InnerBatches(list(inner), is_lookahead=True)
         noises = list(noise or [None] * rules.steps)
+    network = nn.Module() if rules.teacher is None else rules.teacher.network
+    teacher = Teacher(rules.teacher, rules.problem, student.ranks, rules.device, Slots(network))
     teaching = Teaching(
-        rules.teacher,
-        rules.problem,
-        check=None,
-        generator=None,
-        noises=noises,
-        ranks=student.ranks,
-        device=rules.device,
-        inner_batches=inner_batches,
-        accumulate=1,
-        recompute=False,
+        teacher,
+        rules.problem.outer_batch(outer),
+        inner_batches,
         losses=() if rules.teacher is None else rules.losses_for(inner_batches[-1]),
         size=rules.feedback_size,
-        outer_batch=rules.problem.outer_batch(outer),
         step=state.step,
+        noises=noises,
     )
     # Fused kernels of attention have no second derivative.
     with rules.autocast(), no_fast_path(math=True):
@@ -298,7 +293,7 @@ def taken_step(
         )
 
     # Line 8. What no loss reaches does not move, not even by weight decay.
-    gradient = {name: p.grad for name, p in teaching.parameters.items() if p.grad is not None}
+    gradient = {name: p.grad for name, p in teacher.parameters.items() if p.grad is not None}
     theta_T = state.teacher.params
     s_T = state.outer.state
     if rules.outer_update is not None and gradient:

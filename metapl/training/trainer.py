@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from metapl.core.lookahead import InnerBatches, require_batches
 from metapl.core.order import Order, Orders
 from metapl.core.path import Path
 from metapl.core.size import DEFAULT_BOUND, FeedbackSize
-from metapl.core.teacher import Teaching
+from metapl.core.teacher import Teacher, Teaching
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -93,15 +93,17 @@ class Standing:
 
     Args:
         student: as its engine runs it.
+        teacher: as its passes are taken.
         direct_term: as :attr:`BilevelTrainer.direct_term`.
         trained: the weights of the outer optimizer.
-        orders: of differentiation, by the number of student steps: those that a step may take.
+        orders: of differentiation, as the first step of so many student steps chose it.
     """
 
     student: EagerEngine
+    teacher: Teacher
     direct_term: Literal["", "included", "left out"]
     trained: Sequence[Tensor]
-    orders: dict[int, tuple[Order, ...]] = field(default_factory=dict)
+    orders: dict[int, Order | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,23 +119,22 @@ class Condition:
     steps: int = 0
 
 
-@dataclass(frozen=True)
-class OpenedStep:
+class OpenedStep(NamedTuple):
     """A step whose networks and batches were looked at, and not refused.
 
-    What is looked for at this door of the step is in :mod:`metapl.guards.door`.
-
     Args:
+        standing: what it has in common with the steps before.
+        condition: in which the networks are.
         outer_batch: as it was given, before the problem reads it.
         inner_batches: one for each step of the student.
-        condition: in which the networks are.
         look: looks at the graphs of both losses; None: they were looked at in this condition
             before.
     """
 
+    standing: Standing
+    condition: Condition
     outer_batch: Batch
     inner_batches: InnerBatches
-    condition: Condition
     look: FirstLook | None
 
 
@@ -426,43 +427,64 @@ class BilevelTrainer(Trainer):
         """
         require_batches(outer, inner)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
-        opened = self._open_step(outer, inner_batches)
+        condition, look = self._open_step(outer, inner_batches)
         if self.compiled_step is not None:
             report = self.compiled_step(self, plain(outer), inner_batches)
-            opened.condition.steps += 1
+            condition.steps += 1
             return report
         steps = len(inner_batches)
         if steps != self.lookahead:
             check_mode(self.mode, steps, self.problem, self.layout)
         standing = self._standing or self._stand()
-        if steps not in standing.orders:
-            standing.orders[steps] = self.mode.orders(steps, self.problem, standing.student)
         standing.student.begin()
-        candidates = standing.orders[steps]
-        take_in_order = partial(self._step_in_order, opened=opened, standing=standing)
+        opened = OpenedStep(standing, condition, outer, inner_batches, look)
         try:
-            return self.orders.take(candidates, take_in_order, begin_again=self._reshard)
+            if steps in standing.orders:
+                return self._step_in_order(standing.orders[steps], is_tried=False, opened=opened)
+            candidates = self.mode.orders(steps, self.problem, standing.student)
+            report = self.orders.take(
+                candidates,
+                partial(self._step_in_order, opened=opened),
+                begin_again=self._reshard,
+            )
         except MissingDerivative as error:
             expected = in_place_of(self.mode, steps, self.problem, wrt=())
             raise MissingDerivative(error.what, expected) from error
+        standing.orders[steps] = self.orders.chosen(candidates)
+        return report
 
     def _stand(self) -> Standing:
         """Find out what the steps have in common while the networks stay as they are."""
-        trained = [] if self.outer_optimizer is None else parameters_of(self.outer_optimizer)
+        teacher_slots, student_slots = self.slots
         student = self._engine_type(
             self.layout,
-            self.slots[1],
+            student_slots,
             double_backward=self.mode.keep_graph,
             parts=self.accumulate,
         )
-        self._standing = Standing(student, direct_term=self.direct_term, trained=trained)
+        teacher = Teacher(
+            self.teacher_layout,
+            self.problem,
+            self.ranks,
+            self.device,
+            teacher_slots,
+            accumulate=self.accumulate,
+            recompute=self.recompute_teacher,
+        )
+        trained = [] if self.outer_optimizer is None else parameters_of(self.outer_optimizer)
+        self._standing = Standing(student, teacher, self.direct_term, trained)
         return self._standing
 
-    def _open_step(self, outer_batch: Batch, inner_batches: InnerBatches) -> OpenedStep:
+    def _open_step(
+        self, outer_batch: Batch, inner_batches: InnerBatches
+    ) -> tuple[Condition, FirstLook | None]:
         """Read the networks' tables as they are now, and refuse what no step can be taken with.
 
         Networks are verified on these batches where that is due. Where they are met for the first
         time, what may carry a gradient past the signal is refused.
+
+        Returns: the condition of the networks, and what looks at the graphs of both losses; None:
+        they were looked at in this condition before.
         """
         for layout in self.distributed:
             layout.begin_step()
@@ -477,21 +499,17 @@ class BilevelTrainer(Trainer):
             self.tell_evaluation(self._warn)
             look = look_at_step(self, outer_batch, inner_batches)
         verification = self.verification
-        is_verified = condition.fingerprint in verification.verified_marks
         # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
-        if verification.setting and (verification.every or not is_verified):
+        if verification.setting and (
+            verification.every or condition.fingerprint not in verification.verified_marks
+        ):
             graphs_were_looked_at = verification.before(
                 self, outer_batch, inner_batches, mark=condition.fingerprint
             )
             # It took a step on these batches, and looked at its graphs as the first look would.
             if graphs_were_looked_at:
                 look = None
-        return OpenedStep(
-            outer_batch=outer_batch,
-            inner_batches=inner_batches,
-            condition=condition,
-            look=look,
-        )
+        return condition, look
 
     def _find_condition(self) -> Condition:
         """Return the condition of networks that have changed, or refuse one that no step takes."""
@@ -506,12 +524,7 @@ class BilevelTrainer(Trainer):
         return self._condition
 
     def _step_in_order(
-        self,
-        order: Order | None,
-        is_tried: bool,
-        *,
-        opened: OpenedStep,
-        standing: Standing,
+        self, order: Order | None, is_tried: bool, *, opened: OpenedStep
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order.
 
@@ -525,51 +538,38 @@ class BilevelTrainer(Trainer):
             order: None, where there is nothing to choose.
             is_tried: whether the order is being chosen, by whether this step runs in it.
             opened: the step.
-            standing: what it has in common with the steps before.
         """
+        standing, condition, outer_batch, inner_batches, look = opened
         mode = self.mode
         student = standing.student
-        inner_batches = opened.inner_batches
         # Both in the step that tries the order: the student switches the first off itself, after
         # the first graph that it has looked at, and the second stays for the whole step.
         student.inspects_graph = is_tried
         student.chooses_order = is_tried
         # The update is of the weights that are learned now: layers may have been thawed.
         self.update.follow(student.parameters)
-        check = calls = None
-        # In the second step too: a mean teacher that begins as the teacher does not move before.
-        if opened.condition.steps < 2:
-            from metapl.guards.calls_of_signal import KeptBySignal
-
-            check = partial(
-                check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
-            )
-            calls = KeptBySignal(self.problem, self.slots[0].module)
         teaching = Teaching(
-            layout=self.teacher_layout,
-            problem=self.problem,
-            check=check,
+            standing.teacher,
+            self.problem.outer_batch(outer_batch),
+            inner_batches,
             generator=self.generator,
-            ranks=self.ranks,
-            device=self.device,
-            inner_batches=inner_batches,
-            accumulate=self.accumulate,
-            recompute=self.recompute_teacher,
-            slots=self.slots[0],
-            calls=calls,
             losses=self._losses_for(inner_batches[-1]),
             size=self.feedback_size,
-            outer_batch=self.problem.outer_batch(opened.outer_batch),
             step=self.steps_done,
         )
+        # In the second step too: a mean teacher that begins as the teacher does not move before.
+        if condition.steps < 2:
+            from metapl.guards.calls_of_signal import KeptBySignal
+
+            teaching.check = partial(
+                check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
+            )
+            teaching.calls = KeptBySignal(self.problem, standing.teacher.network)
         # Fused attention has no second derivative, which a kept graph of g needs.
         needs_second_derivatives = mode.keep_graph or order == "graph"
         kernels = no_fast_path(math=True) if needs_second_derivatives else NOTHING
         with restored(
-            *self.slots,
-            device=self.device,
-            trained=standing.trained,
-            generator=self.generator,
+            *self.slots, device=self.device, trained=standing.trained, generator=self.generator
         ) as fault:
             with self._autocast(), kernels:
                 learned = learn(
@@ -582,8 +582,8 @@ class BilevelTrainer(Trainer):
                     is_tried=is_tried,
                     direct_term=standing.direct_term,
                     measure=self.measures_feedback,
-                    compares_parts=bool(self.verification.setting) and opened.condition.steps == 0,
-                    look=opened.look,
+                    compares_parts=bool(self.verification.setting) and condition.steps == 0,
+                    look=look,
                     keep=mode.keeping,
                 )
                 last_step = learned.path.steps[-1]
@@ -598,8 +598,8 @@ class BilevelTrainer(Trainer):
                     order=order or "",
                     direct_term=standing.direct_term,
                 )
-            if opened.look is not None:
-                opened.look.at_batches()
+            if look is not None:
+                look.at_batches()
             # The gradients are averaged over the processes, and clipped.
             is_averaged_or_clipped = self.clip_norm is not None or not self.ranks.alone
             if self.teacher_layout is not None and is_averaged_or_clipped:
@@ -615,7 +615,7 @@ class BilevelTrainer(Trainer):
                 layout.agree_on_buffers()
             self.mode_state = learned.mode_state
             self.steps_done += 1
-            opened.condition.steps += 1
+            condition.steps += 1
             return report
 
     def _reshard(self) -> None:
@@ -933,6 +933,8 @@ class BilevelTrainer(Trainer):
         self.steps_done = state["steps_done"]
         self.verification.load_state_dict(state["verification"])
         self.orders.load_state_dict(state["orders"])
+        # It has the orders of before.
+        self._standing = None
 
     # --------------------------------------------------------------------- finetuning and gradients
 
