@@ -111,6 +111,7 @@ class InnerStep:
     outputs: Tensor = field(init=False)
     inner_loss: Tensor = field(init=False)
     gradient: Tree = field(init=False)
+    _new_params: Tree | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.student = self.descent.student
@@ -133,7 +134,7 @@ class InnerStep:
         self.state = None
         self._read()
         vars(self).pop("updated", None)
-        vars(self).pop("new_params", None)
+        self._new_params = None
 
     def recompute(self, params: Tree, state: Any, inner_batch: Batch = None) -> None:
         """Give a forgotten step its θ, g, s and its batch again.
@@ -203,17 +204,20 @@ class InnerStep:
         with_graphs: tuple[Tree, Any] = pytree.tree_map(with_graph, updated, in_float64)
         return with_graphs
 
-    @cached_property
+    @property
     def new_params(self) -> Tree:
         """θ′, without a graph, and without s′, which one step of the student never reads."""
+        if self._new_params is not None:
+            return self._new_params
         has_graph = self.student.double_backward
         if self.by_optimizer or has_graph:
             params, _ = self.updated
         else:
             params, _ = self.update.update(self.params, self.descent.gradient, self.state)
-        if not has_graph:
-            return params
-        return {name: p.detach() for name, p in params.items()}
+        if has_graph:
+            params = {name: p.detach() for name, p in params.items()}
+        self._new_params = params
+        return params
 
     def tangent(self, w: Tree) -> Tensor:
         """Return ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""

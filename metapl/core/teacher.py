@@ -19,7 +19,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
-from metapl.execution.numerics import Tree, no_fast_path
+from metapl.execution.numerics import Tree, add_to, no_fast_path
 from metapl.execution.ranks import NOTHING, Ranks, rows_shared
 from metapl.execution.shards import by_backward, local
 from metapl.execution.state import RandomState, Slots, State, replay
@@ -511,15 +511,6 @@ class Teaching:
         for name, term in terms.items():
             scalars[f"teacher_{name}"] = term.detach()
         return loss, scalars
-
-
-def add_to(sums: dict[str, Tensor], gradient: Mapping[str, Tensor]) -> None:
-    """Add a gradient to sums by parameter, in place."""
-    for name, g in gradient.items():
-        if name in sums:
-            # Either may be sparse, as the gradient of an embedding is; torch adds it last.
-            g = g + sums[name] if sums[name].is_sparse else sums[name] + g
-        sums[name] = g
 
 
 def mean_scalars(scalars: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

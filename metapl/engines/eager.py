@@ -37,7 +37,7 @@ from metapl.execution.numerics import (
     HALF,
     MissingDerivative,
     Tree,
-    TreeSum,
+    add_to,
     asks_for_gradient,
     dual_numbers,
     full_float32,
@@ -178,43 +178,42 @@ class EagerEngine:
         # The weights require a gradient also where none is taken: a forward may ask.
         leaves = self.as_leaves(params)
         values: list[Weighted] = []
-        gradients = TreeSum()
+        total: Tree = {}
         # The backward pass belongs into the block: checkpoints run the student again in it.
         with (
             NOTHING if gradient else no_fast_path(),
             self.at_weights(leaves, start, state=self.slots),
         ):
-            outputs_have_graph = False
             for inputs, batch in batches:
                 outputs = self.forward(inputs)
-                outputs_have_graph = outputs.requires_grad
                 value, weight = sum_and_weight(judge(outputs, batch))
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
                     look(value, [*leaves.values()], judged_again)
-                if gradient:
-                    # Before the backward pass, which would else run beside the gradient of the
-                    # micro-batch before.
-                    of_batch: Tree = {}
-                    if value.requires_grad:
-                        _, of_batch = self.gradient(value, leaves)
-                    gradients.add(of_batch)
+                if gradient and value.requires_grad:
+                    _, of_batch = self.gradient(value, leaves)
+                    add_to(total, of_batch)
                 values.append((value.detach(), weight))
-        if len(values) == 1 and not isinstance(weight, Tensor) and self.ranks.alone:
+        if len(values) > 1 or isinstance(weight, Tensor) or not self.ranks.alone:
+            mean, weight = self.mean_of_all(values)
+        else:
             # The usual case, in which there is nothing to add up and to divide.
             mean = values[0][0]
-        else:
-            mean, weight = self.mean_of_all(values)
         if not gradient:
             return mean, {}
-        if not gradients.total:
-            if outputs_have_graph:
+        if not total:
+            if outputs.requires_grad:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError(
                 "the outer loss has no gradient in the student; expected one of its undetached "
                 "outputs."
             )
-        return mean, _gradient_of_mean(gradients, weight, leaves=leaves)
+        if len(total) < len(leaves):
+            zeros = {name: torch.zeros_like(p) for name, p in leaves.items() if name not in total}
+            total = {name: total[name] if name in total else zeros[name] for name in leaves}
+        if len(values) > 1 or isinstance(weight, Tensor):
+            total = _mean_gradient(total, weight, count=len(values))
+        return mean, total
 
     def losses(
         self,
@@ -326,7 +325,9 @@ class EagerEngine:
             state: of which the student has fresh copies.
             upcast: have these in float32 or wider.
         """
-        slots = [*self.slots_of(params), *self.slots.in_formulas()]
+        slots = self.slots_of(params)
+        if self.slots.formulas:
+            slots += self.slots.in_formulas()
         return replay(random, state, slots=slots, upcast=upcast)
 
     def along(
@@ -787,17 +788,16 @@ class EagerDescent:
 EagerEngine.descent_type = EagerDescent
 
 
-def _gradient_of_mean(gradients: TreeSum, weight: Tensor | float, leaves: Tree) -> Tree:
-    """Return the gradient of a loss over micro-batches, with zeros for weights without one.
+def _mean_gradient(total: Tree, weight: Tensor | float, count: int) -> Tree:
+    """Return the gradient of a loss over micro-batches from the sum of theirs.
 
     Args:
-        gradients: those of each micro-batch, means over the ranks.
+        total: of the gradients of each micro-batch, means over the ranks.
         weight: the second value of :meth:`EagerEngine.mean_of_all`; a number for losses that are
             means themselves.
+        count: the number of micro-batches.
     """
-    v = gradients.mean()
-    if len(v) < len(leaves):
-        v = {name: v[name] if name in v else torch.zeros_like(p) for name, p in leaves.items()}
+    v = {name: t / count for name, t in total.items()} if count > 1 else total
     if isinstance(weight, Tensor):
         # Each gradient is of a sum over rows, so that the gradient of the loss is the sum of them
         # over the weight. The mean has divided that sum by the number of micro-batches, which the
@@ -805,7 +805,7 @@ def _gradient_of_mean(gradients: TreeSum, weight: Tensor | float, leaves: Tree) 
         # ranks, whose number cancels. A loss that is a mean itself has a weight in a tensor there
         # too, the mean number of micro-batches, so that the factor is 1 where the ranks have
         # equally many.
-        factor = gradients.count / weight
+        factor = count / weight
         v = {name: factor * t for name, t in v.items()}
     return v
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
@@ -141,6 +141,15 @@ class Space:
 WHOLE = Space()
 
 
+def add_to(sums: Tree, tree: Mapping[str, Tensor]) -> None:
+    """Add a tree to sums by parameter; one that the sums lack counts as zero there."""
+    for name, t in tree.items():
+        if name in sums:
+            # Either may be sparse, as the gradient of an embedding is; torch adds it last.
+            t = t + sums[name] if sums[name].is_sparse else sums[name] + t
+        sums[name] = t
+
+
 class TreeSum:
     """A sum of trees, of which no more than the sum is held.
 
@@ -159,8 +168,7 @@ class TreeSum:
 
     def add(self, tree: Tree) -> None:
         self.count += 1
-        for name, t in tree.items():
-            self.total[name] = self.total[name] + t if name in self.total else t
+        add_to(self.total, tree)
 
     def mean(self) -> Tree:
         """Return the mean of the trees; of one tree the tree itself."""

@@ -103,10 +103,8 @@ class RandomState(NamedTuple):
         fixed = _branch.get()
         if fixed is not None:
             return fixed
-        digest = hashlib.blake2b(self.cpu.numpy().data, digest_size=8)
-        if self.accelerator is not None:
-            digest.update(self.accelerator.numpy().data)
-        return _seeded(digest.digest(), self.device, has_accelerator=self.accelerator is not None)
+        states = [t.numpy().tobytes() for t in (self.cpu, self.accelerator) if t is not None]
+        return _branch_of(self.device, *states)
 
     def equals(self, other: RandomState) -> bool:
         """Return whether two states of the same generators are equal."""
@@ -139,13 +137,17 @@ class OneStream(RandomState):
 
 # Where nothing draws, every step begins in the same state, and branches to the same stream.
 @lru_cache(maxsize=4)
-def _seeded(digest: bytes, device: torch.device, *, has_accelerator: bool) -> RandomState:
-    """Return the state of torch's generators that are seeded by 8 bytes."""
+def _branch_of(device: torch.device, *states: bytes) -> RandomState:
+    """Return the state of torch's generators that are seeded by a digest of these states.
+
+    The first is the host's, the second the accelerator's where the device is one.
+    """
+    digest = hashlib.blake2b(b"".join(states), digest_size=8).digest()
     # Every generator takes a seed of 63 bits.
     seed = int.from_bytes(digest, "little") >> 1
     cpu = torch.Generator().manual_seed(seed).get_state()
     accelerator = None
-    if has_accelerator:
+    if len(states) > 1:
         accelerator = torch.Generator(device).manual_seed(seed).get_state()
     return RandomState(device, cpu, accelerator=accelerator)
 
@@ -424,7 +426,8 @@ def replay(
         yield
     finally:
         put_back(slots, held_before)
-        put_contents(contents_before)
+        if contents_before:
+            put_contents(contents_before)
         caller_state.restore()
 
 

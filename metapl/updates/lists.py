@@ -53,8 +53,11 @@ def add_and_mul(*factors: Any) -> tuple[Any, Any]:
 
     They are PyTorch's own fused ones where no factor is a tensor and no transform runs.
     """
-    if transformed() or any(isinstance(factor, Tensor) for factor in factors):
+    if transformed():
         return add, mul
+    for factor in factors:
+        if isinstance(factor, Tensor):
+            return add, mul
     return torch._foreach_add, torch._foreach_mul
 
 

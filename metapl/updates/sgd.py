@@ -98,8 +98,7 @@ class SGD(TorchUpdate):
                 is_first = [state[name].get(BUFFER) is None for name in names]
                 if not all(is_first):
                     factors = [first if is_new else later for is_new in is_first]
-            _, mul_lists = add_and_mul(factors)
-            w.update(zip(names, mul_lists(v_list, factors), strict=True))
+            w.update(zip(names, mul(v_list, factors), strict=True))
         return {name: w[name] for name in grads}
 
     def vjp(

@@ -260,7 +260,8 @@ class TorchUpdate(Update):
         compute_step: Callable[[], tuple[Tree, Any]],
     ) -> None:
         # A leftover gradient of a frozen parameter must not move it.
-        self._clear_gradients()
+        for p in self._optimized:
+            p.grad = None
         try:
             for name, g in grads.items():
                 if self._is_sharded:
@@ -269,11 +270,8 @@ class TorchUpdate(Update):
                     parameters[name].grad = g
             self.optimizer.step()
         finally:
-            self._clear_gradients()
-
-    def _clear_gradients(self) -> None:
-        for p in self._optimized:
-            p.grad = None
+            for p in self._optimized:
+                p.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
