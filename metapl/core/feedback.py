@@ -65,10 +65,15 @@ class Feedback:
         if self.part is None:
             return self.h.new_zeros(())
         fields = signal.fields()
-        if any(h.ndim and h.shape != fields[name].shape for name, h in self.by_field().items()):
-            shapes = {name: (h.shape, fields[name].shape) for name, h in self.by_field().items()}
-            raise MetaplError(f"h and the signal differ in shape; expected the same: {shapes}.")
-        terms = [(-h * fields[name]).sum() for name, h in self.by_field().items()]
+        terms = []
+        for name, h in self.by_field().items():
+            field = fields[name]
+            if h.ndim and h.shape != field.shape:
+                raise MetaplError(
+                    f"h and the signal differ in shape; expected the same: {name!r} has "
+                    f"{tuple(h.shape)} and {tuple(field.shape)}."
+                )
+            terms.append((-h * field).sum())
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         return total if self.mean_over == 1 else total / self.mean_over
 

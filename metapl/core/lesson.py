@@ -131,7 +131,7 @@ def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
     if of == "example":
         assert signal.log_prob is not None, "the mode takes sampled labels"
         return {"factors": torch.ones_like(signal.log_prob)}
-    if not signal.sampled:
+    if signal.log_prob is None:
         return signal.differentiable()
     if signal.probs is None:
         raise MetaplError(

@@ -229,15 +229,16 @@ def class_labels(
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
         expected = "int64, one class index per example, (batch,)"
         raise unexpected(f"{subject} are", labels, expected)
+    is_read_later = waits(labels)
     # Where operations are recorded, the check is one of them.
     if labels.numel() and _interpreters() is None and not torch.compiler.is_compiling():
         low, high = labels.aminmax()
         # On a device the two are not read here, and the check is kept for the report.
-        if waits(labels) or int(low) < 0 or int(high) >= classes:
+        if is_read_later or int(low) < 0 or int(high) >= classes:
             reason = reason or f"the networks have {classes} classes"
             text = f"{subject} reach outside 0..{classes - 1}; {reason}: expected 0..{classes - 1}."
             refuse((low < 0) | (high >= classes), text)
-    return safe_labels(labels, classes)
+    return safe_labels(labels, classes) if is_read_later else labels
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:

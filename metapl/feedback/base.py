@@ -269,8 +269,6 @@ class Estimator(ABC):
         self, path: StudentPath, state: State, rank: int = 0
     ) -> tuple[list[Feedback], State]:
         """Return :meth:`feedback`, with draws by the key in the state, and the next state."""
-        if not self.draws:
-            return self.feedback(path, state)
         from metapl.core.draws import Draws, next_key
 
         rest = dict(state)
@@ -288,7 +286,10 @@ class Estimator(ABC):
         """
         try:
             # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
-            feedback, state = self.drawn_feedback(path, state, path.student.ranks.rank)
+            if self.draws:
+                feedback, state = self.drawn_feedback(path, state, path.student.ranks.rank)
+            else:
+                feedback, state = self.feedback(path, state)
         except MetaplError as error:
             # What is computed from a NaN is NaN, and the checks on the way would name causes of
             # their own.
@@ -300,14 +301,17 @@ class Estimator(ABC):
             refuse_not_finite_feedback(feedback, path)
         ranks = path.student.ranks
         with NOTHING if ranks.alone else ranks.agreed():
-            if not any(of_step.used for of_step in feedback):
+            numbers = [path.inner_loss, *path.known_outer_losses.values()]
+            is_used = False
+            for of_step in feedback:
+                is_used = is_used or of_step.used
+                for h in (of_step.h, *of_step.others.values()):
+                    numbers.append(h.sum() if h.ndim else h)
+            if not is_used:
                 raise MetaplError(
                     f"the inner loss of {kind_of(path.problem)} does not depend on its signal; "
                     "expected one that does, without detach() or argmax, or mode='none'."
                 )
-            numbers = [path.inner_loss, *path.known_outer_losses.values()]
-            for of_step in feedback:
-                numbers += [h.sum() if h.ndim else h for h in (of_step.h, *of_step.others.values())]
             try:
                 checks.refuse_not_finite(NOT_FINITE, *numbers)
             except MetaplError as error:
@@ -457,23 +461,21 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
     signal = step.signal
     # The derivative at the one-hot rows of sampled labels is one in their distribution.
     part = "probs" if signal.sampled else "value"
-    gradients_by_field: dict[str, Tensor | None] = {}
+    h: dict[str, Tensor] = {}
     for name, g in gradients.items():
-        field_of_signal = part if name == "value" else name
-        gradients_by_field[field_of_signal] = g
-    h = {name: -g for name, g in gradients_by_field.items() if g is not None}
+        if g is not None:
+            h[part if name == "value" else name] = -g
     is_used = len(h) > 0
     # The fields that make up the signal's value: one, or of a dict those of its entries that are
     # credited. The signal's other fields, such as log_prob, are not among them.
+    value_fields = [part]
     if isinstance(signal.value, dict):
         names = [field_name(key) for key in signal.value]
-        value_fields = [name for name in names if name in gradients_by_field]
-    else:
-        value_fields = [part]
+        value_fields = [name for name in names if name in gradients]
     for name in value_fields:
         # A zero for what is not used, so that the feedback has the shape of the signal.
         if name not in h:
             h[name] = torch.zeros_like(signal.fields()[name])
     first = value_fields[0]
-    others = {name: t for name, t in h.items() if name != first}
-    return Feedback(h[first], first, others, used=is_used)
+    h_of_first = h.pop(first)
+    return Feedback(h_of_first, first, h, used=is_used)

@@ -184,5 +184,9 @@ class Forward(Estimator):
                 h = exact_feedback(step, w)
             else:
                 h = feedback_from(step, gradients)
-            feedback.append(h.divided_by(divisor(self.normalization, step, w)))
-        return padded(feedback[::-1], path), state
+            if self.normalization != "gradient":
+                h = h.divided_by(divisor(self.normalization, step, w))
+            feedback.append(h)
+        if len(feedback) < len(path.steps):
+            return padded(feedback[::-1], path), state
+        return feedback[::-1], state

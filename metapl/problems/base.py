@@ -67,7 +67,7 @@ class Signal:
 
         There are none if ``value`` was sampled.
         """
-        if self.sampled:
+        if self.log_prob is not None:
             return {}
         return {name: t for name, t in self.fields().items() if t.is_floating_point()}
 
