@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from metapl.core.lesson import GraphLook, Lesson
+from metapl.core.lesson import Ask, GraphLook, Lesson
 from metapl.execution.batch import Batch, Inputs
 from metapl.execution.layout import Capability
 from metapl.execution.numerics import Space, Tree
@@ -167,7 +167,7 @@ class Engine(Protocol):
     chooses_order: bool
     compares_gradients: bool
 
-    def descend(self, params: Tree, lesson: Lesson) -> Descent:
+    def descend(self, params: Tree, lesson: Lesson, ask: Ask) -> Descent:
         """Run the student on a lesson, at weights θ, up to g: Algorithm 1, lines 2 and 3.
 
         Buffers and generators advance as in training.

@@ -43,13 +43,12 @@ GraphLook = Callable[[Tensor, Sequence[Tensor], Callable[[], Tensor]], None]
 
 @dataclass(frozen=True)
 class Lesson:
-    """An inner batch, and who says what about it.
+    """An inner batch, and how the student learns from what the teacher says about it.
 
     Args:
         problem: makes the student's input and its loss.
         batch: x, or (weak, strong), ...; None: it was dropped, to be read again.
         outer_batch: that of the outer loss, which the problem checks outputs with.
-        ask: asks the teacher.
         credits: what gets the feedback.
         graph: which graph g keeps.
         is_readable: whether this process holds the weights whole, so that a loss may read them.
@@ -59,7 +58,6 @@ class Lesson:
     problem: BilevelProblem
     batch: Batch
     outer_batch: Batch
-    ask: Ask
     credits: Credited = "signal"
     graph: Graph = "none"
     is_readable: bool = True

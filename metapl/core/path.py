@@ -244,7 +244,7 @@ class Path(Drawing):
         if not ranks.alone:
             ranks.equal(length(batch), "the inner batch")
         graph: Graph = "none"
-        if student.double_backward:
+        if student.double_backward or student.returns_state:
             graph = "path"
         elif self.order == "graph" and number == self._first_differentiated(self.truncate):
             graph = "credited"
@@ -258,7 +258,6 @@ class Path(Drawing):
             problem=self.problem,
             batch=batch,
             outer_batch=self.outer_batch,
-            ask=self._ask_teacher,
             credits=self.credits,
             graph=graph,
             is_readable=student.has_whole_weights,
@@ -266,7 +265,7 @@ class Path(Drawing):
         )
         return InnerStep(
             update=self.updates[number] if self.updates else self.update,
-            descent=student.descend(params, lesson),
+            descent=student.descend(params, lesson, self._ask_teacher),
             state=state,
             by_optimizer=has_several or student.returns_state,
             digest=digest(batch) if is_read_again else None,

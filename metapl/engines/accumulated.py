@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metapl.core.engine import Derivatives, Descent, Engine
-from metapl.core.lesson import Lesson
+from metapl.core.lesson import Ask, Lesson
 from metapl.execution.batch import Batch, joined, micro_batches
 from metapl.execution.numerics import Tree, TreeSum, mean_of_scalars
 from metapl.problems.base import Signal, joined_signals
@@ -43,13 +43,16 @@ class AccumulatedDescent:
         student: whose passes they are.
         params: θ.
         lesson: what the student is taught.
+        ask: asks the teacher about a micro-batch.
         run: runs the student on the lesson of a micro-batch.
 
     Attributes:
         passes: one for each micro-batch.
     """
 
-    def __init__(self, student: Engine, params: Tree, lesson: Lesson, run: Run) -> None:
+    def __init__(
+        self, student: Engine, params: Tree, lesson: Lesson, *, ask: Ask, run: Run
+    ) -> None:
         self.student = student
         self.lesson = lesson
         self.parts = student.parts
@@ -58,7 +61,7 @@ class AccumulatedDescent:
         signals: list[Signal] = []
         if lesson.asks_first:
             asked = [lesson] if lesson.problem.signal_of_batch else lessons
-            answers = [part.ask(part.batch, None) for part in asked]
+            answers = [ask(part.batch, None) for part in asked]
             self.signal = lesson.heard(joined_signals(answers))
             signals = self.signal.chunks(self.parts)
         gradients = TreeSum()
@@ -67,7 +70,7 @@ class AccumulatedDescent:
             inner_pass = run(params, part, signals[i] if lesson.asks_first else None)
             self.passes.append(inner_pass)
             if not lesson.asks_first:
-                signals.append(part.ask(part.batch, inner_pass.outputs))
+                signals.append(ask(part.batch, inner_pass.outputs))
             if not is_path:
                 # At once, so that there is one graph at a time.
                 inner_pass.learn(signals[i])

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from metapl.core.lesson import GraphLook, Lesson, Loss, SignalInput, credited, plain_leaves
+from metapl.core.lesson import Ask, GraphLook, Lesson, Loss, SignalInput, credited, plain_leaves
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, map_tensors, returned_by
@@ -130,22 +130,26 @@ class EagerEngine:
 
     # ----------------------------------------------------------------------------- inner passes
 
-    def descend(self, params: Tree, lesson: Lesson) -> Descent:
+    def descend(self, params: Tree, lesson: Lesson, ask: Ask) -> Descent:
         """Run the student on a lesson, at weights θ, up to g: Algorithm 1, lines 2 and 3.
 
         Buffers and generators advance as in training.
+
+        Args:
+            ask: asks the teacher.
         """
         if self.parts > 1:
             from metapl.engines.accumulated import AccumulatedDescent
 
-            return AccumulatedDescent(self, params, lesson, run=partial(self.descent_type, self))
+            run = partial(self.descent_type, self)
+            return AccumulatedDescent(self, params, lesson, ask=ask, run=run)
         # Line 2: ŷ ~ T(x), or the soft label.
         signal = None
         if lesson.asks_first:
-            signal = lesson.heard(lesson.ask(lesson.batch, None))
+            signal = lesson.heard(ask(lesson.batch, None))
         inner_pass = self.descent_type(self, params, lesson, signal)
         if signal is None:
-            signal = lesson.heard(lesson.ask(lesson.batch, inner_pass.outputs))
+            signal = lesson.heard(ask(lesson.batch, inner_pass.outputs))
         # Line 3: g = ∇ (1/B) Σ ℓ_i(z, signal).
         inner_pass.learn(signal)
         return inner_pass

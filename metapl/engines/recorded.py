@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from metapl.core.lesson import Lesson, credited
+from metapl.core.lesson import credited
 from metapl.engines.eager import EagerDescent, EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution import checks
@@ -28,7 +27,7 @@ from metapl.updates import Options, Update
 from metapl.updates.base import OptimizerState, Parameters
 
 if TYPE_CHECKING:
-    from metapl.core.engine import Derivatives, Descent, MicroBatches, OuterLossOf
+    from metapl.core.engine import Derivatives, MicroBatches, OuterLossOf
 
 
 class RecordedDescent(EagerDescent):
@@ -124,9 +123,6 @@ class RecordedEngine(EagerEngine):
 
     descent_type = RecordedDescent
     returns_state = True
-
-    def descend(self, params: Tree, lesson: Lesson) -> Descent:
-        return super().descend(params, replace(lesson, graph="path"))
 
     def gradient(
         self, value: Tensor, leaves: Tree, *, create_graph: bool = False

@@ -231,10 +231,10 @@ class TrainingStep:
                     asked.append(signal)
                     return signal.detached()
 
-                lesson = Lesson(rules.problem, lecture.batch, lecture.outer, ask)
+                lesson = Lesson(rules.problem, lecture.batch, lecture.outer, graph="path")
                 # θ is what the module holds, so that checkpoints run again at the same leaves.
                 student.params = {**student.parameters}
-                descent = student.descend(student.params, lesson)
+                descent = student.descend(student.params, lesson, ask)
                 yield BegunStep(
                     step=InnerStep(update, descent, carry.optimizer),
                     signal=asked[-1],

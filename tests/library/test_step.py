@@ -7,6 +7,7 @@ meet.
 from __future__ import annotations
 
 import copy
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -584,3 +585,19 @@ def test_what_changes_between_steps_is_seen(change: str, mode: Any) -> None:
         return [report.feedback, *stepping.student.state_dict().values(), *weights_of_teacher]
 
     assert same(tensors_after_step(trainer), tensors_after_step(new_trainer))
+
+
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "none", *SAMPLED])
+def test_a_step_is_freed_when_it_ends(mode: str) -> None:
+    """No cycle holds its tensors and graphs until the garbage collector comes."""
+    case = toy()
+    trainer = trainer_for(case, mode)
+    for _ in range(3):
+        trainer.step(case.labeled, case.unlabeled)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.step(case.labeled, case.unlabeled)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
