@@ -8,31 +8,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from metapl.core.feedback import Feedback
-from metapl.core.lesson import Credited
 from metapl.core.order import Order
 from metapl.core.path import Look, Path
+from metapl.core.path import Mode as PathMode
 from metapl.core.teacher import Teaching
 from metapl.updates import Update
 
 if TYPE_CHECKING:
     from metapl.core.engine import Engine
-    from metapl.core.path import Keep
 
 
-class Mode(Protocol):
-    """What the algorithm asks of an estimator (:class:`metapl.feedback.Estimator`)."""
+class Mode(PathMode, Protocol):
+    """What the algorithm asks of an estimator besides."""
 
     @property
     def gives_gradient(self) -> bool:
         """Whether there is any feedback."""
-
-    @property
-    def truncate(self) -> int | None:
-        """How many of the last steps are differentiated; None: all."""
-
-    @property
-    def credits_of_steps(self) -> Credited:
-        """For what feedback has one number each."""
 
     def checked_feedback(
         self, path: Path, state: dict[str, Any]
@@ -70,7 +61,6 @@ def learn(
     measure: bool = False,
     compares_parts: bool = False,
     look: Look | None = None,
-    keep: Keep | None = None,
 ) -> Learned:
     """Take lines 2 to 7 of Algorithm 1, which leave the teacher's gradient in ``.grad``.
 
@@ -90,9 +80,7 @@ def learn(
         inner_batches=teaching.inner_batches,
         teach=teaching,
         order=order,
-        credits=mode.credits_of_steps,
-        truncate=mode.truncate,
-        keep=keep,
+        mode=mode,
         look=look,
         is_tried=is_tried,
     )

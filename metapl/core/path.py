@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from metapl.core.draws import Draws
     from metapl.core.engine import Derivatives, Engine, MicroBatches, OuterLossOf
 
-    # Chooses which steps of a path keep their states, by the number of steps and the bytes of one.
-    Keep = Callable[[int, int, Engine], Keeping]
-
 OTHER_BATCH = (
     "the batch for step {} was another one when it was read again; expected the same: examples "
     "without random augmentation, or a function of Lookahead that returns the same each time."
@@ -80,6 +77,21 @@ class Look(Protocol):
         """Look at the batches after the step."""
 
 
+class Mode(Protocol):
+    """What a path asks of an estimator (:class:`metapl.feedback.Estimator`)."""
+
+    @property
+    def truncate(self) -> int | None:
+        """How many of the last steps are differentiated; None: all."""
+
+    @property
+    def credits_of_steps(self) -> Credited:
+        """For what feedback has one number each."""
+
+    def keeping(self, steps: int, size: int, student: Engine) -> Keeping:
+        """Return which steps keep their states, of so many steps and bytes of a state."""
+
+
 class Drawing:
     """A path with the draws of its step, of an estimator that says that it ``draws``."""
 
@@ -115,9 +127,7 @@ class Path(Drawing):
         teach: returns the signal about a batch.
         order: of differentiation; ``"graph"``: g keeps a graph in what gets the feedback; None:
             there is nothing to choose.
-        credits: what gets the feedback.
-        truncate: how many of the last steps are differentiated; None: all.
-        keep: chooses which steps keep their states; None: all do.
+        mode: whose steps these are.
         updates: U of each step, where they differ by step, or have settings that are leaves.
         wrt: what the gradient is in besides the signals: settings of the optimizer, and
             ``"start"``.
@@ -141,10 +151,8 @@ class Path(Drawing):
     outer_batch: Batch
     inner_batches: InnerBatches
     teach: Ask
+    mode: Mode
     order: Order | None = None
-    credits: Credited = "signal"
-    truncate: int | None = None
-    keep: Keep | None = None
     updates: Sequence[Update] = ()
     wrt: Sequence[str] = ()
     replays: ReplayCheck | None = None
@@ -246,7 +254,7 @@ class Path(Drawing):
         graph: Graph = "none"
         if student.double_backward or student.returns_state:
             graph = "path"
-        elif self.order == "graph" and number == self._first_differentiated(self.truncate):
+        elif self.order == "graph" and number == self._first_differentiated(self.mode.truncate):
             graph = "credited"
         look = None
         # Without a graph of the path, the second step is the first one at other weights than the
@@ -258,7 +266,7 @@ class Path(Drawing):
             problem=self.problem,
             batch=batch,
             outer_batch=self.outer_batch,
-            credits=self.credits,
+            credits=self.mode.credits_of_steps,
             graph=graph,
             is_readable=student.has_whole_weights,
             look=look,
@@ -286,8 +294,9 @@ class Path(Drawing):
         size = 2 * weights_size + self.update.state_bytes()
         if self.inner_batches.are_read_again:
             size += sum(t.nbytes for t in leaves_of(inner_batch) if isinstance(t, Tensor))
-        if self.keep is not None:
-            self.keeping = self.keep(len(self.inner_batches), size, self.student)
+        # Of a step that is recorded no pass is run again.
+        if not self.student.returns_state:
+            self.keeping = self.mode.keeping(len(self.inner_batches), size, self.student)
         self.states = States(self.keeping.on)
         if self.keeping.spacings:
             self.states.keep(0, (params, state))

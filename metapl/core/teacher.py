@@ -19,9 +19,9 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, micro_batches
 from metapl.execution.compare import EXACTLY, check_same_outputs, coarsest_dtype
 from metapl.execution.layout import Layout
-from metapl.execution.numerics import Tree, add_to, no_fast_path
+from metapl.execution.numerics import Tree, add_to, by_backward, no_fast_path
 from metapl.execution.ranks import NOTHING, Ranks, rows_shared
-from metapl.execution.shards import by_backward, local
+from metapl.execution.shards import local, mean_by_backward
 from metapl.execution.state import RandomState, Slots, State, replay
 from metapl.problems.base import BilevelProblem, Signal, kind_of
 from metapl.problems.losses import TeacherLoss, sum_of_terms
@@ -136,7 +136,9 @@ class Teacher:
         if not loss.requires_grad:
             return {}
         weights = self.parameters
-        if self.is_sharded or not any(map(_hooks_after_gradient, weights.values())):
+        if self.is_sharded:
+            return mean_by_backward(loss, weights, retain=retain)
+        if not any(map(_hooks_after_gradient, weights.values())):
             return by_backward(loss, weights, retain=retain)
         grads = torch.autograd.grad(
             loss, list(weights.values()), retain_graph=retain, allow_unused=True
@@ -151,7 +153,7 @@ class Teacher:
         if not loss.requires_grad:
             return self.with_zeros({})
         if self.is_sharded:
-            return self.with_zeros(by_backward(loss, self.parameters))
+            return self.with_zeros(mean_by_backward(loss, self.parameters))
         grads = torch.autograd.grad(loss, list(self.parameters.values()), materialize_grads=True)
         return dict(zip(self.parameters, grads, strict=True))
 

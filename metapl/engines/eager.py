@@ -500,7 +500,9 @@ class EagerDescent:
         if not keeps_graph:
             self._weights = {}
             self._held_slots = []
-        self.inner_loss = student.ranks.mean(value.detach())
+        self.inner_loss = value.detach()
+        if not student.ranks.alone:
+            self.inner_loss = student.ranks.mean(self.inner_loss)
         self.gradient = mean
 
     def _loss_again(self, loss: Loss) -> Tensor:

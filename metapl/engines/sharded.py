@@ -40,9 +40,9 @@ from metapl.execution.numerics import HALF, Tree
 from metapl.execution.ranks import NOTHING
 from metapl.execution.shards import (
     as_sharded,
-    by_backward,
     is_sharded,
     local,
+    mean_by_backward,
     whole,
     whole_together,
 )
@@ -118,7 +118,7 @@ class ShardedEngine(EagerEngine):
         self, value: Tensor, leaves: Tree, *, create_graph: bool = False
     ) -> tuple[Tree, Tree]:
         # A graph of it is neither asked for nor possible: the hooks average its values.
-        mean = {name: local(g) for name, g in by_backward(value, self.parameters).items()}
+        mean = {name: local(g) for name, g in mean_by_backward(value, self.parameters).items()}
         return mean, mean
 
     def over_ranks(self, tree: Tree) -> Tree:

@@ -150,6 +150,26 @@ def add_to(sums: Tree, tree: Mapping[str, Tensor]) -> None:
         sums[name] = t
 
 
+def by_backward(value: Tensor, parameters: Mapping[str, Tensor], *, retain: bool = False) -> Tree:
+    """Return the gradient of a scalar by ``.backward()``, of the parameters that it reaches.
+
+    ``.grad`` stays as it is.
+    """
+    grads_before = [p.grad for p in parameters.values()]
+    gradient: Tree = {}
+    try:
+        for p in parameters.values():
+            p.grad = None
+        value.backward(retain_graph=retain)
+        for name, p in parameters.items():
+            if p.grad is not None:
+                gradient[name] = p.grad
+    finally:
+        for p, grad in zip(parameters.values(), grads_before, strict=True):
+            p.grad = grad
+    return gradient
+
+
 class TreeSum:
     """A sum of trees, of which no more than the sum is held.
 
@@ -275,13 +295,14 @@ def deterministic(device: torch.device) -> Iterator[None]:
 
 _CUDA: Any = torch.backends.cuda
 
-# The fused kernels of attention, which have neither forward mode nor a second derivative. For each
-# of them the function that asks whether it is enabled, and the one that switches it. torch keeps
-# these switches under its CUDA backend, and reads them on every device.
-_FUSED = (
+# The kernels of attention: for each the function that asks whether it is enabled, and the one that
+# switches it. The fused ones have neither forward mode nor a second derivative; the last one is the
+# formula. torch keeps these switches under its CUDA backend, and reads them on every device.
+_KERNELS = (
     (_CUDA.flash_sdp_enabled, _CUDA.enable_flash_sdp),
     (_CUDA.mem_efficient_sdp_enabled, _CUDA.enable_mem_efficient_sdp),
     (_CUDA.cudnn_sdp_enabled, _CUDA.enable_cudnn_sdp),
+    (_CUDA.math_sdp_enabled, _CUDA.enable_math_sdp),
 )
 
 
@@ -311,27 +332,19 @@ def no_fast_path(*, math: bool = False) -> Iterator[None]:
     # Switch by switch: ``sdpa_kernel`` takes as long as a pass of a small network.
     layers = torch.backends.mha
     had_fast_path = layers.get_fastpath_enabled()
-    had_math_kernel = _CUDA.math_sdp_enabled()
-    # The switches of the fused kernels that are enabled now, to be disabled in the block.
-    switches_of_fused: list[Any] = []
-    if math:
-        for is_enabled, switch in _FUSED:
-            if is_enabled():
-                switches_of_fused.append(switch)
-    layers.set_fastpath_enabled(value=False)
+    were_enabled = [is_enabled() for is_enabled, _ in _KERNELS]
     token = _takes_formulas.set(math or _takes_formulas.get())
     try:
-        for switch in switches_of_fused:
-            switch(enabled=False)
+        layers.set_fastpath_enabled(value=False)
         if math:
-            _CUDA.enable_math_sdp(enabled=True)
+            for _, switch in _KERNELS:
+                switch(switch is _CUDA.enable_math_sdp)
         yield
     finally:
         _takes_formulas.reset(token)
         layers.set_fastpath_enabled(had_fast_path)
-        for switch in switches_of_fused:
-            switch(enabled=True)
-        _CUDA.enable_math_sdp(had_math_kernel)
+        for (_, switch), was_enabled in zip(_KERNELS, were_enabled, strict=True):
+            switch(was_enabled)
 
 
 @cache

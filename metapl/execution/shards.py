@@ -16,7 +16,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from metapl.execution.numerics import Space, Tree, wide
+from metapl.execution.numerics import Space, Tree, by_backward, wide
 
 
 def is_sharded(t: Any) -> bool:
@@ -254,24 +254,14 @@ class ShardedSpace(Space):
         return total.unbind()
 
 
-def by_backward(
+def mean_by_backward(
     value: Tensor, parameters: Mapping[str, nn.Parameter], *, retain: bool = False
 ) -> dict[str, Any]:
     """Return the gradient of a scalar by ``.backward()``, whose hooks average over the ranks.
 
     ``.grad`` stays as it is.
     """
-    grads_before = {name: p.grad for name, p in parameters.items()}
-    try:
-        for p in parameters.values():
-            p.grad = None
-        value.backward(retain_graph=retain)
-        gradient: dict[str, Any] = {
-            name: p.grad for name, p in parameters.items() if p.grad is not None
-        }
-    finally:
-        for name, p in parameters.items():
-            p.grad = grads_before[name]
+    gradient: dict[str, Any] = by_backward(value, parameters, retain=retain)
     for name, g in gradient.items():
         like: Any = parameters[name]
         if type(g) is not Tensor and is_sharded(g) and g.placements != like.placements:

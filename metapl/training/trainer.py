@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Unpack
@@ -96,6 +97,7 @@ class Standing:
         teacher: as its passes are taken.
         direct_term: as :attr:`BilevelTrainer.direct_term`.
         trained: the weights of the outer optimizer.
+        precision: the block in which passes run.
         orders: of differentiation, as the first step of so many student steps chose it.
     """
 
@@ -103,6 +105,7 @@ class Standing:
     teacher: Teacher
     direct_term: Literal["", "included", "left out"]
     trained: Sequence[Tensor]
+    precision: AbstractContextManager[Any]
     orders: dict[int, Order | None] = field(default_factory=dict)
 
 
@@ -472,7 +475,9 @@ class BilevelTrainer(Trainer):
             recompute=self.recompute_teacher,
         )
         trained = [] if self.outer_optimizer is None else parameters_of(self.outer_optimizer)
-        self._standing = Standing(student, teacher, self.direct_term, trained)
+        self._standing = Standing(
+            student, teacher, self.direct_term, trained, precision=self._autocast()
+        )
         return self._standing
 
     def _open_step(
@@ -571,7 +576,7 @@ class BilevelTrainer(Trainer):
         with restored(
             *self.slots, device=self.device, trained=standing.trained, generator=self.generator
         ) as fault:
-            with self._autocast(), kernels:
+            with standing.precision, kernels:
                 learned = learn(
                     student,
                     self.update,
@@ -584,7 +589,6 @@ class BilevelTrainer(Trainer):
                     measure=self.measures_feedback,
                     compares_parts=bool(self.verification.setting) and condition.steps == 0,
                     look=look,
-                    keep=mode.keeping,
                 )
                 last_step = learned.path.steps[-1]
                 report = StepReport(
@@ -817,6 +821,7 @@ class BilevelTrainer(Trainer):
                     outer_batch=outer_batch,
                     inner_batches=inner_batches,
                     teach=first_signal,
+                    mode=self.mode,
                 )
                 path.take_steps()
             checks.refuse_not_finite(FIRST_NOT_FINITE, path.inner_loss)

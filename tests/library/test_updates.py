@@ -232,6 +232,7 @@ def step_on_soft_labels(problem: Any, update: Any, keep_graph: bool = False) -> 
         outer_batch=problem.labeled,
         inner_batches=InnerBatches.of_one_step(problem.unlabeled),
         teach=lambda x, z: metapl.Signal(problem.teacher(x).softmax(-1)),
+        mode=metapl.feedback.Forward(),
     )
     path.take_steps()
     (step,) = path.steps
