@@ -413,7 +413,7 @@ class EagerDescent:
             # The module holds these weights already. What is put into its slots besides them are
             # formulas in the place of fused kernels, such as that of weight norm.
             self._weights: Tree = {**student.parameters}
-            self._held_slots = slots.in_formulas()
+            self._held_slots = slots.in_formulas() if slots.formulas else []
         else:
             if student.double_backward:
                 self._weights = {

@@ -543,8 +543,9 @@ def views(batch: Batch) -> tuple[Any, ...]:
     A view is a tensor or a dict without labels; two views are of one structure. A pair (inputs,
     labels) is refused.
     """
-    has_label_key = isinstance(batch, Mapping) and any(key in batch for key in LABEL_KEYS)
-    if isinstance(batch, Tensor | Mapping) and not has_label_key:
+    if isinstance(batch, Tensor):
+        return (batch,)
+    if isinstance(batch, Mapping) and not any(key in batch for key in LABEL_KEYS):
         return (batch,)
     if isinstance(batch, tuple | list) and len(batch) == 1:
         return (first_input(batch),)

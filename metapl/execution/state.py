@@ -103,7 +103,9 @@ class RandomState(NamedTuple):
         fixed = _branch.get()
         if fixed is not None:
             return fixed
-        states = [t.numpy().tobytes() for t in (self.cpu, self.accelerator) if t is not None]
+        states = [self.cpu.numpy().tobytes()]
+        if self.accelerator is not None:
+            states.append(self.accelerator.numpy().tobytes())
         return _branch_of(self.device, *states)
 
     def equals(self, other: RandomState) -> bool:

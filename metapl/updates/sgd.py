@@ -45,9 +45,14 @@ class SGD(TorchUpdate):
         if not is_set(mu):
             return add_lists(params, d, alpha=-rate), list(states)
 
-        buffers: Any = [state.get(BUFFER) for state in states]
+        buffers: list[Any] = []
+        has_first_step = False
+        for state in states:
+            buffer = state.get(BUFFER)
+            has_first_step = has_first_step or buffer is None
+            buffers.append(buffer)
         new_buffers: Tensors
-        if any(buffer is None for buffer in buffers):
+        if has_first_step:
             # A first step takes d undamped.
             new_buffers = [
                 d_i if buffer is None else mu * buffer + damped * d_i
