@@ -56,11 +56,13 @@ class Feedback:
                 on_keys[key] = by_field[field_name(key)]
         return on_keys
 
-    def loss_term(self, signal: Signal) -> Tensor:
+    def teacher_loss(self, signal: Signal) -> Tensor:
         """Return −Σ h·signal, or with ``mean_over`` its mean, a scalar with the signal's graph.
 
         The gradient of the sum is the hypergradient dL(θ′)/dθ_T, because h already contains the 1/B
         of the inner loss.
+
+        Raises: :class:`metapl.MetaplError` for a signal without the teacher's graph.
         """
         if self.part is None:
             return self.h.new_zeros(())
@@ -75,20 +77,12 @@ class Feedback:
                 )
             terms.append((-h * field).sum())
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
-        return total if self.mean_over == 1 else total / self.mean_over
-
-    def teacher_loss(self, signal: Signal) -> Tensor:
-        """Return :meth:`loss_term` for a signal with the teacher's graph.
-
-        Raises: :class:`metapl.MetaplError` where the signal has none.
-        """
-        total = self.loss_term(signal)
-        if self.part is not None and not total.requires_grad and torch.is_grad_enabled():
+        if not total.requires_grad and torch.is_grad_enabled():
             raise MetaplError(
                 f"the teacher's signal ({self.part}) has no graph: it was detached, or computed "
                 "under no_grad(); expected one with its graph, or mode='none'."
             )
-        return total
+        return total if self.mean_over == 1 else total / self.mean_over
 
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Feedback:
         """Return the same with h, and that on other fields, changed.

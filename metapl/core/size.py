@@ -43,11 +43,6 @@ class FeedbackSize:
     ratio: float | None = None
     bound: float | None = None
 
-    @property
-    def compares(self) -> bool:
-        """Whether λ depends on the two gradients, so that each of them is needed by itself."""
-        return self.ratio is not None or self.bound is not None
-
     def weight_for(self, feedback_norm: Tensor, own_norm: Tensor) -> Tensor:
         """Return λ, a scalar, from ‖G_h‖ and ‖G_own‖.
 

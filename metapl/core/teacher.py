@@ -344,7 +344,8 @@ class Teaching:
             outer_parts = micro_batches(self.outer_batch, parts, "outer")
             last_passes = self.passes[first_of_last_batch:]
             shares = self._shares(outer_parts, last_passes, compares_parts=compares_parts)
-        compares = has_feedback and self.size.compares
+        size = self.size
+        compares = has_feedback and (size.ratio is not None or size.bound is not None)
         measures = has_feedback and measure and bool(self.losses)
 
         scalars: list[dict[str, Tensor]] = []
@@ -382,8 +383,8 @@ class Teaching:
                     add_to(own_gradient, teacher.reached(own_loss))
                 continue
             loss = feedback_loss
-            if self.size.weight != 1.0:
-                loss = self.size.weight * feedback_loss
+            if size.weight != 1.0:
+                loss = size.weight * feedback_loss
             if measures:
                 add_to(feedback_gradient, teacher.reached(loss, retain=True))
             if own_loss is not None:

@@ -68,19 +68,14 @@ class RandomState(NamedTuple):
         """
         if not checks.has_values.get():
             return OneStream(device, torch.empty(0))
+        on_host = torch.default_generator.get_state()
+        if device.type == "cpu" and generator is None:
+            return RandomState(device, on_host)
         accelerator = None
         if device.type != "cpu":
             accelerator = torch.get_device_module(device).get_rng_state(device)
-        generator_state = None
-        if generator is not None:
-            generator_state = generator.get_state()
-        return RandomState(
-            device=device,
-            cpu=torch.default_generator.get_state(),
-            accelerator=accelerator,
-            generator=generator,
-            generator_state=generator_state,
-        )
+        generator_state = None if generator is None else generator.get_state()
+        return RandomState(device, on_host, accelerator, generator, generator_state)
 
     def values(self) -> dict[str, Any]:
         """Return the states by name, as they are stored; the device is not among them."""
@@ -343,10 +338,6 @@ class State:
         for key, t in self._tensors.items():
             self._table_values[key] = t.detach().clone() if copies else t.detach()
 
-    def is_empty(self) -> bool:
-        """Return whether the network has no state, now either."""
-        return not (self._contents or self._frozen or any(self._buffer_tables))
-
     def tables(self) -> list[tuple[Table, Table]]:
         """Return the tables of buffers, each with a dict of what it held.
 
@@ -418,9 +409,9 @@ def replay(
     """
     caller_state = RandomState.now(start.device, start.generator)
     start.restore()
-    snapshot = state if isinstance(state, State) else state.snapshot(copies=False)
     contents_before: list[tuple[Table, Table]] = []
-    if not snapshot.is_empty():
+    if isinstance(state, State) or any(state.buffers) or state.frozen:
+        snapshot = state if isinstance(state, State) else state.snapshot(copies=False)
         contents_before, frozen = snapshot.put_copies(upcast=upcast)
         slots = [*slots, *frozen]
     held_before = put(slots)

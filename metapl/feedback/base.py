@@ -460,7 +460,7 @@ def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signa
         return Feedback(-in_factors, "log_prob")
     signal = step.signal
     # The derivative at the one-hot rows of sampled labels is one in their distribution.
-    part = "probs" if signal.sampled else "value"
+    part = "value" if signal.log_prob is None else "probs"
     h: dict[str, Tensor] = {}
     for name, g in gradients.items():
         if g is not None:

@@ -37,7 +37,6 @@ from metapl.feedback.base import (
     Steps,
     Truncation,
     divisor,
-    exact_feedback,
     feedback_from,
     padded,
 )
@@ -181,9 +180,8 @@ class Forward(Estimator):
         for step, w, gradients in path.adjoints(credited, self.truncate):
             if gradients is None:
                 # The earliest step has no Hessian product, with which they would have come.
-                h = exact_feedback(step, w)
-            else:
-                h = feedback_from(step, gradients)
+                gradients = step.derivatives_along(w)
+            h = feedback_from(step, gradients)
             if self.normalization != "gradient":
                 h = h.divided_by(divisor(self.normalization, step, w))
             feedback.append(h)
