@@ -58,8 +58,6 @@ def learn(
     order: Order | None = None,
     is_tried: bool = False,
     direct_term: str = "",
-    measure: bool = False,
-    compares_parts: bool = False,
     look: Look | None = None,
 ) -> Learned:
     """Take lines 2 to 7 of Algorithm 1, which leave the teacher's gradient in ``.grad``.
@@ -69,7 +67,7 @@ def learn(
         is_tried: whether the order is being chosen, by this step.
         direct_term: ``"included"``: the teacher's gradient has that of an outer loss that reads it.
 
-    The others are those of :class:`metapl.core.path.Path` and :meth:`Teaching.backward`.
+    The others are those of :class:`metapl.core.path.Path`.
     """
     # Lines 2 and 3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
     path = Path(
@@ -94,8 +92,6 @@ def learn(
     teacher_scalars = teaching.backward(
         feedback,
         has_feedback=mode.gives_gradient,
-        measure=measure,
-        compares_parts=compares_parts,
         direct_loss=path.direct_loss if direct_term == "included" else None,
     )
     h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]

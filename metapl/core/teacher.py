@@ -184,6 +184,10 @@ class Teaching:
         check: refuses what is no signal for the mode, in a first step; None in later ones.
         calls: watches the problem's ``signal``, in a first step; None in later ones.
         noises: of labels that are drawn, one for each pass, in the place of a generator.
+        measures: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
+            backward pass of the feedback. The gradient that is left stays the same, bit for bit.
+        compares_parts: compare the losses of micro-batches with those of their rows together,
+            before anything moves.
     """
 
     teacher: Teacher
@@ -196,6 +200,8 @@ class Teaching:
     check: Callable[[Any], None] | None = None
     calls: CallsOfSignal | None = None
     noises: list[Any] = field(default_factory=list)
+    measures: bool = False
+    compares_parts: bool = False
 
     passes: list[TeacherPass] = field(default_factory=list, init=False)
     # The teacher's own loss and its scalars, where they are taken before the feedback.
@@ -309,8 +315,6 @@ class Teaching:
         feedback: Sequence[Feedback],
         *,
         has_feedback: bool = True,
-        measure: bool = False,
-        compares_parts: bool = False,
         direct_loss: Callable[[], Tensor] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
@@ -322,11 +326,6 @@ class Teaching:
         Args:
             feedback: h of each student step.
             has_feedback: whether any gradient of the outer loss is given.
-            measure: find ‖λ G_h‖ / ‖G_own‖ also where the rule does not need it, by one more
-                backward pass of the feedback. The gradient that is left stays the same, bit for
-                bit.
-            compares_parts: compare the losses of micro-batches with those of their rows together,
-                before anything moves.
             direct_loss: L(θ′; φ) at fixed θ′, where the outer loss reads the teacher: G_h
                 is then the sum of both gradients.
 
@@ -343,10 +342,10 @@ class Teaching:
         if parts > 1 or not teacher.ranks.alone:
             outer_parts = micro_batches(self.outer_batch, parts, "outer")
             last_passes = self.passes[first_of_last_batch:]
-            shares = self._shares(outer_parts, last_passes, compares_parts=compares_parts)
+            shares = self._shares(outer_parts, last_passes)
         size = self.size
         compares = has_feedback and (size.ratio is not None or size.bound is not None)
-        measures = has_feedback and measure and bool(self.losses)
+        measures = has_feedback and self.measures and bool(self.losses)
 
         scalars: list[dict[str, Tensor]] = []
         feedback_gradient: dict[str, Tensor] = {}
@@ -402,19 +401,16 @@ class Teaching:
         checks.refuse_not_finite(NOT_FINITE, means["teacher_loss"])
         return means
 
-    def _shares(
-        self, outer_parts: list[Batch], passes: Sequence[TeacherPass], *, compares_parts: bool
-    ) -> Sequence[Shares]:
+    def _shares(self, outer_parts: list[Batch], passes: Sequence[TeacherPass]) -> Sequence[Shares]:
         """Return the factors of the own losses on the micro-batches, by their places.
 
         Args:
             passes: the teacher's on the inner micro-batches.
-            compares_parts: refuse losses of which these are no means.
         """
         teacher = self.teacher
         inner_parts = [of_part.inner_batch for of_part in passes]
         parts = len(outer_parts)
-        if parts > 1 and compares_parts:
+        if parts > 1 and self.compares_parts:
             with rows_shared(teacher.ranks):
                 refuse_other_than_means(
                     teacher.network,

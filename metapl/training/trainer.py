@@ -561,6 +561,7 @@ class BilevelTrainer(Trainer):
             losses=self._losses_for(inner_batches[-1]),
             size=self.feedback_size,
             step=self.steps_done,
+            measures=self.measures_feedback,
         )
         # In the second step too: a mean teacher that begins as the teacher does not move before.
         if condition.steps < 2:
@@ -569,6 +570,7 @@ class BilevelTrainer(Trainer):
             teaching.check = partial(
                 check_signal, mode=mode, problem=self.problem, student_steps=len(inner_batches)
             )
+            teaching.compares_parts = bool(self.verification.setting) and condition.steps == 0
             teaching.calls = KeptBySignal(self.problem, standing.teacher.network)
         # Fused attention has no second derivative, which a kept graph of g needs.
         needs_second_derivatives = mode.keep_graph or order == "graph"
@@ -586,8 +588,6 @@ class BilevelTrainer(Trainer):
                     order=order,
                     is_tried=is_tried,
                     direct_term=standing.direct_term,
-                    measure=self.measures_feedback,
-                    compares_parts=bool(self.verification.setting) and condition.steps == 0,
                     look=look,
                 )
                 last_step = learned.path.steps[-1]
