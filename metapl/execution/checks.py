@@ -92,7 +92,7 @@ deferred: ContextVar[Fault | None] = ContextVar("deferred", default=None)
 
 def waits(t: Tensor) -> bool:
     """Return whether the host would have to wait for the values of a tensor, or has none."""
-    return t.device.type != "cpu" or not has_values.get()
+    return not (t.is_cpu and has_values.get())
 
 
 def refuse(bad: Tensor, text: str) -> None:
