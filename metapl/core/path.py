@@ -398,7 +398,8 @@ class Path(Drawing):
             # The gradient is averaged over the ranks, each of which has its own rows.
             count = ranks.mean(torch.as_tensor(count, dtype=total.dtype, device=total.device))
         loss: Tensor = total / count
-        self.known_outer_losses.setdefault("outer_loss", ranks.mean(loss.detach()))
+        if "outer_loss" not in self.known_outer_losses:
+            self.known_outer_losses["outer_loss"] = ranks.mean(loss.detach())
         return loss
 
     def _outer_losses_at(self, points: Sequence[Tree]) -> list[Tensor]:
