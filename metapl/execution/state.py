@@ -101,7 +101,7 @@ class RandomState(NamedTuple):
         states = [self.cpu.numpy().tobytes()]
         if self.accelerator is not None:
             states.append(self.accelerator.numpy().tobytes())
-        return _branch_of(self.device, *states)
+        return _seeded(self.device, *states)
 
     def equals(self, other: RandomState) -> bool:
         """Return whether two states of the same generators are equal."""
@@ -134,7 +134,7 @@ class OneStream(RandomState):
 
 # Where nothing draws, every step begins in the same state, and branches to the same stream.
 @lru_cache(maxsize=4)
-def _branch_of(device: torch.device, *states: bytes) -> RandomState:
+def _seeded(device: torch.device, *states: bytes) -> RandomState:
     """Return the state of torch's generators that are seeded by a digest of these states.
 
     The first is the host's, the second the accelerator's where the device is one.
