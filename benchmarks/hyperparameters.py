@@ -1,4 +1,4 @@
-"""Hyperparameters by the derivative through whole trainings, beside random search of equal cost.
+"""Hyperparameters by the derivative through whole trainings, beside searches of equal cost.
 
     python benchmarks/hyperparameters.py          # tunes both on other seeds first
     python benchmarks/hyperparameters.py --write benchmarks/results/hyperparameters.md
@@ -6,10 +6,12 @@
 The trainings are those of examples/learned_hyperparameters.py, six of them, and of
 examples/learned_schedule.py: learning rate and weight decay at three times in three layers. From
 their starts, 8 rounds of Adam on the logarithms. Random search draws them uniformly around the same
-start, and trains by a plain loop of PyTorch for as much processor time, on one thread. Each
-training begins at the same weights, with the same batches and draws; of all trainings of an arm,
-the one with the lowest validation loss counts. Adam's rate and the width of the draws, 4 values
-each, are chosen by this loss on the tuning seeds. Test digits are read in the final runs alone.
+start, and trains by a plain loop of PyTorch for as much processor time, on one thread. Bayesian
+search has as many trainings as random search, ten of them as drawn; what its Gaussian process takes
+is not counted. Each training begins at the same weights, with the same batches and draws; of all
+trainings of an arm, the one with the lowest validation loss counts. Adam's rate and the width of
+the draws, 4 values each, are chosen by this loss on the tuning seeds. Test digits are read in the
+final runs alone.
 """
 
 from __future__ import annotations
@@ -24,7 +26,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from harness import RESULTS, Row, arguments, best, go_on, grid, interval, parsed, read, show
+from harness import (
+    RESULTS,
+    Row,
+    arguments,
+    best,
+    environment,
+    go_on,
+    grid,
+    interval,
+    parsed,
+    read,
+    show,
+)
 from torch.nn import functional as F
 
 import metapl
@@ -42,7 +56,14 @@ STUDIES: dict[str, Any] = {"hyperparameters": learned_hyperparameters, "schedule
 TUNING_SEEDS = {"hyperparameters": (100, 101), "schedule": (100,)}
 SEEDS = {"hyperparameters": range(10, 18), "schedule": range(10, 15)}
 ROUNDS = 8
-SETTINGS = {"metagradients": (0.1, 0.3, 1.0, 3.0), "random search": (0.5, 1.0, 2.0, 4.0)}
+BAYESIAN = "Bayesian search"
+SETTINGS = {
+    "metagradients": (0.1, 0.3, 1.0, 3.0),
+    "random search": (0.5, 1.0, 2.0, 4.0),
+    BAYESIAN: (0.5, 1.0, 2.0, 4.0),
+}
+# In the schedule random search is ahead already.
+ARMS = {"hyperparameters": tuple(SETTINGS), "schedule": ("metagradients", "random search")}
 UNTUNED = "the start of both"
 Logs = dict[str, torch.Tensor]
 # The validation loss, the logarithms, and the network.
@@ -102,14 +123,54 @@ def judged(student: torch.nn.Module, split: Any) -> tuple[float, float]:
     ).double().mean().item()
 
 
+def proposed(study: str, width: float, results: list[Found], generator: torch.Generator) -> Logs:
+    """Return the draw of 1,000 with the highest expected improvement, by a Gaussian process.
+
+    The first ten are as drawn.
+    """
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import Matern, WhiteKernel
+
+    if len(results) < 10:
+        return around_start(study, width, generator)
+    draws = [around_start(study, width, generator) for _ in range(1000)]
+    losses = torch.tensor([loss if loss < 10 else 10.0 for loss, _, _ in results]).log()
+    kernel = Matern(nu=2.5, length_scale=width) + WhiteKernel(1e-3)
+    process = GaussianProcessRegressor(kernel, normalize_y=True, random_state=0)
+    process.fit(vectors([logs for _, logs, _ in results]), losses.numpy())
+    mean, deviation = map(torch.tensor, process.predict(vectors(draws), return_std=True))
+    gain = losses.min() - mean
+    normal = torch.distributions.Normal(0.0, 1.0)
+    z = gain / deviation
+    improvement = gain * normal.cdf(z) + deviation * normal.log_prob(z).exp()
+    return draws[int(improvement.argmax())]
+
+
+def vectors(settings: list[Logs]) -> Any:
+    """Return settings as rows of an array."""
+    return torch.stack([torch.cat([t.flatten() for t in logs.values()]) for logs in settings])
+
+
 def row_of(
     study: str, arm: str, setting: float | None, seed: int, final: bool, raw: Path, rounds: int
 ) -> Row:
     split = load_digits_split(10, seed)
     since = time.process_time()
-    descent, search = SETTINGS
+    descent, search, _ = SETTINGS
     # A search goes on for as long as the descents of this seed took.
-    if arm == search:
+    if arm == BAYESIAN:
+        same = (
+            r
+            for r in of_study(read(raw), study)
+            if (r["arm"], r["seed"], r["final"]) == (search, seed, final)
+        )
+        trainings = round(statistics.median(row["trainings"] for row in same))
+        results = []
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(trainings):
+            logs = proposed(study, cast("float", setting), results, generator)
+            results.append(trained(study, split, seed, logs))
+    elif arm == search:
         same = (
             r
             for r in of_study(read(raw), study)
@@ -137,7 +198,7 @@ def row_of(
     }
     if final:
         row["test_loss"], row["accuracy"] = judged(student, split)
-    return row
+    return row | {"made_with": environment()}
 
 
 def chosen(rows: list[Row], arm: str) -> float:
@@ -153,18 +214,19 @@ def of_study(rows: list[Row], study: str) -> list[Row]:
 def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
     """Yield the tuning, and the final runs with the settings that it chose."""
     for seed in TUNING_SEEDS[study][:few]:
-        for arm, settings in SETTINGS.items():
-            for setting in settings[:few]:
+        for arm in ARMS[study]:
+            for setting in SETTINGS[arm][:few]:
                 yield {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": False}
     rows = of_study(read(raw), study)
     for seed in (0, 1) if few else SEEDS[study]:
-        for arm in (UNTUNED, *SETTINGS):
+        for arm in (UNTUNED, *ARMS[study]):
             setting = None if arm == UNTUNED else chosen(rows, arm)
             yield {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": True}
 
 
 def table(rows: list[Row]) -> str:
-    """Return a table of the final runs, and the differences between the two arms."""
+    """Return a table of the final runs of a study, and the differences to the first arm."""
+    arms = ARMS[rows[0]["study"]]
     names = {
         "validation_loss": "validation loss",
         "test_loss": "test loss",
@@ -174,11 +236,11 @@ def table(rows: list[Row]) -> str:
         (arm, key): [
             r[key] for r in sorted(rows, key=lambda r: r["seed"]) if r["final"] and r["arm"] == arm
         ]
-        for arm in (UNTUNED, *SETTINGS)
+        for arm in (UNTUNED, *arms)
         for key in (*names, "trainings", "seconds")
     }
     lines = []
-    for arm in (UNTUNED, *SETTINGS):
+    for arm in (UNTUNED, *arms):
         shown = {
             "trainings": ".0f",
             "seconds": ".1f",
@@ -188,7 +250,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             [arm, *(f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items())]
         )
-    for other in ("random search", UNTUNED):
+    for other in (*arms[1:], UNTUNED):
         cells = []
         for key in names:
             pair = columns["metagradients", key], columns[other, key]

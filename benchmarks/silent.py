@@ -7,8 +7,8 @@ A student takes three steps of plain SGD on a teacher's soft labels; asked is th
 loss on labeled data in the teacher's weights (bergson's trainer: in the weights of the examples,
 which is what it differentiates in). Each way is used as its documentation says: TorchOpt's
 ``MetaSGD``, higher's ``innerloop_ctx``, BOAT's ``Problem``, bergson's ``Trainer``,
-``metapl.BilevelTrainer`` and ``metapl.hypergradient``; and two ways that people write by hand. A
-way is
+``metapl.BilevelTrainer`` and ``metapl.hypergradient``; and ways that people write by hand, of which
+two check their gradient along one direction by the difference of two real trainings. A way is
 
 - *right* if it is off by at most 1e-3 (5e-2 in bfloat16) of the derivative by central differences
   of the real thing in float64: the student, trained by ``backward()`` and ``torch.optim.SGD``
@@ -27,6 +27,7 @@ torch's own derivatives of two operations.
 
 from __future__ import annotations
 
+import copy
 import importlib
 import multiprocessing
 import random
@@ -281,8 +282,7 @@ def case(
         peers.LEARNING_RATE = teacher.log_rate.exp()
     vars(student)["held" if "captured" in kind else "_none"] = [teacher]
     labeled, unlabeled = (torch.randn(8, 4), torch.randint(C, (8,))), torch.randn(8, 4)
-    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-        seed(1)
+    seed_all()
     return teacher, student, labeled, unlabeled
 
 
@@ -357,6 +357,55 @@ def by_swapping(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor)
         for (part, name), p in zip(places, params, strict=True):
             part._parameters[name] = p  # type: ignore[assignment]
     return at_the_end(student, teacher, labeled)
+
+
+def seed_all() -> None:
+    for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+        seed(1)
+
+
+def by_swapping_with_check(copied: bool) -> Any:
+    """Return :func:`by_swapping` with a check of its derivative along one direction.
+
+    It is compared with the difference of two real trainings: of copies of the networks, or of
+    themselves, whose state is put back. More than one in a thousand between them is refused.
+    """
+
+    def gradient(teacher: nn.Module, student: nn.Module, labeled: Any, u: Tensor) -> Gradient:
+        draw = torch.Generator().manual_seed(0)
+        direction = [torch.randn(p.shape, generator=draw) for p in teacher.parameters()]
+
+        def loss_after(move: float) -> float:
+            pair = (teacher, student)
+            teacher_moved, trained = copy.deepcopy(pair) if copied else pair
+            states = copy.deepcopy([network.state_dict() for network in (teacher_moved, trained)])
+            seed_all()
+            with torch.no_grad():
+                for p, d in zip(teacher_moved.parameters(), direction, strict=True):
+                    p.add_(d, alpha=move)
+            learned = getattr(teacher_moved, "log_rate", None)
+            rate = RATE if learned is None else learned.exp().item()
+            sgd = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=rate)
+            for _ in range(STEPS):
+                sgd.zero_grad()
+                F.cross_entropy(trained(u), teacher_moved(u).softmax(-1).detach()).backward()
+                sgd.step()
+            loss = F.cross_entropy(trained(labeled[0]), labeled[1]).item()
+            for network, state in zip((teacher_moved, trained), states, strict=True):
+                network.load_state_dict(state, strict=False)
+            return loss
+
+        quotient = (loss_after(1e-5) - loss_after(-1e-5)) / 2e-5
+        seed_all()
+        grads = by_swapping(teacher, student, labeled, u)
+        slope = sum((g * d).sum().item() for g, d in zip(grads, direction, strict=True))
+        if not abs(slope - quotient) <= TOLERANCE * abs(quotient):
+            raise ValueError(
+                f"the derivative is {slope:.3g}, the difference quotient {quotient:.3g}"
+            )
+        return grads
+
+    return gradient
 
 
 def scheduled(rate: Any) -> Any:
@@ -492,6 +541,8 @@ CAPTURED = (
 WAYS: dict[str, tuple[str, str, Any]] = {
     "by hand, functional_call": ("torch", "", lambda *given: peers.by_hand(*given, STEPS)),
     "by hand, weights swapped": ("torch", "", by_swapping),
+    "by hand, checked on copies": ("torch", "", by_swapping_with_check(copied=True)),
+    "by hand, checked in place": ("torch", "", by_swapping_with_check(copied=False)),
     "TorchOpt 0.7.3": ("torchopt", "", by_torchopt),
     "higher 0.2.1": ("higher", "", by_higher),
     "BOAT 1.1.1": ("boat_torch", "", lambda *given: peers.by_boat(*given, STEPS)),
@@ -623,11 +674,16 @@ def run(args: Any) -> None:
     )
     exact = dict[tuple[str, str], Tensor]()
     result = {"rows": [], "not_installed": {}, "measured_on": environment()}
+    if args.ways:
+        result = loaded(args.out)
+        result["rows"] = [row for row in result["rows"] if row["way"] not in args.ways]
+        result.setdefault("measured_later", {}).update(dict.fromkeys(args.ways, environment()))
     torch.set_default_dtype(torch.float64)
     result["torch"] = second_derivatives_of_torch()
     with tempfile.TemporaryDirectory() as folder:
         truths = Path(folder) / "truths.pt"
-        for way in ("by hand, functional_call", "metapl, forward") if args.miniature else WAYS:
+        few = ("by hand, functional_call", "metapl, forward") if args.miniature else WAYS
+        for way in args.ways or few:
             python, reason = installed(way, Path(folder))
             if reason:
                 result["not_installed"][way] = reason
@@ -700,7 +756,9 @@ def table(result: Row) -> str:
 
 
 def main() -> None:
-    args = parsed(arguments(__doc__, RESULT))
+    parser = arguments(__doc__, RESULT)
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS], help="the rows of the others stay")
+    args = parsed(parser)
     if args.runs:
         run(args)
     show(args.write, "silent", table(loaded(args.out)))

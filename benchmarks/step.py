@@ -208,7 +208,7 @@ def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.M
     seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
     steps_of_seeds = [(trainer(mode, pair).functional(), data) for pair, data in seeds]
     step = torch.func.vmap(steps_of_seeds[0][0][0], randomness="different")
-    step = torch.compile(step, fullgraph=True) if name == BOTH else step
+    step = metapl.functional.recorded(step, compile=True) if name == BOTH else step
     state = [metapl.functional.stack([state for (_, state), _ in steps_of_seeds])]  # type: ignore[attr-defined]
     x, y, u = (
         torch.stack(of_seeds)

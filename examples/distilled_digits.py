@@ -8,8 +8,9 @@ networks are trained on the ten images, and others on ten real ones drawn at ran
 the same steps.
 
 Measured on seeds 10-14, on which nothing was chosen: 88.9 ± 2.2 % on learned images, 61.2 ± 5.2 %
-on real ones (mean, standard deviation). The learned ones have seen the labels of 1,100 digits, of
-which the real ones are ten.
+on real ones (mean, standard deviation). Simpler images are as good: the mean image of each class at
+twice the contrast has 89.0 %, and the nearest mean image, without a network, 90.5 %
+(benchmarks/something_simpler.py). All but the real ones have seen 1,100 labels.
 """
 
 import argparse

@@ -3,7 +3,9 @@
     python examples/maml_sinusoids.py [SEED ...]
 
 The learned start stands beside a random one, and one that learned the same sinusoids together,
-without the five steps: these take the best of four rates, by the new sinusoids themselves.
+without the five steps: these take the best of four rates, by the new sinusoids themselves. In as
+many rounds first-order MAML has 0.73 where this has 0.50, and in 3.2 times as many 0.46
+(benchmarks/something_simpler.py).
 """
 
 import statistics

@@ -3,7 +3,8 @@
 A small GPT-2 with random weights learns Python's documentation from the docstrings of the standard
 library, by AdamW with a linear warm-up, clipping and an accumulation of two. Every eighth training
 sequence is random bytes, and nobody is told which. The recording says what each sequence did to the
-loss on clean text. Nothing is downloaded.
+loss on clean text. To find random bytes, the trained model's own loss is simpler, and finds more of
+them. Nothing is downloaded.
 """
 
 import ast
@@ -84,9 +85,14 @@ def main(steps, out):
     print(f"steps {recording.steps}, loss on clean text {attribution.outer_loss:.3f}")
     print(f"mean score of documentation {scores[~is_noise].mean():+.5f}")
     print(f"mean score of random bytes {scores[is_noise].mean():+.5f}")
-    lowest = scores.argsort()[: int(is_noise.sum())]
-    share = is_noise[lowest].float().mean()
-    print(f"of the {len(lowest)} lowest scores, {100 * share:.0f} % are random bytes")
+    number = int(is_noise.sum())
+    share = is_noise[scores.argsort()[:number]].float().mean()
+    print(f"of the {number} lowest scores, {100 * share:.0f} % are random bytes")
+    with torch.no_grad():
+        logits = model(train).logits[:, :-1].mT
+    losses = torch.nn.functional.cross_entropy(logits, train[:, 1:], reduction="none").mean(1)
+    share = is_noise[losses.argsort()[-number:]].float().mean()
+    print(f"of the {number} highest losses, {100 * share:.0f} % are")
     attribution.save_table(Path(out) / "scores.csv")
     return attribution
 

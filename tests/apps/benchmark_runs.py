@@ -94,6 +94,13 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-wrong_labels",
         "simpler-tables",
         "simpler-steps",
+        "simpler-stacked",
+        "simpler-removals",
+        "simpler-memory",
+        "simpler-distilled",
+        "simpler-sinusoids",
+        "simpler-command",
+        "simpler-killed",
     ],
     "when": ["when", "feedback-worth"],
 }

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import statistics
 from types import ModuleType
 
 import pytest
@@ -37,6 +38,28 @@ def test_the_step_by_hand_is_that_of_the_trainer(simpler: ModuleType) -> None:
     assert (by_hand - by_trainer).norm() < 1e-5 * by_trainer.norm()
 
 
+def test_checkpoints_over_steps_give_the_gradient_of_double_backward(simpler: ModuleType) -> None:
+    peers = simpler.peers
+    expected = peers.by_hand(*peers.case("MLP", "cpu"), 3)
+    found = simpler.by_checkpoints(*peers.case("MLP", "cpu"), 3)
+    assert len(found) == len(expected)
+    for gradient, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(gradient, wanted, rtol=1e-5, atol=1e-8)
+
+
+def test_trainings_without_examples_are_those_one_by_one(
+    simpler: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    case = simpler.retraining.MINIATURE
+    attribution = simpler.retraining.scored(case)
+    sets = simpler.retraining.removals_of(case)
+    losses = simpler.without(case, attribution.order, sets, 3)
+    alone = attribution.validate(sets, progress=False, at_once=1).retrained
+    assert (losses - attribution.outer_loss - torch.as_tensor(alone)).abs().max() < 1e-6
+    assert losses.std() > 1e-5
+
+
 def test_a_wrong_label_is_the_next_digit_and_checked_ones_are_right(simpler: ModuleType) -> None:
     digits = simpler.drawn_digits(0)
     x, y = datasets.load_digits(return_X_y=True)
@@ -61,6 +84,55 @@ def test_the_page_of_published_methods_says_what_the_rows_say(simpler: ModuleTyp
     ((weights, gold),) = re.findall(r"([\d.]+) %, gold loss correction ([\d.]+)", page)
     for arm, said in ((simpler.WEIGHTS, weights), (simpler.GOLD, gold)):
         assert float(said) == points(simpler.accuracies(rows, case="wrong_labels", arm=arm))
+
+
+def test_the_page_of_evidence_says_what_the_rows_of_the_rivals_say(simpler: ModuleType) -> None:
+    rows = read(RESULTS / "something_simpler.jsonl")
+    page = (ROOT / "docs" / "evidence.md").read_text()
+
+    def row_of(words: str) -> str:
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| {words}")]
+        return line
+
+    def beside(case: str, first: str, second: str) -> str:
+        pair = (simpler.accuracies(rows, case=case, arm=arm) for arm in (first, second))
+        found: str = simpler.beside(*pair)
+        return found
+
+    generalized = beside("wrong_labels", simpler.WEIGHTS, simpler.GENERALIZED)
+    assert generalized in row_of("`ExampleWeights`")
+    for arm in (simpler.SCALED, simpler.NEAREST):
+        assert beside("distilled", simpler.LEARNED, arm) in row_of("ten distilled digits")
+    spread = beside("command", simpler.SPREADING, simpler.COMMAND).replace("+", "")
+    assert f"**behind** by {spread}" in row_of("`metapl train digits")
+    baseline = beside("command", simpler.COMMAND, simpler.REGRESSION)
+    assert baseline in row_of("`metapl train digits")
+
+    errors = {
+        arm: [row["error"] for row in simpler.rows_of(rows, case="sinusoids", arm=arm, final=True)]
+        for arm in simpler.START_ARMS
+    }
+    for arm in (simpler.FIRST_ORDER, simpler.REPTILE, simpler.LONGER):
+        difference = simpler.interval(errors[simpler.MAML], errors[arm], "+.2f")
+        assert difference in row_of("MAML on sinusoids")
+
+    stacked = simpler.rows_of(rows, case="stacked", arm=simpler.STACKED_OURS)
+    ratios = {row["network"]: f"{row['ratio']:.2f}" for row in stacked}
+    assert f"**behind**: {ratios['tiny']} (" in row_of("32 stacked seeds")
+    assert f"on the larger, {ratios['mlp']} |" in row_of("32 stacked seeds")
+    taken = []
+    for arm in (simpler.REMOVED_AT_ONCE, simpler.REMOVED_OURS):
+        of_arm = simpler.rows_of(rows, case="removals", arm=arm)
+        taken += [f"{statistics.median(row['plain_trainings']):.0f}" for row in of_arm]
+    words = "{} and {} plain trainings, ours {} and {},".format(*taken)
+    assert words in row_of("100 trainings without")
+    megabytes = {
+        (row["network"], row["arm"]): f"{row['bytes'] / 1e6:.0f}"
+        for row in simpler.rows_of(rows, case="memory")
+    }
+    assert f"{megabytes['WRN-28-2', simpler.CHECKPOINTS]} MB" in row_of("ten steps of WRN")
+    of_language_model = megabytes[simpler.LANGUAGE, simpler.CHECKPOINTS]
+    assert f"{of_language_model} MB" in row_of("0.43 of double backward")
 
 
 def test_the_page_is_short() -> None:
