@@ -253,8 +253,8 @@ def in_memory(
         return source
     if batch_size is None or batch_size < 1:
         raise MetaplError(
-            f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, or a "
-            "list."
+            f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, such "
+            "as batch_size=64, or a list of batches."
         )
     rows = as_tensors(plain(source), dtype, subject=f"{name} holds")
     lengths = set()

@@ -287,7 +287,7 @@ class EagerEngine:
 
     def forward(self, inputs: Inputs) -> Tensor:
         """Return the module's outputs, in float32 or wider."""
-        return wide(checks.logits(self.module(inputs), "student"))
+        return wide(checks.logits(returned_by(self.module, inputs), "student"))
 
     def as_leaves(self, params: Tree) -> Tree:
         """Return weights as leaves of the types that the module's own have, by name."""

@@ -268,7 +268,7 @@ def returned_by(network: nn.Module, inputs: Inputs) -> Any:
     """
     try:
         return network(inputs)
-    except (TypeError, AttributeError, LookupError) as error:
+    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
         from metapl.execution.failed_calls import refuse_inputs
 
         refuse_inputs(network, inputs, error)
@@ -338,8 +338,13 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
     array = np.asarray(data)
     # Booleans, whole numbers with a sign or without, and numbers of floating point.
     if array.dtype.kind not in "biuf":
-        subject = subject or "the data hold"
-        raise MetaplError(f"{subject} of {type(data).__name__} ({array.dtype}); expected numbers.")
+        instead = "numbers"
+        if array.dtype.kind in "US":
+            instead += (
+                ", such as numpy.unique(labels, return_inverse=True)[1] of the names of classes"
+            )
+        what = f"{subject or 'the data holds'} {type(data).__name__} of {array.dtype}"
+        raise MetaplError(f"{what}; expected {instead}.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():

@@ -1,18 +1,20 @@
-"""What is said of a network that fails since its inputs are not given as its forward takes them."""
+"""What is said of a network that fails by how its inputs are given, or by their type."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import described
 
 
 def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
-    """Raise that a network was called with one argument, where its forward takes several.
+    """Raise that a network's forward takes several arguments, or another type of numbers.
 
     Return without raising where it may have failed for another reason.
 
@@ -24,6 +26,9 @@ def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
     Raises: :class:`metapl.MetaplError`.
     """
     kind = type(network).__name__
+    if isinstance(error, RuntimeError):
+        refuse_type(network, inputs, error)
+        return
     if isinstance(inputs, Tensor):
         # Python's own words, of the network that Logits passes its parts to, too.
         called = type(getattr(network, "network", network)).__name__
@@ -49,6 +54,24 @@ def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
             f"{kind} was called with its inputs, {described(inputs)}, as one argument, and its "
             f"forward takes {parts} ({reason_of(error)}); expected metapl.models.Logits({kind}"
             f"(...)), which passes the parts as arguments{rest}."
+        ) from error
+
+
+def refuse_type(network: nn.Module, inputs: object, error: RuntimeError) -> None:
+    """Raise that inputs have another floating-point type than a network's weights, if they have."""
+    if "dtype" not in str(error) and "scalar type" not in str(error):
+        return
+    given, own = (
+        {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
+        for tensors in (pytree.tree_leaves(inputs), network.parameters())
+    )
+    if given and own and not given & own and not torch.is_autocast_enabled():
+        names = [
+            few([str(dtype).removeprefix("torch.") for dtype in dtypes]) for dtypes in (given, own)
+        ]
+        raise MetaplError(
+            f"the inputs are {names[0]}, and the weights of {type(network).__name__} {names[1]}; "
+            "expected the same, such as x.float(), or NumPy arrays, which are converted."
         ) from error
 
 

@@ -187,7 +187,8 @@ def check_teacher(teacher: nn.Module | None, problem: BilevelProblem, **is_given
     if (teacher is not None) != problem.has_teacher:
         expected = "teacher=None"
         if problem.has_teacher:
-            expected = "a torch.nn.Module, which makes its signal"
+            expected = "a torch.nn.Module, which makes its signal; a problem without a teacher is "
+            expected += "metapl.problems.EqualWeights()"
         raise MetaplError(
             f"teacher is of type {type(teacher).__name__}; {kind_of(problem)} expects {expected}."
         )

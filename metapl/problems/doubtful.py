@@ -75,6 +75,8 @@ class Classification(BilevelProblem):
         has_parts = isinstance(batch, tuple | list) and len(batch) == len(self.inner_batch)
         if not has_parts or not holds_tensors(batch[0]):
             expected = f"({', '.join(self.inner_batch)}) as inner="
+            if isinstance(batch, list):
+                expected += ", or metapl.Lookahead(batches) for a step on each"
             raise checks.unexpected(f"the inner batch of {type(self).__name__} is", batch, expected)
         return batch[0]
 

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 import metapl
 from metapl import UDA, CrossEntropy, Lookahead, MetaplError, Signal
+from metapl.problems import EqualWeights, LearningToReweight
 
 ROWS = 6
 LABELED = 4
@@ -873,3 +874,38 @@ def test_an_error_anywhere_in_a_step_moves_nothing(
     fuse.breaks = None
     case.trainer.step(*batches)
     assert changes(state_after_step, case.everything()) == []
+
+
+def test_data_of_another_type_say_the_way_out() -> None:
+    """Doubles beside float32 weights, names of classes, no batch size, batches in a list."""
+    x, y = torch.randn(12, 4), torch.arange(12) % 3
+    student = metapl.models.mlp([4, 8, 3])
+    trainer = metapl.BilevelTrainer(None, student, problem=LearningToReweight())
+
+    def fit(outer: Any, inner: Any, **options: Any) -> None:
+        trainer.fit(outer=outer, inner=inner, steps=2, progress=False, **options)
+
+    of_type = "float64, and the weights of Sequential float32"
+    cases: list[tuple[str, Any]] = [
+        (
+            "float64, and the weights of Sequential float32",
+            lambda: fit((x.double(), y), (x, y), batch_size=6),
+        ),
+        ("return_inverse=True", lambda: fit((x, np.array([*"abc"] * 4)), (x, y), batch_size=6)),
+        ("such as batch_size=64, or a list of batches", lambda: fit((x, y), (x, y))),
+        (of_type, lambda: trainer.predict(x.double())),
+        (
+            r"metapl.Lookahead\(batches\) for a step on each",
+            lambda: metapl.hypergradient(
+                None,
+                student,
+                outer=(x, y),
+                inner=[(x, y)] * 5,
+                problem=EqualWeights(),
+                inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            ),
+        ),
+    ]
+    for text, call in cases:
+        with pytest.raises(MetaplError, match=text):
+            call()
