@@ -35,14 +35,11 @@ BOUNDS = {
     "compiled": Way(files=10, functions=49, lines=246),
 }
 
-IMPORTED_LINES = 17_640
+IMPORTED_LINES = 17_577
 """Lines of the files of the package that ``import metapl`` loads."""
 
-GUARDS = 0.1828
-"""The share of the library's code lines that only guard (guard_lines.py); it may only fall.
-
-It was 0.1807 before a second implementation of the step went, which had none.
-"""
+GUARDS = 0.1802
+"""The share of the library's code lines that only guard (guard_lines.py); it may only fall."""
 
 SLACK = 0.9
 """A count below this share of its bound asks for a lower bound."""
