@@ -91,10 +91,13 @@ class Descent(Protocol):
     def again(self, signal: Signal) -> Descent:
         """Return the same pass on another signal, by a forward and a backward pass."""
 
-    def along_kept_graph(self, w: Tree) -> Derivatives | None:
-        """Return ∂⟨g, w⟩/∂(what gets the feedback) by a graph of g that was kept, or None.
+    def along_kept_graph(self, w: Tree, *, curved: bool = False) -> tuple[Tree, Derivatives] | None:
+        """Return the derivatives of ⟨g, w⟩ by a graph of g that was kept, or None; it serves once.
 
-        It serves once.
+        Args:
+            curved: whether the product with ∂²ℓ/∂θ² is asked for; else it is empty.
+
+        Returns: the product, and the derivatives in what gets the feedback.
         """
 
     def second_derivatives(

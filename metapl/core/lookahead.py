@@ -28,7 +28,7 @@ class Lookahead(Sequence[Any]):
         batches: each of them as for ``inner``: a sequence, or a function of the step's number,
             0 to ``steps`` - 1. Of a function's batches, those of steps that are computed again are
             not held: it is called again for them, and one that returns another batch then is
-            refused.
+            refused. Of several tasks (:func:`metapl.hypergradient`) with their first dimension.
         steps: K; None: as many as the sequence has.
         settings: of the inner optimizer in each step and param group, by name: ``{"lr": (K,
             groups), "weight_decay": (K, groups)}``, as ``wrt=`` gives the gradient in them. Those

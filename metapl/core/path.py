@@ -254,7 +254,7 @@ class Path(Drawing):
         graph: Graph = "none"
         if student.double_backward or student.returns_state:
             graph = "path"
-        elif self.order == "graph" and number == self._first_differentiated(self.mode.truncate):
+        elif self.order == "graph" and number >= self._first_differentiated(self.mode.truncate):
             graph = "credited"
         look = None
         # Without a graph of the path, the second step is the first one at other weights than the
@@ -283,7 +283,7 @@ class Path(Drawing):
     def _first_differentiated(self, truncate: int | None) -> int:
         """Return the number of the first step that is differentiated.
 
-        The steps after it take a Hessian product, by a graph that they make then.
+        The steps after it take a Hessian product, by a graph that they have kept or make then.
         """
         return 0 if truncate is None else max(0, len(self.inner_batches) - truncate)
 

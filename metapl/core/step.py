@@ -331,9 +331,9 @@ class InnerStep:
         From the graph of g where the pass has kept it; by ż; or by double backward, as always where
         the signal enters the student's input, and ⟨∂ℓ/∂z, ż⟩ goes through the whole network.
         """
-        derivatives = self.descent.along_kept_graph(w)
-        if derivatives is not None:
-            return derivatives
+        by_kept_graph = self.descent.along_kept_graph(w)
+        if by_kept_graph is not None:
+            return by_kept_graph[1]
         if enters_input(self.problem):
             _, gradients = self.second_derivatives(w, self.signal.differentiable(), curved=False)
             return gradients

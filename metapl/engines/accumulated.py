@@ -121,14 +121,17 @@ class AccumulatedDescent:
         again.gradient = TreeSum([part.gradient for part in again.passes]).mean()
         return again
 
-    def along_kept_graph(self, w: Tree) -> Derivatives | None:
-        by_part = []
+    def along_kept_graph(self, w: Tree, *, curved: bool = False) -> tuple[Tree, Derivatives] | None:
+        products = TreeSum()
+        derivatives: list[Derivatives] = []
         for part in self.passes:
-            derivatives = part.along_kept_graph(w)
-            if derivatives is None:
+            by_kept_graph = part.along_kept_graph(w, curved=curved)
+            if by_kept_graph is None:
                 return None
-            by_part.append(derivatives)
-        return self._joined_derivatives(by_part)
+            product, of_part = by_kept_graph
+            products.add(product)
+            derivatives.append(of_part)
+        return products.mean(), self._joined_derivatives(derivatives)
 
     def _joined_derivatives(self, by_part: list[Derivatives]) -> Derivatives:
         """Return the derivatives of the mean over all rows, from those of the micro-batches'."""

@@ -544,18 +544,19 @@ class EagerDescent:
         again.inner_loss = value
         return again
 
-    def along_kept_graph(self, w: Tree) -> Derivatives | None:
-        """Return the derivatives of ⟨g, w⟩ in what gets the feedback, by the graph that was kept.
+    def along_kept_graph(self, w: Tree, *, curved: bool = False) -> tuple[Tree, Derivatives] | None:
+        """Return (∂²ℓ/∂θ²) w, if ``curved``, and ∂⟨g, w⟩/∂(what gets the feedback).
 
-        It serves once: a second call returns None, as does one where :meth:`learn` has kept none.
+        By the graph that was kept, which serves once: a second call returns None, as does one where
+        :meth:`learn` has kept none.
         """
         if self._kept_graph is None:
             return None
-        gradient, leaves = self._kept_graph
+        g, leaves = self._kept_graph
         self._kept_graph = None
         with self._running():
-            _, in_leaves = _derivatives(gradient, {}, leaves=[*leaves.values()], w=w, free=True)
-        return self._in_fields(leaves, in_leaves)
+            found = _derivatives(g, self._weights, [*leaves.values()], w, free=True, curved=curved)
+        return found[0], self._in_fields(leaves, found[1])
 
     def _in_fields(
         self, fields: Mapping[str, Tensor], in_leaves: Sequence[Tensor | None]
@@ -589,6 +590,7 @@ class EagerDescent:
         """
         self.params = {}
         self.gradient = {}
+        self._kept_graph = None
         if batch_too and self.signal_input is None:
             self.inputs = None
             self.lesson = replace(self.lesson, batch=None)
@@ -774,6 +776,9 @@ class EagerDescent:
         Returns: the product on this rank's rows; the derivative in each field, None where nothing
             depends on it; and ⟨g, w⟩ on this rank's rows, or None.
         """
+        by_kept_graph = self.along_kept_graph(w, curved=curved)
+        if by_kept_graph is not None:
+            return *by_kept_graph, None
         field_leaves = plain_leaves(dict(fields))
         input_leaves: list[Tensor] = []
         inputs = self.inputs

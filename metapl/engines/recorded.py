@@ -66,11 +66,11 @@ class RecordedDescent(EagerDescent):
         with self._running():
             yield self._weights, self._outputs_with_graph
 
-    def along_kept_graph(self, w: Tree) -> Derivatives | None:
-        """Return the derivatives of ⟨g, w⟩ in what gets the feedback."""
+    def along_kept_graph(self, w: Tree, *, curved: bool = False) -> tuple[Tree, Derivatives] | None:
+        """Return the derivatives of ⟨g, w⟩ in the weights, and in what gets the feedback."""
         names = credited(self.signal, self.lesson.credits)
-        _, derivatives, _ = self.second_derivatives(w, names, curved=False)
-        return derivatives
+        product, derivatives, _ = self.second_derivatives(w, names, curved=curved)
+        return product, derivatives
 
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool, with_slope: bool = False
@@ -192,6 +192,16 @@ class UpdateOfState(Update):
         """η of the first param group, a scalar; None for a transform, which has no groups."""
         return self.given[0]["lr"] if self.given else None
 
+    @property
+    def options(self) -> Options:
+        return self.given
+
+    def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
+        return [{name: group[name] for name in names if name in group} for group in self.given]
+
+    def with_options(self, options: Options) -> UpdateOfState:
+        return UpdateOfState(self.inner, options, self.state)
+
     def follow(self, parameters: Parameters) -> None:
         """Do nothing: the rule follows the trainer's own."""
 
@@ -201,7 +211,7 @@ class UpdateOfState(Update):
     def update(
         self, params: Tree, grads: Tree, state: OptimizerState, options: Options | None = None
     ) -> tuple[Tree, OptimizerState]:
-        return self.inner.update(params, grads, state=state, options=self.given)
+        return self.inner.update(params, grads, state=state, options=options or self.given)
 
     def pullback(
         self,

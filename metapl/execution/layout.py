@@ -116,8 +116,9 @@ class Layout:
         kind = self._precise_kind()
         self.description = kind.description
         self.capabilities = kind.capabilities
-        is_too_old = torch.__version__ < TorchVersion(DTENSOR_TWICE)
-        if self.is_sharded and CURVATURE in self.capabilities and is_too_old:
+        if not self.is_sharded or CURVATURE not in self.capabilities:
+            return
+        if torch.__version__ < TorchVersion(DTENSOR_TWICE):
             self.capabilities -= {CURVATURE}
             self.description += (
                 f" (twice differentiable from torch {DTENSOR_TWICE} on, and this is "
@@ -461,8 +462,10 @@ def is_block(part: nn.Module) -> bool:
 def _of_torch(kind: type) -> frozenset[str]:
     """Return the names of a class and its bases that are PyTorch's.
 
-    Names, since the classes that spread weights take seconds to import.
+    Names, since the classes that spread weights take seconds to import. Of a plain layer none.
     """
+    if kind.__module__.startswith("torch.nn.modules."):
+        return frozenset()
     return frozenset(base.__name__ for base in kind.__mro__ if base.__module__.startswith("torch."))
 
 

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
     from metapl.core.terms import StudentPath
 
 SMALL = 2**15
-"""The number of a student's weights up to which the graph of one step is kept (measured in
-benchmarks/step.py)."""
+"""The number of weights, in all steps together, up to which their graphs are kept (measured in
+benchmarks/step.py, and of several steps in benchmarks/something_simpler.py)."""
 
 By = Literal["graph", "tangent", "double_backward"]
 
@@ -66,9 +66,12 @@ def exact_orders(
 
     Raises: :class:`metapl.MetaplError` for a ``by`` that a sharded student does not have.
     """
+    is_small = steps * sum(map(Tensor.numel, student.params.values())) <= SMALL
     if enters_input(problem) or "start" in wrt:
         # The derivative in the input, or in the first weights, goes through the network, whatever
         # is asked.
+        if not enters_input(problem) and is_small and by is None and student.has_whole_weights:
+            return ("graph", "double_backward")
         return ("double_backward",)
     if not student.has_whole_weights:
         # The gradients of a sharded student come from ``.backward()``, which keeps no graph.
@@ -86,7 +89,6 @@ def exact_orders(
         return (by,)
     # The graph of one small step is kept; where its derivatives are missing, so are those of double
     # backward.
-    is_small = sum(map(Tensor.numel, student.params.values())) <= SMALL
     if steps == 1 and is_small:
         return ("graph", "tangent")
     return ("tangent", "double_backward")

@@ -6,7 +6,7 @@ verify and compile.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -70,7 +70,7 @@ class Hypergradient:
             :class:`metapl.Lookahead`.
         inner_loss, outer_loss: the student's mean loss on the signal at θ, and L(θ′), scalars.
         student_params: θ′ by parameter name, after the last step; of the real one where the problem
-            revises its signal.
+            revises its signal; of several tasks with a first dimension, as the feedback.
         inner_state: the TorchOpt state after the step, for the next call; None with a
             ``torch.optim`` optimizer.
         kept: which steps of a look-ahead kept their states, in words; empty without one.
@@ -113,41 +113,6 @@ class Hypergradient:
     def __repr__(self) -> str:
         state = None if self.inner_state is None else type(self.inner_state).__name__
         return summary("Hypergradient", **{**vars(self), "inner_state": state})
-
-
-def stacked_settings(
-    gradients: Sequence[Any], names: Sequence[str], *, steps: int
-) -> dict[str, Tensor]:
-    """Return gradients in settings by name, (K, groups), of betas (K, groups, 2).
-
-    They are 0 where a group has no such setting, and in steps that are not differentiated.
-
-    Args:
-        gradients: by step and param group, a dict by name, of the last steps.
-        names: of the settings.
-        steps: K.
-    """
-    stacked: dict[str, Tensor] = {}
-    for name in names:
-        by_step = [torch.stack(gradients_of_groups(groups, name)) for groups in gradients]
-        zeros = [torch.zeros_like(by_step[0])] * (steps - len(by_step))
-        stacked[name] = torch.stack([*zeros, *by_step])
-    return stacked
-
-
-def gradients_of_groups(groups: Sequence[Mapping[str, Any]], name: str) -> list[Tensor]:
-    """Return the gradient in a setting of each param group in one step, 0 where it has none."""
-    gradients: list[Tensor | None] = []
-    for group in groups:
-        gradient = group.get(name)
-        if isinstance(gradient, tuple | list):
-            # Betas are two.
-            gradient = torch.stack([*gradient])
-        gradients.append(gradient)
-    # The setting is one of update.numbers, so at least one group has it. Its gradient is a number,
-    # or (2,) for betas.
-    one_gradient = next(t for t in gradients if t is not None)
-    return [torch.zeros_like(one_gradient) if t is None else t for t in gradients]
 
 
 def as_leaf(setting: Any) -> Tensor:
@@ -203,6 +168,7 @@ class Differentiation:
         inner_batches: one for each step of the student.
         ahead: the same as a look-ahead, with its settings, also where one batch was given.
         wrt: the names of what the gradient is in.
+        fault: of the checks in the last path; those that have no values yet.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
@@ -305,10 +271,13 @@ class Differentiation:
                 return "momentum=0 in some steps, which keep no buffer; expected more"
         return ""
 
-    def find(self) -> Hypergradient:
+    def find(self, orders: Orders | None = None) -> Hypergradient:
         """Return the gradient on the eager road, in the first order of differentiation that runs.
 
         No weight or state moves.
+
+        Args:
+            orders: that were chosen in earlier calls like this one; None: there were none.
         """
         engine_type = EagerEngine
         if self.of_student.is_sharded:
@@ -329,7 +298,7 @@ class Differentiation:
         steps = len(self.inner_batches)
         candidates = self.estimate.orders(steps, self.problem, self.student, others)
         try:
-            return Orders().take(candidates, self._in_order, begin_again=self._begin)
+            return (orders or Orders()).take(candidates, self._in_order, begin_again=self._begin)
         except MissingDerivative as error:
             raise self.with_proposal(error) from error
 
@@ -385,7 +354,7 @@ class Differentiation:
         replays = ReplayCheck(request.replay_tolerance, ranks) if steps > 1 else None
         is_shown = request.shows_progress and ranks.first
         with ExitStack() as stack:
-            stack.enter_context(
+            self.fault = stack.enter_context(
                 restored(
                     *self.slots,
                     device=self.device,
@@ -450,8 +419,13 @@ class Differentiation:
                 grads = teaching.gradient(path, feedback)
             if direct:
                 grads = {name: g + direct[name] for name, g in grads.items()}
-            # The path has gone backwards, and has the last step's first.
-            settings = stacked_settings(path.setting_gradients[::-1], self.settings, steps=steps)
+            settings: dict[str, Tensor] = {}
+            if self.settings:
+                # Loaded where it is used.
+                from metapl.feedback.setting_gradients import stacked_settings
+
+                # The path has gone backwards, and has the last step's first.
+                settings = stacked_settings(path.setting_gradients[::-1], self.settings, steps)
             h = tuple(
                 feedback_of_step.of_batch(step)
                 for step, feedback_of_step in zip(path.steps, feedback, strict=True)

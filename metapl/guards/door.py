@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches
 from metapl.errors import MetaplError, few
-from metapl.execution.batch import Batch, inputs_of, named_leaves_of
+from metapl.execution.batch import Batch, inputs_of, named_leaves_of, plain
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.compare import same_to_rounding
@@ -54,8 +54,9 @@ def refuse_tensors(outer: Batch, inner_batches: InnerBatches) -> None:
         name = f"inner[{k}]" if inner_batches.is_lookahead else "inner"
         batches_by_name[name] = batch
     for name, batch in batches_by_name.items():
-        for place, t in named_leaves_of(batch):
+        for number, t in enumerate(leaves_of_batch(plain(batch))):
             if isinstance(t, Tensor) and t.requires_grad:
+                place, _ = named_leaves_of(batch)[number]
                 raise MetaplError(
                     f"{name}{place} requires a gradient, which a batch does not carry; expected "
                     "data: .detach() it, or let the signal carry it (problem.signal, and "

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metapl.execution.numerics import Tree
+from metapl.execution.numerics import HALF, Tree
 from metapl.updates.base import Cotangents, OptimizerState, Options, cotangents_of
 from metapl.updates.lists import Tensors, add, add_and_mul, is_set, mul, plus
 from metapl.updates.torch_optim import State, States, TorchUpdate
@@ -68,6 +68,13 @@ class SGD(TorchUpdate):
             {**state, BUFFER: buffer} for state, buffer in zip(states, new_buffers, strict=True)
         ]
         return add_lists(params, d, alpha=-rate), new_states
+
+    def stepped(self, params: Tree, grads: Tree, state: States) -> tuple[Tree, States]:
+        # The rule has the bits of torch's step, but for fused kernels and half precision.
+        is_fused = any(group.get("fused") for group in self.options)
+        if is_fused or any(p.dtype in HALF for p in params.values()):
+            return super().stepped(params, grads, state)
+        return self.update(params, grads, state)
 
     @staticmethod
     def completed(p: Tensor, state: State, group: Mapping[str, Any]) -> State:

@@ -181,16 +181,18 @@ class TorchUpdate(Update):
         new_state = dict(state)
         for group, names in self.groups(grads):
             # torch's own step, by a fresh optimizer on copies of the weights and the state.
-            copies = {name: nn.Parameter(params[name].clone()) for name in names}
+            copies = {name: params[name].detach().clone() for name in names}
             kind: Any = type(self.owner[names[0]])
             optimizer = kind([{**group, "params": [*copies.values()]}])
             for name, p in copies.items():
-                p.grad = grads[name].detach()
+                # Some of torch's steps write to the gradient, as Nesterov's on lists.
+                p.grad = grads[name].detach().clone()
                 if state[name]:
                     optimizer.state[p] = {key: _copied(t) for key, t in state[name].items()}
             optimizer.step()
             for name, p in copies.items():
-                new_params[name] = p.detach()
+                p.grad = None
+                new_params[name] = p
                 new_state[name] = dict(optimizer.state[p])
         return new_params, new_state
 

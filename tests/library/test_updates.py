@@ -14,6 +14,7 @@ import torch
 import torchopt
 from problems_zoo import OPTIMISERS, product, toy, values, warm
 from reference import error
+from torch import nn
 from torch.utils import _pytree as pytree
 
 import metapl
@@ -390,3 +391,28 @@ def test_a_weight_without_a_momentum_buffer_that_the_first_step_does_not_reach()
         ).grads
 
     assert error(gradient("forward"), gradient("unrolled")) < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_of_a_look_ahead_have_the_bits_of_sgd_and_leave_gradients(
+    momentum: float, dtype: torch.dtype
+) -> None:
+    """On lists torch's step with Nesterov momentum writes to the gradients."""
+    torch.manual_seed(0)
+    weights = {"p": nn.Parameter(torch.randn(37, dtype=dtype))}
+    twin = nn.Parameter(weights["p"].detach().clone())
+    options: dict[str, Any] = {"lr": 0.037, "momentum": momentum, "nesterov": momentum > 0}
+    optimizer = torch.optim.SGD(weights.values(), **options, foreach=True)
+    by_torch = torch.optim.SGD([twin], **options, foreach=True)
+    update = update_of(optimizer, weights)
+    params = {"p": weights["p"].detach()}
+    state = update.read_state()
+    for _ in range(3):
+        g = torch.randn(37, dtype=dtype)
+        kept = g.clone()
+        params, state = update.stepped(params, {"p": g}, state)
+        assert torch.equal(g, kept)
+        twin.grad = kept
+        by_torch.step()
+        assert torch.equal(params["p"], twin)
