@@ -6,8 +6,13 @@ of equal descriptions compute the same function, so the graph of one serves the 
 compiled of a *bare copy*, which nobody else can change, and which holds no memory: its tensors are
 on the device ``meta``.
 
-What cannot be described, such as a hook, a closure, a tensor in an attribute or a method that reads
-a module by its name, raises :class:`Undescribed`; its graph is found by identity.
+A problem may hold modules of its own, as a template for ``functional_call`` or a frozen network,
+and so may the closures of networks and problems. These are described as networks are, and their
+copies are whole: their tensors, which lie *outside* of the networks, are given the values of the
+present ones in each call.
+
+What cannot be described, such as a hook, a tensor in an attribute or a method that reads a module
+by its name, raises :class:`Undescribed`; its graph is found by identity.
 """
 
 from __future__ import annotations
@@ -19,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from enum import Enum
 from functools import partial
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -69,45 +74,56 @@ class Undescribed(Exception):
         self.what = what
 
 
-def description_of(value: Any) -> Hashable:
+def description_of(value: Any, describer: Describer | None = None) -> Hashable:
     """Return what tells a plain value from all others.
 
     Descriptions are equal for values that are equal and of the same types.
 
+    Args:
+        describer: of modules and closures; None: they have no description.
+
     Raises: :class:`Undescribed`.
     """
     kind = type(value)
+    of_part = partial(description_of, describer=describer)
     if kind in NUMBERS:
         # 1, 1.0 and True are equal, and so are 0.0 and -0.0; their words are not.
         return kind, repr(value)
     if kind in OF_TORCH or isinstance(value, Enum):
         return kind, value
     if kind in (tuple, list, torch.Size):
-        return kind, tuple(map(description_of, value))
+        return kind, tuple(map(of_part, value))
     if kind in (set, frozenset):
         return kind, frozenset(map(description_of, value))
     if kind in (dict, OrderedDict):
-        entries = [(description_of(key), description_of(entry)) for key, entry in value.items()]
-        return kind, tuple(entries)
+        return kind, tuple([(of_part(key), of_part(entry)) for key, entry in value.items()])
     if isinstance(value, type):
         return kind, value
-    if kind is FunctionType and value.__closure__ is None and not reads_a_module(value):
-        defaults = description_of((value.__defaults__, value.__kwdefaults__))
-        return kind, value.__code__, id(value.__globals__), defaults
+    if describer is not None and isinstance(value, nn.Module):
+        return describer.module(value)
+    if kind is FunctionType and not reads_a_module(value, by_closure=False):
+        cells: Hashable = None
+        if value.__closure__ is not None:
+            if describer is None:
+                raise Undescribed("a closure")
+            cells = describer.cells(value)
+        defaults = of_part((value.__defaults__, value.__kwdefaults__))
+        return kind, value.__code__, id(value.__globals__), defaults, cells
     if kind is BuiltinFunctionType and isinstance(value.__self__, ModuleType | None):
         return kind, value
     if kind is partial:
-        return kind, description_of((value.func, value.args, value.keywords))
+        return kind, of_part((value.func, value.args, value.keywords))
     if dataclasses.is_dataclass(value):
-        return description_of_object(value)
+        return description_of_object(value, describer)
     if kind is FunctionType:
-        raise Undescribed("a closure, or a function that reads a network by its name")
+        raise Undescribed("a function that reads a network by its name")
     raise Undescribed(f"a value of type {kind.__name__}")
 
 
-def description_of_object(value: Any) -> Hashable:
+def description_of_object(value: Any, describer: Describer | None = None) -> Hashable:
     """Return the description of an object by its class and its attributes."""
-    return *description_of_class(type(value)), description_of(object.__getstate__(value))
+    attributes = description_of(object.__getstate__(value), describer)
+    return *description_of_class(type(value)), attributes
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
@@ -134,17 +150,20 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
     return tuple(contents)
 
 
-def reads_a_module(function: FunctionType) -> bool:
+def reads_a_module(function: FunctionType, *, by_closure: bool = True) -> bool:
     """Return whether a function reads a module by a closure or a global.
 
     Functions that it calls by such names count too. A loss with a penalty on the weights of a
     student reads the student that it names, and not a bare copy.
+
+    Args:
+        by_closure: whether its own closure counts.
     """
     to_visit = [function]
     met = {function}
     while to_visit:
         reader = to_visit.pop()
-        for value in read_by(reader):
+        for value in read_by(reader, by_closure=by_closure or reader is not function):
             if isinstance(value, nn.Module):
                 return True
             is_new = isinstance(value, FunctionType) and value not in met
@@ -159,10 +178,10 @@ def is_of_libraries(module: str | None) -> bool:
     return module is not None and module.split(".")[0] in ("torch", "metapl", "builtins", "abc")
 
 
-def read_by(function: FunctionType) -> list[Any]:
+def read_by(function: FunctionType, *, by_closure: bool) -> list[Any]:
     """Return what a function, and code inside of it, reads from its closure and from globals."""
     values: list[Any] = []
-    for cell in function.__closure__ or ():
+    for cell in (by_closure and function.__closure__) or ():
         # A cell is empty until its name is bound.
         with contextlib.suppress(ValueError):
             values.append(cell.cell_contents)
@@ -183,18 +202,35 @@ def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
 
     Raises: :class:`Undescribed`.
     """
-    if any(EVERYWHERE):
-        raise Undescribed("hooks on all modules")
-    describer = Describer()
-    return tuple(describer.module(network) for network in networks)
+    return Describer(networks).networks
 
 
 class Describer:
-    """Descriptions of networks in which the same part, or the same tensor, has the same number."""
+    """Descriptions in which the same part, or the same tensor, has the same number.
 
-    def __init__(self) -> None:
-        # By the addresses of modules and tensors, in the order in which they are met.
+    Args:
+        networks: that are trained.
+
+    Attributes:
+        networks: their description.
+        outside: the tensors of other modules, in the order in which they are met.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module | None]) -> None:
+        if any(EVERYWHERE):
+            raise Undescribed("hooks on all modules")
+        # By the addresses of modules, functions and tensors, in the order in which they are met.
         self._numbers: dict[int, int] = {}
+        self._inside = tensors_inside(networks)
+        self.outside: list[Tensor] = []
+        # What a problem may not hold.
+        self._of_networks = set[int]()
+        self.networks = tuple(self.module(network) for network in networks)
+
+    def problem(self, problem: Any) -> Hashable:
+        """Return the description of a problem, which may hold modules, but no part of a network."""
+        self._of_networks = {*self._numbers}
+        return description_of_object(problem, self)
 
     def module(self, part: nn.Module | None) -> Hashable:
         """Return the description of a module; of one that was met before, its number alone."""
@@ -211,17 +247,29 @@ class Describer:
         tensors = [(name, self._tensor(t)) for name, t in named_tensors]
         modules = [(name, self.module(inner)) for name, inner in part._modules.items()]
         plain = []
-        for name, value in attributes.items():
-            if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS):
-                plain.append((name, description_of(value)))
         # Attributes may have been set in any order.
+        for name, value in sorted(attributes.items()):
+            if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS):
+                plain.append((name, description_of(value, self)))
         return (
             number,
             description_of_class(type(part)),
             tuple(tensors),
             tuple(modules),
-            frozenset(plain),
+            tuple(plain),
         )
+
+    def cells(self, function: FunctionType) -> Hashable:
+        """Return the description of a closure; of a function that was met before, its number."""
+        is_new = id(function) not in self._numbers
+        number = self._number_of(function)
+        if not is_new:
+            return number
+        try:
+            contents = [cell.cell_contents for cell in function.__closure__ or ()]
+        except ValueError:
+            raise Undescribed("a closure without a value yet") from None
+        return tuple(description_of(value, self) for value in contents)
 
     def _tensor(self, t: Tensor | None) -> Hashable:
         if t is None:
@@ -229,27 +277,47 @@ class Describer:
         is_plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
         if not is_plain or not vars(t).keys() <= BUFFER_MARKS:
             raise Undescribed(f"a tensor of type {type(t).__name__}")
+        if id(t) not in self._numbers and id(t) not in self._inside:
+            self.outside.append(t)
         return self._number_of(t), type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
 
-    def _number_of(self, part: nn.Module | Tensor) -> int:
+    def _number_of(self, part: nn.Module | FunctionType | Tensor) -> int:
+        if id(part) in self._of_networks:
+            raise Undescribed(f"a {type(part).__name__} of a network in the problem")
         return self._numbers.setdefault(id(part), len(self._numbers))
+
+
+def tensors_inside(networks: Sequence[nn.Module | None]) -> set[int]:
+    """Return the addresses of the tensors of networks."""
+    inside = set[int]()
+    for network in networks:
+        if network is not None:
+            inside |= {id(t) for t in (*network.parameters(), *network.buffers())}
+    return inside
 
 
 def bare_copies(networks: Sequence[nn.Module | None]) -> list[Any]:
     """Return copies of networks that have a description, with tensors that hold no memory."""
-    copier = BareCopier()
+    copier = BareCopier(networks)
     return [copier.module(network) for network in networks]
 
 
 class BareCopier:
-    """Copies of networks in which what was one part, or one tensor, is one again."""
+    """Copies in which what was one part, or one tensor, is one again.
 
-    def __init__(self) -> None:
-        # The copies of modules and tensors, by the addresses of the originals.
+    The tensors of networks are copied without memory, those of other modules as they are.
+
+    Args:
+        networks: that are trained.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module | None]) -> None:
+        # The copies of modules, functions and tensors, by the addresses of the originals.
         self._copies: dict[int, Any] = {}
+        self._inside = tensors_inside(networks)
 
     def module(self, part: nn.Module | None) -> Any:
-        """Return a bare copy of a module; of one that was met before, the same."""
+        """Return a copy of a module; of one that was met before, the same."""
         if part is None:
             return None
         if id(part) in self._copies:
@@ -261,18 +329,67 @@ class BareCopier:
             if name in (*PASS_HOOKS, *STATE_HOOKS):
                 attributes[name] = OrderedDict()
             elif name not in TABLES:
-                attributes[name] = copy.deepcopy(value)
-        attributes["_parameters"] = {n: self._tensor(t) for n, t in part._parameters.items()}
-        attributes["_buffers"] = {n: self._tensor(t) for n, t in part._buffers.items()}
+                attributes[name] = self.value(value)
+        attributes["_parameters"] = {n: self.tensor(t) for n, t in part._parameters.items()}
+        attributes["_buffers"] = {n: self.tensor(t) for n, t in part._buffers.items()}
         attributes["_modules"] = {n: self.module(inner) for n, inner in part._modules.items()}
         return bare
 
-    def _tensor(self, t: Tensor | None) -> Any:
+    def value(self, value: Any) -> Any:
+        """Return a copy of a value that has a description."""
+        kind = type(value)
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if kind in (tuple, list, set, frozenset):
+            return kind(map(self.value, value))
+        if kind in (dict, OrderedDict):
+            return kind([(self.value(key), self.value(entry)) for key, entry in value.items()])
+        if kind is partial:
+            options = self.value(value.keywords)
+            return partial(self.value(value.func), *self.value(value.args), **options)
+        if kind is FunctionType and value.__closure__:
+            return self._function(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return self.object(value)
+        return copy.deepcopy(value)
+
+    def object(self, value: Any) -> Any:
+        """Return a copy of an object that has a description."""
+        copied = object.__new__(type(value))
+        state = object.__getstate__(value)
+        # Of a class with slots, the attributes, if there are any, and what is in the slots.
+        for attributes in state if isinstance(state, tuple) else (state,):
+            for name, entry in (attributes or {}).items():
+                object.__setattr__(copied, name, self.value(entry))
+        return copied
+
+    def tensor(self, t: Tensor | None) -> Any:
+        """Return a copy of a tensor; of one that was met before, the same."""
         if t is None:
             return None
         if id(t) not in self._copies:
-            bare: Tensor = torch.empty_like(t.detach(), device="meta")
+            copied: Tensor = t.detach().clone()
+            if id(t) in self._inside:
+                copied = torch.empty_like(t.detach(), device="meta")
             if isinstance(t, nn.Parameter):
-                bare = nn.Parameter(bare, t.requires_grad)
-            self._copies[id(t)] = bare
+                copied = nn.Parameter(copied, t.requires_grad)
+            self._copies[id(t)] = copied
         return self._copies[id(t)]
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        if id(function) in self._copies:
+            met: FunctionType = self._copies[id(function)]
+            return met
+        cells = [CellType() for _ in function.__closure__ or ()]
+        copied = FunctionType(
+            function.__code__,
+            function.__globals__,
+            function.__name__,
+            function.__defaults__,
+            tuple(cells),
+        )
+        copied.__kwdefaults__ = function.__kwdefaults__
+        self._copies[id(function)] = copied
+        for cell, original in zip(cells, function.__closure__ or (), strict=True):
+            cell.cell_contents = self.value(original.cell_contents)
+        return copied

@@ -464,7 +464,7 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
         kind += value.kind
     else:
         raise MetaplError(
-            f"compile= was given a batch with a part {described(value)}; expected tensors and "
+            f"a graph was given a batch with a part {described(value)}; expected tensors and "
             "numbers in tuples, lists and dicts."
         )
 
@@ -835,6 +835,8 @@ class Captured(Generic[Result]):
 
     what = "a step"
     """What is recorded, for warnings."""
+    mapped_over = "states"
+    """What ``torch.func.vmap`` maps the function over, for errors."""
 
     def __init__(
         self,
@@ -853,6 +855,8 @@ class Captured(Generic[Result]):
         # The latest last.
         self.kept: list[Capture] = []
         self.captures = 0
+        # Whether the next graph is compared with the function, also where it is not new.
+        self.is_doubted = False
 
     def __call__(self, *arguments: Any) -> Result:
         capture, tensors = self.run(*arguments)
@@ -875,7 +879,8 @@ class Captured(Generic[Result]):
             capture, tensors = self.find(*arguments)
         except NotRecorded as error:
             raise self.not_recorded(error) from error
-        if self.captures > captures and has_values.get():
+        if (self.captures > captures or self.is_doubted) and has_values.get():
+            self.is_doubted = False
             try:
                 # In no mode either, such as that of a user's own recording.
                 with no_transform(), _disable_current_modes(), self.attributes.restored():
@@ -918,7 +923,8 @@ class Captured(Generic[Result]):
         """Return the error that says why the function cannot be recorded."""
         reason = why_not_captured(error) or reason_of(error)
         return MetaplError(
-            f"torch.func.vmap cannot map this step: {reason}; expected a loop over the states."
+            f"torch.func.vmap cannot map this step: {reason}; expected a loop over the "
+            f"{self.mapped_over}."
         )
 
     def text_of_derivative(self) -> str:
@@ -934,7 +940,7 @@ class Captured(Generic[Result]):
         return (
             "the step comes out otherwise when it is recorded, as torch.func.vmap needs it; "
             "expected a function of its arguments and of torch's default generators, without "
-            "NumPy's, and without numbers that it keeps; or a loop over the states."
+            f"NumPy's, and without numbers that it keeps; or a loop over the {self.mapped_over}."
         )
 
     def inputs_of_constants(self, graph: GraphModule) -> list[Tensor]:
@@ -946,13 +952,14 @@ class Captured(Generic[Result]):
         capture, tensors = self.find(*arguments)
         return capture, self.replay(capture, tensors)
 
+    def knows(self, *arguments: Any) -> bool:
+        """Return whether there is a graph for these arguments."""
+        kind, _ = self._kind_of(arguments)
+        return self._find(kind) is not None
+
     def find(self, *arguments: Any) -> tuple[Capture, list[Tensor]]:
         """Return the graph for these arguments, and their tensors."""
-        tensors: list[Tensor] = []
-        kind = switches(self.device)
-        take_apart(arguments, tensors, kind)
-        if self.looks_at_modes:
-            kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
+        kind, tensors = self._kind_of(arguments)
         capture = self._find(kind)
         if capture is None:
             capture = self._capture(arguments, tensors, kind)
@@ -965,6 +972,15 @@ class Captured(Generic[Result]):
             with torch.autocast(self.device.type, enabled=False):
                 return capture.run(tensors)
         return capture.run(tensors)
+
+    def _kind_of(self, arguments: Any) -> tuple[list[Any], list[Tensor]]:
+        """Return what a graph for these arguments is made for, and their tensors."""
+        tensors: list[Tensor] = []
+        kind = switches(self.device)
+        take_apart(arguments, tensors, kind)
+        if self.looks_at_modes:
+            kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
+        return kind, tensors
 
     def _find(self, kind: list[Any]) -> Capture | None:
         values = self.attributes.values()

@@ -6,17 +6,17 @@ trainings of the same architecture, losses and rule.
 
 from __future__ import annotations
 
-import copy
+import logging
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.execution.batch import Batch
 from metapl.functional.adjoint import (
@@ -28,16 +28,20 @@ from metapl.functional.adjoint import (
 from metapl.functional.architecture import (
     EVERYWHERE,
     PASS_HOOKS,
+    BareCopier,
+    Describer,
     Undescribed,
-    bare_copies,
     description_of,
-    description_of_networks,
-    description_of_object,
 )
 from metapl.functional.capture import Captured, take_apart
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.updates import TorchUpdate, parts_of
+
+LOG = logging.getLogger("metapl")
+
+# What stands in a description, one after the other.
+PARTS_OF_KEY = ("the optimizer, or what is asked for,", "the problem", "a network")
 
 # What a graph holds of a batch: its structure, its numbers, and the shapes and types of tensors.
 BatchKind = tuple[Any, ...]
@@ -50,37 +54,62 @@ def kind_of_batch(batch: Batch) -> BatchKind:
     return tuple(kind)
 
 
+class Subject(NamedTuple):
+    """What graphs are made of.
+
+    Attributes:
+        alive: the objects whose addresses are in the key of the cache, which are held here so that
+            no other object gets such an address; empty where the key is a description.
+        outside: tensors of copies of modules that are no part of the networks.
+    """
+
+    teacher: nn.Module | None
+    student: nn.Module
+    problem: BilevelProblem
+    alive: tuple[object, ...] = ()
+    outside: Sequence[Tensor] = ()
+
+
 @dataclass(eq=False)
 class Graphs:
     """The compiled step and adjoint of one training.
 
     Attributes:
-        alive: the objects whose addresses are in the key of the cache, which are held here so that
-            no other object gets such an address; empty where the key is a description.
         compared: the kinds of the batches for which the two were compared with the eager step.
-        networks: the networks for which they were compared.
     """
 
     step: StepFunction
     adjoint: AdjointFunction
-    alive: tuple[object, ...]
+    subject: Subject
     compared: set[BatchKind] = field(default_factory=set)
-    networks: list[weakref.ref[nn.Module] | None] = field(default_factory=list)
 
-    def serve(self, *networks: nn.Module | None) -> None:
-        """Forget what was compared where other networks ask.
-
-        A graph is compared once for each network that it serves.
-        """
-        asking = [None if network is None else weakref.ref(network) for network in networks]
-        if asking != self.networks:
-            self.compared = set()
-            self.networks = asking
+    def doubt(self) -> None:
+        """Forget what was compared: a graph is compared once for each network that it serves."""
+        self.compared = set()
 
 
-# The graphs of the last trainings, by what was compiled: a call for another network of the same
-# description (metapl.functional.architecture) compiles nothing.
-_CACHE: dict[Hashable, Graphs] = {}
+class Made(Protocol):
+    """Graphs that are kept for later calls."""
+
+    subject: Subject
+
+    def doubt(self) -> None:
+        """Compare the graphs once more, when they serve other objects."""
+
+
+Graph = TypeVar("Graph", bound=Made)
+
+
+class Kept(NamedTuple):
+    """Graphs, and the teacher, the student and the problem that they serve."""
+
+    graphs: Any
+    served: list[weakref.ref[Any] | None]
+
+
+# The graphs of the last calls, by what was recorded: a call for another network of the same
+# description (metapl.functional.architecture) records and compiles nothing.
+_CACHE: dict[Hashable, Kept] = {}
 MOST_CACHED = 4
 
 
@@ -102,77 +131,133 @@ def graphs_of(
         in_settings, several: as of :class:`metapl.functional.adjoint.TrainingRules`.
     """
     device = next(student.parameters()).device
+
+    def make(subject: Subject) -> Graphs:
+        autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+            # Without the cache, which would keep casts of tensors inside a transform.
+            autocast = partial(torch.autocast, device.type, dtype, cache_enabled=False)
+        step = TrainingStep(
+            TrainingRules(
+                teacher=subject.teacher,
+                student=subject.student,
+                problem=subject.problem,
+                update=clipped(update.without_optimizer(), clip_norm),
+                constants=constants_of(update),
+                device=device,
+                in_settings=in_settings,
+                several=several,
+                autocast=autocast,
+            )
+        )
+        return Graphs(
+            Captured(step.taken, device, subject.alive),
+            Captured(step.adjoint, device, subject.alive),
+            subject,
+        )
+
+    options = ("training", clip_norm, in_settings, several)
+    return kept_graphs(teacher, student, problem, (rule_of(update, device), options), make)
+
+
+def rule_of(update: TorchUpdate, device: torch.device) -> tuple[object, ...]:
+    """Return what tells the rule of an optimizer from others, but for numbers that are settings."""
     dtype = None
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    constants = constants_of(update)
     # A scheduler notes the first rate in its groups, which no rule reads.
     read_by_rule = [
         {name: value for name, value in group.items() if name != "initial_lr"}
-        for group in constants
+        for group in constants_of(update)
     ]
     kinds = [type(update), *map(type, parts_of(update.optimizer))]
-    rule = (kinds, read_by_rule, update.group_of, clip_norm, in_settings, several, dtype)
+    return kinds, read_by_rule, update.group_of, dtype
 
+
+def kept_graphs(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: BilevelProblem,
+    rule: tuple[object, ...],
+    make: Callable[[Subject], Graph],
+) -> Graph:
+    """Return graphs from the cache, or those that ``make`` makes, which are then kept.
+
+    Args:
+        rule: what tells them from other graphs of such networks and such a problem.
+    """
+    asking = (teacher, student, problem)
+    outside: Sequence[Tensor] = ()
+    alive: tuple[object, ...] = ()
+    undescribed = ""
     try:
-        subject = described(teacher, student, problem, rule)
-        undescribed = ""
+        describer = Describer([teacher, student])
+        key: Hashable = (description_of(rule), describer.problem(problem), describer.networks)
+        outside = describer.outside
     except Undescribed as error:
-        subject = by_identity(teacher, student, problem, rule)
+        alive = parts_of_call(*asking)
+        key = by_identity(teacher, student, alive, rule)
         undescribed = error.what
-    if subject.key in _CACHE:
-        # The one that was asked for last goes to the end.
-        _CACHE[subject.key] = _CACHE.pop(subject.key)
-        return _CACHE[subject.key]
-
-    if undescribed:
-        warn_of_second_compiling(subject, undescribed)
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
-    if dtype is not None:
-        # Without the cache, which would keep casts of tensors inside a transform.
-        autocast = partial(torch.autocast, device.type, dtype, cache_enabled=False)
-    step = TrainingStep(
-        TrainingRules(
-            teacher=subject.teacher,
-            student=subject.student,
-            problem=subject.problem,
-            update=clipped(update.without_optimizer(), clip_norm),
-            constants=constants,
-            device=device,
-            in_settings=in_settings,
-            several=several,
-            autocast=autocast,
-        )
-    )
-    make_room()
-    graphs = Graphs(
-        Captured(step.taken, device, subject.alive),
-        Captured(step.adjoint, device, subject.alive),
-        subject.alive,
-    )
-    _CACHE[subject.key] = graphs
+    kept = _CACHE.pop(key, None)
+    if kept is None:
+        say_why_again(key, asking, undescribed)
+        subject = Subject(*asking, alive) if alive else bare_subject(*asking, outside)
+        make_room()
+        kept = Kept(make(subject), [])
+    # The one that was asked for last is at the end.
+    _CACHE[key] = kept
+    graphs: Graph = kept.graphs
+    references = [None if part is None else weakref.ref(part) for part in asking]
+    if references != kept.served:
+        graphs.doubt()
+        kept.served[:] = references
+    with torch.no_grad():
+        for ours, theirs in zip(graphs.subject.outside, outside, strict=True):
+            ours.copy_(theirs)
     return graphs
 
 
-def warn_of_second_compiling(subject: Subject, undescribed: str) -> None:
-    """Warn where graphs of the same classes, which are known by identity, are in the cache.
+def say_why_again(key: Hashable, asking: Sequence[object], undescribed: str) -> None:
+    """Say why graphs are made again, where there are some of such networks and such a problem.
 
     Args:
-        subject: what is compiled now.
-        undescribed: what of it has no description.
+        asking: the teacher, the student and the problem.
+        undescribed: what of them has no description.
     """
-    subjects = (subject.teacher, subject.student, subject.problem)
-    for graphs in _CACHE.values():
+    kinds = [*map(type, asking)]
+    for other, kept in [*_CACHE.items()][::-1]:
+        subject = kept.graphs.subject
+        others = (subject.teacher, subject.student, subject.problem)
+        if [*map(type, others)] != kinds:
+            continue
         # With a changed setting the same objects compile again too, for another reason.
-        are_same = all(a is b for a, b in zip(graphs.alive[:3], subjects, strict=False))
-        if list(map(type, graphs.alive[:3])) == list(map(type, subjects)) and not are_same:
+        are_same = all(a is b for a, b in zip(others, asking, strict=True))
+        if undescribed and subject.alive and not are_same:
             warnings.warn(
-                f"compiled again, which takes seconds: {kind_of(subject.problem)} or a network "
-                f"holds {undescribed}, so that its graphs serve the same objects alone; give the "
-                "same problem and networks in each call",
+                f"compiled again, which takes seconds: {kind_of(asking[2])} or a network holds "
+                f"{undescribed}, so that its graphs serve the same objects alone; give the same "
+                "problem and networks in each call",
                 stacklevel=2,
             )
-            return
+        elif not undescribed and not subject.alive:
+            LOG.info("compiled again, which takes seconds: %s", difference_between(key, other))
+        return
+
+
+def difference_between(key: Any, other: Any) -> str:
+    """Return in words what differs first between two descriptions."""
+    for name, one, two in zip(PARTS_OF_KEY, key, other, strict=True):
+        if one == two:
+            continue
+        levels = [(one, two)]
+        while isinstance(one, tuple) and isinstance(two, tuple) and len(one) == len(two):
+            one, two = next((a, b) for a, b in zip(one, two, strict=True) if a != b)
+            levels.append((one, two))
+        # A name, with the type and the value that it has.
+        one, two = levels[-3:][0]
+        return f"{name} differs from that of an earlier call ({one!r:.80}, and {two!r:.80})"
+    return "what is asked for differs"
 
 
 def make_room() -> None:
@@ -181,56 +266,46 @@ def make_room() -> None:
     Those that are known by identity hold networks of the user's, so that one of them at most is
     kept.
     """
-    dropped = [key for key, graphs in _CACHE.items() if graphs.alive]
+    dropped = [key for key, kept in _CACHE.items() if kept.graphs.subject.alive]
     if not dropped:
         dropped = [*_CACHE][: 1 - MOST_CACHED]
     for key in dropped:
         del _CACHE[key]
 
 
-class Subject(NamedTuple):
-    """What graphs are compiled of, and the key by which they are found again.
-
-    Attributes:
-        alive: the objects whose addresses are in the key.
-    """
-
-    key: Hashable
-    alive: tuple[object, ...]
-    teacher: nn.Module | None
-    student: nn.Module
-    problem: BilevelProblem
-
-
-def described(
-    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[object, ...]
+def bare_subject(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: BilevelProblem,
+    outside: Sequence[Tensor],
 ) -> Subject:
-    """Return bare copies of networks and problem, with their description as the key.
-
-    Raises: :class:`metapl.functional.architecture.Undescribed`.
-    """
-    networks = [teacher, student]
-    key = (
-        description_of(rule),
-        description_of_object(problem),
-        description_of_networks(networks),
-    )
-    bare_teacher, bare_student = bare_copies(networks)
-    return Subject(key, (), bare_teacher, bare_student, copy.deepcopy(problem))
+    """Return copies of networks and problem that have a description."""
+    copier = BareCopier([teacher, student])
+    copies = copier.module(teacher), copier.module(student), copier.object(problem)
+    return Subject(*copies, outside=[copier.tensor(t) for t in outside])
 
 
-def by_identity(
-    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem, rule: tuple[object, ...]
-) -> Subject:
-    """Return networks and problem themselves, with the addresses of all their parts in the key."""
+def parts_of_call(
+    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem
+) -> tuple[object, ...]:
+    """Return networks and problem, with all their parts, weights and hooks."""
     networks = [network for network in (teacher, student) if network is not None]
     modules = [part for network in networks for part in network.modules()]
     weights = [p for network in networks for p in network.parameters()]
     tables_of_hooks = [vars(part)[name] for part in modules for name in PASS_HOOKS]
     tables_of_hooks += EVERYWHERE
     hooks = [hook for table in tables_of_hooks for hook in table.values()]
-    alive = (teacher, student, problem, *modules, *weights, *hooks)
-    is_training = [part.training for part in modules]
-    requires_grad = [p.requires_grad for p in weights]
-    key = (*map(id, alive), str((is_training, requires_grad, rule)))
-    return Subject(key, alive, teacher, student, problem)
+    return (teacher, student, problem, *modules, *weights, *hooks)
+
+
+def by_identity(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    alive: tuple[object, ...],
+    rule: tuple[object, ...],
+) -> Hashable:
+    """Return the addresses of all parts of a call, with modes and what is frozen."""
+    networks = [network for network in (teacher, student) if network is not None]
+    is_training = [part.training for network in networks for part in network.modules()]
+    requires_grad = [p.requires_grad for network in networks for p in network.parameters()]
+    return (*map(id, alive), str((is_training, requires_grad, rule)))

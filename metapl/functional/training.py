@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -44,7 +44,13 @@ from metapl.execution.numerics import (
 from metapl.execution.outside import refusing_draws_outside
 from metapl.execution.state import RandomState, branching_to, replayed, trainable
 from metapl.feedback import Estimator, Forward
-from metapl.feedback.hypergradient import Hypergradient, Request, stacked_settings, through_steps
+from metapl.feedback.hypergradient import (
+    Differentiation,
+    Hypergradient,
+    Request,
+    through_steps,
+)
+from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Lecture, Settings, gradients
 from metapl.functional.capture import Capturing
 from metapl.functional.compiled import refuse_gap
@@ -154,11 +160,32 @@ def differentiate(
         in_settings=bool(request.settings),
         several=bool(judging),
     )
-    graphs.serve(teacher, student)
     plan = plan_of(request, update, device)
     refuse_other_gradient(request, plan, graphs, ahead[plan.compared_step])
 
     return CompiledPath(request, plan, graphs).find()
+
+
+def compiled(differentiation: Differentiation) -> Hypergradient:
+    """Return the gradient by compiled steps."""
+    request = differentiation.request
+    result = differentiate(
+        request.teacher,
+        request.student,
+        differentiation.problem,
+        differentiation.inner_optimizer,
+        differentiation.estimate,
+        request.outer,
+        differentiation.ahead,
+        clip_norm=request.clip_norm,
+        wrt=differentiation.wrt,
+        accumulate=request.accumulate,
+        progress=request.shows_progress,
+        replay_tolerance=request.replay_tolerance,
+    )
+    if differentiation.inner_batches.is_lookahead:
+        return result
+    return replace(result, feedback=result.feedback[0], kept="")
 
 
 def why_not_compiled(

@@ -6,7 +6,6 @@ Its first call is verified, on either road.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -42,6 +41,7 @@ def hypergradient(
     clip_norm: AboveZero | None = None,
     progress: bool = False,
     wrt: str | Sequence[str] = ("teacher",),
+    tasks: bool = False,
     compile: bool = False,
     verify: bool | Literal["warn"] = True,
     replay_tolerance: Tolerance = REPLAY_TOLERANCE,
@@ -79,27 +79,32 @@ def hypergradient(
             ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and
             ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost: of the start, the
             Hessian product of the first step; of settings, a few operations per weight. With
-            ``truncate=T`` in the mode, the gradient in the start is that in θ_{K-T}: dθ_{K-T}/dθ_0
-            counts as the identity. ``truncate=0`` is first-order MAML, ∇L(θ_K). The
-            bias is the factor (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖). Settings of
-            the last T steps get the whole gradient, and those before them zeros.
+            ``truncate=T``, the gradient in the start is that in θ_{K-T}: dθ_{K-T}/dθ_0 counts as
+            the identity; ``truncate=0`` is first-order MAML, ∇L(θ_K). The bias is the factor
+            (∂θ_{K-T}/∂θ_0)ᵀ - 1 = O(η(K-T)‖∂²ℓ/∂θ²‖). Settings of earlier steps get zeros.
+        tasks: whether every tensor of the batches has a first dimension of T tasks, each of which
+            begins with the student's weights, with draws and batch statistics of its own. Gradients
+            and losses are means over the tasks, the feedback is of that mean, and it and
+            ``student_params`` have that dimension too. The steps are recorded once, some ms an
+            operation, and mapped (:mod:`metapl.functional.tasks`); the first task is verified.
+            Modes and optimizers as for ``compile``; the memory of T trainings with their graphs.
         compile: one step, and its adjoint, recorded and compiled, in a loop over the steps
             (:mod:`metapl.functional.training`): modes ``forward`` and ``unrolled``, ``torch.optim``
             and signals that are not drawn, in one process. It pays from some hundreds of steps on,
             or where calls are repeated: one for networks of the same architecture, such as another
             student, with optimizers and a problem of the same types and numbers, compiles nothing
-            (:mod:`metapl.functional.architecture`).
+            (:mod:`metapl.functional.architecture`). With tasks, all steps as one graph.
         verify: compare the teacher's gradient, or without a teacher h, with differences of the loss
             after real steps, and refuse one that is wrong (:func:`metapl.check_gradient`); or
             ``"warn"`` of it; or never, False. That is done in the first call: a later one is known
             by its networks (their modes, frozen parts and hooks), problem, optimizer, mode,
             ``wrt``, ``accumulate`` and number of steps, up to three; or, where some of these are
             new objects, by what they compute, so that another student of one architecture is
-            known. What cannot be described (a closure, a hook, a module that the problem holds, a
-            transform of TorchOpt) is known by its object. Cost of the first call: the mode once
-            and some six real steps on copies in float64, of a look-ahead the first three; of
-            another, a look-up. Above 50 million weights and in several processes nothing is
-            verified, and a line says so. Gradients in the start and in settings are not compared.
+            known. What cannot be described (a hook, a tensor in an attribute, a transform) is known
+            by its object. Cost of the first call: the mode once and some six real steps on copies
+            in float64, of a look-ahead the first three; of another, a look-up. Above 50 million
+            weights and in several processes nothing is verified, and a line says so. Gradients in
+            the start and in settings are not compared.
         replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose
             steps come out otherwise when they are computed again is refused above it, and a larger
             number allows more. Deterministic algorithms are asked for while a look-ahead runs.
@@ -137,35 +142,24 @@ def hypergradient(
         wrt=wrt,
         replay_tolerance=replay_tolerance,
     )
+    if tasks:
+        # Loaded where it is used. What is looked at and verified is the first task.
+        from metapl.functional.tasks import Tasks, over_tasks
+
+        stacked = Tasks.of(outer, inner)
+        request = stacked.request_of(0, request)
     differentiation = Differentiation(request, compiles=compile)
     look_at_call(differentiation)
+    orders = None
     if verify and differentiation.estimate.gives_gradient:
         # Loaded where it is used.
         from metapl.guards.verification.first_calls import verify_first_call
 
-        verify_first_call(differentiation, verify)
-    return compiled(differentiation) if compile else differentiation.find()
+        orders = verify_first_call(differentiation, verify)
+    if tasks:
+        return over_tasks(differentiation, stacked, compile=compile)
+    if compile:
+        from metapl.functional.training import compiled
 
-
-def compiled(differentiation: Differentiation) -> Hypergradient:
-    """Return the gradient by compiled steps."""
-    from metapl.functional.training import differentiate
-
-    request = differentiation.request
-    result = differentiate(
-        request.teacher,
-        request.student,
-        differentiation.problem,
-        differentiation.inner_optimizer,
-        differentiation.estimate,
-        request.outer,
-        differentiation.ahead,
-        clip_norm=request.clip_norm,
-        wrt=differentiation.wrt,
-        accumulate=request.accumulate,
-        progress=request.shows_progress,
-        replay_tolerance=request.replay_tolerance,
-    )
-    if differentiation.inner_batches.is_lookahead:
-        return result
-    return replace(result, feedback=result.feedback[0], kept="")
+        return compiled(differentiation)
+    return differentiation.find(orders)

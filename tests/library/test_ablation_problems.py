@@ -182,9 +182,8 @@ def architecture() -> Given:
 
 def sinusoids() -> Given:
     module = example("maml_sinusoids")
-    problem = module.Sinusoids()
-    few, many = problem.draw()
-    return Given(problem, None, module.EachTask(metapl.models.mlp([1, 8, 1])), many, few)
+    (few, many) = ([t[0] for t in batch] for batch in module.draw(1))
+    return Given(module.PROBLEM, None, network(1, 8, 1), tuple(many), tuple(few))
 
 
 CASES: dict[str, Callable[[], Given]] = {

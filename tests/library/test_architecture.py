@@ -338,21 +338,90 @@ def test_parts_that_networks_share_are_told_from_parts_of_their_own() -> None:
     assert together != apart
 
 
-class WithTemplate(EqualWeights):
-    """A problem that holds a module, as one for ``functional_call`` does."""
+class WithNetwork(EqualWeights):
+    """A problem that holds a frozen network, of which its inner loss is made."""
+
+    def __init__(self, seed: int, kind: Any = nn.Tanh) -> None:
+        torch.manual_seed(seed)
+        self.frozen = nn.Sequential(nn.Linear(3, 3), kind(), nn.Linear(3, 1)).double()
+        self.frozen.requires_grad_(requires_grad=False)
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        of_network = self.frozen(outputs).square().squeeze(1)
+        return super().inner_loss(outputs, signal, batch, params) + signal.value * of_network
+
+
+class WithClosure(nn.Module):
+    """A network whose forward is a closure over itself, a number and a frozen network."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.last = nn.Linear(6, 3)
+        frozen = nn.Linear(4, 6).double().requires_grad_(requires_grad=False)
+        self.run = lambda x: scale * self.last(frozen(x).tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        run: Any = self.run
+        return run(x)
+
+
+def test_modules_that_a_problem_holds_compile_once_and_have_their_own_values(
+    traced: list[GraphModule],
+) -> None:
+    problem = WithNetwork(0)
+    first = gradient(student(), problem)
+    compiled_before = len(traced)
+    for seed in (0, 1, 2):
+        network, problem = student(seed), WithNetwork(seed)
+        assert_is_eager(gradient(network, problem), network, problem)
+    with torch.no_grad():
+        problem.frozen[0].weight *= 2
+    after = gradient(network, problem)
+    assert_is_eager(after, network, problem)
+    assert error({"h": after}, {"h": first}) > 1e-3
+    assert len(traced) == compiled_before
+    relu = WithNetwork(0, nn.ReLU)
+    assert_is_eager(gradient(student(), relu), student(), relu)
+    assert len(traced) > compiled_before
+
+
+def test_a_network_with_a_closure_compiles_once(traced: list[GraphModule]) -> None:
+    gradient(student(kind=WithClosure, scale=0.5))
+    compiled_before = len(traced)
+    for seed in (1, 2):
+        network = student(seed, kind=WithClosure, scale=0.5)
+        assert_is_eager(gradient(network), network)
+    assert len(traced) == compiled_before
+    network = student(kind=WithClosure, scale=2.0)
+    assert_is_eager(gradient(network), network)
+    assert len(traced) > compiled_before
+
+
+class WithTensor(EqualWeights):
+    """A problem that holds a tensor, which has no description."""
 
     def __init__(self) -> None:
-        self.template = nn.Linear(2, 2)
+        self.weights = torch.ones(2)
 
 
 def test_a_second_compiling_says_what_could_not_be_described(traced: list[GraphModule]) -> None:
     network = student()
-    problem = WithTemplate()
+    problem = WithTensor()
     compiled_of: list[int] = []
     for case in (problem, problem):
         gradient(network, problem=case)
         compiled_of.append(len(traced))
     assert compiled_of[0] == compiled_of[1], "the same objects again compile nothing"
-    with pytest.warns(UserWarning, match=r"WithTemplate or a network holds .* Linear"):
-        gradient(network, problem=WithTemplate())
+    with pytest.warns(UserWarning, match=r"WithTensor or a network holds .* Tensor"):
+        gradient(network, problem=WithTensor())
     assert len(traced) > compiled_of[1]
+
+
+def test_a_second_compiling_says_what_differs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="metapl")
+    for temperature in (2.0, 3.0):
+        problem = EqualWeights()
+        problem.temperature = temperature
+        gradient(student(), problem)
+    assert "compiled again, which takes seconds: the problem differs" in caplog.text
+    assert "'temperature'" in caplog.text

@@ -134,14 +134,15 @@ def test_what_computes_something_else_is_verified(
     assert len(verified) == 2
 
 
-def scaled_by_a_closure(factor: float) -> Callable[..., Any]:
+def scaled_by_a_closure(factor: Any) -> Callable[..., Any]:
     return lambda student, x: factor * plain(student, x)
 
 
 def test_what_has_no_description_is_known_by_its_objects(
     verified: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    networks = [Networks(forward=scaled_by_a_closure(2.0)) for _ in range(3)]
+    factor = torch.tensor(2.0)
+    networks = [Networks(forward=scaled_by_a_closure(factor)) for _ in range(3)]
     for _ in range(2):
         networks[0].call()
     assert (len(verified), caplog.records) == (1, [])
@@ -149,10 +150,15 @@ def test_what_has_no_description_is_known_by_its_objects(
         other.call()
     assert len(verified) == 3
     assert [record.message for record in caplog.records] == [
-        "metapl.hypergradient verifies each call here that is given new objects: a closure, or a "
-        "function that reads a network by its name has no description. Give the same ones, or "
-        "verify=False."
+        "metapl.hypergradient verifies each call here that is given new objects: a value of type "
+        "Tensor has no description. Give the same ones, or verify=False."
     ]
+
+
+def test_a_closure_over_a_number_has_a_description(verified: list[str]) -> None:
+    for factor in (2.0, 2.0, 3.0):
+        Networks(forward=scaled_by_a_closure(factor)).call()
+    assert len(verified) == 2
 
 
 def test_what_has_died_is_not_known_by_its_address() -> None:

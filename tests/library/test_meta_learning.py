@@ -24,6 +24,7 @@ from torch.nn.utils.parametrize import register_parametrization
 import metapl
 from metapl import Lookahead, MetaplError
 from metapl.feedback import Forward, Unrolled
+from metapl.functional import capture, graphs
 from metapl.problems import EqualWeights
 from metapl.updates import update_of
 
@@ -363,3 +364,282 @@ def test_lbfgs_around_hypergradient_lowers_the_outer_loss() -> None:
         lbfgs.step(closure)
     assert min(losses) < 0.3 * losses[0]
     assert min(norms) < 0.05 * norms[0]
+
+
+@pytest.mark.parametrize("truncate", [None, 2])
+def test_graphs_of_small_steps_are_kept_for_the_start(truncate: int | None) -> None:
+    student = network()
+    optimizer = SGD(student.parameters(), lr=0.3, momentum=0.9)
+    by_kept_graphs, again, made_for_it = (
+        hypergradient(student, optimizer, mode=mode, wrt=["start", "lr"])
+        for mode in (
+            Forward(truncate=truncate),
+            Forward(truncate=truncate),
+            Forward(truncate=truncate, by="double_backward"),
+        )
+    )
+    assert (by_kept_graphs.order, again.order) == ("graph", "graph")
+    assert made_for_it.order == "double_backward"
+    for found in (by_kept_graphs, again):
+        assert error(found.start, made_for_it.start) < 1e-14
+        assert error(found.settings, made_for_it.settings) < 1e-14
+        h, expected = (dict(enumerate(of.feedback)) for of in (found, made_for_it))
+        assert error(h, expected) < 1e-14
+
+
+# ---------------------------------------------------------------------------------- many tasks
+
+TASKS = 3
+
+
+def stacked(number: int, rows: int = 6) -> tuple[Tensor, Tensor]:
+    """Return the batches of all tasks, stacked along a first dimension."""
+    x, y = zip(*(batch(10 * number + task, rows) for task in range(TASKS)), strict=True)
+    return torch.stack(x), torch.stack(y)
+
+
+INNER_OF_TASKS = [stacked(number) for number in range(2)]
+OUTER_OF_TASKS = stacked(2, rows=4)
+
+
+def one_of(batch: tuple[Tensor, Tensor], task: int) -> tuple[Tensor, Tensor]:
+    x, y = batch
+    return x[task], y[task]
+
+
+class Weighed(EqualWeights):
+    """Each example counts as far as the teacher says, from its input."""
+
+    has_teacher = True
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Tensor, *, generator: Any
+    ) -> metapl.Signal:
+        return metapl.Signal(teacher(batch[0]).sigmoid().squeeze(1))
+
+
+def call_tasks(
+    student: nn.Module, optimizer: Any, teacher: nn.Module | None = None, **options: Any
+) -> metapl.Hypergradient:
+    """Return the gradient over all tasks at once, on equal weights unless options say otherwise."""
+    defaults: dict[str, Any] = {
+        "outer": OUTER_OF_TASKS,
+        "inner": Lookahead(INNER_OF_TASKS),
+        "problem": EqualWeights() if teacher is None else Weighed(),
+        "tasks": True,
+    }
+    return metapl.hypergradient(
+        teacher, student, inner_optimizer=optimizer, **{**defaults, **options}
+    )
+
+
+def call_task(student: nn.Module, optimizer: Any, task: int, **options: Any) -> Any:
+    """Return the gradient on one of the tasks."""
+    inner = [one_of(batch, task) for batch in INNER_OF_TASKS]
+    ahead = Lookahead(inner, settings=options.pop("settings", None))
+    outer = one_of(OUTER_OF_TASKS, task)
+    return call_tasks(student, optimizer, outer=outer, inner=ahead, tasks=False, **options)
+
+
+def assert_is_mean_of_tasks(student: nn.Module, optimizer: Any, **options: Any) -> None:
+    """Compare the gradient over tasks with a loop over them, on the eager road."""
+    state = {name: t.clone() for name, t in student.state_dict().items()}
+    settings = options.pop("settings", None)
+    ahead = Lookahead(INNER_OF_TASKS, settings=settings)
+    at_once = call_tasks(student, optimizer, inner=ahead, **options)
+    assert all(torch.equal(t, state[name]) for name, t in student.state_dict().items())
+    options.pop("compile", None)
+    of_tasks = [
+        call_task(student, optimizer, task, settings=settings, **options) for task in range(TASKS)
+    ]
+    for name in ("grads", "start", "settings", "direct"):
+        found = getattr(at_once, name)
+        trees = [getattr(of_task, name) for of_task in of_tasks]
+        mean = {key: torch.stack([tree[key] for tree in trees]).mean(0) for key in trees[0]}
+        assert found.keys() == mean.keys()
+        assert not mean or error(found, mean) < 1e-12
+    for name in ("inner_loss", "outer_loss"):
+        mean_loss = torch.stack([getattr(of_task, name) for of_task in of_tasks]).mean()
+        assert error(getattr(at_once, name), mean_loss) < 1e-12
+    for step, h in enumerate(at_once.feedback):
+        # It is of the mean of the outer losses.
+        expected = torch.stack([of_task.feedback[step] for of_task in of_tasks]) / TASKS
+        torch.testing.assert_close(h, expected, rtol=1e-12, atol=1e-14)
+    for name, t in at_once.student_params.items():
+        weights = torch.stack([of_task.student_params[name] for of_task in of_tasks])
+        assert error(t, weights) < 1e-12
+
+
+MOMENTUM = partial(SGD, lr=0.3, momentum=0.9, nesterov=True, weight_decay=0.01)
+OF_TASKS: dict[str, dict[str, Any]] = {
+    "start": {},
+    "unrolled": {"mode": "unrolled", "wrt": ["start", "lr"]},
+    "first order": {"mode": Forward(truncate=0)},
+    "last step": {"mode": Forward(truncate=1)},
+    "settings": {"wrt": ["start", "lr", "momentum", "weight_decay"]},
+    "clipped": {"clip_norm": 0.1},
+    "compiled": {"compile": True, "wrt": ["start", "lr"]},
+    "a rate for each step": {
+        "settings": {"lr": torch.tensor([[0.1], [0.3]])},
+        "wrt": ["start", "lr"],
+    },
+}
+USUAL = ("start", "a rate for each step")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.long] * (case not in USUAL)) for case in OF_TASKS],
+)
+def test_tasks_at_once_are_the_mean_of_tasks_in_a_loop(case: str) -> None:
+    student = network()
+    optimizer = MOMENTUM(student.parameters())
+    assert_is_mean_of_tasks(student, optimizer, **{"wrt": "start", **OF_TASKS[case]})
+
+
+@pytest.mark.parametrize(
+    ("mode", "rule"),
+    [
+        ("forward", partial(SGD, lr=0.3)),
+        pytest.param("unrolled", partial(SGD, lr=0.3), marks=pytest.mark.long),
+        pytest.param("forward", partial(torch.optim.Adam, lr=0.01), marks=pytest.mark.long),
+        pytest.param("unrolled", partial(torch.optim.Adam, lr=0.01), marks=pytest.mark.long),
+    ],
+)
+def test_a_teacher_learns_from_tasks_at_once(mode: str, rule: Any) -> None:
+    student = network()
+    torch.manual_seed(1)
+    teacher = nn.Linear(4, 1).double()
+    options = {"teacher": teacher, "mode": mode, "wrt": ["teacher", "start"]}
+    assert_is_mean_of_tasks(student, rule(student.parameters()), **options)
+
+
+def test_each_task_has_batch_statistics_of_its_own() -> None:
+    student = network(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    student[0].bias.requires_grad_(requires_grad=False)
+    learned = [p for p in student.parameters() if p.requires_grad]
+    assert_is_mean_of_tasks(student, MOMENTUM(learned), wrt="start")
+
+
+@pytest.mark.parametrize("truncate", [None, 0])
+def test_maml_over_tasks_is_double_backward_by_hand(truncate: int | None) -> None:
+    student = network()
+    start = {name: p.detach().clone().requires_grad_() for name, p in student.named_parameters()}
+    losses = []
+    for task in range(TASKS):
+        theta: Tree = dict(start)
+        for inner in INNER_OF_TASKS:
+            slopes = inner_gradients(student, theta, one_of(inner, task))
+            if truncate == 0:
+                slopes = {name: t.detach() for name, t in slopes.items()}
+            theta = {name: p - 0.3 * slopes[name] for name, p in theta.items()}
+        losses.append(loss_at(student, theta, one_of(OUTER_OF_TASKS, task)))
+    expected = outer_gradients(torch.stack(losses).mean(), start)
+    optimizer = SGD(student.parameters(), lr=0.3)
+    mode = Forward(truncate=truncate)
+    found = call_tasks(student, optimizer, mode=mode, wrt="start")
+    assert error(found.start, expected) < 1e-12
+
+
+def test_each_task_has_draws_of_its_own() -> None:
+    """Of equal tasks with dropout, no two take the same steps."""
+    student = network(nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    x, y = batch(0)
+    same = x.expand(TASKS, *x.shape), y.expand(TASKS, *y.shape)
+    optimizer = SGD(student.parameters(), lr=0.3)
+    with torch.random.fork_rng():
+        found = call_tasks(student, optimizer, outer=same, inner=same, wrt="start")
+    first, second, third = found.student_params["0.weight"]
+    assert not any(torch.equal(*pair) for pair in ((first, second), (second, third)))
+
+
+def with_one_task_more() -> dict[str, Any]:
+    x, y = OUTER_OF_TASKS
+    return {"outer": (torch.cat([x, x[:1]]), torch.cat([y, y[:1]]))}
+
+
+def with_a_number() -> dict[str, Any]:
+    return {"outer": (*OUTER_OF_TASKS, torch.tensor(1.0))}
+
+
+WRONG_TASKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "another number": (with_one_task_more, r"outer\[0\] of 4, .*inner\[1\]\[1\] of 3"),
+    "no dimension": (with_a_number, r"outer\[2\], .* shape \(\), .*first dimension of tasks"),
+    "a generator": (lambda: {"generator": torch.Generator()}, "torch.manual_seed"),
+    "micro-batches": (lambda: {"accumulate": 2}, "with accumulate; or leave tasks out"),
+    "a mode": (lambda: {"mode": "none", "wrt": "teacher"}, r"expected Forward\(\)"),
+    "kept states": (lambda: {"mode": Forward(keep_every=2)}, "computes no step again"),
+    "progress": (lambda: {"progress": True}, "expected them left out"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TASKS)
+def test_wrong_tasks_are_refused_in_one_line(case: str) -> None:
+    options, words = WRONG_TASKS[case]
+    student = network()
+    with pytest.raises(MetaplError, match=words) as refused:
+        call_tasks(student, SGD(student.parameters(), lr=0.3), **{"wrt": "start", **options()})
+    assert "\n" not in str(refused.value)
+
+
+def test_a_task_that_diverges_is_named() -> None:
+    student = network()
+    x, y = OUTER_OF_TASKS
+    with_nan = x.clone()
+    with_nan[1, 0] = torch.nan
+    random_state = torch.get_rng_state()
+    with pytest.raises(MetaplError, match="task 1: .*outer loss is NaN"):
+        call_tasks(student, SGD(student.parameters(), lr=0.3), outer=(with_nan, y), wrt="start")
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+class ReadsValue(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(x.detach().abs().max())
+
+
+def test_a_student_that_reads_values_goes_into_a_loop_over_tasks() -> None:
+    student = network(ReadsValue(4, 3))
+    with pytest.raises(MetaplError, match="reads the value .* a loop over the tasks"):
+        call_tasks(student, SGD(student.parameters(), lr=0.3), wrt="start")
+
+
+class Counts(nn.Linear):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) * self.calls
+
+
+def test_a_student_that_counts_its_passes_is_not_recorded() -> None:
+    student = network(Counts(4, 3))
+    with pytest.raises(MetaplError, match="a loop over the tasks"):
+        call_tasks(student, SGD(student.parameters(), lr=0.3), wrt="start", verify=False)
+
+
+def test_another_student_of_one_architecture_records_nothing() -> None:
+    recorded: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_CACHE", {})
+        graph_of = capture.graph_of
+
+        def counted(*arguments: Any) -> Any:
+            recorded.append(arguments)
+            return graph_of(*arguments)
+
+        patch.setattr(capture, "graph_of", counted)
+        for seed in (0, 1, 2):
+            student = network()
+            with torch.no_grad():
+                for p in student.parameters():
+                    p += seed
+            found = call_tasks(student, SGD(student.parameters(), lr=0.1), wrt="start")
+            loop = [
+                call_task(student, SGD(student.parameters(), lr=0.1), task, wrt="start")
+                for task in range(TASKS)
+            ]
+            for name, t in found.start.items():
+                mean = torch.stack([of_task.start[name] for of_task in loop]).mean(0)
+                assert error(t, mean) < 1e-12
+    assert len(recorded) == 1

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metapl.core.order import Orders
 from metapl.execution.numerics import MissingDerivative
 from metapl.feedback.hypergradient import Differentiation
 from metapl.guards.verification.check import STEPS, check_step, tell_left_out
@@ -33,6 +34,8 @@ class VerifiedCalls:
         # With each key the objects whose addresses are in it. They are held weakly, and where one
         # has died, another may have its address.
         self._references: dict[Hashable, list[weakref.ref[Any]]] = {}
+        # The orders of differentiation that calls with a key have chosen.
+        self._orders: dict[Hashable, Orders] = {}
 
     def knows(self, key: Hashable, objects: Sequence[Any] = ()) -> bool:
         """Return whether a key was remembered with these very objects."""
@@ -44,17 +47,26 @@ class VerifiedCalls:
     def remember(self, key: Hashable, objects: Sequence[Any] = ()) -> None:
         """Remember a key, and forget the first one where there are too many."""
         self._references.pop(key, None)
+        self._orders.pop(key, None)
         self._references[key] = [weakref.ref(o) for o in objects]
         if len(self._references) > MOST_REMEMBERED:
-            del self._references[next(iter(self._references))]
+            first = next(iter(self._references))
+            del self._references[first]
+            self._orders.pop(first, None)
+
+    def orders(self, key: Hashable) -> Orders:
+        """Return the orders of differentiation that calls with a key have chosen so far."""
+        return self._orders.setdefault(key, Orders())
 
 
 # Of the whole process: a hypergradient is a function, and no object of one call meets the next.
 VERIFIED = VerifiedCalls()
 
 
-def verify_first_call(differentiation: Differentiation, setting: bool | Literal["warn"]) -> None:
+def verify_first_call(differentiation: Differentiation, setting: bool | Literal["warn"]) -> Orders:
     """Verify a hypergradient, unless one like it was verified before.
+
+    Returns: the orders of differentiation that calls with the same objects have chosen.
 
     Raises: :class:`metapl.MetaplError` for a wrong gradient.
     """
@@ -62,13 +74,14 @@ def verify_first_call(differentiation: Differentiation, setting: bool | Literal[
     options = options_of_call(differentiation, setting)
     key = (*map(id, objects), options)
     if VERIFIED.knows(key, objects):
-        return
+        return VERIFIED.orders(key)
     description = description_of_call(differentiation, objects, options)
     if description is None or not VERIFIED.knows(description):
         verify(differentiation, setting)
     VERIFIED.remember(key, objects)
     if description is not None:
         VERIFIED.remember(description)
+    return VERIFIED.orders(key)
 
 
 def objects_of(differentiation: Differentiation) -> list[Any]:
@@ -105,17 +118,18 @@ def description_of_call(
 ) -> Hashable:
     """Return what tells a call from those that compute something else; None: it cannot be told."""
     from metapl.functional.architecture import (
+        Describer,
         Undescribed,
         description_of,
-        description_of_networks,
         description_of_object,
     )
 
     request = differentiation.request
     try:
+        describer = Describer([request.teacher, request.student])
         return (
-            description_of_networks([request.teacher, request.student]),
-            description_of_object(differentiation.problem),
+            describer.networks,
+            describer.problem(differentiation.problem),
             description_of_object(differentiation.estimate),
             description_of(kinds_of_settings(differentiation)),
             options,
