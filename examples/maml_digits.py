@@ -9,46 +9,44 @@ four rates, by what is printed.
 
 import statistics
 import sys
+from functools import partial
 
 import torch
-from maml import TASKS, EachTask, Tasks, learn, score
+from maml import learn, outputs_after_steps
 from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 import metapl
 
 
-class Digits(Tasks):
-    def __init__(self):
-        x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
-        # Each digit has as many.
-        self.pictures = [x[y == digit][:174].float() / 16 for digit in torch.randperm(10)]
+def draw(pictures, digits, tasks):
+    """Draw a picture of each of three of these digits to learn from, in any order; ten to judge."""
+    drawn = []
+    for _ in range(tasks):
+        three = digits[torch.randperm(len(digits))[:3]]
+        drawn.append(torch.stack([pictures[d][torch.randperm(174)[:11]] for d in three], 1))
+    # (tasks, 11, 3, 64)
+    x = torch.stack(drawn)
+    y = torch.arange(3).expand(x.shape[:3])
+    return (x[:, 0], y[:, 0]), (x[:, 1:].flatten(1, 2), y[:, 1:].flatten(1, 2))
 
-    def draw(self, new=False):
-        """Draw a picture of each of three digits to learn from, in any order; ten to judge by."""
-        tasks = [torch.randperm(4)[:3] + 6 if new else torch.randperm(6)[:3] for _ in range(TASKS)]
-        drawn = [
-            torch.stack([self.pictures[digit][torch.randperm(174)[:11]] for digit in task], 1)
-            for task in tasks
-        ]
-        # (tasks, 11, 3, 64)
-        x = torch.stack(drawn)
-        y = torch.arange(3).expand(x.shape[:3])
-        return (x[:, 0], y[:, 0]), (x[:, 1:].flatten(1, 2), y[:, 1:].flatten(1, 2))
 
-    def losses(self, outputs, y):
-        return F.cross_entropy(outputs.transpose(1, 2), y, reduction="none").mean(1)
-
-    def score(self, outputs, y):
-        return 100 * (outputs.argmax(2) == y).float().mean(1)
+def score(network, draw, rate):
+    """Return the mean accuracy over 250 tasks, in %."""
+    few, many = draw(250)
+    outputs = outputs_after_steps(network, torch.optim.SGD(network.parameters(), rate), few, many)
+    return 100 * (outputs.argmax(2) == many[1]).float().mean().item()
 
 
 def accuracies(seed, rounds=200):
     torch.manual_seed(seed)
-    problem = Digits()
+    x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
+    # Each digit has as many.
+    pictures = [x[y == digit][:174].float() / 16 for digit in torch.randperm(10)]
+    known, new = (partial(draw, pictures, digits) for digits in torch.arange(10).split([6, 4]))
     start, trained, learned = (metapl.models.mlp([64, 64, 6]) for _ in range(3))
     adam = torch.optim.Adam(trained.parameters(), 0.003)
-    x = torch.cat(problem.pictures[:6])
+    x = torch.cat(pictures[:6])
     y = torch.arange(6 * 174)
     for rows in torch.randint(len(x), (500, 100)):
         adam.zero_grad()
@@ -56,13 +54,14 @@ def accuracies(seed, rounds=200):
         adam.step()
     for p in trained[-1].parameters():
         p.data.zero_()
-    start, trained, learned = map(EachTask, (start, trained, learned))
-    learn(learned, problem, rounds, rate=0.3)
+    adam = torch.optim.Adam(learned.parameters(), 0.003)
+    sgd = torch.optim.SGD(learned.parameters(), 0.3)
+    learn(learned, adam, sgd, (known(25) for _ in range(rounds)))
     rates = 0.03, 0.1, 0.3, 1.0
-    for new in (True, False):
-        yield max(score(start, problem, rate, new) for rate in rates)
-        yield max(score(trained, problem, rate, new) for rate in rates)
-        yield score(learned, problem, 0.3, new)
+    for drawn in (new, known):
+        yield max(score(start, drawn, rate) for rate in rates)
+        yield max(score(trained, drawn, rate) for rate in rates)
+        yield score(learned, drawn, 0.3)
 
 
 if __name__ == "__main__":

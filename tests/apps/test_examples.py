@@ -210,20 +210,17 @@ def test_a_start_for_fine_tuning_is_learned(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.random.fork_rng():
         torch.manual_seed(3)
         (x, y), _ = example["split"]()
-        monkeypatch.setitem(
-            example["learn"].__globals__,
-            "draw",
-            lambda *_: [(x[:20], y[:20]), (x[20:220], y[20:220])],
-        )
         student = metapl.models.mlp([64, 32, 10])
+        adam = torch.optim.Adam(student.parameters(), 0.0005)
         sgd = torch.optim.SGD(student.parameters(), 0.03, momentum=0.9)
+        tasks = [(x[None, :20], y[None, :20]), (x[None, 20:220], y[None, 20:220])]
         given: Any = {
             "outer": (x[20:220], y[20:220]),
             "inner": metapl.Lookahead([(x[:20], y[:20])] * 20),
         }
         given |= {"problem": metapl.problems.EqualWeights(), "inner_optimizer": sgd}
         before = metapl.hypergradient(None, student, **given)
-        example["learn"](student, x, y, 15)
+        example["learn"](student, adam, sgd, [tasks] * 15, steps=20)
         assert metapl.hypergradient(None, student, **given).outer_loss < 0.98 * before.outer_loss
 
 
