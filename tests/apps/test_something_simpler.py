@@ -60,6 +60,22 @@ def test_trainings_without_examples_are_those_one_by_one(
     assert losses.std() > 1e-5
 
 
+@pytest.mark.parametrize("is_first_order", [False, True])
+def test_the_gradients_of_maml_by_hand_are_those_of_the_library(
+    simpler: ModuleType, is_first_order: bool
+) -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    points_of_tasks = tuple(torch.randn(3, 10, 1) for _ in range(4))
+    gradients = {
+        way: simpler.maml_of(way, network, points_of_tasks, is_first_order=is_first_order)()
+        for way in simpler.RIVAL_OF
+    }
+    for gradient in gradients.values():
+        for name, t in gradients[simpler.TASKS_BY_HAND].items():
+            torch.testing.assert_close(gradient[name], t, rtol=1e-4, atol=1e-6)
+
+
 def test_a_wrong_label_is_the_next_digit_and_checked_ones_are_right(simpler: ModuleType) -> None:
     digits = simpler.drawn_digits(0)
     x, y = datasets.load_digits(return_X_y=True)
