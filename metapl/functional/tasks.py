@@ -179,15 +179,9 @@ class TaskGraphs:
         self.constants = constants_of(update)
         self.steps = len(differentiation.inner_batches)
         self.is_lookahead = differentiation.inner_batches.is_lookahead
-        self.request = replace(
-            differentiation.request,
-            teacher=subject.teacher,
-            student=subject.student,
-            problem=subject.problem,
-            outer=None,
-            inner=None,
-            look=None,
-        )
+        self.mode = differentiation.estimate
+        self.clip_norm = differentiation.request.clip_norm
+        self.wrt = differentiation.wrt
         self.teacher = Places(subject.teacher, "teacher")
         self.student = Places(subject.student, "student")
         device = differentiation.device
@@ -237,11 +231,16 @@ class TaskGraphs:
         """Return what is found on one task, from the tensors that it begins with."""
         options = [with_settings(self.constants, numbers) for numbers in start.settings]
         options *= self.steps // len(options)
-        request = replace(
-            self.request,
+        request = Request(
+            teacher=self.subject.teacher,
+            student=self.subject.student,
+            problem=self.subject.problem,
             outer=outer,
             inner=Lookahead(list(inner)) if self.is_lookahead else inner,
+            mode=self.mode,
             inner_optimizer=UpdateOfState(self.rule, options[0], start.optimizer),
+            clip_norm=self.clip_norm,
+            wrt=self.wrt,
         )
         with (
             checks.no_values(),

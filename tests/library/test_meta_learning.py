@@ -5,6 +5,8 @@ MAML, its first order, ANIL and Meta-SGD are compared with loops by hand.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -620,6 +622,7 @@ def test_a_student_that_counts_its_passes_is_not_recorded() -> None:
 
 def test_another_student_of_one_architecture_records_nothing() -> None:
     recorded: list[Any] = []
+    weights: list[weakref.ref[Tensor]] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "_CACHE", {})
         graph_of = capture.graph_of
@@ -631,6 +634,7 @@ def test_another_student_of_one_architecture_records_nothing() -> None:
         patch.setattr(capture, "graph_of", counted)
         for seed in (0, 1, 2):
             student = network()
+            weights.append(weakref.ref(student[0].weight))
             with torch.no_grad():
                 for p in student.parameters():
                     p += seed
@@ -642,4 +646,8 @@ def test_another_student_of_one_architecture_records_nothing() -> None:
             for name, t in found.start.items():
                 mean = torch.stack([of_task.start[name] for of_task in loop]).mean(0)
                 assert error(t, mean) < 1e-12
+        # What is kept holds no network of the user's, nor its weights.
+        del student, found, loop, p
+        gc.collect()
+        assert [weight() for weight in weights] == [None] * 3
     assert len(recorded) == 1
