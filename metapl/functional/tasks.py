@@ -1,4 +1,4 @@
-"""The gradient through student steps on many tasks, by one graph of operations.
+r"""The gradient through student steps on many tasks, by one graph of operations.
 
 The tasks share the student's weights, with which each of them begins, the optimizer and the
 teacher; each has batches of its own, which are stacked along a first dimension. The eager engine's
@@ -6,7 +6,7 @@ path and its adjoint (:mod:`metapl.core.path`) are recorded for one task, and ``
 maps the recording over the tasks. So a task has weights of its own after its first step, and the
 gradient is that of the mean of the outer losses:
 
-.. math:: \\frac{1}{T} \\sum_t \\nabla_{\\theta_0} L_t(\\theta_{K,t}(\\theta_0))
+.. math:: \frac{1}{T} \sum_t \nabla_{\theta_0} L_t(\theta_{K,t}(\theta_0))
 
 Source: model-agnostic meta-learning (Finn et al., 2017).
 """
@@ -335,7 +335,7 @@ def over_tasks(differentiation: Differentiation, tasks: Tasks, *, compile: bool)
         inner = tuple(inner)
     begun = RandomState.now(device)
     found = graphs(start, tasks.outer, inner)
-    if checks.waits(found.is_wrong) or bool(found.is_wrong.any()):
+    if bool(found.is_wrong.any()):
         begun.restore()
         refuse_wrong_task(request, tasks, found.is_wrong)
     return Hypergradient(
