@@ -251,11 +251,13 @@ class Path(Drawing):
             self._choose_keeping(batch, params, state)
         if not ranks.alone:
             ranks.equal(length(batch), "the inner batch")
-        graph: Graph = "none"
+        graph: Graph
         if student.double_backward or student.returns_state:
             graph = "path"
         elif self.order == "graph" and number >= self._first_differentiated(self.mode.truncate):
             graph = "credited"
+        else:
+            graph = "none"
         look = None
         # Without a graph of the path, the second step is the first one at other weights than the
         # student's own. With one, the first step is at leaves already, and the second one's graph

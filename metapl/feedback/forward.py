@@ -119,13 +119,14 @@ class Forward(Estimator):
         keep: ``"tree"`` in place of ``keep_every``: some 10 log₁₀ K states, and each step computed
             again once for every factor of 10 in K after the first.
         by: how one step, or the first of several, is differentiated: ``"graph"``, ⟨g, w⟩ by the
-            graph of g, which the inner pass then keeps (less time on small networks, 1.1 to 2.4
+            graph of g, which each pass then keeps (less time on small networks, 1.1 to 2.4
             times the memory); ``"tangent"``, by ż in forward mode; ``"double_backward"``, ⟨g, w⟩ by
-            a graph that is made for it, as always where the signal enters the student's input, and
-            for the gradient in the start. None: the first that runs of graph and tangent (one step,
-            up to :data:`SMALL` weights), or of tangent and double backward; chosen at a trainer's
-            first step, and in each call of :func:`metapl.hypergradient`, whose result says it
-            (``order``).
+            a graph that is made for it, as always where the signal enters the student's input.
+            None: the first that runs of graph and tangent (one step, up to :data:`SMALL` weights),
+            of tangent and double backward, or for the gradient in the start of graph (up to
+            :data:`SMALL` weights in all steps together) and double backward; chosen at a trainer's
+            first step, and in the first call of :func:`metapl.hypergradient` on the same objects,
+            whose result says it (``order``).
         keep_on: where kept states lie: None, with the student; ``"cpu"``, on the host.
 
     Takes: soft signals; hard labels by the expectation. Cost: 12 student passes a step with the
