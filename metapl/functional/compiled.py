@@ -1007,8 +1007,10 @@ def refuse_written(eager: Outcome) -> None:
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
     """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
-    before = numbers_of(trainer.problem, trainer.teacher)
-    written = names_written(before, numbers_of(twin.problem, twin.teacher))
+    before, after = (
+        numbers_of(one.problem, nn.ModuleList(networks_of(one))) for one in (trainer, twin)
+    )
+    written = names_written(before, after)
     if not written:
         return ""
     return (

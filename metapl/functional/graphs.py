@@ -151,10 +151,14 @@ def graphs_of(
                 autocast=autocast,
             )
         )
+        # What a forward reads of its file may change, which no description has.
+        networks = [
+            network for network in (subject.teacher, subject.student) if network is not None
+        ]
+        sources = [part for network in networks for part in network.modules()]
+        sources += [subject.problem, *subject.alive]
         return Graphs(
-            Captured(step.taken, device, subject.alive),
-            Captured(step.adjoint, device, subject.alive),
-            subject,
+            Captured(step.taken, device, sources), Captured(step.adjoint, device, sources), subject
         )
 
     options = ("training", clip_norm, in_settings, several)
