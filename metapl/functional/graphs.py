@@ -152,11 +152,9 @@ def graphs_of(
             )
         )
         # What a forward reads of its file may change, which no description has.
-        networks = [
-            network for network in (subject.teacher, subject.student) if network is not None
-        ]
-        sources = [part for network in networks for part in network.modules()]
-        sources += [subject.problem, *subject.alive]
+        sources: list[object] = [subject.problem, *subject.alive]
+        for network in (subject.teacher, subject.student):
+            sources += [] if network is None else network.modules()
         return Graphs(
             Captured(step.taken, device, sources), Captured(step.adjoint, device, sources), subject
         )
