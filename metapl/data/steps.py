@@ -256,7 +256,7 @@ def in_memory(
             f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, such "
             "as batch_size=64, or a list of batches."
         )
-    rows = as_tensors(plain(source), dtype, subject=f"{name} holds")
+    rows = as_tensors(plain(source), dtype, subject=f"{name} holds data")
     lengths = set()
     for t in leaves_of(rows):
         if isinstance(t, Tensor):

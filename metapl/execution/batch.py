@@ -343,8 +343,10 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
             instead += (
                 ", such as numpy.unique(labels, return_inverse=True)[1] of the names of classes"
             )
-        what = f"{subject or 'the data holds'} {type(data).__name__} of {array.dtype}"
-        raise MetaplError(f"{what}; expected {instead}.")
+        subject = subject or "it holds data"
+        raise MetaplError(
+            f"{subject} of {type(data).__name__} ({array.dtype}); expected {instead}."
+        )
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():

@@ -797,7 +797,7 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
         ),
         (
             (OUTER[0].float(), OUTER[1]),
-            r"cannot take outer \(.*dtype.*expected examples in the for",
+            "the inputs are float32, and the weights of .* float64",
         ),
         ((OUTER[0], OUTER[1] + 1), "the labels reach outside 0..2"),
     ],
