@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, cast
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -70,6 +70,8 @@ Smoothing = Annotated[float, Range(0)]
 # The metasmoothness of the first steps below which scores were unreliable
 # (docs/whole-trainings.md).
 SMOOTH = 0.95
+# How many outer examples the comparison with real steps takes at most.
+VERIFIED_ROWS = 256
 # What an error expects where an operation lacks a derivative: there are no modes to choose from.
 NO_OTHER_MODE = "another operation, since attribute needs the second derivative of each"
 # The problem where none is given: always the same object.
@@ -345,6 +347,7 @@ def attribute(
     compile: bool = False,
     progress: bool = True,
     replay_tolerance: Tolerance = REPLAY_TOLERANCE,
+    verify: bool | Literal["warn"] = True,
 ) -> Attribution:
     r"""Return what each training example does to the outer loss, through a whole training.
 
@@ -408,6 +411,9 @@ def attribute(
             every half minute.
         replay_tolerance: the most that ``replay_error`` of the result may be, as for
             :func:`metapl.hypergradient`; above it the call is refused.
+        verify: compare the derivative through two steps with differences after real steps, and
+            refuse one that is wrong, as :func:`metapl.hypergradient` does; or ``"warn"`` of it; or
+            never, False. Of a sharded student nothing is compared.
 
     Returns: an :class:`Attribution`. Cost: in plain trainings (docs/whole-trainings.md): 4 to 5 on
     WRN-28-2; on small networks 4 to 7 with all states kept (2 to 3 compiled), 7 to 9 with one in
@@ -467,6 +473,8 @@ def attribute(
                 refuse_smoothing(training, smoothing)
             if seed == 0 and training.can_be_repeated:
                 look_at_passes(training)
+                if verify:
+                    verify_steps(training, verify)
                 if steps >= 100:
                     warn_of_roughness(training, steps)
             attributions.append(
@@ -484,6 +492,25 @@ def attribute(
     attribution = attributions[0] if seeds == 1 else mean_of(attributions)
     warn_of_worth(attribution, training.problem, training.optimizer, smoothing)
     return attribution
+
+
+def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> None:
+    """Refuse a student whose derivative through two steps is wrong, or warn; nothing moves."""
+    try:
+        with replayed(training.start):
+            hypergradient(
+                None,
+                training.layout.network,
+                outer=map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch),
+                # One step needs no second derivative of the network.
+                inner=Lookahead([training.batch(numbers) for numbers in training.order[:2]]),
+                problem=training.problem,
+                inner_optimizer=training.optimizer,
+                clip_norm=training.clip_norm,
+                verify=verify,
+            )
+    except MissingDerivative as error:
+        raise MissingDerivative(error.what, NO_OTHER_MODE) from error
 
 
 def warn_of_worth(

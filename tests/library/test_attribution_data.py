@@ -586,3 +586,46 @@ def test_what_cannot_be_read_is_refused_in_a_line(case: str) -> None:
     assert "\n" not in str(refusal.value)
     for weight, weight_before in zip(network.parameters(), weights_before, strict=True):
         assert torch.equal(weight, weight_before)
+
+
+class Cube(torch.autograd.Function):
+    """x³, in whose backward pass a part of x is a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * 3 * x * x.detach()
+
+
+class Cubed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.last(Cube.apply(self.first(x)))
+        return outputs
+
+
+def test_a_wrong_second_derivative_is_refused_as_in_hypergradient() -> None:
+    torch.manual_seed(0)
+    student = Cubed().double()
+    data = torch.randn(24, 4, dtype=torch.float64), torch.arange(24) % 3
+    options: dict[str, Any] = {
+        "optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+        "steps": 4,
+        "batch_size": 8,
+        "progress": False,
+    }
+    before = {name: t.clone() for name, t in student.state_dict().items()}
+    with pytest.raises(MetaplError, match="after real steps"):
+        metapl.attribute(student, data, data, **options)
+    with pytest.warns(UserWarning, match="after real steps"):
+        metapl.attribute(student, data, data, verify="warn", **options)
+    assert metapl.attribute(student, data, data, verify=False, **options).scores.shape == (24,)
+    assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())

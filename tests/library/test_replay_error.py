@@ -227,6 +227,8 @@ def test_attribution_has_the_error_and_the_precision() -> None:
             batch_size=6,
             mode=Forward(keep_every=2),
             progress=False,
+            # Their copies are others.
+            verify=False,
             **options,
         )
 
