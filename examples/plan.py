@@ -50,7 +50,6 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState
 from metapl.feedback import base
 from metapl.models import LabelAdjuster
-from metapl.training import trainer as trainers
 from metapl.training.loss_trainer import LossTrainer
 
 # The teacher's labels and the student's gradient; the gradient of the labeled loss at the student's
@@ -145,7 +144,7 @@ def rehearse(
             by_backward = trained[:-1]
             update = type(trainer.update)
             seams += [
-                (trainers, "take_steps", "student step", None),
+                (Path, "take_steps", "student step", None),
                 (EagerEngine, "descend", None, "gradients"),
                 (Path, "outer_gradient", "labeled gradient", "for feedback"),
                 (Path, "commit", "update", None),
