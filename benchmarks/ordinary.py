@@ -662,10 +662,12 @@ def table_of_unseen(rows: Sequence[Row]) -> str:
     head = ["training", "steps", "bend", "expected", "measured", "inside", "warned of", "loss"]
     inside = sum(map(is_inside, rows))
     above = sum(row["correlation"] > row["expected"][2] for row in rows)
+    ahead = sum(row["changes"]["harmful"] < row["changes"]["largest loss"] for row in rows)
     counts = (
         f"Of {len(rows)} trainings that were named before they were run, the measured correlation "
         f"of {inside} is inside the interval, of {above} above it and of "
-        f"{len(rows) - inside - above} below it."
+        f"{len(rows) - inside - above} below it. In {ahead} the test loss is lower without the "
+        "most harmful tenth than without the largest losses."
     )
     return f"{grid(head, lines, 'lrrrrllr')}\n\n{counts}"
 

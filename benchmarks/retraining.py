@@ -175,7 +175,7 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def scored(case: Case) -> metapl.Attribution:
+def scored(case: Case, *, compile: bool = False) -> metapl.Attribution:
     """Return the attribution whose removals are trained again."""
     torch.manual_seed(0)
     network = case.network()
@@ -188,6 +188,7 @@ def scored(case: Case) -> metapl.Attribution:
         steps=case.steps,
         batch_size=case.batch_size,
         problem=case.problem,
+        compile=compile,
         progress=False,
     )
 

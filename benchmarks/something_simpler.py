@@ -784,16 +784,81 @@ def removals(*, network: str, given: Given) -> list[Row]:
     }
     for step in ready.values():
         step()
+    return rows_in_plain_trainings(ready, losses, REMOVED_OURS, given)
+
+
+PLAIN_TRAINING = "a plain training"
+
+
+def rows_in_plain_trainings(
+    ready: dict[str, Step], found: dict[str, Tensor], ours: str, given: Given
+) -> list[Row]:
+    """Return what ways take in plain trainings, in turns, and how far they are from ours.
+
+    Args:
+        ready: the ways, and a plain training.
+        found: what each way has found last.
+    """
     times = in_turns(ready, 1, 2 if given.miniature else 5)
     rows = []
-    for way, found in losses.items():
+    for way, tensor in found.items():
         ratios = [a / b for a, b in zip(times[way], times[PLAIN_TRAINING], strict=True)]
-        gap = float((found - losses[REMOVED_OURS]).abs().max())
+        gap = float((tensor - found[ours]).abs().max())
         rows.append({"arm": way, "plain_trainings": sorted(ratios), "gap": gap})
     return rows
 
 
-PLAIN_TRAINING = "a plain training"
+SCORES_OURS = "`metapl.attribute(compile=True)`, called again"
+SCORES_EAGER = "`metapl.attribute`"
+SCORES_HAND = "double backward by hand, one graph"
+
+
+def scores(*, network: str, given: Given) -> list[Row]:
+    """Return what scores of examples take in plain trainings, of ways that take turns."""
+    case = retraining.MINIATURE if given.miniature else retraining.CASES[network]
+    found = dict[str, Tensor]()
+    order = retraining.scored(case).order
+
+    def ours(way: str, *, compile: bool) -> None:
+        found[way] = retraining.scored(case, compile=compile).scores
+
+    def by_hand() -> None:
+        found[SCORES_HAND] = by_one_graph(case, order)
+
+    ready: dict[str, Step] = {
+        SCORES_OURS: partial(ours, SCORES_OURS, compile=True),
+        SCORES_EAGER: partial(ours, SCORES_EAGER, compile=False),
+        SCORES_HAND: by_hand,
+        PLAIN_TRAINING: partial(retraining.plain, case, order),
+    }
+    for step in ready.values():
+        step()
+    return rows_in_plain_trainings(ready, found, SCORES_OURS, given)
+
+
+def by_one_graph(case: retraining.Case, order: Tensor) -> Tensor:
+    """Return minus the gradient of the outer loss in weights of the examples, all of them 1.
+
+    The training is that of SGD with momentum, and its graph is kept whole.
+    """
+    torch.manual_seed(0)
+    network = case.network()
+    (x, y), (x_outer, y_outer) = case.data()
+    weights = torch.ones(len(x), requires_grad=True)
+    params: Weights = {name: p.detach().requires_grad_() for name, p in network.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in params.items()}
+    for rows in order:
+        outputs = functional_call(network, params, (x[rows],))
+        losses = weights[rows] * F.cross_entropy(outputs, y[rows], reduction="none")
+        grads = torch.autograd.grad(losses.mean(), [*params.values()], create_graph=True)
+        momenta = {
+            name: 0.9 * momentum + g
+            for (name, momentum), g in zip(momenta.items(), grads, strict=True)
+        }
+        params = {name: p - 0.03 * momenta[name] for name, p in params.items()}
+    loss = F.cross_entropy(functional_call(network, params, (x_outer,)), y_outer)
+    (gradient,) = torch.autograd.grad(loss, weights)
+    return -gradient
 
 
 def repeated(t: Tensor, times: int) -> Tensor:
@@ -1338,6 +1403,7 @@ CASES = {
     "steps": steps,
     "stacked": stacked,
     "removals": removals,
+    "scores": scores,
     "memory": memory,
     "distilled": distilled,
     "sinusoids": sinusoids,
@@ -1380,7 +1446,12 @@ def jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
 def rival_jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
     """Yield the rivals of other claims, which need no files."""
     few = 2 if given.miniature else None
-    networks = {"stacked": STEP_NETWORKS, "removals": REMOVED_NETWORKS, "memory": MEMORY_NETWORKS}
+    networks = {
+        "stacked": STEP_NETWORKS,
+        "removals": REMOVED_NETWORKS,
+        "scores": REMOVED_NETWORKS,
+        "memory": MEMORY_NETWORKS,
+    }
     for case, names in networks.items():
         for network in names[-1:] if given.miniature else names:
             if case in cases:
@@ -1535,10 +1606,10 @@ def stacked_table(rows: list[Row]) -> str:
     return grid(["network", "way", "ms a seed", "over by hand", "quartiles"], lines, names=2)
 
 
-def removal_table(rows: list[Row]) -> str:
+def table_in_plain_trainings(case: str, rows: list[Row]) -> str:
     """Return a row for each way and network."""
     lines = []
-    for row in rows_of(rows, case="removals"):
+    for row in rows_of(rows, case=case):
         ratios = row["plain_trainings"]
         taken = f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
         lines.append([row["network"], row["arm"], taken, f"{row['gap']:.0e}"])
@@ -1584,7 +1655,8 @@ TABLE_OF_CASE = {
     "tables": table_table,
     "steps": step_table,
     "stacked": stacked_table,
-    "removals": removal_table,
+    "removals": partial(table_in_plain_trainings, "removals"),
+    "scores": partial(table_in_plain_trainings, "scores"),
     "memory": memory_table,
     "distilled": partial(interval_table, "distilled", DISTILLED_ARMS),
     "sinusoids": sinusoid_table,

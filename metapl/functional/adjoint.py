@@ -72,7 +72,7 @@ class Cotangents(NamedTuple):
     teacher: Tree
 
 
-class Lecture(NamedTuple):
+class StepInputs(NamedTuple):
     """What a step is given besides the carry.
 
     Attributes:
@@ -90,7 +90,7 @@ class Lecture(NamedTuple):
 class StepFunction(Protocol):
     """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k)."""
 
-    def __call__(self, phi: Tree, carry: Carry, lecture: Lecture, /) -> Taken:
+    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs, /) -> Taken:
         """Take the step."""
 
 
@@ -114,7 +114,7 @@ class AdjointFunction(Protocol):
     """The adjoint of a step."""
 
     def __call__(
-        self, phi: Tree, carry: Carry, lecture: Lecture, bars: Cotangents, /
+        self, phi: Tree, carry: Carry, inputs: StepInputs, bars: Cotangents, /
     ) -> tuple[Cotangents, Tree, Settings, Tensor]:
         """Return the cotangents before the step, dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
 
@@ -164,29 +164,29 @@ class TrainingStep:
             self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
         )
 
-    def __call__(self, phi: Tree, carry: Carry, lecture: Lecture) -> Taken:
+    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken:
         """Take the step (:class:`StepFunction`)."""
         if is_transformed():
-            return self.recorded.compared(phi, carry, lecture)
-        return self.taken(phi, carry, lecture)
+            return self.recorded.compared(phi, carry, inputs)
+        return self.taken(phi, carry, inputs)
 
-    def taken(self, phi: Tree, carry: Carry, lecture: Lecture) -> Taken:
+    def taken(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken:
         """Take the step, outside of any transform."""
-        with self._begun(phi, carry, lecture) as begun:
+        with self._begun(phi, carry, inputs) as begun:
             theta, s = pytree.tree_map_only(Tensor, Tensor.detach, begun.step.updated)
             after = Carry(theta, s, begun.left_of_student(), begun.left_of_teacher())
             signal = as_dict(begun.signal.detached())
             return Taken(after, begun.step.inner_loss, signal, begun.findings())
 
     def adjoint(
-        self, phi: Tree, carry: Carry, lecture: Lecture, bars: Cotangents
+        self, phi: Tree, carry: Carry, inputs: StepInputs, bars: Cotangents
     ) -> tuple[Cotangents, Tree, Settings, Tensor]:
         """Take the adjoint of the step (:class:`AdjointFunction`)."""
-        settings = lecture.settings
+        settings = inputs.settings
         if self.rules.in_settings:
             settings = as_leaves(settings)
         carry = carry._replace(optimizer=as_leaves(carry.optimizer))
-        with self._begun(phi, carry, lecture._replace(settings=settings)) as begun:
+        with self._begun(phi, carry, inputs._replace(settings=settings)) as begun:
             fields = begun.step.signal.differentiable()
             before = (begun.step.params, carry.optimizer, fields, settings)
             pull: Callable[[Any], Any] = partial(
@@ -203,7 +203,7 @@ class TrainingStep:
         return cotangents, signal_bar, in_settings, norm(theta_bar)
 
     @contextmanager
-    def _begun(self, phi: Tree, carry: Carry, lecture: Lecture) -> Iterator[BegunStep]:
+    def _begun(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Iterator[BegunStep]:
         """Take the student's pass up to g, with its graph, while the networks hold the tensors."""
         rules = self.rules
         fault = checks.Fault()
@@ -217,7 +217,7 @@ class TrainingStep:
                 rules.autocast(),
                 no_fast_path(math=True),
             ):
-                options = with_settings(rules.constants, lecture.settings)
+                options = with_settings(rules.constants, inputs.settings)
                 update = UpdateOfState(rules.update, options, carry.optimizer)
                 student = RecordedEngine(
                     Layout(rules.student), Slots(rules.student), double_backward=True
@@ -231,7 +231,7 @@ class TrainingStep:
                     asked.append(signal)
                     return signal.detached()
 
-                lesson = Lesson(rules.problem, lecture.batch, lecture.outer, graph="path")
+                lesson = Lesson(rules.problem, inputs.batch, inputs.outer, graph="path")
                 # θ is what the module holds, so that checkpoints run again at the same leaves.
                 student.params = {**student.parameters}
                 descent = student.descend(student.params, lesson, ask)

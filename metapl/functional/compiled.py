@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
-from metapl.core.lookahead import InnerBatches
+from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
@@ -1097,7 +1097,8 @@ def refuse_made_that_are_read(
     A graph has each step as the first one. So an eager step on other rows is taken with these
     attributes and without; a cache that every step would fill with the same is none to be refused.
     """
-    inner = rows_repeated(inner_batches.as_argument())
+    inner: Any = [*map(rows_repeated, inner_batches)]
+    inner = Lookahead(inner) if inner_batches.is_lookahead else inner[0]
     outer = rows_repeated(outer_batch)
     start = RandomState.now(trainer.device)
     ends: list[State] = []

@@ -69,6 +69,17 @@ class Subject(NamedTuple):
     alive: tuple[object, ...] = ()
     outside: Sequence[Tensor] = ()
 
+    @property
+    def sources(self) -> list[object]:
+        """The objects whose attributes a graph reads, and what their methods read of their file.
+
+        What a file holds may change, and is in no description.
+        """
+        found: list[object] = [self.problem, *self.alive]
+        for network in (self.teacher, self.student):
+            found += [] if network is None else network.modules()
+        return found
+
 
 @dataclass(eq=False)
 class Graphs:
@@ -151,10 +162,7 @@ def graphs_of(
                 autocast=autocast,
             )
         )
-        # What a forward reads of its file may change, which no description has.
-        sources: list[object] = [subject.problem, *subject.alive]
-        for network in (subject.teacher, subject.student):
-            sources += [] if network is None else network.modules()
+        sources = subject.sources
         return Graphs(
             Captured(step.taken, device, sources), Captured(step.adjoint, device, sources), subject
         )

@@ -185,8 +185,8 @@ class TaskGraphs:
         self.teacher = Places(subject.teacher, "teacher")
         self.student = Places(subject.student, "student")
         device = differentiation.device
-        self.of_one = Captured(self._of_one, device, subject.alive, is_compiled=False)
-        self.of_all = Captured(self._of_all, device, subject.alive)
+        self.of_one = Captured(self._of_one, device, subject.sources, is_compiled=False)
+        self.of_all = Captured(self._of_all, device, subject.sources)
         self.of_one.mapped_over = "tasks"
         self.of_all.mapped_over = "tasks"
         self.is_compiled = is_compiled

@@ -51,7 +51,7 @@ from metapl.feedback.hypergradient import (
     through_steps,
 )
 from metapl.feedback.setting_gradients import stacked_settings
-from metapl.functional.adjoint import Carry, Cotangents, Lecture, Settings, gradients
+from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing
 from metapl.functional.compiled import refuse_gap
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of, kind_of_batch
@@ -563,7 +563,7 @@ class CompiledPath:
         kind = self.book.kinds_of_steps[number]
         batch = self._read_batch(number)
         back.bars, in_signal, in_settings, size = self.graphs.adjoint(
-            self.plan.phi, carry, self._lecture(number, batch), back.bars
+            self.plan.phi, carry, self._inputs_of_step(number, batch), back.bars
         )
         checks.refuse_not_finite(NOT_FINITE.format(number), size)
         # h is minus the derivative.
@@ -613,15 +613,15 @@ class CompiledPath:
         """Return the carry after a step, and its inner loss."""
         batch = self._read_batch(number)
         refuse_other_gradient(self.request, self.plan, self.graphs, batch)
-        taken = self.graphs.step(self.plan.phi, carry, self._lecture(number, batch))
+        taken = self.graphs.step(self.plan.phi, carry, self._inputs_of_step(number, batch))
         for text, is_found in taken.findings.items():
             checks.refuse(is_found, f"in step {number}, {text}")
         self.book.note_signal(number, batch, taken.signal)
         return taken.carry, taken.loss
 
-    def _lecture(self, number: int, batch: Batch) -> Lecture:
+    def _inputs_of_step(self, number: int, batch: Batch) -> StepInputs:
         """Return what the step of a number is given besides the carry."""
-        return Lecture(batch, self.row_of_outer, self.plan.rates_of(number))
+        return StepInputs(batch, self.row_of_outer, self.plan.rates_of(number))
 
     def _compare_replay(self, number: int, carry: Carry) -> None:
         """Take a step again whose end was noted, and compare.

@@ -496,6 +496,13 @@ def attribute(
 
 def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> None:
     """Refuse a student whose derivative through two steps is wrong, or warn; nothing moves."""
+    # Those with the greatest rates: a warm-up's first ones may hide everything by rounding.
+    rates = [max(group["lr"] for group in groups) for groups in training.options_of_steps()]
+    begin = max(0, min(rates.index(max(rates)), len(rates) - 2))
+    settings = training.settings
+    if settings is not None:
+        settings = {name: values[begin : begin + 2] for name, values in settings.items()}
+    batches = [training.batch(numbers) for numbers in training.order[begin : begin + 2]]
     try:
         with replayed(training.start):
             hypergradient(
@@ -503,7 +510,7 @@ def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> 
                 training.layout.network,
                 outer=map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch),
                 # One step needs no second derivative of the network.
-                inner=Lookahead([training.batch(numbers) for numbers in training.order[:2]]),
+                inner=Lookahead(batches, settings=settings),
                 problem=training.problem,
                 inner_optimizer=training.optimizer,
                 clip_norm=training.clip_norm,

@@ -35,7 +35,7 @@ from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
-from metapl.functional.adjoint import Carry, Lecture, Settings, TrainingRules, TrainingStep
+from metapl.functional.adjoint import Carry, Settings, StepInputs, TrainingRules, TrainingStep
 from metapl.functional.capture import Captured, Capturing
 from metapl.functional.state import clipped, constants_of, tensors_of
 from metapl.functional.training import first_moving_step, first_state, tensor_settings
@@ -528,7 +528,7 @@ class StackedTrainings:
             carry = Carry(
                 member.params, member.optimizer, {**frozen, **member.buffers}, teacher_state={}
             )
-            after = training_step({}, carry, Lecture((weights, batch), None, settings)).carry
+            after = training_step({}, carry, StepInputs((weights, batch), None, settings)).carry
             buffers = {name: after.state[name] for name in member.buffers}
             return Members(after.params, after.optimizer, buffers)
 

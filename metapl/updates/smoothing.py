@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metapl.errors import MetaplError
 from metapl.updates.adam import SMOOTHING
+from metapl.updates.groups import with_options_of_groups
 from metapl.updates.optimizers import parts_of
-from metapl.updates.several import Several
 
 
 def is_adams(group: Mapping[str, Any]) -> bool:
@@ -36,12 +35,8 @@ def smoothed_optimizer(optimizer: Any, smoothing: float) -> Any:
     """
     if smoothing == 0:
         return optimizer
-    parts: list[Any] = []
-    for part in parts_of(optimizer):
-        smoothed: Any = copy.copy(part)
-        smoothed.param_groups = smoothed_groups(part.param_groups, smoothing)
-        parts.append(smoothed)
-    return Several(parts) if isinstance(optimizer, Several) else parts[0]
+    groups = [group for part in parts_of(optimizer) for group in part.param_groups]
+    return with_options_of_groups(optimizer, smoothed_groups(groups, smoothing))
 
 
 def adams_groups(optimizer: Any) -> list[Mapping[str, Any]]:

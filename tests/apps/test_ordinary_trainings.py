@@ -128,6 +128,8 @@ def test_the_programs_that_test_the_coefficients_are_other_ones(script: Any) -> 
         f"held {inside_of_second} of them, with an error of {math.sqrt(error_of_second):.2f}."
         in page
     )
+    ahead = sum(row["changes"]["harmful"] < row["changes"]["largest loss"] for row in rows)
+    assert f"of the ten declared trainings in {ahead}, so that nothing is shown." in page
     docstring = " ".join((metapl.reliability.__doc__ or "").split())
     assert f"Of ten trainings that were named before they were run it held {inside}." in docstring
 

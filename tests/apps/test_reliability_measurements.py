@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,22 @@ def test_the_page_says_the_line_and_its_errors() -> None:
     )
     docstring = " ".join((metapl.reliability.__doc__ or "").split())
     assert f"have an error of {error:.2f} in Fisher's z" in docstring
+    # A constant is the strongest simple way on the trainings that were declared.
+    declared = script.of_kind(script.read(RESULTS / "ordinary.jsonl"), "unseen")
+    measured = [script.fisher(row["correlation"]) for row in declared]
+    of_line = root_mean_square(measured, [script.fisher(row["expected"][0]) for row in declared])
+    _, fitted_z = script.matrices(fitted, script.OF_LINE)
+    errors = [
+        root_mean_square(measured, [constant] * len(declared))
+        for constant in (float(fitted_z.mean()), float(statistics.median(fitted_z)))
+    ]
+    assert f"The error of z is {of_line:.2f}." in page
+    assert "the mean of the 67 has {:.2f} and their median {:.2f},".format(*errors) in page
+
+
+def root_mean_square(values: Sequence[float], others: Sequence[float]) -> float:
+    """Return the root of the mean squared difference."""
+    return math.sqrt(statistics.fmean((a - b) ** 2 for a, b in zip(values, others, strict=True)))
 
 
 def test_the_trainings_that_test_the_line_are_other_ones_and_are_counted_as_they_fell() -> None:

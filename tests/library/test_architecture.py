@@ -218,6 +218,32 @@ def test_what_a_class_and_its_module_hold_counts(
     assert_is_eager(gradient_after, network)
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_what_a_file_holds_counts_for_tasks_too(
+    compile: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = student()
+    tasks = [batch(number) for number in range(3)]
+    stacked = tuple(torch.stack(part) for part in zip(*tasks, strict=True))
+    for shift in (0.1, torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64)):
+        monkeypatch.setitem(globals(), "SHIFT", shift)
+        options: dict[str, Any] = {
+            "problem": EqualWeights(),
+            "inner_optimizer": torch.optim.SGD(network.parameters(), lr=0.3),
+            "wrt": "start",
+        }
+        found = metapl.hypergradient(
+            None, network, outer=stacked, inner=stacked, tasks=True, compile=compile, **options
+        )
+        one_by_one = [
+            metapl.hypergradient(None, network, outer=task, inner=task, **options).start
+            for task in tasks
+        ]
+        for name, t in found.start.items():
+            mean = torch.stack([start[name] for start in one_by_one]).mean(0)
+            torch.testing.assert_close(t, mean, rtol=1e-9, atol=1e-12)
+
+
 def test_another_class_problem_rule_and_type_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
     as_functions(monkeypatch)
     gradient(student())

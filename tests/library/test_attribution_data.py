@@ -6,6 +6,7 @@ line how to go on.
 
 from __future__ import annotations
 
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -629,3 +630,25 @@ def test_a_wrong_second_derivative_is_refused_as_in_hypergradient() -> None:
         metapl.attribute(student, data, data, verify="warn", **options)
     assert metapl.attribute(student, data, data, verify=False, **options).scores.shape == (24,)
     assert all(torch.equal(t, before[name]) for name, t in student.state_dict().items())
+
+
+def test_the_steps_of_the_greatest_rates_are_compared() -> None:
+    """The first ones of a warm-up, and the rate that the optimizer holds then, hide all errors."""
+    torch.manual_seed(0)
+    data = torch.randn(24, 4, dtype=torch.float64), torch.arange(24) % 3
+    rates = torch.tensor([1e-9, 1e-9, 1e-9, 0.1])[:, None]
+
+    def scores(student: nn.Module) -> Tensor:
+        optimizer = torch.optim.SGD(student.parameters(), lr=1e-9)
+        options: dict[str, Any] = {"steps": 4, "batch_size": 8, "progress": False}
+        settings = {"lr": rates}
+        return metapl.attribute(
+            student, data, data, optimizer=optimizer, settings=settings, **options
+        ).scores
+
+    with pytest.raises(MetaplError, match="after real steps"):
+        scores(Cubed().double())
+    right = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scores(right).shape == (24,)

@@ -298,6 +298,16 @@ def test_what_a_first_step_makes_and_later_ones_read_is_refused(
     assert all(map(torch.equal, before, compiled.student.parameters()))
 
 
+def test_what_a_look_ahead_makes_and_later_ones_read_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    compiled = trainers(lambda: network(KeepingFirst()), lookahead=2)[0]
+    outer, inner = batches()
+    with pytest.raises(MetaplError, match=r"1\.kept is made by its first step"):
+        compiled.step(outer, metapl.Lookahead([inner, inner + 1]))
+
+
 @pytest.mark.parametrize("build", [Counting, Averaging, Smoothing, KeepingFirst])
 def test_state_that_a_network_keeps_in_python_is_refused_in_stacks(
     build: Callable[[], nn.Module],

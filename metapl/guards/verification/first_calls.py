@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from operator import itemgetter
 from typing import Any, Literal
 
 import torch
@@ -20,6 +22,7 @@ from metapl.execution.numerics import MissingDerivative
 from metapl.feedback.hypergradient import Differentiation
 from metapl.guards.verification.check import STEPS, check_step, tell_left_out
 from metapl.updates import options_of, parts_of
+from metapl.updates.groups import with_options_of_groups
 from metapl.updates.lists import is_set
 
 LOG = logging.getLogger("metapl")
@@ -58,6 +61,8 @@ class VerifiedCalls:
         """Return the orders of differentiation that calls with a key have chosen so far."""
         return self._orders.setdefault(key, Orders())
 
+
+RATE = itemgetter("lr")
 
 # Of the whole process: a hypergradient is a function, and no object of one call meets the next.
 VERIFIED = VerifiedCalls()
@@ -169,6 +174,12 @@ def kinds_of_settings(differentiation: Differentiation) -> list[Any]:
 def verify(differentiation: Differentiation, setting: bool | Literal["warn"]) -> None:
     """Verify a hypergradient, or say that it is left out."""
     request = differentiation.request
+    if differentiation.options:
+        # All steps that are verified are at the greatest rate: that of a warm-up's first steps may
+        # be so small that rounding drowns what they change.
+        options = max(differentiation.options, key=lambda groups: max(map(RATE, groups)))
+        optimizer = with_options_of_groups(differentiation.inner_optimizer, options)
+        request = replace(request, inner_optimizer=optimizer)
     of_networks = [differentiation.of_student]
     if differentiation.of_teacher is not None:
         of_networks.append(differentiation.of_teacher)
