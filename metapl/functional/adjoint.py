@@ -36,7 +36,7 @@ from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots
 from metapl.functional.capture import Captured, is_transformed
 from metapl.functional.state import Network, as_dict, norm
-from metapl.functional.step import Places, with_settings
+from metapl.functional.step import Places, with_settings, without_values
 from metapl.problems.base import BilevelProblem, Signal
 from metapl.updates import Update
 from metapl.updates.base import OptimizerState
@@ -206,45 +206,39 @@ class TrainingStep:
     def _begun(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Iterator[BegunStep]:
         """Take the student's pass up to g, with its graph, while the networks hold the tensors."""
         rules = self.rules
-        fault = checks.Fault()
-        token = checks.deferred.set(fault)
-        try:
-            with (
-                checks.no_values(),
-                torch.enable_grad(),
-                self.teacher.holding(Network(phi, carry.teacher_state)) as left_of_teacher,
-                self.student.holding(Network(carry.params, carry.state)) as left_of_student,
-                rules.autocast(),
-                no_fast_path(math=True),
-            ):
-                options = with_settings(rules.constants, inputs.settings)
-                update = UpdateOfState(rules.update, options, carry.optimizer)
-                student = RecordedEngine(
-                    Layout(rules.student), Slots(rules.student), double_backward=True
-                )
-                # A problem without a teacher never asks it.
-                teacher: Any = rules.teacher
-                asked: list[Signal] = []
+        with (
+            without_values() as fault,
+            self.teacher.holding(Network(phi, carry.teacher_state)) as left_of_teacher,
+            self.student.holding(Network(carry.params, carry.state)) as left_of_student,
+            rules.autocast(),
+            no_fast_path(math=True),
+        ):
+            options = with_settings(rules.constants, inputs.settings)
+            update = UpdateOfState(rules.update, options, carry.optimizer)
+            student = RecordedEngine(
+                Layout(rules.student), Slots(rules.student), double_backward=True
+            )
+            # A problem without a teacher never asks it.
+            teacher: Any = rules.teacher
+            asked: list[Signal] = []
 
-                def ask(batch: Batch, outputs: Tensor | None) -> Signal:
-                    signal = rules.problem.signal(teacher, batch, outputs, generator=None)
-                    asked.append(signal)
-                    return signal.detached()
+            def ask(batch: Batch, outputs: Tensor | None) -> Signal:
+                signal = rules.problem.signal(teacher, batch, outputs, generator=None)
+                asked.append(signal)
+                return signal.detached()
 
-                lesson = Lesson(rules.problem, inputs.batch, inputs.outer, graph="path")
-                # θ is what the module holds, so that checkpoints run again at the same leaves.
-                student.params = {**student.parameters}
-                descent = student.descend(student.params, lesson, ask)
-                yield BegunStep(
-                    step=InnerStep(update, descent, carry.optimizer),
-                    signal=asked[-1],
-                    phi={name: p for name, p in self.teacher.parameters() if name in phi},
-                    left_of_student=left_of_student,
-                    left_of_teacher=left_of_teacher,
-                    fault=fault,
-                )
-        finally:
-            checks.deferred.reset(token)
+            lesson = Lesson(rules.problem, inputs.batch, inputs.outer, graph="path")
+            # θ is what the module holds, so that checkpoints run again at the same leaves.
+            student.params = {**student.parameters}
+            descent = student.descend(student.params, lesson, ask)
+            yield BegunStep(
+                step=InnerStep(update, descent, carry.optimizer),
+                signal=asked[-1],
+                phi={name: p for name, p in self.teacher.parameters() if name in phi},
+                left_of_student=left_of_student,
+                left_of_teacher=left_of_teacher,
+                fault=fault,
+            )
 
 
 class BegunStep(NamedTuple):

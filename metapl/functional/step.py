@@ -174,6 +174,18 @@ class Places:
         return left
 
 
+@contextmanager
+def without_values() -> Iterator[checks.Fault]:
+    """Read no value of a tensor in this block, which has graphs, and yield what checks find."""
+    fault = checks.Fault()
+    token = checks.deferred.set(fault)
+    try:
+        with checks.no_values(), torch.enable_grad():
+            yield fault
+    finally:
+        checks.deferred.reset(token)
+
+
 class StateStep:
     """The step of these networks, losses and rules, as a function of tensors.
 
@@ -222,23 +234,17 @@ class StateStep:
         """Return the next state, and the report."""
         given = [t for t in pytree.tree_leaves((outer, inner)) if isinstance(t, Tensor)]
         versions = [t._version for t in given]
-        fault = checks.Fault()
-        token = checks.deferred.set(fault)
-        try:
-            with (
-                checks.no_values(),
-                torch.enable_grad(),
-                self.teacher.holding(state.teacher) as left_of_teacher,
-                self.student.holding(state.student) as left_of_student,
-            ):
-                moved, report = taken_step(self.rules, state, outer, inner, noise)
-                moved = with_fields(
-                    moved,
-                    teacher=Network(moved.teacher.params, left_of_teacher()),
-                    student=Network(moved.student.params, left_of_student()),
-                )
-        finally:
-            checks.deferred.reset(token)
+        with (
+            without_values() as fault,
+            self.teacher.holding(state.teacher) as left_of_teacher,
+            self.student.holding(state.student) as left_of_student,
+        ):
+            moved, report = taken_step(self.rules, state, outer, inner, noise)
+            moved = with_fields(
+                moved,
+                teacher=Network(moved.teacher.params, left_of_teacher()),
+                student=Network(moved.student.params, left_of_student()),
+            )
         if [t._version for t in given] != versions:
             raise MetaplError(
                 "a network or a loss writes to its batch in place, so that the next step has "

@@ -5,6 +5,7 @@ Refused by its own name before anything moves; proposals run.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -481,3 +482,32 @@ def test_a_trainer_without_a_teacher_shows_a_transform() -> None:
         "BilevelTrainer: mode 'forward', problem LearningToReweight, 0 steps done",
         "  student: Sequential, 51 weights, a transform GradientTransformation",
     ]
+
+
+def test_weights_of_one_without_feedback_are_the_loop_of_before() -> None:
+    """Bit for bit, with the loop's own optimizer, clip and dropout."""
+    torch.manual_seed(0)
+    x, y, numbers = torch.randn(48, 6), torch.arange(48) % 3, torch.arange(48)
+    network = nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Dropout(0.2), nn.Linear(16, 3))
+    other = copy.deepcopy(network)
+    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.01) for one in (network, other)]
+    # The sigmoid of 40 is 1.
+    trainer = metapl.BilevelTrainer(
+        Table(torch.full((48,), 40.0)),
+        network,
+        "none",
+        problem=ExampleWeights(),
+        inner_optimizer=optimizers[0],
+        clip_norm=0.5,
+    )
+    for step in range(4):
+        rows = torch.arange(12) + 12 * step
+        torch.manual_seed(step)
+        trainer.step((x, y), (x[rows], y[rows], numbers[rows]))
+        torch.manual_seed(step)
+        optimizers[1].zero_grad()
+        F.cross_entropy(other(x[rows]), y[rows], reduction="none").mean().backward()
+        nn.utils.clip_grad_norm_(other.parameters(), 0.5)
+        optimizers[1].step()
+    for one, two in zip(network.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
