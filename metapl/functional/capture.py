@@ -28,6 +28,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -71,11 +72,6 @@ _ASKS_FOR_VALUE = (
     ".numpy()",
 )
 
-NO_DERIVATIVE_OF_STEP = (
-    "a step of functional(), which has no derivative; expected metapl.hypergradient, with wrt= for "
-    "the start and the rates."
-)
-
 # What autograd says of an operation without a derivative.
 _NO_DERIVATIVE = re.compile(r"derivative for (aten::\w+) is not implemented")
 
@@ -85,14 +81,22 @@ Result = TypeVar("Result")
 # ------------------------------------------------------------------------------------------- graphs
 
 
-def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) -> GraphModule:
+def graph_of(
+    function: Callable[..., list[Tensor]],
+    examples: Sequence[Tensor],
+    *,
+    has_derivatives: bool = False,
+) -> GraphModule:
     """Return a function of tensors, which returns a list of tensors, as one graph.
 
     Nothing of the values of tensors is in it, and no generator moves.
 
     Args:
         examples: tensors of the kinds that the graph is given.
+        has_derivatives: write fused operations, which PyTorch differentiates once or twice, as
+            simpler ones, which it differentiates to any order.
     """
+    formulas = differentiable_formulas() if has_derivatives else None
     device = examples[0].device
     torch.clear_autocast_cache()
     with (
@@ -108,9 +112,12 @@ def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
         logger.disabled = True
         try:
             # Without values, in which nothing of this call's numbers can be.
-            graph = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(
-                *map(_example, examples)
-            )
+            graph = make_fx(
+                function,
+                decomposition_table=formulas,
+                tracing_mode="fake",
+                _allow_non_fake_inputs=True,
+            )(*map(_example, examples))
         finally:
             logger.disabled = was_disabled
     for node in [*graph.graph.nodes]:
@@ -125,6 +132,18 @@ def graph_of(function: Callable[..., list[Tensor]], examples: Sequence[Tensor]) 
             _unfuse(graph, node)
     graph.recompile()
     return graph
+
+
+def differentiable_formulas() -> dict[Any, Callable[..., Any]]:
+    """Return PyTorch's formulas for operations of backward passes, and for norms of layers."""
+    from torch._decomp import decomposition_table
+
+    names = ("backward", "batch_norm", "group_norm", "layer_norm", "rms_norm")
+    return {
+        operation: formula
+        for operation, formula in decomposition_table.items()
+        if any(name in str(operation) for name in names)
+    }
 
 
 def _unfuse(graph: GraphModule, node: torch.fx.Node) -> None:
@@ -295,12 +314,23 @@ def no_transform() -> AbstractContextManager[Any]:
     return temporarily_clear_interpreter_stack()
 
 
-def is_differentiated() -> bool:
-    """Return whether this runs inside a transform other than ``torch.func.vmap``."""
+def is_differentiated(values: Any) -> bool:
+    """Return whether a function of nested tensors is differentiated, by whatever way.
+
+    It runs inside a transform other than ``torch.func.vmap``, or a tensor has a graph or a tangent.
+    """
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    mapping = torch._C._functorch.TransformType.Vmap
-    return any(one.key() != mapping for one in retrieve_all_functorch_interpreters())
+    if is_transformed():
+        mapping = torch._C._functorch.TransformType.Vmap
+        if any(one.key() != mapping for one in retrieve_all_functorch_interpreters()):
+            return True
+    tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
+    if torch.is_grad_enabled() and any(map(requires_grad, tensors)):
+        return True
+    if forward_ad._current_level < 0:
+        return False
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def requires_grad(t: Tensor) -> bool:
@@ -383,13 +413,15 @@ def rows_repeated(values: Any) -> Any:
 # Two results that differ by less than this many roundings, relative to their size, are equal: a
 # replay has the function's own bits, but for kernels that do not repeat theirs.
 ROUNDINGS = 1e3
+ROUNDINGS_OF_SCALE = 10
 
 
-def is_equal(found: Any, wanted: Any, *, factor: float = 1.0) -> bool:
+def is_equal(found: Any, wanted: Any, *, factor: float = 1.0, scale: float = 0.0) -> bool:
     """Return whether two results are equal, to the rounding of a sum where they are tensors.
 
     Args:
         factor: how many times as much rounding is allowed.
+        scale: of the numbers that a result may be a difference of, a few roundings are allowed.
     """
     if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
         return bool(found == wanted)
@@ -400,8 +432,10 @@ def is_equal(found: Any, wanted: Any, *, factor: float = 1.0) -> bool:
         return True
     if not wanted.is_floating_point():
         return False
-    limit = ROUNDINGS * torch.finfo(wanted.dtype).eps * factor
-    return torch.allclose(found, wanted, rtol=limit, atol=limit * size_of(wanted), equal_nan=True)
+    eps = torch.finfo(wanted.dtype).eps
+    limit = ROUNDINGS * eps * factor
+    floor = limit * size_of(wanted) + ROUNDINGS_OF_SCALE * eps * scale
+    return torch.allclose(found, wanted, rtol=limit, atol=floor, equal_nan=True)
 
 
 def size_of(t: Tensor) -> float:
@@ -831,6 +865,9 @@ class Captured(Generic[Result]):
         is_compiled: whether Inductor compiles the graphs.
         looks_at_modes: whether each call looks at modes, hooks and parts of the sources. A trainer
             has looked at them before a compiled step.
+        has_derivative: whether :meth:`compared` returns results with their graph. Their derivative
+            is that of the numbers that the function computes: a graph of operations has those of
+            the backward passes too, and no ``detach()``.
     """
 
     what = "a step"
@@ -846,11 +883,13 @@ class Captured(Generic[Result]):
         *,
         is_compiled: bool = True,
         looks_at_modes: bool = False,
+        has_derivative: bool = False,
     ) -> None:
         self.function = function
         self.device = device
         self.is_compiled = is_compiled
         self.looks_at_modes = looks_at_modes
+        self.has_derivative = has_derivative
         self.attributes = Attributes(sources)
         # The latest last.
         self.kept: list[Capture] = []
@@ -870,9 +909,9 @@ class Captured(Generic[Result]):
         once more on other rows, where a function with a memory of its own has that of before.
 
         Raises: :class:`metapl.MetaplError` where the function cannot be recorded or comes out
-            otherwise, and under a transform that differentiates, for a graph has no derivative.
+            otherwise, and under a transform that differentiates results without a derivative.
         """
-        if is_transformed() and is_differentiated():
+        if is_transformed() and not self.has_derivative and is_differentiated(()):
             raise MetaplError(self.text_of_derivative())
         captures = self.captures
         try:
@@ -890,7 +929,7 @@ class Captured(Generic[Result]):
             except BaseException:
                 self.kept = [kept for kept in self.kept if kept is not capture]
                 raise
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.has_derivative and torch.is_grad_enabled()):
             result: Result = at_places(capture.results, self.replay(capture, tensors))
         return result
 
@@ -915,13 +954,21 @@ class Captured(Generic[Result]):
         if structure_found != structure:
             raise MetaplError(self.text_of_difference(structure_found, structure))
         factor = 100 if self.is_compiled else 1
+        # The gradient of a bias before batch norm is 0, and comes out as rounding.
+        sizes = [size_of(t) for t in wanted if isinstance(t, Tensor) and t.is_floating_point()]
+        scale = max(sizes, default=0.0)
         for one, two in zip(found, wanted, strict=True):
-            if not is_equal(one, two, factor=factor):
+            if not is_equal(one, two, factor=factor, scale=scale):
                 raise MetaplError(self.text_of_difference(one, two))
 
     def not_recorded(self, error: NotRecorded) -> BaseException:
         """Return the error that says why the function cannot be recorded."""
         reason = why_not_captured(error) or reason_of(error)
+        if not is_transformed():
+            return MetaplError(
+                f"torch.autograd cannot differentiate through this step: {reason}; expected a "
+                "network and losses that can be recorded, or detach() of what the step is given."
+            )
         return MetaplError(
             f"torch.func.vmap cannot map this step: {reason}; expected a loop over the "
             f"{self.mapped_over}."
@@ -929,7 +976,10 @@ class Captured(Generic[Result]):
 
     def text_of_derivative(self) -> str:
         """Return what to say where a transform differentiates the function."""
-        return f"torch.func differentiates {NO_DERIVATIVE_OF_STEP}"
+        return (
+            "torch.func differentiates a step that has no derivative here; expected the step of "
+            "functional(), which has, or metapl.hypergradient."
+        )
 
     def text_of_write(self, arguments: Any, t: Tensor) -> str:
         """Return what to say of a function that writes to one of its arguments."""
@@ -938,9 +988,10 @@ class Captured(Generic[Result]):
     def text_of_difference(self, found: Any, wanted: Any) -> str:
         """Return what to say where a graph returns something else than the function."""
         return (
-            "the step comes out otherwise when it is recorded, as torch.func.vmap needs it; "
-            "expected a function of its arguments and of torch's default generators, without "
-            f"NumPy's, and without numbers that it keeps; or a loop over the {self.mapped_over}."
+            "the step comes out otherwise when it is recorded, as torch.func.vmap and derivatives "
+            "through it need it; expected a function of its arguments and of torch's default "
+            "generators, without NumPy's, and without numbers that it keeps; or a loop over the "
+            f"{self.mapped_over}."
         )
 
     def inputs_of_constants(self, graph: GraphModule) -> list[Tensor]:
@@ -954,13 +1005,12 @@ class Captured(Generic[Result]):
 
     def knows(self, *arguments: Any) -> bool:
         """Return whether there is a graph for these arguments."""
-        kind, _ = self._kind_of(arguments)
-        return self._find(kind) is not None
+        capture, _, _ = self._find(arguments)
+        return capture is not None
 
     def find(self, *arguments: Any) -> tuple[Capture, list[Tensor]]:
         """Return the graph for these arguments, and their tensors."""
-        kind, tensors = self._kind_of(arguments)
-        capture = self._find(kind)
+        capture, kind, tensors = self._find(arguments)
         if capture is None:
             capture = self._capture(arguments, tensors, kind)
         return capture, tensors
@@ -973,27 +1023,24 @@ class Captured(Generic[Result]):
                 return capture.run(tensors)
         return capture.run(tensors)
 
-    def _kind_of(self, arguments: Any) -> tuple[list[Any], list[Tensor]]:
-        """Return what a graph for these arguments is made for, and their tensors."""
+    def _find(self, arguments: Any) -> tuple[Capture | None, list[Any], list[Tensor]]:
+        """Return the graph for these arguments, what it is made for, and their tensors."""
         tensors: list[Tensor] = []
         kind = switches(self.device)
         take_apart(arguments, tensors, kind)
         if self.looks_at_modes:
             kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
-        return kind, tensors
-
-    def _find(self, kind: list[Any]) -> Capture | None:
         values = self.attributes.values()
         if self.kept and self.kept[-1].kind.is_of(kind, values, exactly=True):
-            return self.kept[-1]
+            return self.kept[-1], kind, tensors
         # Another object may be in the place of one that was looked into.
         self.attributes.read_again()
         values = self.attributes.values()
         for index in reversed(range(len(self.kept))):
             if self.kept[index].kind.is_of(kind, values):
                 self.kept.append(self.kept.pop(index))
-                return self.kept[-1]
-        return None
+                return self.kept[-1], kind, tensors
+        return None, kind, tensors
 
     def _capture(self, arguments: Any, tensors: list[Tensor], kind: list[Any]) -> Capture:
         """Capture the function for these arguments; nothing moves."""
@@ -1009,7 +1056,7 @@ class Captured(Generic[Result]):
         self._say_why(kind)
         try:
             with self.attributes.restored():
-                graph = graph_of(on_tensors, tensors)
+                graph = graph_of(on_tensors, tensors, has_derivatives=self.has_derivative)
         except (MetaplError, torch.OutOfMemoryError):
             raise
         except Exception as error:

@@ -5,8 +5,11 @@
 Nothing is hidden: weights, buffers, optimizers, their settings and the step's number go in and come
 out, labels are drawn by the noise that is given, and only dropout draws from torch's default
 generator. It is the eager step (:func:`metapl.core.algorithm.learn`) on networks that hold these
-tensors in the meantime. Recorded, it is one graph of operations, which Inductor compiles and
-``torch.func.vmap`` maps.
+tensors in the meantime. Recorded, it is one graph of operations, which Inductor compiles,
+``torch.func.vmap`` maps, and ``torch.autograd`` differentiates to any order: in the weights, the
+settings, the batches and all else that is given. That derivative is of the numbers which a step
+computes. What the step takes for constant while it looks for its gradients, such as the feedback h
+or what a loss detaches, is no constant there.
 """
 
 from __future__ import annotations
@@ -32,12 +35,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots, named_parts, put_contents
 from metapl.feedback.base import Estimator
-from metapl.functional.capture import (
-    NO_DERIVATIVE_OF_STEP,
-    Captured,
-    is_transformed,
-    without_derivative,
-)
+from metapl.functional.capture import Captured, is_differentiated, is_transformed
 from metapl.functional.state import (
     Network,
     Report,
@@ -189,8 +187,9 @@ def without_values() -> Iterator[checks.Fault]:
 class StateStep:
     """The step of these networks, losses and rules, as a function of tensors.
 
-    The modules' own tensors are not read, those of the state are. Under ``torch.func.vmap`` a
-    recording of it is mapped, which is compared with the step itself on the first of the states.
+    The modules' own tensors are not read, those of the state are. ``torch.func.vmap`` maps a
+    recording of it, which is compared with the step itself on the first of the states. Where what
+    is given has a graph, another recording is differentiated.
     """
 
     def __init__(self, rules: StepRules, sources: Sequence[object]) -> None:
@@ -198,8 +197,16 @@ class StateStep:
         teacher = None if rules.teacher is None else rules.teacher.network
         self.teacher = Places(teacher, "teacher")
         self.student = Places(rules.student.network, "student")
-        self.recorded = Captured(
-            self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
+        self.recorded, self.differentiated = (
+            Captured(
+                self.taken,
+                rules.device,
+                sources,
+                is_compiled=False,
+                looks_at_modes=True,
+                has_derivative=has_derivative,
+            )
+            for has_derivative in (False, True)
         )
         self._looked_at_attributes = False
 
@@ -207,13 +214,11 @@ class StateStep:
         self, state: State, outer: Batch, inner: Batch, noise: Any = None
     ) -> tuple[State, Report]:
         given = (state, outer, inner, noise)
-        text = f"torch.autograd differentiates {NO_DERIVATIVE_OF_STEP}"
+        if is_differentiated(given):
+            return self.differentiated.compared(*given)
         if is_transformed():
-            mapped: tuple[State, Report] = without_derivative(
-                self.recorded.compared(*given), of=given, text=text
-            )
-            return mapped
-        taken: tuple[State, Report] = without_derivative(self.taken(*given), of=given, text=text)
+            return self.recorded.compared(*given)
+        taken = self.taken(*given)
         if not self._looked_at_attributes:
             self._refuse_kept_tensors()
         return taken

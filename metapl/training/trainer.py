@@ -700,16 +700,16 @@ class BilevelTrainer(Trainer):
     def functional(self) -> tuple[Step, State]:
         """Return the trainer's step as one pure function, and a copy of its state.
 
-        ``state, report = step(state, outer, inner, noise=None)``, which can be compiled, stacked
-        (``torch.func.vmap``) and differentiated. With ``lookahead=K`` (at most 3) ``inner`` is a
-        tuple of K batches. The step is that of :mod:`metapl.functional.step`. ``noise`` is Gumbel
-        noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's
-        default generator, from which dropout draws too.
+        ``state, report = step(state, outer, inner, noise=None)``, which ``torch.func.vmap`` stacks,
+        and ``torch.autograd`` differentiates, to any order, in all that it is given: weights,
+        settings such as ``state.inner.settings[0]["lr"]``, batches, noise. The derivative is that
+        of the numbers which a step computes, by a recording of it (:mod:`metapl.functional.step`),
+        and keeps the operations of each step in memory.
 
-        A parameter that no loss reaches decays there; freeze it. The step is not verified: take an
-        eager step first, or :func:`metapl.check_gradient`. ``torch.func`` leaves out the second
-        derivative of an ``autograd.Function`` that is marked ``once_differentiable``, and
-        ``torch.compile`` that of any, in silence; ``compile=True`` compares.
+        With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
+        noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's
+        default generator, from which dropout draws too. The step is not verified: take an eager
+        step first, or :func:`metapl.check_gradient`.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

@@ -442,19 +442,3 @@ def reads_passing(x: Tensor) -> Tensor:
         return x * PASSING  # type: ignore[name-defined]
     except NameError:
         return x * 1.0
-
-
-@pytest.mark.parametrize("is_mapped", [False, True])
-def test_a_derivative_through_a_step_raises_beside_another_one(is_mapped: bool) -> None:
-    """A loss that reads the rate itself too would have the rest of its gradient in silence."""
-    trainer = metapl.BilevelTrainer(network(), network(), "forward", verify=False)
-    step, state = trainer.functional()
-    states = stack([state, state]) if is_mapped else state
-    rate = states.inner.settings[0]["lr"].clone().requires_grad_()
-    states.inner.settings[0]["lr"] = rate
-    if is_mapped:
-        step = torch.func.vmap(step, in_dims=(0, None, None))
-    moved, _ = step(states, *batches())
-    loss = sum(p.square().sum() for p in moved.student.params.values()) + rate.sum()
-    with pytest.raises(MetaplError, match="a step of functional.., which has no derivative"):
-        torch.autograd.grad(loss, rate)
