@@ -36,7 +36,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.layout import refuse_compiled
-from metapl.execution.numerics import as_real, no_fast_path
+from metapl.execution.numerics import as_real
 from metapl.execution.state import (
     RandomState,
     all_with_contents_of,
@@ -741,11 +741,9 @@ class CompiledStep:
         start = RandomState.now(trainer.device, trainer.generator)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
-            # A replay reads no switches of PyTorch's layers, and a recording sets them itself.
-            switches = NOTHING if trainer.compile == "cudagraphs" else no_fast_path()
             if eager is not None:
                 refuse_written(eager)
-            with torch.no_grad(), switches, Capturing():
+            with torch.no_grad(), Capturing():
                 moved = compiled.run(live, outer_batch, inner, noise, on_copies=eager is not None)
                 if eager is None and moved.is_first:
                     # For another shape or number, whose graph is another one.
