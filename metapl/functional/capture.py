@@ -440,7 +440,7 @@ def is_equal(found: Any, wanted: Any, *, factor: float = 1.0, scale: float = 0.0
 
 def size_of(t: Tensor) -> float:
     """Return the largest size among the finite entries of a tensor."""
-    size = float(t.abs().nan_to_num().max()) if t.numel() else 0.0
+    size = float(t.detach().abs().nan_to_num().max()) if t.numel() else 0.0
     return size if size < float("inf") else 1.0
 
 
