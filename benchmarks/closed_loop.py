@@ -53,12 +53,11 @@ from harness import (
     read,
     show,
 )
-from ordinary import Transformer, example_losses
+from ordinary import Examples, Transformer, example_losses
 from people_labels import CLASSES, KIND, numbered, random_photographs, read_pictures
-from smoothing import shuffled
+from smoothing import dots, gradient, shuffled
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
 from metapl.problems import NextToken
@@ -71,8 +70,6 @@ PAIR = (0, 6)
 ANOTHER_SEED = 100
 # A first training and its scores take as long as so many trainings more (docs/whole-trainings.md).
 SCORES_IN_TRAININGS = 7
-
-Examples = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -307,19 +304,6 @@ def small_loss(first: nn.Module, draw: Draw) -> Tensor:
         return -example_losses(first, draw.train)
 
 
-def dot_products(first: nn.Module, draw: Draw) -> Tensor:
-    """Return ⟨∇ℓ_i, ∇L⟩ in the network of the first training, (N,)."""
-    weights = [*first.parameters()]
-    outer = torch.autograd.grad(example_losses(first, draw.target).mean(), weights)
-    with sdpa_kernel(SDPBackend.MATH):
-        losses = example_losses(first, draw.train)
-        factors = torch.ones_like(losses, requires_grad=True)
-        gradients = torch.autograd.grad(losses, weights, factors, create_graph=True)
-        slopes = [(g * v).sum() for g, v in zip(gradients, outer, strict=True)]
-        (of_examples,) = torch.autograd.grad(torch.stack(slopes).sum(), factors)
-    return of_examples
-
-
 def likeness(draw: Draw) -> Tensor:
     """Return how like each example is to the target, (N,).
 
@@ -408,7 +392,7 @@ def measured(*, name: str, seed: int, places: Places) -> Row:
         ),
         "loss": lambda: small_loss(first, draw),
         "likeness": lambda: likeness(draw),
-        "dot": lambda: dot_products(first, draw),
+        "dot": lambda: dots(first, draw.train, gradient(first, draw.target)),
     }
     row: Row = {"reached": {}, "beside": {}, "choosing": {}}
     another = seed + ANOTHER_SEED

@@ -42,6 +42,7 @@ from ordinary import (
     DIGITS,
     OF_DIGITS,
     Data,
+    Examples,
     Recurrent,
     Transformer,
     area,
@@ -249,11 +250,11 @@ def simpler_scores(case: Case, seed: int, order: Tensor) -> dict[str, Tensor]:
     for step in states(network, optimizers, data.train, order):
         if step in at:
             kept.append((copy.deepcopy(network), divisors(network, optimizers)))
-    at_end = outer_gradient(kept[-1][0], data)
-    products = [dots(trained, data, outer_gradient(trained, data)) for trained, _ in kept]
+    at_end = gradient(kept[-1][0], data.judging)
+    products = [dots(trained, data.train, gradient(trained, data.judging)) for trained, _ in kept]
     scores = {"dot at the end": products[-1], "TracIn": torch.stack(products).sum(0)}
     through_adam = [
-        dots(trained, data, [v / root for v, root in zip(at_end, roots, strict=True)])
+        dots(trained, data.train, [v / root for v, root in zip(at_end, roots, strict=True)])
         for trained, roots in kept
     ]
     scores["first order through Adam"] = torch.stack(through_adam).sum(0)
@@ -277,15 +278,15 @@ def divisors(network: nn.Module, optimizers: Optimizers) -> list[Tensor]:
     return roots
 
 
-def outer_gradient(network: nn.Module, data: Data) -> list[Tensor]:
-    loss = example_losses(network, data.judging).mean()
+def gradient(network: nn.Module, examples: Examples) -> list[Tensor]:
+    loss = example_losses(network, examples).mean()
     return [*torch.autograd.grad(loss, [*network.parameters()])]
 
 
-def dots(network: nn.Module, data: Data, direction: Sequence[Tensor]) -> Tensor:
-    """Return ⟨∇ℓ_i, direction⟩ of each training example, (N,), by double backward."""
+def dots(network: nn.Module, examples: Examples, direction: Sequence[Tensor]) -> Tensor:
+    """Return ⟨∇ℓ_i, direction⟩ of each example, (N,), by double backward."""
     with sdpa_kernel(SDPBackend.MATH):
-        losses = example_losses(network, data.train)
+        losses = example_losses(network, examples)
         factors = torch.ones_like(losses, requires_grad=True)
         gradients = torch.autograd.grad(losses, [*network.parameters()], factors, create_graph=True)
         slope = sum((g * d).sum() for g, d in zip(gradients, direction, strict=True))
