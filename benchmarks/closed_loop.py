@@ -436,7 +436,8 @@ def table_of_arms(rows: Sequence[Row]) -> str:
                 continue
             reached = [row["reached"][arm] for row in of_set]
             ours = [row["reached"]["scores"] for row in of_set]
-            line.append(f"{sum(reached) / len(reached):.3g}")
+            digits = 2 if name == "text" else 1
+            line.append(f"{sum(reached) / len(reached):.{digits}f}")
             line.append(NONE if arm == "scores" else gained(ours, reached))
         lines.append(line)
     head = ["trained on", "choosing, in trainings"]

@@ -52,6 +52,7 @@ SECOND = (
 )
 SECOND += (
     "cifar_few_labels",
+    "closed_loop",
     "digits_study --forms",
     "people_labels",
     "rival_attribution",
@@ -67,6 +68,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "cifar_few_labels-tests",
         "cifar_few_labels-power",
     ],
+    "closed_loop": ["closed_loop", "closed_loop-chosen"],
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
     "digits_study": ["digits"],
     "digits_study --forms": ["digits-forms"],
