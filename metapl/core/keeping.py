@@ -15,11 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path as FilePath
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.ranks import ALONE, Ranks
@@ -184,42 +182,3 @@ def free_bytes(device: torch.device) -> int | None:
         if line.startswith("MemAvailable"):
             return 1024 * int(line.split()[1])
     return None
-
-
-class States:
-    """Kept states in memory, by the number of their step.
-
-    Args:
-        on: as of :class:`Keeping`.
-    """
-
-    def __init__(self, on: Literal["cpu"] | None) -> None:
-        self.on = on
-        self._states = dict[int, Any]()
-
-    def keep(self, number: int, state: Any) -> None:
-        """Keep the state before a step."""
-        if self.on == "cpu":
-            state = on_host(state)
-        self._states[number] = state
-
-    def take(self, number: int) -> Any:
-        """Return the state before a step, which is no longer kept."""
-        state = self._states.pop(number)
-        return back_on_device(state) if self.on == "cpu" else state
-
-
-def on_host(state: Any) -> tuple[list[Any], Any, list[torch.device | None]]:
-    """Return the leaves of a state, with tensors on the host, its structure, and their devices."""
-    leaves, structure = pytree.tree_flatten(state)
-    devices = [t.device if isinstance(t, Tensor) else None for t in leaves]
-    moved = [t.cpu() if isinstance(t, Tensor) else t for t in leaves]
-    return moved, structure, devices
-
-
-def back_on_device(state: tuple[list[Any], Any, list[torch.device | None]]) -> Any:
-    """Return the state of which :func:`on_host` was taken, with its tensors where they were."""
-    leaves, structure, devices = state
-    pairs = zip(leaves, devices, strict=True)
-    moved = [leaf if device is None else leaf.to(device) for leaf, device in pairs]
-    return pytree.tree_unflatten(moved, structure)

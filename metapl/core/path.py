@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.core.keeping import ALL, Keeping, States
+from metapl.core.keeping import ALL, Keeping
 from metapl.core.lesson import Ask, Credited, Graph, Lesson, plain_leaves
 from metapl.core.lookahead import InnerBatches
 from metapl.core.order import Order
@@ -33,6 +33,7 @@ from metapl.updates import Options, Update
 if TYPE_CHECKING:
     from metapl.core.draws import Draws
     from metapl.core.engine import Derivatives, Engine, MicroBatches, OuterLossOf
+    from metapl.core.walk import Walk
 
 OTHER_BATCH = (
     "the batch for step {} was another one when it was read again; expected the same: examples "
@@ -139,7 +140,7 @@ class Path(Drawing):
 
     Attributes:
         keeping: which steps keep their states; the adjoint computes the others again.
-        states: those that are kept, of several steps of which some are computed again.
+        walk: over several steps of which some are computed again; None: all are held.
         known_outer_losses: those that have been taken so far, by the properties' names.
         start: dL/dθ by name, where it is asked for, once the path is differentiated.
         setting_gradients: dL in the settings of each step, the last step first.
@@ -162,7 +163,7 @@ class Path(Drawing):
 
     steps: list[InnerStep] = field(default_factory=list)
     keeping: Keeping = ALL
-    states: States = field(init=False)
+    walk: Walk | None = field(default=None, init=False)
     known_outer_losses: dict[str, Tensor] = field(default_factory=dict, init=False)
     start: Tree = field(default_factory=dict, init=False)
     setting_gradients: list[Options] = field(default_factory=list, init=False)
@@ -213,11 +214,12 @@ class Path(Drawing):
         for number in range(count):
             if number > 0:
                 params, state = self.steps[-1].updated
-                spacings = self.keeping.spacings
-                if spacings:
+                if self.walk is not None:
                     self.forget(number - 1)
-                    if number % spacings[0] == 0:
-                        self.keep_state(number, params, state)
+                    self.walk.pass_by(number, (params, state), count)
+                    if number == count - 1:
+                        # It is held to the end, and the steps before it are computed again.
+                        self.walk.note(number, (params, state))
             self._theta = params
             self.steps.append(self._step(number, params, state))
             if count > 1:
@@ -299,9 +301,12 @@ class Path(Drawing):
         # Of a step that is recorded no pass is run again.
         if not self.student.returns_state:
             self.keeping = self.mode.keeping(len(self.inner_batches), size, self.student)
-        self.states = States(self.keeping.on)
         if self.keeping.spacings:
-            self.states.keep(0, (params, state))
+            # It is loaded where it is used.
+            from metapl.core.walk import States, Walk
+
+            self.walk = Walk(self, States(self.keeping.on), self.keeping.spacings, self.replays)
+            self.walk.pass_by(0, (params, state), len(self.inner_batches))
 
     def _ask_teacher(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a batch, without its graph.
@@ -448,11 +453,11 @@ class Path(Drawing):
         state_cotangent = None
         # This is dL/dθ where no step is differentiated.
         self.start = v
-        spacings = self.keeping.spacings
-        backwards: Iterable[tuple[int, InnerStep]] = [*enumerate(self.steps)][first:][::-1]
-        if spacings:
-            backwards = self._backwards(first, 0, end, *spacings)
-        for number, step in backwards:
+        backwards: Iterable[int] = reversed(range(first, end))
+        if self.walk is not None:
+            backwards = self.walk.back(first, 0, end, *self.walk.spacings)
+        for number in backwards:
+            step = self.steps[number]
             if self.inner_batches.are_read_again:
                 # A batch that has changed since is refused.
                 self.inner_batch(number, step.inner_batch)
@@ -474,75 +479,17 @@ class Path(Drawing):
             if self.progress is not None:
                 self.progress()
 
-    def _backwards(
-        self, first: int, begin: int, end: int, *spacings: int
-    ) -> Iterator[tuple[int, InnerStep]]:
-        """Yield the steps from ``end`` back to ``begin``, none before ``first``.
+    def hold(self, number: int, state: tuple[Tree, Any]) -> None:
+        """Compute the gradient of a step again, from the state before it."""
+        step = self.steps[number]
+        # The last step of all has not been forgotten.
+        if not step.descent.gradient:
+            batch = self.inner_batch(number) if self.inner_batches.are_read_again else None
+            step.recompute(*state, batch)
 
-        Not all of them are kept, and each has its θ, g and s. Each block between two multiples of
-        ``spacings[0]``, which were kept, is computed again, and keeps its multiples of the next
-        spacing.
-        """
-        if not spacings:
-            self._compare_replay(begin, end)
-            for number in reversed(range(begin, end)):
-                if number >= first:
-                    yield number, self.steps[number]
-                self.forget(number)
-            return
-        spacing, *finer = spacings
-        for start in reversed(range(begin, end, spacing)):
-            stop = min(start + spacing, end)
-            if stop <= first:
-                return
-            self._compute_again(start, stop, *finer)
-            yield from self._backwards(first, start, stop, *finer)
-
-    def _compute_again(self, start: int, stop: int, *spacings: int) -> None:
-        """Compute a block of steps from the state that was kept at its start.
-
-        Its multiples of ``spacings[0]`` are kept, and then its other steps forgotten once more.
-        """
-        params, state = self.states.take(start)
-        for number in range(start, stop):
-            if number > start:
-                params, state = self.steps[number - 1].updated
-                if spacings:
-                    self.forget(number - 1)
-            if spacings and number % spacings[0] == 0:
-                self.keep_state(number, params, state)
-            step = self.steps[number]
-            # The last step of all has not been forgotten.
-            if not step.descent.gradient:
-                batch = None
-                if self.inner_batches.are_read_again:
-                    batch = self.inner_batch(number)
-                step.recompute(params, state, batch)
-        if spacings:
-            self.forget(stop - 1)
-
-    def keep_state(self, number: int, params: Tree, state: Any) -> None:
-        """Keep the state before a step, and its digest."""
-        self.states.keep(number, (params, state))
-        if self.replays is not None:
-            self.replays.note(number, params, state)
-
-    def _compare_replay(self, begin: int, end: int) -> None:
-        """Compare the end of a block that was computed again with what was kept there.
-
-        The last step of all is not computed again: its own state is the end of the last block.
-        """
-        if self.replays is None:
-            return
-        last = len(self.steps) - 1
-        if end <= last:
-            step = self.steps[end - 1]
-            self.replays.compare(end, *step.updated)
-            # Nothing else needs it, and it would be held as long as the block.
-            vars(step).pop("updated")
-        elif begin < last:
-            self.replays.note(last, self.steps[last].params, self.steps[last].state)
-            self.replays.compare(last, *self.steps[last - 1].updated)
+    def after(self, number: int) -> tuple[Tree, Any]:
+        """Return the state after a step."""
+        return self.steps[number].updated
 
     def forget(self, number: int) -> None:
         """Drop what can be computed again, of all steps but the last."""

@@ -43,7 +43,7 @@ class ReplayCheck:
     """Digests of the kept states of a path, with which replays are compared.
 
     Args:
-        tolerance: the difference above which :meth:`compare` refuses.
+        tolerance: the difference above which it refuses.
         ranks: the processes that share the path; all of them refuse, or none.
 
     Attributes:
@@ -68,24 +68,35 @@ class ReplayCheck:
         """
         if number not in self.digests:
             return
-        noted = self.digests[number]
         reached = state_digest(params, optimizer_state)
-        differences = torch.linalg.vector_norm(reached - noted, dim=1)
-        sizes = torch.linalg.vector_norm(noted, dim=1)
+        differences = torch.linalg.vector_norm(reached - self.digests[number], dim=1)
+        sizes = self.sizes(number)
         # Of a momentum that is 0, as before the first step, the difference itself.
         relative = torch.where(sizes > 0, differences / sizes, differences).max()
         if not self.ranks.alone:
             relative = self.ranks.greatest(relative)
-        error = float(relative)
+        self.refuse(number, float(relative))
+
+    def sizes(self, number: int) -> Tensor:
+        """Return the sizes to which the differences of a state are relative, (2,)."""
+        sizes: Tensor = torch.linalg.vector_norm(self.digests[number], dim=1)
+        return sizes
+
+    def refuse(self, number: int, error: float) -> None:
+        """Note the difference of a state, and refuse it where it is above the tolerance."""
         self.error = max(self.error, error)
         if not error <= self.tolerance:
-            raise MetaplError(
-                f"the steps before step {number} of the look-ahead were computed again, and their "
-                f"state differs by {error:.1e} of its size; expected {self.tolerance:g} at most. "
-                "The student draws from a generator of its own, counts its calls, or has an "
-                "operation that is not deterministic; expected a student without, or "
-                "replay_tolerance= with what is allowed."
-            )
+            raise MetaplError(self.refusal(number, error))
+
+    def refusal(self, number: int, error: float) -> str:
+        """Return the error about a state that has come out otherwise."""
+        return (
+            f"the steps before step {number} of the look-ahead were computed again, and their "
+            f"state differs by {error:.1e} of its size; expected {self.tolerance:g} at most. "
+            "The student draws from a generator of its own, counts its calls, or has an "
+            "operation that is not deterministic; expected a student without, or "
+            "replay_tolerance= with what is allowed."
+        )
 
 
 def state_digest(params: Tree, optimizer_state: OptimizerState) -> Tensor:

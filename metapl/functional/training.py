@@ -3,7 +3,7 @@
 :mod:`metapl.functional.adjoint` has the two functions and their mathematics. Each is compiled once
 (:mod:`metapl.functional.graphs`); the loop is Python's, and the number of steps K is in no graph.
 The adjoint of a step runs it again from the state before it, under the same dropout masks. That
-state was kept, or is computed again (:mod:`metapl.core.keeping`).
+state was kept, or is computed again (:mod:`metapl.core.walk`).
 
 :func:`differentiate` makes a :class:`PathPlan`, which does not change, walks the steps forward and
 back (:class:`CompiledPath`), and writes what it learns of them into a :class:`StepBook`.
@@ -13,21 +13,21 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metapl.core.keeping import Keeping, States, keeping
+from metapl.core.keeping import Keeping, keeping
 from metapl.core.lookahead import Lookahead
 from metapl.core.path import LOSS_NOT_FINITE, NOT_FINITE, OTHER_BATCH
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
+from metapl.core.walk import States, Walk
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, returned_by
@@ -232,7 +232,6 @@ class PathPlan:
         phi: φ, the teacher's weights.
         first: the first step that is differentiated.
         keeping: which steps keep their states.
-        spacings: as at the head of :mod:`metapl.core.keeping`, down to 1.
         compared_step: the first step that moves the student, for a warm-up may begin with a rate
             of 0. The graphs are compared with the eager road in it.
         compared_settings: the settings in that step, as those of one step; None where they are the
@@ -247,7 +246,6 @@ class PathPlan:
     phi: Tree
     first: int
     keeping: Keeping
-    spacings: tuple[int, ...]
     compared_step: int
     compared_settings: dict[str, Any] | None
 
@@ -270,8 +268,6 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
     buffers = [b for network in networks for b in network.buffers()]
     state_bytes = update.state_bytes() + sum(t.nbytes for t in (*theta.values(), *buffers))
     spacing = mode.keep or mode.keep_every
-    way_of_keeping = keeping(steps, state_bytes, device=device, spacing=spacing, on=mode.keep_on)
-
     first = 0
     if mode.truncate is not None:
         first = max(0, steps - mode.truncate)
@@ -286,8 +282,7 @@ def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> 
         start=Carry(theta, optimizer_state, state, teacher_state),
         phi=phi,
         first=first,
-        keeping=way_of_keeping,
-        spacings=(*way_of_keeping.spacings, 1),
+        keeping=keeping(steps, state_bytes, device=device, spacing=spacing, on=mode.keep_on),
         compared_step=compared_step,
         compared_settings=(
             settings_of_step(options, compared_step, update) if ahead.settings else None
@@ -468,7 +463,6 @@ class CompiledPath:
         self.request = request
         self.plan = plan
         self.graphs = graphs
-        self.states = States(request.mode.keep_on)
         self.judged = request.problem.outer_batch(request.outer)
         # Checks of outputs are given a row, for graphs serve outer batches of all sizes.
         self.row_of_outer = pytree.tree_map_only(
@@ -478,6 +472,10 @@ class CompiledPath:
         self.student = Places(request.student, "student")
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
+        # Of a block alone the states are held where the networks are.
+        spacings = plan.keeping.spacings
+        self.held = Carries(plan, None if spacings else request.mode.keep_on)
+        self.walk = Walk(self, Carries(plan, request.mode.keep_on), spacings, self.replays)
 
     def find(self) -> Hypergradient:
         """Walk forward and back, and return the gradient; after an error no generator has moved."""
@@ -507,8 +505,7 @@ class CompiledPath:
         carry = plan.start
         with step_bar(self.request.shows_progress, plan.steps, "steps") as advance:
             for number in range(plan.steps):
-                if number % plan.spacings[0] == 0:
-                    self._keep(number, carry)
+                self.walk.pass_by(number, carry, plan.steps)
                 look = refusing_draws_outside() if number == 0 else nullcontext()
                 with look:
                     carry, loss = self._take_step(number, carry)
@@ -516,7 +513,7 @@ class CompiledPath:
                 checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
                 advance()
         if plan.steps > 1:
-            self.replays.note(plan.steps, carry.params, carry.optimizer)
+            self.walk.note(plan.steps, carry)
         return carry
 
     def _turn_back(self, carry: Carry, ended: RandomState) -> WayBack:
@@ -551,16 +548,14 @@ class CompiledPath:
         plan = self.plan
         to_go = plan.steps - plan.first
         with step_bar(self.request.shows_progress, to_go, "steps back") as advance:
-            for number, carry in self._backwards(0, plan.steps, plan.spacings):
-                if number < plan.first:
-                    break
-                self._compare_replay(number, carry)
-                self._take_adjoint(number, carry, back)
+            for number in self.walk.back(plan.first, 0, plan.steps, *self.walk.spacings):
+                self._take_adjoint(number, back)
                 advance()
 
-    def _take_adjoint(self, number: int, carry: Carry, back: WayBack) -> None:
-        """Go back through one step, from the carry before it."""
+    def _take_adjoint(self, number: int, back: WayBack) -> None:
+        """Go back through one step that is held, under the draws that it had."""
         kind = self.book.kinds_of_steps[number]
+        carry = self.held.read(number)
         batch = self._read_batch(number)
         back.bars, in_signal, in_settings, size = self.graphs.adjoint(
             self.plan.phi, carry, self._inputs_of_step(number, batch), back.bars
@@ -619,21 +614,25 @@ class CompiledPath:
         self.book.note_signal(number, batch, taken.signal)
         return taken.carry, taken.loss
 
-    def _inputs_of_step(self, number: int, batch: Batch) -> StepInputs:
-        """Return what the step of a number is given besides the carry."""
-        return StepInputs(batch, self.row_of_outer, self.plan.rates_of(number))
+    def hold(self, number: int, carry: Carry) -> None:
+        """Hold the carry before a step."""
+        self.held.keep(number, carry)
 
-    def _compare_replay(self, number: int, carry: Carry) -> None:
-        """Take a step again whose end was noted, and compare.
+    def after(self, number: int) -> Carry:
+        """Take a step that is held.
 
         It is taken by the graph that took it first, for the adjoint may round otherwise.
         """
-        if number + 1 not in self.replays.digests:
-            return
-        start = RandomState.now(self.plan.device)
-        after, _ = self._take_step(number, carry)
-        self.replays.compare(number + 1, after.params, after.optimizer)
-        start.restore()
+        carry, _ = self._take_step(number, self.held.read(number))
+        return carry
+
+    def forget(self, number: int) -> None:
+        """Hold a step no longer."""
+        self.held.forget(number)
+
+    def _inputs_of_step(self, number: int, batch: Batch) -> StepInputs:
+        """Return what the step of a number is given besides the carry."""
+        return StepInputs(batch, self.row_of_outer, self.plan.rates_of(number))
 
     # ------------------------------------------------------------------------------ the outer loss
 
@@ -656,65 +655,33 @@ class CompiledPath:
             losses.append(total / weight)
         return torch.stack(losses)
 
-    # --------------------------------------------------------------------------------- kept states
 
-    def _backwards(
-        self, begin: int, end: int, spacings: Sequence[int]
-    ) -> Iterator[tuple[int, Carry]]:
-        """Yield the steps from ``end`` back to ``begin``, each with the carry before it.
+# ----------------------------------------------------------------------------------- kept states
 
-        Each is yielded under the draws that it had. A block between two multiples of
-        ``spacings[0]``, which were kept, is walked again and keeps its multiples of the next
-        spacing.
-        """
-        spacing, *finer = spacings
-        for block in reversed(range(begin, end, spacing)):
-            block_end = min(block + spacing, end)
-            if block_end <= self.plan.first:
-                return
-            carry = self._take_kept(block)
-            if not finer:
-                yield block, carry
-                continue
-            for number in range(block, block_end):
-                if number % finer[0] == 0:
-                    self._keep(number, carry, is_held=finer[0] == 1)
-                if number < block_end - 1:
-                    carry, _ = self._take_step(number, carry)
-            yield from self._backwards(block, block_end, finer)
 
-    def _keep(self, number: int, carry: Carry, *, is_held: bool = False) -> None:
-        """Keep the carry before a step, and the generators.
+class Carries(States):
+    """Carries that are kept with the generators, and without what is as it was at the start."""
 
-        Args:
-            is_held: whether it is in a block all of whose states are held in memory.
-        """
-        plan = self.plan
-        is_noted = plan.steps > 1 and not is_held
-        if plan.spacings[0] == 1 and number % math.isqrt(plan.steps):
-            is_noted = False
-        if is_noted:
-            self.replays.note(number, carry.params, carry.optimizer)
-        kept_state = [
-            carry.params,
-            carry.optimizer,
-            moved_since(plan.start.state, carry.state),
-            moved_since(plan.start.teacher_state, carry.teacher_state),
-            RandomState.now(plan.device),
-        ]
-        self.states.keep(number, kept_state)
+    def __init__(self, plan: PathPlan, on: Literal["cpu"] | None) -> None:
+        super().__init__(on)
+        self.plan = plan
 
-    def _take_kept(self, number: int) -> Carry:
-        """Return the carry before a step, which is no longer kept, and set the generators back."""
+    def keep(self, number: int, state: Carry) -> None:
+        """Keep the carry before a step, and the generators."""
         start = self.plan.start
-        params, optimizer, moved, teacher_moved, random = self.states.take(number)
+        moved = moved_since(start.state, state.state)
+        teacher_moved = moved_since(start.teacher_state, state.teacher_state)
+        kept = state._replace(state=moved, teacher_state=teacher_moved)
+        super().keep(number, (kept, RandomState.now(self.plan.device)))
+
+    def read(self, number: int) -> Carry:
+        """Return the carry before a step, and set the generators back."""
+        carry, random = super().read(number)
         random.restore()
-        return Carry(
-            params,
-            optimizer,
-            state={**start.state, **moved},
-            teacher_state={**start.teacher_state, **teacher_moved},
-        )
+        start = self.plan.start
+        of_student = {**start.state, **carry.state}
+        of_teacher = {**start.teacher_state, **carry.teacher_state}
+        return Carry(carry.params, carry.optimizer, of_student, teacher_state=of_teacher)
 
 
 def moved_since(start: Tree, now: Tree) -> Tree:

@@ -629,10 +629,8 @@ def test_blocks_of_steps_are_taken_once_more_where_memory_is_short(
     scores = recording.attribute(OUTER, progress=False).scores
     from metapl.training.recording.replay import Replay
 
-    def few_states(self: Replay, steps: int, state: Any) -> int:
-        return 1 if steps <= 2 else max(2, steps // 2)
-
-    monkeypatch.setattr(Replay, "_spacing", few_states)
+    # Not all of eleven steps are held, and then not all of four.
+    monkeypatch.setattr(Replay, "_spacings", lambda self, steps, state: (4, 2))
     assert recording.attribute(OUTER, progress=False).scores.equal(scores)
 
 

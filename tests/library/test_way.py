@@ -35,7 +35,7 @@ BOUNDS = {
     "compiled": Way(files=10, functions=48, lines=233),
 }
 
-IMPORTED_LINES = 17_577
+IMPORTED_LINES = 17_492
 """Lines of the files of the package that ``import metapl`` loads."""
 
 GUARDS = 0.1802

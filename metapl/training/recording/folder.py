@@ -13,9 +13,9 @@ checksum, and none can run code (:mod:`metapl.runs.checkpoint`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,8 +57,7 @@ class StepRow:
         return [len(numbers) for numbers in self.numbers]
 
 
-@dataclass
-class KeptState:
+class KeptState(NamedTuple):
     """A state of the training before a step.
 
     Attributes:
@@ -69,7 +68,7 @@ class KeptState:
 
     params: Tree
     optimizer: dict[str, dict[str, Any]]
-    buffers: Tree = field(default_factory=dict)
+    buffers: Tree
 
     def digest(self) -> Tensor:
         """Return the digest of weights and optimizer, (2, 256)."""

@@ -309,7 +309,7 @@ class Recording:
             # What cannot be read is refused here, and not after the replay.
             try:
                 replay.refuse_other_start(batch)
-                start, _ = replay.read_state(replay.state_numbers[-1])
+                start = replay.read_state(replay.state_numbers[-1])
                 network.outer_losses(start.params, start.buffers, batch, judges[:1])
             except MetaplError:
                 raise
@@ -323,7 +323,7 @@ class Recording:
                 ) from error
 
             end = replay.last_state(progress=progress)
-            first_state, _ = replay.read_state(0)
+            first_state = replay.read_state(0)
             loss_before, _ = network.outer_losses(
                 first_state.params, first_state.buffers, batch, [self._problem]
             )
@@ -348,7 +348,7 @@ class Recording:
             student_params=end.params,
             kept=f"one step in {contents.states_every:,}, of {len(contents.rows):,}",
             _losses_with=losses_with,
-            replay_error=replay.error,
+            replay_error=replay.check.error,
             float32_products=float32_products(network.device),
             outer_loss_before=loss_before[0],
             has_data_set=contents.has_data_set,

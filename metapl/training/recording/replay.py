@@ -28,7 +28,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metapl.core.keeping import Keeping, keeping
+from metapl.core.keeping import keeping
+from metapl.core.replays import ReplayCheck
+from metapl.core.walk import States, Walk
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
@@ -71,12 +73,39 @@ class ReplayedStep:
         gradient: g, before the clipping.
         factors: c_j of its micro-batches.
         losses: the mean loss of each micro-batch, (J,).
+        buffers: after it.
     """
 
     state: KeptState
     gradient: Tree
     factors: Sequence[float]
     losses: Tensor
+    buffers: Tree
+
+
+class RecordedStates(ReplayCheck):
+    """Compares with recorded states, relative to the way from the one before them.
+
+    Weights and the optimizer's state count apart. States that are kept in between are not compared.
+    """
+
+    def note(self, number: int, params: Tree, optimizer_state: OptimizerState) -> None:
+        """Do nothing: the recording has the digests."""
+
+    def sizes(self, number: int) -> Tensor:
+        before = max(noted for noted in self.digests if noted < number)
+        way = self.digests[number] - self.digests[before]
+        lengths: Tensor = torch.linalg.vector_norm(way, dim=1)
+        return lengths
+
+    def refusal(self, number: int, error: float) -> str:
+        return (
+            f"the steps before step {number} were taken again, and lead to a state that differs "
+            f"from the recorded one by {error:.1e} of the way there; expected "
+            f"{self.tolerance:.1e} at most. The loop did something that was not seen, such as "
+            "changing weights between steps, or the steps round otherwise: then replay_tolerance= "
+            "with what is allowed, or a smaller states_every."
+        )
 
 
 class Replay:
@@ -96,7 +125,7 @@ class Replay:
         smoothing: of the adjoint of Adam's steps.
 
     Attributes:
-        error: the greatest such difference so far.
+        check: has the greatest such difference so far.
         state_numbers: of the steps whose states are kept.
     """
 
@@ -122,10 +151,12 @@ class Replay:
         self.training_parts = frozenset(training_parts)
         self.first_sizes = first_sizes
         self.factor = factor
-        self.tolerance = tolerance
+        self.check = RecordedStates(
+            tolerance_of_replay(network) if tolerance is None else tolerance
+        )
         self.smoothing = smoothing
-        self.error = 0.0
         self._factors: dict[int, list[float]] = {}
+        self._held: dict[int, ReplayedStep] = {}
         self.state_numbers = [number for number in folder.states() if number <= len(rows)]
 
     # ------------------------------------------------------------------------------------- one step
@@ -173,8 +204,8 @@ class Replay:
 
     def gradient(
         self, number: int, state: KeptState, weights: Tensor | None = None
-    ) -> tuple[ReplayedStep, Tree]:
-        """Return a step without its end, and the buffers after it.
+    ) -> ReplayedStep:
+        """Return a step without its end.
 
         Args:
             weights: of all examples, or rows, (N,), or as the problem's; None: 1 each.
@@ -192,9 +223,10 @@ class Replay:
             for name, g in result.gradient.items():
                 term = g if factor == 1.0 else factor * g
                 gradient[name] = gradient[name] + term if name in gradient else term
+        means = torch.stack(losses)
         if weights is None:
-            self._refuse_other_loss(number, factors, torch.stack(losses))
-        return ReplayedStep(state, gradient, factors, torch.stack(losses)), buffers
+            self._refuse_other_loss(number, factors, means)
+        return ReplayedStep(state, gradient, factors, losses=means, buffers=buffers)
 
     def _refuse_other_loss(self, number: int, factors: Sequence[float], means: Tensor) -> None:
         """Refuse a step whose loss is not the one that the loop has backpropagated in it."""
@@ -202,10 +234,9 @@ class Replay:
         if math.isnan(recorded):
             return
         loss = weighted_sum(factors, means)
-        tolerance = self._tolerance()
         size = max(abs(loss), abs(recorded))
         gap = abs(loss - recorded)
-        if not gap <= tolerance * size:
+        if not gap <= self.check.tolerance * size:
             raise MetaplError(
                 f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded, "
                 f"{gap / size:.1g} of it apart; expected the network and the data of the "
@@ -214,26 +245,30 @@ class Replay:
                 "optimizer moves."
             )
 
-    def _tolerance(self) -> float:
-        """Return the relative difference from what was recorded that is allowed."""
-        if self.tolerance is None:
-            return tolerance_of_replay(self.network)
-        return self.tolerance
+    def step(self, number: int, state: KeptState, weights: Tensor | None = None) -> KeptState:
+        """Return the state after a step."""
+        return self._end_of(number, self.gradient(number, state, weights))
 
-    def step(
-        self, number: int, state: KeptState, weights: Tensor | None = None
-    ) -> tuple[ReplayedStep, KeptState]:
-        """Return a step, and the state after it."""
-        replayed_step, buffers = self.gradient(number, state, weights)
-        params, optimizer = self.update_in(number).stepped(
-            state.params, replayed_step.gradient, state.optimizer
-        )
-        return replayed_step, KeptState(params, optimizer, buffers)
+    def _end_of(self, number: int, step: ReplayedStep) -> KeptState:
+        before = step.state
+        after = self.update_in(number).stepped(before.params, step.gradient, before.optimizer)
+        return KeptState(*after, step.buffers)
 
-    def adjoint(
-        self, number: int, replayed_step: ReplayedStep, end: Cotangents
-    ) -> tuple[Cotangents, list[Tensor]]:
-        """Return the cotangents before a step, and h of the examples in each of its calls."""
+    def hold(self, number: int, state: KeptState) -> None:
+        """Hold the gradient of a step."""
+        self._held[number] = self.gradient(number, state)
+
+    def after(self, number: int) -> KeptState:
+        """Return the state after a step that is held."""
+        return self._end_of(number, self._held[number])
+
+    def forget(self, number: int) -> None:
+        """Hold a step no longer."""
+        del self._held[number]
+
+    def adjoint(self, number: int, end: Cotangents) -> tuple[Cotangents, list[Tensor]]:
+        """Return the cotangents before a step that is held, and h of the examples in its calls."""
+        replayed_step = self._held[number]
         state = replayed_step.state
         bars = self.update_in(number).vjp(
             state.params, replayed_step.gradient, state.optimizer, end.params, end.optimizer
@@ -271,7 +306,7 @@ class Replay:
         Args:
             outer: an outer batch, which is refused where it does not fit the network's outputs.
         """
-        state, _ = self.read_state(0)
+        state = self.read_state(0)
         calls = self.calls(0)
         factors = self.factors(0, state, calls)
         means = [self.network.loss(state.params, state.buffers, call, outer) for call in calls]
@@ -307,90 +342,62 @@ class Replay:
     def last_state(self, *, progress: bool) -> KeptState:
         """Return the state after all steps, which is computed where it was not kept."""
         number = self.state_numbers[-1]
-        kept_state, _ = self.read_state(number)
+        kept_state = self.read_state(number)
         state = kept_state
         steps = range(number, len(self.rows))
         with step_bar(progress and bool(steps), len(steps), "steps") as advance:
             for step in steps:
-                _, state = self.step(step, state)
+                state = self.step(step, state)
                 advance()
         self._compare_end(state, kept_state)
         return state
 
     def trained(self, weights: Tensor, steps: int | None = None) -> KeptState:
         """Return the state after some steps with other weights of the examples; None: after all."""
-        state, _ = self.read_state(0)
+        state = self.read_state(0)
         for number in range(len(self.rows) if steps is None else steps):
-            _, state = self.step(number, state, weights)
+            state = self.step(number, state, weights)
         return state
 
-    def backwards(self, *, progress: bool) -> Iterator[tuple[int, ReplayedStep]]:
-        """Yield the steps from the last to the first, each taken again from a kept state.
+    def backwards(self, *, progress: bool) -> Iterator[int]:
+        """Yield the steps from the last to the first, each held.
 
-        Where the steps from one kept state to the next lead is compared with that one.
+        Each is taken again from a kept state. Where the steps from one kept state to the next lead
+        is compared with that one. Memory does not always hold all states in between; then a few are
+        kept, and the blocks between them are taken once more.
         """
         ends = [*self.state_numbers[1:], len(self.rows)]
         segments = [(a, b) for a, b in zip(self.state_numbers, ends, strict=True) if a < b]
         with step_bar(progress, len(self.rows), "steps back") as advance:
             for begin, end in reversed(segments):
-                state, digest = self.read_state(begin)
-                for number, replayed_step in self._block(begin, end, state, digest):
-                    yield number, replayed_step
+                state = self.read_state(begin)
+                states = States(None)
+                states.keep(begin, state)
+                length = end - begin
+                walk = Walk(self, states, (length, *self._spacings(length, state)), self.check)
+                for number in walk.back(0, begin, end, *walk.spacings):
+                    yield number
                     advance()
 
-    def _block(
-        self, begin: int, end: int, state: KeptState, digest: Tensor | None
-    ) -> Iterator[tuple[int, ReplayedStep]]:
-        """Yield the steps of a block from its last to its first.
-
-        Memory does not always hold all of its states; then a few are held, and the blocks between
-        them are taken once more.
-
-        Args:
-            state: before the first step.
-            digest: of that state, where the block ends at a kept state; else None.
-        """
-        spacing = self._spacing(end - begin, state)
-        states: dict[int, KeptState] = {}
-        steps: dict[int, ReplayedStep] = {}
-        compares_end = digest is not None and end in self.state_numbers
-        for number in range(begin, end):
-            if (number - begin) % spacing == 0:
-                states[number] = state
-            is_needed = spacing == 1 or compares_end or number < end - 1
-            if not is_needed:
-                break
-            replayed_step, state = self.step(number, state)
-            if spacing == 1:
-                steps[number] = replayed_step
-        if digest is not None and compares_end:
-            self._compare(end, state, digest)
-        if spacing == 1:
-            for number in reversed(range(begin, end)):
-                yield number, steps.pop(number)
-            return
-        for first in reversed(range(begin, end, spacing)):
-            yield from self._block(first, min(first + spacing, end), states.pop(first), None)
-
-    def _spacing(self, steps: int, state: KeptState) -> int:
-        """Return which states of so many steps are held: 1 for all, or every so many."""
+    def _spacings(self, steps: int, state: KeptState) -> tuple[int, ...]:
+        """Return which states of so many steps are kept in memory; none: all steps are held."""
         if steps == 1:
-            return 1
+            return ()
         weights = sum(t.nbytes for t in state.params.values())
         # The gradient of a step is held with its state, whose size is that of the weights.
         size = 2 * weights + self.update.state_bytes()
-        way: Keeping = keeping(steps, size, self.network.device, spacing=None, on=None)
-        return way.spacings[0] if way.spacings else 1
+        return keeping(steps, size, self.network.device, spacing=None, on=None).spacings
 
-    def read_state(self, number: int) -> tuple[KeptState, Tensor]:
-        """Return a kept state and its digest; refuse one that does not have it."""
+    def read_state(self, number: int) -> KeptState:
+        """Return a kept state; refuse one that does not have its digest."""
         state, digest = self.folder.read_state(number, self.network.device)
         if not torch.equal(state.digest(), digest):
             raise MetaplError(
                 f"the state before step {number} in {self.folder.path} is not the one that was "
                 "recorded; expected the folder as the recording left it."
             )
-        return state, digest
+        self.check.digests[number] = digest
+        return state
 
     def _compare_end(self, state: KeptState, state_before: KeptState) -> None:
         """Compare the end of the training with the one weight that is known of it, if one is.
@@ -406,32 +413,7 @@ class Replay:
         difference = torch.linalg.vector_norm(state.params[name] - weight)
         length = torch.linalg.vector_norm(weight - state_before.params[name])
         relative = torch.where(length > 0, difference / length, difference)
-        self._refuse_other_state(len(self.rows), float(relative))
-
-    def _compare(self, number: int, state: KeptState, digest_before: Tensor) -> None:
-        """Compare a state that was reached with the kept one, and refuse another one.
-
-        The difference is relative to the way from the kept state before it, of weights and of the
-        optimizer's state apart.
-        """
-        _, digest = self.folder.read_state(number, self.network.device)
-        differences = torch.linalg.vector_norm(state.digest() - digest, dim=1)
-        lengths = torch.linalg.vector_norm(digest - digest_before, dim=1)
-        relative = torch.where(lengths > 0, differences / lengths, differences)
-        self._refuse_other_state(number, float(relative.max()))
-
-    def _refuse_other_state(self, number: int, error: float) -> None:
-        """Refuse a state whose difference from the recorded one is more than rounding."""
-        self.error = max(self.error, error)
-        tolerance = self._tolerance()
-        if not error <= tolerance:
-            raise MetaplError(
-                f"the steps before step {number} were taken again, and lead to a state that "
-                f"differs from the recorded one by {error:.1e} of the way there; expected "
-                f"{tolerance:.1e} at most. The loop did something that was not seen, such as "
-                "changing weights between steps, or the steps round otherwise: then "
-                "replay_tolerance= with what is allowed, or a smaller states_every."
-            )
+        self.check.refuse(len(self.rows), float(relative))
 
 
 def feedback_of(
@@ -444,10 +426,10 @@ def feedback_of(
     """
     bars = [*ends]
     feedback: list[tuple[Tensor, list[Tensor]]] = []
-    for number, replayed_step in replay.backwards(progress=progress):
+    for number in replay.backwards(progress=progress):
         by_loss: list[list[Tensor]] = []
         for place, bar in enumerate(bars):
-            bars[place], h = replay.adjoint(number, replayed_step, bar)
+            bars[place], h = replay.adjoint(number, bar)
             by_loss.append(h)
         for call, numbers in enumerate(replay.rows[number].numbers):
             feedback.append((numbers, [h[call].cpu() for h in by_loss]))
