@@ -41,12 +41,13 @@ import numpy as np
 import torch
 from harness import RESULTS, Row, arguments, go_on, grid, parsed, read, show
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 
 import metapl
+from metapl.engines.eager import EagerEngine
 from metapl.execution.batch import map_tensors
 from metapl.execution.numerics import HALF, deterministic, wide
-from metapl.execution.state import RandomState, Slots, replayed, trainable, with_contents_of
+from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
 from metapl.training.attribution import (
     WeightedTraining,
@@ -187,39 +188,31 @@ class ProbedTraining(WeightedTraining):
         self._probed = probed_steps(len(self.order))
 
     def _take_step(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        rule: Update,
-        weights: Tensor,
-        numbers: Tensor,
+        self, student: EagerEngine, rule: Update, weights: Tensor, numbers: Tensor
     ) -> None:
         is_probed = self._step in self._probed
         self._step += 1
         if not is_probed:
-            super()._take_step(network, optimizer, rule, weights, numbers)
+            super()._take_step(student, rule, weights, numbers)
             return
         start = RandomState.now(self.start.device)
-        gradient = self._gradient(network, weights, numbers, start)
-        super()._take_step(network, optimizer, rule, weights, numbers)
-        gradient_after = self._gradient(network, weights, numbers, start)
+        gradient = self._gradient(student, weights, numbers, start)
+        super()._take_step(student, rule, weights, numbers)
+        gradient_after = self._gradient(student, weights, numbers, start)
         size = float(gradient.norm())
         change = float((gradient_after - gradient).norm())
         self.changes.append(change / size if size else 0.0)
 
     def _gradient(
-        self, network: nn.Module, weights: Tensor, numbers: Tensor, start: RandomState
+        self, student: EagerEngine, weights: Tensor, numbers: Tensor, start: RandomState
     ) -> Tensor:
         """Return the gradient of the batch's mean loss as a vector, and leave no trace."""
-        state = Slots(network).snapshot()
-        # Of weights before the last step.
-        torch.clear_autocast_cache()
+        state = student.slots.snapshot()
         with replayed(start):
-            loss = self.mean_loss(network, weights, numbers)
-            parameters = [*trainable(network).values()]
-            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+            gradient = self.gradient(student, weights, numbers)
         state.restore()
-        return torch.cat([wide(gradient).flatten().double() for gradient in gradients])
+        parts = [gradient.get(name, torch.zeros_like(p)) for name, p in student.params.items()]
+        return torch.cat([wide(part).flatten().double() for part in parts])
 
 
 def probed_steps(steps: int) -> set[int]:
@@ -244,12 +237,12 @@ class Milestones(ProbedTraining):
         self.weights_after: dict[int, list[Tensor]] = {steps: [] for steps in milestones}
         self._taken = 0
 
-    def _take_step(self, network: nn.Module, *rest: Any) -> None:
-        super()._take_step(network, *rest)
+    def _take_step(self, student: EagerEngine, *rest: Any) -> None:
+        super()._take_step(student, *rest)
         steps = self._taken % len(self.order) + 1
         self._taken += 1
         if steps in self.weights_after:
-            weights = [p.detach().flatten() for p in trainable(network).values()]
+            weights = [p.detach().flatten() for p in student.parameters.values()]
             self.weights_after[steps].append(torch.cat(weights))
 
 

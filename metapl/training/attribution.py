@@ -21,17 +21,19 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
+from metapl.core.lesson import Lesson
 from metapl.core.lookahead import Lookahead
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
+from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, returned_by
 from metapl.execution.checks import described, generator_of, unexpected
 from metapl.execution.layout import layouts
-from metapl.execution.numerics import MissingDerivative, deterministic, explain, wide
+from metapl.execution.numerics import MissingDerivative, Tree, deterministic, explain, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
-from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
+from metapl.execution.state import RandomState, replayed, with_contents_of
 from metapl.feedback import Forward
 from metapl.functional.training import differentiate
 from metapl.problems.base import BilevelProblem, sum_and_weight
@@ -45,13 +47,14 @@ from metapl.training.retraining import (
     DatamodelingScore,
     Removals,
     StackedTrainings,
+    WithWeights,
     datamodeling_score,
     rank_correlations,
-    signal_of_weights,
 )
 from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
 from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
+    Clipped,
     Settings,
     Update,
     as_one_optimizer,
@@ -1067,7 +1070,7 @@ class WeightedTraining:
     def repeated(
         self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Train again with weights of the examples, by a plain loop.
+        """Train again with weights of the examples, in the student's own steps.
 
         Args:
             weights: (N,), or as the problem's.
@@ -1081,8 +1084,10 @@ class WeightedTraining:
                 "the student is sharded, and is trained again on a copy; expected one that is not."
             )
         network, optimizer = copy.deepcopy(self.begun)
-        params = trainable(network)
-        rule = update_of(optimizer, params)
+        student = EagerEngine(replace(self.layout, network=network))
+        rule: Update = update_of(optimizer, student.parameters)
+        if self.clip_norm is not None:
+            rule = Clipped(rule, self.clip_norm)
         with (
             # A loss may read ``student.parameters()`` by a closure, which has to find those of this
             # training.
@@ -1095,43 +1100,29 @@ class WeightedTraining:
             for numbers, options in zip(self.order[:steps], self._options[:steps], strict=True):
                 for group, own in zip(optimizer.param_groups, options, strict=False):
                     group.update(own)
-                self._take_step(network, optimizer, rule, weights, numbers)
+                self._take_step(student, rule, weights, numbers)
             # Of weights before the last step.
             torch.clear_autocast_cache()
             losses = self.outer_losses(network, judges)
-        return {name: p.detach() for name, p in params.items()}, losses
+        return {name: p.detach() for name, p in student.parameters.items()}, losses
 
     def _take_step(
-        self,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        rule: Update,
-        weights: Tensor,
-        numbers: Tensor,
+        self, student: EagerEngine, rule: Update, weights: Tensor, numbers: Tensor
     ) -> None:
         """Take one step of a repeated training, on the examples with these numbers."""
-        ranks = self.layout.ranks
-        params = rule.parameters
-        optimizer.zero_grad()
+        rule.take_differentiated_step(student.parameters, self.gradient(student, weights, numbers))
+
+    def gradient(self, student: EagerEngine, weights: Tensor, numbers: Tensor) -> Tree:
+        """Return the gradient of the examples with these numbers, where the student is now."""
+        problem = WithWeights(self.problem)
+        own_numbers = self.layout.ranks.own_rows(numbers)
+        lesson = Lesson(problem, (weights[own_numbers], self.batch(own_numbers)), outer_batch=None)
         # Of weights before the step.
         torch.clear_autocast_cache()
-        self.mean_loss(network, weights, numbers).backward()
-        for name, gradient in ranks.mean_tree(gradients_of(params), {**params}).items():
-            params[name].grad = gradient
-        if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(network.parameters(), self.clip_norm)
-        rule.take_differentiated_step(params, gradients_of(params))
-
-    def mean_loss(self, network: nn.Module, weights: Tensor, numbers: Tensor) -> Tensor:
-        """Return the mean loss of this rank's examples among these numbers, with their weights."""
-        problem = self.problem
-        own_numbers = self.layout.ranks.own_rows(numbers)
-        batch = self.batch(own_numbers)
-        outputs = wide(network(problem.student_input(batch)))
-        own_weights = weights.to(outputs)[own_numbers]
-        signal = signal_of_weights(problem, outputs, own_weights)
-        losses = problem.inner_loss(outputs, signal, batch, dict(network.named_parameters()))
-        return losses.mean()
+        student.begin()
+        # No pass runs again, so that frozen weights and buffers are not copied.
+        student.slots.state = student.slots.snapshot(copies=False)
+        return student.descend(student.params, lesson, problem.ask).gradient
 
     def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
         """Return the outer losses of a trained network by these problems, (M,)."""
@@ -1220,11 +1211,6 @@ def copied_without_graphs(
         attributes = vars(part).values()
         with_graphs += [t for t in attributes if isinstance(t, Tensor) and not t.is_leaf]
     return copy.deepcopy((network, optimizer), {id(t): t.detach() for t in with_graphs})
-
-
-def gradients_of(params: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the gradients of the parameters that have one, by name."""
-    return {name: p.grad for name, p in params.items() if p.grad is not None}
 
 
 def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> BilevelProblem:

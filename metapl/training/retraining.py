@@ -225,7 +225,8 @@ def signal_of_weights(problem: EqualWeights, outputs: Tensor, weights: Tensor) -
     """
     shape = problem.weight_shape(outputs)
     further_dimensions = [1] * (len(shape) - weights.ndim)
-    return Signal(weights.reshape(*weights.shape, *further_dimensions).expand(shape))
+    weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions)
+    return Signal(weights.expand(shape))
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,11 @@ class WithWeights(BilevelProblem):
         self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         return signal_of_weights(self.problem, student_outputs, batch[0])
+
+    def ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
+        """Return the weights of a batch as a pass asks for them."""
+        assert outputs is not None, "it is asked about outputs"
+        return signal_of_weights(self.problem, outputs, batch[0])
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None

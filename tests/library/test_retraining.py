@@ -18,7 +18,7 @@ from metapl import MetaplError, attribute
 from metapl.problems import EqualWeights, NextToken
 from metapl.training import retraining
 from metapl.training.attribution import Attribution
-from metapl.training.retraining import DatamodelingScore, datamodeling_score
+from metapl.training.retraining import DatamodelingScore, WithWeights, datamodeling_score
 
 N = 24
 STEPS = 9
@@ -259,11 +259,14 @@ def in_type(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def test_a_stack_that_leads_elsewhere_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted: a removed example leaves its batch's size too, which is another training."""
 
-    def signal_of_removed(problem: Any, outputs: Tensor, weights: Tensor) -> Any:
-        return original(problem, outputs, weights * len(weights) / weights.sum())
+    class ByTheRest(WithWeights):
+        def signal(self, teacher: Any, batch: Any, *outputs: Any, **options: Any) -> Any:
+            weights, rest = batch
+            of_rest = weights * len(weights) / weights.sum()
+            return super().signal(teacher, (of_rest, rest), *outputs, **options)
 
-    original = retraining.signal_of_weights
-    monkeypatch.setattr(retraining, "signal_of_weights", signal_of_removed)
+    # Single trainings have the problem by a name of their own.
+    monkeypatch.setattr(retraining, "WithWeights", ByTheRest)
     attribution = scored(student("mlp"))
     # The first batches of the training have to lose an example.
     first = [[int(number)] for number in attribution.order[0][:3]]
