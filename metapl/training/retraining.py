@@ -214,16 +214,21 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------- one training
 
 
-def signal_of_weights(problem: EqualWeights, outputs: Tensor, weights: Tensor) -> Signal:
+def signal_of_weights(problem: EqualWeights, outputs: Tensor, weights: Tensor | None) -> Signal:
     """Return the weights of a batch's examples as the problem's signal.
 
     Weights of examples are those of all their parts.
 
     Args:
         outputs: of the student, (B, ...).
-        weights: (B,), or in the problem's shape.
+        weights: (B,), or in the problem's shape, with more parts where examples of another batch
+            have them; None: 1 each.
     """
     shape = problem.weight_shape(outputs)
+    if weights is None:
+        return Signal(outputs.new_ones(shape))
+    if weights.ndim > 1:
+        weights = weights[:, : shape[1]]
     further_dimensions = [1] * (len(shape) - weights.ndim)
     weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions)
     return Signal(weights.expand(shape))
@@ -242,6 +247,11 @@ class WithWeights(BilevelProblem):
         self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
         return signal_of_weights(self.problem, student_outputs, batch[0])
+
+    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
+        """Refuse wrong labels, where there is an outer batch to compare with."""
+        if outer is not None:
+            self.problem.check(outputs, outer, inner[1])
 
     def ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the weights of a batch as a pass asks for them."""

@@ -189,7 +189,7 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     buffers = step.state.buffers
     for call in step.calls:
         try:
-            result = network.gradient(step.state.params, buffers, call, None, notes_types=True)
+            result = network.gradient(step.state.params, buffers, call, notes_types=True)
         except MetaplError:
             raise
         except Exception as error:

@@ -6,7 +6,7 @@ it held before.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metapl.core.engine import Descent
+from metapl.core.lesson import Lesson
 from metapl.core.replays import sketch
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
-from metapl.execution.checks import unexpected
-from metapl.execution.graphs import refuse_once_differentiable, types_in_graphs
+from metapl.execution.graphs import types_in_graphs
 from metapl.execution.layout import (
     Layout,
     layout_of,
@@ -30,6 +31,7 @@ from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
 from metapl.execution.state import (
     RandomState,
     Slot,
+    Slots,
     in_modes,
     named_parts,
     replayed,
@@ -37,13 +39,11 @@ from metapl.execution.state import (
     trainable,
 )
 from metapl.models import Logits
-from metapl.problems.base import BilevelProblem, Signal, sum_and_weight
+from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
+from metapl.training.retraining import WithWeights
 
 IN_SEVERAL_PROCESSES = "record: the network is trained in several processes; expected one process."
-
-# The name of the recorded network in the module that gives its outputs as one tensor.
-PREFIX = "network."
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,9 @@ class RecordedNetwork:
         # A loop may have wrapped it since the recording began.
         network_in(model)
         layout = Layout(Logits(model))
-        self._student = EagerEngine(layout)
+        # By the names that the tensors have in the network itself.
+        self._student = EagerEngine(layout, Slots(model))
+        self._problem = WithWeights(problem)
         self.ranks = layout.ranks
         self.device = next(model.parameters()).device
         self.parameters = trainable(model)
@@ -136,40 +138,29 @@ class RecordedNetwork:
         params: Tree,
         buffers: Tree,
         call: Call,
-        weights: Tensor | None,
+        weights: Tensor | None = None,
         *,
+        outer: Batch = None,
         notes_types: bool = False,
     ) -> Gradient:
         """Return the mean loss of a call, its gradient, and the buffers after it.
 
         Args:
             weights: of its examples, (B,) or as the problem's; None: 1 each.
-            notes_types: whether the types of the loss's graph are added to :attr:`types`.
-        """
-        with self.at(params, buffers, call.draws, call.training_parts) as (leaves, places):
-            loss, _ = self._loss(leaves, call.batch, weights)
-            if notes_types:
-                self.types |= types_in_graphs([loss])
-            buffers_after = {name: table[key] for table, key, name in places if name in buffers}
-            gradient = gradient_of(loss, leaves)
-        return Gradient(loss.detach(), gradient, buffers_after)
-
-    def loss(self, params: Tree, buffers: Tree, call: Call, outer: Batch = None) -> Tensor:
-        """Return the mean loss of a call, without a graph.
-
-        Args:
             outer: an outer batch that is compared with the network's outputs, and refused where its
                 labels do not fit; None: there is nothing to compare.
+            notes_types: whether the types of the loss's graph are added to :attr:`types`.
         """
-        with (
-            torch.no_grad(),
-            self.at(params, buffers, call.draws, call.training_parts) as (leaves, _),
-        ):
-            outputs = self._outputs(self.problem.student_input(call.batch))
-            if outer is not None:
-                self.problem.check(outputs, outer, call.batch)
-            loss, _ = self._loss_of(outputs, leaves, call.batch, None)
-        return loss
+        lesson = Lesson(
+            self._problem,
+            (weights, call.batch),
+            outer,
+            look=self._note_types if notes_types else None,
+        )
+        with self.at(params, buffers, call.draws, call.training_parts) as (leaves, places):
+            descent = self._descend(leaves, lesson)
+            buffers_after = {name: table[key] for table, key, name in places if name in buffers}
+        return Gradient(descent.inner_loss, descent.gradient, buffers_after)
 
     def derivatives(
         self, params: Tree, buffers: Tree, call: Call, w: Tree, *, inspects_graph: bool = False
@@ -179,26 +170,31 @@ class RecordedNetwork:
         Args:
             inspects_graph: whether a graph in which derivatives are missing is refused.
         """
+        self._student.inspects_graph = inspects_graph
+        lesson = Lesson(self._problem, (None, call.batch), None, graph="credited")
         with (
             no_fast_path(math=True),
             self.at(params, buffers, call.draws, call.training_parts) as (leaves, places),
         ):
-            loss, example_weights = self._loss(leaves, call.batch, None)
+            descent = self._descend(leaves, lesson)
             buffers_after = {name: table[key] for table, key, name in places if name in buffers}
-            gradient = gradient_of(loss, leaves, create_graph=True)
-            if inspects_graph:
-                refuse_once_differentiable(gradient.values(), loss)
-            names = [name for name, g in gradient.items() if g.requires_grad]
-            in_leaves = torch.autograd.grad(
-                [gradient[name] for name in names],
-                [*leaves.values(), example_weights],
-                [w[name] for name in names],
-                allow_unused=True,
-                materialize_grads=True,
-            )
-        *products, in_weights = in_leaves
-        hessian_product = dict(zip(leaves, products, strict=True))
-        return Derivatives(loss.detach(), hessian_product, in_weights, buffers_after)
+            by_graph = descent.along_kept_graph(w, curved=True)
+        assert by_graph is not None, "the pass has kept the graph"
+        hessian_product, in_fields = by_graph
+        in_weights = in_fields["value"]
+        if in_weights is None:
+            in_weights = torch.zeros_like(descent.signal.value)
+        return Derivatives(descent.inner_loss, hessian_product, in_weights, buffers_after)
+
+    def _descend(self, params: Tree, lesson: Lesson) -> Descent:
+        """Run the network on a lesson, up to g."""
+        # No pass runs again, so that frozen weights and buffers are not copied.
+        self._student.slots.state = self._student.slots.snapshot(copies=False)
+        return self._student.descend(params, lesson, self._problem.ask)
+
+    def _note_types(self, loss: Tensor, *_: Any) -> None:
+        """Note the types of a loss's graph."""
+        self.types |= types_in_graphs([loss])
 
     def refuse_wrong_derivative(self, params: Tree, buffers: Tree, call: Call) -> Derivatives:
         r"""Refuse a network whose gradient is not differentiated rightly in the examples' weights.
@@ -216,7 +212,7 @@ class RecordedNetwork:
         backward.
         Raises: :class:`metapl.MetaplError`.
         """
-        gradient = self.gradient(params, buffers, call, None).gradient
+        gradient = self.gradient(params, buffers, call).gradient
         # Each parameter counts alike, also one whose gradient is small.
         w = {
             name: g / g.norm().clamp_min(torch.finfo(g.dtype).tiny) for name, g in gradient.items()
@@ -260,15 +256,15 @@ class RecordedNetwork:
                 moved_names.append(name)
         if not moved_names:
             return []
-        loss = self.loss(params, buffers, call)
+        loss = self.gradient(params, buffers, call).loss
         with_all = {**buffers, **{name: buffers_after[name] for name in moved_names}}
-        if self.loss(params, with_all, call) == loss:
+        if self.gradient(params, with_all, call).loss == loss:
             return []
         names_that_count: list[str] = []
         rounding = 100 * precision_of(self) + 2 * precision_of_products(self)
         for name in moved_names:
             with_one = {**buffers, name: buffers_after[name]}
-            gap = (self.loss(params, with_one, call) - loss).abs()
+            gap = (self.gradient(params, with_one, call).loss - loss).abs()
             if bool(gap > rounding * loss.abs()):
                 names_that_count.append(name)
         return names_that_count
@@ -283,16 +279,19 @@ class RecordedNetwork:
         losses: list[Tensor] = []
         gradients: list[Tree] = []
         with self.at(params, buffers, None, frozenset()) as (leaves, _):
-            outputs = self._outputs(self.problem.outer_input(batch))
+            outputs = self._student.forward(self.problem.outer_input(batch))
             for judge in judges:
                 total, weight = sum_and_weight(judge.outer_loss(outputs, batch))
                 loss = total / weight
-                gradient = gradient_of(loss, leaves, retain_graph=True)
-                whole = {
-                    name: gradient.get(name, torch.zeros_like(t)) for name, t in leaves.items()
-                }
+                gradient = torch.autograd.grad(
+                    loss,
+                    [*leaves.values()],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
                 losses.append(loss.detach())
-                gradients.append(whole)
+                gradients.append(dict(zip(leaves, gradient, strict=True)))
         return torch.stack(losses), gradients
 
     @contextmanager
@@ -313,7 +312,7 @@ class RecordedNetwork:
         """
         start = draws or RandomState.now(self.device)
         student = self._student
-        leaves = student.as_leaves({PREFIX + name: t for name, t in params.items()})
+        leaves = student.as_leaves(params)
         copies = {name: t.detach().clone() for name, t in buffers.items()}
         slots: list[Slot] = [*student.slots_of(leaves), *student.slots.in_formulas()]
         for table, key, name in self._buffer_places:
@@ -323,10 +322,7 @@ class RecordedNetwork:
             self.device.type, dtype=self.autocast, enabled=self.autocast is not None
         )
         with in_modes(self.model, training_parts), replayed(start), swapped(slots), autocast:
-            yield (
-                {name.removeprefix(PREFIX): leaf for name, leaf in leaves.items()},
-                self._buffer_places,
-            )
+            yield leaves, self._buffer_places
 
     def fixed_digest(self, moving: Sequence[str]) -> Tensor:
         """Return a digest of what a training does not move: frozen weights and other buffers.
@@ -339,34 +335,6 @@ class RecordedNetwork:
             if name not in moving:
                 fixed.append(table[key])
         return sketch(fixed, self.device)
-
-    def _outputs(self, inputs: Any) -> Tensor:
-        return self._student.forward(inputs)
-
-    def _loss(self, leaves: Tree, batch: Batch, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the mean of the weighted losses of a batch, and the weights."""
-        outputs = self._outputs(self.problem.student_input(batch))
-        return self._loss_of(outputs, leaves, batch, weights)
-
-    def _loss_of(
-        self, outputs: Tensor, leaves: Tree, batch: Batch, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the mean of the weighted losses of the outputs on a batch, and the weights."""
-        shape = self.problem.weight_shape(outputs)
-        if weights is None:
-            weights = outputs.new_ones(shape).requires_grad_()
-        else:
-            if weights.ndim > 1:
-                # Examples of another batch may have had more parts.
-                weights = weights[:, : shape[1]]
-            # Weights of examples are those of all their parts.
-            further_dimensions = [1] * (len(shape) - weights.ndim)
-            weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions).expand(shape)
-        losses = self.problem.inner_loss(outputs, Signal(weights), batch, leaves)
-        if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-            expected = f"one loss per example, ({len(outputs)},)"
-            raise unexpected("inner_loss returned", losses, expected)
-        return losses.mean(), weights
 
 
 def network_in(model: nn.Module) -> nn.Module:
@@ -399,24 +367,6 @@ def precision_of(network: RecordedNetwork) -> float:
 def precision_of_products(network: RecordedNetwork) -> float:
     """Return the precision that products are rounded to, as under autocast; 0 without such ones."""
     return max((torch.finfo(dtype).eps for dtype in network.types & HALF), default=0.0)
-
-
-def gradient_of(
-    loss: Tensor,
-    leaves: Mapping[str, Tensor],
-    *,
-    create_graph: bool = False,
-    retain_graph: bool = False,
-) -> Tree:
-    """Return the gradient of a loss in the leaves that it reaches."""
-    tensors = torch.autograd.grad(
-        loss,
-        [*leaves.values()],
-        create_graph=create_graph,
-        retain_graph=create_graph or retain_graph,
-        allow_unused=True,
-    )
-    return {name: g for name, g in zip(leaves, tensors, strict=True) if g is not None}
 
 
 def parts_in_training(model: nn.Module) -> list[str]:
