@@ -77,20 +77,27 @@ OptionsOfStep = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class PathRequest:
-    """What :func:`differentiate` is asked for; see there."""
+    """What :func:`differentiate` is asked for; for most see :func:`metapl.hypergradient`.
+
+    Args:
+        mode: whose h is the derivative itself (``is_derivative``), which the graphs find.
+        judging: for the outer losses of M examples, in the place of the problem's; the results then
+            have a first dimension M.
+    """
 
     teacher: nn.Module | None
     student: nn.Module
     problem: BilevelProblem
     optimizer: torch.optim.Optimizer
     mode: Estimator
-    outer: Any
+    outer: Batch
     ahead: Lookahead
-    clip_norm: float | None
-    wrt: Sequence[str]
-    judging: Sequence[BilevelProblem]
-    shows_progress: bool
-    replay_tolerance: float
+    clip_norm: float | None = None
+    wrt: Sequence[str] = ()
+    judging: Sequence[BilevelProblem] = ()
+    accumulate: int = 1
+    shows_progress: bool = False
+    replay_tolerance: float = REPLAY_TOLERANCE
 
     @property
     def settings(self) -> list[str]:
@@ -98,70 +105,34 @@ class PathRequest:
         return [name for name in self.wrt if name not in ("teacher", "start")]
 
 
-def differentiate(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    problem: BilevelProblem,
-    optimizer: torch.optim.Optimizer,
-    mode: Estimator,
-    outer: Batch,
-    ahead: Lookahead,
-    *,
-    clip_norm: float | None = None,
-    wrt: Sequence[str] = (),
-    judging: Sequence[BilevelProblem] = (),
-    accumulate: int = 1,
-    progress: bool = False,
-    replay_tolerance: float = REPLAY_TOLERANCE,
-) -> Hypergradient:
+def differentiate(request: PathRequest) -> Hypergradient:
     """Return :func:`metapl.hypergradient` through K compiled steps.
 
     Nothing moves but generators. The first call compares both graphs with the eager road, over one
     step.
-
-    Args:
-        mode: whose h is the derivative itself (``is_derivative``), which the graphs find.
-        outer: the outer batch.
-        judging: for the outer losses of M examples, in the place of the problem's; the results then
-            have a first dimension M.
-        progress: whether to show how far it is.
     """
-    of_teacher, of_student, device = layouts(teacher, student)
+    of_teacher, of_student, device = layouts(request.teacher, request.student)
     if reason := why_not_compiled(
-        mode,
-        problem,
+        request.mode,
+        request.problem,
         student=of_student,
         teacher=of_teacher,
-        optimizer=optimizer,
-        accumulate=accumulate,
+        optimizer=request.optimizer,
+        accumulate=request.accumulate,
     ):
         raise MetaplError(f"compile=True was given with {reason}; leave compile out.")
-    request = PathRequest(
-        teacher=teacher,
-        student=student,
-        problem=problem,
-        optimizer=optimizer,
-        mode=mode,
-        outer=outer,
-        ahead=ahead,
-        clip_norm=clip_norm,
-        wrt=wrt,
-        judging=judging,
-        shows_progress=progress,
-        replay_tolerance=replay_tolerance,
-    )
-    update: Any = update_of(optimizer, trainable(student))
+    update: Any = update_of(request.optimizer, trainable(request.student))
     graphs = graphs_of(
-        teacher,
-        student,
-        problem,
+        request.teacher,
+        request.student,
+        request.problem,
         update,
-        clip_norm=clip_norm,
+        clip_norm=request.clip_norm,
         in_settings=bool(request.settings),
-        several=bool(judging),
+        several=bool(request.judging),
     )
     plan = plan_of(request, update, device)
-    refuse_other_gradient(request, plan, graphs, ahead[plan.compared_step])
+    refuse_other_gradient(request, plan, graphs, request.ahead[plan.compared_step])
 
     return CompiledPath(request, plan, graphs).find()
 
@@ -170,18 +141,20 @@ def compiled(differentiation: Differentiation) -> Hypergradient:
     """Return the gradient by compiled steps."""
     request = differentiation.request
     result = differentiate(
-        request.teacher,
-        request.student,
-        differentiation.problem,
-        differentiation.inner_optimizer,
-        differentiation.estimate,
-        request.outer,
-        differentiation.ahead,
-        clip_norm=request.clip_norm,
-        wrt=differentiation.wrt,
-        accumulate=request.accumulate,
-        progress=request.shows_progress,
-        replay_tolerance=request.replay_tolerance,
+        PathRequest(
+            teacher=request.teacher,
+            student=request.student,
+            problem=differentiation.problem,
+            optimizer=differentiation.inner_optimizer,
+            mode=differentiation.estimate,
+            outer=request.outer,
+            ahead=differentiation.ahead,
+            clip_norm=request.clip_norm,
+            wrt=differentiation.wrt,
+            accumulate=request.accumulate,
+            shows_progress=request.shows_progress,
+            replay_tolerance=request.replay_tolerance,
+        )
     )
     if differentiation.inner_batches.is_lookahead:
         return result
@@ -712,16 +685,13 @@ def refuse_other_gradient(
     try:
         with replayed(begun):
             by_graphs = differentiate(
-                request.teacher,
-                request.student,
-                request.problem,
-                request.optimizer,
-                Forward(),
-                request.outer,
-                one_step,
-                clip_norm=request.clip_norm,
-                wrt=("teacher", *request.settings),
-                judging=request.judging,
+                replace(
+                    request,
+                    mode=Forward(),
+                    ahead=one_step,
+                    wrt=("teacher", *request.settings),
+                    shows_progress=False,
+                )
             )
             after = RandomState.now(plan.device)
         with replayed(begun), branching_to(after.branch()):

@@ -35,7 +35,7 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, local
 from metapl.execution.state import RandomState, replayed, with_contents_of
 from metapl.feedback import Forward
-from metapl.functional.training import differentiate
+from metapl.functional.training import PathRequest, differentiate
 from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs import checkpoint
@@ -642,19 +642,20 @@ def attribution_of(
             training.start.restore()
         try:
             if compile:
-                result = differentiate(
-                    None,
-                    student,
-                    training.problem,
-                    differentiated,
-                    mode,
-                    outer_batch,
-                    ahead,
+                request = PathRequest(
+                    teacher=None,
+                    student=student,
+                    problem=training.problem,
+                    optimizer=differentiated,
+                    mode=mode,
+                    outer=outer_batch,
+                    ahead=ahead,
                     judging=judging if each else (),
                     clip_norm=training.clip_norm,
-                    progress=progress,
+                    shows_progress=progress,
                     replay_tolerance=replay_tolerance,
                 )
+                result = differentiate(request)
             else:
                 result = hypergradient(
                     None,
