@@ -49,11 +49,7 @@ from metapl.execution.batch import map_tensors
 from metapl.execution.numerics import HALF, deterministic, wide
 from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
 from metapl.feedback import Forward
-from metapl.training.attribution import (
-    WeightedTraining,
-    agreement_of_signs,
-    copied_without_graphs,
-)
+from metapl.training.attribution import agreement_of_signs
 from metapl.training.calibration import Calibration
 from metapl.training.reliability import (
     PERTURBATION,
@@ -63,6 +59,7 @@ from metapl.training.reliability import (
     upper_end,
 )
 from metapl.training.retraining import rank_correlations
+from metapl.training.weighted import WeightedTraining, copied_without_graphs
 from metapl.updates import Settings, Update
 
 RAW = RESULTS / "reliability.jsonl"

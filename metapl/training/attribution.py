@@ -8,10 +8,9 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast
@@ -21,46 +20,33 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
-from metapl.core.lesson import Lesson
 from metapl.core.lookahead import Lookahead
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
-from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import Batch, map_tensors, returned_by
-from metapl.execution.checks import described, generator_of, unexpected
-from metapl.execution.layout import layouts
-from metapl.execution.numerics import MissingDerivative, Tree, deterministic, explain, wide
-from metapl.execution.ranks import Ranks
-from metapl.execution.shards import gathered, local
-from metapl.execution.state import RandomState, replayed, with_contents_of
+from metapl.execution.batch import map_tensors, returned_by
+from metapl.execution.checks import described, unexpected
+from metapl.execution.numerics import MissingDerivative, explain
+from metapl.execution.shards import gathered
+from metapl.execution.state import replayed
 from metapl.feedback import Forward
 from metapl.functional.training import PathRequest, differentiate
-from metapl.problems.base import BilevelProblem, sum_and_weight
-from metapl.problems.doubtful import EqualWeights
+from metapl.problems.base import BilevelProblem
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_arguments
-from metapl.runs.terminal import step_bar
-from metapl.training.examples import examples_of
 from metapl.training.hypergradient import hypergradient
 from metapl.training.retraining import (
     DatamodelingScore,
     Removals,
     StackedTrainings,
-    WithWeights,
     datamodeling_score,
     rank_correlations,
 )
 from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
+from metapl.training.weighted import WeightedTraining, judges_of
 from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
-    Clipped,
     Settings,
-    Update,
-    as_one_optimizer,
-    options_by_step,
-    options_of,
-    update_of,
 )
 from metapl.updates.smoothing import refuse_nothing_to_smooth, smoothed_optimizer
 from metapl.words import summary
@@ -77,8 +63,6 @@ SMOOTH = 0.95
 VERIFIED_ROWS = 256
 # What an error expects where an operation lacks a derivative: there are no modes to choose from.
 NO_OTHER_MODE = "another operation, since attribute needs the second derivative of each"
-# The problem where none is given: always the same object.
-EQUAL_WEIGHTS = EqualWeights()
 
 
 @dataclass(frozen=True, eq=False)
@@ -624,10 +608,7 @@ def attribution_of(
     differentiated = smoothed_optimizer(training.optimizer, smoothing)
     judges: list[BilevelProblem] = [training.problem]
     if each:
-        judges = [
-            judged_by_example(training.problem, number, ranks)
-            for number in range(training.outer_examples)
-        ]
+        judges = judges_of(training.problem, training.outer_examples, ranks)
     at_once = 1
     if compile and each:
         at_once = judges_at_once(student, len(judges))
@@ -674,8 +655,10 @@ def attribution_of(
         except MissingDerivative as error:
             # The gradient proposes another mode, which attribution does not have.
             raise MissingDerivative(error.what, NO_OTHER_MODE) from error
-        has_first_dimension = compile and each
-        scores += training.summed(result.feedback, len(judging), has_first_dimension).unbind()
+        feedback = result.feedback
+        if not (compile and each):
+            feedback = [h[None] for h in feedback]
+        scores += training.summed(feedback).unbind()
         losses += result.outer_loss.flatten().unbind()
         replay_error = max(replay_error, result.replay_error)
 
@@ -826,7 +809,7 @@ def look_at_passes(training: WeightedTraining) -> None:
 def warn_of_roughness(training: WeightedTraining, steps: int) -> None:
     """Warn where the first steps of a training are not smooth in the weights of its examples."""
     few = min(steps // 10, 50)
-    smoothness, _ = training.smoothness(0.1, None, few, progress=False)
+    smoothness, _ = smoothness_of(training, 0.1, None, few, progress=False)
     if smoothness.agreement < SMOOTH:
         warnings.warn(
             f"the metasmoothness of the first {few} of {steps:,} steps is "
@@ -919,7 +902,7 @@ def metasmoothness(
         problem=problem,
         clip_norm=clip_norm,
     )
-    smoothness, moved = training.smoothness(step, direction, steps, progress=progress)
+    smoothness, moved = smoothness_of(training, step, direction, steps, progress=progress)
     if not 0 < moved < math.inf:
         raise MetaplError(
             f"the direction moves the student's weights by {moved:g} in all; expected a finite "
@@ -928,243 +911,17 @@ def metasmoothness(
     return smoothness
 
 
-class WeightedTraining:
-    """A training on weighted examples, which can be repeated with other weights.
+def smoothness_of(
+    training: WeightedTraining, h: float, v: Tensor | None, steps: int, *, progress: bool
+) -> tuple[Metasmoothness, float]:
+    """Return the metasmoothness of the first steps, and how far all weights move along v.
 
     Args:
-        student, ..., clip_norm: as for :func:`attribute`.
-
-    Attributes:
-        order: the examples of each step, (K, B), in shuffled passes.
-        outer_batch: all outer examples, as one batch.
-        outer_examples: M.
-        can_be_repeated: whether the student can be copied, which a sharded one cannot.
-        begun: the student and its optimizer at the beginning, copied; of one that can be repeated.
-        start: the generators there.
-        settings: of the optimizer in each step, as they were given.
-        is_scheduled: whether they differ from step to step.
-        is_in_autocast: whether the passes run under autocast.
-
-    Raises: :class:`metapl.MetaplError` for other data, problems and numbers.
-    """
-
-    def __init__(
-        self,
-        student: nn.Module,
-        train: Any,
-        outer: Any,
-        *,
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        steps: int,
-        batch_size: int,
-        settings: Settings | None,
-        generator: torch.Generator | None,
-        problem: BilevelProblem | None,
-        clip_norm: float | None,
-    ) -> None:
-        first = next(student.parameters())
-        _, self.layout, _ = layouts(None, student)
-        self.data = examples_of(train, "train", first)
-        judged = examples_of(outer, "outer", first)
-        self.optimizer: Any = as_one_optimizer(optimizer, "optimizer")
-        self.problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
-        self.clip_norm = clip_norm
-        generator_of(generator, torch.device("cpu"), "the order of the examples is drawn on")
-        self.order = shuffled_batches(
-            len(self.data), steps, batch_size, generator or torch.Generator().manual_seed(0)
-        )
-        self.outer_examples = len(judged)
-        self.outer_batch = judged[torch.arange(len(judged))]
-        self._refuse_unequal_shares("batch_size", batch_size)
-        self._refuse_unequal_shares("the number of outer examples", self.outer_examples)
-        self.begun: tuple[nn.Module, torch.optim.Optimizer]
-        self.can_be_repeated = not self.layout.is_sharded
-        if self.can_be_repeated:
-            self.begun = copied_without_graphs(self.layout.network, self.optimizer)
-        self.start = RandomState.now(first.device)
-        self._options: Any = [[]] * steps
-        self.settings = settings
-        self.is_scheduled = settings is not None
-        if settings is not None:
-            self._options = options_by_step(self.optimizer, settings, steps)
-        # Repeated in the precision of the scores, wherever it is called.
-        device_type = first.device.type
-        self.is_in_autocast = torch.is_autocast_enabled(device_type)
-        self._autocast = partial(
-            torch.autocast,
-            device_type,
-            dtype=torch.get_autocast_dtype(device_type),
-            enabled=self.is_in_autocast,
-        )
-
-    def options_of_steps(self) -> Sequence[Sequence[Mapping[str, Any]]]:
-        """Return the options of the optimizer's param groups in each step."""
-        if self.is_scheduled:
-            options: Sequence[Sequence[Mapping[str, Any]]] = self._options
-            return options
-        return [options_of(self.optimizer)] * len(self.order)
-
-    def _refuse_unequal_shares(self, name: str, count: int) -> None:
-        ranks = self.layout.ranks.size
-        if count % ranks:
-            raise MetaplError(
-                f"{name} is {count}; expected a multiple of {ranks}, the ranks that share a batch."
-            )
-
-    def batch(self, numbers: Tensor) -> Batch:
-        """Return a batch of training examples as the problem reads it.
-
-        (inputs, labels), unless it says otherwise.
-        """
-        return self.problem.labeled_batch(self.data[numbers], "train")
-
-    def summed(self, feedback: Sequence[Tensor], judges: int, has_first_dimension: bool) -> Tensor:
-        """Return the sum of each example's feedback over the steps, (M, N, ...).
-
-        Args:
-            feedback: h of each step, on the weights of this rank's rows, (B, ...) or (M, B, ...).
-            judges: M, the number of outer losses.
-            has_first_dimension: whether the feedback has the dimension of these.
-        """
-        ranks = self.layout.ranks
-        weight = local(next(self.layout.network.parameters()))
-        parts_of_example = feedback[0].shape[2 if has_first_dimension else 1 :]
-        scores = wide(weight.new_zeros(judges, len(self.data), *parts_of_example))
-        numbers_by_step = map(ranks.own_rows, self.order.to(self.start.device))
-        for numbers, h in zip(numbers_by_step, feedback, strict=True):
-            rows = h.reshape(judges, len(numbers), *parts_of_example)
-            scores.index_add_(1, numbers, rows.to(scores))
-        return ranks.sum(scores)
-
-    def smoothness(
-        self, h: float, v: Tensor | None, steps: int, *, progress: bool
-    ) -> tuple[Metasmoothness, float]:
-        """Return the metasmoothness of the first steps, and how far all weights move along v.
-
-        Args:
-            v: as ``direction`` of :func:`metasmoothness`.
-        """
-        trained, losses = self.trained_along(h, v, steps, progress=progress)
-        agreement, total = agreement_of_signs(*trained)
-        return Metasmoothness(agreement, losses), total
-
-    def trained_along(
-        self, h: float, v: Tensor | None, steps: int, *, progress: bool
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
-        """Return the weights of three trainings as vectors, and their outer losses, (3,).
-
-        The weights of the examples are 1, 1 + h v and 1 + 2 h v.
-
-        Args:
-            v: as ``direction`` of :func:`metasmoothness`.
-        """
-        losses = list[Tensor]()
-
-        def train_with(weights: Tensor) -> Mapping[str, Tensor]:
-            params, (loss,) = self.repeated(weights, [self.problem], steps)
-            losses.append(loss)
-            return params
-
-        thetas = thetas_along(train_with, len(self.data), h=h, v=v, progress=progress)
-        return thetas, torch.stack(losses)
-
-    def repeated(
-        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Train again with weights of the examples, in the student's own steps.
-
-        Args:
-            weights: (N,), or as the problem's.
-            judges: the problems whose outer losses are taken.
-            steps: how many of the steps; None: all.
-
-        Returns: the trained weights by name, and the outer losses, (M,).
-        """
-        if not self.can_be_repeated:
-            raise MetaplError(
-                "the student is sharded, and is trained again on a copy; expected one that is not."
-            )
-        network, optimizer = copy.deepcopy(self.begun)
-        student = EagerEngine(replace(self.layout, network=network))
-        rule: Update = update_of(optimizer, student.parameters)
-        if self.clip_norm is not None:
-            rule = Clipped(rule, self.clip_norm)
-        with (
-            # A loss may read ``student.parameters()`` by a closure, which has to find those of this
-            # training.
-            with_contents_of(network, self.layout.network),
-            replayed(self.start),
-            torch.enable_grad(),
-            self._autocast(),
-            deterministic(self.start.device),
-        ):
-            for numbers, options in zip(self.order[:steps], self._options[:steps], strict=True):
-                for group, own in zip(optimizer.param_groups, options, strict=False):
-                    group.update(own)
-                self._take_step(student, rule, weights, numbers)
-            # Of weights before the last step.
-            torch.clear_autocast_cache()
-            losses = self.outer_losses(network, judges)
-        return {name: p.detach() for name, p in student.parameters.items()}, losses
-
-    def _take_step(
-        self, student: EagerEngine, rule: Update, weights: Tensor, numbers: Tensor
-    ) -> None:
-        """Take one step of a repeated training, on the examples with these numbers."""
-        rule.take_differentiated_step(student.parameters, self.gradient(student, weights, numbers))
-
-    def gradient(self, student: EagerEngine, weights: Tensor, numbers: Tensor) -> Tree:
-        """Return the gradient of the examples with these numbers, where the student is now."""
-        problem = WithWeights(self.problem)
-        own_numbers = self.layout.ranks.own_rows(numbers)
-        lesson = Lesson(problem, (weights[own_numbers], self.batch(own_numbers)), outer_batch=None)
-        # Of weights before the step.
-        torch.clear_autocast_cache()
-        student.begin()
-        # No pass runs again, so that frozen weights and buffers are not copied.
-        student.slots.state = student.slots.snapshot(copies=False)
-        return student.descend(student.params, lesson, problem.ask).gradient
-
-    def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
-        """Return the outer losses of a trained network by these problems, (M,)."""
-        ranks = self.layout.ranks
-        batch = self.problem.outer_batch(map_tensors(ranks.own_rows, self.outer_batch))
-        # With the dropout masks of the outer loss that was differentiated.
-        with torch.no_grad(), replayed(RandomState.now(self.start.device).branch()):
-            outputs = wide(network(self.problem.outer_input(batch)))
-            sums_and_weights = list[Tensor]()
-            for judge in judges:
-                total, weight = sum_and_weight(judge.outer_loss(outputs, batch))
-                sums_and_weights.append(torch.stack([total, torch.as_tensor(weight).to(total)]))
-            totals, counts = ranks.mean(torch.stack(sums_and_weights)).unbind(1)
-        return totals / counts
-
-
-def thetas_along(
-    train_with: Callable[[Tensor], Mapping[str, Tensor]],
-    examples: int,
-    *,
-    h: float,
-    v: Tensor | None,
-    progress: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights of three trainings as vectors, of examples that weigh 1 + k h v.
-
-    Args:
-        train_with: returns the trained weights by name, from the weights of the examples.
-        examples: N.
         v: as ``direction`` of :func:`metasmoothness`.
     """
-    if v is None:
-        v = torch.randn(examples, generator=torch.Generator().manual_seed(0))
-    thetas = list[Tensor]()
-    with step_bar(progress, 3, "trainings") as advance:
-        for number in range(3):
-            params = train_with(1 + number * h * v)
-            thetas.append(torch.cat([t.flatten() for t in params.values()]))
-            advance()
-    theta_0, theta_h, theta_2h = thetas
-    return theta_0, theta_h, theta_2h
+    trained, losses = training.trained_along(h, v, steps, progress=progress)
+    agreement, total = agreement_of_signs(*trained)
+    return Metasmoothness(agreement, losses), total
 
 
 def agreement_of_signs(theta_0: Tensor, theta_h: Tensor, theta_2h: Tensor) -> tuple[float, float]:
@@ -1175,62 +932,3 @@ def agreement_of_signs(theta_0: Tensor, theta_h: Tensor, theta_2h: Tensor) -> tu
     in_same_direction = float((moved * signs).sum())
     agreement = in_same_direction / total if total else math.nan
     return agreement, total
-
-
-def with_weights_of_one(problem: BilevelProblem) -> EqualWeights:
-    """Return a problem whose signal is weights of 1, and refuse any other.
-
-    A score is a derivative in weights that are 1.
-    """
-    if not isinstance(problem, EqualWeights) or type(problem).signal is not EqualWeights.signal:
-        raise MetaplError(
-            f"problem is {type(problem).__name__}; expected an EqualWeights with its signal."
-        )
-    return problem
-
-
-def shuffled_batches(
-    examples: int, steps: int, batch_size: int, generator: torch.Generator
-) -> Tensor:
-    """Return the numbers of the examples of each step, (K, B), in shuffled passes over all."""
-    count = steps * batch_size
-    passes = math.ceil(count / examples)
-    numbers = [torch.randperm(examples, generator=generator) for _ in range(passes)]
-    return torch.cat(numbers)[:count].view(steps, batch_size)
-
-
-def copied_without_graphs(
-    network: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Return a network and its optimizer, copied together.
-
-    What a hook or a forward has left in a module, such as an auxiliary loss, may have a graph,
-    which the copy has not.
-    """
-    with_graphs: list[Tensor] = []
-    for part in network.modules():
-        attributes = vars(part).values()
-        with_graphs += [t for t in attributes if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy((network, optimizer), {id(t): t.detach() for t in with_graphs})
-
-
-def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> BilevelProblem:
-    """Return a problem as it is judged by one outer example.
-
-    The network sees them all, as for the whole outer loss.
-    """
-    judge = copy.copy(problem)
-
-    def outer_loss(outputs: Tensor, batch: Batch) -> Any:
-        place = number - ranks.rank * len(outputs)
-        if not 0 <= place < len(outputs):
-            # Another rank has it.
-            return 0 * outputs.sum(), 0.0
-        row = slice(place, place + 1)
-        return problem.outer_loss(
-            outputs[row], map_tensors(lambda t: t[row] if t.ndim else t, batch)
-        )
-
-    # Problems are frozen values.
-    object.__setattr__(judge, "outer_loss", outer_loss)
-    return judge

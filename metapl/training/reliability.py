@@ -24,8 +24,9 @@ from metapl.errors import MetaplError
 from metapl.execution.numerics import HALF
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.training.attribution import WeightedTraining, agreement_of_signs
+from metapl.training.attribution import agreement_of_signs
 from metapl.training.calibration import CALIBRATION, Calibration
+from metapl.training.weighted import WeightedTraining
 from metapl.updates import Settings
 
 PERTURBATION = 0.1

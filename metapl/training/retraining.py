@@ -18,11 +18,11 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +32,15 @@ from torch.utils import _pytree as pytree
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
-from metapl.execution.layout import Layout
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
-from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
+from metapl.execution.state import replayed, trainable, with_contents_of
 from metapl.functional.adjoint import Carry, Settings, StepInputs, TrainingRules, TrainingStep
 from metapl.functional.capture import Captured, Capturing
 from metapl.functional.state import clipped, constants_of, tensors_of
 from metapl.functional.training import first_moving_step, first_state, tensor_settings
-from metapl.problems.base import BilevelProblem, Params, Random, Signal, enters_input
-from metapl.problems.doubtful import EqualWeights
+from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.terminal import step_bar
+from metapl.training.weighted import WeightedTraining, WithWeights
 from metapl.updates import TorchUpdate, update_of
 
 vmap = torch.func.vmap
@@ -211,106 +210,7 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-# ------------------------------------------------------------------------------------- one training
-
-
-def signal_of_weights(problem: EqualWeights, outputs: Tensor, weights: Tensor | None) -> Signal:
-    """Return the weights of a batch's examples as the problem's signal.
-
-    Weights of examples are those of all their parts.
-
-    Args:
-        outputs: of the student, (B, ...).
-        weights: (B,), or in the problem's shape, with more parts where examples of another batch
-            have them; None: 1 each.
-    """
-    shape = problem.weight_shape(outputs)
-    if weights is None:
-        return Signal(outputs.new_ones(shape))
-    if weights.ndim > 1:
-        weights = weights[:, : shape[1]]
-    further_dimensions = [1] * (len(shape) - weights.ndim)
-    weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions)
-    return Signal(weights.expand(shape))
-
-
-@dataclass(frozen=True)
-class WithWeights(BilevelProblem):
-    """A problem whose batches come as (weights, batch), and whose signal these weights are."""
-
-    problem: EqualWeights
-
-    def student_input(self, batch: Batch) -> Any:
-        return self.problem.student_input(batch[1])
-
-    def signal(
-        self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
-    ) -> Signal:
-        return signal_of_weights(self.problem, student_outputs, batch[0])
-
-    def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
-        """Refuse wrong labels, where there is an outer batch to compare with."""
-        if outer is not None:
-            self.problem.check(outputs, outer, inner[1])
-
-    def ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
-        """Return the weights of a batch as a pass asks for them."""
-        assert outputs is not None, "it is asked about outputs"
-        return signal_of_weights(self.problem, outputs, batch[0])
-
-    def inner_loss(
-        self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
-    ) -> Tensor:
-        return self.problem.inner_loss(outputs, signal, batch[1], params)
-
-    def outer_loss(self, outputs: Tensor, batch: Batch) -> Any:
-        return self.problem.outer_loss(outputs, batch)
-
-
 # --------------------------------------------------------------------------------------- the stacks
-
-
-class RepeatedTraining(Protocol):
-    """What stacks ask of a training: :class:`metapl.training.attribution.WeightedTraining`.
-
-    Attributes:
-        layout: of the student.
-        problem: whose inner losses are weighted.
-        order: the examples of each step, (K, B).
-        clip_norm: the greatest norm of the gradient in each step.
-        can_be_repeated: whether the student can be copied.
-        begun: the student and its optimizer at the beginning, which no training moves.
-        start: the generators there.
-        is_scheduled: whether the optimizer's settings differ from step to step.
-        is_in_autocast: whether the passes run under autocast.
-    """
-
-    layout: Layout
-    problem: EqualWeights
-    order: Tensor
-    clip_norm: float | None
-    can_be_repeated: bool
-    begun: tuple[nn.Module, torch.optim.Optimizer]
-    start: RandomState
-    is_scheduled: bool
-    is_in_autocast: bool
-
-    def batch(self, numbers: Tensor) -> Batch:
-        """Return a batch of training examples as the problem reads it."""
-
-    def options_of_steps(self) -> Sequence[Sequence[Mapping[str, Any]]]:
-        """Return the options of the optimizer's param groups in each step."""
-
-    def outer_losses(self, network: nn.Module, judges: Sequence[BilevelProblem]) -> Tensor:
-        """Return the outer losses of a trained network by these problems, (M,)."""
-
-    def repeated(
-        self, weights: Tensor, judges: Sequence[BilevelProblem], steps: int | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Train alone with weights of the examples, for so many of the steps.
-
-        Returns: the trained weights by name, and the outer losses, (M,).
-        """
 
 
 class Members(NamedTuple):
@@ -349,7 +249,7 @@ class StackPlan:
     rates: Sequence[Settings]
 
     @classmethod
-    def of(cls, training: RepeatedTraining) -> StackPlan:
+    def of(cls, training: WeightedTraining) -> StackPlan:
         """Return the plan of a training that is repeated."""
         network, optimizer = copy.deepcopy(training.begun)
         rule: Any = update_of(optimizer, trainable(network))
@@ -388,7 +288,7 @@ class StackedTrainings:
         judges: the problems whose outer losses are taken, M of them.
     """
 
-    def __init__(self, training: RepeatedTraining, judges: Sequence[BilevelProblem]) -> None:
+    def __init__(self, training: WeightedTraining, judges: Sequence[BilevelProblem]) -> None:
         self.training = training
         self.judges = judges
         # The step of a stack, on the eager road and compiled, from when it is first asked for.

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.training.attribution import WeightedTraining
 from metapl.training.calibration import CALIBRATION
+from metapl.training.weighted import WeightedTraining
 
 pytestmark = pytest.mark.usefixtures("as_scripts")
 

@@ -41,7 +41,7 @@ from metapl.execution.state import (
 from metapl.models import Logits
 from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
-from metapl.training.retraining import WithWeights
+from metapl.training.weighted import WithWeights
 
 IN_SEVERAL_PROCESSES = "record: the network is trained in several processes; expected one process."
 

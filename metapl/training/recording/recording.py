@@ -19,15 +19,7 @@ from metapl.execution.state import one_at_a_time, trainable
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.training.attribution import (
-    EQUAL_WEIGHTS,
-    Attribution,
-    Smoothing,
-    judged_by_example,
-    thetas_along,
-    warn_of_worth,
-    with_weights_of_one,
-)
+from metapl.training.attribution import Attribution, Smoothing, warn_of_worth
 from metapl.training.examples import examples_of
 from metapl.training.recording.calls import (
     CallForm,
@@ -44,10 +36,16 @@ from metapl.training.recording.replay import (
     Replay,
     feedback_of,
     order_of,
-    summed_scores,
 )
 from metapl.training.reliability import PERTURBATION, Reliability, estimate_by
 from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
+from metapl.training.weighted import (
+    EQUAL_WEIGHTS,
+    judges_of,
+    summed_scores,
+    thetas_along,
+    with_weights_of_one,
+)
 from metapl.updates import TorchUpdate, update_of
 from metapl.updates.smoothing import refuse_nothing_to_smooth
 from metapl.words import summary
@@ -300,11 +298,7 @@ class Recording:
         network = contents.network
         judges: list[BilevelProblem] = [self._problem]
         if each:
-            ranks = network.ranks
-            judges = [
-                judged_by_example(self._problem, number, ranks)
-                for number in range(len(outer_examples))
-            ]
+            judges = judges_of(self._problem, len(outer_examples), network.ranks)
         with torch.enable_grad(), deterministic(network.device):
             # What cannot be read is refused here, and not after the replay.
             try:
@@ -330,8 +324,8 @@ class Recording:
             losses, gradients = network.outer_losses(end.params, end.buffers, batch, judges)
             ends = [Cotangents(gradient) for gradient in gradients]
             feedback = feedback_of(replay, ends, progress=progress)
-        by_example = [(contents.example_numbers[numbers], by_loss) for numbers, by_loss in feedback]
-        scores = summed_scores(by_example, len(contents.digests), first.dtype)
+        by_step = [(contents.example_numbers[numbers], h) for numbers, h in feedback]
+        scores = summed_scores(by_step, len(contents.digests), first.new_zeros(0, device="cpu"))
 
         def losses_with(weights: Tensor) -> Tensor:
             with torch.enable_grad(), deterministic(network.device):

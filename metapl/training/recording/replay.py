@@ -422,43 +422,22 @@ class Replay:
 
 def feedback_of(
     replay: Replay, ends: Sequence[Cotangents], *, progress: bool
-) -> list[tuple[Tensor, list[Tensor]]]:
-    """Return the numbers of the examples in each call, and h on them by each outer loss.
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the numbers of the examples in each call, (B,), and h on them, (M, B, ...).
 
     Args:
         ends: the cotangents after all steps, by outer loss.
     """
     bars = [*ends]
-    feedback: list[tuple[Tensor, list[Tensor]]] = []
+    feedback: list[tuple[Tensor, Tensor]] = []
     for number in replay.backwards(progress=progress):
         by_loss: list[list[Tensor]] = []
         for place, bar in enumerate(bars):
             bars[place], h = replay.adjoint(number, bar)
             by_loss.append(h)
         for call, numbers in enumerate(replay.rows[number].numbers):
-            feedback.append((numbers, [h[call].cpu() for h in by_loss]))
+            feedback.append((numbers, torch.stack([h[call] for h in by_loss]).cpu()))
     return feedback
-
-
-def summed_scores(
-    feedback: Sequence[tuple[Tensor, list[Tensor]]], examples: int, dtype: torch.dtype
-) -> Tensor:
-    """Return the sum of each example's feedback over the steps, (M, N, ...).
-
-    Scores of parts, such as tokens, are as many as the longest example of a batch has.
-    """
-    _, first = feedback[0]
-    parts: tuple[int, ...] = first[0].shape[1:]
-    if parts:
-        parts = (max(h[0].shape[1] for _, h in feedback), *parts[1:])
-    scores = torch.zeros(len(first), examples, *parts, dtype=dtype)
-    for numbers, by_loss in feedback:
-        for place, h in enumerate(by_loss):
-            target = scores[place]
-            if parts:
-                target = target[:, : h.shape[1]]
-            target.index_add_(0, numbers, h.to(dtype))
-    return scores
 
 
 def order_of(by_step: Sequence[Tensor]) -> Tensor:
