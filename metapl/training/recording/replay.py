@@ -36,7 +36,7 @@ from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
 from metapl.runs.terminal import step_bar
-from metapl.training.recording.calls import Data
+from metapl.training.recording.contents import OpenedRecording
 from metapl.training.recording.first_step import (
     closest_weighting,
     tolerance_of,
@@ -44,9 +44,9 @@ from metapl.training.recording.first_step import (
     weighted_sum,
     weightings,
 )
-from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
-from metapl.training.recording.network import Call, RecordedNetwork
-from metapl.updates import Clipped, TorchUpdate, Update
+from metapl.training.recording.folder import KeptState
+from metapl.training.recording.network import Call
+from metapl.updates import Clipped, Update
 from metapl.updates.base import OptimizerState
 from metapl.updates.smoothing import smoothed_groups
 
@@ -112,14 +112,7 @@ class Replay:
     """The training of a recording, which can be taken again from its kept states.
 
     Args:
-        folder: with the states.
-        rows: of all steps.
-        network: at any weights.
-        update: the rule of the optimizer.
-        data: the examples.
-        training_parts: the names of the parts that trained in the first call.
-        first_sizes: how many examples, or tokens, each micro-batch of the first step had.
-        factor: by which the loop multiplies the mean loss.
+        recording: its contents.
         tolerance: the greatest difference of a replayed state from a kept one, in the length of the
             way between two kept states; None: that which rounding may cause.
         smoothing: of the adjoint of Adam's steps.
@@ -130,34 +123,19 @@ class Replay:
     """
 
     def __init__(
-        self,
-        folder: RecordingFolder,
-        rows: Sequence[StepRow],
-        network: RecordedNetwork,
-        update: TorchUpdate,
-        data: Data,
-        *,
-        training_parts: Sequence[str],
-        first_sizes: Sequence[float],
-        factor: float,
-        tolerance: float | None,
-        smoothing: float,
+        self, recording: OpenedRecording, tolerance: float | None, smoothing: float
     ) -> None:
-        self.folder = folder
-        self.rows = rows
-        self.network = network
-        self.update = update
-        self.data = data
-        self.training_parts = frozenset(training_parts)
-        self.first_sizes = first_sizes
-        self.factor = factor
+        self.recording = recording
+        self.rows = recording.rows
+        self.network = recording.network
         self.check = RecordedStates(
-            tolerance_of_replay(network) if tolerance is None else tolerance
+            tolerance_of_replay(self.network) if tolerance is None else tolerance
         )
         self.smoothing = smoothing
         self._factors: dict[int, list[float]] = {}
         self._held: dict[int, ReplayedStep] = {}
-        self.state_numbers = [number for number in folder.states() if number <= len(rows)]
+        states = recording.folder.states()
+        self.state_numbers = [number for number in states if number <= len(self.rows)]
 
     # ------------------------------------------------------------------------------------- one step
 
@@ -169,14 +147,16 @@ class Replay:
             draws = None
             if values is not None:
                 draws = RandomState(self.network.device, **values)
-            parts = self.training_parts if names is None else frozenset(names)
-            calls.append(Call(self.data.batch(numbers), draws, parts))
+            parts = self.recording.training_parts if names is None else names
+            calls.append(Call(self.recording.data.batch(numbers), draws, frozenset(parts)))
         return calls
 
     def update_in(self, number: int) -> Update:
         """Return U of a step, with its settings and its clipping."""
         row = self.rows[number]
-        update: Update = self.update.with_options(smoothed_groups(row.options, self.smoothing))
+        update: Update = self.recording.update.with_options(
+            smoothed_groups(row.options, self.smoothing)
+        )
         if row.clip_norm is None:
             return update
         return Clipped(update, row.clip_norm, WHOLE)
@@ -192,8 +172,8 @@ class Replay:
         row = self.rows[number]
         sizes = [self.network.problem.batch_weight(call.batch) for call in calls]
         candidates: list[list[float]] = []
-        for weighting in weightings(sizes, self.first_sizes):
-            candidates.append([self.factor * f for f in weighting])
+        for weighting in weightings(sizes, self.recording.first_sizes):
+            candidates.append([self.recording.factor * f for f in weighting])
         factors = candidates[0]
         if len(candidates) > 1 and not math.isnan(row.loss):
             # Only the sizes of the calls' batches leave a choice, so this pass is rare.
@@ -389,16 +369,16 @@ class Replay:
             return ()
         weights = sum(t.nbytes for t in state.params.values())
         # The gradient of a step is held with its state, whose size is that of the weights.
-        size = 2 * weights + self.update.state_bytes()
+        size = 2 * weights + self.recording.update.state_bytes()
         return keeping(steps, size, self.network.device, spacing=None, on=None).spacings
 
     def read_state(self, number: int) -> KeptState:
         """Return a kept state; refuse one that does not have its digest."""
-        state, digest = self.folder.read_state(number, self.network.device)
+        state, digest = self.recording.folder.read_state(number, self.network.device)
         if not torch.equal(state.digest(), digest):
             raise MetaplError(
-                f"the state before step {number} in {self.folder.path} is not the one that was "
-                "recorded; expected the folder as the recording left it."
+                f"the state before step {number} in {self.recording.folder.path} is not the one "
+                "that was recorded; expected the folder as the recording left it."
             )
         self.check.digests[number] = digest
         return state
@@ -409,7 +389,7 @@ class Replay:
         Args:
             state_before: the last kept state.
         """
-        end = self.folder.read_end(len(self.rows))
+        end = self.recording.folder.read_end(len(self.rows))
         if end is None or end[0] not in state.params:
             return
         name, recorded = end
