@@ -213,20 +213,6 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------- the stacks
 
 
-class Members(NamedTuple):
-    """The trainings of a stack, S of them, at some step: tensors with a first dimension S.
-
-    Attributes:
-        params: θ by name.
-        optimizer: its state by parameter.
-        buffers: the student's, by name.
-    """
-
-    params: Tree
-    optimizer: Any
-    buffers: Tree
-
-
 @dataclass(frozen=True, kw_only=True)
 class StackPlan:
     """How the steps of all stacks of a training are taken; fixed before the first one.
@@ -236,7 +222,8 @@ class StackPlan:
             read.
         constants: what the optimizer's param groups hold besides the settings.
         rule: of the optimizer, without a clip.
-        start: the tensors of one training at the beginning.
+        start: the carry of one training at the beginning, of whose state the buffers alone. The
+            members of a stack, S of them, are such carries with a first dimension S.
         frozen: the parameters that are not learned, by name.
         rates: the settings that are tensors, in each step, or once for all of them.
     """
@@ -244,7 +231,7 @@ class StackPlan:
     network: nn.Module
     constants: Sequence[dict[str, Any]]
     rule: TorchUpdate
-    start: Members
+    start: Carry
     frozen: Tree
     rates: Sequence[Settings]
 
@@ -263,7 +250,7 @@ class StackPlan:
             network=network,
             constants=constants_of(rule),
             rule=rule,
-            start=Members(tensors.params, first_state(options, rule, ()), buffers),
+            start=Carry(tensors.params, first_state(options, rule, ()), buffers, teacher_state={}),
             frozen={name: t for name, t in tensors.state.items() if name not in names_of_buffers},
             rates=tensor_settings(
                 options,
@@ -292,7 +279,7 @@ class StackedTrainings:
         self.training = training
         self.judges = judges
         # The step of a stack, on the eager road and compiled, from when it is first asked for.
-        self._steps: dict[bool, Callable[..., Members]] = {}
+        self._steps: dict[bool, Callable[..., Carry]] = {}
         # Which of them were compared with single trainings.
         self._compared: set[bool] = set()
 
@@ -379,14 +366,14 @@ class StackedTrainings:
         *,
         compile: bool,
         advance: Callable[[], object] = lambda: None,
-    ) -> tuple[Tensor, Members]:
+    ) -> tuple[Tensor, Carry]:
         """Return the outer losses after so many steps of a stack, (S, M), and its members."""
         training = self.training
         plan = self._plan
         if compile not in self._steps:
             self._steps[compile] = self._new_step(compile=compile)
         step = self._steps[compile]
-        members: Members = pytree.tree_map(
+        members: Carry = pytree.tree_map(
             lambda t: t.expand(len(weights), *t.shape).clone(), plan.start
         )
         first_parameter = next(iter(plan.start.params.values()))
@@ -412,16 +399,16 @@ class StackedTrainings:
             losses = [self._judged(members, place) for place in range(len(weights))]
         return torch.stack(losses), members
 
-    def _judged(self, members: Members, place: int) -> Tensor:
+    def _judged(self, members: Carry, place: int) -> Tensor:
         """Return the outer losses of one training of a stack, (M,), as of a single training."""
         network = self._plan.network
         for name, p in trainable(network).items():
             p.copy_(members.params[name][place])
         for name, buffer in network.named_buffers():
-            buffer.copy_(members.buffers[name][place])
+            buffer.copy_(members.state[name][place])
         return self.training.outer_losses(network, self.judges)
 
-    def _new_step(self, *, compile: bool) -> Callable[..., Members]:
+    def _new_step(self, *, compile: bool) -> Callable[..., Carry]:
         """Return one step of a stack as a function of its members, compiled or not."""
         training = self.training
         plan = self._plan
@@ -439,21 +426,18 @@ class StackedTrainings:
         )
 
         def step_of_member(
-            weights: Tensor, member: Members, frozen: Tree, batch: Batch, settings: Settings
-        ) -> Members:
-            carry = Carry(
-                member.params, member.optimizer, {**frozen, **member.buffers}, teacher_state={}
-            )
+            weights: Tensor, member: Carry, frozen: Tree, batch: Batch, settings: Settings
+        ) -> Carry:
+            carry = member._replace(state={**frozen, **member.state})
             after = training_step({}, carry, StepInputs((weights, batch), None, settings)).carry
-            buffers = {name: after.state[name] for name in member.buffers}
-            return Members(after.params, after.optimizer, buffers)
+            return after._replace(state={name: after.state[name] for name in member.state})
 
         step = vmap(step_of_member, in_dims=(0, 0, None, None, None), randomness="same")
 
         def step_of_stack(
-            weights: Tensor, members: Members, frozen: Tree, batch: Batch, settings: Settings
-        ) -> Members:
-            after: Members = step(weights, members, frozen, batch, settings)
+            weights: Tensor, members: Carry, frozen: Tree, batch: Batch, settings: Settings
+        ) -> Carry:
+            after: Carry = step(weights, members, frozen, batch, settings)
             return after
 
         if compile:
