@@ -487,7 +487,7 @@ class Path(Drawing):
             batch = self.inner_batch(number) if self.inner_batches.are_read_again else None
             step.recompute(*state, batch)
 
-    def after(self, number: int) -> tuple[Tree, Any]:
+    def after(self, number: int, state: Any = None) -> tuple[Tree, Any]:
         """Return the state after a step."""
         return self.steps[number].updated
 

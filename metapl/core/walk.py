@@ -26,8 +26,12 @@ class Steps(Protocol):
     def hold(self, number: int, state: Any) -> None:
         """Hold what the adjoint of a step reads, from the state before it."""
 
-    def after(self, number: int) -> Any:
-        """Return the state after a step that is held."""
+    def after(self, number: int, state: Any = None) -> Any:
+        """Return the state after a step that is held.
+
+        Args:
+            state: before it, where it has just been held; None: it is read again.
+        """
 
     def forget(self, number: int) -> None:
         """Drop what is held of a step."""
@@ -107,7 +111,7 @@ class Walk:
                     return
             self.steps.hold(number, state)
             if number < stop - 1:
-                state = self.steps.after(number)
+                state = self.steps.after(number, state)
             if spacings:
                 self.steps.forget(number)
 

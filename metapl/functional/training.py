@@ -445,10 +445,9 @@ class CompiledPath:
         self.student = Places(request.student, "student")
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
-        # Of a block alone the states are held where the networks are.
-        spacings = plan.keeping.spacings
-        self.held = Carries(plan, None if spacings else request.mode.keep_on)
-        self.walk = Walk(self, Carries(plan, request.mode.keep_on), spacings, self.replays)
+        self.held = Carries(plan, request.mode.keep_on)
+        states = Carries(plan, request.mode.keep_on)
+        self.walk = Walk(self, states, plan.keeping.spacings, self.replays)
 
     def find(self) -> Hypergradient:
         """Walk forward and back, and return the gradient; after an error no generator has moved."""
@@ -591,12 +590,14 @@ class CompiledPath:
         """Hold the carry before a step."""
         self.held.keep(number, carry)
 
-    def after(self, number: int) -> Carry:
+    def after(self, number: int, carry: Carry | None = None) -> Carry:
         """Take a step that is held.
 
         It is taken by the graph that took it first, for the adjoint may round otherwise.
         """
-        carry, _ = self._take_step(number, self.held.read(number))
+        if carry is None:
+            carry = self.held.read(number)
+        carry, _ = self._take_step(number, carry)
         return carry
 
     def forget(self, number: int) -> None:

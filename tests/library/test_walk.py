@@ -35,7 +35,7 @@ class Doubling:
         self.held[number] = state
         self.most = max(self.most, len(self.held))
 
-    def after(self, number: int) -> State:
+    def after(self, number: int, state: State | None = None) -> State:
         self.ends += 1
         params, _ = self.held[number]
         return {"x": (2 * params["x"] + number + self.noise) % 1009}, None

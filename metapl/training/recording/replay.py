@@ -242,7 +242,7 @@ class Replay:
         """Hold the gradient of a step."""
         self._held[number] = self.gradient(number, state)
 
-    def after(self, number: int) -> KeptState:
+    def after(self, number: int, state: KeptState | None = None) -> KeptState:
         """Return the state after a step that is held."""
         return self._end_of(number, self._held[number])
 
