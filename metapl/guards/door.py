@@ -2,10 +2,9 @@
 
 They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
 from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
-is looked for once: in what is given (:func:`refuse_tensors`, :func:`refuse_learned_settings`,
-:func:`refuse_hooks`), and in the graphs of both losses of the first step (:class:`FirstLook`).
-Nothing is copied, so that networks of any size, and sharded ones, are looked at. Later steps are
-not.
+is looked for once: in what is given (:func:`refuse_learned`, :func:`refuse_hooks`), and in the
+graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so that networks of
+any size, and sharded ones, are looked at. Later steps are not.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches
 from metapl.errors import MetaplError, few
-from metapl.execution.batch import Batch, inputs_of, named_leaves_of, plain
+from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.compare import same_to_rounding
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
 from metapl.feedback.hypergradient import Differentiation
-from metapl.problems.base import BilevelProblem, kind_of, outer_variables
+from metapl.problems.base import BilevelProblem, outer_variables
 from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import Clipped, Update, parts_of
@@ -37,31 +36,71 @@ class PastTheSignal(MetaplError):
     """A loss depends on what the feedback does not know of, or a batch changes under it."""
 
 
+# What was expected of a leaf in the graph of a loss,
+PAST = {
+    "inner": (
+        ", past the signal; expected the teacher to reach it by problem.signal alone: put it into "
+        "the signal (student_input(self, batch, signal) takes that to the student), make it a "
+        "parameter of the student, or .detach() it."
+    ),
+    "outer": (
+        "; expected the student's weights, and the teacher's by a module that the problem holds "
+        "(self.teacher = teacher, say): let the problem hold it, or .detach() it."
+    ),
+}
+# and of a weight of the student that was read before the step.
+KEPT = (
+    " as it was before the step, such as from a plain list or dict of layers or parameters; "
+    "expected nn.ModuleList or nn.ModuleDict, and weights that are read when the loss is called: "
+    "params in inner_loss, student.parameters() in outer_loss."
+)
+
+
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_tensors(outer: Batch, inner_batches: InnerBatches) -> None:
-    """Refuse a tensor of a batch that requires a gradient, which a feedback would leave out.
+def refuse_learned(update: Update, outer: Batch, inner_batches: InnerBatches) -> None:
+    """Refuse tensors that require a gradient where a feedback would leave it out.
 
     Batches that a function returns as they are taken are looked at by the first look alone.
 
     Args:
+        update: the inner optimizer, whose settings are numbers.
         outer: the outer batch.
         inner_batches: those of the student's steps.
     """
     batches_by_name: dict[str, Any] = {"outer": outer}
     for k, batch in enumerate(inner_batches.in_memory()):
-        name = f"inner[{k}]" if inner_batches.is_lookahead else "inner"
-        batches_by_name[name] = batch
+        batches_by_name[f"inner[{k}]" if inner_batches.is_lookahead else "inner"] = batch
     for name, batch in batches_by_name.items():
-        for number, t in enumerate(leaves_of_batch(plain(batch))):
-            if isinstance(t, Tensor) and t.requires_grad:
-                place, _ = named_leaves_of(batch)[number]
+        for place, t in named_leaves_of(batch):
+            if requires_gradient(t):
                 raise MetaplError(
-                    f"{name}{place} requires a gradient, which a batch does not carry; expected "
-                    "data: .detach() it, or let the signal carry it (problem.signal, and "
-                    "student_input(self, batch, signal))."
+                    f"{name}{place} requires a gradient; expected data: .detach() it, or let the "
+                    "signal carry it (problem.signal, and student_input(self, batch, signal))."
                 )
+    if isinstance(update, Clipped):
+        update = update.inner
+    optimizer = vars(update).get("optimizer")
+    learned = (
+        ["the result of the TorchOpt transform"] if getattr(update, "is_learned", False) else []
+    )
+    for part in () if optimizer is None else parts_of(optimizer):
+        for group in part.param_groups:
+            settings = {name: value for name, value in group.items() if name != "params"}
+            for name, value in settings.items():
+                # Such as two betas.
+                if any(map(requires_gradient, pytree.tree_leaves(value))):
+                    learned.append(f"{name} of the inner optimizer")
+    if learned:
+        raise MetaplError(
+            f"{few(learned)} requires a gradient, which the feedback leaves out; expected "
+            "numbers (.item()), or torch.optim and metapl.hypergradient(wrt='lr')."
+        )
+
+
+def requires_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
 
 def refuse_pair_of_inputs(problem: BilevelProblem, outer: Batch, inner: InnerBatches) -> None:
@@ -72,40 +111,9 @@ def refuse_pair_of_inputs(problem: BilevelProblem, outer: Batch, inner: InnerBat
     for batch in inner.in_memory():
         if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
             raise MetaplError(
-                f"inner is a pair of tensors, which {kind_of(problem)} reads as two views of one "
-                f"input, and the inputs of outer are {described(inputs)}; expected ((x, extra),) "
-                "for one view of two inputs, ((x, extra), (x, extra)) for two views."
+                f"inner is a pair of tensors, which is two views of one input, and outer has "
+                f"{len(inputs)} inputs; expected ((x, extra),), or ((x, extra), (x, extra)) views."
             )
-
-
-def refuse_learned_settings(update: Update) -> None:
-    """Refuse an inner optimizer with a setting that requires a gradient.
-
-    Refuse a transform whose result requires one, too.
-    """
-    if isinstance(update, Clipped):
-        update = update.inner
-    if getattr(update, "is_learned", False):
-        raise MetaplError(
-            "the result of the TorchOpt transform requires a gradient: it reads a learned tensor, "
-            "such as a rate of the teacher, of which the feedback would know nothing; expected "
-            "numbers (.item()), or a setting of torch.optim's optimizers with "
-            "metapl.hypergradient(wrt='lr')."
-        )
-    optimizer = vars(update).get("optimizer")
-    if optimizer is None:
-        return
-    for part in parts_of(optimizer):
-        for group in part.param_groups:
-            for name, value in group.items():
-                # Such as two betas.
-                numbers = [] if name == "params" else pytree.tree_leaves(value)
-                if any(isinstance(t, Tensor) and t.requires_grad for t in numbers):
-                    raise MetaplError(
-                        f"{name} of the inner optimizer requires a gradient, of which the feedback "
-                        f"would know nothing; expected a number ({name}.item()), whose gradient "
-                        f"metapl.hypergradient(wrt={name!r}) gives."
-                    )
 
 
 def refuse_hooks(student: nn.Module, teacher: nn.Module | None) -> None:
@@ -135,10 +143,9 @@ def look_at_step(
     """
     gives_feedback = trainer.mode.credits != "nothing"
     refuse_pair_of_inputs(trainer.problem, outer_batch, inner_batches)
+    refuse_hooks(trainer.student, trainer.teacher)
     if gives_feedback:
-        refuse_tensors(outer_batch, inner_batches)
-        refuse_learned_settings(trainer.update)
-        refuse_hooks(trainer.student, trainer.teacher)
+        refuse_learned(trainer.update, outer_batch, inner_batches)
     elif trainer.accumulate == 1:
         return None
     return FirstLook(
@@ -156,29 +163,29 @@ def look_at_step(
 def look_at_call(differentiation: Differentiation) -> None:
     """Refuse what no hypergradient is taken of, and look at what a call does more than once."""
     request = differentiation.request
+    problem = differentiation.problem
+    inner_batches = differentiation.inner_batches
     gives_feedback = differentiation.estimate.credits != "nothing"
     if gives_feedback:
-        refuse_tensors(request.outer, differentiation.inner_batches)
-        refuse_learned_settings(differentiation.update)
+        refuse_learned(differentiation.update, request.outer, inner_batches)
     if request.accumulate > 1:
         look = FirstLook(
             request.teacher,
             request.student,
-            differentiation.problem,
+            problem,
             outer_batch=request.outer,
-            inner_batches=differentiation.inner_batches,
+            inner_batches=inner_batches,
             blocks=differentiation.of_student.blocks,
             accumulate=request.accumulate,
             finds_leaves=gives_feedback,
         )
-        differentiation.request = replace(differentiation.request, look=look)
-    calls_twice = request.recompute_teacher or request.accumulate > 1
-    if calls_twice or differentiation.inner_batches.are_read_again:
+        request = replace(request, look=look)
+    if request.recompute_teacher or request.accumulate > 1 or inner_batches.are_read_again:
         network = nn.Module() if request.teacher is None else request.teacher
         from metapl.guards.calls_of_signal import KeptBySignal
 
-        calls = KeptBySignal(differentiation.problem, network)
-        differentiation.request = replace(differentiation.request, calls=calls)
+        request = replace(request, calls=KeptBySignal(problem, network))
+    differentiation.request = request
 
 
 # ----------------------------------------------------------------------------------- the first look
@@ -230,10 +237,9 @@ class FirstLook:
             self.named_by.append(named_by)
         self.weights = ids(student.parameters()) | gathered_weights(student, blocks)
         # Copies stand for the student that a loss may have read before.
-        students = [student] if named_by is None else [student, named_by[-1]]
-        self.names_of_weights: dict[int, str] = {}
-        for network in students:
-            self.names_of_weights |= {id(p): name for name, p in network.named_parameters()}
+        originals = student if named_by is None else named_by[-1]
+        named = [*student.named_parameters(), *originals.named_parameters()]
+        self.names_of_weights = {id(p): name for name, p in named}
         # A sharded student computes with the parameters that it holds, whatever tensors a pass
         # began with: its blocks gather them, and products take a part of each.
         self.keeps_weights = bool(blocks) or any(is_sharded(p) for p in student.parameters())
@@ -241,7 +247,6 @@ class FirstLook:
         batches = [outer_batch, *inner_batches.in_memory()]
         self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
         self.batches_before = [t.detach().clone() for t in self.batches]
-        self.versions_before = list(map(version_of, self.batches))
 
     def at_inner_loss(
         self,
@@ -265,19 +270,37 @@ class FirstLook:
         for t in made_here:
             # The signal of a micro-batch is a part of a leaf.
             allowed |= ids(leaves_of(t))
-        if at_own_weights or self.keeps_weights:
+        if at_own_weights:
             allowed |= self.weights
-        leaf = self._strange_leaf(value, allowed, again) if self.finds_leaves else None
-        if leaf is not None and id(leaf) in self.names_of_weights:
-            self._refuse_kept_weight("inner", leaf, way="the argument params of inner_loss")
-        if leaf is not None:
-            raise PastTheSignal(
-                f"the inner loss depends on {self._name_of(leaf)}, past the signal; expected the "
-                "teacher to reach it by problem.signal alone: put it into the signal "
-                "(student_input(self, batch, signal) takes that to the student), make it a "
-                "parameter of the student, or .detach() it."
-            )
+        self._refuse_strange_leaf("inner", value, allowed, again)
         self._refuse_moved_state(again)
+
+    def at_outer_loss(
+        self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
+    ) -> None:
+        """Look at the graph of an outer loss, at leaves in the student's places.
+
+        See :meth:`at_inner_loss`.
+        """
+        self._refuse_strange_leaf("outer", value, ids(made_here) | self.outer_variables, again)
+
+    def _refuse_strange_leaf(
+        self, level: str, value: Tensor, allowed: set[int], again: Callable[[], Tensor]
+    ) -> None:
+        """Refuse a leaf that does not belong into the graph of a loss."""
+        if self.keeps_weights:
+            allowed |= self.weights
+        strange = [leaf for leaf in leaves_of(value) if id(leaf) not in allowed]
+        if not strange or not self.finds_leaves:
+            return
+        in_another_pass = ids(leaves_of(again()))
+        for leaf in strange:
+            if id(leaf) in self.names_of_weights:
+                raise PastTheSignal(f"the {level} loss depends on {self._name_of(leaf)}{KEPT}")
+            if id(leaf) in in_another_pass:
+                raise PastTheSignal(
+                    f"the {level} loss depends on {self._name_of(leaf)}{PAST[level]}"
+                )
 
     def _refuse_moved_state(self, again: Callable[[], Tensor]) -> None:
         """Refuse an inner loss of micro-batches that reads what signal moves in the teacher.
@@ -290,93 +313,39 @@ class FirstLook:
         """
         if self.teacher is None or self.teacher_before is None:
             return
-        with_state_now = again().detach()
-        state_now = Slots(self.teacher).snapshot()
-        named = [*self.teacher.named_buffers(), *self.teacher.named_parameters()]
-        tensors_now = {name: t.detach().clone() for name, t in named}
+        loss = again().detach()
+        state = Slots(self.teacher).snapshot()
         self.teacher_before.restore()
         try:
-            with_state_before = again().detach()
-            moved = []
-            for name, t in (*self.teacher.named_buffers(), *self.teacher.named_parameters()):
-                if name in tensors_now and not same_values(t.detach(), tensors_now[name]):
-                    moved.append(name)
+            loss_before = again().detach()
         finally:
-            state_now.restore()
-        if moved and not same_to_rounding(with_state_now, with_state_before):
+            state.restore()
+        if not same_to_rounding(loss, loss_before):
             raise PastTheSignal(
-                f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and "
-                f"with accumulate={self.accumulate} that moves once for each micro-batch; expected "
-                "it in the signal, a number for each row, or accumulate=1."
+                "the inner loss reads what signal moves in the teacher, which with "
+                f"accumulate={self.accumulate} moves once for each micro-batch; expected it in the "
+                "signal, a number for each row, or accumulate=1."
             )
-
-    def at_outer_loss(
-        self, value: Tensor, made_here: Sequence[Tensor], again: Callable[[], Tensor]
-    ) -> None:
-        """Look at the graph of an outer loss, at leaves in the student's places.
-
-        See :meth:`at_inner_loss`.
-        """
-        allowed = ids(made_here) | self.outer_variables
-        if self.keeps_weights:
-            allowed |= self.weights
-        leaf = self._strange_leaf(value, allowed, again) if self.finds_leaves else None
-        if leaf is not None and id(leaf) in self.names_of_weights:
-            self._refuse_kept_weight("outer", leaf, way="student.parameters() in outer_loss")
-        if leaf is not None:
-            raise PastTheSignal(
-                f"the outer loss depends on {self._name_of(leaf)}; expected the student's weights, "
-                "and the teacher's through a module that the problem holds "
-                f"({kind_of(self.problem)}.teacher = teacher, say): let the problem hold it, or "
-                ".detach() it."
-            )
-
-    def _refuse_kept_weight(self, level: str, leaf: Tensor, way: str) -> None:
-        """Refuse a weight that was read before the step.
-
-        It stays as it is while the student moves.
-        """
-        name = self.names_of_weights.get(id(leaf), "weight")
-        raise PastTheSignal(
-            f"the {level} loss reads the student's {name} from a place that does not move with the "
-            "student: a list of parameters that was made before, or layers from a plain list or "
-            "dict; expected layers in an nn.ModuleList or nn.ModuleDict, and weights that are "
-            f"read when the loss is called: {way}."
-        )
 
     def at_batches(self) -> None:
         """Refuse batches that the step has changed in place, and put them back."""
-        changed = False
-        for t, before, version in zip(
-            self.batches, self.batches_before, self.versions_before, strict=True
-        ):
-            # The counter is read first, without waiting for a device.
-            was_written = version is None or version_of(t) != version
-            if was_written and not same_values(t, before):
-                changed = True
-                with torch.no_grad():
-                    t.copy_(before)
+        pairs = zip(self.batches, self.batches_before, strict=True)
+        changed = [(t, before) for t, before in pairs if not same_values(t, before)]
+        for t, before in changed:
+            with torch.no_grad():
+                t.copy_(before)
         if changed:
             raise PastTheSignal(
-                "a batch is changed in place by a pass of the student, or by a loss, so that the "
-                "teacher and later passes see other data; expected the pass to work on a copy (x "
-                "= x.clone())."
+                "a batch is changed in place by a pass of the student, or by a loss; expected the "
+                "pass to work on a copy (x = x.clone())."
             )
 
-    def _strange_leaf(
-        self, value: Tensor, allowed: set[int], again: Callable[[], Tensor]
-    ) -> Tensor | None:
-        strange = [leaf for leaf in leaves_of(value) if id(leaf) not in allowed]
-        if not strange:
-            return None
-        in_another_pass = ids(leaves_of(again()))
-        return next((leaf for leaf in strange if id(leaf) in in_another_pass), None)
-
     def _name_of(self, leaf: Tensor) -> str:
+        if id(leaf) in self.names_of_weights:
+            return f"the student's {self.names_of_weights[id(leaf)]}"
         for owners in self.named_by:
             for role, owner in zip(("teacher", "problem", "student"), owners, strict=True):
-                name = name_in(owner, leaf)
-                if name:
+                if name := name_in(owner, leaf):
                     return f"the {role}'s {name}"
         return f"{described(leaf)} that requires a gradient"
 
@@ -401,14 +370,6 @@ def leaves_of(value: Tensor) -> list[Tensor]:
                 seen.add(before)
                 nodes.append(before)
     return list(leaves.values())
-
-
-def version_of(t: Tensor) -> int | None:
-    """Return how often a tensor was written to.
-
-    None of a tensor of inference mode, which does not count.
-    """
-    return None if t.is_inference() else t._version
 
 
 def same_values(t: Tensor, before: Tensor) -> bool:
@@ -438,18 +399,12 @@ def name_in(owner: Any, leaf: Tensor) -> str:
 
     It is looked for in attributes, and in modules, lists and dicts in these.
     """
-    parts = [("", owner)]
-    if isinstance(owner, nn.Module):
-        parts = [*owner.named_modules()]
+    parts = owner.named_modules() if isinstance(owner, nn.Module) else [("", owner)]
     for prefix, part in parts:
         attributes = dict(getattr(part, "__dict__", {}))
-        attributes |= attributes.get("_parameters", {})
-        for name, value in attributes.items():
-            inside = ""
-            if isinstance(value, nn.Module):
-                inside = name_in(value, leaf)
-            elif not name.startswith("_") and any(t is leaf for t in pytree.tree_leaves(value)):
-                return f"{prefix}.{name}".removeprefix(".")
-            if inside:
-                return f"{prefix}.{name}.{inside}".removeprefix(".")
+        for name, value in {**attributes, **attributes.get("_parameters", {})}.items():
+            inside = name_in(value, leaf) if isinstance(value, nn.Module) else ""
+            holds = not name.startswith("_") and any(t is leaf for t in pytree.tree_leaves(value))
+            if inside or holds:
+                return ".".join(filter(None, (prefix, name, inside)))
     return ""

@@ -40,7 +40,7 @@ from metapl.feedback import (
 )
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.feedback.report import Report, StepReport
-from metapl.guards.door import FirstLook, look_at_step, refuse_hooks
+from metapl.guards.door import FirstLook, look_at_step
 from metapl.guards.verification import Verification
 from metapl.problems.base import (
     BilevelProblem,
@@ -296,7 +296,6 @@ class BilevelTrainer(Trainer):
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks = self.layout.ranks
         self.student = self.layout.network
-        refuse_hooks(self.student, self.teacher)
         self._engine_type = EagerEngine
         if self.layout.is_sharded:
             # It is loaded where it is used.

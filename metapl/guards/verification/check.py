@@ -26,7 +26,7 @@ from metapl.execution.layout import Layout, layouts
 from metapl.execution.state import RandomState
 from metapl.feedback import Mode, estimator, prepare
 from metapl.feedback.hypergradient import Request
-from metapl.guards.door import refuse_hooks, refuse_learned_settings, refuse_tensors
+from metapl.guards.door import refuse_hooks, refuse_learned
 from metapl.guards.verification.result import GradientCheck, Setting
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
@@ -164,10 +164,9 @@ def check_step(request: Request) -> GradientCheck:
     inner_batches = InnerBatches.of_hypergradient(request.inner)
     student = student_layout.network
     teacher = None if teacher_layout is None else teacher_layout.network
+    refuse_hooks(student, teacher)
     if gives_feedback:
-        refuse_tensors(request.outer, inner_batches)
-        refuse_learned_settings(update)
-        refuse_hooks(student, teacher)
+        refuse_learned(update, request.outer, inner_batches)
     # A truncated feedback is verified over as many steps as it goes back, untruncated.
     most_steps = STEPS if estimate.truncate is None else min(STEPS, max(1, estimate.truncate))
     verified_batches = [inner_batches[k] for k in range(min(len(inner_batches), most_steps))]
