@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metapl.core.feedback import Feedback
 from metapl.core.lookahead import Lookahead
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.layout import CURVATURE, ONE_PROCESS, THROUGH_INPUT, Layout
 from metapl.feedback.base import Estimator
@@ -123,10 +123,8 @@ def estimator(mode: str | Estimator) -> Estimator:
     for name in MODES:
         if mode == name:
             return _REGISTRY[name]
-    expected = f"one of {', '.join(MODES)}, or an estimator such as metapl.feedback.Reinforce()"
-    raise MetaplError(
-        f"mode={mode!r} was given; expected {expected}{did_you_mean(str(mode), MODES) or '.'}"
-    )
+    hint = did_you_mean(str(mode), MODES) or "."
+    raise MetaplError(f"mode={mode!r}: expected an estimator, or one of {', '.join(MODES)}{hint}")
 
 
 def mode_words(mode: Estimator) -> str:
@@ -152,15 +150,9 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
     """Return the problem (default: pseudo-labels) with a kind of signal that the mode takes."""
     if problem is None:
         return default_problem(mode.labels, mode.name)
-    if isinstance(problem, type):
-        described = f"the class {problem.__name__}"
-    else:
-        described = checks.described(problem)
-    if isinstance(problem, type) or not isinstance(problem, BilevelProblem):
-        raise MetaplError(
-            f"problem is {described}; expected a metapl.BilevelProblem, such as "
-            "metapl.PseudoLabels()."
-        )
+    if not isinstance(problem, BilevelProblem):
+        expected = "a metapl.BilevelProblem, such as metapl.PseudoLabels()"
+        raise checks.unexpected("problem is", problem, expected)
     refuse_signal_in_outer_input(problem)
     return problem.for_modes(mode.labels, mode.name)
 
@@ -185,43 +177,30 @@ def check_teacher(teacher: nn.Module | None, problem: BilevelProblem, **is_given
         is_given: whether an option of the teacher was given, by the option's name.
     """
     if (teacher is not None) != problem.has_teacher:
-        expected = "teacher=None"
-        if problem.has_teacher:
-            expected = "a torch.nn.Module, which makes its signal; a problem without a teacher is "
-            expected += "metapl.problems.EqualWeights()"
-        raise MetaplError(
-            f"teacher is of type {type(teacher).__name__}; {kind_of(problem)} expects {expected}."
-        )
-    if teacher is not None:
-        return
-    for name, was_given in is_given.items():
-        if was_given:
-            raise MetaplError(
-                f"{name} was given with teacher=None, and there is no teacher to use it; leave it "
-                "out."
-            )
+        expected = "a module (problem=EqualWeights() takes none)" if problem.has_teacher else "none"
+        raise checks.unexpected("teacher is", teacher, f"{expected}, with {kind_of(problem)}")
+    unused = [name for name, was_given in is_given.items() if was_given and teacher is None]
+    if unused:
+        raise MetaplError(f"{few(unused)} was given with teacher=None; expected it left out.")
 
 
-def check_direct_term(
-    mode: Estimator,
-    problem: BilevelProblem,
-    teacher: nn.Module | None,
-    layouts: Sequence[Layout | None],
-) -> None:
-    """Refuse a direct term where a network is sharded, and a mode of it alone where it is none."""
-    reads_teacher = bool(outer_variables(problem, teacher))
-    if reads_teacher and any(layout is not None and layout.is_sharded for layout in layouts):
+def check_direct_term(mode: Estimator, problem: BilevelProblem, layouts: Sequence[Layout]) -> None:
+    """Refuse a direct term where a network is sharded, and a mode of it alone where it is none.
+
+    Args:
+        layouts: of the teacher, where there is one, and of the student.
+    """
+    kind = kind_of(problem)
+    reads_teacher = bool(outer_variables(problem, layouts[0].network if layouts[1:] else None))
+    if reads_teacher and any(layout.is_sharded for layout in layouts):
         raise MetaplError(
-            f"the outer loss of {kind_of(problem)} may read the teacher, whose module it holds, "
-            "and a network is sharded; expected whole networks in each process, as in "
-            "DistributedDataParallel."
+            f"{kind} holds the teacher, which its outer loss may read, and a network is sharded; "
+            "expected whole networks in each process, as in DistributedDataParallel."
         )
-    gives_it_alone = mode.has_direct_term and mode.credits == "nothing"
-    if gives_it_alone and not reads_teacher:
+    if mode.has_direct_term and mode.credits == "nothing" and not reads_teacher:
         raise MetaplError(
-            f"mode {mode.name!r} gives the direct term alone, and the outer loss of "
-            f"{kind_of(problem)} does not read the teacher; expected a problem that holds the "
-            "teacher, or a module of it, or mode='none'."
+            f"mode {mode.name!r} was given with {kind}, which does not hold the teacher, so that "
+            "its outer loss does not read it; expected a problem that does, or mode='none'."
         )
 
 
@@ -231,49 +210,44 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
     Args:
         steps: of the student.
     """
-    kind = kind_of(problem)
+    if reason := why_not_together(mode, steps, problem, student):
+        raise MetaplError(f"mode {mode.name!r} was given with {kind_of(problem)}, {reason}.")
+
+
+def why_not_together(mode: Estimator, steps: int, problem: BilevelProblem, student: Layout) -> str:
+    """Return what a mode cannot do, and what to give instead; "" for nothing."""
     revises_signal = overrides(problem, "revised_signal")
     signal_enters_input = enters_input(problem)
-    if revises_signal and mode.credits == "nothing":
-        raise MetaplError(
-            f"mode '{mode.name}' was given with {kind}, which makes its signal of the feedback; "
-            "expected feedback on each example: 'forward', or Implicit()."
-        )
-    if steps > 1 and (revises_signal or not mode.looks_ahead):
-        who = kind if revises_signal else f"mode '{mode.name}'"
-        raise MetaplError(
-            f"{who} takes one student step, and {steps} were given; expected one, or one of "
-            f"{', '.join(modes_for(looks_ahead=True))}."
-        )
+    credits_signal = mode.credits == "signal"
     moves_signal = mode.takes_differences or mode.takes_outer_losses
-    if signal_enters_input and moves_signal and mode.credits == "signal":
-        raise MetaplError(
-            f"{kind} has student_input(batch, signal); expected mode 'forward' or 'unrolled'."
-        )
-    if signal_enters_input and revises_signal:
-        raise MetaplError(
-            f"{kind} has revised_signal and student_input(batch, signal); expected one of the two."
-        )
+    if revises_signal and mode.credits == "nothing":
+        return "which makes its signal of the feedback; expected 'forward', or Implicit()"
+    if revises_signal and signal_enters_input:
+        return "which has revised_signal and student_input(batch, signal); expected one of the two"
     if revises_signal and mode.normalization == "cosine":
-        raise MetaplError(
-            'normalization="cosine" divides by a gradient that is zero here; expected "gradient".'
-        )
+        return 'whose gradient is zero, by the norm of which "cosine" divides; expected "gradient"'
+    if steps > 1 and revises_signal:
+        return f"which takes one student step, and with {steps} of them; expected one"
+    if steps > 1 and not mode.looks_ahead:
+        modes = ", ".join(modes_for(looks_ahead=True))
+        return f"and with {steps} student steps, of which it takes one; expected one, or {modes}"
+    if signal_enters_input and credits_signal and moves_signal:
+        return "which has student_input(batch, signal); expected mode 'forward' or 'unrolled'"
     required = set(mode.requires)
     if steps > 1:
         required.add(CURVATURE)
-    if signal_enters_input and mode.credits == "signal":
+    if signal_enters_input and credits_signal:
         required.add(THROUGH_INPUT)
     if revises_signal:
         required.add(ONE_PROCESS)
     lacking = sorted(capability.value for capability in required - student.capabilities)
-    if lacking:
-        expected = "one process, or one student step"
-        if steps == 1:
-            expected = "one process, 'difference' or 'reinforce'"
-        raise MetaplError(
-            f"mode {mode.name!r} takes {' and '.join(lacking)} (with {kind}, steps={steps}), and "
-            f"the student is {student.description}; expected {expected}."
-        )
+    if not lacking:
+        return ""
+    instead = "one student step" if steps > 1 else "'difference' or 'reinforce'"
+    return (
+        f"whose {steps} steps take {' and '.join(lacking)}, and a student that is "
+        f"{student.description}; expected one process, or {instead}"
+    )
 
 
 def check_signal(
@@ -291,26 +265,17 @@ def check_signal(
     if fits and log_prob is not None:
         fits = isinstance(value, Tensor) and log_prob.shape == value.shape[:1]
     if not fits or not isinstance(signal, Signal):
-        returned = checks.described(signal)
-        if isinstance(signal, Signal):
-            returned = f"a Signal of {checks.described(value)}"
-        raise MetaplError(
-            f"{kind_of(problem)}.signal returned {returned}; expected metapl.Signal(value) of a "
-            "tensor or a dict of them, or metapl.Signal(value, log_prob=...) of a sampled tensor."
-        )
+        value = value if isinstance(signal, Signal) else signal
+        expected = "metapl.Signal(value) of tensors, or Signal(value, log_prob=...) of drawn labels"
+        raise checks.unexpected(f"{kind_of(problem)}.signal returned", value, expected)
     kind: Kind = "soft" if log_prob is None else "hard"
-    if kind == "hard" and mode.credits in ("signal", "example") and enters_input(problem):
-        raise MetaplError(
-            f"mode {mode.name!r} credits each label, and those of {kind_of(problem)} enter the "
-            "student's input; expected a differentiable signal, or 'reinforce', "
-            "'loss_difference' or 'none'."
-        )
+    credits_labels = kind == "hard" and mode.credits in ("signal", "example")
     is_constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
-    if is_constant or kind not in mode.labels:
+    if (credits_labels and enters_input(problem)) or is_constant or kind not in mode.labels:
         with_or_without = "without" if log_prob is None else "with"
         fitting_modes = ", ".join(modes_for(kind, looks_ahead=student_steps > 1))
         raise MetaplError(
-            f"the problem's signal is {checks.described(value)} {with_or_without} a log_prob, "
-            f"which mode '{mode.name}' does not differentiate; expected {fitting_modes}, or a "
-            "signal of floating point, or with log_prob."
+            f"the signal of {kind_of(problem)} is {checks.described(value)} {with_or_without} a "
+            f"log_prob, in which mode {mode.name!r} does not differentiate; expected a signal of "
+            f"floating point with its graph, or {fitting_modes}."
         )

@@ -201,7 +201,7 @@ class Differentiation:
         )
         if self.takes_direct_term or (not has_feedback and self.estimate.has_direct_term):
             networks = [self.of_teacher, self.of_student]
-            check_direct_term(self.estimate, self.problem, request.teacher, networks)
+            check_direct_term(self.estimate, self.problem, [n for n in networks if n is not None])
 
     @cached_property
     def slots(self) -> list[Slots]:

@@ -317,7 +317,7 @@ class BilevelTrainer(Trainer):
         self._refuse_mode_that_does_not_fit()
         self._set_feedback_size(feedback_weight, ratio=feedback_ratio, bound=feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
-        check_direct_term(self.mode, self.problem, self.teacher, self.layouts)
+        check_direct_term(self.mode, self.problem, self.layouts)
 
         # The optimizers.
         if inner_optimizer is None:
