@@ -409,8 +409,7 @@ class Teaching:
         """
         teacher = self.teacher
         inner_parts = [of_part.inner_batch for of_part in passes]
-        parts = len(outer_parts)
-        if parts > 1 and self.compares_parts:
+        if len(outer_parts) > 1 and self.compares_parts:
             with rows_shared(teacher.ranks):
                 refuse_other_than_means(
                     teacher.network,
@@ -420,8 +419,6 @@ class Teaching:
                     signals=[of_part.signal for of_part in passes],
                     step=self.step,
                     ranks=teacher.ranks,
-                    device=teacher.device,
-                    parts=parts,
                 )
         return shares_of_losses(
             self.losses, outer_parts, inner_parts, teacher.ranks, teacher.device

@@ -95,8 +95,6 @@ def refuse_other_than_means(
     *,
     step: Any,
     ranks: Ranks,
-    device: torch.device,
-    parts: int,
 ) -> None:
     """Refuse a loss that is no mean over rows and does not say what it is a mean over.
 
@@ -114,7 +112,9 @@ def refuse_other_than_means(
     signal = joined_signals([signal.detached() for signal in signals[:2]])
     whole = joined_batches(outer[:2]), joined_batches(inner[:2]), signal
     pair = list(zip(outer[:2], inner[:2], signals[:2], strict=True))
-    tolerance = TOLERANCES[coarsest_dtype([p.dtype for p in network.parameters()], device)]
+    parameters = list(network.parameters())
+    device = parameters[0].device
+    tolerance = TOLERANCES[coarsest_dtype([p.dtype for p in parameters], device)]
     refusal = ""
     random = RandomState.now(device)
     with torch.no_grad(), no_fast_path(), in_modes(network, frozenset()):
@@ -136,11 +136,9 @@ def refuse_other_than_means(
             if not abs(of_whole - by_parts) <= tolerance * size:
                 refusal = (
                     f"the loss {loss.name!r} is {of_whole:.6g} on {length(whole[0])} rows, and "
-                    f"{by_parts:.6g} by two micro-batches of them, with accumulate={parts}: it is "
-                    "no mean over rows. Give it a method mean_over(*, outer, inner) that returns "
-                    "what it divides by, such as the number of labels that are not ignored; or "
-                    "take accumulate=1; or say of_micro_batches = True, if each micro-batch is "
-                    "meant to have a loss of its own."
+                    f"{by_parts:.6g} by two micro-batches: it is no mean over rows; expected one, "
+                    "a method mean_over(*, outer, inner) that returns what it divides by, "
+                    "accumulate=1, or of_micro_batches = True for a loss of each alone."
                 )
     # All processes refuse it together, since the others would wait for this one.
     with ranks.agreed(waiting=True):

@@ -142,9 +142,7 @@ class Trainer(ABC):
     def first_steps(self, options: FitOptions) -> int:
         """Return how many steps of a fit the student takes alone, before its teacher begins."""
         if options.first_steps:
-            raise MetaplError(
-                f"first_steps={options.first_steps}: {type(self).__name__} has none; leave it out."
-            )
+            raise MetaplError(f"first_steps={options.first_steps} was given to a trainer without.")
         return 0
 
     @property
@@ -328,9 +326,7 @@ class Trainer(ABC):
         if measure is None:
             first = next(batches, None)
             if first is None:
-                raise MetaplError(
-                    "the labeled data have no batches; expected at least one, and a fresh iterator."
-                )
+                raise MetaplError("the labeled data have no batches; expected one or more.")
             batches = chain([first], batches)
             first_inputs, first_batch = first
             # Two rows tell whether the outputs are class logits.
@@ -340,10 +336,7 @@ class Trainer(ABC):
         if classes is None:
             return result
         if len(classes) != len(getattr(result, "confusion", ())):
-            raise MetaplError(
-                f"{len(classes)} names of classes for the metric {result.metric!r}; expected one a "
-                "class."
-            )
+            raise MetaplError(f"{len(classes)} names of classes were given; expected one a class.")
         return replace(result, classes=tuple(classes))
 
     def read_input(self, batch: Batch) -> Inputs:
@@ -441,10 +434,8 @@ class Trainer(ABC):
 
         state = checkpoint.load(path)
         if not {"trainer", "rng"} <= state.keys():
-            raise MetaplError(
-                f"{path} was not written by a trainer's save; expected such a file, or "
-                "fit(out=..., resume=True) with the folder of a fit whose checkpoint this is."
-            )
+            mend = "a file of save, or fit(out=..., resume=True) with the folder of a fit"
+            raise MetaplError(f"{path} was not written by a trainer's save; expected {mend}.")
         self.load_state_dict(state["trainer"])
         # Last, for loading may draw.
         checkpoint.set_rng_state(state["rng"])

@@ -155,9 +155,7 @@ class Fit:
 
         options = request.options
         if options.wait and trainer.teacher is None:
-            raise MetaplError(
-                f"wait={options.wait} was given, and there is no teacher to train; expected wait=0."
-            )
+            raise MetaplError(f"wait={options.wait} was given without a teacher; expected wait=0.")
         self.trainer = trainer
         self.options = options
         self.ranks = trainer.ranks
@@ -172,17 +170,13 @@ class Fit:
         self.saves = self.ranks.any(self.out is not None)
         self.resumes = self.ranks.any(bool(request.resume))
         if self.resumes and not self.saves:
-            raise MetaplError(
-                "resume was given without out; expected the folder of the run to go on with."
-            )
+            raise MetaplError("resume was given without out; expected the folder of the run.")
         validation = as_tensors(request.validation, trainer.dtype)
         self.sources = Sources(request.sources, request.batch_size, trainer.dtype)
         self.rates = Rates(trainer, options)
         self.outcomes = Outcomes(trainer, options, self.say)
         if options.patience is not None and validation is None:
-            raise MetaplError(
-                f"patience={options.patience} was given without validation data; expected both."
-            )
+            raise MetaplError("patience was given without validation data; expected both.")
         compares = options.select or options.patience is not None
         self.metric = metric_for(trainer, validation, request.metric, compares)
         self.patience = Patience(options.patience, self.metric)
@@ -311,9 +305,7 @@ class Fit:
 
         process_state = state_of_process(state["ranks"], self.trainer, path, self.sources)
         if state["step"] > self.options.steps:
-            raise MetaplError(
-                f"{path} has done {state['step']} steps; expected steps={state['step']} or more."
-            )
+            raise MetaplError(f"{path} has done {state['step']} steps; expected steps= of as many.")
         # The first batch, by which other data are known.
         positions = self.sources.draw_facts()
         if self.request.resume != "anyway":
@@ -400,7 +392,7 @@ class Fit:
         are_finite = bool(torch.stack([torch.isfinite(w).all() for w in weights]).all())
         if self.ranks.any(not are_finite):
             raise MetaplError(
-                f"weights were NaN or infinite after step {self.step}; lower the learning rates."
+                f"weights were not finite after step {self.step}; lower the learning rates."
             )
 
     # ------------------------------------------------------------------------------- what it showed

@@ -34,9 +34,8 @@ from metapl.training.base import Trainer, refuse_missing_entries
 from metapl.updates import (
     as_one_optimizer,
     parameters_of,
-    refuse_closure,
     refuse_state_of_another,
-    refuse_tensor_settings,
+    refuse_unfit,
 )
 
 if TYPE_CHECKING:
@@ -102,12 +101,9 @@ class LossTrainer(Trainer):
         self.losses: Sequence[TeacherLoss] = check_losses(losses, "losses")
         self.optimizer = as_one_optimizer(optimizer, "optimizer")
         if isinstance(self.optimizer, torch.optim.Optimizer):
-            refuse_closure(self.optimizer, "optimizer", "an optimizer that steps on a gradient")
-            refuse_tensor_settings(self.optimizer, "optimizer")
+            refuse_unfit(self.optimizer, "optimizer")
         if not self.losses:
-            raise MetaplError(
-                "LossTrainer was given no losses; expected at least one, such as CrossEntropy()."
-            )
+            raise MetaplError("losses is empty; expected at least one, such as CrossEntropy().")
         self.classifies = any(getattr(loss, "of_classes", False) for loss in self.losses)
         self.device = next(self.student.parameters()).device
         self.clip_norm = clip_norm
@@ -151,17 +147,23 @@ class LossTrainer(Trainer):
         if self.steps_done == 0:
             self.tell_evaluation(self._warn)
             if not self._optimizer_holds_any_weight():
-                raise MetaplError(
-                    "the optimizer holds none of the network's trainable parameters; expected "
-                    "those."
-                )
+                raise MetaplError("the optimizer holds none of the network's trainable parameters.")
         with restored(
             Slots(self.student), trained=parameters_of(self.optimizer), device=self.device
         ) as fault:
             outer_parts = micro_batches(outer, self.accumulate, "outer")
             inner_parts = micro_batches(inner, self.accumulate, "inner")
             if self.accumulate > 1 and self.steps_done == 0:
-                self._refuse_other_than_means(outer_parts, inner_parts)
+                with rows_shared(self.ranks):
+                    refuse_other_than_means(
+                        self.student,
+                        self.losses,
+                        outer_parts,
+                        inner_parts,
+                        signals=[self._no_signal()] * self.accumulate,
+                        step=self.steps_done,
+                        ranks=self.ranks,
+                    )
             shares = shares_of_losses(
                 self.losses, outer_parts, inner_parts, self.ranks, self.device
             )
@@ -199,24 +201,6 @@ class LossTrainer(Trainer):
     def _optimizer_holds_any_weight(self) -> bool:
         ids_in_optimizer = {id(p) for p in parameters_of(self.optimizer)}
         return any(id(p) in ids_in_optimizer for p in self.layout.parameters().values())
-
-    def _refuse_other_than_means(self, outer: Sequence[Any], inner: Sequence[Any]) -> None:
-        """Refuse losses of micro-batches that are no means over rows and do not say so.
-
-        They are looked at in the first step.
-        """
-        with rows_shared(self.ranks):
-            refuse_other_than_means(
-                self.student,
-                self.losses,
-                outer,
-                inner,
-                signals=[self._no_signal()] * len(outer),
-                step=self.steps_done,
-                ranks=self.ranks,
-                device=self.device,
-                parts=self.accumulate,
-            )
 
     def read_outer(self, batch: Batch, name: str) -> tuple[Inputs, Batch]:
         batch = labeled_pair(batch, name)

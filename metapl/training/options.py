@@ -95,27 +95,23 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.wait >= self.steps:
-            raise MetaplError(f"wait={self.wait}: expected fewer than steps={self.steps}.")
-        if self.first_steps is not None and self.first_steps >= self.steps - self.wait:
-            raise MetaplError(
-                f"first_steps={self.first_steps}: expected fewer than the steps after wait, "
-                f"{self.steps - self.wait}."
-            )
-        if self.warmup > self.steps - self.wait:
-            raise MetaplError(
-                f"warmup={self.warmup}: expected at most the steps after wait, "
-                f"{self.steps - self.wait}."
-            )
+        if reason := self._why_not():
+            raise MetaplError(f"{reason}.")
+
+    def _why_not(self) -> str:
+        """Return which options do not go together, and what to give instead; "" for none."""
+        after_wait = self.steps - self.wait
+        if after_wait < 1:
+            return f"wait={self.wait}: expected fewer than steps={self.steps}"
+        if self.first_steps is not None and self.first_steps >= after_wait:
+            return f"first_steps={self.first_steps}: expected fewer than steps - wait, {after_wait}"
+        if self.warmup > after_wait:
+            return f"warmup={self.warmup}: expected at most steps - wait, {after_wait}"
         if self.decay_every is not None and self.schedule != "exponential":
-            raise MetaplError(
-                f"decay_every={self.decay_every}: expected None, or schedule='exponential' beside "
-                "it."
-            )
+            return f"decay_every={self.decay_every}: expected None, or schedule='exponential'"
         if self.phase in ("", ".", "..") or {*self.phase} & {*"/\\\0"}:
-            raise MetaplError(
-                f"phase={self.phase!r}: expected a plain name, for it names a folder."
-            )
+            return f"phase={self.phase!r}: expected a plain name, for it names a folder"
+        return ""
 
     def rate(self, step: int, wait: int = 0) -> float:
         """Return the factor of a base learning rate at ``step``.
@@ -257,9 +253,7 @@ class Average:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         if any(p.dtype in (torch.bfloat16, torch.float16) for p in network.parameters()):
-            raise MetaplError(
-                "ema_decay of 16-bit weights does not move; expected 32-bit ones with precision=."
-            )
+            raise MetaplError("ema_decay was given with 16-bit weights; expected 32-bit ones.")
         self.network = network
         self.decay = decay
         self.steps = 0

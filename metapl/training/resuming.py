@@ -92,10 +92,8 @@ class Checkpoints:
             self.folder = CheckpointFolder(out.path / "checkpoints" / self.phase, keep)
         with self.ranks.agreed(waiting=True):
             if self.folder is not None and self.folder.paths() and not resumes:
-                raise MetaplError(
-                    f"{self.folder.folder} holds checkpoints already; go on with resume=True, or "
-                    "give another out or phase."
-                )
+                instead = "go on with resume=True, or give another out or phase"
+                raise MetaplError(f"{self.folder.folder} holds checkpoints already; {instead}.")
         has_shards = any(is_sharded(p) for network in networks for p in network.parameters())
         if not saves or not has_shards or self.ranks.alone:
             return
@@ -196,10 +194,8 @@ def refuse_other_settings(
     groups = {name.rpartition(".")[0] for name in stored if name.endswith(".parameters")}
     groups_now = {name.rpartition(".")[0] for name in current if name.endswith(".parameters")}
     if missing := sorted(groups - groups_now):
-        raise MetaplError(
-            f"{path} has param groups that are not there now: {few(missing)}; expected them, by "
-            "add_param_group before the fit that resumes."
-        )
+        mend = "expected them, by add_param_group before the fit that resumes"
+        raise MetaplError(f"{path} has param groups that are missing: {few(missing)}; {mend}.")
     changes = []
     for name in {**stored, **current}:
         if stored.get(name) != current.get(name):
@@ -222,10 +218,7 @@ def state_of_process(
             return states[0]
         return states[ranks.gathered(dist.get_rank()).index(dist.get_rank())]
     if ranks.size > 1 and not sources.are_shared:
-        raise MetaplError(
-            f"{path} is of a fit in {len(states)} processes with sources of their own; expected "
-            "as many."
-        )
+        raise MetaplError(f"{path} is of {len(states)} processes with data each; expected as many.")
     state = states[0]
     modules = [module for network in trainer.networks.values() for module in network.modules()]
     if any(isinstance(module, nn.modules.dropout._DropoutNd) for module in modules):

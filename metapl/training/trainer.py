@@ -61,10 +61,9 @@ from metapl.updates import (
     Update,
     as_one_optimizer,
     parameters_of,
-    refuse_closure,
     refuse_missing,
     refuse_state_of_another,
-    refuse_tensor_settings,
+    refuse_unfit,
     update_of,
 )
 
@@ -80,11 +79,6 @@ if TYPE_CHECKING:
 FIRST_NOT_FINITE = (
     "the inner loss is NaN or infinite: the student has diverged, or a batch has extreme values; "
     "lower its learning rate, or clean the batch."
-)
-
-CLOSURE_OUTSIDE = (
-    "an optimizer that steps on a gradient, or a loop around metapl.hypergradient "
-    "(docs/meta-learning.md, An outer optimizer with a closure)"
 )
 
 
@@ -354,15 +348,9 @@ class BilevelTrainer(Trainer):
         """Refuse options of the mode that a trainer's step, or its options, cannot have."""
         mode = self.mode
         if mode.keep_graph and self.accumulate > 1:
-            raise MetaplError(
-                f"accumulate={self.accumulate} was given with mode 'unrolled'; expected 1, or mode "
-                "'forward'."
-            )
+            raise MetaplError("accumulate= was given with mode 'unrolled'; expected 'forward'.")
         if mode.truncate == 0:
-            raise MetaplError(
-                "truncate=0 differentiates no step, so the teacher would learn nothing; expected "
-                "1 or more, or metapl.hypergradient(wrt='start')."
-            )
+            raise MetaplError("truncate=0 differentiates no step of a trainer; expected 1 or more.")
 
     def _take_outer_optimizer(self, outer_optimizer: Any) -> None:
         """Take the teacher's optimizer, or make the default one; refuse one that does not fit."""
@@ -375,19 +363,12 @@ class BilevelTrainer(Trainer):
         if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
             expected = "one of torch.optim over teacher.parameters()"
             raise checks.unexpected("outer_optimizer is", outer_optimizer, expected)
-        refuse_closure(self.outer_optimizer, "outer_optimizer", CLOSURE_OUTSIDE)
-        refuse_tensor_settings(self.outer_optimizer, "outer_optimizer")
-        refuse_missing(
-            "outer_optimizer",
-            self.outer_optimizer,
-            self.teacher_layout.parameters(),
-            network="teacher",
-        )
+        refuse_unfit(self.outer_optimizer, "outer_optimizer")
+        learned = self.teacher_layout.parameters()
+        refuse_missing("outer_optimizer", self.outer_optimizer, learned, network="teacher")
         ids_of_teacher = {id(p) for p in self.teacher.parameters()}
         if any(id(p) not in ids_of_teacher for p in parameters_of(self.outer_optimizer)):
-            raise MetaplError(
-                "outer_optimizer holds tensors that are not the teacher's; expected its parameters."
-            )
+            raise MetaplError("outer_optimizer holds other tensors than the teacher's parameters.")
 
     def _trainer_of(self, teacher: nn.Module) -> LossTrainer:
         """Return a trainer of the teacher, as it was given, on its own losses alone."""
@@ -520,9 +501,8 @@ class BilevelTrainer(Trainer):
         teacher_slots, student_slots = self.slots
         if self.outer_optimizer is not None:
             # Layers may have been added since, or thawed.
-            refuse_missing(
-                "outer_optimizer", self.outer_optimizer, teacher_slots.learned, network="teacher"
-            )
+            learned = teacher_slots.learned
+            refuse_missing("outer_optimizer", self.outer_optimizer, learned, network="teacher")
         fingerprint = hash((teacher_slots.mark, student_slots.mark))
         self._condition = self._conditions.setdefault(fingerprint, Condition(fingerprint))
         return self._condition
@@ -673,15 +653,11 @@ class BilevelTrainer(Trainer):
         for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
             if value is not None and not self.has_losses:
                 raise MetaplError(
-                    f"{name}={value:g} was given, and the teacher has no losses of its own to "
-                    "measure by; expected feedback_weight=..., or another learning rate of "
-                    "outer_optimizer, which then sets the size."
+                    f"{name}={value:g} was given without losses of the teacher to measure by; "
+                    "expected feedback_weight=, or another rate of outer_optimizer."
                 )
         if ratio is not None and (weight is not None or bound is not None):
-            beside = "feedback_weight" if weight is not None else "feedback_bound"
-            raise MetaplError(
-                f"feedback_ratio={ratio:g} and {beside} were given; expected one of them."
-            )
+            raise MetaplError("feedback_ratio was given with a weight or a bound; expected one.")
         self.feedback_weight = 1.0 if weight is None else weight
         self.feedback_ratio = ratio
         self.feedback_bound = bound
@@ -737,9 +713,7 @@ class BilevelTrainer(Trainer):
         Raises: :class:`metapl.MetaplError` before anything moves.
         """
         if self._teacher_trainer is None or not self.has_losses:
-            raise MetaplError(
-                "the teacher has no losses of its own; expected teacher_losses=, or wait=0."
-            )
+            raise MetaplError("the teacher has no losses of its own; expected teacher_losses=.")
         self._teacher_trainer.losses = self._losses_for(plain(inner))
         self._teacher_trainer.steps_done = self.steps_done
         report = self._teacher_trainer.step(outer, inner)
@@ -760,10 +734,8 @@ class BilevelTrainer(Trainer):
         steps_after_wait = options.steps - options.wait
         steps = self.problem.first_steps(steps_after_wait)
         if not isinstance(steps, int) or not 0 <= steps < steps_after_wait:
-            raise MetaplError(
-                f"{kind_of(self.problem)}.first_steps({steps_after_wait}) returned {steps!r}; "
-                f"expected a whole number below {steps_after_wait}."
-            )
+            returned = f"{kind_of(self.problem)}.first_steps({steps_after_wait}) returned {steps!r}"
+            raise MetaplError(f"{returned}; expected a whole number below {steps_after_wait}.")
         return steps
 
     @one_at_a_time
@@ -911,12 +883,9 @@ class BilevelTrainer(Trainer):
         """
         refuse_missing_entries(state, self.live_state())
         if state["mode"] != self.mode.name:
-            raise MetaplError(
-                f"it is of the mode {state['mode']!r}, and the trainer's is {self.mode.name!r}"
-            )
+            raise MetaplError(f"it is of mode {state['mode']!r}, not {self.mode.name!r}")
         if (self.generator is None) != (state["generator"] is None):
-            has_generator = "none" if self.generator is None else "one"
-            raise MetaplError(f"its generator is another: the trainer has {has_generator}")
+            raise MetaplError("one of the two has a generator, and the other has none")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
         if self.teacher is not None:

@@ -15,10 +15,9 @@ from metapl.updates.optimizers import (
     options_of,
     parameters_of,
     parts_of,
-    refuse_closure,
     refuse_missing,
     refuse_state_of_another,
-    refuse_tensor_settings,
+    refuse_unfit,
 )
 from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
 from metapl.updates.several import InnerOptimizer, Several, SeveralRules, as_one_optimizer
@@ -41,10 +40,9 @@ __all__ = [
     "options_of",
     "parameters_of",
     "parts_of",
-    "refuse_closure",
     "refuse_missing",
     "refuse_state_of_another",
-    "refuse_tensor_settings",
+    "refuse_unfit",
     "scheduled_settings",
     "update_of",
 ]
@@ -83,17 +81,14 @@ def update_of(
     kinds = [type(part) for part in parts_of(optimizer)]
     has_rules = all(kind in _UPDATES for kind in kinds)
     if state is not None or not has_rules:
-        kind_names = " and ".join(kind.__name__ for kind in kinds)
-        if state is not None:
-            kind_names += ", with a state"
+        with_state = "" if state is None else ", with a state"
         raise MetaplError(
-            f"{name} is {kind_names}; expected torch.optim's SGD, Adam, AdamW, Muon or a tuple of "
-            "them, or on one device a TorchOpt transform."
+            f"{name} is {' and '.join(kind.__name__ for kind in kinds)}{with_state}; expected "
+            "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt "
+            "transform."
         )
     if has_sharded_weights and torch.optim.Muon in kinds:
-        raise MetaplError(
-            f"{name} has Muon, whose products are of whole matrices; the network is sharded."
-        )
+        raise MetaplError(f"{name} has Muon, and the network is sharded; expected AdamW, say.")
     if isinstance(optimizer, Several):
         return SeveralRules(optimizer, parameters)
     return _UPDATES[kinds[0]](optimizer, parameters)

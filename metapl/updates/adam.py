@@ -150,9 +150,7 @@ def _divisors(root: Tensors, group: Mapping[str, Any]) -> Tensors:
 def refuse_half(parameters: Parameters) -> None:
     half = [name for name, p in parameters.items() if p.dtype == torch.float16]
     if half:
-        raise MetaplError(
-            f"{half[0]} is in float16, too coarse for Adam's second moments; expected float32."
-        )
+        raise MetaplError(f"{half[0]} is in float16; expected float32, or SGD in place of Adam.")
 
 
 def _moments(
@@ -160,9 +158,7 @@ def _moments(
 ) -> tuple[Tensors, Tensors, Tensors, list[Any], list[State]]:
     """d, m̂, √n̂ and the steps t of the parameters of a group, and their new states."""
     if any(map(Tensor.is_complex, params)):
-        raise MetaplError(
-            "inner_optimizer is of Adam's kind, and a weight is complex; expected torch.optim.SGD."
-        )
+        raise MetaplError("inner_optimizer is Adam of a complex weight; expected torch.optim.SGD.")
     beta1, beta2 = group["betas"]
     d: Tensors = mul(grads, -1.0) if group["maximize"] else grads
     if is_set(group["weight_decay"]) and not group.get("decoupled_weight_decay", False):

@@ -136,10 +136,7 @@ class Update(ABC):
 
     def with_options(self, options: Options) -> Update:
         """Return the same update with other options, such as the learning rates of a later step."""
-        raise MetaplError(
-            "settings was given with a TorchOpt transform; expected torchopt.schedule in the "
-            "transform."
-        )
+        raise MetaplError("settings was given with a TorchOpt transform; expected torch.optim's.")
 
     def pullback(
         self,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError, few
+from metapl.execution.checks import unexpected
 from metapl.updates.base import OptimizerState, Parameters
 
 # Entries of a param group that are no settings of an optimizer. Schedulers add the first.
@@ -62,35 +63,25 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return options
 
 
-def refuse_tensor_settings(optimizer: torch.optim.Optimizer, name: str) -> None:
-    """Refuse a setting in a tensor with dimensions, which torch reads as one number, or not at all.
+def refuse_unfit(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse an optimizer that no trainer steps: by a closure, such as LBFGS, or by no numbers.
+
+    A setting in a tensor with dimensions is read by torch as one number, or not at all.
 
     Args:
         name: of the argument that the optimizer was given as, for errors.
-    """
-    for group in optimizer.param_groups:
-        for key, value in group.items():
-            if isinstance(value, Tensor) and value.ndim:
-                raise MetaplError(
-                    f"{name} has {key!r} of shape {tuple(value.shape)} in a param group; expected "
-                    "a number."
-                )
-
-
-def refuse_closure(optimizer: torch.optim.Optimizer, name: str, expected: str) -> None:
-    """Refuse an optimizer, or one of several, whose ``step`` needs a closure, such as LBFGS.
-
-    Args:
-        name: of the argument, for errors.
-        expected: the way out.
     """
     for part in parts_of(optimizer):
         closure = inspect.signature(type(part).step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise MetaplError(
-                f"{name} is {type(part).__name__}, whose step() evaluates the loss by a closure; "
-                f"expected {expected}."
+                f"{name} is {type(part).__name__}, which steps by a closure; expected one that "
+                "steps on a gradient, or metapl.hypergradient (docs/meta-learning.md) around it."
             )
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if isinstance(value, Tensor) and value.ndim:
+                raise unexpected(f"{name} has {key!r} that is", value, "a number")
 
 
 def refuse_missing(
@@ -106,21 +97,15 @@ def refuse_missing(
     optimized = {id(p) for p in parameters_of(optimizer)}
     missing = [path for path, p in parameters.items() if id(p) not in optimized]
     if missing or not parameters:
-        expected = f"{network}.parameters(), and new ones by add_param_group"
-        if network == "student" and missing:
-            expected += ", those that the inner steps leave as they are in a group with lr=0"
         raise MetaplError(
-            f"{name} holds {len(optimized)} tensors, without {few(missing, 3) or 'any'} of the "
-            f"{len(parameters)} trainable parameters of the {network}; expected {expected}."
+            f"{name} lacks {few(missing, 3) or 'a weight'} of the {network}; expected {network}."
+            "parameters(), new ones by add_param_group, and what is not to move with lr=0."
         )
     for group in optimizer.param_groups:
         # torch may see such a tensor in a step only.
         is_of_muon = "ns_steps" in group
         if is_of_muon and any(p.ndim != 2 or p.is_complex() for p in group["params"]):
-            raise MetaplError(
-                f"{name} has Muon over tensors that are no real matrices; give them to another "
-                "optimizer."
-            )
+            raise MetaplError(f"{name} has Muon over other tensors; expected real matrices alone.")
 
 
 def refuse_state_of_another(
@@ -133,19 +118,12 @@ def refuse_state_of_another(
     """
     if not isinstance(state, Mapping) or "param_groups" not in state:
         raise MetaplError(f"its {name} has no param_groups: it is no state of torch.optim")
-    saved_groups = len(state["param_groups"])
-    own_groups = len(optimizer.param_groups)
-    if saved_groups != own_groups:
-        raise MetaplError(
-            f"its {name} has {saved_groups} param groups, and the trainer's {own_groups}; expected "
-            "as many, by add_param_group"
-        )
+    groups = len(state["param_groups"])
+    if groups != len(optimizer.param_groups):
+        raise MetaplError(f"its {name} has {groups} param groups; add_param_group adds new ones")
     own_settings = {key for group in optimizer.param_groups for key in group}
     saved_settings = {key for group in state["param_groups"] for key in group}
     only_saved = sorted(saved_settings - own_settings - _NO_SETTINGS)
     only_own = sorted(own_settings - saved_settings - _NO_SETTINGS)
     if only_saved and only_own:
-        raise MetaplError(
-            f"its {name} has {', '.join(only_saved)}, and the trainer's {type(optimizer).__name__} "
-            f"has {', '.join(only_own)}"
-        )
+        raise MetaplError(f"its {name} has {few(only_saved)}, the trainer's has {few(only_own)}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
+from metapl.execution.checks import unexpected
 from metapl.updates.adam import Adam, refuse_half
 from metapl.updates.base import Parameters
 from metapl.updates.lists import Tensors
@@ -96,9 +97,7 @@ def as_one_optimizer(optimizer: Any, name: str = "inner_optimizer") -> Any:
     if not isinstance(optimizer, tuple | list) or is_transform(optimizer):
         return optimizer
     if not optimizer or not all(isinstance(part, torch.optim.Optimizer) for part in optimizer):
-        raise MetaplError(
-            f"{name} is a {type(optimizer).__name__}; expected one of optimizers of torch.optim."
-        )
+        raise unexpected(f"{name} is", optimizer, "optimizers of torch.optim in it, one or more")
     tensors = [id(p) for part in optimizer for p in parameters_of(part)]
     twice = len(tensors) - len({*tensors})
     if twice:

@@ -21,7 +21,7 @@ from metapl.updates.optimizers import (
     parts_of,
     refuse_missing,
     refuse_state_of_another,
-    refuse_tensor_settings,
+    refuse_unfit,
 )
 
 # The state of one parameter, as in ``torch.optim.Optimizer.state``, and of all by name.
@@ -57,8 +57,7 @@ class TorchUpdate(Update):
         foreign = sum(p.requires_grad and id(p) not in students for p in parameters_of(optimizer))
         if foreign:
             raise MetaplError(
-                f"inner_optimizer holds {foreign} other tensors; expected student.parameters() "
-                "alone."
+                f"inner_optimizer holds {foreign} tensors beside student.parameters()."
             )
 
     @staticmethod
@@ -85,10 +84,8 @@ class TorchUpdate(Update):
             return
         for group in groups:
             if group.get("differentiable") or group.get("capturable"):
-                raise MetaplError(
-                    "inner_optimizer has differentiable or capturable=True; expected them left out."
-                )
-        refuse_tensor_settings(self.optimizer, "inner_optimizer")
+                raise MetaplError("inner_optimizer is differentiable or capturable; expected not.")
+        refuse_unfit(self.optimizer, "inner_optimizer")
         refuse_missing("inner_optimizer", self.optimizer, parameters, network="student")
         owners = {id(p): part for part in parts_of(self.optimizer) for p in parameters_of(part)}
         group_numbers = {

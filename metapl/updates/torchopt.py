@@ -69,9 +69,7 @@ class TransformUpdate(Update):
             if self.parameters.get(name) is not parameters.get(name):
                 changed.append(name)
         if changed:
-            raise MetaplError(
-                f"the student's {few(changed, 3)} changed; expected a new trainer for TorchOpt."
-            )
+            raise MetaplError(f"the student's {few(changed, 3)} changed; expected a new trainer.")
 
     def read_state(self) -> OptimizerState:
         return self.state

@@ -194,17 +194,15 @@ def refused_states() -> dict[str, tuple[Callable[[], Any], str]]:
     return {
         "SGD's for Adam": (
             lambda: bilevel(adam).load_state_dict(bilevel().state_dict()),
-            r"inner_optimizer has dampening.*, and the trainer's Adam has .*betas.*"
-            + bilevel_expected,
+            r"inner_optimizer has dampening.*, the trainer's has .*betas.*" + bilevel_expected,
         ),
         "Adam's for SGD": (
             lambda: bilevel().load_state_dict(bilevel(adam).state_dict()),
-            r"inner_optimizer has .*betas.*, and the trainer's SGD has dampening.*"
-            + bilevel_expected,
+            r"inner_optimizer has .*betas.*, the trainer's has dampening.*" + bilevel_expected,
         ),
         "Adam's for SGD, of losses": (
             lambda: of_losses().load_state_dict(of_losses(adam).state_dict()),
-            rf"optimizer has .*betas.*, and the trainer's SGD has dampening.*{loss_expected}",
+            rf"optimizer has .*betas.*, the trainer's has dampening.*{loss_expected}",
         ),
         "a LossTrainer's": (
             lambda: bilevel().load_state_dict(of_losses().state_dict()),
@@ -359,11 +357,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a rate for each entry of the teacher": (
         with_rates_of_the_teacher,
-        r"outer_optimizer has 'lr' of shape \(6, 4\).*; expected a number",
+        r"outer_optimizer has 'lr' that is .*\(6, 4\).*; expected a number",
     ),
     "a rate for each entry of a network with losses": (
         with_rates_of_losses,
-        r"optimizer has 'lr' of shape \(6, 4\).*; expected a number",
+        r"optimizer has 'lr' that is .*\(6, 4\).*; expected a number",
     ),
 }
 

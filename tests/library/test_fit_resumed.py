@@ -410,6 +410,8 @@ def test_the_checkpoint_of_a_fit_is_no_file_of_a_trainer(tmp_path: Path) -> None
     trainer.fit(outer, inner, steps=2, out=tmp_path, progress=False)
     before = trainer.state_dict()
     (newest,) = sorted((tmp_path / "checkpoints" / "fit").glob("*.ckpt"))[-1:]
-    with pytest.raises(MetaplError, match=r"expected such a file, or fit\(out=\.\.\., resume=True"):
+    with pytest.raises(
+        MetaplError, match=r"expected a file of save, or fit\(out=\.\.\., resume=True"
+    ):
         trainer.load(newest)
     assert same(trainer.state_dict(), before)

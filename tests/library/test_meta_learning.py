@@ -150,7 +150,9 @@ def with_decays(weights: list[nn.Parameter]) -> Any:
 @pytest.mark.parametrize(("name", "build"), [("lr", with_rates), ("weight_decay", with_decays)])
 def test_settings_with_several_values_are_refused(name: str, build: Any) -> None:
     student = network()
-    with pytest.raises(MetaplError, match=rf"inner_optimizer has '{name}' of shape .* a number"):
+    with pytest.raises(
+        MetaplError, match=rf"inner_optimizer has '{name}' that is a tensor .* a number"
+    ):
         update_of(build(list(student.parameters())), dict(student.named_parameters()))
 
 
@@ -256,7 +258,7 @@ def test_what_no_step_reaches_is_refused(compile: bool) -> None:
         )
     case = toy("mlp")
     for mode in (Forward(truncate=0), Unrolled(truncate=0)):
-        with pytest.raises(MetaplError, match=r"wrt='start'"):
+        with pytest.raises(MetaplError, match="truncate=0 differentiates no step of a trainer"):
             metapl.BilevelTrainer(**case.networks(), mode=mode, compile=compile)
 
 
@@ -285,7 +287,7 @@ def test_an_outer_batch_that_is_a_lookahead_is_refused() -> None:
 def test_a_group_at_rest_leaves_a_part_of_the_weights_as_in_anil(mode: Any, compile: bool) -> None:
     student = network(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     inner_optimizer = SGD(student[2].parameters(), lr=0.3, momentum=0.9)
-    with pytest.raises(MetaplError, match=r"without 0\.weight, 0\.bias .* in a group with lr=0"):
+    with pytest.raises(MetaplError, match=r"lacks 0\.weight, 0\.bias .* with lr=0"):
         hypergradient(student, inner_optimizer, wrt="start")
     inner_optimizer.add_param_group({"params": student[0].parameters(), "lr": 0.0})
     gradient = hypergradient(student, inner_optimizer, mode=mode, compile=compile, wrt="start")

@@ -214,7 +214,7 @@ def draw_apart(trainer: Any) -> None:
 
 REFUSED = {
     exchange_layer: "its student.2 is a AlphaDropout, and the trainer's Dropout",
-    draw_apart: "its generator is another: the trainer has none",
+    draw_apart: "one of the two has a generator, and the other has none",
 }
 
 
