@@ -256,8 +256,8 @@ def labeled_pair(batch: Batch, name: str = "outer", mend: str = "") -> Any:
     if isinstance(batch, tuple | list) and len(batch) > 1 and holds_tensors(batch[0]):
         return batch
     raise MetaplError(
-        f"{name} is {described(batch)}; expected (inputs, labels), the inputs a tensor, or a dict "
-        f"or tuple of tensors, or one dict with the labels under 'labels'.{mend}"
+        f"{name} is {described(batch)}; expected (inputs, labels) of tensors, or dicts or tuples "
+        f"of them, or one dict with the labels under 'labels'.{mend}"
     )
 
 
@@ -284,11 +284,8 @@ def first_input(batch: Batch) -> Any:
         return batch[0]
     if isinstance(batch, Tensor | Mapping):
         return batch
-    raise MetaplError(
-        f"the batch is {described(batch)}; expected a tensor, a dict, or a tuple (input, ...). For "
-        "other batches, give the problem the methods student_input(batch) and outer_input(batch), "
-        "which return what the student reads."
-    )
+    expected = "a tensor, a dict, a tuple (input, ...), or student_input and outer_input of the"
+    raise unexpected("the batch is", batch, f"{expected} problem, which return what is read")
 
 
 def inputs_of(batch: Batch) -> Any:
@@ -338,15 +335,9 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
     array = np.asarray(data)
     # Booleans, whole numbers with a sign or without, and numbers of floating point.
     if array.dtype.kind not in "biuf":
-        instead = "numbers"
-        if array.dtype.kind in "US":
-            instead += (
-                ", such as numpy.unique(labels, return_inverse=True)[1] of the names of classes"
-            )
-        subject = subject or "it holds data"
-        raise MetaplError(
-            f"{subject} of {type(data).__name__} ({array.dtype}); expected {instead}."
-        )
+        held = f"{subject or 'it holds data'} of {type(data).__name__} ({array.dtype})"
+        names = ", such as numpy.unique(labels, return_inverse=True)[1] of the names of classes"
+        raise MetaplError(f"{held}; expected numbers{names if array.dtype.kind in 'US' else ''}.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
     if tensor.is_floating_point():
@@ -505,10 +496,8 @@ def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
             pieces_of_leaves.append([leaf] * parts)
             continue
         if len(leaf) % parts:
-            raise MetaplError(
-                f"the {name} batch has {length(leaves)} examples; expected a multiple of "
-                f"accumulate={parts}."
-            )
+            examples = f"the {name} batch has {length(leaves)} examples"
+            raise MetaplError(f"{examples}; expected a multiple of accumulate={parts}.")
         pieces_of_leaves.append(leaf.chunk(parts))
     return [
         pytree.tree_unflatten(list(pieces), structure)
@@ -526,15 +515,10 @@ def refuse_hidden_tensors(leaves: Sequence[Any], name: str) -> None:
         name: of the batch, for the error.
     """
     for leaf in leaves:
-        if isinstance(leaf, Tensor | nn.Module):
-            continue
-        attributes = getattr(leaf, "__dict__", {})
+        attributes = {} if isinstance(leaf, Tensor | nn.Module) else getattr(leaf, "__dict__", {})
         if any(isinstance(value, Tensor) for value in attributes.values()):
-            raise MetaplError(
-                f"the {name} batch holds tensors in an object of type {type(leaf).__name__}, which "
-                "cannot be split into micro-batches; expected a tuple, a dict or a dataclass of "
-                "them, or accumulate=1."
-            )
+            expected = "a tuple, dict or dataclass of its tensors, or accumulate=1"
+            raise unexpected(f"in the {name} batch is an object", leaf, expected)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
@@ -564,9 +548,8 @@ def views(batch: Batch) -> tuple[Any, ...]:
         if _kinds_of_leaves(weak) == _kinds_of_leaves(strong) and not are_labels:
             return tuple(batch)
     raise MetaplError(
-        f"inner is {described(batch)}; expected a tensor or a dict of tensors, (inputs,), "
-        "or a pair (weak, strong) of one type, without labels (metapl.data.without_labels), or a "
-        "metapl.Lookahead([...]) of these."
+        f"inner is {described(batch)}; expected a tensor or dict, (inputs,), or (weak, strong) of "
+        "one type, without labels (metapl.data.without_labels), or a metapl.Lookahead of these."
     )
 
 

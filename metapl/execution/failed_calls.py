@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,9 @@ def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
         called = type(getattr(network, "network", network)).__name__
         if f"{called}.forward() missing" in str(error):
             raise MetaplError(
-                f"{kind} was called with one input, {described(inputs)}, and its forward takes "
-                f"more ({reason_of(error)}); expected their tuple: ((x, extra), labels), and "
-                "((x, extra),) without labels, since a pair (x, extra) is two views of one input; "
-                f"and metapl.models.Logits({kind}(...)), which passes its parts as arguments."
+                f"{kind} was called with one input, {described(inputs)}, and takes more "
+                f"({reason_of(error)}); expected ((x, extra), labels), ((x, extra),) without "
+                f"labels, and metapl.models.Logits({kind}(...)), which passes them on."
             ) from error
         return
     parts = ""
@@ -51,28 +50,29 @@ def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
             rest = ", and a batch of these alone"
     if parts:
         raise MetaplError(
-            f"{kind} was called with its inputs, {described(inputs)}, as one argument, and its "
-            f"forward takes {parts} ({reason_of(error)}); expected metapl.models.Logits({kind}"
-            f"(...)), which passes the parts as arguments{rest}."
+            f"{kind} was called with its inputs, {described(inputs)}, as one argument; its forward "
+            f"takes {parts} ({reason_of(error)}); expected metapl.models.Logits({kind}(...)){rest}."
         ) from error
 
 
 def refuse_type(network: nn.Module, inputs: object, error: RuntimeError) -> None:
     """Raise that inputs have another floating-point type than a network's weights, if they have."""
-    if "dtype" not in str(error) and "scalar type" not in str(error):
+    is_of_types = "dtype" in str(error) or "scalar type" in str(error)
+    if not is_of_types or torch.is_autocast_enabled():
         return
-    given, own = (
-        {t.dtype for t in tensors if isinstance(t, Tensor) and t.is_floating_point()}
-        for tensors in (pytree.tree_leaves(inputs), network.parameters())
-    )
-    if given and own and not given & own and not torch.is_autocast_enabled():
-        names = [
-            few([str(dtype).removeprefix("torch.") for dtype in dtypes]) for dtypes in (given, own)
-        ]
+    of_inputs = float_types(pytree.tree_leaves(inputs))
+    of_weights = float_types(network.parameters())
+    if of_inputs and of_weights and of_inputs.isdisjoint(of_weights):
         raise MetaplError(
-            f"the inputs are {names[0]}, and the weights of {type(network).__name__} {names[1]}; "
-            "expected the same, such as x.float(), or NumPy arrays, which are converted."
+            f"the inputs are {few(of_inputs)}, and the weights of {type(network).__name__} "
+            f"{few(of_weights)}; expected the same, such as x.float(), or NumPy arrays."
         ) from error
+
+
+def float_types(values: Iterable[object]) -> set[str]:
+    """Return the names of the floating-point types of the tensors among some values."""
+    tensors = [t for t in values if isinstance(t, Tensor) and t.is_floating_point()]
+    return {str(t.dtype).removeprefix("torch.") for t in tensors}
 
 
 def takes_parts(network: nn.Module, inputs: object) -> bool:

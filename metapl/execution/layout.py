@@ -170,9 +170,7 @@ class Layout:
             for group in _param_groups(self.blocks):
                 for attribute, usual, call in _SWITCHES:
                     if getattr(group, attribute, usual) is not usual:
-                        raise MetaplError(
-                            f"{call} was called, so gradients would not be means over the ranks."
-                        )
+                        raise MetaplError(f"{call} was called; expected means over the ranks.")
         self.reshard()
 
     def agree_on_buffers(self) -> None:
@@ -243,14 +241,11 @@ def wrapped(name: str, path: str, wrapper: str) -> str:
         path: of the wrapper, inside the network.
     """
     where = f" at {path!r}" if path else ""
+    expected = "it around the whole network, or none"
     if wrapper == "DataParallel":
-        expected = (
-            "the plain module inside, .module, or DistributedDataParallel around the whole network"
-        )
+        expected = "its .module, or DistributedDataParallel around the whole network"
     elif wrapper == "ScriptModule":
-        expected = "the module that it was made from, before torch.jit.script or torch.jit.trace"
-    else:
-        expected = "it around the whole network, or none"
+        expected = "the module that it was made from"
     return (
         f"the {name} has a {wrapper}{where}, in which no pass runs at other weights; expected "
         f"{expected}."
@@ -295,20 +290,15 @@ def refuse_untrainable(name: str, layout: Layout) -> None:
         for hook in part._forward_pre_hooks.values():
             if isinstance(hook, WeightNorm):
                 raise MetaplError(
-                    f"the {name}'s {prefix}{hook.name} has torch.nn.utils.weight_norm, whose "
-                    "kernel has a wrong second derivative; expected "
-                    "torch.nn.utils.parametrizations.weight_norm."
+                    f"the {name}'s {prefix}{hook.name} has torch.nn.utils.weight_norm, of a wrong "
+                    "second derivative; expected torch.nn.utils.parametrizations.weight_norm."
                 )
     for path, t in _named_tensors(layout.network):
         if nn.parameter.is_lazy(t):
-            raise MetaplError(
-                f"the {name}'s {path} has no shape before a first batch; expected one that "
-                f"has: run it once on a batch, {name}(x), before its optimizer is made."
-            )
+            mend = f"run it on a batch, {name}(x), before its optimizer is made"
+            raise MetaplError(f"the {name}'s {path} has no shape; expected one: {mend}.")
     if not trainable(layout.network):
-        raise MetaplError(
-            f"the {name} has no parameter with requires_grad=True; expected one that can learn."
-        )
+        raise MetaplError(f"the {name} has no parameter with requires_grad=True; expected one.")
 
 
 def _named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -324,9 +314,7 @@ def _beside_student(of_teacher: Layout, of_student: Layout) -> Layout:
     in_teacher = {id(p) for p in of_teacher.network.parameters()}
     in_student = {id(p) for p in of_student.network.parameters()}
     if taught & in_student or learned & in_teacher:
-        raise MetaplError(
-            "teacher and student share weights that are trained; expected two, built separately."
-        )
+        raise MetaplError("teacher and student share weights that are trained; expected none.")
     have_same_processes = of_teacher.processes == of_student.processes
     ranks = of_student.ranks
     if have_same_processes and ranks.copies > 1 and of_teacher.ranks.copies == 1:
@@ -338,8 +326,7 @@ def _beside_student(of_teacher: Layout, of_student: Layout) -> Layout:
     if not have_same_processes or of_teacher.product_ranks != of_student.product_ranks:
         raise MetaplError(
             f"the teacher is {of_teacher.description}, the student {of_student.description}; "
-            "expected both alike, or a teacher that is not cut: shard(teacher, "
-            "Mesh(replicate=...))."
+            "expected both alike, or a whole teacher: shard(teacher, Mesh(replicate=...))."
         )
     return of_teacher
 
@@ -374,19 +361,13 @@ def _sharded(name: str, network: nn.Module) -> Layout:
     """Return the layout of a network by ``fully_shard``, ``parallelize_module`` or both."""
     blocks = reshard(network)
     if blocks and not is_block(network):
-        raise MetaplError(
-            f"fully_shard was called on parts of the {name} alone; expected fully_shard({name}) "
-            "as well."
-        )
+        raise MetaplError(f"fully_shard({name}) is missing after its parts; expected it as well.")
     parameters: dict[str, Any] = {}
     for path, p in network.named_parameters():
         if is_sharded(p) or not blocks:
             parameters[path] = p
         elif p.requires_grad:
-            raise MetaplError(
-                f"the {name}'s {path} is left out of fully_shard (ignored_params); expected every "
-                "parameter with requires_grad=True to be sharded."
-            )
+            raise MetaplError(f"the {name}'s {path} is left out of fully_shard; expected it in.")
 
     # The mesh of all processes over which some parameters are laid out.
     meshes = [p.device_mesh for p in parameters.values() if is_sharded(p)]
@@ -400,9 +381,7 @@ def _sharded(name: str, network: nn.Module) -> Layout:
         sharers = [int(number) for number in first_group.mesh_info.mesh.mesh.flatten()]
     product_ranks = len(members) // len(sharers)
     if product_ranks == 1 and any(other != mesh for other in meshes):
-        raise MetaplError(
-            f"the {name}'s weights are sharded over several meshes; expected one for all."
-        )
+        raise MetaplError(f"the {name} is sharded over several meshes; expected one for all.")
 
     groups: list[Any]
     if members == list(range(dist.get_world_size())):
@@ -448,9 +427,8 @@ def refuse_compiled(name: str, network: nn.Module | None) -> None:
         if is_wrapper or part._compiled_call_impl is not None:
             where = f" in its part {prefix[:-1]!r}" if prefix else ""
             raise MetaplError(
-                f"the {name} is under torch.compile{where}, whose backward pass cannot be "
-                "differentiated; expected the plain module (compile=True of a trainer compiles "
-                "the whole step)."
+                f"the {name} is under torch.compile{where}, and cannot be differentiated twice; "
+                "expected the plain module, and compile=True of the trainer."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import (
     as_tensors,
     is_array,
@@ -71,9 +71,7 @@ class Columns(Examples):
                 counts[place] = len(leaf) if leaf.ndim else 0
         if len({*counts.values()}) == 1 and 0 not in counts.values():
             return
-        listed = "no tensor"
-        if counts:
-            listed = ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items())
+        listed = ", ".join(f"{place.lstrip('.')} {count}" for place, count in counts.items())
         raise MetaplError(
             f"{name} has columns of different numbers of rows, or of none ({listed}); expected a "
             "row for each example in each. Of one whole, such as a graph, the weights inside it "
@@ -119,9 +117,8 @@ class Numbered(Examples):
             if self.collate is not default_collate:
                 raise
             raise MetaplError(
-                f"examples of {self.name} do not go together into a batch "
-                f"({str(error).splitlines()[0]}); expected tensors of one shape and numbers, or a "
-                "DataLoader with a collate_fn that makes a batch of them."
+                f"examples of {self.name} do not go together ({reason_of(error)}); expected "
+                "tensors of one shape, or a DataLoader with a collate_fn."
             ) from error
         batch = plain(batch)
         return tuple(batch) if type(batch) is list else batch
@@ -172,10 +169,9 @@ def examples_of(data: Any, name: str, like: Tensor, *, each_once: bool = True) -
         collate = data.collate_fn
         data = data.dataset
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        mend = ""
-        if isinstance(data, Iterable):
-            mend = f"; {name}=list(...) of an iterable of examples is such a data set"
-        raise MetaplError(f"{name} is {described(data)}; {EXPECTED}{mend}.")
+        raise MetaplError(
+            f"{name} is {described(data)}; {EXPECTED} ({name}=list(...) of an iterable)."
+        )
     return Numbered(data, name, like, collate)
 
 
@@ -207,40 +203,32 @@ def is_pair_of_numbers(example: Any) -> bool:
 
 def refuse_lists(columns: Any, name: str) -> None:
     """Refuse a list among columns: in a dict, as tokenizers give them, or of other than numbers."""
+    columns_by_place: dict[Any, Any] = {}
     if isinstance(columns, dict):
-        for key, value in columns.items():
-            if isinstance(value, list):
-                raise MetaplError(
-                    f"{name} holds a list under {key!r}; expected tensors or arrays, which a "
-                    "tokenizer gives with return_tensors='pt'."
-                )
-    if isinstance(columns, tuple):
-        for number, value in enumerate(columns):
-            if isinstance(value, list):
-                raise MetaplError(
-                    f"{name} holds a list in [{number}] that no tensor can be made of; expected "
-                    "tensors, arrays or lists of numbers, with rows of one length."
-                )
+        columns_by_place = columns
+    elif isinstance(columns, tuple):
+        columns_by_place = dict(enumerate(columns))
+    for place, value in columns_by_place.items():
+        if isinstance(value, list):
+            raise MetaplError(
+                f"{name} holds a list in [{place!r}]; expected tensors or arrays with rows of one "
+                "length (return_tensors='pt' of a tokenizer), or in a tuple lists of such numbers."
+            )
 
 
 def refuse_loader(loader: DataLoader[Any], name: str, *, each_once: bool) -> None:
     """Refuse a DataLoader whose batches are not made of its data set's examples, each once."""
     if isinstance(loader.dataset, IterableDataset):
-        raise MetaplError(
-            f"{name} is a DataLoader over an IterableDataset, whose examples have no numbers; "
-            f"expected a data set by number, such as {name}=list(dataset)."
-        )
-    if loader.batch_size is None and loader.batch_sampler is None:
-        raise MetaplError(
-            f"{name} is a DataLoader with batch_size=None, whose data set gives batches; expected "
-            "one of examples."
-        )
-    reason = why_not_each_once(loader)
-    if each_once and reason:
+        reason = "over an IterableDataset"
+    elif loader.batch_size is None and loader.batch_sampler is None:
+        reason = "with batch_size=None"
+    else:
+        reason = why_not_each_once(loader) if each_once else ""
+    if reason:
         raise MetaplError(
             f"{name} is a DataLoader {reason}, and its examples are read by number; expected "
-            "DataLoader(loader.dataset, collate_fn=loader.collate_fn), over "
-            "torch.utils.data.Subset(dataset, numbers) for some of the examples."
+            f"{name}=list(dataset), or DataLoader(loader.dataset, collate_fn=loader.collate_fn), "
+            "over torch.utils.data.Subset(dataset, numbers) for some of the examples."
         )
 
 

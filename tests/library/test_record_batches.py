@@ -282,7 +282,7 @@ def test_what_is_no_tensor_stays_in_each_micro_batch() -> None:
     assert second.x.tolist() == [2, 3]
     for part in (first, second):
         assert (int(part.one_number), part.name, part.nothing, part.kind) == (4, "a", None, Tensor)
-    with pytest.raises(MetaplError, match="tensors in an object of type SimpleNamespace"):
+    with pytest.raises(MetaplError, match="batch is an object of type SimpleNamespace"):
         micro_batches((torch.arange(4), SimpleNamespace(y=torch.arange(4))), 2, "outer")
     unchanged = Plain(*rows(0))
     assert map_tensors(lambda t: t, unchanged) is unchanged
