@@ -428,7 +428,7 @@ def refuse_compiled(name: str, network: nn.Module | None) -> None:
             where = f" in its part {prefix[:-1]!r}" if prefix else ""
             raise MetaplError(
                 f"the {name} is under torch.compile{where}, and cannot be differentiated twice; "
-                "expected the plain module, and compile=True of the trainer."
+                "expected the plain module (compile=True of the trainer compiles the step)."
             )
 
 

@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from metapl.errors import MetaplError, few, reason_of
-from metapl.execution.checks import described, has_values, no_values
+from metapl.execution.checks import described, has_values, no_values, unexpected
 from metapl.execution.numerics import explain, float32_products
 from metapl.execution.state import RandomState, replayed
 
@@ -286,10 +286,7 @@ def why_not_captured(error: BaseException) -> str:
     if isinstance(error, MetaplError):
         return ""
     if lacking := _NO_DERIVATIVE.search(str(error)):
-        return (
-            f"{lacking[1]} lacks a derivative, and a compiled step in this mode takes one of the "
-            "student's backward pass"
-        )
+        return f"{lacking[1]} lacks the derivative that a compiled step takes of a backward pass"
     if "saved tensor hooks" in str(error):
         return "a network keeps tensors by hooks, as a checkpoint does"
     if type(error).__module__.startswith("torch._inductor"):
@@ -497,10 +494,8 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
     elif isinstance(value, Constants):
         kind += value.kind
     else:
-        raise MetaplError(
-            f"a graph was given a batch with a part {described(value)}; expected tensors and "
-            "numbers in tuples, lists and dicts."
-        )
+        expected = "tensors and numbers in tuples, lists and dicts"
+        raise unexpected("a batch of a graph has a part", value, expected)
 
 
 def put_together(value: Any, tensors: Iterator[Tensor]) -> Any:
@@ -1175,6 +1170,5 @@ class Capturing:
             explain(cause)
         reason = why_not_captured(error)
         if reason:
-            raise MetaplError(
-                f"compile=True cannot take this step: {reason}; leave compile out."
-            ) from error
+            text = f"compile=True cannot take this step: {reason}; leave compile out."
+            raise MetaplError(text) from error

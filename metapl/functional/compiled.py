@@ -26,7 +26,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.torch_version import TorchVersion
 from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches, Lookahead
@@ -159,11 +158,8 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
     mode = trainer.mode
     is_alone = trainer.layout.kind == "plain" and trainer.ranks.alone
     if not mode.is_pure:
-        return (
-            f"mode {type(mode).__name__}, which runs on the eager road alone; expected one of the "
-            "library's, other than implicit, or is_pure = True in an estimator that asks for "
-            "nothing but metapl.core.terms"
-        )
+        name = type(mode).__name__
+        return f"mode {name}, of the eager road alone; expected another, or is_pure = True in it"
     if mode.takes_outer_losses and trainer.precision != "float32":
         # Its outer losses run as one vmapped pass, in which autocast leaves biases in float32.
         return f'{mode.name} with precision="{trainer.precision}"; expected "float32"'
@@ -825,6 +821,18 @@ def tensors_of_networks(trainer: TwoLevelTrainer) -> list[Tensor]:
     return [*parameters, *buffers]
 
 
+def why_no_graph(trainer: TwoLevelTrainer) -> str:
+    """Return what of a trainer no graph captures, though there is a pure step; "" for nothing."""
+    tensors = tensors_of_networks(trainer)
+    if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors):
+        return "a hook on a parameter of the networks"
+    if any(hooks_of_optimizers(trainer)):
+        return "a hook on an optimizer's step"
+    if not isinstance(unclipped(trainer.update), TorchUpdate):
+        return "a TorchOpt transform, in the place of torch.optim's"
+    return ""
+
+
 def compile_step(
     trainer: TwoLevelTrainer, steps: int, *, key: tuple[object, ...], alive: tuple[object, ...]
 ) -> Compiled:
@@ -832,20 +840,8 @@ def compile_step(
 
     Raises: :class:`metapl.MetaplError` where no graph can be.
     """
-    for t in tensors_of_networks(trainer):
-        if t._backward_hooks or t._post_accumulate_grad_hooks:
-            raise MetaplError(
-                "a parameter of the networks has a hook, which no graph captures; leave compile "
-                "out."
-            )
-    if any(hooks_of_optimizers(trainer)):
-        raise MetaplError(
-            "an optimizer has a hook on its step, which no graph captures; leave compile out."
-        )
-    if not isinstance(unclipped(trainer.update), TorchUpdate):
-        raise MetaplError(
-            "inner_optimizer is a TorchOpt transform; expected torch.optim's, or compile=False."
-        )
+    if reason := why_no_graph(trainer):
+        raise MetaplError(f"compile= was given with {reason}; leave compile out.")
     trainer.update.follow(trainable(trainer.student))
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
@@ -989,18 +985,15 @@ def refuse_draws_of_problem(
         return
     if not torch.equal(trainer.generator.get_state(), twin.generator.get_state()):
         raise MetaplError(
-            f"compile= was given with generator=, from which {kind_of(trainer.problem)} draws a "
-            "signal without probs, as no graph does; expected compile=False, or no generator= and "
-            "torch.manual_seed."
+            f"compile= was given with generator=, of which {kind_of(trainer.problem)} draws other "
+            "than labels; expected compile=False, or no generator= and torch.manual_seed."
         )
 
 
 def refuse_written(eager: Outcome) -> None:
     """Refuse a problem that writes its own state in an eager step."""
     if eager.written:
-        raise MetaplError(
-            f"compile=True cannot take this step: {eager.written}; leave compile out."
-        )
+        raise MetaplError(f"compile= cannot take this step: {eager.written}; leave compile out.")
 
 
 def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
@@ -1011,10 +1004,7 @@ def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
     written = names_written(before, after)
     if not written:
         return ""
-    return (
-        f"{kind_of(trainer.problem)} writes state in a step ({few(written, 3)}), which no graph "
-        "carries on, as it does a registered buffer of the teacher"
-    )
+    return f"{kind_of(trainer.problem)} writes state ({few(written, 3)}), no buffer of the teacher"
 
 
 def step_of_copy(
@@ -1074,10 +1064,8 @@ def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[Mad
         ]
         if written or texts:
             place = f"{path}.{[*written, *texts][0]}".lstrip(".")
-            raise MetaplError(
-                f"a network's {place} changes in a step, which no graph captures; expected a "
-                "registered buffer, or compile left out."
-            )
+            expected = "expected a registered buffer, or compile left out"
+            raise MetaplError(f"a network's {place} changes in a step; {expected}.")
         for name, value in vars(held_by(part_moved)).items():
             if numbers_of(SimpleNamespace(**{name: value}), moved).keys() - before.keys():
                 made.append(MadeAttribute(part, name, f"{path}.{name}".lstrip("."), value))
@@ -1107,8 +1095,8 @@ def refuse_made_that_are_read(
     without, with_made = map(leaves_of, ends)
     if not all(map(is_equal, with_made, without)):
         raise MetaplError(
-            f"a network's {made[0].place} is made by its first step and read by later ones, which "
-            "no graph captures; expected a registered buffer, or compile left out."
+            f"a network's {made[0].place} is made by its first step and read by later ones; "
+            "expected a registered buffer, or compile left out."
         )
 
 
@@ -1231,11 +1219,8 @@ def refuse_gap(
     if rounding:
         allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
     if not bool(gap <= allowed):
-        # Measured on a network with dropout behind a batch norm, which is right on 2.12.
-        advice = "leave compile out"
-        if torch.__version__ < TorchVersion("2.12"):
-            advice += f", since torch {torch.__version__} draws other masks of dropout in a graph"
-            advice += ", as 2.12 does not"
+        # Measured on a network with dropout behind a batch norm.
+        advice = "leave compile out (below torch 2.12, graphs draw other masks of dropout)"
         raise MetaplError(
             f"compiled, {name} is {float(gap / size):.2g} off its eager value; {advice}."
         )

@@ -34,7 +34,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.execution.state import RandomState
 from metapl.functional.capture import (
     Attributes,
@@ -50,6 +50,7 @@ Results = tuple[State, Report]
 
 # Recordings of one step that are kept. Each holds a state's worth of results.
 MOST_RECORDINGS = 8
+CANNOT = 'compile="cudagraphs" cannot take this step'
 
 
 class Recording(NamedTuple):
@@ -127,10 +128,7 @@ RECORDERS: dict[str, Callable[[Callable[[], Results], torch.device, Any], Record
 def refuse_device(device: torch.device) -> None:
     """Refuse a device that has no graphs."""
     if device.type not in RECORDERS:
-        raise MetaplError(
-            f'compile="cudagraphs" was given, and the networks are on {device}; expected networks '
-            "on a CUDA device, or compile=True."
-        )
+        raise MetaplError(f"compile='cudagraphs' was given on {device}; expected a CUDA device.")
 
 
 class Varying(NamedTuple):
@@ -260,9 +258,7 @@ class StepByGraphs:
             reason = why_not_recorded(error)
             if not reason:
                 raise
-            raise MetaplError(
-                f'compile="cudagraphs" cannot take this step: {reason}; leave compile out.'
-            ) from error
+            raise MetaplError(f"{CANNOT}: {reason}; leave compile out.") from error
         finally:
             start.restore()
         self.attributes.read_again()
@@ -323,34 +319,22 @@ def refuse_other_devices(state: State, varying: Varying, device: torch.device) -
     for owner, values in groups.items():
         for value in values:
             if isinstance(value, Tensor) and value.device.type != device.type:
-                raise MetaplError(
-                    f'compile="cudagraphs" was given {described(value)} in {owner}; expected all '
-                    f"tensors on {device}."
-                )
+                raise unexpected(f"in {owner} is", value, f"all tensors on {device}")
 
 
 def refuse_draws_of_the_host(start: RandomState, end: RandomState) -> None:
     """Refuse a step that draws on the host, whose draws would be the same in every replay."""
     if start.device.type != "cpu" and not torch.equal(start.cpu, end.cpu):
-        raise MetaplError(
-            'compile="cudagraphs" cannot take this step: a network or a loss draws from '
-            "torch's generator of the CPU; expected draws on the device, or leave compile out."
-        )
+        raise MetaplError(f"{CANNOT}: it draws from the generator of the CPU; expected another.")
 
 
 def why_not_recorded(error: RuntimeError) -> str:
     """Return what an error says of a step that cannot be recorded; "" for any other error."""
     text = str(error).strip()
     if "synchronizing CUDA operation" in text:
-        return (
-            "a network or a loss reads the value of a tensor (.item(), bool(), a mask as an "
-            "index), or makes a tensor of numbers in each pass"
-        )
+        return "it reads the value of a tensor (.item(), a mask as index), or makes one of numbers"
     if "expected input and grad types to match" in text:
-        return (
-            "torch takes the softmax of attention in float32 in a region of autocast, and its "
-            "gradient in half precision; take precision='float32' or networks of half precision"
-        )
+        return "softmax of attention under autocast; expected precision='float32' or half weights"
     if "captur" in text.lower():
         return " ".join(text.splitlines()[0].split())
     return ""

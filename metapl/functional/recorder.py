@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import named_leaves_of
-from metapl.execution.checks import described
+from metapl.execution.checks import described, unexpected
 from metapl.functional.capture import (
     Captured,
     Constants,
@@ -161,9 +161,8 @@ class Recorded(Captured[Any]):
         found = [names.get(id(t), described(t)) for t in constants_in(graph).values()]
         if found:
             raise MetaplError(
-                f"{self.what} reads {few(found, 3)}, which no argument holds, so that a "
-                "recording would keep it as it is; expected it among the arguments, such as "
-                "params of torch.func.functional_call(net, params, (x,))."
+                f"{self.what} reads {few(found, 3)}, which a recording would keep as it is; "
+                "expected it among the arguments (torch.func.functional_call(net, params, (x,)))."
             )
         return []
 
@@ -209,10 +208,8 @@ def _constant(value: Hashable) -> tuple[type, Any]:
     try:
         hash(value)
     except TypeError as error:
-        raise MetaplError(
-            f"an argument is {described(value)}, which a recording cannot know again; expected "
-            "tensors, and other values that do not change, such as numbers and words."
-        ) from error
+        expected = "tensors, and other values that do not change, such as numbers and words"
+        raise unexpected("an argument is", value, expected) from error
     return type(value), value
 
 

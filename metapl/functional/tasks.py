@@ -24,10 +24,10 @@ from torch.utils import _pytree as pytree
 from metapl.core.lookahead import Lookahead
 from metapl.core.order import Orders
 from metapl.engines.recorded import RecordedEngine, UpdateOfState
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, named_leaves_of, plain
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.execution.numerics import float32_products
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request, through_steps
@@ -72,17 +72,12 @@ class Tasks:
                 if not isinstance(leaf, Tensor):
                     continue
                 if leaf.ndim == 0:
-                    raise MetaplError(
-                        f"tasks=True was given with {name}{place}, {described(leaf)}; expected a "
-                        "first dimension of tasks in every tensor."
-                    )
+                    expected = "a first dimension of tasks in every tensor"
+                    raise unexpected(f"tasks=True was given with {name}{place},", leaf, expected)
                 counts[f"{name}{place}"] = len(leaf)
         if len({*counts.values()}) != 1 or 0 in counts.values():
-            numbers = ", ".join(f"{name} of {count}" for name, count in counts.items())
-            raise MetaplError(
-                f"tasks=True was given with other numbers of tasks ({numbers}); expected the same "
-                "first dimension in every tensor."
-            )
+            numbers = few((f"{name} of {count}" for name, count in counts.items()), 20)
+            raise MetaplError(f"tasks=True was given with {numbers} tasks; expected as many.")
         return Tasks(outer, inner, next(iter(counts.values())))
 
     def request_of(self, number: int, request: Request) -> Request:
@@ -296,9 +291,7 @@ def over_tasks(differentiation: Differentiation, tasks: Tasks, *, compile: bool)
         compile: whether Inductor compiles the graph of all tasks.
     """
     if reason := why_not_mapped(differentiation):
-        raise MetaplError(
-            f"tasks=True was given with {reason}; or leave tasks out, in a loop over the tasks."
-        )
+        raise MetaplError(f"tasks=True was given with {reason}; or leave tasks out.")
     request = differentiation.request
     optimizer: Any = differentiation.inner_optimizer
     update: Any = update_of(optimizer, differentiation.of_student.parameters())
@@ -355,13 +348,13 @@ def over_tasks(differentiation: Differentiation, tasks: Tasks, *, compile: bool)
 
 def refuse_wrong_task(request: Request, tasks: Tasks, is_wrong: Tensor) -> None:
     """Raise the error of the first task on which a check has failed, where there is one."""
-    for number in is_wrong.nonzero().flatten().tolist():
-        text = "a loss or the feedback is NaN or infinite."
-        try:
-            through_steps(tasks.request_of(number, request))
-        except MetaplError as error:
-            text = str(error)
-        raise MetaplError(f"task {number}: {text}")
+    number = int(is_wrong.nonzero()[0])
+    text = "a loss or the feedback is NaN or infinite."
+    try:
+        through_steps(tasks.request_of(number, request))
+    except MetaplError as error:
+        text = str(error)
+    raise MetaplError(f"task {number}: {text}")
 
 
 def why_not_mapped(differentiation: Differentiation) -> str:

@@ -535,7 +535,7 @@ ON_CUDA = pytest.mark.skipif(DEVICE == "cpu", reason="there the host is the devi
     ("reason", "network"),
     [
         ("reads the value of a tensor", Reading),
-        pytest.param("draws from torch's generator of the CPU", Drawing, marks=ON_CUDA),
+        pytest.param("draws from the generator of the CPU", Drawing, marks=ON_CUDA),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_and_nothing_moves(
@@ -584,7 +584,7 @@ def test_what_torch_says_of_a_recording_is_told_in_one_line(text: str, reason: s
 def test_networks_on_the_cpu_are_refused_at_the_door(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(cuda_graphs.RECORDERS, "cpu")
     networks = nn.Linear(3, 2), nn.Linear(3, 2)
-    with pytest.raises(MetaplError, match="expected networks on a CUDA device"):
+    with pytest.raises(MetaplError, match="expected a CUDA device"):
         metapl.BilevelTrainer(*networks, compile="cudagraphs")
 
 

@@ -567,7 +567,7 @@ def with_a_number() -> dict[str, Any]:
 
 
 WRONG_TASKS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "another number": (with_one_task_more, r"outer\[0\] of 4, .*inner\[1\]\[1\] of 3"),
+    "another number": (with_one_task_more, r"outer\[0\] of 4, .*inner\[0\]\[0\] of 3"),
     "no dimension": (with_a_number, r"outer\[2\], .* shape \(\), .*first dimension of tasks"),
     "a generator": (lambda: {"generator": torch.Generator()}, "torch.manual_seed"),
     "micro-batches": (lambda: {"accumulate": 2}, "with accumulate; or leave tasks out"),

@@ -283,7 +283,7 @@ def test_one_that_is_not_written_for_both_roads_is_refused_at_the_door() -> None
     with pytest.raises(MetaplError, match=r"EagerOnly.* expected .*is_pure = True"):
         trainer_of(EagerOnly()).functional()
     trainer = trainer_of(EagerOnly(), compile=True)
-    with pytest.raises(MetaplError, match="EagerOnly, which runs on the eager road alone"):
+    with pytest.raises(MetaplError, match="EagerOnly, of the eager road alone"):
         trainer.step(labeled, u)
 
 

@@ -279,7 +279,7 @@ def test_numbers_that_are_equal_and_of_other_types_are_told_apart() -> None:
 
 def test_an_argument_that_may_change_in_place_is_refused() -> None:
     step = recorded(lambda x, factors: x * float(factors[0]))
-    with pytest.raises(metapl.MetaplError, match="ndarray, which a recording cannot know again"):
+    with pytest.raises(metapl.MetaplError, match="ndarray; expected tensors, and other"):
         step(x4, numpy.array([2.0]))
 
 
@@ -300,7 +300,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a value": (lambda x: x * float(x.sum()), "reads a value of a tensor on the host"),
     "a branch": (lambda x: x if x.sum() > 0 else -x, "reads a value of a tensor on the host"),
     "numpy": (lambda x: torch.from_numpy(x.numpy() * 2), "reads a value of a tensor on the host"),
-    "weights": (lambda x: weight(x), "reads weight.weight, weight.bias, which no argument holds"),
+    "weights": (
+        lambda x: weight(x),
+        "reads weight.weight, weight.bias, which a recording",
+    ),
     "in place": (lambda x: x.mul_(2), r"writes to its argument\[0\] in place"),
     "numpy's draws": (lambda x: x * DRAWS.random(), "returns tensors .* apart by itself"),
     "a count": (Counted(), "returns tensors .* apart by itself"),
