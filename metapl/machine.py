@@ -80,7 +80,5 @@ def device(asked: str) -> torch.device:
     """Return the device of ``--device``; refuse cuda where there is no GPU."""
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise MetaplError(
-            "--device cuda was asked for, and PyTorch sees no GPU; use --device auto or cpu."
-        )
+        raise MetaplError("--device cuda was given, and PyTorch sees no GPU; use auto or cpu.")
     return torch.device("cuda" if asked != "cpu" and has_gpu else "cpu")

@@ -63,10 +63,7 @@ def mlp(
     torch.Size([5, 10])
     """
     if len(sizes) < 2 or min(sizes) < 1:
-        raise MetaplError(
-            f"mlp got sizes {list(sizes)}; expected at least two widths of 1 or more: mlp([64, "
-            "32, 10])."
-        )
+        raise MetaplError(f"mlp got sizes {list(sizes)}; expected widths, such as [64, 32, 10].")
     check_arguments(mlp, locals())
     layers: list[nn.Module] = [nn.Flatten()]
     *hidden_widths, last_widths = pairwise(sizes)
@@ -234,10 +231,7 @@ def wide_resnet(
     torch.Size([2, 7])
     """
     if depth < 10 or (depth - 4) % 6 != 0:
-        raise MetaplError(
-            f"wide_resnet got depth {depth}; expected 6n + 4, with n blocks a group: 10, 16, 22, "
-            "28, say"
-        )
+        raise MetaplError(f"wide_resnet got depth {depth}; expected 6n + 4: 10, 16, 22, 28, say")
     check_arguments(wide_resnet, locals())
     return _WideResNet(
         depth, widen, num_classes=num_classes, dropout=dropout, in_channels=in_channels
@@ -431,11 +425,8 @@ class Logits(nn.Module):
     def forward(self, inputs: Inputs) -> Tensor:
         if isinstance(inputs, Mapping) and self.arguments.take_keywords(inputs):
             if unknown := self.arguments.unknown_keywords(inputs):
-                name = type(self.network).__name__
-                raise MetaplError(
-                    f"the batch has {few(unknown)}, which the forward of {name} does not take (it "
-                    f"takes {few(self.arguments.names)}); expected a batch of its arguments."
-                )
+                expected = f"{few(self.arguments.names)}, of its forward"
+                raise MetaplError(f"the batch has {few(unknown)}; expected {expected}.")
             outputs = self.network(**inputs)
         elif isinstance(inputs, tuple | list) and self.arguments.take_positions(inputs):
             outputs = self.network(*inputs)
@@ -443,8 +434,7 @@ class Logits(nn.Module):
             outputs = self.network(inputs)
         logits = tensor_in(outputs)
         if logits is None:
-            name = type(self.network).__name__
-            raise unexpected(f"{name} returned", outputs, "a tensor, or logits or a tensor in it")
+            raise unexpected("the network returned", outputs, "a tensor, or logits in it")
         return logits
 
 

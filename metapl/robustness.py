@@ -72,10 +72,8 @@ def corrupted(
     tensor(0.8000)
     """
     if corruption not in CORRUPTIONS or severity not in SEVERITIES:
-        raise MetaplError(
-            f"corruption {corruption!r}, severity {severity!r}: expected 1 to 5, and one of "
-            f"{few(CORRUPTIONS, 20)}."
-        )
+        expected = f"1 to 5, and one of {few(CORRUPTIONS, 20)}"
+        raise MetaplError(f"corruption {corruption!r}, severity {severity!r}: expected {expected}.")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise unexpected("the pictures are", images, "floating point (B, C, H, W), C = 1 or 3")
     damage, constants_by_severity = CORRUPTIONS[corruption]
@@ -424,10 +422,8 @@ def attacked(
     tensor([[[[0.3000]]]])
     """
     if attack not in ("fgsm", "pgd") or not 0 <= eps <= LEVELS:
-        raise MetaplError(
-            f"attack {attack!r}, eps={eps}: expected 'fgsm' or 'pgd', and 0 to {LEVELS} of "
-            f"1/{LEVELS}."
-        )
+        expected = f"'fgsm' or 'pgd', and 0 to {LEVELS} of 1/{LEVELS}"
+        raise MetaplError(f"attack {attack!r}, eps={eps}: expected {expected}.")
     if eps == 0:
         return images
     reach = eps / LEVELS
@@ -484,9 +480,7 @@ def measure(
     with evaluating(network):
         for x, y in batches:
             if x.ndim != 4 or x.shape[1] not in (1, 3):
-                raise MetaplError(
-                    f"the inputs are {tuple(x.shape)}; expected pictures (B, 1 or 3, H, W)."
-                )
+                raise unexpected("the inputs are", x, "pictures (B, 1 or 3, H, W)")
             x = x.to(device)
             y = y.to(device)
             # One at a time: 75 batches would fill the memory.

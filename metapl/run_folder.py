@@ -156,29 +156,22 @@ class RunFolder(Folder):
             if stored != new and not has_moved and name not in SPEED_ALONE:
                 changes.append(f"{name} was {stored!r}, now {new!r}")
         if changes:
-            listed = ", ".join(changes[:4])
-            raise MetaplError(
-                f"{self.path} holds a run of another recipe ({listed}); resume it as it was "
-                "started."
-            )
+            other = f"a run of another recipe ({', '.join(changes[:4])})"
+            raise MetaplError(f"{self.path} holds {other}; resume it as it was started.")
 
     def check(self, resume: bool) -> None:
         """Refuse a folder with a run that is not to be resumed, or with files of no run."""
         if self.exists and not resume:
-            raise MetaplError(
-                f"{self.path} holds a run already; give --resume to go on with it, or another "
-                "--out."
-            )
+            mend = "give --resume to go on with it, or another --out"
+            raise MetaplError(f"{self.path} holds a run already; {mend}.")
         if not self.exists and self.path.is_dir():
             # Hidden files are a file manager's; the other kind is what a killed start left.
             negligible = re.compile(r"\..*|recipe\.json\.[0-9a-f]{8}\.tmp")
             names = sorted(os.listdir(self.path))
             others = [name for name in names if not negligible.fullmatch(name)]
             if others:
-                raise MetaplError(
-                    f"{self.path} holds files that are not a run's ({few(others)}); give another "
-                    "--out."
-                )
+                held = f"files that are not a run's ({few(others)})"
+                raise MetaplError(f"{self.path} holds {held}; give another --out.")
 
     def threads(self, usual: int | None = None) -> int:
         """Return the threads of the linear algebra, on whose number rounding depends.
@@ -214,10 +207,8 @@ class RunFolder(Folder):
         """Return what a file holds without its own SHA-256; refuse it where that is another."""
         noted = content.get("sha256")
         if not isinstance(noted, dict) or noted.pop(name, None) != json_sha256(content):
-            raise MetaplError(
-                f"{self.path / name} is damaged or was edited: its SHA-256 is not the one that was "
-                f"noted. {ANOTHER}"
-            )
+            reason = "is damaged or was edited: its SHA-256 is not the one that was noted"
+            raise MetaplError(f"{self.path / name} {reason}. {ANOTHER}")
         return content
 
     def read_json(self, name: str) -> dict[str, Any]:
@@ -250,10 +241,8 @@ class RunFolder(Folder):
         file = self.path / name
         if not file.is_file():
             others = [network for network in WEIGHTS if (self.path / WEIGHTS[network]).is_file()]
-            raise MetaplError(
-                f"{file} is missing; expected it, or --network with what is left: "
-                f"{', '.join(others)}."
-            )
+            expected = f"it, or --network with what is left: {', '.join(others)}"
+            raise MetaplError(f"{file} is missing; expected {expected}.")
         weights: dict[str, Tensor] = load(read_sealed(file, sha256, mend=ANOTHER))
         return weights
 
@@ -267,10 +256,8 @@ def stored_result(folder: RunFolder) -> dict[str, Any]:
     is_same_method = result.get("method") == recipe.get("method")
     is_same = is_same_method and result.get("seed") == recipe.get("fields", {}).get("seed")
     if not is_same:
-        raise MetaplError(
-            f"{folder.path / 'result.json'} is damaged or of another run: its method or its seed "
-            "is not that of recipe.json."
-        )
+        reason = "is damaged or of another run: its method or seed is not that of recipe.json"
+        raise MetaplError(f"{folder.path / 'result.json'} {reason}.")
     return result
 
 
@@ -446,10 +433,8 @@ class EndedRun:
         if asked == "delivered":
             return str(self.result["delivered"])
         if asked not in self.networks:
-            raise MetaplError(
-                f"--network {asked}: {self.folder.path} has no {WEIGHTS[asked]}; expected one of "
-                f"its networks: {', '.join(self.networks)}."
-            )
+            lacks = f"--network {asked}: {self.folder.path} has no {WEIGHTS[asked]}"
+            raise MetaplError(f"{lacks}; expected one of its networks: {', '.join(self.networks)}.")
         return asked
 
     def network(self, name: str, factory: str | None = None) -> nn.Module:
@@ -471,9 +456,8 @@ class EndedRun:
             if not is_in_both or weights[key].shape != expected[key].shape:
                 differing.append(key)
         if differing:
-            raise MetaplError(
-                f"{file} does not fit its network: {few(differing)} differ in name or shape."
-            )
+            differ = f"{few(differing)} differ in name or shape"
+            raise MetaplError(f"{file} does not fit its network: {differ}.")
         network.load_state_dict(weights)
         return network
 
@@ -489,9 +473,8 @@ def function_in(place: str) -> Callable[..., nn.Module]:
     """Return the function that FILE.py:FUNCTION names; the file is run."""
     file, _, name = place.rpartition(":")
     if not Path(file).is_file():
-        raise MetaplError(
-            f"--factory {place}: there is no file {file or place}; expected FILE.py:FUNCTION."
-        )
+        missing = f"there is no file {file or place}"
+        raise MetaplError(f"--factory {place}: {missing}; expected FILE.py:FUNCTION.")
     function: Callable[..., nn.Module] | None = runpy.run_path(file).get(name)
     if function is None:
         raise MetaplError(f"--factory {place}: {file} has no function {name!r}.")

@@ -83,10 +83,8 @@ class Altered(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.base.credits not in ("signal", "example"):
-            raise MetaplError(
-                f"Altered(base={self.base!r}): expected feedback on each example, such as "
-                "Forward()."
-            )
+            expected = "feedback on each example, such as Forward()"
+            raise MetaplError(f"Altered(base={self.base!r}): expected {expected}.")
         for name in OF_THE_BASE:
             object.__setattr__(self, name, getattr(self.base, name))
         object.__setattr__(self, "name", f"{self.base.name}_{self.alteration}")

@@ -132,10 +132,9 @@ class Ablation:
             values["points"] = tuple(values["points"])
             return cls(**values)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise MetaplError(
-                f"the text is no ablation ({type(error).__name__}: {error}); expected what "
-                "Ablation.to_json wrote."
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            text = f"the text is no ablation ({reason}); expected that of Ablation.to_json."
+            raise MetaplError(text) from error
 
     def __repr__(self) -> str:
         return summary("Ablation", **vars(self))
@@ -331,9 +330,7 @@ def ablate(
         estimators = [estimator(mode) for mode in (MODES if modes is None else modes)]
     by_name = {mode.name: mode for mode in estimators}
     if not estimators or len(by_name) < len(estimators):
-        raise MetaplError(
-            f"ablate was given modes={modes!r}; expected a list of one or more, each name once."
-        )
+        raise MetaplError(f"modes={modes!r}: expected one or more, each name once.")
     study = Study(trainer, by_name, draws=draws, shows_progress=progress)
     points = tuple(sorted({0, steps // 2, steps}))
     state = trainer.state_dict()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metapl.core.step import InnerStep
 from metapl.errors import MetaplError
+from metapl.execution.checks import unexpected
 from metapl.problems.base import Signal, field_name
 
 
@@ -71,16 +72,12 @@ class Feedback:
         for name, h in self.by_field().items():
             field = fields[name]
             if h.ndim and h.shape != field.shape:
-                raise MetaplError(
-                    f"h and the signal differ in shape; expected the same: {name!r} has "
-                    f"{tuple(h.shape)} and {tuple(field.shape)}."
-                )
+                raise unexpected(f"h of the signal's {name!r} is", h, f"{tuple(field.shape)}")
             terms.append((-h * field).sum())
         total = terms[0] if len(terms) == 1 else torch.stack(terms).sum()
         if not total.requires_grad and torch.is_grad_enabled():
             raise MetaplError(
-                f"the teacher's signal ({self.part}) has no graph: it was detached, or computed "
-                "under no_grad(); expected one with its graph, or mode='none'."
+                f"the signal ({self.part}) has no graph; expected one; or mode 'none'."
             )
         return total if self.mean_over == 1 else total / self.mean_over
 

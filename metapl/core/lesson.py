@@ -132,9 +132,7 @@ def credited(signal: Signal, of: Credited = "signal") -> dict[str, Tensor]:
     if signal.log_prob is None:
         return signal.differentiable()
     if signal.probs is None:
-        raise MetaplError(
-            "the sampled signal has no probs; expected Signal(value, log_prob, probs=...)."
-        )
+        raise MetaplError("the drawn signal has no probs; expected Signal(..., probs=...).")
     # One-hot rows, by an operation that torch.func.vmap has a rule for.
     one_hot = torch.zeros_like(signal.probs).scatter(-1, signal.value[..., None], 1.0)
     return {"value": one_hot}

@@ -49,11 +49,8 @@ class Lookahead(Sequence[Any]):
     def __post_init__(self) -> None:
         check_fields(self)
         if not self._has_batch_for_each_step():
-            raise MetaplError(
-                f"Lookahead was given batches that are {checks.described(self.batches)} and "
-                f"steps={self.steps}; expected a batch for each step, or a function of its number "
-                "with steps=."
-            )
+            expected = "a batch for each step, or a function of its number with steps="
+            raise checks.unexpected(f"{self.steps} steps were given of", self.batches, expected)
 
     def _has_batch_for_each_step(self) -> bool:
         """Return whether the batches are a long enough sequence, or a function with steps."""
@@ -81,10 +78,7 @@ class Lookahead(Sequence[Any]):
         if self.settings is None:
             return []
         if not isinstance(optimizer, Optimizer):
-            raise MetaplError(
-                "Lookahead(settings=) is for torch.optim; expected torchopt.schedule in the "
-                "transform."
-            )
+            raise MetaplError("settings was given with a TorchOpt transform; expected torch.optim.")
         return options_by_step(optimizer, self.settings, len(self))
 
 
@@ -129,16 +123,11 @@ class InnerBatches(Sequence[Any]):
         # A class that derives from Sequence answers isinstance slowly; most batches are tensors.
         if isinstance(inner, Tensor) or not isinstance(inner, Lookahead):
             if lookahead > 1:
-                raise MetaplError(
-                    f"the trainer has lookahead={lookahead}; expected a metapl.Lookahead of "
-                    f"{lookahead} batches."
-                )
+                expected = f"a metapl.Lookahead of {lookahead} batches"
+                raise MetaplError(f"the trainer has lookahead={lookahead}; expected {expected}.")
             return InnerBatches.of_one_step(inner)
         if inner.settings is not None:
-            raise MetaplError(
-                "Lookahead(settings=) is for metapl.hypergradient; a trainer's optimizer has its "
-                "own rate."
-            )
+            raise MetaplError("settings was given to a trainer; expected metapl.hypergradient.")
         return InnerBatches(list(inner), is_lookahead=True)
 
     @staticmethod

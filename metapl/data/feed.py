@@ -122,12 +122,8 @@ class Feed(ABC):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on exactly where :meth:`state` was asked for."""
-        kind = state["kind"]
-        if kind != self.kind:
-            raise MetaplError(
-                f"{self._name} was of kind {kind!r}, and is {self.kind!r} now; expected the same "
-                "kind"
-            )
+        if state["kind"] != self.kind:
+            raise MetaplError(f"{self._name} is {self.kind!r}; expected the kind {state['kind']!r}")
         self.close()
         self._position = state["position"]
 
@@ -286,9 +282,7 @@ class _NumberedFeed(Feed):
         if self.kind == "sequence":
             return self._source[self._position % len(self._source)]
         if self._position >= self._stop:
-            raise MetaplError(
-                f"{self._name} was made for {self._stop} batches; make a feed with a larger stop"
-            )
+            raise MetaplError(f"{self._name} has {self._stop} batches; expected a larger stop")
         if self._iterator is None:
             self._iterator = self._begin()
         batch = next(self._iterator)
@@ -361,10 +355,8 @@ class _EpochFeed(Feed):
                 # An iterator that is used up, an empty data set, or one smaller than a batch with
                 # drop_last.
                 if self.kind == "iterator" or self._position == 0:
-                    raise MetaplError(
-                        f"{self._name} has no batch {self._position} in epoch {self._epoch}, and "
-                        f"the run needs {self._stop}; expected a source that begins anew"
-                    )
+                    lacks = f"no batch {self._position} in epoch {self._epoch} of {self._name}"
+                    raise MetaplError(f"{lacks}; expected a source that begins anew")
                 self._epoch += 1
                 self._position = 0
                 self._start = self._generators.read()
@@ -391,10 +383,8 @@ class _EpochFeed(Feed):
         batches_to_skip = self._position if begins_anew else 0
         for skipped in range(batches_to_skip):
             if next(self._iterator, _END) is _END:
-                raise MetaplError(
-                    f"{self._name} has {skipped} batches in an epoch, and the run to resume had "
-                    f"taken {self._position}; expected the same data as then"
-                )
+                had = f"{self._name} has {skipped} batches in an epoch, and had {self._position}"
+                raise MetaplError(f"{had} or more; expected the same data as then")
         return self._iterator
 
     def state(self) -> dict[str, Any]:

@@ -517,11 +517,8 @@ def put_kind(current: Any, saved: Mapping[str, Any], device: torch.device) -> An
         return current
     if kind == "generator":
         if not isinstance(current, GENERATORS):
-            raise MetaplError(
-                f"a generator was saved, and the trainer has "
-                f"{described(None if current is MISSING else current)}; expected one "
-                "that is made with the object"
-            )
+            instead = described(None if current is MISSING else current)
+            raise MetaplError(f"a generator was saved, and it is {instead}; expected a generator")
         write_state(current, value)
         return current
     if kind == "set":

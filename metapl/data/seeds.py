@@ -28,9 +28,6 @@ def parse_seeds(text: str) -> tuple[int, ...]:
             break
         seeds.extend(numbers)
     if not is_sound or len({*seeds}) < len(seeds):
-        expected = (
-            "rising numbers and ranges below 2^32, such as 0-9 or 0,3,5, each once, "
-            f"{MOST_SEEDS:,} at most"
-        )
-        raise MetaplError(f"--seeds {text:.60}: expected {expected}.")
+        expected = f"{MOST_SEEDS:,} rising numbers below 2^32 at most, such as 0-9 or 0,3,5"
+        raise MetaplError(f"--seeds {text:.60}: expected {expected}, each once.")
     return tuple(seeds)

@@ -107,9 +107,7 @@ class StepSampler:
     def _span(self, step: int) -> tuple[int, int]:
         """Return where a step begins in the stream, and where the next one does."""
         if step < 0:
-            raise MetaplError(
-                f"step is {step}; expected 0 or more: steps are counted from the start of the run"
-            )
+            raise MetaplError(f"step is {step}; expected 0 or more, from the start of the run")
         return step * self.batch_size, (step + 1) * self.batch_size
 
 
@@ -130,9 +128,7 @@ class StepBatches(Dataset[BatchT], ABC):
     def __getitem__(self, step: int) -> BatchT:
         # An IndexError ends a ``for`` loop over the data set.
         if not 0 <= step < len(self):
-            raise IndexError(
-                f"step is {step}; expected 0 to {len(self) - 1}, counted from the start of the run"
-            )
+            raise IndexError(f"step is {step}; expected 0 to {len(self) - 1}")
         return self.batch(step)
 
     def __len__(self) -> int:
@@ -166,10 +162,7 @@ def loader(
     [25, 36, 49]
     """
     if not 0 <= start <= stop <= len(batches):
-        raise MetaplError(
-            f"steps {start} to {stop} of {len(batches)}; expected 0 <= start <= stop <= "
-            "len(batches)"
-        )
+        raise MetaplError(f"steps {start} to {stop} were given; expected some of {len(batches)}")
     return DataLoader(
         batches,
         batch_size=None,
@@ -252,17 +245,13 @@ def in_memory(
     if not is_tuple_of_arrays and not is_single:
         return source
     if batch_size is None or batch_size < 1:
-        raise MetaplError(
-            f"{name} has examples in memory and batch_size={batch_size}; expected 1 or more, such "
-            "as batch_size=64, or a list of batches."
-        )
+        expected = "1 or more, such as batch_size=64, or a list of batches"
+        raise MetaplError(f"{name} was given with batch_size={batch_size}; expected {expected}.")
     rows = as_tensors(plain(source), dtype, subject=f"{name} holds data")
     lengths = set()
     for t in leaves_of(rows):
         if isinstance(t, Tensor):
             lengths.add(len(t) if t.ndim else 0)
     if len(lengths) != 1 or 0 in lengths:
-        raise MetaplError(
-            f"{name} has tensors of {sorted(lengths)} rows; expected as many in each, at least one."
-        )
+        raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected one number.")
     return ArrayBatches(rows, batch_size, stream=stream)

@@ -142,9 +142,8 @@ class ShardedEngine(EagerEngine):
             narrow = [dtype for dtype in self.dtypes if dtype in HALF]
             if narrow:
                 raise MetaplError(
-                    f"the student has weights or a policy of {narrow[0]}, in which a difference of "
-                    "outputs is noise; expected mode='forward', or precision='bfloat16' without "
-                    "param_dtype."
+                    f"the student has weights or a policy of {narrow[0]}; expected mode='forward', "
+                    "or precision='bfloat16' without param_dtype."
                 )
         formulas = self.slots.in_formulas()
         with replay(random, state, slots=formulas, upcast=upcast), self.moved_to(params):

@@ -46,9 +46,8 @@ class Fault:
     def raise_if_found(self, where: str = "") -> None:
         """Raise the first error that a check has found; ``where`` is the beginning of its text."""
         if text := self.found():
-            raise MetaplError(
-                f"{where}{text} (found after the step: go on from the last good checkpoint)"
-            )
+            mend = "found after the step: go on from the last good checkpoint"
+            raise MetaplError(f"{where}{text} ({mend})")
 
 
 def result_of(bad: Tensor | Callable[[], Tensor]) -> Tensor:
@@ -150,16 +149,13 @@ def generator_of(generator: torch.Generator | None, device: torch.device, subjec
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
-        raise unexpected(
-            "generator is", generator, f"torch.Generator({str(device)!r}).manual_seed(0), or none"
-        )
+        expected = f"torch.Generator({str(device)!r}).manual_seed(0), or none"
+        raise unexpected("generator is", generator, expected)
     # A device without a number is the current one, and may be any.
     numbers = {generator.device.index, device.index} - {None}
     if generator.device.type != device.type or len(numbers) > 1:
-        raise MetaplError(
-            f"generator is on {generator.device}, and {subject} {device}; expected "
-            f"torch.Generator({str(device)!r}), or none."
-        )
+        given = f"generator is on {generator.device}, and {subject} {device}"
+        raise MetaplError(f"{given}; expected torch.Generator({str(device)!r}), or none.")
 
 
 def tensor_in(outputs: Any) -> Tensor | None:
@@ -199,10 +195,8 @@ def logits(outputs: Any, role: str) -> Tensor:
         )
     else:
         mend = f"return one from the {role}'s forward"
-    raise MetaplError(
-        f"the {role} returned {described(outputs)}; expected a plain tensor of real numbers: "
-        f"{mend}."
-    )
+    expected = f"a plain tensor of real numbers: {mend}"
+    raise unexpected(f"the {role} returned", outputs, expected)
 
 
 def class_outputs(outputs: Tensor, role: str) -> None:

@@ -422,23 +422,18 @@ def explain(error: BaseException) -> None:
         return
     text = str(error)
     if change := _CHANGED_IN_PLACE.search(text):
-        raise MetaplError(
-            f"a tensor that a pass has read ({change[1]}) is changed in place after it, such as a "
-            "buffer that a forward moves by mul_; expected a copy to be read (self.level.clone())."
-        ) from error
+        read = f"a tensor that a pass has read ({change[1]}) is changed in place after it"
+        text = f"{read}; expected a copy to be read, such as buffer.clone()."
+        raise MetaplError(text) from error
     if _OF_INFERENCE.search(text):
-        raise MetaplError(
-            "a tensor that was made under torch.inference_mode() enters a pass or a loss, such as "
-            "one of a Lookahead's function, of a collate_fn, or that the problem holds; expected "
-            "its .clone(), or torch.no_grad() where it is made."
-        ) from error
+        text = "a tensor that was made under torch.inference_mode() enters a pass or a loss"
+        mend = "expected its .clone(), or torch.no_grad() where it is made"
+        raise MetaplError(f"{text}; {mend}.") from error
     lacks_derivative = bool(_LACKING.search(text))
     if _CUDNN_RNN.search(text) and (lacks_derivative or _CUDNN_EVAL in text):
-        raise MetaplError(
-            "cuDNN's recurrent networks have no second derivative, no forward mode, and in eval "
-            "mode no derivative at all; expected the call in a block of "
-            "torch.backends.cudnn.flags(enabled=False), which takes PyTorch's own."
-        ) from error
+        text = "cuDNN's recurrent networks lack the derivative that this mode needs"
+        mend = "expected the call in a block of torch.backends.cudnn.flags(enabled=False)"
+        raise MetaplError(f"{text}; {mend}.") from error
     if lacks_derivative:
         message = text.splitlines()[0].rstrip(".")
         operation = _OPERATION.search(message)
@@ -446,6 +441,5 @@ def explain(error: BaseException) -> None:
         for backward, release in SINCE_RELEASE.items():
             if backward in message and torch.__version__ < TorchVersion(release):
                 message += f"; torch {release} has it, and this is {torch.__version__}"
-        raise MissingDerivative(
-            f"{what} lacks a derivative that this mode needs ({message})"
-        ) from error
+        text = f"{what} lacks a derivative that this mode needs ({message})"
+        raise MissingDerivative(text) from error

@@ -38,10 +38,8 @@ def refuse_draws_outside(before: tuple[Any, Any], cause: BaseException | None = 
         cause: the error that the draws have led to, if there is one.
     """
     if generators_outside_torch() != before:
-        raise DrawsOutside(
-            "a network or a loss draws from Python's or NumPy's global generator, and would draw "
-            "other numbers in a pass that runs again; expected draws by torch."
-        ) from cause
+        reader = "a network or a loss draws from Python's or NumPy's global generator"
+        raise DrawsOutside(f"{reader}; expected draws by torch.") from cause
 
 
 @contextmanager

@@ -159,10 +159,8 @@ class Ranks:
             subject: whose rows they are, for the error.
         """
         most, least = self.greatest(torch.tensor([count, -count], device=self.device))
-        checks.refuse(
-            most != -least,
-            f"the shares of {subject} are unequal; expected as many rows on every rank.",
-        )
+        text = f"the shares of {subject} are unequal; expected as many rows on every rank."
+        checks.refuse(most != -least, text)
 
     def gathered(self, value: Any) -> list[Any]:
         """Return the values of all processes, in their order."""

@@ -308,10 +308,8 @@ class Estimator(ABC):
                 for h in (of_step.h, *of_step.others.values()):
                     numbers.append(h.sum() if h.ndim else h)
             if not is_used:
-                raise MetaplError(
-                    f"the inner loss of {kind_of(path.problem)} does not depend on its signal; "
-                    "expected one that does, without detach() or argmax, or mode='none'."
-                )
+                name = f"the inner loss of {kind_of(path.problem)}"
+                raise MetaplError(f"{name} does not depend on its signal; expected one that does.")
             try:
                 checks.refuse_not_finite(NOT_FINITE, *numbers)
             except MetaplError as error:
@@ -399,10 +397,7 @@ def divisor(normalization: str, step: StudentStep, w: Tree | None = None) -> Ten
     if normalization == "learning_rate":
         eta = step.learning_rate
         if eta is None:
-            raise MetaplError(
-                "a TorchOpt transform has no single learning rate; expected "
-                'normalization="gradient".'
-            )
+            raise MetaplError("the transform has no rate; expected normalization='gradient'.")
         if isinstance(eta, Tensor):
             return torch.where(eta > 0, eta, 1.0)
         return eta if eta > 0 else 1.0

@@ -79,11 +79,7 @@ def exact_orders(
         if CURVATURE in student.capabilities:
             orders = ("tangent", "double_backward")
         if by is not None and by not in orders:
-            expected = " or ".join(f'by="{order}"' for order in orders)
-            raise MetaplError(
-                f'Forward(by="{by}") was given, and the student is sharded; expected {expected}, '
-                "or None."
-            )
+            raise MetaplError(f"by={by!r} was given, and the student is sharded; expected by=None.")
         return orders if by is None else (by,)
     if by is not None:
         return (by,)
@@ -162,10 +158,7 @@ class Forward(Estimator):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None and self.keep_every is not None:
-            raise MetaplError(
-                f"keep={self.keep!r} and keep_every={self.keep_every} were given; expected one of "
-                "them."
-            )
+            raise MetaplError("keep and keep_every were given; expected one of them.")
 
     def orders(
         self, steps: int, problem: BilevelProblem, student: Engine, wrt: Sequence[str] = ()

@@ -22,7 +22,7 @@ from metapl.core.path import Look, Path
 from metapl.core.replays import REPLAY_TOLERANCE, ReplayCheck
 from metapl.core.teacher import CallsOfSignal, Teacher, Teaching
 from metapl.engines.eager import EagerEngine
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
 from metapl.execution.checks import generator_of
 from metapl.execution.layout import layouts
@@ -221,17 +221,10 @@ class Differentiation:
     def _check_wrt(self) -> None:
         """Refuse names of what cannot be differentiated in, by this optimizer, mode and layout."""
         if self.estimate.truncate == 0 and self.wrt != ["start"]:
-            raise MetaplError(
-                f"truncate=0, which differentiates no step, was given with wrt={self.wrt!r}; "
-                "expected wrt='start', or a truncate of 1 or more."
-            )
+            raise MetaplError("truncate=0 was given; expected wrt='start', or a truncate of 1.")
         names = ("teacher", "start", *self.update.numbers)
-        for name in self.wrt:
-            if name not in names:
-                raise MetaplError(
-                    f"wrt={name!r} was given; expected, with this inner optimizer, "
-                    f"{', '.join(names)}."
-                )
+        if unknown := [name for name in self.wrt if name not in names]:
+            raise MetaplError(f"wrt={few(unknown)} was given; expected some of {', '.join(names)}.")
         if {*self.wrt} <= {"teacher"}:
             return
         if reason := self._why_not_in_others():
@@ -401,16 +394,15 @@ class Differentiation:
                 feedback, _ = estimate.checked_feedback(path, mode_state)
             if not RandomState.now(self.device).equals(before):
                 raise MetaplError(
-                    f"mode {estimate.name!r} draws from torch's default generator in feedback(); "
-                    "expected path.draws, and draws = True in the class."
+                    f"mode {estimate.name!r} draws from torch's default generator; expected draws "
+                    "= True in the class, and path.draws."
                 )
             lacks_start = "start" in self.wrt and not path.start
             lacks_settings = bool(self.settings) and not path.setting_gradients
             if lacks_start or lacks_settings:
                 raise MetaplError(
-                    f"wrt={self.wrt!r} was given with mode {estimate.name!r}, which does not walk "
-                    "back over the steps by path.adjoints or path.gradients_in_signals; expected "
-                    "one that does, such as 'forward'."
+                    f"wrt={self.wrt!r} was given with mode {estimate.name!r}, which does not ask "
+                    "for path.adjoints or path.gradients_in_signals; expected 'forward', say."
                 )
             direct = teaching.direct_gradient(path) if self.takes_direct_term else {}
             grads: dict[str, Tensor] = {}

@@ -174,10 +174,7 @@ class Implicit(Estimator):
             return conjugate_gradient(product, v, self.iterations, damping)
         step_size = float(self.step_size or rate or 0.0)
         if step_size == 0:
-            raise MetaplError(
-                'Implicit(solver="neumann") needs step_size=..., for this optimizer has no rate '
-                "above 0."
-            )
+            raise MetaplError("the optimizer has no rate above 0; expected step_size= of Implicit.")
         is_default = self.step_size is None
         return neumann(
             product, v, self.iterations, step_size, damping=damping, is_default=is_default
@@ -226,9 +223,8 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
             # The first direction, v itself, must be curved; a later one may be flat to rounding.
             if number == 0 or curvature < -rounding * largest * direction_norm**2:
                 raise MetaplError(
-                    "the inner loss curves downwards: the student is not near its optimum; "
-                    "expected mode='forward', which needs no optimum, or a larger damping "
-                    "(metapl.feedback.Implicit(damping=...))."
+                    "the inner loss curves downwards; expected mode='forward', which needs no "
+                    "optimum, or a larger damping (metapl.feedback.Implicit(damping=...))."
                 )
             break
         alpha = squared / curvature
@@ -270,8 +266,7 @@ def neumann(
     checks.refuse(
         ~(residual <= norm(v)),
         f"the Neumann series diverges with a step size of {step_size:.3g}{source}; expected "
-        "step_size=... below 2 over the greatest eigenvalue of H + damping (damping is "
-        f"{damping:g}), or, where the inner loss curves downwards, a larger damping.",
+        f"step_size=... below 2 over the greatest eigenvalue of H + {damping:g}, or more damping.",
     )
     return Solution(x, residual / norm(v).clamp_min(TINY))
 

@@ -91,10 +91,7 @@ def weighted(
     rater_parameters = {id(p) for p in rater.parameters()}
     for group in rater_optimizer.param_groups:
         if not all(id(p) in rater_parameters for p in group["params"]):
-            raise MetaplError(
-                "weighted: rater_optimizer holds tensors that are not the rater's; expected "
-                "rater.parameters()."
-            )
+            raise MetaplError("weighted: rater_optimizer holds more than rater.parameters().")
     rated = RatedLoss(
         trainer,
         rater,
@@ -207,10 +204,8 @@ class RatedLoss:
                 num_items_in_batch=num_items_in_batch,
             )
         if model is not self.trainer.model:
-            raise MetaplError(
-                f"weighted: the Trainer wraps the model in {type(model).__name__}; expected it as "
-                "it is, in one process and without torch_compile."
-            )
+            wrapper = f"the Trainer wraps the model in {type(model).__name__}"
+            raise MetaplError(f"weighted: {wrapper}; expected one process, without torch_compile.")
         batch = plain(inputs)
         with torch.no_grad():
             signal = self.problem.signal(self.rater, batch, None, generator=None)
@@ -244,11 +239,10 @@ class RatedLoss:
             )
         parameters = dict(self.rater.named_parameters())
         if not all(gradient.isfinite().all() for gradient in result.grads.values()):
-            raise MetaplError(
-                f"weighted: the rater's gradient in step {self.trainer.state.global_step + 1:,} is "
-                f"not finite (outer loss {result.outer_loss.item():g}); expected a lower learning "
-                "rate, or another batch."
-            )
+            step = f"step {self.trainer.state.global_step + 1:,}"
+            found = f"the rater's gradient in {step} is not finite"
+            loss = result.outer_loss.item()
+            raise MetaplError(f"weighted: {found} (outer loss {loss:g}); expected a lower rate.")
         for name, gradient in result.grads.items():
             parameters[name].grad = gradient
         self.rater_optimizer.step()
@@ -282,9 +276,7 @@ class RatedLoss:
         """
         path = Path(folder) / FILE
         if not path.is_file():
-            raise MetaplError(
-                f"{path} is missing; expected a checkpoint that a weighted Trainer has written."
-            )
+            raise MetaplError(f"{path} is missing; expected a checkpoint of a weighted Trainer.")
         self.load_state_dict(checkpoint.load(path))
 
 

@@ -91,10 +91,8 @@ def evaluate_logits(
     Guo et al. 2017, "On Calibration of Modern Neural Networks", equation 3.
     """
     if not _fit(logits_NC, labels_N):
-        raise MetaplError(
-            f"the logits are {described(logits_NC)}, the labels {described(labels_N)}; expected "
-            "floating-point (N, C), and (N,) integers from 0 to C - 1."
-        )
+        given = f"the logits are {described(logits_NC)}, the labels {described(labels_N)}"
+        raise MetaplError(f"{given}; expected floats (N, C), and (N,) integers from 0 to C - 1.")
     count, width = logits_NC.shape
     if classes is not None and len(classes) != width:
         raise MetaplError(f"{len(classes)} names of classes were given for {width} logits.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import LABEL_KEYS, Batch, Inputs, length, rows, to_device
-from metapl.execution.checks import described
+from metapl.execution.checks import unexpected
 from metapl.execution.state import RandomState, replayed
 from metapl.metrics.classification import Evaluation, evaluate_logits
 from metapl.metrics.predictions import logits_of, outer_batches, passes, predict_logits
@@ -101,10 +101,9 @@ class Metric:
         except (TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, MetaplError):
                 raise
-            raise MetaplError(
-                f"the metric {self.name!r} failed ({reason_of(error)}); expected f(outputs, batch) "
-                "-> number, or update(outputs, labels)."
-            ) from error
+            expected = "f(outputs, batch) -> number, or update(outputs, labels)"
+            text = f"the metric {self.name!r} failed ({reason_of(error)}); expected {expected}."
+            raise MetaplError(text) from error
 
     def _measured_by_updates(
         self, device: torch.device, batches: Batches, outputs_of: Callable[[Inputs], Tensor]
@@ -166,10 +165,8 @@ class Metric:
         """
         measurement = self.over(judge, network, batches)
         if not math.isfinite(measurement.value):
-            raise MetaplError(
-                f"the metric {self.name!r} of {description} is {measurement.value}; expected a "
-                "finite number."
-            )
+            name = f"the metric {self.name!r} of {description}"
+            raise MetaplError(f"{name} is {measurement.value}; expected a finite number.")
         return measurement
 
     def improves(self, value: float, best: float | None) -> bool:
@@ -185,10 +182,7 @@ class Metric:
     def _labels(self, batch: Batch) -> Tensor:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor):
-            raise MetaplError(
-                f"the metric {self.name!r} is of outputs and labels, and a batch is "
-                f"{described(batch)}."
-            )
+            raise unexpected(f"the metric {self.name!r} has a batch that is", batch, "labels in it")
         return labels
 
 
@@ -219,10 +213,8 @@ def metric_of(definition: Any, metric_mode: Better | None = None) -> Metric | No
     """
     is_alone = definition is None and metric_mode is not None
     if metric_mode not in (None, "min", "max") or is_alone:
-        raise MetaplError(
-            f"metric_mode={metric_mode!r} was given with metric={definition!r}; expected 'min' or "
-            "'max', and a metric."
-        )
+        given = f"metric_mode={metric_mode!r} was given with metric={definition!r}"
+        raise MetaplError(f"{given}; expected 'min' or 'max', and a metric.")
     if definition is None:
         return None
     if isinstance(definition, str) and definition in ("accuracy", "loss"):
@@ -233,18 +225,10 @@ def metric_of(definition: Any, metric_mode: Better | None = None) -> Metric | No
             better = metric_mode
         metric = Metric(_name_of(definition), better, definition=definition)
     else:
-        metric_text = f"metric is {described(definition)}"
-        if isinstance(definition, str):
-            metric_text = f"metric={definition!r}"
-        raise MetaplError(
-            f"{metric_text}; expected 'accuracy', 'loss', a function (outputs, batch) -> number, "
-            "or one of torchmetrics."
-        )
+        expected = "'accuracy', 'loss', a function (outputs, batch) -> number, or of torchmetrics"
+        raise MetaplError(f"metric={definition!r:.80}: expected {expected}.")
     if metric_mode not in (None, metric.better):
-        raise MetaplError(
-            f"metric_mode={metric_mode!r} was given, and of the metric {metric.name!r} the "
-            f"{metric.better} is best."
-        )
+        raise MetaplError(f"metric_mode={metric_mode!r}: expected {metric.better!r}, or none.")
     return metric
 
 
@@ -278,14 +262,10 @@ def metric_for(
     """
     if validation is None:
         if metric is not None:
-            raise MetaplError(
-                f"the metric {metric.name!r} was given without validation data; expected both."
-            )
+            raise MetaplError("a metric was given without validation data; expected both.")
         return None
     if isinstance(validation, Iterator):
-        raise MetaplError(
-            "validation is an iterator, which is read once; expected a list or a DataLoader."
-        )
+        raise MetaplError("validation is an iterator; expected a list or a DataLoader.")
     with replayed(RandomState.now(judge.device)):
         batches = outer_batches(
             validation, judge.read_outer, device=judge.device, name="validation"
@@ -298,10 +278,8 @@ def metric_for(
             outputs = logits_of(judge.student, [rows(inputs, 0, 2)])
             metric = default_metric(judge, batch, outputs)
         if compares and metric.better is None:
-            raise MetaplError(
-                f"metric {metric.name!r}: expected metric_mode='max', or metric_mode='min' of an "
-                "error, beside it."
-            )
+            mend = "expected metric_mode='max' beside it, or metric_mode='min' of an error"
+            raise MetaplError(f"metric {metric.name!r}: {mend}.")
         metric.over(judge, judge.student, [first])
     return metric
 

@@ -70,10 +70,8 @@ def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
     with passes(model) as outputs_of:
         logits = [outputs_of(x).cpu() for x in inputs]
     if len({t.shape[1:] for t in logits}) != 1:
-        shapes = few(tuple(t.shape) for t in logits) or "none, for there are no batches"
-        raise MetaplError(
-            f"the network's outputs have the shapes {shapes}; expected rows of one shape."
-        )
+        shapes = few(tuple(t.shape) for t in logits) or "no shape"
+        raise MetaplError(f"the network's outputs have {shapes}; expected rows of one shape.")
     return torch.cat(logits)
 
 

@@ -407,11 +407,8 @@ def refuse_signal_in_outer_input(problem: BilevelProblem) -> None:
     problem holds is there at any time.
     """
     if _parameter_count(type(problem).outer_input) > 2:
-        raise MetaplError(
-            f"{kind_of(problem)} has outer_input(batch, signal); expected outer_input(self, "
-            "batch), which reads the teacher as a module that the problem holds (self.teacher = "
-            "teacher): the gradient is the same, by the direct term."
-        )
+        given = f"{kind_of(problem)} has outer_input(batch, signal)"
+        raise MetaplError(f"{given}; expected outer_input(self, batch), which reads self.teacher.")
 
 
 def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[str, nn.Parameter]:

@@ -313,10 +313,7 @@ class LearningToReweight(Weighted):
             mode: its name.
         """
         if "soft" not in labels:
-            raise MetaplError(
-                f"mode '{mode}' was given; expected feedback on each example: 'forward', or "
-                "Implicit()."
-            )
+            raise MetaplError(f"mode {mode!r} was given; expected 'forward', or Implicit().")
         return self
 
     def signal(

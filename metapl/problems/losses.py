@@ -201,14 +201,11 @@ class UDA:
         if self.prior is not None:
             are_shares = all(p > 0 for p in self.prior) and math.isclose(sum(self.prior), 1)
             if not are_shares:
-                raise MetaplError(
-                    f"UDA(prior={self.prior}): expected a prior of shares above 0 that sum to 1."
-                )
+                raise MetaplError(f"UDA(prior={self.prior}): expected shares above 0, of sum 1.")
         if self.threshold_on == "sharpened" and self.temperature == 0:
             raise MetaplError(
-                "UDA(threshold_on='sharpened') with temperature=0 leaves nothing out, for the "
-                "greatest probability of a one-hot target is 1; expected "
-                "threshold_on='prediction', or a temperature above 0."
+                "UDA(threshold_on='sharpened') was given with temperature=0, of one-hot targets; "
+                "expected threshold_on='prediction', or a temperature above 0."
             )
 
     def reads_inner(self, step: int) -> bool:
@@ -246,9 +243,7 @@ class UDA:
         """Return log-probabilities whose mean over the rows of all ranks is nearer to the prior."""
         classes = log_p_BC.shape[-1]
         if self.prior is not None and len(self.prior) != classes:
-            raise MetaplError(
-                f"UDA(prior=...) has {len(self.prior)} shares; expected {classes}, one a class."
-            )
+            raise MetaplError(f"UDA's prior has {len(self.prior)} shares; expected {classes}.")
         # In logarithms, because the mean of an improbable class would be rounded to 0. The mean
         # of an impossible class is 0; such a class is not aligned.
         log_p_of_all_ranks, _ = rows_of_all(log_p_BC)
@@ -274,9 +269,7 @@ class UDA:
             return _zero_like(signal)
         pair = views(inner)
         if len(pair) != 2:
-            raise MetaplError(
-                "UDA was given an inner batch of one view; expected inner=(weak, strong)."
-            )
+            raise MetaplError("UDA was given one view; expected inner=(weak, strong).")
         weak, strong = pair
         if not isinstance(step, Tensor) and step < self.start:
             return _zero_like(signal)
@@ -353,9 +346,8 @@ def check_losses(losses: Any, name: str = "teacher_losses") -> tuple[TeacherLoss
         isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses
     )
     if not are_losses:
-        raise MetaplError(
-            f"{name} is {losses!r:.80}; expected losses: (metapl.CrossEntropy(), metapl.UDA())."
-        )
+        expected = "losses: (metapl.CrossEntropy(), metapl.UDA())"
+        raise MetaplError(f"{name} is {losses!r:.80}; expected {expected}.")
     return tuple(losses)
 
 

@@ -89,11 +89,8 @@ class PseudoLabels(BilevelProblem):
         if self.kind is None:
             return self._with_kind(labels[0])
         if self.kind not in labels:
-            raise MetaplError(
-                f"PseudoLabels(kind={self.kind!r}) was given, and mode '{mode}' takes "
-                f"{' or '.join(labels)} labels; expected kind=None, or another mode "
-                "(metapl.feedback.modes_for)."
-            )
+            given = f"PseudoLabels(kind={self.kind!r}) was given with mode {mode!r}"
+            raise MetaplError(f"{given}; expected kind=None, or {' or '.join(labels)}.")
         return self
 
     def exact(self) -> PseudoLabels:
@@ -141,10 +138,8 @@ class PseudoLabels(BilevelProblem):
         logits = checks.logits(returned_by(teacher, self.teacher_input(batch)), "teacher")
         # There are no outputs yet where a subclass lets the signal enter the student's input.
         if student_outputs is not None and logits.shape != student_outputs.shape:
-            raise MetaplError(
-                f"the teacher's outputs have shape {tuple(logits.shape)}; expected that of the "
-                f"student's, {tuple(student_outputs.shape)}."
-            )
+            expected = f"the student's shape, {tuple(student_outputs.shape)}"
+            raise checks.unexpected("the teacher's outputs are", logits, expected)
         # The softmax is taken in float32 or wider.
         z = wide(logits)
         if self.temperature != 1.0:
@@ -218,10 +213,7 @@ class ReducedLabels(PseudoLabels):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.student_view != "strong":
-            raise MetaplError(
-                f"ReducedLabels(student_view={self.student_view!r}) was given, and its batches "
-                "have one view; leave it out."
-            )
+            raise MetaplError("student_view was given to ReducedLabels; expected it left out.")
 
     def teacher_input(self, batch: Batch) -> Tensor:
         return stored_pair(batch)[1]
@@ -277,14 +269,12 @@ def check_stored(stored: Tensor, shape: Sequence[int], name: str) -> None:
 
     A row may sum to 0.98 or to 1.02, as distributions do that were stored in half precision.
     """
-    text = (
-        f"the stored labels of the {name} batch are {checks.described(stored)}; expected class "
-        f"distributions {tuple(shape)}, which sum to 1 in every row: the softmax of logits."
-    )
+    expected = f"class distributions {tuple(shape)}, which sum to 1: the softmax of logits"
+    error = checks.unexpected(f"the stored labels of the {name} batch are", stored, expected)
     if tuple(stored.shape) != tuple(shape) or not stored.is_floating_point():
-        raise MetaplError(text)
+        raise error
     sums_are_off = (wide(stored).sum(1) - 1).abs().amax() > 0.02
-    checks.refuse(sums_are_off | (stored.amin() < 0), text)
+    checks.refuse(sums_are_off | (stored.amin() < 0), str(error))
 
 
 def stored_pair(batch: Batch) -> tuple[Any, Tensor]:

@@ -92,11 +92,8 @@ class DataRater(BilevelProblem):
         _, inner_labels = inputs_and_labels(inner)
         _, outer_labels = inputs_and_labels(outer)
         check_words(outputs, inner_labels=inner_labels, outer_labels=outer_labels)
-        checks.refuse(
-            (inner_labels[:, 1:] == IGNORED).all(),
-            f"the inner batch of DataRater has no token to predict: all are {IGNORED}, or "
-            "padding; expected one.",
-        )
+        text = f"the inner batch of DataRater has no token to predict but {IGNORED}; expected one."
+        checks.refuse((inner_labels[:, 1:] == IGNORED).all(), text)
 
     def signal(
         self,
@@ -114,10 +111,7 @@ class DataRater(BilevelProblem):
             raise checks.unexpected("the rater returned", scores, "scores (B,)")
         scores_of_all_ranks, rows_of_this_rank = rows_of_all(wide(scores).reshape(rows))
         if len(scores_of_all_ranks) < 2:
-            raise MetaplError(
-                "the inner batch of DataRater has one sequence, whose weight is 1; expected two "
-                "or more."
-            )
+            raise MetaplError("the inner batch of DataRater has one sequence; expected more.")
         softmax = scores_of_all_ranks.softmax(0)
         return Signal(len(scores_of_all_ranks) * softmax[rows_of_this_rank])
 
@@ -232,9 +226,8 @@ def check_words(outputs: Tensor, *, inner_labels: Tensor, outer_labels: Tensor) 
     words = outputs.shape[2]
     for labels in (outer_labels, inner_labels):
         ids = labels.masked_fill(labels == IGNORED, 0).flatten()
-        checks.class_labels(
-            ids, words, subject="the token ids", reason=f"the student has {words:,} words"
-        )
+        reason = f"the student has {words:,} words"
+        checks.class_labels(ids, words, subject="the token ids", reason=reason)
 
 
 def with_labels(batch: Batch, name: str) -> Batch:
@@ -264,10 +257,8 @@ def inputs_and_labels(batch: Batch, name: str = "the batch of DataRater") -> tup
     mask = entries.get("attention_mask")
     labels: Any = entries.get("labels", ids)
     if not are_tokens(ids, labels, mask):
-        raise MetaplError(
-            f"{name} is {checks.described(batch)}; expected token ids (B, T), int64, two or more, "
-            "or a dict of input_ids, attention_mask and labels."
-        )
+        expected = "token ids (B, T), int64, or a dict of input_ids, attention_mask and labels"
+        raise checks.unexpected(f"{name} is", batch, expected)
     if mask is not None and "labels" not in entries:
         is_token = mask != 0
         # Padded on the left, the first token has nothing before it to be predicted from, as at a

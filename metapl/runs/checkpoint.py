@@ -78,9 +78,8 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
         with replacing(Path(path)) as file:
             safetensors.torch.save_file(tensors, file.name, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} could not be written: {error}; what was there is as it was"
-        ) from error
+        text = f"{path} could not be written: {error}; what was there is as it was"
+        raise CheckpointError(text) from error
 
 
 def check_suffix(path: str | os.PathLike[str]) -> None:
@@ -122,9 +121,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
     except PermissionError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except FileNotFoundError as error:
-        raise DamagedError(
-            f"{path} is not there; expected the path of a file that save wrote"
-        ) from error
+        text = f"{path} is not there; expected the path of a file that save wrote"
+        raise DamagedError(text) from error
     except IsADirectoryError as error:
         raise DamagedError(f"{path} is a folder; expected a file that save wrote") from error
     except (
@@ -135,9 +133,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, Any]:
         RecursionError,
         safetensors.SafetensorError,
     ) as error:
-        raise DamagedError(
-            f"{path} is damaged or was cut, or is no checkpoint ({error})"
-        ) from error
+        text = f"{path} is damaged or was cut, or is no checkpoint ({error})"
+        raise DamagedError(text) from error
     raise CheckpointError(f"{path} is of format {version}; expected {FORMAT}")
 
 

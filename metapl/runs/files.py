@@ -41,10 +41,8 @@ def read_sealed(path: StrPath, sha256: str | None = None, *, mend: str) -> bytes
     except OSError as error:
         raise MetaplError(f"{path} cannot be read: {reason_of(error)}. {mend}") from error
     if sha256 is not None and hashlib.sha256(content).hexdigest() != sha256:
-        raise MetaplError(
-            f"{path} is damaged or of another run: its SHA-256 is not the one that was noted. "
-            f"{mend}"
-        )
+        reason = "is damaged or of another run: its SHA-256 is not the one that was noted"
+        raise MetaplError(f"{path} {reason}. {mend}")
     return content
 
 

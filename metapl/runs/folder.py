@@ -47,17 +47,15 @@ class Folder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MetaplError(
-                f"{self.path} cannot be made ({error.strerror}); expected a folder for out."
-            ) from error
+            text = f"{self.path} cannot be made ({error.strerror}); expected a folder for out."
+            raise MetaplError(text) from error
         if self._lock is None:
             self._lock = FileLock(self.path / LOCK, timeout=PATIENCE)
         try:
             self._lock.acquire()
         except Timeout as error:
-            raise MetaplError(
-                f"another process is running in {self.path}; wait for it, or stop it."
-            ) from error
+            text = f"another process is running in {self.path}; wait for it, or stop it."
+            raise MetaplError(text) from error
         try:
             yield
         finally:
@@ -175,9 +173,7 @@ class Records:
             )
         rows = read_rows(self.file)
         if not rows and self.file.exists() and self.file.stat().st_size:
-            raise MetaplError(
-                f"{self.file} has no rows of a run, and is another's; expected another folder."
-            )
+            raise MetaplError(f"{self.file} has no rows of a run; expected another folder.")
         other_phases = [row for row in rows if row["phase"] != phase]
         this_phase = [row for row in rows if row["phase"] == phase and row["step"] <= start]
         with _writing(), replacing(self.file) as file:
@@ -244,6 +240,5 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MetaplError(
-            f"the rows of the fit could not be written: {reason_of(error)}"
-        ) from error
+        text = f"the rows of the fit could not be written: {reason_of(error)}"
+        raise MetaplError(text) from error

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, unexpected
+from metapl.execution.checks import unexpected
 from metapl.updates.optimizers import options_of
 from metapl.words import did_you_mean
 
@@ -115,10 +115,8 @@ def options_by_step(
     Raises: :class:`metapl.MetaplError` for what are no settings.
     """
     if not isinstance(settings, Mapping):
-        raise MetaplError(
-            f"settings is {described(settings)}; expected a dict of tensors by the settings' "
-            "names, (K, param groups), such as metapl.scheduled_settings(scheduler, steps=K)."
-        )
+        expected = "a dict of tensors, such as metapl.scheduled_settings(scheduler, steps=K)"
+        raise unexpected("settings is", settings, expected)
     for name, values in settings.items():
         if not isinstance(values, Tensor):
             raise unexpected(f"settings has {name!r} that is", values, "a tensor (K, param groups)")
@@ -129,17 +127,16 @@ def _refuse_out_of_range(name: str, values: Tensor) -> None:
     """Refuse numbers that a setting cannot have."""
     is_wrong = ~values.isfinite()
     expected = "finite numbers"
-    if name == "lr":
-        is_wrong = is_wrong | (values < 0)
+    if name in ("lr", "betas"):
         expected = "0 or more, such as torch.nn.functional.softplus of what is learned"
-    elif name == "betas":
+        is_wrong = is_wrong | (values < 0)
+    if name == "betas":
         # At 1 an average never forgets.
-        is_wrong = is_wrong | (values < 0) | (values >= 1)
         expected = "0 or more and below 1"
+        is_wrong = is_wrong | (values >= 1)
     if bool(is_wrong.any()):
-        raise MetaplError(
-            f"settings has {name!r} with {float(values[is_wrong][0]):g}; expected {expected}."
-        )
+        wrong = f"{float(values[is_wrong][0]):g}"
+        raise MetaplError(f"settings has {name!r} with {wrong}; expected {expected}.")
 
 
 def options_by_settings(
@@ -160,16 +157,12 @@ def options_by_settings(
 
 def _check_names(groups: Sequence[Mapping[str, Any]], settings: Settings) -> None:
     """Refuse a name that no param group has as a setting."""
-    names: list[str] = []
-    for group in groups:
-        for name in group:
-            if name != "params" and name not in names:
-                names.append(name)
+    names = {name: None for group in groups for name in group if name != "params"}
     for name in settings:
         if name not in names:
             raise MetaplError(
-                f"settings has {name!r}, which is no setting of inner_optimizer; expected some of "
-                f"{', '.join(names)}{did_you_mean(str(name), names)}"
+                f"settings has {name!r}, no setting of inner_optimizer; expected some of "
+                f"{', '.join(names)}{did_you_mean(str(name), [*names])}"
             )
 
 
@@ -181,10 +174,7 @@ def _rows_of_setting(
     if name == "betas":
         shape = (steps, len(groups), 2)
     if values.shape[1:] != shape[1:] or len(values) < steps:
-        raise MetaplError(
-            f"settings has {name!r} of shape {tuple(values.shape)}; expected settings of "
-            f"inner_optimizer, {shape}."
-        )
+        raise MetaplError(f"settings has {name!r} of {tuple(values.shape)}; expected {shape}.")
     rows: list[list[Any]] = []
     for group, values_of_group in zip(groups, values.unbind(1), strict=True):
         setting = group.get(name)

@@ -384,7 +384,7 @@ def test_an_ablation_is_read_back_from_its_json() -> None:
     assert isinstance(read, ModeCost)
     assert math.isnan(read.cosine)
     for text in ("{", "[]", "{}", '{"modes": {"own": {"passes": 1}}, "altered": {}, "points": []}'):
-        with pytest.raises(metapl.MetaplError, match=r"expected what Ablation\.to_json wrote"):
+        with pytest.raises(metapl.MetaplError, match=r"expected that of Ablation\.to_json"):
             Ablation.from_json(text)
 
 

@@ -306,11 +306,11 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a setting of no optimizer": (
         lambda: attribution(settings={"learning_rate": torch.ones(2, 1)}),
-        "'learning_rate', which is no setting of inner_optimizer; expected some of lr, momentum",
+        "'learning_rate', no setting of inner_optimizer; expected some of lr, momentum",
     ),
     "a setting of another optimizer": (
         lambda: attribution(settings={"betas": torch.ones(2, 1, 2)}),
-        "'betas', which is no setting of inner_optimizer; expected some of lr, momentum",
+        "'betas', no setting of inner_optimizer; expected some of lr, momentum",
     ),
     "a setting that is NaN": (
         lambda: attribution(settings={"lr": torch.full((2, 1), math.nan)}),
@@ -327,7 +327,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a metric that is misspelled": (
         lambda: fit(validation=pair(), metric="acuracy"),
-        "metric='acuracy'; expected 'accuracy', 'loss'",
+        "metric='acuracy': expected 'accuracy', 'loss'",
     ),
     "a state that is not there": (
         lambda: metapl.LossTrainer(model := network(), optimizer=sgd(model)).load("no.safetensors"),

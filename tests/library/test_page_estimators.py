@@ -326,7 +326,7 @@ def test_draws_without_a_word_and_by_torch_are_refused() -> None:
             return super().feedback(path, state)
 
     with pytest.raises(
-        MetaplError, match=r"default generator in feedback\(\); expected path\.draw"
+        MetaplError, match="default generator; expected draws = True in the class, and path.draws"
     ):
         metapl.hypergradient(teacher, student, **inputs, mode=ByTorch())
 
@@ -349,5 +349,5 @@ class Weights(metapl.BilevelProblem):
 def test_a_problem_that_draws_by_the_generator_is_named_where_it_is_compiled() -> None:
     labeled, (u,) = batches(1)
     trainer = trainer_of("last_layer", compile=True, problem=Weights())
-    with pytest.raises(MetaplError, match=r"from which Weights draws .* torch\.manual_seed"):
+    with pytest.raises(MetaplError, match=r"of which Weights draws .* torch\.manual_seed"):
         trainer.step(labeled, u)

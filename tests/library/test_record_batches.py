@@ -372,7 +372,7 @@ def test_arrays_in_memory_become_tensors_of_the_weights() -> None:
         Plain(*map(as_rounded, rows(0))), Plain(*map(as_rounded, rows(1))), steps=3, batch_size=4
     )
     assert same(weights(of_arrays), weights(of_tensors))
-    with pytest.raises(MetaplError, match="examples in memory and batch_size=None"):
+    with pytest.raises(MetaplError, match="was given with batch_size=None"):
         trainer().fit(Plain(*rows(0)), Plain(*rows(1)), steps=3)
 
 

@@ -394,5 +394,5 @@ def test_a_step_is_algorithm_1_on_the_student_s_view(view: Any) -> None:
 
 
 def test_stored_labels_have_one_view() -> None:
-    with pytest.raises(metapl.MetaplError, match="its batches have one view; leave it out"):
+    with pytest.raises(metapl.MetaplError, match="student_view was given to ReducedLabels"):
         metapl.problems.ReducedLabels(student_view="weak")

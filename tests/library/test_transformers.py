@@ -325,7 +325,7 @@ def test_other_wrong_calls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MetaplError, match="rater is of type int; expected a module"):
         weighted(trainer, 3, outer=OUTER)  # type: ignore[arg-type]
     of_another = torch.optim.Adam(rater().parameters())
-    with pytest.raises(MetaplError, match=r"rater_optimizer .* not the rater's; expected rater"):
+    with pytest.raises(MetaplError, match="rater_optimizer holds more than rater"):
         weighted(trainer, rater(), outer=OUTER, rater_optimizer=of_another)
     with pytest.raises(MetaplError, match="outer is"):
         weighted(trainer, rater(), outer=OUTER[0])

@@ -146,7 +146,7 @@ def test_a_label_that_reaches_the_threshold_by_sharpening_is_kept() -> None:
 
 
 def test_a_one_hot_target_has_no_sharpened_threshold() -> None:
-    with pytest.raises(metapl.MetaplError, match="leaves nothing out"):
+    with pytest.raises(metapl.MetaplError, match="with temperature=0, of one-hot targets"):
         UDA(0.0, 0.95, threshold_on="sharpened")
 
 
