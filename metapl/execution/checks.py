@@ -149,8 +149,7 @@ def generator_of(generator: torch.Generator | None, device: torch.device, subjec
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
-        expected = f"torch.Generator({str(device)!r}).manual_seed(0), or none"
-        raise unexpected("generator is", generator, expected)
+        raise unexpected("generator is", generator, f"torch.Generator({str(device)!r}), or none")
     # A device without a number is the current one, and may be any.
     numbers = {generator.device.index, device.index} - {None}
     if generator.device.type != device.type or len(numbers) > 1:

@@ -423,7 +423,7 @@ def explain(error: BaseException) -> None:
     text = str(error)
     if change := _CHANGED_IN_PLACE.search(text):
         read = f"a tensor that a pass has read ({change[1]}) is changed in place after it"
-        text = f"{read}; expected a copy to be read, such as buffer.clone()."
+        text = f"{read}; expected a copy to be read, such as self.level.clone()."
         raise MetaplError(text) from error
     if _OF_INFERENCE.search(text):
         text = "a tensor that was made under torch.inference_mode() enters a pass or a loss"

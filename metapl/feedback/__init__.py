@@ -151,8 +151,7 @@ def prepare(problem: BilevelProblem | None, mode: Estimator) -> BilevelProblem:
     if problem is None:
         return default_problem(mode.labels, mode.name)
     if not isinstance(problem, BilevelProblem):
-        expected = "a metapl.BilevelProblem, such as metapl.PseudoLabels()"
-        raise checks.unexpected("problem is", problem, expected)
+        raise checks.unexpected("problem is", problem, "one such as metapl.PseudoLabels()")
     refuse_signal_in_outer_input(problem)
     return problem.for_modes(mode.labels, mode.name)
 

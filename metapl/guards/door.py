@@ -25,11 +25,12 @@ from metapl.execution.checks import described
 from metapl.execution.compare import same_to_rounding
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
-from metapl.feedback.hypergradient import Differentiation
+from metapl.feedback import Mode
+from metapl.feedback.hypergradient import Differentiation, Request
 from metapl.problems.base import BilevelProblem, outer_variables
 from metapl.problems.pseudo_labels import PseudoLabels
 from metapl.protocols import TwoLevelTrainer
-from metapl.updates import Clipped, Update, parts_of
+from metapl.updates import Clipped, Update
 
 
 class PastTheSignal(MetaplError):
@@ -59,17 +60,17 @@ KEPT = (
 # ------------------------------------------------------------------------------------ what is given
 
 
-def refuse_learned(update: Update, outer: Batch, inner_batches: InnerBatches) -> None:
+def refuse_learned(request: Request, update: Update) -> None:
     """Refuse tensors that require a gradient where a feedback would leave it out.
 
     Batches that a function returns as they are taken are looked at by the first look alone.
 
     Args:
+        request: with the batches.
         update: the inner optimizer, whose settings are numbers.
-        outer: the outer batch.
-        inner_batches: those of the student's steps.
     """
-    batches_by_name: dict[str, Any] = {"outer": outer}
+    inner_batches = InnerBatches.of_hypergradient(request.inner)
+    batches_by_name: dict[str, Any] = {"outer": request.outer}
     for k, batch in enumerate(inner_batches.in_memory()):
         batches_by_name[f"inner[{k}]" if inner_batches.is_lookahead else "inner"] = batch
     for name, batch in batches_by_name.items():
@@ -79,19 +80,15 @@ def refuse_learned(update: Update, outer: Batch, inner_batches: InnerBatches) ->
                     f"{name}{place} requires a gradient; expected data: .detach() it, or let the "
                     "signal carry it (problem.signal, and student_input(self, batch, signal))."
                 )
-    if isinstance(update, Clipped):
-        update = update.inner
-    optimizer = vars(update).get("optimizer")
-    learned = (
-        ["the result of the TorchOpt transform"] if getattr(update, "is_learned", False) else []
-    )
-    for part in () if optimizer is None else parts_of(optimizer):
-        for group in part.param_groups:
-            settings = {name: value for name, value in group.items() if name != "params"}
-            for name, value in settings.items():
-                # Such as two betas.
-                if any(map(requires_gradient, pytree.tree_leaves(value))):
-                    learned.append(f"{name} of the inner optimizer")
+    rule = update.inner if isinstance(update, Clipped) else update
+    learned = []
+    if getattr(rule, "is_learned", False):
+        learned.append("the result of the TorchOpt transform")
+    for group in getattr(vars(rule).get("optimizer"), "param_groups", ()):
+        for name, value in group.items():
+            # Such as two betas.
+            if name != "params" and any(map(requires_gradient, pytree.tree_leaves(value))):
+                learned.append(f"{name} of the inner optimizer")
     if learned:
         raise MetaplError(
             f"{few(learned)} requires a gradient, which the feedback leaves out; expected "
@@ -111,7 +108,7 @@ def refuse_pair_of_inputs(problem: BilevelProblem, outer: Batch, inner: InnerBat
     for batch in inner.in_memory():
         if isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[0], Tensor):
             raise MetaplError(
-                f"inner is a pair of tensors, which is two views of one input, and outer has "
+                "inner is a pair of tensors, which is two views of one input, and outer has "
                 f"{len(inputs)} inputs; expected ((x, extra),), or ((x, extra), (x, extra)) views."
             )
 
@@ -142,50 +139,56 @@ def look_at_step(
     Returns: what looks at the graphs of the step; None where there is nothing to look for.
     """
     gives_feedback = trainer.mode.credits != "nothing"
+    request = request_of(trainer, outer_batch, inner_batches)
     refuse_pair_of_inputs(trainer.problem, outer_batch, inner_batches)
     refuse_hooks(trainer.student, trainer.teacher)
     if gives_feedback:
-        refuse_learned(trainer.update, outer_batch, inner_batches)
+        refuse_learned(request, trainer.update)
     elif trainer.accumulate == 1:
         return None
-    return FirstLook(
-        trainer.teacher,
-        trainer.student,
-        trainer.problem,
-        outer_batch=outer_batch,
-        inner_batches=inner_batches,
-        blocks=trainer.layout.blocks,
+    return FirstLook(request, blocks=trainer.layout.blocks, finds_leaves=gives_feedback)
+
+
+def request_of(
+    trainer: TwoLevelTrainer,
+    outer_batch: Batch,
+    inner_batches: InnerBatches,
+    *,
+    mode: Mode | None = None,
+) -> Request:
+    """Return what a trainer would ask for in a step, by its own mode or another."""
+    return Request(
+        teacher=trainer.teacher,
+        student=trainer.student,
+        outer=outer_batch,
+        inner=inner_batches.as_argument(),
+        mode=trainer.mode if mode is None else mode,
+        problem=trainer.problem,
+        inner_optimizer=trainer.update,
+        generator=trainer.generator,
         accumulate=trainer.accumulate,
-        finds_leaves=gives_feedback,
+        clip_norm=trainer.clip_norm,
     )
 
 
 def look_at_call(differentiation: Differentiation) -> None:
     """Refuse what no hypergradient is taken of, and look at what a call does more than once."""
-    request = differentiation.request
-    problem = differentiation.problem
-    inner_batches = differentiation.inner_batches
+    request = replace(differentiation.request, problem=differentiation.problem)
     gives_feedback = differentiation.estimate.credits != "nothing"
     if gives_feedback:
-        refuse_learned(differentiation.update, request.outer, inner_batches)
+        refuse_learned(request, differentiation.update)
+    look = request.look
     if request.accumulate > 1:
-        look = FirstLook(
-            request.teacher,
-            request.student,
-            problem,
-            outer_batch=request.outer,
-            inner_batches=inner_batches,
-            blocks=differentiation.of_student.blocks,
-            accumulate=request.accumulate,
-            finds_leaves=gives_feedback,
-        )
-        request = replace(request, look=look)
-    if request.recompute_teacher or request.accumulate > 1 or inner_batches.are_read_again:
-        network = nn.Module() if request.teacher is None else request.teacher
+        blocks = differentiation.of_student.blocks
+        look = FirstLook(request, blocks=blocks, finds_leaves=gives_feedback)
+    calls = request.calls
+    is_read_again = differentiation.inner_batches.are_read_again
+    if request.recompute_teacher or request.accumulate > 1 or is_read_again:
         from metapl.guards.calls_of_signal import KeptBySignal
 
-        request = replace(request, calls=KeptBySignal(problem, network))
-    differentiation.request = request
+        network = nn.Module() if request.teacher is None else request.teacher
+        calls = KeptBySignal(differentiation.problem, network)
+    differentiation.request = replace(differentiation.request, look=look, calls=calls)
 
 
 # ----------------------------------------------------------------------------------- the first look
@@ -199,38 +202,30 @@ class FirstLook:
     in its input, is another one in each pass.
 
     Args:
-        teacher: None where the problem has none.
-        student: the network that takes the step.
-        problem: the two losses.
-        outer_batch: as it was given, before the problem's ``outer_batch`` reads it.
-        inner_batches: of which those in memory are looked at.
+        request: the networks, the problem and the batches of the step; of micro-batches, for each
+            of which the signal is made once. Inner batches in memory are looked at.
         blocks: of a sharded student, the submodules that gather their weights while they run.
         named_by: the original teacher, problem and student, where the step is taken by copies: a
             tensor that is called by its name may be theirs.
-        accumulate: micro-batches of a batch, for each of which the signal is made once.
         finds_leaves: whether leaves past the signal are looked for; False of a mode that
             differentiates in no signal.
     """
 
     def __init__(
         self,
-        teacher: nn.Module | None,
-        student: nn.Module,
-        problem: BilevelProblem,
-        outer_batch: Batch,
-        inner_batches: InnerBatches,
+        request: Request,
         *,
         blocks: Sequence[Any] = (),
         named_by: tuple[nn.Module | None, BilevelProblem, nn.Module] | None = None,
-        accumulate: int = 1,
         finds_leaves: bool = True,
     ) -> None:
-        self.problem = problem
+        teacher, student, problem = request.teacher, request.student, request.problem
+        assert problem is not None, "a step has a problem"
         self.teacher = teacher
-        self.accumulate = accumulate
+        self.accumulate = request.accumulate
         self.teacher_before: State | None = None
         self.finds_leaves = finds_leaves
-        if teacher is not None and accumulate > 1 and not problem.signal_of_batch:
+        if teacher is not None and request.accumulate > 1 and not problem.signal_of_batch:
             self.teacher_before = Slots(teacher).snapshot()
         self.named_by = [(teacher, problem, student)]
         if named_by is not None:
@@ -244,7 +239,8 @@ class FirstLook:
         # began with: its blocks gather them, and products take a part of each.
         self.keeps_weights = bool(blocks) or any(is_sharded(p) for p in student.parameters())
         self.outer_variables = ids(outer_variables(problem, teacher).values())
-        batches = [outer_batch, *inner_batches.in_memory()]
+        inner_batches = InnerBatches.of_hypergradient(request.inner)
+        batches = [request.outer, *inner_batches.in_memory()]
         self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
         self.batches_before = [t.detach().clone() for t in self.batches]
 
@@ -314,17 +310,20 @@ class FirstLook:
         if self.teacher is None or self.teacher_before is None:
             return
         loss = again().detach()
+        tensors = tensors_of(self.teacher)
         state = Slots(self.teacher).snapshot()
         self.teacher_before.restore()
         try:
             loss_before = again().detach()
+            before = tensors_of(self.teacher)
         finally:
             state.restore()
-        if not same_to_rounding(loss, loss_before):
+        moved = [name for name in tensors if not same_values(tensors[name], before[name])]
+        if moved and not same_to_rounding(loss, loss_before):
             raise PastTheSignal(
-                "the inner loss reads what signal moves in the teacher, which with "
-                f"accumulate={self.accumulate} moves once for each micro-batch; expected it in the "
-                "signal, a number for each row, or accumulate=1."
+                f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and "
+                f"with accumulate={self.accumulate} that moves once for each micro-batch; expected "
+                "it in the signal, a number for each row, or accumulate=1."
             )
 
     def at_batches(self) -> None:
@@ -370,6 +369,12 @@ def leaves_of(value: Tensor) -> list[Tensor]:
                 seen.add(before)
                 nodes.append(before)
     return list(leaves.values())
+
+
+def tensors_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the parameters and buffers of a network."""
+    named = (*network.named_parameters(), *network.named_buffers())
+    return {name: t.detach().clone() for name, t in named}
 
 
 def same_values(t: Tensor, before: Tensor) -> bool:

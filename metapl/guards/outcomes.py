@@ -6,6 +6,7 @@ waits for the device that would not wait anyway.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -62,6 +63,11 @@ PREDICTIONS = {
 }
 
 
+# What is saved with the fit.
+COUNTS = ("rows_in_a_row", "mean_ratio", "compared_rows", "entropies", "first_step")
+REMEMBERED = ("said", "warnings", *COUNTS, "start")
+
+
 class Plan(Protocol):
     """How a fit runs: the options of :class:`metapl.FitOptions` that are read here."""
 
@@ -110,16 +116,7 @@ class Outcomes:
         self.start = sample_of(trainer.teacher)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "said": list(self.said),
-            "warnings": list(self.warnings),
-            "rows_in_a_row": dict(self.rows_in_a_row),
-            "mean_ratio": self.mean_ratio,
-            "compared_rows": self.compared_rows,
-            "entropies": dict(self.entropies),
-            "first_step": self.first_step,
-            "start": self.start,
-        }
+        return {name: copy.copy(getattr(self, name)) for name in REMEMBERED}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name, value in state.items():

@@ -115,8 +115,7 @@ def options_by_step(
     Raises: :class:`metapl.MetaplError` for what are no settings.
     """
     if not isinstance(settings, Mapping):
-        expected = "a dict of tensors, such as metapl.scheduled_settings(scheduler, steps=K)"
-        raise unexpected("settings is", settings, expected)
+        raise unexpected("settings is", settings, "a dict of tensors (metapl.scheduled_settings)")
     for name, values in settings.items():
         if not isinstance(values, Tensor):
             raise unexpected(f"settings has {name!r} that is", values, "a tensor (K, param groups)")

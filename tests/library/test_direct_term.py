@@ -439,7 +439,7 @@ def test_an_outer_input_of_the_signal_is_refused_and_the_module_named(take: Any)
     problem: Any = BySignal(teacher)
     optimizer = torch.optim.SGD(student.parameters(), lr=LR)
     inputs = {"outer": outer, "inner": inner[0], "inner_optimizer": optimizer}
-    expected = r"a module that the problem holds \(self\.teacher = teacher\)"
+    expected = r"expected outer_input\(self, batch\), which reads self\.teacher"
     with pytest.raises(MetaplError, match=expected):
         take(teacher, student, problem=problem, **inputs)
     with pytest.raises(MetaplError, match=expected):

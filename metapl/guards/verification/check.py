@@ -21,16 +21,15 @@ from torch import nn
 from metapl.core.lookahead import InnerBatches, require_batches
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, map_tensors, micro_batches, plain
-from metapl.execution.checks import generator_of
-from metapl.execution.layout import Layout, layouts
+from metapl.execution.layout import Layout
 from metapl.execution.state import RandomState
-from metapl.feedback import Mode, estimator, prepare
-from metapl.feedback.hypergradient import Request
-from metapl.guards.door import refuse_hooks, refuse_learned
+from metapl.feedback import Mode
+from metapl.feedback.hypergradient import Differentiation, Request
+from metapl.guards.door import refuse_hooks, refuse_learned, request_of
 from metapl.guards.verification.result import GradientCheck, Setting
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
-from metapl.updates import Clipped, InnerOptimizer, Update, parts_of, update_of
+from metapl.updates import Clipped, InnerOptimizer, Update, parts_of
 from metapl.updates.base import OptimizerState
 
 # Of both networks together; larger ones are verified by check_gradient, or verify=N.
@@ -120,53 +119,30 @@ def is_trainer(teacher: nn.Module | Verified | None) -> TypeGuard[Verified]:
     return isinstance(getattr(teacher, "verification", None), Verification)
 
 
-def request_of(
-    trainer: Verified, outer_batch: Batch, inner_batches: InnerBatches, *, mode: Mode | None = None
-) -> Request:
-    """Return what a trainer would ask for in a step, by its own mode or another."""
-    return Request(
-        teacher=trainer.teacher,
-        student=trainer.student,
-        outer=outer_batch,
-        inner=inner_batches.as_argument(),
-        mode=trainer.mode if mode is None else mode,
-        problem=trainer.problem,
-        inner_optimizer=trainer.update,
-        generator=trainer.generator,
-        accumulate=trainer.accumulate,
-        clip_norm=trainer.clip_norm,
-    )
-
-
 def check_step(request: Request) -> GradientCheck:
     """Verify the step that a gradient is asked for."""
     # Loaded where it is used.
     from metapl.guards.verification.real_step import RealStep
     from metapl.guards.verification.verdict import verify_step
 
-    estimate = estimator(request.mode)
-    gives_feedback = estimate.credits != "nothing"
-    teacher_layout, student_layout, device = layouts(
-        request.teacher, request.student, differentiated=gives_feedback
-    )
-    generator_of(request.generator, device, "the networks are on")
+    differentiation = Differentiation(request)
+    estimate = differentiation.estimate
+    teacher_layout = differentiation.of_teacher
+    student_layout = differentiation.of_student
     if student_layout.is_sharded or not student_layout.ranks.alone:
-        raise MetaplError(
-            "check_gradient was given networks of several processes; expected those of one, not "
-            "sharded."
-        )
-    parameters = student_layout.parameters()
-    update = update_of(request.inner_optimizer, parameters, request.inner_state)
-    if isinstance(update, Clipped):
+        raise MetaplError("check_gradient was given several processes; expected one, not sharded.")
+    update = differentiation.update
+    # A trainer's own update has its clip already.
+    while isinstance(update, Clipped):
         update = update.inner
-    update.follow(parameters)
+    update.follow(student_layout.parameters())
     refuse_replaced_step(update)
-    inner_batches = InnerBatches.of_hypergradient(request.inner)
+    inner_batches = differentiation.inner_batches
     student = student_layout.network
     teacher = None if teacher_layout is None else teacher_layout.network
     refuse_hooks(student, teacher)
-    if gives_feedback:
-        refuse_learned(update, request.outer, inner_batches)
+    if estimate.credits != "nothing":
+        refuse_learned(request, update)
     # A truncated feedback is verified over as many steps as it goes back, untruncated.
     most_steps = STEPS if estimate.truncate is None else min(STEPS, max(1, estimate.truncate))
     verified_batches = [inner_batches[k] for k in range(min(len(inner_batches), most_steps))]
@@ -177,13 +153,13 @@ def check_step(request: Request) -> GradientCheck:
             RealStep(
                 teacher=teacher,
                 student=student,
-                problem=prepare(request.problem, estimate),
+                problem=differentiation.problem,
                 update=update,
                 outer_batch=copy_of_part(request.outer, parts, number),
                 inner_batches=[copy_of_part(batch, parts, number) for batch in verified_batches],
                 clip_norm=request.clip_norm,
                 generator=request.generator,
-                random=RandomState.now(device),
+                random=RandomState.now(differentiation.device),
                 micro_batches=parts,
             ),
             estimate,

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.core.lookahead import InnerBatches
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
@@ -191,30 +190,23 @@ class RealStep:
         step = self.copied()
         step.random.restore()
         originals = self if self.originals is None else self.originals
+        request = Request(
+            teacher=step.teacher,
+            student=step.student,
+            outer=step.outer_batch,
+            inner=Lookahead(step.inner_batches),
+            mode=mode,
+            problem=step.problem,
+            inner_optimizer=step.update,
+            generator=step.generator,
+            clip_norm=step.clip_norm,
+        )
         look = FirstLook(
-            step.teacher,
-            step.student,
-            step.problem,
-            outer_batch=step.outer_batch,
-            inner_batches=InnerBatches(step.inner_batches, is_lookahead=True),
+            replace(request, accumulate=step.micro_batches),
             named_by=(originals.teacher, originals.problem, originals.student),
-            accumulate=step.micro_batches,
         )
         with step.in_the_originals():
-            return through_steps(
-                Request(
-                    teacher=step.teacher,
-                    student=step.student,
-                    outer=step.outer_batch,
-                    inner=Lookahead(step.inner_batches),
-                    mode=mode,
-                    problem=step.problem,
-                    inner_optimizer=step.update,
-                    generator=step.generator,
-                    clip_norm=step.clip_norm,
-                    look=look,
-                )
-            )
+            return through_steps(replace(request, look=look))
 
 
 class Evaluation:
