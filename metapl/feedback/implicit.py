@@ -223,8 +223,9 @@ def conjugate_gradient(product: Product, v: Tree, iterations: int, damping: floa
             # The first direction, v itself, must be curved; a later one may be flat to rounding.
             if number == 0 or curvature < -rounding * largest * direction_norm**2:
                 raise MetaplError(
-                    "the inner loss curves downwards; expected mode='forward', which needs no "
-                    "optimum, or a larger damping (metapl.feedback.Implicit(damping=...))."
+                    "the inner loss curves downwards: the student is not near its optimum; "
+                    "expected mode='forward', which needs no optimum, or a larger damping "
+                    "(metapl.feedback.Implicit(damping=...))."
                 )
             break
         alpha = squared / curvature

@@ -58,7 +58,6 @@ class KeptBySignal:
         if moved:
             raise MetaplError(
                 f"{kind_of(self.problem)} keeps state between calls of signal ({few(moved, 3)}), "
-                "which is called twice here (recompute_teacher, accumulate, or batches that are "
-                "read again) and would move twice in a step; expected it in a buffer of the "
-                "teacher (register_buffer), which is rewound and moves once for each micro-batch."
+                "which is called twice here (recompute_teacher, accumulate, batches read again); "
+                "expected it in a buffer of the teacher (register_buffer), which is rewound."
             )

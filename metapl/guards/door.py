@@ -318,7 +318,10 @@ class FirstLook:
             before = tensors_of(self.teacher)
         finally:
             state.restore()
-        moved = [name for name in tensors if not same_values(tensors[name], before[name])]
+        moved = []
+        for name, t in before.items():
+            if name in tensors and not same_values(tensors[name], t):
+                moved.append(name)
         if moved and not same_to_rounding(loss, loss_before):
             raise PastTheSignal(
                 f"the inner loss reads what signal moves in the teacher ({few(moved, 3)}), and "

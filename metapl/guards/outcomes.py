@@ -230,8 +230,7 @@ class Outcomes:
                 "feedback",
                 f"the feedback's gradient is {ratio:,.0f} times that of the teacher's own losses "
                 f"at step {step:,}, and was {TOO_LARGE:.0f} times or more in {ROWS} rows running, "
-                "so the teacher may forget its labels: "
-                f"{listed(remedies)}",
+                f"so the teacher may forget its labels: {listed(remedies)}",
             )
 
     def _look_for_no_effect(self, step: int, ratio: float, *, weight: float) -> None:

@@ -77,19 +77,13 @@ def has_no_log_probability(case: Case) -> str:
     for signal in case.real.signals:
         log_prob = signal.log_prob
         value = signal.value
-        is_of_classes = (
-            log_prob is not None and not value.is_floating_point() and value.shape == log_prob.shape
-        )
-        if log_prob is None or not is_of_classes:
+        if log_prob is None or value.is_floating_point() or value.shape != log_prob.shape:
             continue
-        if signal.probs is None:
-            expected = log_prob.clamp(max=0)
-        else:
+        expected = log_prob.clamp(max=0)
+        if signal.probs is not None:
             expected = signal.probs.gather(-1, value[..., None])[..., 0].log()
         if not torch.allclose(log_prob, expected, 1e-6, max(1e-6, 10 * case.eps)):
-            return (
-                "log_prob is not the logarithm of a probability, that of the value that was drawn."
-            )
+            return "log_prob is not the logarithm of the probability of the value that was drawn."
     return ""
 
 
@@ -140,39 +134,41 @@ def has_losses_that_are_no_means(case: Case) -> str:
     def outer_loss(begin: int, end: int) -> Any:
         return problem.outer_loss(outer_outputs[begin:end], rows(outer_batch, begin, end))
 
+    text = ""
     with copies.in_the_originals():
-        text = loss_that_is_no_mean(
-            case,
+        for name, loss_of_rows, count in (
             ("inner_loss", inner_loss, len(inner_outputs)),
             ("outer_loss", outer_loss, len(outer_outputs)),
-        )
+        ):
+            text = text or difference_of_halves(case, name, loss_of_rows, half=count // 2)
     return (changing_loss(case.real) or text) if text else ""
 
 
-def loss_that_is_no_mean(case: Case, *losses: tuple[str, Callable[[int, int], Any], int]) -> str:
-    """Return a sentence on the first loss that is not the mean of those of two halves of its rows.
+def difference_of_halves(
+    case: Case, name: str, loss_of_rows: Callable[[int, int], Any], half: int
+) -> str:
+    """Return a sentence on a loss that is not the mean of those of two halves of its rows.
 
     Args:
-        losses: the name of each, the loss of the rows from one number to another, and the number of
-            rows.
+        name: of the loss.
+        loss_of_rows: the loss of the rows from one number to another.
+        half: of the number of rows.
     """
-    for name, loss_of_rows, count in losses:
-        half = count // 2
-        if half == 0:
-            continue
-        total, weight = sum_and_weight(loss_of_rows(0, 2 * half))
-        first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
-        second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
-        of_all_rows = (total / weight).item()
-        by_halves = ((first_total + second_total) / (first_weight + second_weight)).item()
-        size = max(abs(of_all_rows), abs(by_halves))
-        if abs(of_all_rows - by_halves) > max(1e-6, 100 * case.eps) * size:
-            return (
-                f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no "
-                "mean over examples; expected one, (sum, weight) from outer_loss (mean_over of a "
-                "teacher's own loss), or accumulate=1, as for a loss that draws."
-            )
-    return ""
+    if half == 0:
+        return ""
+    total, weight = sum_and_weight(loss_of_rows(0, 2 * half))
+    first_total, first_weight = sum_and_weight(loss_of_rows(0, half))
+    second_total, second_weight = sum_and_weight(loss_of_rows(half, 2 * half))
+    of_all_rows = (total / weight).item()
+    by_halves = ((first_total + second_total) / (first_weight + second_weight)).item()
+    size = max(abs(of_all_rows), abs(by_halves))
+    if abs(of_all_rows - by_halves) <= max(1e-6, 100 * case.eps) * size:
+        return ""
+    return (
+        f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no mean over "
+        "examples; expected one, (sum, weight) from outer_loss (mean_over of a teacher's own "
+        "loss), or accumulate=1, as for a loss that draws."
+    )
 
 
 CONTRACT: tuple[Callable[[Case], str], ...] = (

@@ -24,16 +24,14 @@ from metapl.guards.verification.real_step import Evaluation, Move
 Explanation = tuple[Literal["allowed", "refused"], str]
 
 PAST_THE_SIGNAL = (
-    "the student, or a loss, reads the teacher, or a parameter of the problem, past the signal "
-    "and without a gradient (.detach(), .item(), torch.no_grad()), which leaves out that part; in "
-    "the signal it would count."
+    "the student, or a loss, reads the teacher, or a parameter of the problem, past the signal and "
+    "without a gradient (.detach(), .item()), and is left out; in the signal it would count."
 )
 
 
 OUTER_LOSS_READS_TEACHER = (
-    "likely the outer loss reads the teacher by .detach(), .item() or no_grad(), which leaves out "
-    "that part, or through a backward of its own that is not the derivative; expected a read with "
-    "its graph, or one of a copy that does not move."
+    "likely the outer loss reads the teacher by .detach() or .item(), or through a backward of its "
+    "own that is not the derivative; expected a read with its graph, or of a copy that stays."
 )
 
 
@@ -68,15 +66,11 @@ def explain(case: Case) -> Explanation:
     likely += likely_causes(case)
     if not likely and case.mode.takes_differences:
         likely = [
-            "something that the inner loss reads of the forward besides its outputs, such as an "
-            "auxiliary loss in an attribute or features by a hook, which a difference of outputs "
-            "leaves out and mode 'forward' follows"
+            "what the inner loss reads of the forward besides its outputs, such as an auxiliary "
+            "loss in an attribute, which mode 'forward' follows"
         ]
     if not likely and case.mode.draws:
-        likely = [
-            "the draws of the mode, of which one was compared; expected verify=False, and "
-            "metapl.ablate, which has its error and its noise apart"
-        ]
+        likely = ["the draws of the mode; expected verify=False, and metapl.ablate"]
     return (
         "refused",
         f"likely {'; '.join(likely) or 'the mode, or a derivative of torch that it takes'}.",
@@ -116,11 +110,7 @@ def explain_signal(case: Case) -> Explanation:
         )
     if case.outer_loss_reads_teacher:
         return "refused", OUTER_LOSS_READS_TEACHER
-    return (
-        "refused",
-        "h is right, and so is the gradient of the signal in the teacher; the loss depends on the "
-        "teacher in a way that neither has.",
-    )
+    return "refused", "the loss depends on the teacher in a way that neither h nor the signal has."
 
 
 def moves_past_the_signal(case: Case) -> bool:

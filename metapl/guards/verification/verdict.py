@@ -52,8 +52,7 @@ def verify_step(step: RealStep, estimate: Estimator) -> GradientCheck:
         return GradientCheck(
             "cannot tell",
             "the step was not verified: its float64 copies do not fit into memory "
-            f"({reason_of(error)}). Give metapl.check_gradient smaller batches or a smaller "
-            "network of the same kind, or verify=False.",
+            f"({reason_of(error)}). Give metapl.check_gradient a smaller one, or verify=False.",
         )
     finally:
         set_rng_state(generators_before)
