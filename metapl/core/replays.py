@@ -92,10 +92,9 @@ class ReplayCheck:
         """Return the error about a state that has come out otherwise."""
         return (
             f"the steps before step {number} of the look-ahead were computed again, and their "
-            f"state differs by {error:.1e} of its size; expected {self.tolerance:g} at most. "
-            "The student draws from a generator of its own, counts its calls, or has an "
-            "operation that is not deterministic; expected a student without, or "
-            "replay_tolerance= with what is allowed."
+            f"state differs by {error:.1e} of its size; expected {self.tolerance:g} at most: a "
+            "student without a generator of its own, a count of its calls or an operation that "
+            "is not deterministic, or replay_tolerance= with what is allowed."
         )
 
 

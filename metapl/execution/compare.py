@@ -116,18 +116,14 @@ def check_same_outputs(
     if ranks.alone and not checks.waits(first) and torch.equal(outputs, first):
         return
     if not first.is_floating_point():
-        checks.refuse(
-            (outputs != first).any(),
-            f"the {role} drew other labels when its pass was repeated: {CAUSES}",
-        )
+        text = f"the {role} drew other labels when its pass was repeated: {CAUSES}"
+        checks.refuse((outputs != first).any(), text)
         return
     gap = ranks.norm(outputs - first)
     size = ranks.norm(first)
     other_size = ranks.norm(outputs if moved is None else moved)
-    checks.refuse(
-        gap.isnan(),
-        f"the {role}'s outputs are NaN or infinite: its inputs are, or it has diverged.",
-    )
+    text = f"the {role}'s outputs are NaN or infinite: its inputs are, or it has diverged."
+    checks.refuse(gap.isnan(), text)
     # The negation of a comparison, so that NaN is flagged.
     checks.refuse(
         ~(gap <= tolerance * (size + other_size)),

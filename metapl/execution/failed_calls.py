@@ -39,15 +39,12 @@ def refuse_inputs(network: nn.Module, inputs: object, error: Exception) -> None:
                 f"labels, and metapl.models.Logits({kind}(...)), which passes them on."
             ) from error
         return
-    parts = ""
+    parts = "their parts" if takes_parts(network, inputs) else ""
     rest = ""
-    if takes_parts(network, inputs):
-        parts = "their parts"
-    elif isinstance(inputs, Mapping):
-        names = names_of_arguments(network)
-        if any(name in inputs for name in names):
-            parts = few(names)
-            rest = ", and a batch of these alone"
+    names = names_of_arguments(network)
+    if not parts and isinstance(inputs, Mapping) and any(name in inputs for name in names):
+        parts = few(names)
+        rest = ", and a batch of these alone"
     if parts:
         raise MetaplError(
             f"{kind} was called with its inputs, {described(inputs)}, as one argument; its forward "

@@ -60,10 +60,8 @@ def refuse_once_differentiable(gradients: Iterable[Tensor], value: Tensor) -> No
     name = "an operation of the student or of its loss"
     if marked:
         name = few(sorted(marked), 3)
-    raise MissingDerivative(
-        f"{name} lacks a derivative that this mode needs (its backward is marked "
-        "once_differentiable, and PyTorch leaves the derivative of that out without an error)"
-    )
+    lacks = f"{name} lacks a derivative that this mode needs"
+    raise MissingDerivative(f"{lacks} (its backward is marked once_differentiable)")
 
 
 def _is_once_differentiable(function: Any) -> bool:

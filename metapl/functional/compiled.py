@@ -1221,6 +1221,5 @@ def refuse_gap(
     if not bool(gap <= allowed):
         # Measured on a network with dropout behind a batch norm.
         advice = "leave compile out (below torch 2.12, graphs draw other masks of dropout)"
-        raise MetaplError(
-            f"compiled, {name} is {float(gap / size):.2g} off its eager value; {advice}."
-        )
+        off = f"{float(gap / size):.2g} off its eager value"
+        raise MetaplError(f"compiled, {name} is {off}; {advice}.")

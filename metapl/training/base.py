@@ -274,8 +274,6 @@ class Trainer(ABC):
         from metapl.training.loop import Fit, FitRequest
         from metapl.training.options import fit_options
 
-        if outer is None:
-            raise MetaplError("outer is None; expected a source of batches.")
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             expected = "a list of functions: callback(step, row, trainer)"
             raise unexpected("callbacks is", callbacks, expected)

@@ -188,9 +188,8 @@ def estimate_by(thetas: tuple[Tensor, Tensor, Tensor], first_steps: int, steps: 
     bend = bend_of(*thetas)
     if not math.isfinite(bend):
         raise MetaplError(
-            f"the weights after {first_steps:,} of {steps:,} steps bend by {bend:g} as the weights "
-            "of the examples move; expected a finite number. Try a lower learning rate, or see "
-            "whether the optimizer moves the student at all."
+            f"the weights after {first_steps:,} of {steps:,} steps bend by {bend:g}; expected a "
+            "finite number, as of a lower learning rate, and an optimizer that moves the student."
         )
     agreement, _ = agreement_of_signs(*thetas)
     return predicted(bend, agreement, steps, CALIBRATION)
@@ -239,11 +238,8 @@ def refuse_half_precision(student: nn.Module) -> None:
     for name, parameter in student.named_parameters():
         if parameter.dtype in HALF:
             kind = str(parameter.dtype).removeprefix("torch.")
-            raise MetaplError(
-                f"the student's {name} is in {kind}, whose rounding the estimate would take for "
-                "roughness; expected float32 or float64. Give copy.deepcopy(student).float(), with "
-                "an optimizer over its weights."
-            )
+            expected = "float32, as of copy.deepcopy(student).float() and an optimizer over it"
+            raise MetaplError(f"the student's {name} is in {kind}; expected {expected}.")
 
 
 def copy_of_generator(generator: torch.Generator | None) -> torch.Generator | None:
