@@ -171,8 +171,6 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
         return f"{steps} steps ahead; expected at most {LONGEST}"
     if not isinstance(inner, TorchUpdate) and has_hidden_state(inner):
         return "a transform with hidden state; expected torch.optim's"
-    if inner.learning_rate is None and mode.normalization == "learning_rate":
-        return 'normalization="learning_rate" without a single learning rate; expected "gradient"'
     return ""
 
 

@@ -308,7 +308,8 @@ class BilevelTrainer(Trainer):
         self.accumulate = accumulate
         self.lookahead = lookahead
         self.compile = compile
-        self._refuse_mode_that_does_not_fit()
+        if self.mode.truncate == 0:
+            raise MetaplError("truncate=0 differentiates no step of a trainer; expected 1 or more.")
         self._set_feedback_size(feedback_weight, ratio=feedback_ratio, bound=feedback_bound)
         check_mode(self.mode, lookahead, self.problem, self.layout)
         check_direct_term(self.mode, self.problem, self.layouts)
@@ -343,14 +344,6 @@ class BilevelTrainer(Trainer):
         # What is asked once, until the networks change.
         self._condition: Condition | None = None
         self._standing: Standing | None = None
-
-    def _refuse_mode_that_does_not_fit(self) -> None:
-        """Refuse options of the mode that a trainer's step, or its options, cannot have."""
-        mode = self.mode
-        if mode.keep_graph and self.accumulate > 1:
-            raise MetaplError("accumulate= was given with mode 'unrolled'; expected 'forward'.")
-        if mode.truncate == 0:
-            raise MetaplError("truncate=0 differentiates no step of a trainer; expected 1 or more.")
 
     def _take_outer_optimizer(self, outer_optimizer: Any) -> None:
         """Take the teacher's optimizer, or make the default one; refuse one that does not fit."""

@@ -59,6 +59,7 @@ def _after(
     "mode",
     [
         "forward",
+        "unrolled",
         "difference",
         Difference(one_sided=True),
         "reinforce",
@@ -81,7 +82,9 @@ def test_micro_batches_change_nothing_but_memory(mode: object, accumulate: int) 
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("mode", ["forward", "difference", "reinforce", "reinforce_per_example"])
+@pytest.mark.parametrize(
+    "mode", ["forward", "unrolled", "difference", "reinforce", "reinforce_per_example"]
+)
 def test_the_gradient_that_is_looked_at_is_the_one_that_a_step_applies(
     mode: str, recompute: bool
 ) -> None:

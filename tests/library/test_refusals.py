@@ -659,7 +659,7 @@ def test_what_is_refused_leaves_everything_as_it_was(
     folder = tmp_path_factory.mktemp("folder")
     case.generator = data.draw(st.sampled_from([None, torch.Generator().manual_seed(1)]))
     mode = data.draw(st.sampled_from(ANYWHERE))
-    parts = 1 if mode == "unrolled" else data.draw(st.sampled_from([1, 2]))
+    parts = data.draw(st.sampled_from([1, 2]))
     options = {
         "recompute_teacher": data.draw(st.booleans()),
         "clip_norm": data.draw(st.sampled_from([None, 1.0])),
@@ -799,7 +799,7 @@ LOOKAHEAD = ("forward", "unrolled", "none")
 def situations(draw: st.DrawFn) -> dict[str, Any]:
     """Draw the arguments of :func:`fused`."""
     mode = draw(st.sampled_from([*ANYWHERE, TANGENT, GRAPH]))
-    accumulate = 1 if mode == "unrolled" else draw(st.sampled_from([1, 2]))
+    accumulate = draw(st.sampled_from([1, 2]))
     return {
         "mode": mode,
         "lookahead": draw(st.sampled_from([1, 3])) if mode in LOOKAHEAD else 1,
