@@ -142,7 +142,8 @@ class Trainer(ABC):
     def first_steps(self, options: FitOptions) -> int:
         """Return how many steps of a fit the student takes alone, before its teacher begins."""
         if options.first_steps:
-            raise MetaplError(f"first_steps={options.first_steps} was given to a trainer without.")
+            given = f"first_steps={options.first_steps} was given to a {type(self).__name__}"
+            raise MetaplError(f"{given}; expected it left out.")
         return 0
 
     @property
