@@ -147,9 +147,7 @@ class LossTrainer(Trainer):
         if self.steps_done == 0:
             self.tell_evaluation(self._warn)
             if not self._optimizer_holds_any_weight():
-                raise MetaplError(
-                    "the optimizer holds no trainable parameter of the network; expected some."
-                )
+                raise MetaplError("the optimizer holds no trainable weight of the network.")
         with restored(
             Slots(self.student), trained=parameters_of(self.optimizer), device=self.device
         ) as fault:

@@ -646,11 +646,13 @@ class BilevelTrainer(Trainer):
         for name, value in (("feedback_ratio", ratio), ("feedback_bound", bound)):
             if value is not None and not self.has_losses:
                 raise MetaplError(
-                    f"{name}={value:g} was given without losses of the teacher to measure by; "
+                    f"{name}={value:g} was given, and the teacher has no losses to measure by; "
                     "expected feedback_weight=, or another rate of outer_optimizer."
                 )
         if ratio is not None and (weight is not None or bound is not None):
-            raise MetaplError("feedback_ratio was given with a weight or a bound; expected one.")
+            beside = "feedback_weight" if weight is not None else "feedback_bound"
+            given = f"feedback_ratio={ratio:g} and {beside} were given"
+            raise MetaplError(f"{given}; expected one of them.")
         self.feedback_weight = 1.0 if weight is None else weight
         self.feedback_ratio = ratio
         self.feedback_bound = bound
