@@ -173,7 +173,9 @@ def _rows_of_setting(
     if name == "betas":
         shape = (steps, len(groups), 2)
     if values.shape[1:] != shape[1:] or len(values) < steps:
-        raise MetaplError(f"settings has {name!r} of {tuple(values.shape)}; expected {shape}.")
+        raise MetaplError(
+            f"settings has {name!r} of shape {tuple(values.shape)}; expected {shape}."
+        )
     rows: list[list[Any]] = []
     for group, values_of_group in zip(groups, values.unbind(1), strict=True):
         setting = group.get(name)

@@ -52,5 +52,5 @@ def refuse_nothing_to_smooth(optimizer: Any, smoothing: float) -> None:
     """Refuse a smoothing of the adjoint for an optimizer without a part of Adam's kind."""
     if smoothing and not adams_groups(optimizer):
         kinds = " and ".join(type(part).__name__ for part in parts_of(optimizer))
-        given = f"smoothing={smoothing:g} was given with {kinds}"
-        raise MetaplError(f"{given}; expected Adam or AdamW, or smoothing=0.")
+        given = f"smoothing={smoothing:g} was given with {kinds}, whose steps divide by no second"
+        raise MetaplError(f"{given} moments; expected Adam or AdamW, or smoothing=0.")
