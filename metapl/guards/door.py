@@ -243,6 +243,7 @@ class FirstLook:
         batches = [request.outer, *inner_batches.in_memory()]
         self.batches = [t for t in leaves_of_batch(batches) if isinstance(t, Tensor)]
         self.batches_before = [t.detach().clone() for t in self.batches]
+        self.versions_before = list(map(version_of, self.batches))
 
     def at_inner_loss(
         self,
@@ -331,8 +332,14 @@ class FirstLook:
 
     def at_batches(self) -> None:
         """Refuse batches that the step has changed in place, and put them back."""
-        pairs = zip(self.batches, self.batches_before, strict=True)
-        changed = [(t, before) for t, before in pairs if not same_values(t, before)]
+        changed = []
+        for t, before, version in zip(
+            self.batches, self.batches_before, self.versions_before, strict=True
+        ):
+            # The counter is read first, without waiting for a device.
+            was_written = version is None or version_of(t) != version
+            if was_written and not same_values(t, before):
+                changed.append((t, before))
         for t, before in changed:
             with torch.no_grad():
                 t.copy_(before)
@@ -378,6 +385,14 @@ def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Return copies of the parameters and buffers of a network."""
     named = (*network.named_parameters(), *network.named_buffers())
     return {name: t.detach().clone() for name, t in named}
+
+
+def version_of(t: Tensor) -> int | None:
+    """Return how often a tensor was written to.
+
+    None of a tensor of inference mode, which does not count.
+    """
+    return None if t.is_inference() else t._version
 
 
 def same_values(t: Tensor, before: Tensor) -> bool:
