@@ -113,7 +113,7 @@ def inner_loss(
     """
     losses = problem.inner_loss(outputs, signal, batch, params if readable else None)
     if not isinstance(losses, Tensor) or losses.shape != outputs.shape[:1]:
-        expected = f"one loss per example, ({len(outputs)},)"
+        expected = f"one loss per example, ({len(outputs)},), as by reduction='none'"
         raise checks.unexpected("inner_loss returned", losses, expected)
     return losses.mean() if factors is None else (factors * losses).mean()
 

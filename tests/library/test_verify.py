@@ -660,6 +660,56 @@ def test_the_page_has_the_contract_as_a_table() -> None:
     assert rows[1 : 1 + len(CONTRACT)] == [breach.__name__ for breach in CONTRACT]
 
 
+class OneMean(metapl.problems.EqualWeights):
+    """Cross-entropy by its mean over the batch, times the weight of each example."""
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        return torch.as_tensor(signal.value * F.cross_entropy(outputs, batch[1]))
+
+
+class MeanOfWeighted(metapl.problems.EqualWeights):
+    """The mean of the weighted losses, in each row: its derivative is that of losses by example."""
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses = super().inner_loss(outputs, signal, batch, params)
+        return losses.mean().expand(len(losses))
+
+
+@pytest.mark.parametrize("call", ["step", "hypergradient", "attribute"])
+def test_a_loss_without_reduction_none_is_refused_at_the_first_step(call: str) -> None:
+    torch.manual_seed(0)
+    student = nn.Linear(4, 3)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    x = torch.randn(6, 4)
+    batch = x, torch.arange(6) % 3
+
+    def run(problem: metapl.problems.EqualWeights, inner: Any = batch) -> None:
+        if call == "step":
+            trainer = metapl.BilevelTrainer(
+                None, student, "forward", problem=problem, inner_optimizer=optimizer
+            )
+            trainer.step(outer=batch, inner=inner)
+        elif call == "hypergradient":
+            batches = {"outer": batch, "inner": inner}
+            metapl.hypergradient(
+                None, student, **batches, problem=problem, inner_optimizer=optimizer
+            )
+        else:
+            batches = {"train": inner, "outer": batch}
+            metapl.attribute(
+                student, **batches, optimizer=optimizer, steps=2, batch_size=6, problem=problem
+            )
+
+    before = [p.detach().clone() for p in student.parameters()]
+    with pytest.raises(MetaplError, match="inner_loss is a mean; expected one loss per example"):
+        run(OneMean())
+    assert all(map(torch.equal, before, student.parameters()))
+    # The same feedback on all examples is right where the examples are one.
+    same = x[:1].expand(6, 4).contiguous(), torch.zeros(6, dtype=torch.long)
+    run(metapl.problems.EqualWeights(), same)
+    run(MeanOfWeighted())
+
+
 def test_h_is_verified_before_it_is_shaped() -> None:
     for mode in (
         Forward(normalization="cosine"),

@@ -17,6 +17,7 @@ from metapl.guards.verification.case import EXACT, Case, flat
 from metapl.guards.verification.causes import changing_loss, likely_causes
 from metapl.guards.verification.real_step import Evaluation
 from metapl.problems.base import enters_input, has_rows, overrides, sum_and_weight
+from metapl.problems.rows import is_one_row, reads_other_rows
 
 
 def breach_of_contract(case: Case) -> str:
@@ -108,9 +109,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
         return ""
     copies = case.step.copied()
     signal = case.signals[0]
-    theta = trainable(copies.student)
     problem = copies.problem
-    inner_batch = copies.inner_batches[0]
     outer_batch = problem.outer_batch(copies.outer_batch)
     inner_outputs = case.real.outputs[0]
     outer_outputs = case.real.outputs[-1].detach()
@@ -120,7 +119,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
         fields = {}
         for name, t in signal.fields().items():
             fields[name] = t[begin:end] if has_rows_by_field.get(name, True) else t
-        of_rows = rows(inner_batch, begin, end)
+        of_rows = rows(copies.inner_batches[0], begin, end)
         signal_of_rows = signal.having(fields)
         # The loss may read what a forward leaves, such as an auxiliary loss: that of these rows. A
         # batch norm takes no single row.
@@ -128,6 +127,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
         if end - begin > 1:
             entering = [signal_of_rows] if enters_input(problem) else []
             copies.student(problem.student_input(of_rows, *entering))
+        theta = trainable(copies.student)
         losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
         return losses.mean().detach()
 
@@ -142,6 +142,21 @@ def has_losses_that_are_no_means(case: Case) -> str:
         ):
             text = text or difference_of_halves(case, name, loss_of_rows, half=count // 2)
     return (changing_loss(case.real) or text) if text else ""
+
+
+def has_one_mean_for_all_losses(case: Case) -> str:
+    """Return a sentence where each example's loss is a mean over the batch, times its weight.
+
+    Its shape is that of losses by example, and each weight gets the feedback of all examples.
+    """
+    if not is_one_row(case.h.get((0, "value"))):
+        return ""
+    copies = case.step.copied()
+    first = (copies.inner_batches[0], case.signals[0], case.real.outputs[0])
+    with copies.in_the_originals():
+        if reads_other_rows(copies.problem, copies.student, *first):
+            return "inner_loss is a mean; expected one loss per example, by reduction='none'."
+    return ""
 
 
 def difference_of_halves(
@@ -178,5 +193,6 @@ CONTRACT: tuple[Callable[[Case], str], ...] = (
     has_no_log_probability,
     has_another_teacher_gradient,
     has_losses_that_are_no_means,
+    has_one_mean_for_all_losses,
 )
 """What a step must keep, in the order in which it is looked at; docs/contract.md has the table."""
