@@ -255,10 +255,10 @@ class Train:
             raise MetaplError(
                 "--compare runs methods side by side, in one process each; leave --mesh out."
             )
-        if self.config.places and getattr(self.config, "test", None) is None:
+        if "test" not in getattr(self.config, "parts", ("test",)):
             raise MetaplError(
-                "--compare reports on pictures that nothing was selected on: expected --test "
-                "beside it."
+                "--compare reports on pictures that nothing was selected on: expected --test DIR "
+                "or --test-fraction 0.2 beside it."
             )
         return ComparisonPlan(names=names, seeds=seeds, jobs=options.jobs)
 
@@ -488,7 +488,7 @@ def nothing_to_resume(place: Path) -> str:
         others = f", but in {few(recipe.parent for recipe in places)}"
     return (
         f"there is no run in {place} to resume{others}; expected --out with the folder of a run, "
-        "or --labeled and --unlabeled to begin one."
+        "or --labeled to begin one."
     )
 
 

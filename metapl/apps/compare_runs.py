@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import tyro
 
-from metapl.apps.inputs import runs_of_comparison
+from metapl.apps.inputs import plural, runs_of_comparison
 from metapl.apps.printing import table, tell, wrapped
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation, paired_test
@@ -20,6 +20,7 @@ from metapl.run_folder import (
     STUDENT_READOUT,
     EndedRun,
     RunFolder,
+    guessing,
     stored_data,
 )
 
@@ -108,7 +109,8 @@ def comparison_of(folders: Sequence[Path]) -> str:
     evaluations = same_data.evaluations
     chance = statistics.fmean(evaluation.chance for evaluation in evaluations)
     caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
-    return f"{caption}\n\n{table(rows, left=3)}\n\n{wrapped(verdict(entries))}"
+    said = wrapped("\n".join([verdict(entries), *untrained(entries)]))
+    return f"{caption}\n\n{table(rows, left=3)}\n\n{said}"
 
 
 def places_of(path: Path) -> list[Path]:
@@ -226,11 +228,27 @@ def verdict(entries: Sequence[Entry]) -> str:
         test = paired_test(
             [variants[variant][seed] for seed in seeds], [variants[first][seed] for seed in seeds]
         )
-        p = f"at least {ENOUGH_SEEDS} seeds are needed for a test"
+        p = f"not told apart by {plural(test.n, 'seed')}: a test takes {ENOUGH_SEEDS}, --seeds 0-4"
         if test.p is not None and test.n >= ENOUGH_SEEDS:
             p = f"paired t-test p = {test.p:.2g}"
         lines.append(f"  {100 * test.mean:+.2f} points  {variant} ({p})")
     return "\n".join(lines)
+
+
+def untrained(entries: Sequence[Entry]) -> list[str]:
+    """Return a line on runs that deliver what is no better than guessing, where there are any."""
+    steps = [
+        entry.result["steps"]
+        for entry in entries
+        if entry.result["delivered"] in guessing(entry.result)
+    ]
+    if not steps:
+        return []
+    return [
+        f"{len(steps)} of {plural(len(entries), 'run')} deliver what is not shown to be better "
+        f"than guessing, after {few(sorted({*steps}))} steps: their differences say nothing of "
+        "the methods. Train for more --steps or --minutes."
+    ]
 
 
 def spread(values: Sequence[float]) -> str:

@@ -211,13 +211,13 @@ def confusions(evaluation: Evaluation, classes: tuple[str, ...]) -> str:
     letters = min((WIDTH - MOST_LETTERS - 10) // len(classes) - 2, MOST_LETTERS)
     if letters >= max(LEAST_LETTERS, widest):
         heads = [shown(name)[:letters] for name in classes]
-        rows = [("class", *heads, "right")]
+        rows = [("true \\ predicted", *heads, "right")]
         for name, counts, share in zip(classes, evaluation.confusion, shares, strict=True):
             cells = [str(n) if n else "." for n in counts]
             rows.append((short(name, MOST_LETTERS), *cells, share))
-        head = "how many of a class (row) were taken for which (column), and how many rightly"
+        head = "how many of a true class (row) were predicted as which class (column)"
         return f"{head}\n\n{table(rows)}"
-    rows = [("class", "right", "most often taken for", "times")]
+    rows = [("true class", "right", "most often predicted as", "times")]
     by_share = sorted(range(len(classes)), key=lambda number: evaluation.per_class[number] or 0)
     for number in by_share[:LISTED]:
         wrong_counts = list(evaluation.confusion[number])

@@ -472,10 +472,13 @@ class Images:
     Args:
         labeled: folder of labeled pictures, with a folder for each class in it. Of CIFAR and SVHN
             as released, examples/set_folders.py writes such folders.
-        unlabeled: folder of unlabeled pictures, or a .txt file of their paths.
+        unlabeled: folder of unlabeled pictures, or a .txt file of their paths. By default it is
+            --labeled, whose pictures are learned without their labels too.
         val: folder of other labeled pictures, by which the best network is selected. By default a
             part of --labeled is set aside.
         test: folder of other labeled pictures, on which the accuracy is reported at the end.
+        test_fraction: share of each class of --labeled that is held out in the place of --test,
+            such as 0.2: the same pictures whatever the seed is.
         unlabeled_batch: number of unlabeled pictures in each step.
         minutes: minutes of the clock that the training may take, with its labeling and finetuning.
             The number of steps is planned as it begins, and where the machine becomes slower, some
@@ -490,9 +493,10 @@ class Images:
     usual_ratio: ClassVar[int | None] = None
 
     labeled: Folder
-    unlabeled: Folder
+    unlabeled: OtherFolder = None
     val: OtherFolder = None
     test: OtherFolder = None
+    test_fraction: Share | None = None
     unlabeled_batch: Batch = 32
     minutes: Minutes = None
     pictures: Pictures = field(default_factory=Pictures)
@@ -502,11 +506,21 @@ class Images:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.unlabeled is None:
+            object.__setattr__(self, "unlabeled", self.labeled)
+        is_one = self.test is None or not self.test_fraction
+        require(self, is_one, "test_fraction", "it, or --test DIR, and not both")
 
     @property
     def input(self) -> Input:
         """Return what a network takes."""
         return self.pictures.input
+
+    @property
+    def parts(self) -> list[str]:
+        """Return the names of the flags whose pictures there are."""
+        parts = [name for name in self.places if getattr(self, name) is not None]
+        return [*parts, "test"] if self.test_fraction else parts
 
     @property
     def has_frozen_layers(self) -> bool:
@@ -515,21 +529,28 @@ class Images:
 
     def scan(self, name: str) -> Any:
         """Return the files of a folder by the name of its flag."""
-        folder = getattr(self, name)
-        return scan_unlabeled(folder) if name == "unlabeled" else scan_labeled(folder)
+        if name == "unlabeled":
+            return scan_unlabeled(self.unlabeled or self.labeled)
+        if not self.test_fraction or name == "val":
+            return scan_labeled(getattr(self, name))
+        files = scan_labeled(self.labeled)
+        learned, held_out = stratified_split(files.targets(), self.test_fraction, seed=0)
+        return files.keep((held_out if name == "test" else learned).tolist())
 
     def data(self, say: Say, progress: bool, log: Path | None) -> Data:
         """Return the data; refuse pictures that would be learned from and measured on."""
         # 1. The files are listed, looked at, and compared.
         files_by_place: dict[str, Any] = {}
         skipped: dict[str, str] = {}
-        for name in self.places:
-            if getattr(self, name) is not None:
-                files_by_place[name] = self._readable(name, skipped, say, progress)
+        for name in self.parts:
+            files_by_place[name] = self._readable(name, skipped, say, progress)
         few = files_by_place["labeled"]
         many = files_by_place["unlabeled"]
         val = files_by_place.get("val")
         test = files_by_place.get("test")
+        if test is not None and self.test_fraction:
+            with count_bar("comparing files", progress):
+                many = apart(many, test, say, aside="testing", way_out="--test")
         compare_files(few, many, val, test, say=say, progress=progress)
         hashes = {name: hash_files(files) for name, files in files_by_place.items()}
 
@@ -540,7 +561,7 @@ class Images:
             say(set_aside(few, val, self.val_fraction))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
-                many = apart(many, val, say)
+                many = apart(many, val, say, aside="validation", way_out="--val")
         elif val is None:
             say(
                 f"with fewer than {SPLIT_FROM} labeled pictures (here {len(few)}) none are set "
@@ -659,7 +680,7 @@ class Images:
         """Refuse folders whose files would spoil the training, without comparing their bytes."""
         files: list[Any] = []
         for name in self.places:
-            files.append(None if getattr(self, name) is None else self.scan(name))
+            files.append(self.scan(name) if name in self.parts else None)
         refuse_errors(check_folders(*files, copies=False))
 
     def sources(self, few: LabeledFiles, many: Files, log: Path | None) -> dict[str, Any]:
@@ -712,22 +733,26 @@ def compare_files(few: Any, many: Any, val: Any, test: Any, *, say: Say, progres
         say(f"note: {finding.message}")
 
 
-def apart(unlabeled: Files, val: Files, say: Say) -> Files:
-    """Return the unlabeled pictures without copies of those that are set aside for validation.
+def apart(unlabeled: Files, labeled: Files, say: Say, *, aside: str, way_out: str) -> Files:
+    """Return the unlabeled pictures without copies of those that are set aside.
 
     Nothing may be learned from these.
+
+    Args:
+        aside: what the labeled ones are set aside for.
+        way_out: the flag that names others.
     """
-    others = without_copies(unlabeled, val)
+    others = without_copies(unlabeled, labeled)
     if not others:
         raise MetaplError(
             f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled "
-            "ones that are set aside for validation; expected others, or pictures to select on "
-            "with --val."
+            f"ones that are set aside for {aside}; expected others, or pictures for {aside} by "
+            f"{way_out} DIR."
         )
     if len(others) < len(unlabeled):
         say(
             f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
-            "copies of labeled ones that are set aside for validation"
+            f"copies of labeled ones that are set aside for {aside}"
         )
     return others
 

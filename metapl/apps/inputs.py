@@ -377,10 +377,10 @@ def files_of(run: EndedRun, part: Literal["validation", "test"]) -> LabeledFiles
     """Return the pictures that a run selected by or tested on, as it found them, or None."""
     fields = run.folder.recipe().get("fields", {})
     names = stored_data(run.folder).get(part)
-    place = fields.get(part)
-    # Validation pictures were set aside from others where no folder of their own was given.
-    if part == "validation" and names:
-        place = fields.get("val") or fields.get("labeled")
+    place = fields.get("val" if part == "validation" else "test")
+    # They were set aside from the labeled ones where no folder of their own was given.
+    if names and not place:
+        place = fields.get("labeled")
     if not place:
         return None
     files = scan_labeled(place)

@@ -30,9 +30,10 @@ class Runs:
     """List the runs below a folder, the newest last.
 
     The line of a finished run has the accuracy of the network that it delivers, on test or
-    validation examples, and names its networks that are not better than guessing. The line of
-    another run says how many of its steps are done, and whether it is running, interrupted or
-    damaged. A run is a folder with a recipe.json; other folders are passed over.
+    validation examples, and names its networks that are not better than guessing, and how many of
+    its steps were skipped to keep to --minutes. The line of another run says how many of its steps
+    are done, and whether it is running, interrupted or damaged. A run is a folder with a
+    recipe.json; other folders are passed over.
 
     Args:
         folder: folder to look in, with all folders below it; or the folder of a run.
@@ -107,6 +108,8 @@ def text_of(entries: Sequence[Mapping[str, Any]]) -> str:
                 for network, accuracy in entry["guessing"].items()
             )
             notes.append(f"{name}: not better than guessing: {named}")
+        if entry.get("skipped"):
+            notes.append(f"{name}: {entry['skipped']:,} of its steps were skipped, to end in time")
         if "accuracy" in entry:
             low, high = entry["interval"]
             state = (
@@ -151,6 +154,7 @@ def _reached(result: Mapping[str, Any]) -> dict[str, Any]:
         "state": "finished",
         "steps": result["steps"],
         "done": result["steps"],
+        "skipped": result.get("skipped_steps", 0),
     }
     part = "validation"
     examples = result["validation_size"]

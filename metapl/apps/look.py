@@ -131,7 +131,7 @@ def choose_settings(
 
     # 3. What the folders and some of their pictures show.
     config.check_first()
-    held_out = [config.scan(name) for name in ("val", "test") if getattr(config, name)]
+    held_out = [config.scan(name) for name in ("val", "test") if name in config.parts]
     levels = find_levels([few, many], held_out, say)
     config = dataclasses.replace(
         config, pictures=dataclasses.replace(config.pictures, levels=levels)

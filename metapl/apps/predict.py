@@ -44,7 +44,8 @@ class Predict:
     Args:
         folder: folder of a run.
         files: pictures, or folders of pictures.
-        out: file to write to in the place of standard output. It is written when all is predicted.
+        out: new file to write to in the place of standard output. It is written when all is
+            predicted.
         top: number of classes to give of each picture, the most probable first.
         probabilities: give the probability of every class too.
     """
@@ -75,6 +76,10 @@ class Predict:
             if not os.path.lexists(path):
                 raise MetaplError(f"there is no file or folder {shown(path)}.")
         check_file(self.out, ".csv")
+        if self.out is not None and self.out.exists():
+            raise MetaplError(
+                f"--out {self.out} is there already; expected the name of a new file."
+            )
         network = run.network(name, self.factory).to(run.device)
         inputs = Inputs(run.cards[name].input, self.files)
         count = 0

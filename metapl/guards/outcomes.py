@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -61,6 +61,9 @@ PREDICTIONS = {
     "pseudo_label_class_entropy": ("teacher", "the teacher's labels"),
     "student_class_entropy": ("student", "the student's predictions"),
 }
+
+# Returns what to do about the data.
+Advice = Callable[[], list[str]]
 
 
 # What is saved with the fit.
@@ -135,8 +138,8 @@ class Outcomes:
             self._look_for_collapse(step, row, counts_labels=outer_examples >= FEWEST_EXAMPLES)
         self._look_at_move(step, row)
 
-    def validated(self, step: int, role: str, measured: Any) -> None:
-        """Look at what a network reaches on the validation data."""
+    def validated(self, step: int, role: str, measured: Any, advice: Advice = list) -> None:
+        """Look at what a network reaches on the validation data, on which there may be advice."""
         if not isinstance(measured, Evaluation):
             return
         # A network that tells classes of different sizes apart may be right less often than one
@@ -156,7 +159,7 @@ class Outcomes:
             network = role if self.trainer.teacher is not None else "network"
             if self.options.phase != "fit":
                 network = f"{network} of phase {self.options.phase}"
-            remedies = [*self._remedies(role), "train it for more steps"]
+            remedies = [*advice(), *self._remedies(role), "train it for more steps"]
             self.say_once(
                 f"{role} at chance",
                 f"the {network} is at chance on the validation data after step {step:,}, with "

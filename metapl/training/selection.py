@@ -5,13 +5,15 @@ Their averages, what they reach on validation data, and the best of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from metapl.data.columns import advice_on_columns
 from metapl.execution.shards import load_whole, weights_of
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Say
@@ -103,6 +105,11 @@ class Selection:
         if self.options.ema_decay is not None:
             self.averages["student"] = Average(self.trainer.student, self.options.ema_decay)
 
+    def validation_batches(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the inputs of a network and the batch as its loss reads it, on the device."""
+        trainer = self.trainer
+        return outer_batches(self.validation, trainer.read_outer, trainer.device, "validation")
+
     def validate(self, step: int, roles: Iterable[str]) -> dict[str, float]:
         """Measure these networks as they are after a step, and remember the best of each.
 
@@ -117,12 +124,12 @@ class Selection:
                 self.network_to_keep(role) as network,
                 replayed(RandomState.now(self.trainer.device)),
             ):
-                batches = outer_batches(
-                    self.validation, self.trainer.read_outer, self.trainer.device, "validation"
-                )
+                batches = self.validation_batches()
                 name = f"the {role} on validation data after step {step}"
                 measured = self.metric.measured(self.trainer, network, batches, name)
-                self.outcomes.validated(step, role, measured)
+                inputs = (x for x, _ in self.validation_batches())
+                advice = partial(advice_on_columns, inputs)
+                self.outcomes.validated(step, role, measured, advice)
                 self._remember(step, role, measured.value, network)
             self.latest[f"{role}_validation_{self.metric.name}"] = measured.value
         return self.latest

@@ -17,7 +17,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from command import metapl, reseal, result, rows
+from command import edited, metapl, reseal, result, rows
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -247,6 +247,8 @@ def test_evaluate_gives_the_number_on_record_again_and_those_of_damaged_pictures
     ):
         assert words in text
     assert max(map(len, text.splitlines()[1:-1])) <= 80
+    heads = next(line for line in text.splitlines() if line.startswith("true "))
+    assert heads.split() == ["true", "\\", "predicted", *"0123456789", "right"]
     found = json.loads((tmp_path / "evaluation.json").read_text())
     assert found["confusion"] == told["evaluation"]["confusion"]
     assert (
@@ -297,6 +299,7 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         shutil.copytree(tiny, tmp_path / name)
     for name in ("stopped", "held"):
         (tmp_path / name / "result.json").unlink()
+    edited(tmp_path / "mine" / "result.json", skipped_steps=2)
     (tmp_path / "deep/er/broken/result.json").write_text("{")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "link").symlink_to(tiny)
@@ -324,7 +327,14 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         6,
     )
     assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
-    for words in ("running", "interrupted", "result.json", f"{100 * mine['accuracy']:.1f} ("):
+    skipped = "mine: 2 of its steps were skipped, to end in time"
+    for words in (
+        "running",
+        "interrupted",
+        "result.json",
+        skipped,
+        f"{100 * mine['accuracy']:.1f} (",
+    ):
         assert words in table, words
 
 

@@ -130,6 +130,22 @@ def test_compare_pairs_the_runs_of_a_comparison_and_single_ones(compared: Path) 
     assert re.search(rf"none +1 +{100 * accuracy:.1f}", singles)
 
 
+def test_compare_says_what_short_runs_cannot_tell(compared: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(compared, tmp_path / "copy"))
+
+    def said(*accuracies: float) -> str:
+        for run, accuracy in zip(sorted(copy.glob("*/seed-*")), accuracies, strict=True):
+            for network in result(run)["networks"]:
+                edited(run / "result.json", **{f"{network}_test_accuracy": accuracy})
+        return " ".join(metapl("compare", copy).stdout.split())
+
+    good = said(0.9, 0.9, 0.9, 0.9)
+    assert "not told apart by 2 seeds: a test takes 5, --seeds 0-4" in good
+    assert "better than guessing" not in good
+    expected = "1 of 4 runs deliver what is not shown to be better than guessing, after 6 steps"
+    assert expected in said(0.9, 0.9, 0.1, 0.9)
+
+
 def test_compare_pairs_by_the_seed_in_whatever_order_runs_are_named() -> None:
     reached = {"none": [0.5, 0.6, 0.7, 0.8, 0.9], "mpl": [0.51, 0.62, 0.71, 0.82, 0.91]}
     none, mpl = (

@@ -27,6 +27,7 @@ from PIL import Image
 from test_readers import SPECIAL, promptly
 from tiny_runs import color_folders, images_command
 
+from metapl.apps import look
 from metapl.apps.images import METHODS, Images, Pictures, apart
 from metapl.apps.look import choose_settings
 from metapl.apps.main import main
@@ -520,7 +521,50 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
     assert len([line for line in said if "4 unlabeled pictures are left out" in line]) == 1
     assert without_copies(few, scan_labeled(few.root)).names == ()
     with pytest.raises(MetaplError, match="--val"):
-        apart(scan_unlabeled(few.root / "cat"), few, said.append)
+        apart(
+            scan_unlabeled(few.root / "cat"),
+            few,
+            said.append,
+            aside="validation",
+            way_out="--val",
+        )
+
+
+def test_one_folder_is_split_into_what_is_learned_from_validated_on_and_tested_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(look, "SPLIT_FROM", 8)
+    one = pictures(tmp_path, cat=[*range(10)], dog=[*range(10, 20)])
+    tested = []
+    for seed in (0, 1):
+        fitting = Fitting(steps=6, seed=seed)
+        given = Images(labeled=str(one), test_fraction=0.2, **{**SMALL, "fitting": fitting})
+        config, _ = choose_settings(given, METHODS["uda"], lambda text: None)
+        data = config.data(lambda text: None, progress=False, log=None)
+        parts = {name: {*data.record[name]} for name in ("labeled", "validation", "test")}
+        assert {name: len(names) for name, names in parts.items()} == {
+            "labeled": 12,
+            "validation": 4,
+            "test": 4,
+        }
+        assert len(set.union(*parts.values())) == 20
+        # Without --unlabeled the labeled ones are learned from without their labels too.
+        learned = {data.unlabeled.images.path(i) for i in range(len(data.unlabeled.images))}
+        assert learned == {one / name for name in parts["labeled"]}
+        tested.append(parts["test"])
+    assert tested[0] == tested[1]
+    with pytest.raises(MetaplError, match="it, or --test DIR, and not both"):
+        Images(labeled=str(one), test=str(one), test_fraction=0.2)
+
+
+def test_a_run_on_one_folder_is_evaluated_on_what_it_held_out(tmp_path: Path) -> None:
+    one = color_folders(tmp_path) / "labeled"
+    out = tmp_path / "run"
+    words = images_command(tmp_path)[:2]
+    flags = images_command(tmp_path)[5:]
+    metapl(*words, "--labeled", one, "--test-fraction", "0.34", *flags, "--out", out)
+    assert result(out)["evaluation"]["n"] == 4
+    assert "of 4, as in result.json" in metapl("evaluate", out).stdout
 
 
 def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -683,7 +727,7 @@ def test_what_is_shown_is_one_line_of_printable_letters() -> None:
 def test_predict_passes_over_what_is_no_plain_file_and_shows_names_harmlessly(
     tiny: Path, digit: Path, tmp_path: Path
 ) -> None:
-    """And writes them as they are, in the place of what it wrote before."""
+    """And writes them as they are, to a new file."""
     folder, out = tmp_path / "pictures", tmp_path / "pictures" / "out.csv"
     folder.mkdir()
     out.write_text("file,class\n")
@@ -694,6 +738,10 @@ def test_predict_passes_over_what_is_no_plain_file_and_shows_names_harmlessly(
     (folder / "loop.png").symlink_to("loop.png")
     for kind, make in SPECIAL.items():
         make(folder / f"{kind}.png")
+    refused = metapl("predict", tiny, folder, "--out", out, code=2).stderr
+    assert "is there already; expected the name of a new file" in refused
+    assert out.read_text() == "file,class\n"
+    out.unlink()
     with promptly():
         told = metapl("predict", tiny, folder, "--out", out, code=1)
     for text in (told.stdout, told.stderr):

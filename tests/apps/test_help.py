@@ -34,7 +34,7 @@ WRONG = {
     f"{IMAGES} --method mlp": ("mlp", "--method", "mpl"),
     f"{IMAGES} --method": ("Missing value", "--method"),
     f"{IMAGES} --config": ("Missing value", "--config"),
-    "train images --labeled few": ("--unlabeled", "required"),
+    "train images": ("--labeled", "required"),
     "train digits --method uda --mode forward": ("--mode",),
     "train digits --mode implicit": ("implicit", "--mode", "forward"),
     "train digits --mesh.shard -1": ("a number of processes >= 1",),

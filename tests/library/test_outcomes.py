@@ -6,8 +6,8 @@ By real trainings on digits.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import metapl
+from metapl.data.columns import advice_on_columns
 from metapl.feedback import NoFeedback, Reinforce
 from metapl.guards.outcomes import Outcomes
 from metapl.metrics import evaluate_logits
@@ -314,6 +315,42 @@ def test_guessing_is_said_at_the_second_time_or_at_the_end() -> None:
             outcomes.validated(10 * number, "student", measured)
         assert len(texts) == len(steps)
         assert all(f"after step {step}," in text for step, text in zip(steps, texts, strict=True))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e4])
+def test_columns_of_other_units_are_named_where_a_network_guesses(unit: float) -> None:
+    x, y = digits()
+    table = x.clone()
+    # A measurement in another unit, beside pixels of which those at the edge hardly move.
+    table[:, 20] *= unit
+    texts: list[str] = []
+    at_chance = evaluate_logits(torch.zeros(len(y), 10), y)
+    advice = partial(advice_on_columns, [table[:100], table[100:]])
+    watched(texts).validated(100, "student", at_chance, advice)
+    (text,) = texts
+    assert ("scale the columns of the inputs" in text) == (unit > 1)
+    (of_fit,) = warnings_of_guessing(table)
+    assert ("scale the columns of the inputs" in of_fit) == (unit > 1)
+
+
+class Guess(nn.Module):
+    """Logits that are the same for all inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(len(x), 10)
+
+
+def warnings_of_guessing(x: Tensor) -> Sequence[str]:
+    """Return the warnings of a fit whose network guesses."""
+    _, y = digits()
+    network = Guess()
+    trainer = LossTrainer(network, optimizer=sgd(network, 1e-3))
+    data = [(x[:100], y[:100])]
+    return trainer.fit(data, steps=20, validation=(x, y), progress=False).warnings
 
 
 # ---------------------------------------------------------------------------------------- a resumed
