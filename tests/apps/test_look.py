@@ -432,6 +432,7 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
     open_ = (
         "val",
         "test",
+        "test_fraction",
         "minutes",
         "weights",
         "tuning",
