@@ -286,7 +286,7 @@ def by_attribute(setting: Row, seed: int, order: Tensor, train: Any, outer: Any)
     with warnings.catch_warnings():
         # Some settings are rough on purpose.
         warnings.simplefilter("ignore")
-        attribution = metapl.attribute(train=train, outer=outer, **options)
+        attribution = metapl.attribute(train=train, outer=outer, smoothing=0.0, **options)
     assert torch.equal(attribution.order, order)
     return attribution.scores
 

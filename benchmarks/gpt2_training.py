@@ -301,6 +301,7 @@ class Measurement:
                 settings=metapl.scheduled_settings(scheduler, steps),
                 problem=NextToken(),
                 mode=Forward(keep_every=self.setting.keep_every, keep_on="cpu"),
+                smoothing=0.0,
                 progress=False,
             )
             self.synchronize()

@@ -551,7 +551,7 @@ def measured(name: str, kind: str = "", *, is_miniature: bool = False) -> Row:
     estimate = metapl.reliability(student, data.train, data.judging, **options)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        attribution = metapl.attribute(student, data.train, data.judging, **options)
+        attribution = metapl.attribute(student, data.train, data.judging, smoothing=0.0, **options)
     training = Training(program, data, attribution.order)
     network = training.trained()
     # The library's training is that of the loop. All weights are compared at once: the gradient of

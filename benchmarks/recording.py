@@ -204,7 +204,9 @@ def measured(loop: str, steps: int, repeat: int) -> Row:
         if repeat == 0:
             attributions: list[Any] = []
             row["attribute_seconds"] = seconds(
-                lambda: attributions.append(recording.attribute(followed.outer, progress=False))
+                lambda: attributions.append(
+                    recording.attribute(followed.outer, smoothing=0.0, progress=False)
+                )
             )
             row["replay_error"] = attributions[0].replay_error
     return {"cpu": environment()["processor"], **row}

@@ -188,6 +188,7 @@ def scored(case: Case, *, compile: bool = False) -> metapl.Attribution:
         steps=case.steps,
         batch_size=case.batch_size,
         problem=case.problem,
+        smoothing=0.0,
         compile=compile,
         progress=False,
     )

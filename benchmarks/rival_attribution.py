@@ -156,6 +156,7 @@ def by_metapl(inputs: Row, way: str = "") -> Any:
         generator=torch.Generator().manual_seed(inputs["seed"]),
         problem=problem,
         mode=modes.get(way, Forward(keep_every=1)),
+        smoothing=0.0,
         compile=way.startswith("compiled"),
         progress=False,
     )

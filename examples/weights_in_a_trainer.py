@@ -84,7 +84,9 @@ def main(steps):
         recorded = metapl.record(first, out=f"{out}/recorded", problem=NextToken(), train=rows)
         with recorded as recording:
             trainer.train()
-        attribution = recording.attribute({"input_ids": clean, "labels": clean}, progress=False)
+        attribution = recording.attribute(
+            {"input_ids": clean, "labels": clean}, smoothing=0.0, progress=False
+        )
         weights = attribution.weights()
         second = train_again(model(), sequences, weights, arguments(out, steps))
     print(f"mean weight of counting sequences {weights[:64].mean():.3f}")

@@ -9,7 +9,7 @@ from torch import Tensor
 from metapl.problems.base import BilevelProblem
 from metapl.problems.doubtful import Classification
 from metapl.problems.sequences import NextToken
-from metapl.updates.smoothing import adams_groups
+from metapl.updates.smoothing import DEFAULT_SMOOTHING, adams_groups
 
 # So many of the examples are removed, in thought, to see whether scores predict a possible loss.
 HARMFUL_SHARE = 0.1
@@ -22,8 +22,6 @@ MOST_CHANGES = 2.0
 LEAST_AGREEMENT = 0.3
 # Adam's eps in torch, at which it divides by second moments however small they are.
 USUAL_EPS = 1e-8
-# What was measured to repair most scores (docs/whole-trainings.md).
-ADVISED_SMOOTHING = 0.3
 
 
 def reason_of_possible_loss(
@@ -78,5 +76,5 @@ def reason_of_eps(optimizer: Any, smoothing: float) -> str:
         return ""
     return (
         f"Adam's eps is {least:g}, where second moments that are nearly 0 make exact scores of "
-        f"convolutions and transformers noise (try smoothing={ADVISED_SMOOTHING:g})"
+        f"convolutions and transformers noise (try smoothing={DEFAULT_SMOOTHING:g})"
     )

@@ -10,6 +10,9 @@ from metapl.updates.adam import SMOOTHING
 from metapl.updates.groups import with_options_of_groups
 from metapl.updates.optimizers import parts_of
 
+# The derivative of steps by Adam in scores of examples (docs/studies/smoothing.md).
+DEFAULT_SMOOTHING = 0.1
+
 
 def is_adams(group: Mapping[str, Any]) -> bool:
     """Return whether a param group is that of an Adam or an AdamW."""
@@ -48,9 +51,28 @@ def adams_groups(optimizer: Any) -> list[Mapping[str, Any]]:
     return groups
 
 
-def refuse_nothing_to_smooth(optimizer: Any, smoothing: float) -> None:
-    """Refuse a smoothing of the adjoint for an optimizer without a part of Adam's kind."""
-    if smoothing and not adams_groups(optimizer):
+def smoothing_for(optimizer: Any, smoothing: float | None, *, is_sharded: bool = False) -> float:
+    """Return the smoothing c of an adjoint, of an optimizer's parts of Adam's kind.
+
+    Args:
+        smoothing: what was asked for; None: :data:`DEFAULT_SMOOTHING`, and 0 where nothing can be
+            smoothed.
+        is_sharded: whether tensors are parts, which have not the root mean square of the whole.
+
+    Raises: :class:`metapl.MetaplError` for a number above 0 where nothing can be smoothed.
+    """
+    has_adam = bool(adams_groups(optimizer))
+    if smoothing is None:
+        return DEFAULT_SMOOTHING if has_adam and not is_sharded else 0.0
+    if smoothing and not has_adam:
         kinds = " and ".join(type(part).__name__ for part in parts_of(optimizer))
-        given = f"smoothing={smoothing:g} was given with {kinds}, whose steps divide by no second"
-        raise MetaplError(f"{given} moments; expected Adam or AdamW, or smoothing=0.")
+        raise MetaplError(
+            f"smoothing={smoothing:g} was given with {kinds}, whose steps divide by no second "
+            "moments; expected Adam or AdamW, or smoothing=0."
+        )
+    if smoothing and is_sharded:
+        raise MetaplError(
+            f"smoothing={smoothing:g} was given with a sharded student, whose parts have not the "
+            "root mean square of the whole; expected DistributedDataParallel, or smoothing=0."
+        )
+    return smoothing

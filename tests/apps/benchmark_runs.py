@@ -57,6 +57,7 @@ SECOND += (
     "people_labels",
     "rival_attribution",
     "small_pictures",
+    "smoothing",
     "something_simpler",
     "stored_labels",
 )
@@ -90,6 +91,14 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "reliability-measurements",
     ],
     "rival_attribution": ["rival_attribution", "rival_attribution-scores"],
+    "smoothing": [
+        "smoothing-rules",
+        "smoothing-own",
+        "smoothing-others",
+        "smoothing-mean",
+        "smoothing-agreement",
+        "smoothing-area",
+    ],
     "small_pictures": ["small_pictures-step", "small_pictures"],
     "something_simpler": [
         "simpler-photographs",
@@ -120,6 +129,7 @@ MINUTES += (
     "cifar_few_labels",
     "people_labels",
     "small_pictures",
+    "smoothing",
     "something_simpler",
     "stored_labels",
 )

@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any], Check]] = {
         golden("digits reinforce"),
     ),
     "validation copies kept": (
-        *(images, "apart", lambda unlabeled, val, say: unlabeled),
+        *(images, "apart", lambda unlabeled, *given, **named: unlabeled),
         nothing_is_learned_from_what_is_selected_on,
     ),
     "copies in test not refused": (

@@ -69,6 +69,7 @@ def scored(network: nn.Module, rule: str = "sgd", **options: Any) -> Attribution
         "optimizer": optimizer_of(network, rule),
         "steps": STEPS,
         "batch_size": 8,
+        "smoothing": 0.0,
         **options,
     }
     return attribute(network, **arguments)

@@ -42,7 +42,7 @@ from metapl.training.weighted import (
     thetas_along,
     with_weights_of_one,
 )
-from metapl.updates.smoothing import refuse_nothing_to_smooth
+from metapl.updates.smoothing import smoothing_for
 from metapl.words import summary
 
 # A state costs about as much as a few steps, and a replay rounds on its own between two of them.
@@ -247,7 +247,7 @@ class Recording:
         outer: Any,
         *,
         each: bool = False,
-        smoothing: Smoothing = 0.0,
+        smoothing: Smoothing | None = None,
         progress: bool = True,
         replay_tolerance: Tolerance | None = None,
     ) -> RecordedAttribution:
@@ -285,8 +285,8 @@ class Recording:
         """
         check_arguments(Recording.attribute, locals())
         contents = self._read()
-        refuse_nothing_to_smooth(contents.update.optimizer, smoothing)
-        replay = Replay(contents, replay_tolerance, smoothing)
+        smoothing_of_adjoint = smoothing_for(contents.update.optimizer, smoothing)
+        replay = Replay(contents, replay_tolerance, smoothing_of_adjoint)
         first = next(self._model.parameters())
         outer_examples = examples_of(outer, "outer", first)
         batch = contents.outer_batch(outer_examples[torch.arange(len(outer_examples))])
@@ -341,9 +341,10 @@ class Recording:
             float32_products=float32_products(network.device),
             outer_loss_before=loss_before[0],
             has_data_set=contents.has_data_set,
+            smoothing=smoothing_of_adjoint,
             _numbers_in=contents.numbers_in,
         )
-        warn_of_worth(attribution, self._problem, contents.update.optimizer, smoothing)
+        warn_of_worth(attribution, self._problem, contents.update.optimizer)
         return attribution
 
     @one_at_a_time
