@@ -109,6 +109,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-removals",
         "simpler-memory",
         "simpler-distilled",
+        "simpler-scores",
         "simpler-sinusoids",
         "simpler-command",
         "simpler-killed",
