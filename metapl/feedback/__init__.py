@@ -119,6 +119,8 @@ def estimator(mode: str | Estimator) -> Estimator:
     'reinforce'
     """
     if isinstance(mode, Estimator):
+        if missing := mode.missing():
+            raise MetaplError(f"{type(mode).__name__} lacks {missing}.")
         return mode
     for name in MODES:
         if mode == name:

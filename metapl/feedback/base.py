@@ -33,7 +33,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ from metapl.core.lesson import Credited, Credits, credited
 from metapl.core.order import NotFiniteFeedback, Order
 from metapl.core.path import Path
 from metapl.core.step import Move
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.layout import ONE_PROCESS, Capability
 from metapl.execution.numerics import Tree
@@ -56,6 +56,10 @@ if TYPE_CHECKING:
     from metapl.core.engine import Engine
     from metapl.core.terms import Gradients, StudentPath, StudentStep
 
+# What reports have of each step, and an estimator's own numbers may not be called.
+NUMBERS_OF_STEPS = frozenset(
+    ["inner_loss", "outer_loss", "feedback_weight", "feedback_ratio", "step_rounding"]
+)
 NOT_FINITE = (
     "the inner loss, the outer loss or the feedback is NaN or infinite; lower the student's "
     "learning rate, or look for a batch without rows or with extreme examples."
@@ -145,6 +149,15 @@ class Estimator(ABC):
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def missing(self) -> str:
+        """Return what a class of a user's own has left out, in words; "" for nothing."""
+        if not isinstance(getattr(self, "name", None), str):
+            return "a name; expected one in its class, such as name = 'mine'"
+        labels = getattr(self, "labels", None)
+        if isinstance(labels, tuple) and labels and {*labels} <= {*get_args(Kind)}:
+            return ""
+        return "its kinds of labels; expected them in its class, such as labels = ('soft',)"
 
     @property
     def credits_of_steps(self) -> Credited:
@@ -297,17 +310,17 @@ class Estimator(ABC):
                 raise MetaplError(OUTER_NOT_FINITE) from error
             # The outer loss is not the cause, and the error says what is.
             raise
+        if path.look is not None and (unfit := what_is_unfit(feedback, state)):
+            raise MetaplError(f"{type(self).__name__}.feedback returned {unfit}.")
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)
         ranks = path.student.ranks
         with NOTHING if ranks.alone else ranks.agreed():
             numbers = [path.inner_loss, *path.known_outer_losses.values()]
-            is_used = False
             for of_step in feedback:
-                is_used = is_used or of_step.used
                 for h in (of_step.h, *of_step.others.values()):
                     numbers.append(h.sum() if h.ndim else h)
-            if not is_used:
+            if not any(of_step.used for of_step in feedback):
                 name = f"the inner loss of {kind_of(path.problem)}"
                 raise MetaplError(f"{name} does not depend on its signal; expected one that does.")
             try:
@@ -322,6 +335,21 @@ class Estimator(ABC):
                 # The inner loss is not finite, and the others follow from it.
                 raise
         return feedback, state
+
+
+def what_is_unfit(feedback: Any, state: Any) -> str:
+    """Return what of a first feedback is not what was expected, in words; "" for nothing."""
+    if not isinstance(feedback, list) or not isinstance(state, dict):
+        given = f"{checks.described(feedback)} and {checks.described(state)}"
+        return f"{given}; expected a list of a Feedback for each student step, and the next state"
+    for of_step in feedback:
+        if not isinstance(of_step, Feedback):
+            return f"{checks.described(of_step)} in its list; expected a Feedback"
+        taken = NUMBERS_OF_STEPS.intersection(of_step.numbers)
+        taken |= {name for name in of_step.numbers if name.startswith("teacher_")}
+        if taken:
+            return f"numbers {few(sorted(taken))}, which a report has already; expected other names"
+    return ""
 
 
 def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None:

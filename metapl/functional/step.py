@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -197,28 +198,22 @@ class StateStep:
         teacher = None if rules.teacher is None else rules.teacher.network
         self.teacher = Places(teacher, "teacher")
         self.student = Places(rules.student.network, "student")
-        self.recorded, self.differentiated = (
-            Captured(
-                self.taken,
-                rules.device,
-                sources,
-                is_compiled=False,
-                looks_at_modes=True,
-                has_derivative=has_derivative,
-            )
-            for has_derivative in (False, True)
+        record = partial(
+            Captured, self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
         )
+        self.recorded: Captured[tuple[State, Report]] = record()
+        self.differentiated: Captured[tuple[State, Report]] = record(has_derivative=True)
         self._looked_at_attributes = False
 
     def __call__(
         self, state: State, outer: Batch, inner: Batch, noise: Any = None
     ) -> tuple[State, Report]:
-        given = (state, outer, inner, noise)
-        if is_differentiated(given):
-            return self.differentiated.compared(*given)
+        arguments = (state, outer, inner, noise)
+        if is_differentiated(arguments):
+            return self.differentiated.compared(*arguments)
         if is_transformed():
-            return self.recorded.compared(*given)
-        taken = self.taken(*given)
+            return self.recorded.compared(*arguments)
+        taken = self.taken(*arguments)
         if not self._looked_at_attributes:
             self._refuse_kept_tensors()
         return taken

@@ -84,7 +84,9 @@ class TorchUpdate(Update):
             return
         for group in groups:
             if group.get("differentiable") or group.get("capturable"):
-                raise MetaplError("inner_optimizer is differentiable or capturable; expected not.")
+                raise MetaplError(
+                    "inner_optimizer has differentiable=True or capturable=True; expected False."
+                )
         refuse_unfit(self.optimizer, "inner_optimizer")
         refuse_missing("inner_optimizer", self.optimizer, parameters, network="student")
         owners = {id(p): part for part in parts_of(self.optimizer) for p in parameters_of(part)}

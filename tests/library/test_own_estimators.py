@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -406,3 +406,57 @@ def test_feedback_of_another_shape_is_refused(*, compile: bool) -> None:
     trainer = trainer_of(Broadcast(), compile=compile)
     with pytest.raises(MetaplError, match="h of the signal's 'value' is"):
         trainer.step(labeled, u)
+
+
+class WithoutName(LastLayer):
+    name: ClassVar[Any] = None
+
+
+class WithText(LastLayer):
+    labels: ClassVar[Any] = "soft"
+
+
+class ReturnsFeedback(LastLayer):
+    def feedback(self, path: Any, state: State) -> Any:
+        feedback, state = super().feedback(path, state)
+        return feedback[0], state
+
+
+class ReturnsTensors(LastLayer):
+    def feedback(self, path: Any, state: State) -> Any:
+        feedback, state = super().feedback(path, state)
+        return [of_step.h for of_step in feedback], state
+
+
+class TakesNames(LastLayer):
+    def feedback(self, path: Any, state: State) -> Any:
+        feedback, state = super().feedback(path, state)
+        numbers = {"inner_loss": torch.tensor(99.0), "length": torch.tensor(1.0)}
+        return [replace(of_step, numbers=numbers) for of_step in feedback], state
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        (WithoutName, "lacks a name"),
+        (WithText, "lacks its kinds of labels"),
+        (ReturnsFeedback, "expected a list of a Feedback for each student step"),
+        (ReturnsTensors, "in its list; expected a Feedback"),
+        (TakesNames, "numbers inner_loss, which a report has already"),
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_estimator_that_is_not_whole_is_refused(
+    kind: type[LastLayer], text: str, verify: bool
+) -> None:
+    """Numbers with the name of one of the report's were in its place in silence."""
+
+    def take_step() -> None:
+        teacher = nn.Linear(FEATURES, CLASSES)
+        student = nn.Sequential(nn.Linear(FEATURES, 5), nn.Tanh(), nn.Linear(5, CLASSES))
+        trainer = metapl.BilevelTrainer(teacher, student, kind(), verify=verify)
+        labeled = torch.randn(ROWS, FEATURES), torch.arange(ROWS) % CLASSES
+        trainer.step(labeled, torch.randn(ROWS, FEATURES))
+
+    with pytest.raises(MetaplError, match=text):
+        take_step()
