@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from metapl.errors import few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import rows
 from metapl.execution.state import trainable
 from metapl.guards.verification.case import EXACT, Case, flat
 from metapl.guards.verification.causes import changing_loss, likely_causes
 from metapl.guards.verification.real_step import Evaluation
-from metapl.problems.base import enters_input, has_rows, overrides, sum_and_weight
+from metapl.problems.base import enters_input, has_rows, kind_of, overrides, sum_and_weight
 from metapl.problems.rows import is_one_row, reads_other_rows
 
 
@@ -128,7 +128,13 @@ def has_losses_that_are_no_means(case: Case) -> str:
             entering = [signal_of_rows] if enters_input(problem) else []
             copies.student(problem.student_input(of_rows, *entering))
         theta = trainable(copies.student)
-        losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
+        try:
+            losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
+        except (IndexError, RuntimeError) as error:
+            method = f"{kind_of(problem)}.inner_loss cannot take some rows of its signal"
+            raise MetaplError(
+                f"{method} ({reason_of(error)}); expected signal_has_rows = False of one without."
+            ) from error
         return losses.mean().detach()
 
     def outer_loss(begin: int, end: int) -> Any:
