@@ -218,7 +218,7 @@ def test_scores_of_a_transformers_trainer_are_those_of_a_loop_by_hand(
     assert recording.loss_factor == (LENGTH - 1) / LENGTH
 
     scores, loss, theta = by_hand(gpt2(dtype, dropout=0.1), seen)
-    attribution = recording.attribute(OUTER, progress=False)
+    attribution = recording.attribute(OUTER, smoothing=0.0, progress=False)
     # The trainer's own weights, which moved by clipped steps.
     for name, p in network.named_parameters():
         assert (p - theta[name]).abs().max() < tolerance
@@ -236,7 +236,7 @@ def test_scores_of_a_transformers_trainer_are_those_of_a_loop_by_hand(
 
     by_token = NextToken(per="token")
     opened = metapl.Recording.open(out, gpt2(dtype, dropout=0.1), problem=by_token, train=data)
-    tokens = opened.attribute(OUTER, progress=False).scores
+    tokens = opened.attribute(OUTER, smoothing=0.0, progress=False).scores
     assert tokens.shape == (EXAMPLES, LENGTH)
     by_hand_tokens, _, _ = by_hand(gpt2(dtype, dropout=0.1), seen, per_token=True)
     assert (tokens[:, 1:] - by_hand_tokens[place]).abs().max() <= tolerance * size
@@ -386,7 +386,7 @@ def test_scores_of_a_lightning_trainer_are_those_of_a_loop_by_hand(
     assert recording.steps == 8 // accumulate
     outer = (x[100:120], y[100:120])
     by_hand = vision_scores_by_hand(calls.states, calls.rows, outer, parts=accumulate)[:40]
-    attribution = recording.attribute(outer, progress=False)
+    attribution = recording.attribute(outer, smoothing=0.0, progress=False)
     assert (attribution.scores - by_hand).abs().max() < 1e-8 * by_hand.abs().max()
 
 
@@ -420,5 +420,5 @@ def test_scores_of_a_loop_with_accelerate_are_those_of_a_loop_by_hand(tmp_path: 
     assert recording.steps == 4
     outer = (x[100:120], y[100:120])
     by_hand = vision_scores_by_hand(calls.states, calls.rows, outer, parts=2)[:40]
-    attribution = recording.attribute(outer, progress=False)
+    attribution = recording.attribute(outer, smoothing=0.0, progress=False)
     assert (attribution.scores - by_hand).abs().max() < 1e-8 * by_hand.abs().max()
