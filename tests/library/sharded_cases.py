@@ -673,6 +673,8 @@ def whole_training(
         "steps": 4,
         "batch_size": 8,
         "mode": metapl.feedback.Forward(keep_every=2),
+        # Adam's adjoint is smoothed by default in one process, and not in parts of tensors.
+        "smoothing": 0.0,
         "progress": False,
     }
     attribution = metapl.attribute(student, train, outer, **{**defaults, **options})
