@@ -477,3 +477,40 @@ def test_what_cannot_be_credited_is_refused(mode: str, problem: type) -> None:
     case = toy("mlp")
     with unmoved(case), pytest.raises(MetaplError):
         trainer_for(case, mode, problem=problem(), teacher_losses=()).step(**case.data())
+
+
+class SmoothingByClass(metapl.BilevelProblem):
+    """A smoothing for each class, which has no rows, and does not say so."""
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any = None) -> Any:
+        return metapl.Signal(teacher().sigmoid())
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        smoothing = signal.value[batch[1]]
+        uniform = outputs.log_softmax(-1).mean(-1)
+        losses = F.cross_entropy(outputs, batch[1], reduction="none")
+        return losses * (1 - smoothing) - smoothing * uniform
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+class DeclaredSmoothing(SmoothingByClass):
+    signal_has_rows = False
+
+
+def test_a_signal_that_cannot_be_cut_into_rows_is_named() -> None:
+    """Its length is that of a micro-batch by chance."""
+    classes = 6
+    outer, inner = (
+        (torch.randn(rows, 4), torch.arange(rows) % classes) for rows in (8, 2 * classes)
+    )
+
+    def take_step(problem: metapl.BilevelProblem) -> None:
+        teacher = metapl.problems.Table(torch.zeros(classes))
+        student = nn.Linear(4, classes)
+        metapl.BilevelTrainer(teacher, student, problem=problem, accumulate=2).step(outer, inner)
+
+    with pytest.raises(metapl.MetaplError, match="expected signal_has_rows = False"):
+        take_step(SmoothingByClass())
+    take_step(DeclaredSmoothing())

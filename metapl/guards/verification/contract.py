@@ -131,10 +131,8 @@ def has_losses_that_are_no_means(case: Case) -> str:
         try:
             losses = problem.inner_loss(inner_outputs[begin:end], signal_of_rows, of_rows, theta)
         except (IndexError, RuntimeError) as error:
-            method = f"{kind_of(problem)}.inner_loss cannot take some rows of its signal"
-            raise MetaplError(
-                f"{method} ({reason_of(error)}); expected signal_has_rows = False of one without."
-            ) from error
+            cut = f"{kind_of(problem)}.inner_loss, of some rows of its signal: {reason_of(error)}"
+            raise MetaplError(f"{cut}; expected signal_has_rows = False without rows.") from error
         return losses.mean().detach()
 
     def outer_loss(begin: int, end: int) -> Any:
