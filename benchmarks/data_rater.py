@@ -107,7 +107,7 @@ def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
         "torch": torch.__version__,
         "seconds": time.process_time() - start,
     }
-    row["scores"], row["auc"] = example.found(network, data)
+    row["scores"], row["auc"] = example.scores_by_source(network, data)
     if rater == "pairs":
         start = time.process_time()
         outer = counted(example, data.outer)
@@ -115,7 +115,7 @@ def gain(example: Any, rater: str, seed: int, steps: int) -> Row:
         row["seconds_of_counts"] = time.process_time() - start
         raters = {RATED: network, OUTER: example.Rater(outer), BOTH: example.Rater(outer - mixed)}
         row["auc_of_counts"] = {
-            name: example.found(raters[name], data)[1] for name in (OUTER, BOTH)
+            name: example.scores_by_source(raters[name], data)[1] for name in (OUTER, BOTH)
         }
         batches: dict[str, Callable[[], Tensor]] = {
             EVERYTHING: lambda: data.mixture(example.BATCH)[0],

@@ -364,7 +364,9 @@ class Measurement:
         names = [*sets][:most]
         began = time.perf_counter()
         with Place(self.device, precision).active():
-            changes = attribution.validate([sets[name] for name in names], progress=False)
+            changes = attribution.validate(
+                [sets[name] for name in names], at_once=1, progress=False
+            )
         seconds = (time.perf_counter() - began) / len(names)
         for number, name in enumerate(names):
             yield {
