@@ -227,9 +227,7 @@ class Setting:
     problem: metapl.BilevelProblem | None = None
     attends: bool = False
 
-    def trainer(
-        self, mode: str, teacher: nn.Module, student: nn.Module, *, verify: bool = True
-    ) -> metapl.BilevelTrainer:
+    def trainer(self, mode: str, teacher: nn.Module, student: nn.Module) -> metapl.BilevelTrainer:
         """Return a trainer of the pair; SGD, whose state is one number for each weight."""
         return metapl.BilevelTrainer(
             teacher,
@@ -242,7 +240,6 @@ class Setting:
             recompute_teacher=True,
             accumulate=self.accumulate,
             precision="bfloat16",
-            verify=verify,
         )
 
 
@@ -332,11 +329,8 @@ def planned(setting: Setting, mode: str) -> Row:
     plan = importlib.import_module("plan")
     with torch.device("meta"):
         teacher, student = setting.build()
-    # Tensors of a plan have no values to verify.
     step = plan.rehearse(
-        [teacher, student],
-        partial(setting.trainer, mode, verify=False),
-        partial(setting.draw, "cpu"),
+        [teacher, student], partial(setting.trainer, mode), partial(setting.draw, "cpu")
     )
     phase = max(step.phases, key=lambda name: sum(step.phases[name].values()))
     fullest = step.phases[phase]

@@ -319,6 +319,9 @@ class Memory(TorchDispatchMode):
         # Half of all calls are of this kind, and need no count.
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device
+        if func is torch.ops.aten.equal.default:
+            # Tensors without values have moved nowhere.
+            return True
         if func.namespace in ("c10d", "_c10d_functional"):
             self._count_sent(func, args)
         result = func(*args, **(kwargs or {}))
