@@ -43,7 +43,7 @@ from metapl.training.retraining import (
     rank_correlations,
 )
 from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
-from metapl.training.weighted import WeightedTraining, judges_of
+from metapl.training.weighted import RowsOfSteps, WeightedTraining, judges_of
 from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
     Settings,
@@ -588,12 +588,11 @@ def attribution_of(
     """Return the scores of one training; for the arguments see :func:`attribute`."""
     steps = len(training.order)
     ranks = training.layout.ranks
-    # Each rank has its rows of the batches.
-    ahead = Lookahead(
-        lambda number: training.batch(ranks.own_rows(training.order[number])),
-        steps=steps,
-        settings=training.settings,
-    )
+    batches: Any = RowsOfSteps(training)
+    if not (compile and training.has_constant_batches):
+        # Of a function, batches that are needed again are read again, and compared.
+        batches = batches.__getitem__
+    ahead = Lookahead(batches, steps=steps, settings=training.settings)
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
     differentiated = smoothed_optimizer(training.optimizer, smoothing)
     judges: list[BilevelProblem] = [training.problem]

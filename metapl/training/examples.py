@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,14 @@ EXPECTED = (
 
 
 class Examples(ABC):
-    """Examples by number, read in batches on a device."""
+    """Examples by number, read in batches on a device.
+
+    Attributes:
+        stay_alike: whether the same examples are read whenever they are asked for, as those of
+            tensors in memory are.
+    """
+
+    stay_alike: ClassVar[bool] = False
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
@@ -61,6 +68,8 @@ class Examples(ABC):
 
 class Columns(Examples):
     """Tensors that have a row for each example."""
+
+    stay_alike = True
 
     def __init__(self, rows: Any, name: str, device: torch.device) -> None:
         super().__init__(name, device)

@@ -34,6 +34,7 @@ from metapl.execution.shards import local
 from metapl.execution.state import RandomState, replayed, with_contents_of
 from metapl.problems.base import BilevelProblem, Params, Random, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
+from metapl.problems.sequences import NextToken
 from metapl.runs.terminal import step_bar
 from metapl.training.examples import examples_of
 from metapl.updates import (
@@ -101,6 +102,20 @@ class WithWeights(BilevelProblem):
 
     def outer_loss(self, outputs: Tensor, batch: Batch) -> Any:
         return self.problem.outer_loss(outputs, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class RowsOfSteps(Sequence[Any]):
+    """This rank's batches of the steps of a training, each made when it is asked for."""
+
+    training: WeightedTraining
+
+    def __len__(self) -> int:
+        return len(self.training.order)
+
+    def __getitem__(self, number: Any) -> Batch:
+        training = self.training
+        return training.batch(training.layout.ranks.own_rows(training.order[number]))
 
 
 class WeightedTraining:
@@ -192,6 +207,16 @@ class WeightedTraining:
         (inputs, labels), unless it says otherwise.
         """
         return self.problem.labeled_batch(self.data[numbers], "train")
+
+    @property
+    def has_constant_batches(self) -> bool:
+        """Whether the batch of a step is the same whenever it is made, so that none is compared."""
+        # A problem of a user's own may make batches with draws.
+        makes_batch = type(self.problem).labeled_batch
+        return self.data.stay_alike and makes_batch in (
+            EqualWeights.labeled_batch,
+            NextToken.labeled_batch,
+        )
 
     def summed(self, feedback: Sequence[Tensor]) -> Tensor:
         """Return the sum of each example's feedback over the steps, (M, N, ...).

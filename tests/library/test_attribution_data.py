@@ -652,3 +652,51 @@ def test_the_steps_of_the_greatest_rates_are_compared() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert scores(right).shape == (24,)
+
+
+@dataclass(frozen=True)
+class Noisy(EqualWeights):
+    """A problem that makes a batch otherwise whenever it is read."""
+
+    def labeled_batch(self, batch: Any, name: str) -> Any:
+        x, y = super().labeled_batch(batch, name)
+        # Not by torch's default generator, which is set back for a batch that is read again.
+        return x + torch.tensor(np.random.default_rng().normal(size=x.shape)).to(x), y
+
+
+def compiled_scores(problem: EqualWeights, train: Any) -> Tensor:
+    """Return the scores of five compiled steps of a linear network."""
+    torch.manual_seed(0)
+    student = nn.Linear(64, 4)
+    outer = digits(N, N)
+    return metapl.attribute(
+        student,
+        train,
+        (outer[0] / 16, outer[1]),
+        optimizer=torch.optim.SGD(student.parameters(), 0.01),
+        steps=STEPS,
+        batch_size=10,
+        problem=problem,
+        compile=True,
+        progress=False,
+    ).scores
+
+
+@pytest.mark.long
+def test_compiled_batches_are_compared_only_where_they_may_be_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows of tensors in memory are no others; those that a problem or a data set makes may be."""
+    from metapl.functional import training
+
+    compared = list[Any]()
+    monkeypatch.setattr(training, "digest", lambda batch: compared.append(batch) or digest(batch))
+    digest = metapl.core.path.digest
+    in_memory = IDS / 16, LABELS
+    scores = compiled_scores(EqualWeights(), in_memory)
+    assert not compared
+    numbered = compiled_scores(EqualWeights(), TensorDataset(*in_memory))
+    assert len(compared) > STEPS
+    torch.testing.assert_close(scores, numbered)
+    with pytest.raises(MetaplError, match="was another one when it was read again"):
+        compiled_scores(Noisy(), in_memory)
