@@ -24,7 +24,7 @@ from metapl.core.lookahead import Lookahead
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
-from metapl.execution.batch import map_tensors, returned_by
+from metapl.execution.batch import Batch, map_tensors, returned_by
 from metapl.execution.checks import described, unexpected
 from metapl.execution.numerics import MissingDerivative, explain
 from metapl.execution.shards import gathered
@@ -43,7 +43,7 @@ from metapl.training.retraining import (
     rank_correlations,
 )
 from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
-from metapl.training.weighted import RowsOfSteps, WeightedTraining, judges_of
+from metapl.training.weighted import BatchesOfSteps, WeightedTraining, judges_of
 from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
     Settings,
@@ -588,10 +588,10 @@ def attribution_of(
     """Return the scores of one training; for the arguments see :func:`attribute`."""
     steps = len(training.order)
     ranks = training.layout.ranks
-    batches: Any = RowsOfSteps(training)
-    if not (compile and training.has_constant_batches):
-        # Of a function, batches that are needed again are read again, and compared.
-        batches = batches.__getitem__
+    # Batches of a function are compared when they are read again.
+    batches: Sequence[Batch] | Callable[[int], Batch] = training.batch_of_step
+    if compile and training.has_constant_batches:
+        batches = BatchesOfSteps(training)
     ahead = Lookahead(batches, steps=steps, settings=training.settings)
     outer_batch = map_tensors(ranks.own_rows, training.outer_batch)
     differentiated = smoothed_optimizer(training.optimizer, smoothing)

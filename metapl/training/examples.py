@@ -41,11 +41,11 @@ class Examples(ABC):
     """Examples by number, read in batches on a device.
 
     Attributes:
-        stay_alike: whether the same examples are read whenever they are asked for, as those of
-            tensors in memory are.
+        are_constant: whether an example is the same whenever it is read, as a row of tensors in
+            memory is.
     """
 
-    stay_alike: ClassVar[bool] = False
+    are_constant: ClassVar[bool] = False
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name = name
@@ -69,7 +69,7 @@ class Examples(ABC):
 class Columns(Examples):
     """Tensors that have a row for each example."""
 
-    stay_alike = True
+    are_constant = True
 
     def __init__(self, rows: Any, name: str, device: torch.device) -> None:
         super().__init__(name, device)

@@ -105,8 +105,8 @@ class WithWeights(BilevelProblem):
 
 
 @dataclass(frozen=True, eq=False)
-class RowsOfSteps(Sequence[Any]):
-    """This rank's batches of the steps of a training, each made when it is asked for."""
+class BatchesOfSteps(Sequence[Any]):
+    """The batches of a training's steps as a sequence, which reads each when it is asked for."""
 
     training: WeightedTraining
 
@@ -114,8 +114,7 @@ class RowsOfSteps(Sequence[Any]):
         return len(self.training.order)
 
     def __getitem__(self, number: Any) -> Batch:
-        training = self.training
-        return training.batch(training.layout.ranks.own_rows(training.order[number]))
+        return self.training.batch_of_step(number)
 
 
 class WeightedTraining:
@@ -208,15 +207,19 @@ class WeightedTraining:
         """
         return self.problem.labeled_batch(self.data[numbers], "train")
 
+    def batch_of_step(self, number: int) -> Batch:
+        """Return this rank's rows of the batch of a step."""
+        return self.batch(self.layout.ranks.own_rows(self.order[number]))
+
     @property
     def has_constant_batches(self) -> bool:
-        """Whether the batch of a step is the same whenever it is made, so that none is compared."""
-        # A problem of a user's own may make batches with draws.
-        makes_batch = type(self.problem).labeled_batch
-        return self.data.stay_alike and makes_batch in (
-            EqualWeights.labeled_batch,
-            NextToken.labeled_batch,
-        )
+        """Whether the batch of a step is the same whenever it is read.
+
+        It is where the examples are, and where the problem adds no draws of its own, as a
+        ``labeled_batch`` of a user's may.
+        """
+        without_draws = (EqualWeights.labeled_batch, NextToken.labeled_batch)
+        return self.data.are_constant and type(self.problem).labeled_batch in without_draws
 
     def summed(self, feedback: Sequence[Tensor]) -> Tensor:
         """Return the sum of each example's feedback over the steps, (M, N, ...).

@@ -654,25 +654,37 @@ def test_the_steps_of_the_greatest_rates_are_compared() -> None:
         assert scores(right).shape == (24,)
 
 
+def noise_like(x: Tensor) -> Tensor:
+    """Return noise by no generator of torch, since those are set back for a second reading."""
+    return torch.tensor(np.random.default_rng().normal(size=x.shape)).to(x)
+
+
 @dataclass(frozen=True)
-class Noisy(EqualWeights):
-    """A problem that makes a batch otherwise whenever it is read."""
+class NoisyProblem(EqualWeights):
+    """A problem that makes another batch of the same examples at each reading."""
 
     def labeled_batch(self, batch: Any, name: str) -> Any:
         x, y = super().labeled_batch(batch, name)
-        # Not by torch's default generator, which is set back for a batch that is read again.
-        return x + torch.tensor(np.random.default_rng().normal(size=x.shape)).to(x), y
+        return x + noise_like(x), y
 
 
-def compiled_scores(problem: EqualWeights, train: Any) -> Tensor:
-    """Return the scores of five compiled steps of a linear network."""
+class NoisyExamples(TensorDataset):
+    """A data set that returns another example at each reading."""
+
+    def __getitem__(self, number: int) -> Any:
+        x, y = super().__getitem__(number)
+        return x + noise_like(x), y
+
+
+def scores_of_compiled_steps(problem: EqualWeights, train: Any) -> Tensor:
+    """Return the scores of a linear network."""
     torch.manual_seed(0)
     student = nn.Linear(64, 4)
-    outer = digits(N, N)
+    outer_ids, outer_labels = digits(N, N)
     return metapl.attribute(
         student,
         train,
-        (outer[0] / 16, outer[1]),
+        (outer_ids / 16, outer_labels),
         optimizer=torch.optim.SGD(student.parameters(), 0.01),
         steps=STEPS,
         batch_size=10,
@@ -683,20 +695,13 @@ def compiled_scores(problem: EqualWeights, train: Any) -> Tensor:
 
 
 @pytest.mark.long
-def test_compiled_batches_are_compared_only_where_they_may_be_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Rows of tensors in memory are no others; those that a problem or a data set makes may be."""
-    from metapl.functional import training
-
-    compared = list[Any]()
-    monkeypatch.setattr(training, "digest", lambda batch: compared.append(batch) or digest(batch))
-    digest = metapl.core.path.digest
+def test_compiled_steps_refuse_batches_that_are_others_when_they_are_read_again() -> None:
+    """They may be where a problem or a data set makes them, and rows in memory are not."""
     in_memory = IDS / 16, LABELS
-    scores = compiled_scores(EqualWeights(), in_memory)
-    assert not compared
-    numbered = compiled_scores(EqualWeights(), TensorDataset(*in_memory))
-    assert len(compared) > STEPS
-    torch.testing.assert_close(scores, numbered)
+    by_rows = scores_of_compiled_steps(EqualWeights(), in_memory)
+    by_data_set = scores_of_compiled_steps(EqualWeights(), TensorDataset(*in_memory))
+    torch.testing.assert_close(by_rows, by_data_set)
     with pytest.raises(MetaplError, match="was another one when it was read again"):
-        compiled_scores(Noisy(), in_memory)
+        scores_of_compiled_steps(NoisyProblem(), in_memory)
+    with pytest.raises(MetaplError, match="was another one when it was read again"):
+        scores_of_compiled_steps(EqualWeights(), NoisyExamples(*in_memory))
