@@ -811,6 +811,7 @@ def rows_in_plain_trainings(
 SCORES_OURS = "`metapl.attribute(compile=True)`, called again"
 SCORES_EAGER = "`metapl.attribute`"
 SCORES_HAND = "double backward by hand, one graph"
+SCORES_STEPS = "`torch.func.vjp` of each step by hand, compiled, all states kept"
 
 
 def scores(*, network: str, given: Given) -> list[Row]:
@@ -822,13 +823,14 @@ def scores(*, network: str, given: Given) -> list[Row]:
     def ours(way: str, *, compile: bool) -> None:
         found[way] = retraining.scored(case, compile=compile).scores
 
-    def by_hand() -> None:
-        found[SCORES_HAND] = by_one_graph(case, order)
+    def by_hand(way: str, scores_of: Callable[[], Tensor]) -> None:
+        found[way] = scores_of()
 
     ready: dict[str, Step] = {
         SCORES_OURS: partial(ours, SCORES_OURS, compile=True),
         SCORES_EAGER: partial(ours, SCORES_EAGER, compile=False),
-        SCORES_HAND: by_hand,
+        SCORES_HAND: partial(by_hand, SCORES_HAND, partial(by_one_graph, case, order)),
+        SCORES_STEPS: partial(by_hand, SCORES_STEPS, by_compiled_steps(case, order)),
         PLAIN_TRAINING: partial(retraining.plain, case, order),
     }
     for step in ready.values():
@@ -859,6 +861,49 @@ def by_one_graph(case: retraining.Case, order: Tensor) -> Tensor:
     loss = F.cross_entropy(functional_call(network, params, (x_outer,)), y_outer)
     (gradient,) = torch.autograd.grad(loss, weights)
     return -gradient
+
+
+def by_compiled_steps(case: retraining.Case, order: Tensor) -> Callable[[], Tensor]:
+    """Return what finds the scores of :func:`by_one_graph` by a compiled step and its adjoint."""
+    torch.manual_seed(0)
+    network = case.network()
+    (x, y), (x_outer, y_outer) = case.data()
+    start = at_first(network)
+
+    def step(state: Moving, weights: Tensor, inputs: Tensor, labels: Tensor) -> Moving:
+        def loss(params: Weights) -> Tensor:
+            outputs = functional_call(network, params, (inputs,))
+            return (weights * F.cross_entropy(outputs, labels, reduction="none")).mean()
+
+        grads = grad(loss)(state.params)
+        momenta = {name: 0.9 * state.momenta[name] + g for name, g in grads.items()}
+        return Moving({name: p - 0.03 * momenta[name] for name, p in state.params.items()}, momenta)
+
+    def adjoint(state: Moving, bars: Moving, inputs: Tensor, labels: Tensor) -> Any:
+        ones = torch.ones(len(inputs))
+        _, pull = torch.func.vjp(lambda s, w: step(s, w, inputs, labels), state, ones)
+        return pull(bars)
+
+    def outer_loss(params: Weights) -> Tensor:
+        return F.cross_entropy(functional_call(network, params, (x_outer,)), y_outer)
+
+    take, pull_back = [torch.compile(function, fullgraph=True) for function in (step, adjoint)]
+
+    def scores_by_steps() -> Tensor:
+        with torch.no_grad():
+            states = [start]
+            for rows in order:
+                states.append(take(states[-1], torch.ones(len(rows)), x[rows], y[rows]))
+            last = states.pop()
+            zeros = {name: torch.zeros_like(p) for name, p in last.params.items()}
+            bars = Moving(grad(outer_loss)(last.params), zeros)
+            found = torch.zeros(len(x))
+            for rows, state in zip(reversed(order), reversed(states), strict=True):
+                bars, in_weights = pull_back(state, bars, x[rows], y[rows])
+                found.index_add_(0, rows, -in_weights)
+        return found
+
+    return scores_by_steps
 
 
 def repeated(t: Tensor, times: int) -> Tensor:
