@@ -683,18 +683,19 @@ def mean_of(attributions: Sequence[SomeAttribution]) -> SomeAttribution:
 
     Raises: :class:`metapl.MetaplError` for fewer, and for results of other examples.
 
-    >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
+    >>> x = torch.randn(12, 4)
+    >>> y = x[:, :3].argmax(1)
     >>> found = attribute(
     ...     lambda: nn.Linear(4, 3),
     ...     (x, y),
     ...     (x, y),
-    ...     optimizer=lambda student: torch.optim.SGD(student.parameters(), 0.1),
-    ...     steps=5,
-    ...     batch_size=6,
+    ...     optimizer=lambda student: torch.optim.SGD(student.parameters(), 0.5),
+    ...     steps=20,
+    ...     batch_size=12,
     ...     seeds=3,
     ... )
     >>> found.scores.shape, found.order.shape, found.agreement > 0.3
-    (torch.Size([12]), torch.Size([3, 5, 6]), True)
+    (torch.Size([12]), torch.Size([3, 20, 12]), True)
     """
     shapes = {(a.scores.shape, a.order.shape) for a in attributions}
     if len(attributions) < 2 or len(shapes) > 1:
