@@ -150,7 +150,10 @@ def by_influence(task: Task, seed: int, damping: float = 1e-2, iterations: int =
     direction = residual
     solution = {name: torch.zeros_like(t) for name, t in residual.items()}
     size = dot(residual, residual)
+    rounding = torch.finfo(size.dtype).eps ** 2 * size
     for _ in range(iterations):
+        if size <= rounding:
+            break
         product = damped_product(direction)
         step = size / dot(direction, product)
         solution = added(solution, direction, step)

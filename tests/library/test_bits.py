@@ -1,9 +1,10 @@
 """Whole trainings end on the bits that are stored in bits.json.
 
 Each row takes 20 steps with a tiny network and is hashed: weights, buffers, feedback, the default
-generator. A hash depends on torch's version, on the instructions of the processor and on the number
-of threads, so hashes are compared only where all three are the stored ones. Elsewhere norms and a
-few products with fixed vectors are compared, to 1e-5.
+generator. A hash depends on torch's version, on the number of threads, and on the kernels that
+torch's libraries choose for the processor, which no name of it tells: so a few steps in plain
+PyTorch are hashed too, and hashes are compared only where all of these are the stored ones.
+Elsewhere norms and a few products with fixed vectors are compared, to 1e-5.
 
 A change that is meant to round otherwise renews the file in a commit of its own, and says why:
 
@@ -307,7 +308,33 @@ def this_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
+        "plain_steps": digest(plain_steps()),
     }
+
+
+def plain_steps() -> dict[str, Tensor]:
+    """Return the weights after three steps of each network, which plain PyTorch takes.
+
+    A step goes along the derivative of a gradient's norm, so that its kernels include those of
+    second derivatives.
+    """
+    ended = dict[str, Tensor]()
+    for kind in ("norm", "layer", "conv"):
+        torch.manual_seed(3)
+        net = network(kind)
+        inputs = torch.randn(ROWS, WIDTH)
+        labels = torch.arange(ROWS) % CLASSES
+        for _ in range(3):
+            weights = [*net.parameters()]
+            loss = nn.functional.cross_entropy(net(inputs), labels)
+            gradient = torch.autograd.grad(loss, weights, create_graph=True)
+            norm = torch.stack([g.square().sum() for g in gradient]).sum()
+            along = torch.autograd.grad(norm, weights)
+            with torch.no_grad():
+                for p, g, t in zip(weights, gradient, along, strict=True):
+                    p -= 0.05 * (g + t)
+        ended |= {f"{kind}.{name}": p.detach() for name, p in net.named_parameters()}
+    return ended
 
 
 @contextmanager

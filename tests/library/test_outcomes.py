@@ -217,7 +217,7 @@ def test_the_weight_that_is_proposed_gives_a_tenth() -> None:
 
 
 def test_a_student_that_dies_is_said_with_its_remedy() -> None:
-    texts, _, _ = trained(student_lr=30.0)
+    texts, _, _ = trained(student_lr=300.0)
     (collapse,) = [text for text in texts if "the student's predictions have collapsed" in text]
     assert "lower its learning rate" in collapse
     (chance,) = [text for text in texts if "the student is at chance" in text]
