@@ -188,3 +188,15 @@ def same_to_rounding(a: Tensor, b: Tensor) -> bool:
         return torch.equal(a, b)
     rounding = 100 * torch.finfo(a.dtype).eps
     return bool((a - b).norm() <= rounding * b.norm())
+
+
+def same_values(t: Tensor, before: Tensor) -> bool:
+    """Return whether a tensor is as it was; NaN counts as a value."""
+    if t.shape != before.shape:
+        return False
+    values = t.detach().to_dense()
+    values_before = before.to_dense()
+    if values.equal(values_before):
+        return True
+    has_nan = values.is_floating_point() or values.is_complex()
+    return has_nan and torch.allclose(values, values_before, rtol=0, atol=0, equal_nan=True)

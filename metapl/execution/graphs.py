@@ -36,6 +36,17 @@ def nodes_of(tensors: Iterable[Tensor]) -> list[Any]:
     return nodes
 
 
+def leaves_in_graph(value: Tensor) -> list[Tensor]:
+    """Return the leaves of a graph that require a gradient, each once."""
+    if value.grad_fn is None:
+        return [value] if value.requires_grad else []
+    leaves: dict[int, Tensor] = {}
+    for node in nodes_of([value]):
+        if type(node).__name__ == "AccumulateGrad":
+            leaves[id(node.variable)] = node.variable
+    return list(leaves.values())
+
+
 def types_in_graphs(tensors: Iterable[Tensor]) -> set[torch.dtype]:
     """Return the types of floating point in the graphs of tensors, of results and of weights."""
     types: set[torch.dtype] = set()

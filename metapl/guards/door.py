@@ -22,7 +22,8 @@ from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
-from metapl.execution.compare import same_to_rounding
+from metapl.execution.compare import same_to_rounding, same_values
+from metapl.execution.graphs import leaves_in_graph
 from metapl.execution.shards import is_sharded
 from metapl.execution.state import Slots, State
 from metapl.feedback import Mode
@@ -266,7 +267,7 @@ class FirstLook:
         allowed = ids(made_here)
         for t in made_here:
             # The signal of a micro-batch is a part of a leaf.
-            allowed |= ids(leaves_of(t))
+            allowed |= ids(leaves_in_graph(t))
         if at_own_weights:
             allowed |= self.weights
         self._refuse_strange_leaf("inner", value, allowed, again)
@@ -287,10 +288,10 @@ class FirstLook:
         """Refuse a leaf that does not belong into the graph of a loss."""
         if self.keeps_weights:
             allowed |= self.weights
-        strange = [leaf for leaf in leaves_of(value) if id(leaf) not in allowed]
+        strange = [leaf for leaf in leaves_in_graph(value) if id(leaf) not in allowed]
         if not strange or not self.finds_leaves:
             return
-        in_another_pass = ids(leaves_of(again()))
+        in_another_pass = ids(leaves_in_graph(again()))
         for leaf in strange:
             if id(leaf) in self.names_of_weights:
                 raise PastTheSignal(f"the {level} loss depends on {self._name_of(leaf)}{KEPT}")
@@ -363,24 +364,6 @@ def ids(tensors: Any) -> set[int]:
     return {id(t) for t in tensors}
 
 
-def leaves_of(value: Tensor) -> list[Tensor]:
-    """Return the leaves of a graph that require a gradient, each once."""
-    if value.grad_fn is None:
-        return [value] if value.requires_grad else []
-    nodes: list[Any] = [value.grad_fn]
-    seen = set(nodes)
-    leaves: dict[int, Tensor] = {}
-    # The list grows while it is read.
-    for node in nodes:
-        if type(node).__name__ == "AccumulateGrad":
-            leaves[id(node.variable)] = node.variable
-        for before, _ in node.next_functions:
-            if before is not None and before not in seen:
-                seen.add(before)
-                nodes.append(before)
-    return list(leaves.values())
-
-
 def tensors_of(network: nn.Module) -> dict[str, Tensor]:
     """Return copies of the parameters and buffers of a network."""
     named = (*network.named_parameters(), *network.named_buffers())
@@ -393,18 +376,6 @@ def version_of(t: Tensor) -> int | None:
     None of a tensor of inference mode, which does not count.
     """
     return None if t.is_inference() else t._version
-
-
-def same_values(t: Tensor, before: Tensor) -> bool:
-    """Return whether a tensor is as it was; NaN counts as a value."""
-    if t.shape != before.shape:
-        return False
-    values = t.detach().to_dense()
-    values_before = before.to_dense()
-    if values.equal(values_before):
-        return True
-    has_nan = values.is_floating_point() or values.is_complex()
-    return has_nan and torch.allclose(values, values_before, rtol=0, atol=0, equal_nan=True)
 
 
 def gathered_weights(student: nn.Module, blocks: Sequence[Any]) -> set[int]:
