@@ -18,6 +18,7 @@ from metapl.updates.optimizers import (
     refuse_missing,
     refuse_state_of_another,
     refuse_unfit,
+    torch_parts_of,
 )
 from metapl.updates.schedules import Settings, options_by_step, scheduled_settings
 from metapl.updates.several import InnerOptimizer, Several, SeveralRules, as_one_optimizer
@@ -44,6 +45,7 @@ __all__ = [
     "refuse_state_of_another",
     "refuse_unfit",
     "scheduled_settings",
+    "torch_parts_of",
     "update_of",
 ]
 

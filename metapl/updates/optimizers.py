@@ -30,6 +30,11 @@ def parts_of(optimizer: torch.optim.Optimizer) -> tuple[torch.optim.Optimizer, .
     return parts
 
 
+def torch_parts_of(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """Return the optimizers of ``torch.optim`` that :func:`parts_of` has; of a transform none."""
+    return [part for part in parts_of(optimizer) if isinstance(part, torch.optim.Optimizer)]
+
+
 def summary_of(optimizer: Any) -> str:
     """Return an optimizer in a few words: its kind, and its learning rates by param group.
 

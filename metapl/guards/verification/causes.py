@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -12,8 +13,9 @@ from metapl.errors import few
 from metapl.execution.graphs import nodes_of, types_in_graphs
 from metapl.execution.state import trainable
 from metapl.guards.verification.case import Case
-from metapl.guards.verification.real_step import Evaluation, RealStep
+from metapl.guards.verification.real_step import STEP_HOOKS, Evaluation, RealStep
 from metapl.problems.base import kind_of, sum_and_weight
+from metapl.updates import parameters_of, torch_parts_of
 
 
 def likely_causes(case: Case) -> list[str]:
@@ -36,6 +38,13 @@ def likely_causes(case: Case) -> list[str]:
         causes.append(f"hooks (of {few(hooked, 3)})")
     if counting:
         causes.append(f"attributes that a pass changes ({few(counting, 3)})")
+    for optimizer in torch_parts_of(vars(before.update).get("optimizer")):
+        if any(vars(optimizer)[name] for name in STEP_HOOKS):
+            causes.append(f"a hook on the step of the inner optimizer ({type(optimizer).__name__})")
+        times_held = Counter(map(id, parameters_of(optimizer)))
+        twice = [name for name, p in trainable(before.student).items() if times_held[id(p)] > 1]
+        if twice:
+            causes.append(f"a weight that the inner optimizer holds twice ({few(twice, 3)})")
     functions = own_functions_in(case.real.outputs[-1])
     if functions:
         causes.append(f"autograd functions of the student's own ({few(functions, 3)})")
