@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from threading import RLock
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -175,6 +175,10 @@ def replayed(state: RandomState) -> Iterator[None]:
 class Slots:
     """The places where a module holds its tensors, as they are in one step.
 
+    Args:
+        module: whose places they are.
+        optimizers: of ``torch.optim`` that step on its weights, whose hooks count as the module's.
+
     Attributes:
         parameters: every place of a parameter; one that is held twice has two.
         learned: the parameters that require a gradient, once each, by their first name.
@@ -183,8 +187,8 @@ class Slots:
         buffers: the tables of buffers.
         formulas: the places of parts whose kernel has no second derivative, with one that has it
             for each.
-        mark: what verification holds for, as one number: modes, numbers of hooks, and which
-            parameters are learned.
+        mark: what verification holds for, as one number: modes, numbers of hooks, which parameters
+            are learned, and whether a ``step()`` of the optimizers was replaced on the object.
         state: the snapshot with which a step begins; None when its first pass has taken it over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every
             pass; found by trying.
@@ -192,8 +196,9 @@ class Slots:
             graph of its first outputs; None before.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
         self.module = module
+        self.optimizers = optimizers
         self.parameters: list[Slot] = []
         self.frozen: list[Slot] = []
         self.state: State | None = None
@@ -237,6 +242,8 @@ class Slots:
         for part in parts:
             tables += [part._parameters, part._modules]
             self._hooks += _hooks_of(part)
+        for optimizer in optimizers:
+            self._hooks += _hooks_of_step(optimizer)
         self._tables = [table for table in tables if table]
         self._empty_tables = [table for table in tables if not table]
         self._table_names = [*chain.from_iterable(self._tables)]
@@ -249,7 +256,8 @@ class Slots:
         self._parts_have_hooks = any(self._hooks)
         self._are_learned = [*map(_requires_grad, self._tensors)]
         self._parameters_have_hooks = any(map(_hooks_of_parameter, self._tensors))
-        marks = [*self._modes, *self._hook_counts, *self._are_learned]
+        self._are_replaced = [*map(_has_own_step, map(vars, optimizers))]
+        marks = [*self._modes, *self._hook_counts, *self._are_learned, *self._are_replaced]
         self.mark = hash((*marks, -1) if self._parameters_have_hooks else tuple(marks))
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -260,7 +268,8 @@ class Slots:
     def are_current(self) -> bool:
         """Return whether the module holds what it held when these slots were read, and as then.
 
-        That is the same objects under the same names, in the same modes, with as many hooks. Every
+        That is the same objects under the same names, in the same modes, with as many hooks, and
+        with optimizers whose ``step()`` is on the object, or is not, as it was then. Every
         step asks this of hundreds of places, so all loops run in C. Copies never are current.
         """
         if self._is_copy:
@@ -278,7 +287,12 @@ class Slots:
             and any(map(_hooks_of_parameter, self._tensors)) == self._parameters_have_hooks
             and [*map(_is_training, self._parts)] == self._modes
             and [*map(_requires_grad, self._tensors)] == self._are_learned
+            and [*map(_has_own_step, map(vars, self.optimizers))] == self._are_replaced
         )
+
+    def anew(self) -> Slots:
+        """Return the places as they are now."""
+        return Slots(self.module, self.optimizers)
 
     def in_formulas(self) -> list[Slot]:
         """Return what a pass holds beside its weights where it takes formulas for kernels.
@@ -311,6 +325,8 @@ _hooks_of = attrgetter(
 _is_training = attrgetter("training")
 _requires_grad = attrgetter("requires_grad")
 _hooks_of_parameter = attrgetter("_backward_hooks")
+_hooks_of_step = attrgetter("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+_has_own_step = methodcaller("__contains__", "step")
 
 
 class State:

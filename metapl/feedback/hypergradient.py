@@ -52,6 +52,7 @@ from metapl.updates import (
     Update,
     as_one_optimizer,
     options_of,
+    torch_parts_of,
     update_of,
 )
 from metapl.updates.base import OptimizerState
@@ -207,7 +208,8 @@ class Differentiation:
     def slots(self) -> list[Slots]:
         """The networks' tables as they are in this call, the teacher's first."""
         teacher = nn.Module() if self.of_teacher is None else self.of_teacher.network
-        return [Slots(teacher), Slots(self.of_student.network)]
+        optimizers = torch_parts_of(self.inner_optimizer)
+        return [Slots(teacher), Slots(self.of_student.network, optimizers)]
 
     def _read_batches(self) -> None:
         """Read the look-ahead, and refuse what does not go together."""

@@ -64,6 +64,7 @@ from metapl.updates import (
     refuse_missing,
     refuse_state_of_another,
     refuse_unfit,
+    torch_parts_of,
     update_of,
 )
 
@@ -331,7 +332,10 @@ class BilevelTrainer(Trainer):
 
         # What changes from step to step.
         teacher_module = nn.Module() if self.teacher is None else self.teacher
-        self.slots = [Slots(teacher_module), Slots(self.student)]
+        self.slots = [
+            Slots(teacher_module),
+            Slots(self.student, torch_parts_of(self.inner_optimizer)),
+        ]
         self.mode_state = self.mode.first_state(generator, self.device)
         self.orders = Orders()
         self.steps_done = 0
@@ -468,7 +472,7 @@ class BilevelTrainer(Trainer):
             layout.begin_step()
         for number, slots in enumerate(self.slots):
             if not slots.are_current():
-                self.slots[number] = Slots(slots.module)
+                self.slots[number] = slots.anew()
                 self._standing = None
                 self._condition = None
         condition = self._condition or self._find_condition()
@@ -476,12 +480,11 @@ class BilevelTrainer(Trainer):
         if condition.steps == 0:
             self.tell_evaluation(self._warn)
             look = look_at_step(self, outer_batch, inner_batches)
-        verification = self.verification
         # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
-        if verification.setting and (
-            verification.every or condition.fingerprint not in verification.verified_marks
+        if self.verification.setting and (
+            self.verification.every or condition.fingerprint not in self.verification.verified_marks
         ):
-            graphs_were_looked_at = verification.before(
+            graphs_were_looked_at = self.verification.before(
                 self, outer_batch, inner_batches, mark=condition.fingerprint
             )
             # It took a step on these batches, and looked at its graphs as the first look would.
@@ -762,7 +765,7 @@ class BilevelTrainer(Trainer):
             for layout in self.distributed:
                 layout.begin_step()
             # This step is rare, so the tables are read anew without asking whether they changed.
-            self.slots = [Slots(slots.module) for slots in self.slots]
+            self.slots = [slots.anew() for slots in self.slots]
             self._standing = None
             self._condition = None
         teacher_slots, student_slots = self.slots

@@ -654,6 +654,78 @@ def test_a_hook_on_the_optimizers_step_is_part_of_the_real_step() -> None:
     assert check_of(student, inner_optimizer=sgd).status == "refused"
 
 
+def halve(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    torch._foreach_mul_([p.grad for p in optimizer.param_groups[0]["params"]], 0.5)
+
+
+def replace_step(optimizer: torch.optim.Optimizer) -> None:
+    real = optimizer.step
+    optimizer.step = lambda *args: (halve(optimizer), real(*args))  # type: ignore[method-assign]
+
+
+LATE_STEPS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "before": (lambda o: o.register_step_pre_hook(halve), "likely a hook on the step of .*SGD"),
+    "after": (
+        lambda o: o.register_step_post_hook(double_weights),
+        "likely a hook on the step of .*SGD",
+    ),
+    "replaced": (replace_step, "was replaced on the object"),
+}
+
+
+@pytest.mark.parametrize("kind", LATE_STEPS)
+@pytest.mark.parametrize("is_one_of_two", [False, True])
+def test_an_optimizers_step_that_changes_later_is_refused(
+    kind: str, *, is_one_of_two: bool
+) -> None:
+    change, words = LATE_STEPS[kind]
+    student = TwoLayers(plain)
+    sgd = torch.optim.SGD(student.a.parameters() if is_one_of_two else student.parameters(), lr=0.3)
+    optimizers = [sgd]
+    if is_one_of_two:
+        optimizers.append(torch.optim.AdamW(student.b.parameters()))
+    trainer, batches = build(student, inner_optimizer=optimizers if is_one_of_two else sgd)
+    trainer.step(**batches)
+    change(sgd)
+    before = student.a.weight.clone()
+    for _ in range(2):
+        with pytest.raises(MetaplError, match=words):
+            trainer.step(**batches)
+    assert torch.equal(student.a.weight, before)
+
+
+def test_a_call_after_a_hook_on_the_optimizers_step_is_verified() -> None:
+    student = TwoLayers(plain)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.3)
+    trainer, batches = build(student)
+    for _ in range(2):
+        metapl.hypergradient(trainer.teacher, student, **batches, inner_optimizer=sgd)
+    sgd.register_step_pre_hook(halve)
+    with pytest.raises(MetaplError, match="likely a hook on the step of .*SGD"):
+        metapl.hypergradient(trainer.teacher, student, **batches, inner_optimizer=sgd)
+
+
+def test_a_scheduler_or_a_hook_that_changes_nothing_is_allowed(verified: list[str]) -> None:
+    trainer, batches = build()
+    sgd = trainer.inner_optimizer
+    trainer.step(**batches)
+    sgd.register_step_post_hook(lambda *_: None)
+    torch.optim.lr_scheduler.StepLR(sgd, 1)
+    for _ in range(3):
+        trainer.step(**batches)
+    assert len(verified) == 2
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_weight_that_the_optimizer_holds_twice_is_named(kind: Any) -> None:
+    student = TwoLayers(plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = kind([*student.parameters(), student.a.weight], lr=0.1)
+    words = r"likely a weight that the inner optimizer holds twice \(a.weight\)"
+    assert re.search(words, str(check_of(student, inner_optimizer=optimizer)))
+
+
 def test_the_page_has_the_contract_as_a_table() -> None:
     page = (Path(metapl.__file__).parents[1] / "docs" / "contract.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \|", page[page.index("| `CONTRACT`") :], re.MULTILINE)
