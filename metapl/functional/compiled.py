@@ -71,7 +71,7 @@ from metapl.functional.state import (
     with_fields,
 )
 from metapl.functional.step import StateStep, Step, StepRules
-from metapl.problems.base import Signal, gumbel, kind_of
+from metapl.problems.base import Signal, gumbel, kind_of, modules_in
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
@@ -506,18 +506,6 @@ def hooks_of_optimizers(trainer: TwoLevelTrainer) -> list[dict[Any, Any]]:
         for part in parts_of(optimizer):
             tables += [part._optimizer_step_pre_hooks, part._optimizer_step_post_hooks]
     return tables
-
-
-def modules_in(problem: Any) -> list[nn.Module]:
-    """Return the modules that a problem holds, with their parts."""
-    found: list[nn.Module] = []
-    for value in vars(problem).values() if hasattr(problem, "__dict__") else ():
-        if isinstance(value, nn.Module):
-            found += value.modules()
-        elif isinstance(value, dict | list | tuple):
-            for leaf in pytree.tree_leaves(value):
-                found += leaf.modules() if isinstance(leaf, nn.Module) else ()
-    return found
 
 
 def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:

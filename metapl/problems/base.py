@@ -355,6 +355,18 @@ def kind_of(problem: Any) -> str:
     return type(problem).__name__
 
 
+def modules_in(problem: Any) -> list[nn.Module]:
+    """Return the modules that a problem holds, with their parts."""
+    found: list[nn.Module] = []
+    for value in vars(problem).values() if hasattr(problem, "__dict__") else ():
+        if isinstance(value, nn.Module):
+            found += value.modules()
+        elif isinstance(value, dict | list | tuple):
+            for leaf in pytree.tree_leaves(value):
+                found += leaf.modules() if isinstance(leaf, nn.Module) else ()
+    return found
+
+
 def overrides(problem: BilevelProblem, method: str) -> bool:
     """Return whether a problem has a method of its own in the place of the default one."""
     return getattr(type(problem), method) is not getattr(BilevelProblem, method)

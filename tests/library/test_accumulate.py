@@ -985,3 +985,138 @@ def test_a_state_that_moves_once_for_the_batch_is_that_of_the_whole_batch() -> N
         )
         feedback.append(result.feedback["q"])
     torch.testing.assert_close(*feedback)
+
+
+class RowWeights(metapl.problems.EqualWeights):
+    """Cross-entropy with the teacher's weight for each row, by a function of all weights."""
+
+    has_teacher = True
+
+    def __init__(self, of_weights: Any) -> None:
+        self.of_weights = of_weights
+
+    def signal(
+        self, teacher: nn.Module, batch: Any, student_outputs: Any, *, generator: Any
+    ) -> Any:
+        return Signal(self.of_weights(teacher(batch[0])[:, 0].exp()))
+
+
+class BatchWeights(RowWeights):
+    signal_of_batch = True
+
+
+class DrawnOfBatch(metapl.PseudoLabels):
+    """Labels that are drawn from probabilities which are balanced over the batch."""
+
+    def signal(self, teacher: Any, batch: Any, *others: Any, **options: Any) -> Signal:
+        def balanced(x: Tensor) -> Tensor:
+            logits = teacher(x)
+            return logits - logits.mean(0)
+
+        return super().signal(balanced, batch, *others, **options)  # type: ignore[arg-type]
+
+
+def normalized(weights: Tensor) -> Tensor:
+    return weights / weights.mean()
+
+
+class AlwaysDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.3)
+
+
+def weighing_step(problem: Any, teacher: nn.Module | None = None, **options: Any) -> dict[str, Any]:
+    """Return the arguments of a step on eight rows."""
+    own_teacher, student = _networks()
+    draws = torch.Generator().manual_seed(1)
+    x = torch.randn(8, 5, generator=draws, dtype=torch.float64)
+    labels = torch.arange(8) % 3
+    return {
+        "teacher": own_teacher if teacher is None else teacher.double(),
+        "student": student,
+        "outer": (x.flip(0), labels),
+        "inner": x if isinstance(problem, metapl.PseudoLabels) else (x, labels),
+        "problem": problem,
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.3),
+        **options,
+    }
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 8])
+def test_a_signal_that_is_normalized_over_the_batch_is_asked_for_once(accumulate: int) -> None:
+    """Also in micro-batches of one row, where such a weight is 1 whatever the teacher says."""
+    of_parts = RowWeights(normalized)
+    found = metapl.check_gradient(**weighing_step(of_parts, accumulate=accumulate))
+    assert "the signal of RowWeights about two micro-batches" in found.verdict
+    by_parts = weighing_step(BatchWeights(normalized), accumulate=accumulate, verify=False)
+    by_parts = metapl.hypergradient(**by_parts).grads
+    whole = metapl.hypergradient(**weighing_step(of_parts, verify=False)).grads
+    torch.testing.assert_close(by_parts, whole)
+
+
+def test_a_first_step_on_a_signal_of_the_batch_is_refused() -> None:
+    arguments = weighing_step(RowWeights(normalized), accumulate=2)
+    words = r"it depends on other rows; .*signal_of_batch"
+    with pytest.raises(MetaplError, match=words):
+        metapl.hypergradient(**arguments)
+    batches = {name: arguments.pop(name) for name in ("outer", "inner")}
+    with pytest.raises(MetaplError, match=words):
+        metapl.BilevelTrainer(**arguments).step(**batches)
+
+
+def test_a_fresh_teacher_does_not_hide_that_its_weights_are_normalized() -> None:
+    """All of them are 1, and the gradient is another one."""
+    teacher = nn.Linear(5, 1)
+    nn.init.zeros_(teacher.weight)
+    found = metapl.check_gradient(
+        **weighing_step(RowWeights(normalized), teacher=teacher, accumulate=2)
+    )
+    assert "it depends on other rows" in str(found)
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "forward"])
+def test_drawn_labels_of_probabilities_of_the_batch_are_refused(mode: str) -> None:
+    found = metapl.check_gradient(**weighing_step(DrawnOfBatch(), mode=mode, accumulate=2))
+    assert "the signal of DrawnOfBatch about two" in str(found)
+
+
+def normalized_in_pairs(weights: Tensor) -> Tensor:
+    """Normalize over each two rows, which no micro-batch divides."""
+    pairs = weights.unflatten(0, (-1, 2))
+    return (pairs / pairs.mean(1, keepdim=True)).flatten()
+
+
+@pytest.mark.parametrize(
+    ("of_weights", "layer"),
+    [
+        (torch.sigmoid, nn.BatchNorm1d(5)),
+        (torch.sigmoid, nn.BatchNorm1d(5, track_running_stats=False)),
+        (torch.sigmoid, nn.Dropout(0.3)),
+        (torch.sigmoid, AlwaysDropout()),
+        (normalized_in_pairs, None),
+        (lambda w: w * torch.bernoulli(torch.full_like(w, 0.5)), None),
+    ],
+    ids=["batch norm", "batch norm of the batch", "dropout", "dropout in eval", "pairs", "drawn"],
+)
+def test_a_signal_of_each_row_is_not_refused(of_weights: Any, layer: nn.Module | None) -> None:
+    """What batch norm and dropout do of the batch is documented to differ."""
+    layers = [] if layer is None else [layer]
+    teacher = nn.Sequential(*layers, nn.Linear(5, 1))
+    arguments = weighing_step(RowWeights(of_weights), teacher=teacher, accumulate=4)
+    assert metapl.check_gradient(**arguments).passed
+
+
+@pytest.mark.parametrize("mode", ["reinforce", "reinforce_per_example", "forward"])
+def test_drawn_labels_of_each_row_are_not_refused(mode: str) -> None:
+    for accumulate in (2, 4, 8):
+        arguments = weighing_step(metapl.PseudoLabels(), mode=mode, accumulate=accumulate)
+        assert metapl.check_gradient(**arguments).passed
+
+
+def test_the_batch_that_does_not_divide_is_named() -> None:
+    arguments = weighing_step(RowWeights(torch.sigmoid), accumulate=3)
+    with pytest.raises(MetaplError, match="the inner batch has 8 .* multiple of accumulate=3"):
+        metapl.check_gradient(**arguments)
+    arguments["inner"] = tuple(t.repeat_interleave(3, 0) for t in arguments["inner"])
+    with pytest.raises(MetaplError, match="the outer batch has 8 .* multiple of accumulate=3"):
+        metapl.check_gradient(**arguments)

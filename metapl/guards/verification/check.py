@@ -149,18 +149,22 @@ def check_step(request: Request) -> GradientCheck:
     parts = request.accumulate
 
     def with_part(number: int) -> GradientCheck:
+        other_part = None
+        if parts > 1:
+            other_part = copy_of_part(verified_batches[0], parts, number - 1)
         return verify_step(
             RealStep(
                 teacher=teacher,
                 student=student,
                 problem=differentiation.problem,
                 update=update,
-                outer_batch=copy_of_part(request.outer, parts, number),
+                outer_batch=copy_of_part(request.outer, parts, number, name="outer"),
                 inner_batches=[copy_of_part(batch, parts, number) for batch in verified_batches],
                 clip_norm=request.clip_norm,
                 generator=request.generator,
                 random=RandomState.now(differentiation.device),
                 micro_batches=parts,
+                other_part=other_part,
             ),
             estimate,
         )
@@ -172,12 +176,12 @@ def check_step(request: Request) -> GradientCheck:
     return with_part(parts - 1)
 
 
-def copy_of_part(batch: Batch, parts: int, number: int) -> Any:
+def copy_of_part(batch: Batch, parts: int, number: int, name: str = "inner") -> Any:
     """Return one of the micro-batches of a batch, of tensors with memory of their own.
 
     Deepcopy would copy the whole tensor of a slice.
     """
-    part = micro_batches(plain(batch), parts, "given")[number]
+    part = micro_batches(plain(batch), parts, name)[number]
     return map_tensors(lambda t: t.detach().clone(), part)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import rows
@@ -17,7 +18,7 @@ from metapl.guards.verification.case import EXACT, Case, flat
 from metapl.guards.verification.causes import changing_loss, likely_causes
 from metapl.guards.verification.real_step import Evaluation
 from metapl.problems.base import enters_input, has_rows, kind_of, overrides, sum_and_weight
-from metapl.problems.rows import is_one_row, reads_other_rows
+from metapl.problems.rows import is_one_row, reads_other_rows, signal_reads_other_rows
 
 
 def breach_of_contract(case: Case) -> str:
@@ -103,7 +104,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
     """Return a loss of micro-batches that is no mean, by halves of the rows.
 
     That is an inner loss that is no mean over examples, or an outer loss that is neither that nor
-    a sum and its weight.
+    a sum and its weight. Or a signal about two micro-batches that is not that about each.
     """
     if case.step.micro_batches == 1:
         return ""
@@ -145,6 +146,7 @@ def has_losses_that_are_no_means(case: Case) -> str:
             ("outer_loss", outer_loss, len(outer_outputs)),
         ):
             text = text or difference_of_halves(case, name, loss_of_rows, half=count // 2)
+    text = text or signal_of_the_batch(case)
     return (changing_loss(case.real) or text) if text else ""
 
 
@@ -161,6 +163,26 @@ def has_one_mean_for_all_losses(case: Case) -> str:
         if reads_other_rows(copies.problem, copies.student, *first):
             return "inner_loss is a mean; expected one loss per example, by reduction='none'."
     return ""
+
+
+def signal_of_the_batch(case: Case) -> str:
+    """Return a sentence on a signal about two micro-batches that is not that about each."""
+    # Weights that are all the same, as of a fresh teacher, would hide that they are normalized.
+    copies = case.step.perturbed()
+    problem = copies.problem
+    parts = [copies.inner_batches[0], copies.other_part]
+    networks = nn.Module() if copies.teacher is None else copies.teacher, copies.student
+    tolerance = max(1e-6, 1e4 * case.eps)
+    with copies.in_the_originals():
+        if problem.signal_of_batch or not signal_reads_other_rows(
+            problem, *networks, parts, generator=copies.generator, tolerance=tolerance
+        ):
+            return ""
+    return (
+        f"the signal of {kind_of(problem)} about two micro-batches is not that about each: it "
+        "depends on other rows; expected signal_of_batch = True, by which it is asked for once "
+        "about the whole batch, or accumulate=1."
+    )
 
 
 def difference_of_halves(

@@ -65,6 +65,7 @@ class RealStep:
         random: the state of the generators in which the step begins.
         micro_batches: into how many parts each batch was split; the batches here are the first of
             them.
+        other_part: another micro-batch of the first inner batch; None of a batch that is not split.
         problem_parameters: the tensors that the problem holds and that require a gradient.
         originals: the step of which these are copies, by whose names a tensor is called.
     """
@@ -79,6 +80,7 @@ class RealStep:
     generator: torch.Generator | None
     random: RandomState
     micro_batches: int = 1
+    other_part: Batch = None
     problem_parameters: tuple[Tensor, ...] = ()
     originals: RealStep | None = None
 
