@@ -97,14 +97,14 @@ def hypergradient(
         verify: compare the teacher's gradient, or without a teacher h, with differences of the loss
             after real steps, and refuse one that is wrong (:func:`metapl.check_gradient`); or
             ``"warn"`` of it; or never, False. That is done in the first call: a later one is known
-            by its networks (their modes, frozen parts and hooks), problem, optimizer, mode,
-            ``wrt``, ``accumulate`` and number of steps, up to three; or, where some of these are
-            new objects, by what they compute, so that another student of one architecture is
-            known. What cannot be described (a hook, a tensor in an attribute, a transform) is known
-            by its object. Cost of the first call: the mode once and some six real steps on copies
-            in float64, of a look-ahead the first three; of another, a look-up. Above 50 million
-            weights and in several processes nothing is verified, and a line says so. Gradients in
-            the start and in settings are not compared.
+            by its networks (their modes, frozen parts and hooks), problem, optimizer and its step's
+            hooks, mode, ``wrt``, ``accumulate`` and number of steps, up to three; or, where some of
+            these are new objects, by what they compute, so that another student of one architecture
+            is known. What cannot be described (a hook, a tensor in an attribute, a transform) is
+            known by its object. Cost of the first call: the mode once and some six real steps on
+            copies in float64, of a look-ahead the first three; of another, a look-up. Above 50
+            million weights and in several processes nothing is verified, and a line says so.
+            Gradients in the start and in settings are not compared.
         replay_tolerance: the most that the result's ``replay_error`` may be: a look-ahead whose
             steps come out otherwise when they are computed again is refused above it, and a larger
             number allows more. Deterministic algorithms are asked for while a look-ahead runs.

@@ -108,6 +108,8 @@ class Standing:
 class Condition:
     """The modes, frozen parts and hooks of the networks, and how many steps were taken in them.
 
+    Hooks on the inner optimizer's step are among them.
+
     Args:
         fingerprint: of them.
         steps: the number of steps; networks are looked at in the first.
@@ -186,7 +188,9 @@ class BilevelTrainer(Trainer):
             about 1/accumulate of the memory. An outer loss of one's own that is a scalar takes one
             more forward pass too; (sum, weight) does not
             (:meth:`metapl.BilevelProblem.outer_loss`). The numbers are the same, except for batch
-            statistics, dropout masks, and inner and teacher losses that are no means over examples.
+            statistics, dropout masks, inner and teacher losses that are no means over examples, and
+            signals that are normalized over the batch
+            (:attr:`metapl.BilevelProblem.signal_of_batch` has them asked for once).
         precision: ``"float32"``, or ``"bfloat16"``: the networks' passes under autocast, weights
             and losses in float32.
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many inner
@@ -201,10 +205,11 @@ class BilevelTrainer(Trainer):
             of three eager steps, for another copy of all state. A network alone
             (:meth:`finetune`) is eager with it.
         verify: True: compare the mode's gradient with differences of the loss after real steps, at
-            the first step and where the networks are changed (their modes, frozen parts, hooks),
-            and refuse one that is wrong (:func:`metapl.check_gradient`); ``"warn"``: warn of it;
-            False: never; a number N: also every N steps. Above 50 million weights only by a number
-            N, and not in several processes; a line says what is left out.
+            the first step and where the networks are changed (their modes, frozen parts, hooks) or
+            the inner optimizer's step (by hooks), and refuse one that is wrong
+            (:func:`metapl.check_gradient`); ``"warn"``: warn of it; False: never; a number N: also
+            every N steps. Above 50 million weights only by a number N, and not in several
+            processes; a line says what is left out.
 
     >>> import torch, metapl
     >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

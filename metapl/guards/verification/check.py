@@ -76,7 +76,7 @@ def check_gradient(
         outer, inner: the batches of a step; of a :class:`metapl.Lookahead` the first three, or the
             T that the mode truncates to, and of micro-batches (``accumulate``) the first that has
             labels, by whose halves both losses must be means over examples, or the outer loss
-            Σ sum / Σ weight.
+            Σ sum / Σ weight; the signal about it and another must be that about each.
         mode: default the trainer's own, and ``"forward"`` without one. The others are
             :func:`metapl.hypergradient`'s.
 

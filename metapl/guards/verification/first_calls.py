@@ -105,7 +105,8 @@ def options_of_call(
 ) -> tuple[Hashable, ...]:
     """Return what else verification depends on.
 
-    That includes the fingerprint of the networks: their modes, frozen parts and hooks.
+    That includes the fingerprint of the networks: their modes, frozen parts and hooks, and hooks on
+    the optimizer's step.
     """
     request = differentiation.request
     return (
