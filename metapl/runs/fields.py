@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import sys
 import types
@@ -10,11 +11,14 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 from metapl.errors import MetaplError
+from metapl.words import did_you_mean
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,33 @@ def check_fields(value: Any) -> None:
     kind: Any = type(value)
     values = {field.name: getattr(value, field.name) for field in dataclasses.fields(kind)}
     _refuse_unmet(values, _limiting_hints(kind), template=f"{kind.__name__}({{}})")
+
+
+def no_such_option(name: str, names: Sequence[str], owner: str) -> MetaplError:
+    """Return the error of an option that is none of the names, with one that may be meant.
+
+    Args:
+        owner: whose options they are.
+
+    >>> print(no_such_option("batchsize", ["batch_size", "steps"], "fit"))
+    fit has no option 'batchsize'; did you mean batch_size?
+    """
+    expected = did_you_mean(name, names, likeness=0.5) or f"; expected one of {', '.join(names)}."
+    return MetaplError(f"{owner} has no option {name!r}{expected}")
+
+
+def options_by_name(initialize: Function) -> Function:
+    """Return the ``__init__`` of a class, which refuses unknown options as a fit does."""
+    names = [*inspect.signature(initialize).parameters][1:]
+
+    @wraps(initialize)
+    def begun(self: Any, *args: Any, **options: Any) -> None:
+        for name in options:
+            if name not in names:
+                raise no_such_option(name, names, type(self).__name__)
+        initialize(self, *args, **options)
+
+    return cast(Function, begun)
 
 
 def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:

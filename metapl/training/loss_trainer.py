@@ -29,7 +29,7 @@ from metapl.problems.losses import (
     sum_of_terms,
 )
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
-from metapl.runs.fields import AboveZero, MicroBatches, check_arguments
+from metapl.runs.fields import AboveZero, MicroBatches, check_arguments, options_by_name
 from metapl.training.base import Trainer, refuse_missing_entries
 from metapl.updates import (
     as_one_optimizer,
@@ -81,6 +81,7 @@ class LossTrainer(Trainer):
     total = "loss"
     prefix = "loss"
 
+    @options_by_name
     def __init__(
         self,
         model: nn.Module,

@@ -15,8 +15,7 @@ from metapl.errors import MetaplError
 from metapl.execution.layout import reshard
 from metapl.execution.shards import as_sharded, laid_out_like, local
 from metapl.protocols import AnyTrainer
-from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_fields
-from metapl.words import did_you_mean
+from metapl.runs.fields import AtLeastOne, AtLeastZero, Range, check_fields, no_such_option
 
 # Processes that prepare batches; some machines end when more are started.
 MOST_WORKERS = 256
@@ -181,11 +180,7 @@ def fit_options(steps: int, keywords: FitKeywords, others: Sequence[str]) -> Fit
     options = [*FitKeywords.__annotations__]
     for name in keywords:
         if name not in options:
-            names = [*others, *options]
-            expected = did_you_mean(name, names, likeness=0.5)
-            if not expected:
-                expected = f"; expected one of {', '.join(names)}."
-            raise MetaplError(f"fit has no option {name!r}{expected}")
+            raise no_such_option(name, [*others, *options], "fit")
     return FitOptions(steps=steps, **keywords)
 
 

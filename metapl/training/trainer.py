@@ -51,7 +51,14 @@ from metapl.problems.base import (
     overrides,
 )
 from metapl.problems.losses import TeacherLoss, check_losses
-from metapl.runs.fields import AboveZero, AtLeastZero, MicroBatches, Range, check_arguments
+from metapl.runs.fields import (
+    AboveZero,
+    AtLeastZero,
+    MicroBatches,
+    Range,
+    check_arguments,
+    options_by_name,
+)
 from metapl.training.base import Trainer, refuse_missing_entries
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
@@ -225,6 +232,7 @@ class BilevelTrainer(Trainer):
 
     teacher: nn.Module | None
 
+    @options_by_name
     def __init__(
         self,
         teacher: nn.Module | None,
