@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from metapl.training.options import FitKeywords, FitOptions
 
 
+REPLACED = (
+    "another network was put into the trainer, whose optimizers and state are of the one it was "
+    "built with; expected a new trainer, or load_state_dict of the network that it has."
+)
+
+
 def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
     """Refuse a state without the entries of a trainer's own."""
     if not isinstance(state, Mapping):

@@ -30,7 +30,7 @@ from metapl.problems.losses import (
 )
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments, options_by_name
-from metapl.training.base import Trainer, refuse_missing_entries
+from metapl.training.base import REPLACED, Trainer, refuse_missing_entries
 from metapl.updates import (
     as_one_optimizer,
     parameters_of,
@@ -142,6 +142,8 @@ class LossTrainer(Trainer):
 
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
+        if self.student is not self.layout.network:
+            raise MetaplError(REPLACED)
         outer = labeled_pair(outer)
         inner = plain(inner)
         self.layout.begin_step()

@@ -59,7 +59,7 @@ from metapl.runs.fields import (
     check_arguments,
     options_by_name,
 )
-from metapl.training.base import Trainer, refuse_missing_entries
+from metapl.training.base import REPLACED, Trainer, refuse_missing_entries
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.updates import (
@@ -304,6 +304,8 @@ class BilevelTrainer(Trainer):
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks = self.layout.ranks
         self.student = self.layout.network
+        # The networks whose tables and optimizers the steps hold.
+        self.built_for = (self.teacher, self.student)
         self._engine_type = EagerEngine
         if self.layout.is_sharded:
             # It is loaded where it is used.
@@ -481,16 +483,16 @@ class BilevelTrainer(Trainer):
         Returns: the condition of the networks, and what looks at the graphs of both losses; None:
         they were looked at in this condition before.
         """
+        if (self.teacher, self.student) != self.built_for:
+            raise MetaplError(REPLACED)
         for layout in self.distributed:
             layout.begin_step()
-        for number, slots in enumerate(self.slots):
-            if not slots.are_current():
-                self.slots[number] = slots.anew()
-                self._standing = None
-                self._condition = None
-        condition = self._condition or self._find_condition()
+        if not all(slots.are_current() for slots in self.slots):
+            self.slots = [slots if slots.are_current() else slots.anew() for slots in self.slots]
+            self._standing = None
+            self._condition = None
         look = None
-        if condition.steps == 0:
+        if (condition := self._condition or self._find_condition()).steps == 0:
             self.tell_evaluation(self._warn)
             look = look_at_step(self, outer_batch, inner_batches)
         # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
