@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from metapl.data import draws
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import (
     Batch,
     as_tensors,
@@ -248,10 +248,11 @@ def in_memory(
         expected = "1 or more, such as batch_size=64, or a list of batches"
         raise MetaplError(f"{name} was given with batch_size={batch_size}; expected {expected}.")
     rows = as_tensors(plain(source), dtype, subject=f"{name} holds data")
-    lengths = set()
-    for t in leaves_of(rows):
-        if isinstance(t, Tensor):
-            lengths.add(len(t) if t.ndim else 0)
+    lengths = {len(t) if t.ndim else 0 for t in leaves_of(rows) if isinstance(t, Tensor)}
     if len(lengths) != 1 or 0 in lengths:
-        raise MetaplError(f"{name} has tensors of {sorted(lengths)} rows; expected one number.")
+        from metapl.execution.failed_steps import named_parts
+
+        counts = [f"{part} {len(t) if t.ndim else 0} rows" for part, t in named_parts(rows, name)]
+        expected = "one number of rows" if len(lengths) > 1 else "one row or more"
+        raise MetaplError(f"{few(counts) or f'{name} no tensors'}; expected {expected}.")
     return ArrayBatches(rows, batch_size, stream=stream)

@@ -62,6 +62,9 @@ from metapl.problems.base import Signal, enters_input, sum_and_weight
 if TYPE_CHECKING:
     from metapl.core.engine import Derivatives, Descent, MicroBatches, OuterLossOf, Weighted
 
+# What errors call the network in its pass on the inner batch.
+ON_INNER = "student, on the inner batch"
+
 # A function of w that returns (∂²ℓ/∂θ²) w, and the derivatives of ⟨g, w⟩ in leaves.
 Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 
@@ -189,7 +192,7 @@ class EagerEngine:
             self.at_weights(leaves, start, state=self.slots),
         ):
             for inputs, batch in batches:
-                outputs = self.forward(inputs)
+                outputs = self.forward(inputs, "student, on the outer batch")
                 value, weight = sum_and_weight(judge(outputs, batch))
                 if look is not None and gradient:
                     judged_again = partial(self._judged, judge, inputs, batch)
@@ -285,9 +288,9 @@ class EagerEngine:
 
     # --------------------------------------------------------------- the module at other weights
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Return the module's outputs, in float32 or wider."""
-        return wide(checks.logits(returned_by(self.module, inputs), "student"))
+    def forward(self, inputs: Inputs, role: str = "student") -> Tensor:
+        """Return the module's outputs, in float32 or wider; an error has the role."""
+        return wide(checks.logits(returned_by(self.module, inputs, role), "student"))
 
     def as_leaves(self, params: Tree) -> Tree:
         """Return weights as leaves of the types that the module's own have, by name."""
@@ -428,7 +431,7 @@ class EagerDescent:
         self._state = slots.state or slots.snapshot()
         slots.state = None
         with self._running():
-            outputs = checks.logits(returned_by(student.module, self.inputs), "student")
+            outputs = checks.logits(returned_by(student.module, self.inputs, ON_INNER), "student")
         self.random_state_after = RandomState.now(student.device)
         self._output_dtype = outputs.dtype
         if slots.half_types is None and outputs.grad_fn is not None:

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, unexpected
+from metapl.execution.checks import INDICES_OF_NAMES, described, unexpected
 
 Batch = Any
 """A batch of a user: a tensor, or a tuple, list, dict, dataclass or mapping of tensors and batches.
@@ -257,21 +257,32 @@ def labeled_pair(batch: Batch, name: str = "outer", mend: str = "") -> Any:
         return batch
     raise MetaplError(
         f"{name} is {described(batch)}; expected (inputs, labels) of tensors, or dicts or tuples "
-        f"of them, or one dict with the labels under 'labels'.{mend}"
+        f"of them, or one dict with the labels under 'labels'.{mend}{_way_of_arrays(batch)}"
     )
 
 
-def returned_by(network: nn.Module, inputs: Inputs) -> Any:
+def _way_of_arrays(batch: Batch) -> str:
+    """Return the end of an error about a batch with arrays; "" for none."""
+    if any(is_array(leaf) and not isinstance(leaf, Tensor) for leaf in leaves_of(batch)):
+        return " Of arrays, fit makes tensors; give a step torch.as_tensor(x) of each."
+    return ""
+
+
+def returned_by(network: nn.Module, inputs: Inputs, role: str) -> Any:
     """Return what a network returns for its inputs, which it is given as one argument.
 
-    Raises: :class:`metapl.MetaplError` where it fails, and takes their parts as arguments.
+    Args:
+        role: of the network, and which batch it reads, for an error.
+
+    Raises: :class:`metapl.MetaplError` where it fails, and takes their parts as arguments, or
+        numbers of another type. Any other error of the network has a note of the inputs.
     """
     try:
         return network(inputs)
-    except (TypeError, AttributeError, LookupError, RuntimeError) as error:
-        from metapl.execution.failed_calls import refuse_inputs
+    except (TypeError, AttributeError, LookupError, RuntimeError, ValueError) as error:
+        from metapl.execution.failed_calls import explain_call
 
-        refuse_inputs(network, inputs, error)
+        explain_call(network, inputs, error, role)
         raise
 
 
@@ -336,7 +347,7 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
     # Booleans, whole numbers with a sign or without, and numbers of floating point.
     if array.dtype.kind not in "biuf":
         held = f"{subject or 'it holds data'} of {type(data).__name__} ({array.dtype})"
-        names = ", such as numpy.unique(labels, return_inverse=True)[1] of the names of classes"
+        names = f", such as {INDICES_OF_NAMES} of the names of classes"
         raise MetaplError(f"{held}; expected numbers{names if array.dtype.kind in 'US' else ''}.")
     # A copy: torch can neither share what is read-only nor what runs backwards.
     tensor = torch.tensor(np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("=")))
@@ -550,6 +561,7 @@ def views(batch: Batch) -> tuple[Any, ...]:
     raise MetaplError(
         f"inner is {described(batch)}; expected a tensor or dict, (inputs,), or (weak, strong) of "
         "one type, without labels (metapl.data.without_labels), or a metapl.Lookahead of these."
+        f"{_way_of_arrays(batch)}"
     )
 
 

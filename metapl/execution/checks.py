@@ -14,10 +14,11 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, few
 
 
 @dataclass
@@ -78,6 +79,8 @@ def no_values() -> Iterator[None]:
         has_values.reset(token)
 
 
+# The indices of classes that are known by their names.
+INDICES_OF_NAMES = "numpy.unique(labels, return_inverse=True)[1]"
 NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."
 READS_OTHER_WEIGHTS = (
     "reaches no weight in a module of the student: its forward reads layers from a plain list or "
@@ -123,9 +126,16 @@ def described(value: Any) -> str:
     if isinstance(value, Tensor) and not value.is_nested:
         dtype = str(value.dtype).removeprefix("torch.")
         return f"a tensor of shape {tuple(value.shape)}, {dtype}, on {value.device}"
-    if isinstance(value, dict | tuple | list):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"of type {type(value).__name__}"
+    kind = type(value).__name__
+    if isinstance(value, tuple | list):
+        # What its elements are, each kind once.
+        kinds = few(dict.fromkeys(type(part).__name__ for part in value))
+        return f"a {kind} of {len(value)}{kinds and f' ({kinds})'}"
+    if isinstance(value, dict):
+        return f"a {kind} of {len(value)}"
+    if hasattr(value, "__array__") and hasattr(value, "dtype"):
+        return f"of type {kind}, shape {value.shape}, {value.dtype}"
+    return f"of type {kind}"
 
 
 def unexpected(subject: str, value: Any, expected: str) -> MetaplError:
@@ -204,24 +214,24 @@ def class_outputs(outputs: Tensor, role: str) -> None:
         raise unexpected(f"the {role}'s outputs are", outputs, "logits (batch, 2 or more classes)")
 
 
-def finite(logits_NC: Tensor) -> None:
-    """Refuse logits that are NaN or infinite; the host waits for the answer."""
-    if not logits_NC.isfinite().all():
-        raise MetaplError("the logits of some examples are not finite; the model diverged.")
-
-
 def class_labels(
-    labels: Any, classes: int, subject: str = "the labels", reason: str = ""
+    labels: Any,
+    classes: int,
+    subject: str = "the labels",
+    reason: str = "",
+    rows: int | None = None,
 ) -> Tensor:
     """Return labels as :func:`safe_labels`; refuse what is not integers in [0, classes).
 
     Args:
         subject: whose labels they are, for the error.
         reason: where the number of classes comes from, for the error.
+        rows: how many labels there have to be; None: any number.
     """
-    if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.ndim != 1:
-        expected = "int64, one class index per example, (batch,)"
-        raise unexpected(f"{subject} are", labels, expected)
+    is_index = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1
+    if not is_index or rows not in (None, len(labels)):
+        expected = f"int64, one class index per example, ({rows or 'batch'},)"
+        raise unexpected(f"{subject} are", labels, f"{expected}{way_to_labels(labels)}")
     is_read_later = waits(labels)
     # Where operations are recorded, the check is one of them.
     if labels.numel() and _interpreters() is None and not torch.compiler.is_compiling():
@@ -229,9 +239,38 @@ def class_labels(
         # On a device the two are not read here, and the check is kept for the report.
         if is_read_later or int(low) < 0 or int(high) >= classes:
             reason = reason or f"the networks have {classes} classes"
-            text = f"{subject} reach outside 0..{classes - 1}; {reason}: expected 0..{classes - 1}."
+            if is_read_later:
+                range_found = f"reach outside 0..{classes - 1}"
+            else:
+                range_found = f"are {int(low)}..{int(high)}"
+            # Classes that are counted from 1.
+            mend = ", so subtract 1" if range_found == f"are 1..{classes}" else ""
+            text = f"{subject} {range_found}; {reason}: expected 0..{classes - 1}{mend}."
             refuse((low < 0) | (high >= classes), text)
     return safe_labels(labels, classes) if is_read_later else labels
+
+
+def way_to_labels(labels: Any) -> str:
+    """Return how one class index per example is made of labels, as the end of an error."""
+    if isinstance(labels, np.ndarray | list | tuple):
+        if isinstance(labels, np.ndarray):
+            are_names = labels.dtype.kind in "US"
+        else:
+            are_names = any(isinstance(label, str) for label in labels)
+        if are_names:
+            return f", such as torch.as_tensor({INDICES_OF_NAMES})"
+        return ", such as their torch.as_tensor(...).long()"
+    if not isinstance(labels, Tensor):
+        return ""
+    if labels.is_floating_point() and not waits(labels) and (labels != labels.round()).any():
+        # NaN, or numbers between classes.
+        return ""
+    calls = ""
+    if labels.ndim == 2:
+        calls = ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(1)"
+    if labels.dtype != torch.int64 and calls != ".argmax(1)":
+        calls += ".long()"
+    return f", such as their {calls}" if calls else ""
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:

@@ -554,7 +554,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def one_at_a_time(step: Function) -> Function:
-    """Return a step for which those of other threads wait.
+    """Return a step for which those of other threads wait, and whose errors name its batches.
 
     Replays set PyTorch's default generators, which all threads share.
     """
@@ -563,7 +563,15 @@ def one_at_a_time(step: Function) -> Function:
     def locked(*args: Any, **options: Any) -> Any:
         # A decorator of contextlib would take ten calls.
         with _LOCK:
-            return step(*args, **options)
+            try:
+                return step(*args, **options)
+            except Exception as error:
+                from metapl.execution.failed_steps import explain_step
+
+                names_and_values = zip(step.__code__.co_varnames, args, strict=False)
+                arguments = {**dict(names_and_values), **options}
+                explain_step(error, arguments.get("outer"), arguments.get("inner"))
+                raise
 
     return cast(Function, locked)
 

@@ -125,7 +125,8 @@ def estimator(mode: str | Estimator) -> Estimator:
     for name in MODES:
         if mode == name:
             return _REGISTRY[name]
-    hint = did_you_mean(str(mode), MODES) or "."
+    # None is no misspelt "none".
+    hint = (did_you_mean(mode, MODES) if isinstance(mode, str) else "") or "."
     raise MetaplError(f"mode={mode!r}: expected an estimator, or one of {', '.join(MODES)}{hint}")
 
 

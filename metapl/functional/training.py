@@ -621,7 +621,9 @@ class CompiledPath:
     def _outer_losses(self) -> Tensor:
         """Return L at the weights that the networks hold, (1,), or (M,) by problems that judge."""
         problem = self.request.problem
-        outputs = returned_by(self.request.student, problem.outer_input(self.judged))
+        outputs = returned_by(
+            self.request.student, problem.outer_input(self.judged), "student, on the outer batch"
+        )
         z = wide(checks.logits(outputs, "student"))
         losses = []
         for judge in self.request.judging or [problem]:

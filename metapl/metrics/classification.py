@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from metapl.errors import MetaplError
-from metapl.execution.checks import described, finite
+from metapl.execution.checks import described
+from metapl.metrics.predictions import finite
 from metapl.metrics.statistics import chance_level
 from metapl.words import summary
 
@@ -92,6 +93,8 @@ def evaluate_logits(
     """
     if not _fit(logits_NC, labels_N):
         given = f"the logits are {described(logits_NC)}, the labels {described(labels_N)}"
+        if labels_N.numel() and not labels_N.is_complex():
+            given += f" from {labels_N.min():g} to {labels_N.max():g}"
         raise MetaplError(f"{given}; expected floats (N, C), and (N,) integers from 0 to C - 1.")
     count, width = logits_NC.shape
     if classes is not None and len(classes) != width:

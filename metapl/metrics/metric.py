@@ -11,12 +11,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import LABEL_KEYS, Batch, Inputs, length, rows, to_device
-from metapl.execution.checks import unexpected
+from metapl.execution.checks import unexpected, way_to_labels
 from metapl.execution.state import RandomState, replayed
 from metapl.metrics.classification import Evaluation, evaluate_logits
-from metapl.metrics.predictions import logits_of, outer_batches, passes, predict_logits
+from metapl.metrics.predictions import labeled_logits, logits_of, outer_batches, passes
 from metapl.problems.base import OuterLoss, sum_and_weight
 
 Better = Literal["min", "max"]
@@ -90,20 +90,39 @@ class Metric:
         """
         if self is ACCURACY:
             labeled = ((inputs, self._labels(batch)) for inputs, batch in batches)
-            return evaluate_logits(*predict_logits(network, labeled))
+            return evaluate_logits(*labeled_logits(network, labeled, finite_of="evaluated"))
+        read: list[Batch] = []
+
+        def noted() -> Iterator[tuple[Inputs, Batch]]:
+            for inputs, batch in batches:
+                read[:] = [batch]
+                yield inputs, batch
+
         try:
             with passes(network) as outputs_of:
                 if _is_updated(self.definition):
-                    return self._measured_by_updates(judge.device, batches, outputs_of)
+                    return self._measured_by_updates(judge.device, noted(), outputs_of)
                 if self is LOSS:
-                    return self._measured_by_terms(network, batches, judge.outer_terms())
-                return self._measured_by_terms(network, batches, [self._term(outputs_of)])
-        except (TypeError, ValueError, RuntimeError) as error:
-            if isinstance(error, MetaplError):
+                    return self._measured_by_terms(network, noted(), judge.outer_terms())
+                return self._measured_by_terms(network, noted(), [self._term(outputs_of)])
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            if isinstance(error, MetaplError) or not read:
                 raise
+            raise self._failed(error, judge, read[0]) from error
+
+    def _failed(self, error: Exception, judge: Judge, batch: Batch) -> Exception:
+        """Return what is said of a metric that fails on a batch."""
+        reason = reason_of(error)
+        if notes := getattr(error, "__notes__", None):
+            # The network has failed, and not the metric.
+            return MetaplError(f"{reason} {few(notes)}.")
+        if self is not LOSS:
             expected = "f(outputs, batch) -> number, or update(outputs, labels)"
-            text = f"the metric {self.name!r} failed ({reason_of(error)}); expected {expected}."
-            raise MetaplError(text) from error
+            return MetaplError(f"the metric {self.name!r} failed ({reason}); expected {expected}.")
+        labels = labels_of(batch)
+        mend = way_to_labels(labels) if judge.classifies else ""
+        expected = f"labels as a step reads them{mend}"
+        return unexpected(f"the loss failed ({reason}), where the labels are", labels, expected)
 
     def _measured_by_updates(
         self, device: torch.device, batches: Batches, outputs_of: Callable[[Inputs], Tensor]
@@ -134,6 +153,12 @@ class Metric:
             n += count
             for place, term in enumerate(terms):
                 total, weight = sum_and_weight(term(network, inputs, batch))
+                if count and not math.isfinite(float(total)):
+                    from metapl.execution.failed_steps import what_is_unsound
+
+                    reason = f"the metric {self.name!r} is {float(total)}."
+                    if unsound := what_is_unsound(inputs, "evaluated", reason):
+                        raise MetaplError(unsound)
                 if isinstance(weight, Tensor):
                     sums[place] += float(total)
                     weights[place] += float(weight)

@@ -52,6 +52,13 @@ def predict_logits(
     >>> logits.shape, labels.shape, model.training
     (torch.Size([4, 2]), torch.Size([4]), True)
     """
+    return labeled_logits(model, batches)
+
+
+def labeled_logits(
+    model: nn.Module, batches: Iterable[tuple[Any, Tensor]], finite_of: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`predict_logits` does; ``finite_of`` is that of :func:`logits_of`."""
     labels: list[Tensor] = []
 
     def inputs() -> Iterator[Any]:
@@ -59,20 +66,43 @@ def predict_logits(
             labels.append(y.cpu())
             yield x
 
-    return logits_of(model, inputs()), torch.cat(labels)
+    return logits_of(model, inputs(), finite_of), torch.cat(labels)
 
 
-def logits_of(model: nn.Module, inputs: Iterable[Any]) -> Tensor:
+def logits_of(model: nn.Module, inputs: Iterable[Any], finite_of: str = "") -> Tensor:
     """Return the logits (N, C) of batches of inputs, on the CPU.
 
     The rest is as in :func:`predict_logits`.
+
+    Args:
+        finite_of: what an error calls the batches if logits are NaN or infinite; empty: they may.
     """
+    logits = []
     with passes(model) as outputs_of:
-        logits = [outputs_of(x).cpu() for x in inputs]
+        for x in inputs:
+            logits_BC = outputs_of(x).cpu()
+            if finite_of and logits_BC.ndim == 2 and logits_BC.shape[1] > 1:
+                finite(logits_BC, x, finite_of)
+            logits.append(logits_BC)
     if len({t.shape[1:] for t in logits}) != 1:
         shapes = few(tuple(t.shape) for t in logits) or "no shape"
         raise MetaplError(f"the network's outputs have {shapes}; expected rows of one shape.")
     return torch.cat(logits)
+
+
+def finite(logits_NC: Tensor, inputs: Any = None, name: str = "") -> None:
+    """Refuse logits that are NaN or infinite; the host waits for the answer.
+
+    Args:
+        inputs: of the logits, by which an error says what is not finite; None: they are not known.
+        name: of the inputs.
+    """
+    if not logits_NC.isfinite().all():
+        # It is loaded where it is used.
+        from metapl.execution.failed_steps import what_is_unsound
+
+        text = "the logits of some examples are not finite; the model diverged."
+        raise MetaplError(what_is_unsound(inputs, name, text) or text)
 
 
 @contextmanager
@@ -86,7 +116,7 @@ def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
             device = first_parameter.device
             inputs = to_device(inputs, device)
         random = RandomState.now(device)
-        outputs = checks.logits(returned_by(model, inputs), "network")
+        outputs = checks.logits(returned_by(model, inputs, "network"), "network")
         if not RandomState.now(device).equals(random):
             warnings.warn(
                 f"{type(model).__name__} draws random numbers in eval() too, so that its "

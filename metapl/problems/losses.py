@@ -114,7 +114,7 @@ class CrossEntropy:
         labels = outer[1]
         # Labels of the logits' shape are distributions.
         if logits.ndim == 2 and labels.shape != logits.shape:
-            labels = checks.class_labels(labels, logits.shape[1])
+            labels = checks.class_labels(labels, logits.shape[1], rows=len(logits))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
 
@@ -130,7 +130,7 @@ class CrossEntropy:
 
     def outputs(self, teacher: nn.Module, outer: Batch) -> Any:
         """Return what the teacher makes of the outer batch."""
-        return returned_by(teacher, outer[0])
+        return returned_by(teacher, outer[0], "network, on the outer batch")
 
     def reads_inner(self, step: int) -> bool:
         """Return whether the loss reads the inner batch of a step: it never does."""

@@ -29,6 +29,9 @@ from metapl.problems.base import (
 from metapl.problems.losses import UDA, CrossEntropy, TeacherLoss
 from metapl.runs.fields import Range, check_fields
 
+# What errors call the network in its pass on the inner batch.
+ON_INNER = "teacher, on the inner batch"
+
 # The teacher's own losses unless others are given: on inner batches with one view, and with two.
 _LOSSES_OF_ONE_VIEW: tuple[TeacherLoss, ...] = (CrossEntropy(label_smoothing=0.1),)
 _LOSSES_OF_TWO_VIEWS: tuple[TeacherLoss, ...] = (*_LOSSES_OF_ONE_VIEW, UDA())
@@ -135,7 +138,7 @@ class PseudoLabels(BilevelProblem):
         generator: Random,
     ) -> Signal:
         """Return q, or ŷ ~ q with its log-probability: Algorithm 1, line 2."""
-        logits = checks.logits(returned_by(teacher, self.teacher_input(batch)), "teacher")
+        logits = checks.logits(returned_by(teacher, self.teacher_input(batch), ON_INNER), "teacher")
         # There are no outputs yet where a subclass lets the signal enter the student's input.
         if student_outputs is not None and logits.shape != student_outputs.shape:
             expected = f"the student's shape, {tuple(student_outputs.shape)}"

@@ -762,7 +762,8 @@ def look_at_passes(training: WeightedTraining) -> None:
     # A forward may ask for a gradient.
     with torch.enable_grad(), replayed(training.start):
         try:
-            first_outputs = checks.logits(returned_by(network, inputs), "student").detach()
+            outputs = returned_by(network, inputs, "student, on an inner batch")
+            first_outputs = checks.logits(outputs, "student").detach()
         except RuntimeError as error:
             explain(error)
             raise

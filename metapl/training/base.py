@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError, few
-from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
 from metapl.execution.checks import described, unexpected
 from metapl.execution.layout import Layout
@@ -376,10 +375,10 @@ class Trainer(ABC):
         from metapl.metrics.metric import of_classes
         from metapl.metrics.predictions import input_batches, logits_of
 
-        outputs = logits_of(self.student, input_batches(data, self.dtype, self.read_input))
+        batches = input_batches(data, self.dtype, self.read_input)
+        outputs = logits_of(self.student, batches, "the" if self.classifies else "")
         if not of_classes(self, None, outputs):
             return wide(outputs)
-        checks.finite(outputs)
         return wide(outputs).softmax(-1)
 
     # ---------------------------------------------------------------------------------------- state

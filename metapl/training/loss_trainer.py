@@ -18,7 +18,7 @@ from metapl.execution.batch import Batch, Inputs, labeled_pair, micro_batches, p
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
 from metapl.execution.shards import laid_out_for, load_whole
-from metapl.execution.state import Slots, restored
+from metapl.execution.state import Slots, one_at_a_time, restored
 from metapl.feedback.report import Report
 from metapl.problems.base import Signal
 from metapl.problems.losses import (
@@ -134,6 +134,7 @@ class LossTrainer(Trainer):
     def _choices(self) -> str:
         return f"losses {' + '.join(type(loss).__name__ for loss in self.losses)}"
 
+    @one_at_a_time
     def step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take a step on an outer batch and, for losses that read one, an inner batch.
 

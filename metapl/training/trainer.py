@@ -826,7 +826,7 @@ class BilevelTrainer(Trainer):
 
     def outer_terms(self) -> list[Term]:
         def outer_loss(network: Any, inputs: Inputs, batch: Batch) -> OuterLoss:
-            outputs = checks.logits(returned_by(network, inputs), "student")
+            outputs = checks.logits(returned_by(network, inputs, "student"), "student")
             return self.problem.outer_loss(outputs, batch)
 
         return [outer_loss]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchopt
@@ -49,12 +51,25 @@ def weights(*modules: nn.Module | None) -> list[Tensor]:
     ]
 
 
+def with_nan(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[1, 0] = math.nan
+    return x
+
+
 # ---------------------------------------------------------------------------- the outer loss is NaN
 
 OUTER = {
     "no rows": lambda x, y: (x[:0], y[:0]),
     "NaN in the inputs": lambda x, y: (x * float("nan"), y),
     "infinite inputs": lambda x, y: (torch.where(x > 0, torch.inf, x), y),
+}
+
+# What is said of each, whether the loss was found not to be finite here or there.
+SAID = {
+    "no rows": "outer inputs: no rows; expected one or more",
+    "NaN in the inputs": r"outer inputs: (\d+) of \1 rows have NaN; expected finite numbers",
+    "infinite inputs": r"outer inputs: \d of \d rows with infinite numbers; the outer loss is NaN",
 }
 
 
@@ -70,10 +85,7 @@ def test_an_outer_loss_that_is_no_number_is_named(mode: str, outer: str, verify:
     """
     trainer = metapl.BilevelTrainer(network(), network(), mode, teacher_losses=(), verify=verify)
     weights_before = weights(trainer.teacher, trainer.student)
-    with pytest.raises(
-        MetaplError,
-        match=r"the outer loss is NaN or infinite: the outer batch has no rows",
-    ):
+    with pytest.raises(MetaplError, match=SAID[outer]):
         trainer.step(OUTER[outer](*pair()), pair()[0])
     assert same(weights(trainer.teacher, trainer.student), weights_before)
     trainer.step(pair(), pair()[0])
@@ -88,7 +100,7 @@ def test_hypergradient_names_it_too(outer: str, steps: int, mode: Any) -> None:
     In first order NaN would come back as a gradient.
     """
     student = network()
-    with pytest.raises(MetaplError, match="the outer loss is NaN or infinite"):
+    with pytest.raises(MetaplError, match=SAID[outer]):
         metapl.hypergradient(
             None,
             student,
@@ -104,10 +116,54 @@ def test_hypergradient_names_it_too(outer: str, steps: int, mode: Any) -> None:
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_bad_inner_batch_is_not_blamed_on_the_outer_one(verify: bool) -> None:
     trainer = metapl.BilevelTrainer(network(), network(), teacher_losses=(), verify=verify)
-    with pytest.raises(
-        MetaplError, match="the inner loss, the outer loss or the feedback is NaN or infinite"
-    ):
-        trainer.step(pair(), pair()[0] * float("nan"))
+    with pytest.raises(MetaplError, match=r"^inner inputs: 1 of \d+ rows has NaN"):
+        trainer.step(pair(), with_nan(pair()[0]))
+    with pytest.raises(MetaplError, match=r"^inner inputs: no rows; expected one or more"):
+        trainer.step(pair(), pair()[0][:0])
+    with pytest.raises(MetaplError, match=r"^inner\[1\] inputs: 1 of \d+ rows has NaN"):
+        trainer.step(pair(), metapl.Lookahead([pair()[0], with_nan(pair()[0])]))
+
+
+def test_batches_of_finite_numbers_are_not_blamed() -> None:
+    trainer = metapl.BilevelTrainer(network(), network(), teacher_losses=(), verify=False)
+    with torch.no_grad():
+        trainer.student[0].bias[0] = math.nan
+    with pytest.raises(MetaplError, match="^the inner loss, the outer loss or the feedback is NaN"):
+        trainer.step(pair(), pair()[0])
+
+
+# What is done with inputs that may have NaN, and what they are called then.
+READERS: dict[str, tuple[Callable[[Any, Any], object], str]] = {
+    "evaluate": (lambda trainer, data: trainer.evaluate(data), "evaluated"),
+    "its loss": (lambda trainer, data: trainer.evaluate(data, metric="loss"), "evaluated"),
+    "predict": (lambda trainer, data: trainer.predict(data[0]), "the"),
+    "validation": (
+        lambda trainer, data: trainer.fit(
+            [pair()], [pair()[0]], steps=1, validation=data, progress=False
+        ),
+        "evaluated",
+    ),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_inputs_that_are_nan_are_not_blamed_on_the_network(reader: str) -> None:
+    x, y = pair()
+    trainer = metapl.BilevelTrainer(network(), network(), verify=False)
+    read, name = READERS[reader]
+    with pytest.raises(MetaplError, match=rf"^{name} inputs: 1 of 8 rows has NaN; expected finite"):
+        read(trainer, (with_nan(x), y))
+
+
+def test_a_fit_says_which_of_its_batches_has_nan() -> None:
+    x, y = pair(rows=24)
+    trainer = metapl.BilevelTrainer(network(), network())
+    with pytest.raises(MetaplError, match=r"^step \d: inner inputs: 1 of 8 rows has NaN"):
+        trainer.fit((x, y), with_nan(x), steps=3, batch_size=8, progress=False)
+    supervised = network()
+    of_one = metapl.LossTrainer(supervised, optimizer=sgd(supervised))
+    with pytest.raises(MetaplError, match=r"^outer inputs: 1 of 24 rows has NaN"):
+        of_one.step((with_nan(x), y))
 
 
 # ------------------------------------------------------ evaluation where the signal is in the input
@@ -318,7 +374,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "settings in a tuple": (
         lambda: attribution(settings=({"lr": torch.ones(2, 1)},)),
-        "settings is a tuple of 1; expected a dict of tensors",
+        r"settings is a tuple of 1 \(dict\); expected a dict of tensors",
     ),
     "settings of no steps": (lambda: scheduled(0), "steps=0: expected a whole number >= 1"),
     "an optimizer for a scheduler": (
@@ -345,7 +401,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a callback that is a number": (
         lambda: fit(callbacks=[3]),
-        "callbacks is a list of 1; expected a list of functions",
+        r"callbacks is a list of 1 \(int\); expected a list of functions",
     ),
     "a callback outside of a list": (
         lambda: fit(callbacks=print),
@@ -366,12 +422,242 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+def step(
+    outer: Any = None, inner: Any = None, teacher: Any = None, student: Any = None
+) -> metapl.StepReport:
+    trainer = metapl.BilevelTrainer(teacher or network(), student or network(), "reinforce")
+    return trainer.step(pair() if outer is None else outer, pair()[0] if inner is None else inner)
+
+
+def with_labels(change: Callable[[Tensor], Any]) -> Callable[[], object]:
+    x, y = pair()
+    return lambda: step((x, change(y)))
+
+
+def evaluation(y: Tensor) -> object:
+    return metapl.BilevelTrainer(network(), network()).evaluate((pair()[0], y))
+
+
+def fit_of(x: Any, y: Any) -> object:
+    trainer = metapl.BilevelTrainer(network(), network())
+    return trainer.fit((x, y), pair()[0], steps=1, batch_size=4, progress=False)
+
+
+def of_losses() -> metapl.LossTrainer:
+    model = network()
+    return metapl.LossTrainer(model, optimizer=sgd(model))
+
+
+def with_another(
+    role: str, build: Callable[[], Any] | None = None, steps: int = 0
+) -> Callable[[], object]:
+    """Return a step of a trainer in which a network is replaced after some steps."""
+
+    def replace() -> object:
+        trainer = build() if build else metapl.BilevelTrainer(network(), network())
+        for _ in range(steps):
+            trainer.step(pair(), pair()[0])
+        setattr(trainer, role, network())
+        return trainer.step(pair(), pair()[0])
+
+    return replace
+
+
+NAMES = np.array(["a", "b", "c", "a", "b", "c", "a", "b"])
+REFUSED |= {
+    "inputs in float64": (
+        lambda: step(inner=pair()[0].double()),
+        r"the student's inputs are float64, and .* float32; expected .*, such as x\.float\(",
+    ),
+    "a teacher in float64": (
+        lambda: step(teacher=network(torch.float64)),
+        r"the teacher's inputs are float32, .* float64; expected .*, such as teacher\.float\(",
+    ),
+    "a student in float64": (
+        lambda: step(student=network(torch.float64)),
+        r"inputs are float32, .* float64; expected the same, such as student\.float\(",
+    ),
+    "whole numbers as inputs": (
+        lambda: step(inner=torch.ones(5, WIDTH, dtype=torch.int64)),
+        r"the student's inputs are int64, .* x\.float\(\), or x\.astype\('float32'\) of NumPy",
+    ),
+    "an array of whole numbers": (
+        lambda: fit_of(np.ones((ROWS, WIDTH), dtype=int), pair()[1].numpy()),
+        r"inputs are int64, .*astype\('float32'\) of NumPy arrays",
+    ),
+    "an array of whole numbers to predict": (
+        lambda: metapl.BilevelTrainer(network(), network()).predict(np.ones((3, WIDTH), dtype=int)),
+        r"inputs are int64, .*astype\('float32'\) of NumPy arrays",
+    ),
+    "arrays in a step": (
+        lambda: step(tuple(t.numpy() for t in pair())),
+        r"outer is a tuple of 2 \(ndarray\); expected .* give a step torch\.as_tensor\(x\) of each",
+    ),
+    "an inner array in a step": (
+        lambda: step(inner=pair()[0].numpy()),
+        r"inner is of type ndarray, shape \(8, 4\), float32; .* fit makes tensors",
+    ),
+    "float labels": (with_labels(Tensor.float), r"float32, on cpu; .* such as their \.long\(\)\."),
+    "labels of no class": (with_labels(lambda y: y + 0.5), r"index per example, \(batch,\)\.$"),
+    "int32 labels": (with_labels(Tensor.int), r"int32, .* such as their \.long\(\)\."),
+    "labels in a column": (with_labels(lambda y: y[:, None]), r"such as their \.squeeze\(1\)\."),
+    "one-hot labels": (
+        with_labels(lambda y: F.one_hot(y, CLASSES)),
+        r"such as their \.argmax\(1\)\.",
+    ),
+    "names of classes": (
+        with_labels(lambda y: NAMES),
+        r"shape \(8,\), <U1; .* torch\.as_tensor\(numpy\.unique\(labels, return_inverse=True",
+    ),
+    "a list of labels": (with_labels(Tensor.tolist), r"a list of 8 \(int\); .*torch\.as_tensor"),
+    "classes from 1": (
+        with_labels(lambda y: y + 1),
+        r"labels are 1\.\.3; .* 0\.\.2, so subtract 1\.",
+    ),
+    "an ignored label": (
+        with_labels(lambda y: y * 0 - 100),
+        r"labels are -100\.\.-100; .* 0\.\.2\.",
+    ),
+    "float labels to evaluate": (
+        lambda: evaluation(pair()[1].float()),
+        r"the loss failed \(.*\), where the labels are a tensor .*such as their \.long\(\)\.",
+    ),
+    "one-hot labels to evaluate": (
+        lambda: evaluation(F.one_hot(pair()[1], CLASSES)),
+        r"the loss failed .*such as their \.argmax\(1\)\.",
+    ),
+    "classes from 1 to evaluate": (
+        lambda: evaluation(pair()[1] + 1),
+        r"from 1 to 3; expected .* from 0 to C - 1",
+    ),
+    "fewer labels than inputs": (
+        lambda: fit_of(pair()[0], pair(6)[1]),
+        "^outer inputs 8 rows, outer labels 6 rows; expected one number of rows",
+    ),
+    "fewer inputs than labels": (
+        lambda: fit_of(pair(6)[0], pair()[1]),
+        "^outer inputs 6 rows, outer labels 8 rows; expected one number of rows",
+    ),
+    "no rows to train on": (
+        lambda: fit_of(pair(0)[0], pair(0)[1]),
+        "^outer inputs 0 rows, outer labels 0 rows; expected one row or more",
+    ),
+    "another student": (
+        with_another("student"),
+        "another network was put into the trainer, .*; expected a new trainer",
+    ),
+    "another student after a step": (
+        with_another("student", steps=1),
+        "another network was put into the trainer, .*; expected a new trainer",
+    ),
+    "another teacher after a step": (
+        with_another("teacher", steps=1),
+        "another network was put into the trainer, .*; expected a new trainer",
+    ),
+    "another network with losses": (
+        with_another("student", of_losses, steps=1),
+        "another network was put into the trainer, .*; expected a new trainer",
+    ),
+    "an option with a letter less": (
+        lambda: metapl.BilevelTrainer(network(), network(), precison="bfloat16"),  # type: ignore[call-arg]
+        "BilevelTrainer has no option 'precison'; did you mean precision",
+    ),
+    "an option of other libraries": (
+        lambda: metapl.BilevelTrainer(network(), network(), lr=0.1),  # type: ignore[call-arg]
+        "BilevelTrainer has no option 'lr'; expected one of .*inner_optimizer",
+    ),
+    "no mode": (
+        lambda: metapl.BilevelTrainer(network(), network(), None),  # type: ignore[arg-type]
+        r"mode=None: expected an estimator, or one of .*, none\.$",
+    ),
+}
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_wrong_call_is_refused_in_a_line(case: str) -> None:
     call, words = REFUSED[case]
     with pytest.raises(MetaplError, match=words) as refusal:
         call()
     assert len(str(refusal.value).splitlines()) == 1
+
+
+# Calls that torch refuses in its own words, and what stands beside these.
+NOTED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "a wrong width of the inner batch": (
+        lambda: step(inner=torch.randn(5, 3)),
+        RuntimeError,
+        r"in the student \(Sequential\), on the inner batch: tensor \(5, 3\)",
+    ),
+    "a wrong width of the outer batch": (
+        lambda: step((torch.randn(5, 3), torch.arange(5) % 3)),
+        RuntimeError,
+        r"in the student \(Sequential\), on the outer batch: tensor \(5, 3\)",
+    ),
+    "a teacher of another width": (
+        lambda: step(teacher=nn.Linear(3, CLASSES)),
+        RuntimeError,
+        r"in the teacher \(Linear\), on the inner batch: tensor \(8, 4\)",
+    ),
+    "a wrong width in a fit": (
+        lambda: fit_of(torch.randn(ROWS, 3), pair()[1]),
+        RuntimeError,
+        r"in the student \(Sequential\), on the outer batch: tensor \(4, 3\)",
+    ),
+    "a wrong width to predict": (
+        lambda: metapl.BilevelTrainer(network(), network()).predict(torch.randn(5, 3)),
+        RuntimeError,
+        r"in the network \(Sequential\): tensor \(5, 3\)",
+    ),
+    "a wrong width to evaluate": (
+        lambda: metapl.BilevelTrainer(network(), network()).evaluate(
+            (torch.ones(5, 3), pair(5)[1])
+        ),
+        RuntimeError,
+        r"in the network \(Sequential\): tensor \(2, 3\)",
+    ),
+    "one example to predict": (
+        lambda: metapl.BilevelTrainer(Flat(), Flat()).predict(pair()[0][0]),
+        IndexError,
+        r"\(Flat\): tensor \(4,\); expected a row for each example, such as x\[None\]",
+    ),
+    "fewer labels than inputs": (
+        lambda: step((pair()[0], pair(6)[1])),
+        ValueError,
+        r"in a step on outer inputs tensor \(8, 4\), outer labels tensor \(6,\), inner inputs",
+    ),
+    "one row for batch norm": (
+        lambda: step(pair(1), teacher=with_norm(), student=with_norm()),
+        ValueError,
+        r"in the student \(Sequential\), on the outer batch: tensor \(1, 4\)",
+    ),
+    "inputs without memory": (
+        lambda: step(inner=pair()[0].to("meta")),
+        RuntimeError,
+        r"tensor \(8, 4\) on meta",
+    ),
+}
+
+
+class Flat(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(1))
+
+
+def with_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(WIDTH, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))
+
+
+@pytest.mark.parametrize("case", NOTED)
+def test_torchs_own_errors_have_a_note_of_network_and_batch(case: str) -> None:
+    call, kind, words = NOTED[case]
+    with pytest.raises(kind) as failure:
+        call()
+    assert not isinstance(failure.value, MetaplError)
+    (note,) = failure.value.__notes__
+    assert re.search(words, note), note
 
 
 def test_a_penalty_in_micro_batches_warns_of_nothing() -> None:

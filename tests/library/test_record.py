@@ -795,9 +795,9 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
         ),
         (
             (OUTER[0].float(), OUTER[1]),
-            "the inputs are float32, and the weights of .* float64",
+            "the student's inputs are float32, and the weights of .* float64; .* student.float",
         ),
-        ((OUTER[0], OUTER[1] + 1), "the labels reach outside 0..2"),
+        ((OUTER[0], OUTER[1] + 1), r"the labels are 1\.\.3; .*expected 0\.\.2"),
     ],
 )
 def test_an_outer_set_that_cannot_be_read_is_said_before_the_replay(
