@@ -481,8 +481,8 @@ class Images:
             such as 0.2: the same pictures whatever the seed is.
         unlabeled_batch: number of unlabeled pictures in each step.
         minutes: minutes of the clock that the training may take, with its labeling and finetuning.
-            The number of steps is planned as it begins, and where the machine becomes slower, some
-            are skipped. By default it takes 5.
+            The number of steps is planned as it begins. Where the machine becomes slower, or all
+            steps of finetuning take too long, some are skipped. By default it takes 5.
     """
 
     name: ClassVar[str] = "images"

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from metapl.apps.pace import spoken_counts
 from metapl.apps.printing import short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
@@ -30,10 +31,10 @@ class Runs:
     """List the runs below a folder, the newest last.
 
     The line of a finished run has the accuracy of the network that it delivers, on test or
-    validation examples, and names its networks that are not better than guessing, and how many of
-    its steps were skipped to keep to --minutes. The line of another run says how many of its steps
-    are done, and whether it is running, interrupted or damaged. A run is a folder with a
-    recipe.json; other folders are passed over.
+    validation examples, and names its networks that are not better than guessing, and the steps of
+    each phase that were taken where some were skipped to keep to --minutes. The line of another run
+    says how many of its steps are done, and whether it is running, interrupted or damaged. A run is
+    a folder with a recipe.json; other folders are passed over.
 
     Args:
         folder: folder to look in, with all folders below it; or the folder of a run.
@@ -97,7 +98,7 @@ def text_of(entries: Sequence[Mapping[str, Any]]) -> str:
             notes.append(f"{name}: {shown(entry['why'])}")
         else:
             steps = f"{entry['steps']:,}"
-            if state != "finished":
+            if entry["done"] != entry["steps"] or state != "finished":
                 steps = f"{entry['done']:,}/{steps}"
             phase = entry.get("phase", "fit")
             if phase != "fit":
@@ -109,7 +110,8 @@ def text_of(entries: Sequence[Mapping[str, Any]]) -> str:
             )
             notes.append(f"{name}: not better than guessing: {named}")
         if entry.get("skipped"):
-            notes.append(f"{name}: {entry['skipped']:,} of its steps were skipped, to end in time")
+            taken = spoken_counts(entry["steps_by_phase"])
+            notes.append(f"{name}: to end in time not all steps were taken: {taken}")
         if "accuracy" in entry:
             low, high = entry["interval"]
             state = (
@@ -150,11 +152,16 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
 
 def _reached(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run that has ended reached."""
+    counts = result.get("steps_by_phase", {})
+    done = result["steps"]
+    if "fit" in counts:
+        done = counts["fit"]["taken"]
     reached: dict[str, Any] = {
         "state": "finished",
         "steps": result["steps"],
-        "done": result["steps"],
+        "done": done,
         "skipped": result.get("skipped_steps", 0),
+        "steps_by_phase": counts,
     }
     part = "validation"
     examples = result["validation_size"]

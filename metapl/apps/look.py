@@ -22,7 +22,7 @@ from metapl.apps.data import Data
 from metapl.apps.images import MOST_SET_ASIDE, SET_ASIDE, SPLIT_FROM, Images, Pictures
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
-from metapl.apps.pace import LEAST_SHARE, SHARE, Timetable, parts_of
+from metapl.apps.pace import FINETUNED, LEAST_SHARE, SHARE, Timetable, parts_of
 from metapl.apps.settings import with_flags, with_stored
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -650,18 +650,26 @@ def steps_within(
 ) -> int:
     """Return the number of steps that fit into the minutes of a timetable, rounded to two digits.
 
-    What labeling and finetuning take is not theirs; ``say`` is told where little is left.
+    What labeling and finetuning take is not theirs; ``say`` is told where little is left. Steps of
+    finetuning are skipped then, and labeling is done whole.
     """
     stopwatch = timed(config, method, timetable)
     minutes = timetable.minutes or MINUTES
     seconds = SHARE * 60 * minutes
     seconds_of_steps = max(seconds - stopwatch.beside, LEAST_SHARE * seconds)
     if seconds - stopwatch.beside < seconds_of_steps:
-        beside = spoken_time(stopwatch.beside)
-        say(
-            f"note: labeling and finetuning take about {beside} beside the steps, which is too "
-            f"long for --minutes {minutes:g}: it will take longer"
-        )
+        whole = stopwatch.beside - stopwatch.finetuning
+        if seconds_of_steps + whole > FINETUNED * 60 * minutes:
+            say(
+                f"note: labeling takes about {spoken_time(whole)} beside the steps, which is too "
+                f"long for --minutes {minutes:g}: it will take longer"
+            )
+        else:
+            say(
+                f"note: all {config.fitting.finetune_steps:,} steps of finetuning would take about "
+                f"{spoken_time(stopwatch.finetuning)}, which is too long for --minutes "
+                f"{minutes:g}: some of them will be skipped"
+            )
     timetable.reserved = seconds - seconds_of_steps
     steps = seconds_of_steps / stopwatch.per_step
     return max(1, int(float(f"{steps:.2g}")))
@@ -724,7 +732,9 @@ def timed(config: Images, method: Method, timetable: Timetable) -> Stopwatch:
         if trained.finetunes and config.fitting.finetune_steps:
             finetuner = config.finetuner(student)
             trainer = LossTrainer(student, optimizer=finetuner, **config.trainer_options())
+            whole = stopwatch.beside
             stopwatch.fit(trainer, data.finetuning, None, steps=config.fitting.finetune_steps)
+            stopwatch.finetuning = stopwatch.beside - whole
     return stopwatch
 
 
@@ -753,9 +763,10 @@ class Stopwatch:
         self.timetable = timetable
 
         # Seconds of a step, in the mean over all of the training, by the phases so far; and those
-        # of what takes as long whatever the number of steps is.
+        # of what takes as long whatever the number of steps is, with finetuning.
         self.per_step = 0.0
         self.beside = 0.0
+        self.finetuning = 0.0
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         """Take some steps of each kind, and count them as often as the phase has them."""

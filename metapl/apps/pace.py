@@ -65,7 +65,8 @@ class Timetable:
         parts: of each phase, by its name.
         reserved: seconds for labeling and finetuning.
         phases: how many phases there are.
-        skipped: how many steps were skipped.
+        counts: of each phase so far that keeps to its time, how many of its steps were taken, and
+            how many skipped.
     """
 
     clock: Callable[[], float] = time.monotonic
@@ -74,11 +75,16 @@ class Timetable:
     parts: dict[str, Sequence[Part]] = field(default_factory=dict)
     reserved: float = 0.0
     phases: int = 0
-    skipped: int = 0
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.begun = self.clock()
         self.program_begun = self.begun
+
+    @property
+    def skipped(self) -> int:
+        """Return how many steps were skipped."""
+        return sum(count["skipped"] for count in self.counts.values())
 
     def state_dict(self) -> dict[str, Any]:
         parts = {phase: [*map(astuple, parts)] for phase, parts in self.parts.items()}
@@ -87,7 +93,7 @@ class Timetable:
             "parts": parts,
             "reserved": self.reserved,
             "phases": self.phases,
-            "skipped": self.skipped,
+            "counts": self.counts,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -95,7 +101,7 @@ class Timetable:
         self.parts = {phase: [Part(*p) for p in parts] for phase, parts in state["parts"].items()}
         self.reserved = state["reserved"]
         self.phases = state["phases"]
-        self.skipped = state["skipped"]
+        self.counts = state["counts"]
 
     def pacers(self, phase: str, steps: int) -> list[Pacer]:
         """Return what keeps a phase to its time; nothing where there is none.
@@ -108,9 +114,9 @@ class Timetable:
             # Its steps are alike, whatever they take.
             parts: Sequence[Part] = [Part(0.0, 1.0, 1.0)]
             ends = self.begun + FINETUNED * 60 * self.minutes
-            return [Pacer(self, parts, steps=steps, ends=ends)]
+            return [Pacer(self, phase, parts, steps=steps, ends=ends)]
         if phase not in self.parts:
-            return [Pacer(self, [], steps=steps, ends=self.begun)]
+            return [Pacer(self, phase, [], steps=steps, ends=self.begun)]
         # About as much of what is beside the steps has been done as of the phases.
         self.phases = max(self.phases, len(self.parts))
         reserved = self.reserved * len(self.parts) / self.phases
@@ -119,7 +125,7 @@ class Timetable:
         # What phases leave that come after this one.
         others = [part for parts in self.parts.values() for part in parts]
         later = steps * sum(part.seconds_after(0.0) for part in others)
-        return [Pacer(self, parts, steps=steps, ends=ends - later)]
+        return [Pacer(self, phase, parts, steps=steps, ends=ends - later)]
 
 
 class Pacer:
@@ -130,16 +136,18 @@ class Pacer:
     of a step go on as they were planned.
 
     Args:
-        timetable: counts the steps that are skipped.
+        timetable: counts the steps that are taken, and those that are skipped.
+        phase: its name.
         parts: of the phase.
         steps: of the phase.
         ends: when it has to be done, by the clock, if all goes at the measured pace.
     """
 
     def __init__(
-        self, timetable: Timetable, parts: Sequence[Part], *, steps: int, ends: float
+        self, timetable: Timetable, phase: str, parts: Sequence[Part], *, steps: int, ends: float
     ) -> None:
         self.timetable = timetable
+        self.phase = phase
         self.parts = parts
         self.steps = steps
         self.ends = ends
@@ -167,8 +175,14 @@ class Pacer:
         for name in COUNTS:
             setattr(self, name, state[name])
 
-    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> None:
-        """Have nothing to say of a row."""
+    def __call__(self, step: int, row: Mapping[str, float], trainer: Any) -> dict[str, int]:
+        """Return for a row how many steps of the phase were skipped, where some were."""
+        skipped = self.count()["skipped"]
+        return {"skipped_steps": skipped} if skipped else {}
+
+    def count(self) -> dict[str, int]:
+        """Return how many steps of the phase were taken, and how many skipped, to be counted on."""
+        return self.timetable.counts.setdefault(self.phase, {"taken": 0, "skipped": 0})
 
     def skips(self, fit: Fit) -> bool:
         """Skip the next step of a fit where there is no time for it, and return whether it was.
@@ -196,10 +210,11 @@ class Pacer:
         self.last_time = now
         self.credit += self.share_to_take(step, now)
         if self.credit < 1.0 and not is_needed:
-            self.timetable.skipped += 1
+            self.count()["skipped"] += 1
             return False
         self.credit = max(self.credit - 1.0, 0.0)
         self.taken += 1
+        self.count()["taken"] += 1
         seconds = self.measured_left(step) - self.measured_left(step + 1)
         self.measured_seconds = MEMORY * self.measured_seconds + seconds
         return True
@@ -225,3 +240,18 @@ def parts_of(bounds: Sequence[int], seconds: Sequence[float]) -> list[Part]:
     for (first, last), seconds_of_step in zip(pairwise(bounds), seconds, strict=True):
         parts.append(Part(first / steps, last / steps, seconds_of_step))
     return parts
+
+
+def spoken_counts(counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Return how many steps of each phase were taken, of those that were planned so far.
+
+    >>> spoken_counts({"finetune": {"taken": 9, "skipped": 1}, "fit": {"taken": 9, "skipped": 3}})
+    'fit 9 of 12, finetune 9 of 10'
+    """
+    phases = []
+    # A file of JSON has them by their names, and finetuning comes last.
+    for phase in sorted(counts, key=lambda name: name == FINETUNING):
+        count = counts[phase]
+        planned = count["taken"] + count["skipped"]
+        phases.append(f"{phase} {count['taken']:,} of {planned:,}")
+    return ", ".join(phases)

@@ -19,7 +19,7 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import read_labels, write_all_labels
 from metapl.apps.measured import Measured, evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
-from metapl.apps.pace import FINETUNING, Timetable
+from metapl.apps.pace import FINETUNING, Timetable, spoken_counts
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
@@ -225,6 +225,7 @@ def train(
         "warnings": phases.warnings,
         "class_counts": phases.class_counts,
         "skipped_steps": phases.timetable.skipped,
+        "steps_by_phase": phases.timetable.counts,
         **baseline,
         **networks[chosen].accuracies(),
     }
@@ -241,8 +242,8 @@ def train(
         write_report(run, tested)
     if phases.timetable.skipped:
         say(
-            f"note: {phases.timetable.skipped:,} steps were skipped to keep to --minutes "
-            f"{phases.timetable.minutes:g}: they took longer than was measured at the start"
+            f"note: to keep to --minutes {phases.timetable.minutes:g} not all steps were taken: "
+            f"{spoken_counts(phases.timetable.counts)}"
         )
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)

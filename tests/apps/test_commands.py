@@ -299,7 +299,8 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         shutil.copytree(tiny, tmp_path / name)
     for name in ("stopped", "held"):
         (tmp_path / name / "result.json").unlink()
-    edited(tmp_path / "mine" / "result.json", skipped_steps=2)
+    counts = {"fit": {"taken": 4, "skipped": 2}, "finetune": {"taken": 1, "skipped": 0}}
+    edited(tmp_path / "mine" / "result.json", skipped_steps=2, steps_by_phase=counts)
     (tmp_path / "deep/er/broken/result.json").write_text("{")
     (tmp_path / "foreign").mkdir()
     (tmp_path / "link").symlink_to(tiny)
@@ -327,11 +328,12 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         6,
     )
     assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
-    skipped = "mine: 2 of its steps were skipped, to end in time"
+    skipped = "mine: to end in time not all steps were taken: fit 4 of 6, finetune 1 of 1"
     for words in (
         "running",
         "interrupted",
         "result.json",
+        " 4/6 ",
         skipped,
         f"{100 * mine['accuracy']:.1f} (",
     ):

@@ -315,6 +315,13 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
     timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.1)
     assert steps_within(finetuned, supervised, timetable) == 310
     assert timetable.reserved == pytest.approx(2.0)
+    # With half of the time for other steps it would end in time, without some of its own.
+    ticks = itertools.count()
+    timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.05)
+    said: list[str] = []
+    assert steps_within(finetuned, supervised, timetable, said.append) == 130
+    (note,) = said
+    assert note.endswith("too long for --minutes 0.05: some of them will be skipped")
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -336,7 +343,8 @@ def test_labeling_is_not_the_time_of_steps(tmp_path: Path) -> None:
         timetable = Timetable(clock, minutes=minutes)
         assert steps_within(settings, method, timetable, said.append) == steps
         assert len(said) == notes
-    assert "too long for --minutes 0.001" in said[-1]
+    assert said[-1].startswith("note: labeling takes about")
+    assert said[-1].endswith("too long for --minutes 0.001: it will take longer")
 
 
 def small_settings(root: Path, **length: Any) -> Images:

@@ -67,9 +67,10 @@ def fitted(
 
 def test_at_the_measured_pace_or_faster_every_step_is_taken() -> None:
     for slowness in ([1.0], [0.5]):
-        taken, timetable, _ = fitted(slowness, Clock())
+        taken, timetable, result = fitted(slowness, Clock())
         assert taken == [*range(STEPS)]
-        assert timetable.skipped == 0
+        assert timetable.counts == {"fit": {"taken": STEPS, "skipped": 0}}
+        assert not any("skipped_steps" in row for row in result.history)
 
 
 @pytest.mark.parametrize("slowness", [[2.0], [1.0, 3.0], [3.0, 1.0], [1.0, 1.0, 1.0, 6.0]])
@@ -80,6 +81,9 @@ def test_on_a_slower_machine_an_even_part_is_skipped_and_the_fit_ends_in_time(
     taken, timetable, result = fitted(slowness, clock)
     assert 55 < clock.now < 64
     assert len(taken) == STEPS - timetable.skipped < STEPS
+    assert timetable.counts == {"fit": {"taken": len(taken), "skipped": STEPS - len(taken)}}
+    # The rows say so, of all steps until then.
+    assert result.history[-1]["skipped_steps"] == timetable.skipped
     # The rate falls to the end as it was planned, and rows are recorded as often.
     assert [row["step"] for row in result.history] == [*range(20, STEPS + 1, 20)]
     rates = [row["lr"] for row in result.history]
@@ -104,6 +108,8 @@ def test_a_resumed_fit_has_the_minutes_that_are_left(slowness: float, tmp_path: 
     taken, timetable, _ = fitted([slowness], clock, resume=True, **options)
     assert taken[0] == 200
     assert (timetable.skipped > 0) == (slowness > 1)
+    # Those of the first part are counted too.
+    assert timetable.counts["fit"]["taken"] == 200 + len(taken)
     assert 58 < saved + clock.now - 1000 < 64
     assert timetable.begun == pytest.approx(1000 - saved)
 
