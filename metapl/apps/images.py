@@ -348,7 +348,10 @@ class Pictures:
         return Views(weak=weak, strong=strong, labeled=labeled, finetuned=finetuned, crop=None)
 
     def _medium_view(self, side: int | None) -> View:
-        """Return a view that moves pictures a little, in one sampling, and changes their colors."""
+        """Return a view that moves pictures a little, in one sampling, and changes their colors.
+
+        The colors of most are exchanged where that is asked for, as those of unlabeled ones are.
+        """
         affine = Affine(
             MEDIUM_ROTATION,
             SHIFT,
@@ -357,7 +360,11 @@ class Pictures:
             side=side,
         )
         color = Color(MEDIUM_COLOR, MEDIUM_COLOR, MEDIUM_COLOR)
-        return Chain((affine, color, Hole((MEDIUM_HOLE, MEDIUM_HOLE))))
+        changes: list[View] = [affine, color, Hole((MEDIUM_HOLE, MEDIUM_HOLE))]
+        if self.recolor:
+            # A few labels are learned by their colors where these stay.
+            changes.append(Sometimes(Recolor(), LABELED_STRONGLY))
+        return Chain(tuple(changes))
 
     def _mild_views(self, side: int | None) -> Views:
         """Return views that leave a picture as it is, but for its place and its direction."""

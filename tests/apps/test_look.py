@@ -185,6 +185,19 @@ def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays()
             assert found.recolor == (f"hue={HUE}" in repr(found.views().strong)) == asked
 
 
+@pytest.mark.parametrize("network", ["airbench_small", "pooled_cnn"])
+def test_colors_of_labeled_pictures_are_exchanged_as_is_said(network: str) -> None:
+    count = 400
+    images = torch.tensor([0.9, 0.5, 0.1])[:, None, None].expand(count, 3, 32, 32)
+    where: dict[str, Any] = {"seed": 7, "step": 3, "examples": torch.arange(count)}
+    for recolor in (False, True):
+        pictures = chosen(seen(32), network=network, recolor=recolor)
+        changed = pictures.views().labeled(images, **where)
+        still_red = int((changed.mean((2, 3)).argmax(1) == 0).sum())
+        # A quarter is not exchanged, and of the others a third ends red.
+        assert 160 < still_red < 240 if recolor else still_red == count
+
+
 @pytest.mark.parametrize("mirror", [False, True])
 def test_a_quarter_of_the_labeled_pictures_is_changed_mildly(*, mirror: bool) -> None:
     options: dict[str, Any] = {"network": "pooled_cnn", "mirror": mirror}
