@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metapl.apps.printing import as_flags
 from metapl.metrics import Evaluation, interval
 from metapl.run_folder import guessing
+
+# The share of the labeled examples that a network has right, from which on it has memorized them.
+MEMORIZED = 0.95
 
 
 def summary(content: Mapping[str, Any]) -> list[str]:
@@ -46,13 +49,13 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     guesses = guessing(content)
     if guesses:
         named = [f"the {words[name]} ({100 * value:.1f} %)" for name, value in guesses.items()]
-        lines.append(
-            f"Not shown to be better than guessing on {part}: {', '.join(named)}. It may need more "
-            "steps, or lower learning rates."
-        )
+        lines.append(f"Not shown to be better than guessing on {part}: {', '.join(named)}.")
     for warning in content.get("warnings", ()):
         lines.append(f"Warning of the training: {as_flags(warning)}.")
     lines += linear_baseline(content)
+    if guesses or is_behind_baseline(content):
+        names = [*guesses] or [content["delivered"]]
+        lines.append(next_try(content, names))
     return lines
 
 
@@ -69,7 +72,7 @@ def reason_of_delivery(content: Mapping[str, Any]) -> str:
 
 
 def linear_baseline(content: Mapping[str, Any]) -> list[str]:
-    """Return what the linear baseline reached, and what to do where the run is behind it."""
+    """Return what the linear baseline reached, and whether the run is behind it."""
     if "control_accuracy" not in content:
         return []
     part = "test" if "test_accuracy" in content else "validation"
@@ -79,24 +82,45 @@ def linear_baseline(content: Mapping[str, Any]) -> list[str]:
         f"The linear baseline, logistic regression on the {content['control_of']} of the "
         f"{examples} alone: {accuracy} on {part}."
     ]
-    if content[f"{part}_accuracy"] < content["control_accuracy"]:
-        lines.append(f"This run is behind its linear baseline. {next_try(content)}")
+    if is_behind_baseline(content):
+        lines.append("This run is behind its linear baseline.")
     return lines
 
 
-def next_try(content: Mapping[str, Any]) -> str:
-    """Return what to do about a run that is behind its linear baseline."""
+def is_behind_baseline(content: Mapping[str, Any]) -> bool:
+    """Return whether a run that has a linear baseline reached less."""
+    part = "test" if "test_accuracy" in content else "validation"
+    reached = content.get(f"{part}_accuracy", 1.0)
+    return bool(reached < content.get("control_accuracy", 0.0))
+
+
+def next_try(content: Mapping[str, Any], networks: Sequence[str]) -> str:
+    """Return what to do about networks that are at chance, or behind the linear baseline."""
+    learned = min(content.get(f"{name}_labeled_accuracy", 0.0) for name in networks)
+    is_memorized = learned >= MEMORIZED
+    memorized = ""
+    if is_memorized:
+        memorized = f"The labeled examples are memorized: {100 * learned:.0f} % of them are right. "
     if content.get("recipe") == "digits":
+        if is_memorized:
+            return (
+                f"{memorized}Try more steps (it took {content.get('steps', 0):,}: --steps), more "
+                "labels (--labels-per-class), or other methods beside it (--compare)."
+            )
         return (
             f"Try more steps (it took {content.get('steps', 0):,}: --steps), other learning rates "
             "(--lr, and --student-lr where a teacher labels), or other methods beside it "
             "(--compare)."
         )
+    labels = "more labeled pictures"
+    if is_memorized:
+        # Other views of the labeled ones, and other pictures, are what tells more than these do.
+        labels = "more pictures, labeled ones or not"
     # The baseline sees the features of a backbone, where there is one.
     start = "training its head alone, or all of it (--tuning head, --tuning all)"
-    if content["control_of"] == "pixels":
+    if content.get("control_of", "pixels") == "pixels":
         start = "a pretrained network (--backbone NAME)"
-    return f"Try more time (--minutes), {start}, or more labeled pictures."
+    return f"{memorized}Try more time (--minutes), {start}, or {labels}."
 
 
 def spoken(accuracy: float, n: int, chance: float | None) -> str:

@@ -18,7 +18,7 @@ from sklearn.linear_model import LogisticRegression
 
 from metapl.apps.digits import METHODS
 from metapl.apps.report_picture import panels_of
-from metapl.apps.run_summary import linear_baseline, summary
+from metapl.apps.run_summary import linear_baseline, next_try, summary
 from metapl.apps.settings import with_flags, with_settings_of
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare
@@ -63,6 +63,10 @@ def test_a_dead_student_behind_a_healthy_teacher_is_said_everywhere(dead: tuple[
     listed = text_of("runs", str(out))
     assert re.search(r"not better than guessing: .*student \d+\.\d %", listed)
     (entry,) = json.loads(metapl("runs", str(out), "--json").stdout)
+    # The student has not learned the labels, though the teacher has.
+    assert "other learning rates (--lr, and --student-lr" in said
+    reached = result(out)
+    assert reached["student_labeled_accuracy"] < 0.5 < reached["teacher_labeled_accuracy"]
     assert "student" in entry["guessing"]
     assert "teacher" not in entry["guessing"]
     assert "Not shown to be better than guessing" in (out / "report.html").read_text()
@@ -86,7 +90,8 @@ def test_digits_have_the_linear_baseline_of_their_labeled_pixels(alive: tuple[Pa
     assert result["control_accuracy"] == pytest.approx(expected)
     assert f"of the labeled digits alone: {100 * expected:.1f} % on test" in said
     assert result["test_accuracy"] < expected
-    assert "This run is behind its linear baseline. Try more steps (it took 400: --steps)" in said
+    assert "This run is behind its linear baseline. The labeled examples are memorized" in said
+    assert "Try more steps (it took 400: --steps), more labels" in said
     ahead = {**result, "test_accuracy": 0.99}
     assert not [line for line in linear_baseline(ahead) if "behind" in line]
 
@@ -110,8 +115,15 @@ def test_a_run_behind_its_baseline_says_what_to_do_next(
         "control_of": control_of,
         "test_accuracy": 0.7,
     }
-    said = " ".join(linear_baseline(content))
+    assert linear_baseline(content)[-1] == "This run is behind its linear baseline."
+    said = next_try(content, ["student"])
     assert all(way in said for way in ways)
+    assert "memorized" not in said
+    # Lower rates do not help a network that has all labeled examples right.
+    said = next_try({**content, "student_labeled_accuracy": 0.975}, ["student"])
+    assert said.startswith("The labeled examples are memorized: 98 % of them are right. Try more ")
+    assert "--lr" not in said
+    assert ("--labels-per-class" if recipe == "digits" else "labeled ones or not") in said
 
 
 def reaching(accuracy: float) -> Measured:
@@ -188,6 +200,7 @@ def test_networks_that_guess_are_named_by_test_or_validation() -> None:
     known = {"delivered": "teacher", "delivered_by": "validation", "validation_accuracy": 0.6}
     lines = " ".join(summary({**result, **known}))
     assert "Not shown to be better than guessing on validation: the student (12.0 %)" in lines
+    assert lines.endswith(next_try(result, ["student"]))
 
 
 # ------------------------------------------------------------------------- the size of the feedback
