@@ -26,7 +26,8 @@ from typing import Any, Protocol
 import torch
 import tyro
 
-from metapl.apps.printing import as_flags, tell
+from metapl.apps.printing import as_flags, paragraphs, tell, wrapped
+from metapl.apps.refusals import read_words, refuse_unknown_command
 from metapl.errors import MetaplError, installation, needed_for
 from metapl.runs.fields import check_fields
 from metapl.runs.terminal import END, exit_code, is_heard
@@ -176,7 +177,7 @@ def run(words: Sequence[str]) -> int:
         finally:
             sys.stdout.flush()
     except SystemExit as end:
-        # Help was printed, or tyro has printed what is wrong.
+        # Help was printed.
         return int(end.code or 0)
     except KeyboardInterrupt as stopped:
         print("\nmetapl: stopped.", file=sys.stderr)
@@ -227,7 +228,9 @@ def tell_error(error: Exception) -> int | None:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             text = f"process {rank}: {text}"
-        tell(f"metapl: {text}", file=sys.stderr)
+        text = f"metapl: {text}"
+        # A program that reads the error has it in a line.
+        tell(wrapped(text) if sys.stderr.isatty() else text, file=sys.stderr)
         return 2
     if not isinstance(error, OSError):
         return None
@@ -269,17 +272,22 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
     """Return the name of the command that the words begin with, and its dataclass.
 
     Raises:
-        SystemExit: tyro has printed help or completion, or what is wrong.
-        MetaplError: the recipe of ``--config`` cannot be read.
+        SystemExit: tyro has printed help or completion.
+        MetaplError: a word is wrong, or the recipe of ``--config`` cannot be read.
     """
     name = command_named(words)
     if name is None:
         if [*words] == ["--version"]:
             print(f"metapl {version('metapl')}")
             raise SystemExit(0)
+        refuse_unknown_command(words, [*COMMANDS])
         commands = command_tree(is_complete="--tyro-print-completion" in words)
         description = f"{DESCRIPTION}\n\n{EXTRAS}\n\n  {installation('labels,onnx,timm')}"
-        commands.cli(prog="metapl", description=description, args=words, config=CONFIG)
+
+        def run_tree(arguments: Sequence[str]) -> None:
+            commands.cli(prog="metapl", description=description, args=arguments, config=CONFIG)
+
+        read_words(run_tree, "metapl", words)
         raise SystemExit(0)
     kind = COMMANDS[name].load()
     flags = words[len(name.split()) :]
@@ -288,8 +296,21 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
     if hasattr(kind, "default_for"):
         # Its flags, and their defaults, depend on some of them.
         default = kind.default_for(flags)
-    command = tyro.cli(kind, prog=f"metapl {name}", args=flags, default=default, config=CONFIG)
-    return name, command
+    program = f"metapl {name}"
+    description = paragraphs(kind.__doc__ or "")
+
+    def read(arguments: Sequence[str]) -> Command:
+        command: Command = tyro.cli(
+            kind,
+            prog=program,
+            description=description,
+            args=arguments,
+            default=default,
+            config=CONFIG,
+        )
+        return command
+
+    return name, read_words(read, program, flags)
 
 
 def refuse_lacking_truth(command: str, flags: Sequence[str]) -> None:

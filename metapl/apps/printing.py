@@ -6,6 +6,7 @@ What a file is called must not move the cursor, or turn the line.
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import itertools
 import re
@@ -22,6 +23,9 @@ from metapl.words import shown
 
 # Columns of text.
 WIDTH = 80
+
+# The flags that are called otherwise than their fields.
+NAMED_OTHERWISE = {"recipe": "config", "replicate": "mesh.replicate", "shard": "mesh.shard"}
 
 # What a cell begins with that a spreadsheet takes for a formula.
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -77,11 +81,21 @@ def tell(*parts: object, file: TextIO | None = None) -> None:
 def as_flags(text: str) -> str:
     """Return a message of the library with the arguments that are flags called as the flags.
 
+    >>> as_flags("Fitting(labeled_batch=-1): expected a whole number >= 1 or None.")
+    '--labeled-batch -1: expected a whole number >= 1.'
     >>> as_flags("leave out feedback_weight, or give feedback_bound=0.1")
     'leave out --feedback-weight, or give --feedback-bound 0.1'
     >>> as_flags("step-4 was begun otherwise (lr was 0.1, now 0.2); or give resume='anyway'.")
     'step-4 was begun otherwise (lr was 0.1, now 0.2); put it back, or take another --out.'
     """
+    field = re.match(r"[A-Z]\w*\((\w+)=(.*?)\): (expected .*)", text)
+    if field:
+        name, value, expected = field.groups()
+        flag = NAMED_OTHERWISE.get(name, name).replace("_", "-")
+        # Several values stand behind a flag without brackets and commas, and texts without quotes.
+        typed = re.sub(r"[()',]", "", value)
+        # None is no value that can be typed.
+        text = f"--{flag} {typed}: {expected.replace(' or None', '')}"
     # The command compares whatever is resumed.
     text = text.replace("or give resume='anyway'", "put it back, or take another --out")
     # The optimizer is no flag.
@@ -96,6 +110,19 @@ def wrapped(text: str) -> str:
     for line in text.split("\n"):
         lines.append(textwrap.fill(line, WIDTH, break_on_hyphens=False, break_long_words=False))
     return "\n".join(lines)
+
+
+def paragraphs(docstring: str) -> str:
+    """Return what a docstring says before its arguments, in paragraphs :data:`WIDTH` wide.
+
+    Their further lines are indented: tyro would join lines that begin with a letter.
+    """
+    description, _, _ = inspect.cleandoc(docstring).partition("\n\nArgs:")
+    texts = []
+    for paragraph in description.split("\n\n"):
+        text = " ".join(paragraph.split())
+        texts.append(textwrap.fill(text, WIDTH, subsequent_indent="  "))
+    return "\n\n".join(texts)
 
 
 def cell(text: str) -> str:

@@ -100,7 +100,7 @@ REFUSED = {
     "train digits --stepz 3": "--stepz",
     f"{DIGITS} --method fixmach": "fixmatch",
     f"{DIGITS} --mode forwad": "forward",
-    f"{DIGITS} --lr 0": "lr=0.0",
+    f"{DIGITS} --lr 0": "--lr 0.0: expected a number > 0",
     f"{DIGITS} --wait 6": "--wait",
     f"{DIGITS} --mode reinforce --pseudo-labels soft": "labels",
     f"{DIGITS} --mesh.replicate 2": "torchrun",
@@ -132,7 +132,7 @@ REFUSED = {
     "train images --resume --out {run}": "go on with it by metapl train digits --resume --out",
     "noisy-student images --resume --out {colors}": "by metapl train images --resume --out",
     "noisy-student digits --config {run}/recipe.json": "by metapl train digits --config",
-    f"{IMAGES} --minutes 0": "minutes=0.0",
+    f"{IMAGES} --minutes 0": "--minutes 0.0: expected a number > 0",
     f"{IMAGES} --weights {{new}}/none.pt": "no such file",
     f"{IMAGES} --method reduced_mpl --labeled-labels x": "--labels",
     f"{IMAGES} --steps 4": "test",  # pictures of which are those that are learned from

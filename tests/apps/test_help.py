@@ -11,40 +11,45 @@ import pytest
 from command import metapl
 
 from metapl.apps.commands import TrainImages
-from metapl.apps.main import COMMANDS, TRUE_OR_FALSE
-from metapl.errors import origin
+from metapl.apps.main import COMMANDS, TRUE_OR_FALSE, tell_error
+from metapl.errors import MetaplError, origin
 
 IMAGES = "train images --labeled few --unlabeled many"
 
 # Wrong command lines, each with words that are said of it.
 WRONG = {
     "": ("train", "predict"),
-    "trian": ("trian", "train", "predict"),
-    "train": ("images", "digits"),
-    "train imges": ("imges", "images", "digits"),
-    f"{IMAGES} --steps abc": ("--steps", "abc"),
-    f"{IMAGES} --steps 0": ("steps=0", "a whole number >= 1"),
-    f"{IMAGES} --minutes soon": ("--minutes", "soon"),
+    "trian": ("metapl: metapl has no trian; expected train, ", "; did you mean train?"),
+    "train": ("metapl: metapl train was typed alone; expected images or digits behind it.",),
+    "train imges": ("metapl train has no imges; expected images or digits; did you mean images?",),
+    "train table --labeled few": ("metapl train has no table; expected images or digits.",),
+    f"{IMAGES} --steps abc": ("metapl: --steps abc: expected a whole number.",),
+    f"{IMAGES} --steps 0": ("metapl: --steps 0: expected a whole number >= 1",),
+    f"{IMAGES} --lr -0.1": ("metapl: --lr -0.1: expected a number > 0.",),
+    f"{IMAGES} --minutes -1": ("metapl: --minutes -1.0: expected a number > 0 and <= 527,040.",),
+    f"{IMAGES} --minutes soon": ("metapl: --minutes soon: expected a number.",),
     f"{IMAGES} --grey maybe": ("--grey maybe was given; expected --grey True or --grey False.",),
     f"{IMAGES} --mirror": ("--mirror was given; expected --mirror True or --mirror False.",),
     f"{IMAGES} --mirror --steps 9": ("expected --mirror True or --mirror False.",),
     "train digits --warm_start=yes": ("--warm-start yes was given; expected --warm-start True",),
-    f"{IMAGES} --stepz 4": ("--stepz", "--steps"),
+    f"{IMAGES} --stepz 4": ("--stepz: there is no such flag; did you mean --steps?",),
+    "train images --labled few": ("--labled: there is no such flag; did you mean --labeled",),
     f"{IMAGES} --steps": ("Missing value", "--steps"),
-    f"{IMAGES} --method mlp": ("mlp", "--method", "mpl"),
+    f"{IMAGES} --method mlp": ("--method mlp: expected one of uda, ", "; did you mean mpl?"),
+    f"{IMAGES} --method fixmach": ("; did you mean fixmatch?",),
     f"{IMAGES} --method": ("Missing value", "--method"),
     f"{IMAGES} --config": ("Missing value", "--config"),
     "train images": ("--labeled", "required"),
     "train digits --method uda --mode forward": ("--mode",),
-    "train digits --mode implicit": ("implicit", "--mode", "forward"),
-    "train digits --mesh.shard -1": ("a number of processes >= 1",),
+    "train digits --mode implicit": ("--mode implicit: expected one of ", "forward"),
+    "train digits --mesh.shard -1": ("--mesh.shard -1: expected a number of processes >= 1",),
     "train digits extra": ("extra",),
     "train digits --config .": ("is a folder; expected the recipe.json of a run",),
     "noisy-student digits --rounds two": ("--rounds", "two"),
     "ablate digits --modes none none": ("expected one or more", "each once"),
     "ablate": ("--factory", "required"),
     "evaluate": ("RUN", "required"),
-    "evaluate run --attack pgd --eps -2": ("eps=(-2.0,)", "each a number >= 0"),
+    "evaluate run --attack pgd --eps -2": ("--eps -2.0: expected several, each a number >= 0",),
     "predict run x.png --top all": ("--top", "all"),
 }
 
@@ -55,9 +60,12 @@ def test_a_wrong_command_line_is_refused(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = metapl(*shlex.split(line), code=2)
-    said = unboxed(done.stderr)
+    said = done.stderr
     for words in WRONG[line]:
         assert words in said
+    # It is one line, for a program that reads it.
+    assert said.startswith("metapl: ")
+    assert said.count("\n") == 1
     assert done.stdout == ""
     assert "Traceback" not in said
     assert not [*tmp_path.iterdir()]
@@ -111,6 +119,23 @@ def test_the_help_of_a_method_has_its_flags() -> None:
     help_of_mpl = metapl("train", "images", "--method=mpl", "--help").stdout
     assert "--wait" in help_of_mpl
     assert "Train a student on a teacher's labels" in help_of_mpl
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_as_wide_as_a_terminal(name: str) -> None:
+    text = metapl(*name.split(), "--help").stdout
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_an_error_is_broken_into_lines_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "a folder of pictures was given " * 5
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        assert tell_error(MetaplError(text.strip())) == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert (max(map(len, lines)) <= 80) == (len(lines) > 1) == is_terminal
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")

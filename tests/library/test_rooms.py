@@ -29,7 +29,7 @@ FLOORS = (
     ("functional", "guards", "labels", "networks", "processes", "protocols", "robustness"),
     ("run_folder", "training"),
     ("ablation", "integrations", "noisy_student"),
-    ("apps.printing", "apps.progress"),
+    ("apps.printing", "apps.progress", "apps.refusals"),
     ("apps.settings", "apps.web", "apps.data", "apps.pace"),
     ("apps.backbone", "apps.inputs"),
     ("apps.list_runs", "apps.compare_runs", "apps.labeling"),
