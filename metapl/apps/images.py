@@ -482,7 +482,7 @@ class Images:
         unlabeled: folder of unlabeled pictures, or a .txt file of their paths. By default it is
             --labeled, whose pictures are learned without their labels too.
         val: folder of other labeled pictures, by which the best network is selected. By default a
-            part of --labeled is set aside.
+            part of --labeled is set aside, if these are 250 pictures or more, and none of fewer.
         test: folder of other labeled pictures, on which the accuracy is reported at the end.
         test_fraction: share of each class of --labeled that is held out in the place of --test,
             such as 0.2: the same pictures whatever the seed is.
@@ -610,10 +610,8 @@ class Images:
         with count_bar(f"looking at {word} files", progress, len(files)) as count:
             verified = verify_files(files, progress=count, levels=self.pictures.levels)
         if verified.skipped:
-            say(
-                f"{name}: {len(verified.skipped):,} of {len(files):,} files are left "
-                f"out\n{verified.summary()}"
-            )
+            reasons = "; ".join(verified.summary().splitlines())
+            say(f"{name}: of {len(files):,} files, {reasons}")
         if not verified.sound:
             raise MetaplError(f"none of the {len(files)} pictures in {files.root} can be read.")
         for file, reason in verified.skipped.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from metapl.apps.printing import tell
+from metapl.apps.printing import tell_wrong
 from metapl.errors import MetaplError, few
 from metapl.metrics import Evaluation
 from metapl.networks.card import Input
@@ -218,7 +217,7 @@ class Inputs:
                     names.append(file)
                 except MetaplError as error:
                     self.skipped += 1
-                    tell(f"metapl: left out {error}", file=sys.stderr)
+                    tell_wrong(f"left out {error}")
             if names:
                 yield names, torch.stack(pictures)
 
@@ -303,7 +302,7 @@ class HeldOut:
         if fields.get("labeled"):
             notes += copies_of_training(fields, files)
         for note in notes:
-            tell(f"metapl: note: {note}", file=sys.stderr)
+            tell_wrong(f"note: {note}")
         return files
 
     def __len__(self) -> int:

@@ -120,6 +120,8 @@ def choose_settings(
     # 2. A run that is resumed has its settings.
     few = config.scan("labeled")
     many = config.scan("unlabeled")
+    # What is wrong with them is said of the paths as they were typed.
+    held_out = [config.scan(name) for name in ("val", "test") if name in config.parts]
     config = with_whole_paths(config, weights, classes=few.classes)
     if stored is not None:
         minutes = stored.get("minutes")
@@ -131,7 +133,6 @@ def choose_settings(
 
     # 3. What the folders and some of their pictures show.
     config.check_first()
-    held_out = [config.scan(name) for name in ("val", "test") if name in config.parts]
     levels = find_levels([few, many], held_out, say)
     config = dataclasses.replace(
         config, pictures=dataclasses.replace(config.pictures, levels=levels)

@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch
 import tyro
 
-from metapl.apps.printing import as_flags, paragraphs, tell, wrapped
+from metapl.apps.printing import as_flags, paragraphs, tell_wrong
 from metapl.apps.refusals import read_words, refuse_unknown_command
 from metapl.errors import MetaplError, installation, needed_for
 from metapl.runs.fields import check_fields
@@ -228,9 +228,7 @@ def tell_error(error: Exception) -> int | None:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             text = f"process {rank}: {text}"
-        text = f"metapl: {text}"
-        # A program that reads the error has it in a line.
-        tell(wrapped(text) if sys.stderr.isatty() else text, file=sys.stderr)
+        tell_wrong(text)
         return 2
     if not isinstance(error, OSError):
         return None

@@ -78,6 +78,15 @@ def tell(*parts: object, file: TextIO | None = None) -> None:
     print(" ".join(shown(part, keep="\n") for part in parts), file=file or sys.stdout, flush=True)
 
 
+def tell_wrong(text: str) -> None:
+    """Print a message on standard error, broken into lines on a terminal.
+
+    A program that reads it has it in a line.
+    """
+    text = f"metapl: {text}"
+    tell(wrapped(text) if sys.stderr.isatty() else text, file=sys.stderr)
+
+
 def as_flags(text: str) -> str:
     """Return a message of the library with the arguments that are flags called as the flags.
 

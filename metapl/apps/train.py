@@ -247,7 +247,8 @@ def train(
         )
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
-    unread = replaced_files(skipped)
+    # Those that the folders were without from the start were said.
+    unread = replaced_files(skipped).keys() - data.skipped.keys()
     if unread:
         say(f"files that could not be read: {len(unread):,}, listed in {skipped}")
     return content

@@ -253,8 +253,8 @@ def scan_labeled(folder: str | Path) -> LabeledFiles:
     folders, files = next(_listed(root))
     if not folders:
         raise MetaplError(
-            f"{root} has no folder in it; expected one folder a class, with its pictures: "
-            f"{root / 'cat'}, {root / 'dog'}{_way_to_folders(root, files)}"
+            f"{root} has no folder in it; expected a folder for each class, such as "
+            f"{root.name}/cat{_way_to_folders(root, files)}"
         )
     # Pictures beside the class folders have no class.
     loose, passed_over = _pictures(files)
@@ -848,7 +848,7 @@ def _copies_found(
         other: the side of the copies.
         trained: as for :func:`find_copies`.
     """
-    named = [path if path == copy else f"{path} is {copy}" for path, copy in pairs]
+    named = few([path if path == copy else f"{path} is {copy}" for path, copy in pairs], most=2)
     level: Literal["error", "warning"] = "error"
     harm = "the result would be too good"
     if other == "validation":
@@ -857,7 +857,7 @@ def _copies_found(
     mended = held_out if trained else other
     return Finding(
         level,
-        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {few(named)}; {harm}: "
+        f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; {harm}: "
         f"remove them from the {mended} folder.",
         f"{held_out} copies",
     )
