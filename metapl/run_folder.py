@@ -11,6 +11,7 @@ report.png            curves and confusion matrix
 skipped.jsonl         the files that could not be read, where there are any
 labels/, rounds/      stored labels, of reduced_mpl and of Noisy Student
 network.json          what the networks are, and how a file becomes their input
+failure.json          why it ended before its end, until it goes on
 result.json           the end: accuracies
 
 Whoever leaves network.json, the weights and result.json leaves a run that ``metapl predict``,
@@ -27,7 +28,7 @@ import os
 import re
 import runpy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +37,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.machine import default_threads, environment
 from metapl.metrics import Evaluation, interval
 from metapl.networks.card import NetworkCard, card_of
@@ -62,6 +63,7 @@ SPEED_ALONE = ("num_workers",)
 PLACES = ("labeled", "unlabeled", "val", "test")
 
 NETWORK = "network.json"
+FAILURE = "failure.json"
 
 # These files say what a run is, beside its result, which has their SHA-256.
 HASHED = ("data.json", "metrics.jsonl")
@@ -87,7 +89,7 @@ class RunFolder(Folder):
     """The files of one run of a recipe."""
 
     # Files that are written before anything was trained.
-    undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl")
+    undone = ("recipe.json", LOCK, "data.json", "skipped.jsonl", FAILURE)
 
     # What starts the run, for the record.
     command: str | None = None
@@ -134,12 +136,26 @@ class RunFolder(Folder):
             if self.exists:
                 self.refuse_other_recipe(json.loads(json.dumps(dict(recipe))))
                 remove_temporary(self.path)
+                (self.path / FAILURE).unlink(missing_ok=True)
             else:
                 content = {"format": FORMAT, "recipe": dict(recipe), "made_with": environment()}
                 if self.command:
                     content["command"] = self.command
                 self.write_json("recipe.json", content)
-            yield
+            try:
+                yield
+            except Exception as error:
+                # A full disk, say, is no reason to lose the error.
+                with suppress(MetaplError, OSError):
+                    self.write_json(FAILURE, {"reason": reason_of(error)})
+                raise
+
+    @property
+    def failure(self) -> str | None:
+        """Return why the run in the folder ended before its end; None where that is not known."""
+        if not (self.path / FAILURE).exists():
+            return None
+        return str(self.read_json(FAILURE).get("reason"))
 
     def refuse_other_recipe(self, recipe: Mapping[str, Any]) -> None:
         """Refuse a recipe that is not that of the run in the folder.

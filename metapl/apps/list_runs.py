@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from metapl.apps.pace import spoken_counts
-from metapl.apps.printing import short, table, tell
+from metapl.apps.printing import as_flags, short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
 from metapl.pictures.folders import walk
@@ -33,8 +33,8 @@ class Runs:
     The line of a finished run has the accuracy of the network that it delivers, on test or
     validation examples, and names its networks that are not better than guessing, and the steps of
     each phase that were taken where some were skipped to keep to --minutes. The line of another run
-    says how many of its steps are done, and whether it is running, interrupted or damaged. A run is
-    a folder with a recipe.json; other folders are passed over.
+    says how many of its steps are done, and whether it is running, interrupted or damaged, with the
+    error that ended it. A run is a folder with a recipe.json; other folders are passed over.
 
     Args:
         folder: folder to look in, with all folders below it; or the folder of a run.
@@ -94,9 +94,9 @@ def text_of(entries: Sequence[Mapping[str, Any]]) -> str:
         name = shown(entry["run"])
         state = entry["state"]
         steps = ""
-        if state == "damaged":
-            notes.append(f"{name}: {shown(entry['why'])}")
-        else:
+        if entry.get("why"):
+            notes.append(f"{name}: {as_flags(shown(entry['why']))}")
+        if state != "damaged":
             steps = f"{entry['steps']:,}"
             if entry["done"] != entry["steps"] or state != "finished":
                 steps = f"{entry['done']:,}/{steps}"
@@ -140,7 +140,9 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         for name in HASHED:
             refuse_changed(folder.path / name, result)
         return entry | _reached(result)
-    entry["state"] = "running" if is_owned(folder.path) else "interrupted"
+    entry["state"] = "running"
+    if not is_owned(folder.path):
+        entry |= {"state": "interrupted", "why": folder.failure}
     rows = read_rows(folder.path / "metrics.jsonl") or [{"step": 0, "phase": "fit"}]
     last_row = rows[-1]
     return entry | {

@@ -340,6 +340,28 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         assert words in table, words
 
 
+def test_what_ended_a_run_is_listed_until_it_goes_on(tmp_path: Path) -> None:
+    """A loss that is not finite ends it, a signal is no error, and one that never began is gone."""
+    out = tmp_path / "mine"
+    words = (*TINY, "--lr", "1e20", "--out", out)
+    told = metapl(*words, code=2).stderr
+    (entry,) = json.loads(metapl("runs", tmp_path, "--json").stdout)
+    assert entry["state"] == "interrupted"
+    assert "is NaN or infinite" in entry["why"]
+    assert told == f"metapl: {entry['why']}.\n"
+    assert f"mine: {entry['why']}\n" in metapl("runs", tmp_path).stdout
+    folder = RunFolder(out)
+    with folder.claimed(folder.recipe(), resume=True):
+        assert folder.failure is None
+    with pytest.raises(KeyboardInterrupt), folder.claimed(folder.recipe(), resume=True):
+        raise KeyboardInterrupt
+    assert folder.failure is None
+    other = RunFolder(tmp_path / "other")
+    with pytest.raises(MetaplError), other.claimed(folder.recipe(), resume=False):
+        raise MetaplError("the data are gone.")
+    assert not other.path.exists()
+
+
 def test_ablate_measures_the_modes_of_digits_and_of_networks_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
