@@ -53,6 +53,7 @@ def train(problem: str, mode: str, seed: int, steps: int) -> Row:
         MODES[mode],
         inner_optimizer=optimizer_of(student, RATE),
         outer_optimizer=optimizer_of(teacher, RATE),
+        teacher_losses=[metapl.CrossEntropy(label_smoothing=0.1)],
         feedback_weight=1.0,
         verify=False,
     )

@@ -288,6 +288,7 @@ def run_seed(job: Job, seed: int, data: Path, miniature: bool) -> Row:
             problem=metapl.PseudoLabels(kind=job.option.labels),
             inner_optimizer=optimizer_of(student, cell.rate),
             outer_optimizer=optimizer_of(teacher, cell.rate),
+            teacher_losses=[metapl.CrossEntropy(label_smoothing=0.1)],
             verify=False,
             **rule,  # type: ignore[arg-type]
         )

@@ -8,14 +8,18 @@ examples/learned_schedule.py: learning rate and weight decay at three times in t
 their starts, 8 rounds of Adam on the logarithms. Random search draws them uniformly around the same
 start, and trains by a plain loop of PyTorch for as much processor time, on one thread. Bayesian
 search has as many trainings as random search, ten of them as drawn; what its Gaussian process takes
-is not counted. Each training begins at the same weights, with the same batches and draws; of all
+is not counted. A (1+1) evolution strategy has as many too, the first at the start: normal
+logarithms around the best ones, whose width grows by a half after a better training and falls by a
+tenth after another one. Each training begins at the same weights, with the same batches and draws; of all
 trainings of an arm, the one with the lowest validation loss counts. Adam's rate and the width of
-the draws, 4 values each, are chosen by this loss on the tuning seeds. Test digits are read in the
+the draws, 4 values each, are chosen by this loss on the tuning seeds; for the evolution strategy,
+which came later, in the same way. Test digits are read in the
 final runs alone.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -57,10 +61,12 @@ TUNING_SEEDS = {"hyperparameters": (100, 101), "schedule": (100,)}
 SEEDS = {"hyperparameters": range(10, 18), "schedule": range(10, 15)}
 ROUNDS = 8
 BAYESIAN = "Bayesian search"
+EVOLUTION = "evolution strategy"
 SETTINGS = {
     "metagradients": (0.1, 0.3, 1.0, 3.0),
     "random search": (0.5, 1.0, 2.0, 4.0),
     BAYESIAN: (0.5, 1.0, 2.0, 4.0),
+    EVOLUTION: (0.1, 0.3, 0.6, 1.0),
 }
 # In the schedule random search is ahead already.
 ARMS = {"hyperparameters": tuple(SETTINGS), "schedule": ("metagradients", "random search")}
@@ -146,6 +152,22 @@ def proposed(study: str, width: float, results: list[Found], generator: torch.Ge
     return draws[int(improvement.argmax())]
 
 
+def varied(study: str, width: float, results: list[Found], generator: torch.Generator) -> Logs:
+    """Return the best logarithms so far with normal draws added, or the start where none is."""
+    if not results:
+        return around_start(study, 0.0)
+    lowest, best_logs = math.inf, results[0][1]
+    for number, (loss, logs, _) in enumerate(results):
+        is_better = loss < lowest
+        if is_better:
+            lowest, best_logs = loss, logs
+        if number:
+            width *= 1.5 if is_better else 0.9
+    return {
+        name: t + width * torch.randn(t.shape, generator=generator) for name, t in best_logs.items()
+    }
+
+
 def vectors(settings: list[Logs]) -> Any:
     """Return settings as rows of an array."""
     return torch.stack([torch.cat([t.flatten() for t in logs.values()]) for logs in settings])
@@ -156,9 +178,9 @@ def row_of(
 ) -> Row:
     split = load_digits_split(10, seed)
     since = time.process_time()
-    descent, search, _ = SETTINGS
+    descent, search, *_ = SETTINGS
     # A search goes on for as long as the descents of this seed took.
-    if arm == BAYESIAN:
+    if arm in (BAYESIAN, EVOLUTION):
         same = (
             r
             for r in of_study(read(raw), study)
@@ -167,8 +189,9 @@ def row_of(
         trainings = round(statistics.median(row["trainings"] for row in same))
         results = []
         generator = torch.Generator().manual_seed(seed)
+        propose = proposed if arm == BAYESIAN else varied
         for _ in range(trainings):
-            logs = proposed(study, cast("float", setting), results, generator)
+            logs = propose(study, cast("float", setting), results, generator)
             results.append(trained(study, split, seed, logs))
     elif arm == search:
         same = (

@@ -61,7 +61,7 @@ from when_tables import sign_flip
 
 import metapl
 from metapl.models import LabelAdjuster, mlp
-from metapl.problems import EqualWeights, ReducedLabels
+from metapl.problems import EqualWeights, ReducedLabels, StoredCrossEntropy
 
 RAW = RESULTS / "stored_labels.jsonl"
 TUNING, SEEDS = (100, 101, 102), (0, 1, 2, 3, 4)
@@ -248,6 +248,7 @@ def run(
                 student,
                 inner_optimizer=sgd(student, rule["lr"]),
                 outer_optimizer=sgd(teacher, 0.05),
+                teacher_losses=[StoredCrossEntropy(label_smoothing=0.1)],
                 **options,
             )
             trainers.append(trainer)

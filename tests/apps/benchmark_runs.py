@@ -60,6 +60,7 @@ SECOND += (
     "smoothing",
     "something_simpler",
     "stored_labels",
+    "teacher_smoothing",
 )
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
@@ -103,6 +104,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "something_simpler": [
         "simpler-photographs",
         "simpler-wrong_labels",
+        "simpler-milder_labels",
         "simpler-tables",
         "simpler-steps",
         "simpler-stacked",
@@ -133,6 +135,7 @@ MINUTES += (
     "smoothing",
     "something_simpler",
     "stored_labels",
+    "teacher_smoothing",
 )
 
 
