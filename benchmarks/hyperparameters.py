@@ -10,11 +10,10 @@ start, and trains by a plain loop of PyTorch for as much processor time, on one 
 search has as many trainings as random search, ten of them as drawn; what its Gaussian process takes
 is not counted. A (1+1) evolution strategy has as many too, the first at the start: normal
 logarithms around the best ones, whose width grows by a half after a better training and falls by a
-tenth after another one. Each training begins at the same weights, with the same batches and draws; of all
-trainings of an arm, the one with the lowest validation loss counts. Adam's rate and the width of
-the draws, 4 values each, are chosen by this loss on the tuning seeds; for the evolution strategy,
-which came later, in the same way. Test digits are read in the
-final runs alone.
+tenth after another one. Each training begins at the same weights, with the same batches and draws;
+of all trainings of an arm, the one with the lowest validation loss counts. Adam's rate and the
+width of the draws, 4 values each, are chosen by this loss on the tuning seeds; for the evolution
+strategy, which came later, in the same way. Test digits are read in the final runs alone.
 """
 
 from __future__ import annotations
