@@ -71,7 +71,7 @@ FIRST_STEPS = 50
 # Correlations of 25 numbers near 1 say little about Fisher's z, and those of 12 less.
 HIGHEST = 0.98
 RIDGE = 1.0
-COVERAGE = 0.8
+COVERAGE = 0.9
 
 # The cheapest trainings come first.
 CALIBRATION: tuple[tuple[str, int, int], ...] = (
@@ -601,7 +601,7 @@ def predicted_without_each(rows: Sequence[Row], names: Sequence[str]) -> np.ndar
 
 
 def half_width(rows: Sequence[Row], predictions: np.ndarray) -> float:
-    """Return how far z of a single seed is from its prediction, for 80 % of the trainings.
+    """Return how far z of a single seed is from its prediction, for 90 % of the trainings.
 
     Each training counts once, whatever its number of seeds, and one more counts as infinitely far,
     as for conformal intervals.

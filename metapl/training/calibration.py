@@ -18,7 +18,7 @@ class Calibration(NamedTuple):
         slope_of_steps: of z over the logarithm, to the base 10, of the number of steps.
         least, most: the smallest and the largest bend among the trainings that it was fitted to.
         least_steps, most_steps: the smallest and the largest number of steps among them.
-        half_width: of the 80 % interval of z.
+        half_width: of the 90 % interval of z.
         highest: correlations above it counted as it, since few removals do not tell them apart.
         trainings: how many trainings it was fitted to.
     """
@@ -43,7 +43,7 @@ CALIBRATION = Calibration(
     most=3.16,
     least_steps=5,
     most_steps=2000,
-    half_width=0.6183,
+    half_width=0.8085,
     highest=0.98,
     trainings=67,
 )

@@ -62,7 +62,7 @@ class Reliability:
     Attributes:
         correlation: the rank correlation that is expected between predicted changes of the outer
             loss and those of trainings without 1 % of the examples, 25 times.
-        low, high: the interval of such correlations, nominally of 80 %.
+        low, high: the interval of such correlations, nominally of 90 %.
         bend: of the first half of the training, as :func:`bend_of` defines it.
         agreement: the metasmoothness Ŝ of the first half.
         steps: of the training, K.
