@@ -83,7 +83,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "modes": ["modes", "ablation"],
     "noisy_student": ["noisy-student-studies"],
     "noisy_student_fashion": ["noisy-student-fashion"],
-    "ordinary": ["ordinary", "ordinary-unseen", "ordinary-smoothed"],
+    "ordinary": ["ordinary", "ordinary-unseen", "ordinary-declared", "ordinary-smoothed"],
     "people_labels": ["people_labels", "people_labels-tests", "people_labels-longer"],
     "reliability": [
         "reliability",

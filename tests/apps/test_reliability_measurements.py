@@ -191,14 +191,14 @@ def test_a_training_is_predicted_by_the_others_and_the_interval_holds_four_of_fi
     assert predictions[2] == pytest.approx(by_hand)
 
     # 80 % of six trainings are 4.8, so that the farthest of the five is the half width.
-    width = script.half_width(rows, predictions)
+    width = script.half_width(rows, predictions, 0.8)
     farthest = max(
         abs(script.fisher(correlation) - prediction)
         for one_row, prediction in zip(rows, predictions, strict=True)
         for correlation in one_row["correlations"]
     )
     assert width == pytest.approx(farthest)
-    assert script.half_width(rows[:2], predictions[:2]) == math.inf
+    assert script.half_width(rows[:2], predictions[:2], 0.8) == math.inf
     assert script.fisher(1.0) == script.fisher(0.98) == -script.fisher(-1.0)
 
 
