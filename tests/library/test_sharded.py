@@ -443,10 +443,14 @@ def test_planted_faults_are_caught(two: Ranks, fault: str, layout: str, mode: An
     "name", long_but_for(sharded_cases.REFUSED, {*sharded_cases.REFUSED} - {"repeated_training"})
 )
 def test_what_does_not_run_is_refused_on_every_rank(two: Ranks, name: str) -> None:
-    """Before anything moves, and with one message."""
+    """Before anything moves, and with one message, unless only one rank has seen what is wrong."""
     first, second = two.run("refused", call=name)
     assert first != "not refused"
-    assert first == second
+    if name == "not_finite_on_one":
+        assert first.startswith("the inner loss, the outer loss or the feedback is NaN")
+        assert second == "inner inputs: 4 of 4 rows have NaN; expected finite numbers."
+    else:
+        assert first == second
 
 
 @pytest.mark.parametrize(
