@@ -276,8 +276,11 @@ def check_signal(
     if (credits_labels and enters_input(problem)) or is_constant or kind not in mode.labels:
         with_or_without = "without" if log_prob is None else "with"
         fitting_modes = ", ".join(modes_for(kind, looks_ahead=student_steps > 1))
+        expected = "a signal of floating point with its graph"
+        if kind not in mode.labels:
+            expected = "soft ones" if log_prob is not None else "drawn labels, with their log_prob"
         raise MetaplError(
             f"the signal of {kind_of(problem)} is {checks.described(value)} {with_or_without} a "
-            f"log_prob, in which mode {mode.name!r} does not differentiate; expected a signal of "
-            f"floating point with its graph, or {fitting_modes}."
+            f"log_prob, in which mode {mode.name!r} does not differentiate; expected {expected}, "
+            f"or the mode {fitting_modes}."
         )

@@ -399,7 +399,7 @@ def test_python_runs_the_package_as_the_command(
         printed, said = capsys.readouterr()
         answers[words] = (ending.value.code, printed.strip(), said.strip())
     assert answers["--version"] == (0, f"metapl {PROJECT['version']}", "")
-    for words, expected in (("trian", "train, noisy-student"), ("train", "expected images or digits")):
+    for words, expected in (("trian", "train, noisy-student"), ("train", "images or digits")):
         exit_code, printed, said = answers[words]
         assert (exit_code, printed) == (2, "")
         assert expected in said

@@ -793,3 +793,11 @@ def test_weights_of_one_without_feedback_are_the_loop_of_before() -> None:
         optimizers[1].step()
     for one, two in zip(network.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_a_mode_that_draws_says_that_a_signal_of_weights_is_not_drawn() -> None:
+    weights, student = metapl.problems.Table(torch.zeros(6)), nn.Linear(4, 3)
+    trainer = metapl.BilevelTrainer(weights, student, "reinforce", problem=ExampleWeights())
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(MetaplError, match=r"expected drawn labels, .* or the mode .*forward"):
+        trainer.step((x, y), (x, y, torch.arange(6)))
