@@ -96,7 +96,23 @@ def spans(cell: str) -> list[str]:
     assert re.fullmatch(r"–|`[^`]+`(, `[^`]+`)*", cell), (
         f"expected `command`, `command` or –, not {cell}"
     )
-    return re.findall(r"`([^`]+)`", cell)
+    found: list[str] = []
+    for span in re.findall(r"`([^`]+)`", cell):
+        found += turns_of(span)
+    return found
+
+
+def turns_of(span: str) -> list[str]:
+    """Return the commands that a loop of the shell runs, or the one command.
+
+    >>> turns_of("for b in b0 b1; do metapl $b --out runs/$b; done")
+    ['metapl b0 --out runs/b0', 'metapl b1 --out runs/b1']
+    """
+    loop = re.fullmatch(r"for (\w+) in ([^;]+); do ([^;]+); done", span)
+    if loop is None:
+        return [span]
+    name, values, command = loop.groups()
+    return [command.replace(f"${name}", value) for value in values.split()]
 
 
 def commands_of(text: str) -> list[str]:
