@@ -672,7 +672,7 @@ def step_by_hand(pair: Pair) -> Callable[..., tuple[Moving, Moving]]:
             after = move(student_state, grad(inner_loss)(student_state.params))
             loss = F.cross_entropy(functional_call(student, after.params, (x,)), y)
             own = functional_call(teacher, of_teacher, (x,))
-            return loss + F.cross_entropy(own, y), after
+            return loss + F.cross_entropy(own, y, label_smoothing=0.1), after
 
         gradient, after = grad(outer_loss, has_aux=True)(teacher_state.params)
         return move(teacher_state, gradient), after

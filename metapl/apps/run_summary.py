@@ -45,7 +45,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
     if accuracies:
         reason = reason_of_delivery(content)
         listed = ", ".join(accuracies)
-        lines.append(f"On {part}: {listed}; delivered is the {delivered} ({reason}).")
+        lines.append(f"On {part}: {listed}. The network to use is the {delivered}: {reason}.")
     guesses = guessing(content)
     if guesses:
         named = [f"the {words[name]} ({100 * value:.1f} %)" for name, value in guesses.items()]
@@ -63,12 +63,12 @@ def reason_of_delivery(content: Mapping[str, Any]) -> str:
     """Return why the network is delivered that is."""
     is_validated = content["delivered_by"] == "validation"
     if content.get("rounds") is None:
-        return "by validation" if is_validated else "the rule where validation cannot tell"
+        return "validation chose it" if is_validated else "validation cannot tell them apart"
     if content["delivered"] == "teacher":
-        return "by validation, for the last round ended far behind it"
+        return "validation chose it, for the last round ended far behind it"
     if is_validated:
-        return "of the last round, at its best step by validation"
-    return "of the last round"
+        return "it is of the last round, at the step that validation chose"
+    return "it is of the last round"
 
 
 def linear_baseline(content: Mapping[str, Any]) -> list[str]:

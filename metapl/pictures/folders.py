@@ -854,11 +854,11 @@ def _copies_found(
     if other == "validation":
         level = "warning"
         harm = "what is selected on them looks better than it is"
-    mended = held_out if trained else other
+    mended = f"remove them from the {held_out} folder" if trained else "keep each in one of the two"
     return Finding(
         level,
         f"{len(pairs)} {held_out} pictures are among the {other} ones too: {named}; {harm}: "
-        f"remove them from the {mended} folder.",
+        f"{mended}.",
         f"{held_out} copies",
     )
 

@@ -243,7 +243,7 @@ class BilevelTrainer(Trainer):
         inner_optimizer: InnerOptimizer | None = None,
         outer_optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
         teacher_losses: Sequence[TeacherLoss] | None = None,
-        feedback_weight: float | None = None,
+        feedback_weight: Annotated[float, Range(0)] | None = None,
         feedback_ratio: Annotated[float, Range(0)] | None = None,
         feedback_bound: Annotated[float, Range(0)] | None = None,
         recompute_teacher: bool = False,

@@ -143,10 +143,10 @@ def test_what_is_delivered_is_never_far_behind_what_was_seen() -> None:
 def test_a_fixed_teacher_is_delivered_where_its_student_dies(tmp_path: Path) -> None:
     words = ("--method", "pseudo_labels", "--student-lr", "30", "--out", str(tmp_path / "run"))
     said = text_of(*SHORT, *words)
-    assert "delivered is the teacher (by validation)" in said
+    assert "The network to use is the teacher: validation chose it" in said
     assert (tmp_path / "run/teacher.safetensors").is_file()
     again = text_of(*SHORT, *words[:2], "--student-lr", "1", "--out", str(tmp_path / "other"))
-    assert "delivered is the teacher" not in again
+    assert "is the teacher" not in again
     assert not (tmp_path / "other/teacher.safetensors").exists()
 
 
