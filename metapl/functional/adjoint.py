@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots
-from metapl.functional.capture import Captured, is_transformed
+from metapl.functional.capture import Captured, Held, is_transformed
 from metapl.functional.state import Network, as_dict, norm
 from metapl.functional.step import Places, with_settings, without_values
 from metapl.problems.base import BilevelProblem, Signal
@@ -80,47 +80,53 @@ class StepInputs(NamedTuple):
         outer: a row of the outer batch, as the outer loss reads it, which the problem checks
             outputs with.
         settings: η.
+        weights: by which the signal's value is multiplied, one for each example of the batch, (B,);
+            None: 1 each.
     """
 
     batch: Batch
     outer: Batch
     settings: Settings
+    weights: Tensor | None = None
 
 
-class StepFunction(Protocol):
-    """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k)."""
-
-    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs, /) -> Taken:
-        """Take the step."""
+AnyCarry = TypeVar("AnyCarry")
 
 
-class Taken(NamedTuple):
+class Taken(NamedTuple, Generic[AnyCarry]):
     """What a step leaves.
 
     Attributes:
-        carry: after the step.
+        carry: after the step, a :class:`Carry`, or as a graph's results are held.
         loss: the mean inner loss.
         signal: the fields of the signal by name.
         findings: what checks have found, boolean scalars by the texts of their errors.
     """
 
-    carry: Carry
+    carry: AnyCarry
     loss: Tensor
     signal: dict[str, Any]
     findings: dict[str, Tensor]
 
 
+class StepFunction(Protocol):
+    """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k), as a graph."""
+
+    def __call__(self, phi: Held, carry: Held, inputs: StepInputs, /) -> Taken[Held]:
+        """Take the step, from what is held of a :class:`Carry` and so on."""
+
+
 class AdjointFunction(Protocol):
-    """The adjoint of a step."""
+    """The adjoint of a step as a graph."""
 
     def __call__(
-        self, phi: Tree, carry: Carry, inputs: StepInputs, bars: Cotangents, /
-    ) -> tuple[Cotangents, Tree, Settings, Tensor]:
+        self, phi: Held, carry: Held, inputs: StepInputs, bars: Held, /
+    ) -> tuple[Held, Tree, Settings, Tensor]:
         """Return the cotangents before the step, dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
 
         Args:
             carry: before the step.
-            bars: the cotangents after it.
+            bars: the :class:`Cotangents` after it.
         """
 
 
@@ -164,13 +170,13 @@ class TrainingStep:
             self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
         )
 
-    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken:
-        """Take the step (:class:`StepFunction`)."""
+    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken[Carry]:
+        """Take the step."""
         if is_transformed():
             return self.recorded.compared(phi, carry, inputs)
         return self.taken(phi, carry, inputs)
 
-    def taken(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken:
+    def taken(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken[Carry]:
         """Take the step, outside of any transform."""
         with self._begun(phi, carry, inputs) as begun:
             theta, s = pytree.tree_map_only(Tensor, Tensor.detach, begun.step.updated)
@@ -181,7 +187,7 @@ class TrainingStep:
     def adjoint(
         self, phi: Tree, carry: Carry, inputs: StepInputs, bars: Cotangents
     ) -> tuple[Cotangents, Tree, Settings, Tensor]:
-        """Take the adjoint of the step (:class:`AdjointFunction`)."""
+        """Return the cotangents before the step, as :class:`AdjointFunction` does."""
         settings = inputs.settings
         if self.rules.in_settings:
             settings = as_leaves(settings)
@@ -224,6 +230,8 @@ class TrainingStep:
 
             def ask(batch: Batch, outputs: Tensor | None) -> Signal:
                 signal = rules.problem.signal(teacher, batch, outputs, generator=None)
+                if inputs.weights is not None:
+                    signal = times(signal, inputs.weights)
                 asked.append(signal)
                 return signal.detached()
 
@@ -266,6 +274,13 @@ class BegunStep(NamedTuple):
             result = checks.result_of(bad)
             found[text] = found[text] | result if text in found else result
         return found
+
+
+def times(signal: Signal, weights: Tensor) -> Signal:
+    """Return a signal whose value about each example is multiplied by a weight of it, (B,)."""
+    further_dimensions = [1] * (signal.value.ndim - 1)
+    weights = weights.to(signal.value).reshape(-1, *further_dimensions)
+    return signal.having({"value": weights * signal.value})
 
 
 def as_leaves(tensors: Any) -> Any:

@@ -445,14 +445,64 @@ def size_of(t: Tensor) -> float:
 
 
 class Held:
-    """Nested tensors that many calls are given, taken apart once."""
+    """Nested tensors that many calls are given, taken apart once.
+
+    Args:
+        tensors, kind: as :func:`take_apart` leaves them.
+        together: returns the nested value from its tensors.
+    """
+
+    def __init__(
+        self, tensors: list[Tensor], kind: tuple[Any, ...], together: Callable[[list[Tensor]], Any]
+    ) -> None:
+        self.tensors = tensors
+        self.kind = kind
+        self._together = together
+
+    @classmethod
+    def of(cls, value: Any) -> Held:
+        """Take a nested value apart."""
+        tensors: list[Tensor] = []
+        kind: list[Any] = []
+        take_apart(value, tensors, kind)
+        return cls(tensors, tuple(kind), lambda _: value)
+
+    @cached_property
+    def value(self) -> Any:
+        """The nested tensors."""
+        return self._together(self.tensors)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.value[key]
+
+
+class HeldAt:
+    """The places of a value among the results of a graph, which is held for the next call.
+
+    Args:
+        value: nested as the function returns it, with an :class:`At` for each tensor.
+    """
 
     def __init__(self, value: Any) -> None:
-        self.value = value
-        self.tensors: list[Tensor] = []
-        kind: list[Any] = []
-        take_apart(value, self.tensors, kind)
-        self.kind = tuple(kind)
+        numbers = count()
+        self._places = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, At)]
+        self._nest = pytree.tree_map_only(At, lambda _: At(next(numbers)), value)
+        # A graph returns tensors of the same kinds each time: those of the first time.
+        self._kind: tuple[Any, ...] | None = None
+
+    def held(self, results: Sequence[Any]) -> Held:
+        """Return the value among these results."""
+        tensors = [results[place] for place in self._places]
+        together = partial(at_places, self._nest)
+        if self._kind is None:
+            self._kind = Held.of(together(tensors)).kind
+        return Held(tensors, self._kind, together)
+
+
+# What a graph reads of them is their value: torch's trees go into it.
+pytree.register_pytree_node(
+    Held, lambda held: ([held.value], None), lambda parts, _: Held.of(*parts)
+)
 
 
 class Named(NamedTuple):
@@ -771,10 +821,12 @@ def switches(device: torch.device) -> list[Any]:
 class Kind:
     """What a graph was made for, but for the tensors.
 
+    Both are those that were read last and are the same to the graph as those that it was made with,
+    so that the next ones are often the same objects.
+
     Attributes:
         arguments: their structure, shapes and numbers, and PyTorch's switches.
-        attributes: the values of attributes that were read last and are the same to the graph as
-            those that it was made with, which are held here.
+        attributes: the values of attributes, which are held here.
     """
 
     arguments: list[Any]
@@ -788,6 +840,7 @@ class Kind:
         """
         if arguments != self.arguments:
             return False
+        self.arguments = arguments
         if len(attributes) == len(self.attributes) and all(map(is_, attributes, self.attributes)):
             return True
         if exactly or constants_of(attributes) != constants_of(self.attributes):
@@ -837,6 +890,8 @@ def at_places(value: Any, tensors: Sequence[Any]) -> Any:
     """
     if type(value) is At:
         return tensors[value]
+    if type(value) is HeldAt:
+        return value.held(tensors)
     if type(value) is dict:
         return {name: at_places(part, tensors) for name, part in value.items()}
     if type(value) in (list, tuple):
@@ -879,12 +934,14 @@ class Captured(Generic[Result]):
         is_compiled: bool = True,
         looks_at_modes: bool = False,
         has_derivative: bool = False,
+        holds_first: bool = False,
     ) -> None:
         self.function = function
         self.device = device
         self.is_compiled = is_compiled
         self.looks_at_modes = looks_at_modes
         self.has_derivative = has_derivative
+        self.holds_first = holds_first
         self.attributes = Attributes(sources)
         # The latest last.
         self.kept: list[Capture] = []
@@ -1067,7 +1124,13 @@ class Captured(Generic[Result]):
         self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
         given = len(tensors) + len(held)
-        capture = Capture(whole_kind, compiled, held, given, places, nested[0], operations=graph)
+        results = nested[0]
+        if self.holds_first:
+            first, *others = results
+            results = (HeldAt(first), *others)
+            if hasattr(nested[0], "_fields"):
+                results = type(nested[0])(*results)
+        capture = Capture(whole_kind, compiled, held, given, places, results, operations=graph)
         self.kept.append(capture)
         del self.kept[:-MOST_KEPT]
         self.captures += 1

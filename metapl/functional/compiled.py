@@ -380,7 +380,7 @@ class LiveState:
         """Return the tensors of networks and optimizers, taken apart until they are others."""
         if self._held is None:
             state = self.state
-            self._held = Held((state.teacher, state.student, state.inner, state.outer))
+            self._held = Held.of((state.teacher, state.student, state.inner, state.outer))
         return self._held
 
     def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:

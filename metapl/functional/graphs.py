@@ -18,7 +18,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metapl.execution.batch import Batch
 from metapl.functional.adjoint import (
     AdjointFunction,
     StepFunction,
@@ -33,7 +32,7 @@ from metapl.functional.architecture import (
     Undescribed,
     description_of,
 )
-from metapl.functional.capture import Captured, take_apart
+from metapl.functional.capture import Captured
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.updates import TorchUpdate, parts_of
@@ -45,13 +44,6 @@ PARTS_OF_KEY = ("the optimizer, or what is asked for,", "the problem", "a networ
 
 # What a graph holds of a batch: its structure, its numbers, and the shapes and types of tensors.
 BatchKind = tuple[Any, ...]
-
-
-def kind_of_batch(batch: Batch) -> BatchKind:
-    """Return what a graph holds of a batch."""
-    kind: list[Any] = []
-    take_apart(batch, [], kind)
-    return tuple(kind)
 
 
 class Subject(NamedTuple):
@@ -164,7 +156,9 @@ def graphs_of(
         )
         sources = subject.sources
         return Graphs(
-            Captured(step.taken, device, sources), Captured(step.adjoint, device, sources), subject
+            Captured(step.taken, device, sources, holds_first=True),
+            Captured(step.adjoint, device, sources, holds_first=True),
+            subject,
         )
 
     options = ("training", clip_norm, in_settings, several)

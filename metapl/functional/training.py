@@ -13,8 +13,8 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -52,9 +52,9 @@ from metapl.feedback.hypergradient import (
 )
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
-from metapl.functional.capture import Capturing
+from metapl.functional.capture import Capturing, Held
 from metapl.functional.compiled import refuse_gap
-from metapl.functional.graphs import BatchKind, Graphs, graphs_of, kind_of_batch
+from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.state import (
     Network,
     on_value,
@@ -83,6 +83,8 @@ class PathRequest:
         mode: whose h is the derivative itself (``is_derivative``), which the graphs find.
         judging: for the outer losses of M examples, in the place of the problem's; the results then
             have a first dimension M.
+        weights: of the examples of each step, (K, B), by which the signal's value is multiplied, or
+            those of every step, (1, B); None: 1 each.
     """
 
     teacher: nn.Module | None
@@ -95,6 +97,7 @@ class PathRequest:
     clip_norm: float | None = None
     wrt: Sequence[str] = ()
     judging: Sequence[BilevelProblem] = ()
+    weights: Tensor | None = None
     accumulate: int = 1
     shows_progress: bool = False
     replay_tolerance: float = REPLAY_TOLERANCE
@@ -111,6 +114,11 @@ def differentiate(request: PathRequest) -> Hypergradient:
     Nothing moves but generators. The first call compares both graphs with the eager road, over one
     step.
     """
+    return path_of(request).find()
+
+
+def path_of(request: PathRequest) -> CompiledPath:
+    """Return a path whose graphs were compared with the eager road."""
     of_teacher, of_student, device = layouts(request.teacher, request.student)
     if reason := why_not_compiled(
         request.mode,
@@ -132,9 +140,8 @@ def differentiate(request: PathRequest) -> Hypergradient:
         several=bool(request.judging),
     )
     plan = plan_of(request, update, device)
-    refuse_other_gradient(request, plan, graphs, request.ahead[plan.compared_step])
-
-    return CompiledPath(request, plan, graphs).find()
+    refuse_other_gradient(request, plan, graphs, Held.of(request.ahead[plan.compared_step]))
+    return CompiledPath(request, plan, graphs)
 
 
 def compiled(differentiation: Differentiation) -> Hypergradient:
@@ -221,10 +228,6 @@ class PathPlan:
     keeping: Keeping
     compared_step: int
     compared_settings: dict[str, Any] | None
-
-    def rates_of(self, number: int) -> Settings:
-        """Return the settings in a step, as tensors."""
-        return self.rates[number % len(self.rates)]
 
 
 def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> PathPlan:
@@ -382,9 +385,8 @@ class StepBook:
         if bool(self.digests[number] != batch_digest):
             raise MetaplError(OTHER_BATCH.format(number))
 
-    def note_signal(self, number: int, batch: Batch, signal: Mapping[str, Any]) -> None:
-        """Note what the signal about a batch is like; refuse one that is drawn."""
-        kind = kind_of_batch(batch)
+    def note_signal(self, number: int, kind: BatchKind, signal: Mapping[str, Any]) -> None:
+        """Note what the signal about a batch of a kind is like; refuse one that is drawn."""
         if kind not in self.kinds:
             if "log_prob" in signal:
                 raise MetaplError(
@@ -404,14 +406,14 @@ class WayBack:
     Attributes:
         outer_loss: L(θ_K), a scalar, or (M,) of M outer losses.
         direct: ∂L(θ_K; φ)/∂φ at fixed θ_K; empty where L does not read the teacher.
-        bars: the cotangents of the carry before the step to which it has come.
+        bars: the :class:`Cotangents` of the carry before the step to which it has come.
         feedback: h of the steps from there on, from the last one to the first.
         in_settings: the gradients in the settings of these steps, in the same order.
     """
 
     outer_loss: Tensor
     direct: Tree
-    bars: Cotangents
+    bars: Held
     feedback: list[Any] = field(default_factory=list)
     in_settings: list[Any] = field(default_factory=list)
 
@@ -419,8 +421,17 @@ class WayBack:
 # ---------------------------------------------------------------------------------------- the walk
 
 
+@contextmanager
+def running_graphs(device: torch.device) -> Iterator[None]:
+    """Take steps by graphs in this block."""
+    with torch.no_grad(), no_fast_path(math=True), deterministic(device), Capturing():
+        yield
+
+
 class CompiledPath:
     """A path of compiled steps, which is walked forward and back.
+
+    What the graphs are given is held, taken apart once: each carry serves a step and its adjoint.
 
     Attributes:
         judged: the outer batch as the problem reads it.
@@ -438,11 +449,13 @@ class CompiledPath:
         self.graphs = graphs
         self.judged = request.problem.outer_batch(request.outer)
         # Checks of outputs are given a row, for graphs serve outer batches of all sizes.
-        self.row_of_outer = pytree.tree_map_only(
-            Tensor, lambda t: t[:1] if t.ndim else t, self.judged
+        self.row_of_outer = Held.of(
+            pytree.tree_map_only(Tensor, lambda t: t[:1] if t.ndim else t, self.judged)
         )
         self.teacher = Places(request.teacher, "teacher")
         self.student = Places(request.student, "student")
+        self.phi = Held.of(plan.phi)
+        self.rates: list[Any] = [*map(Held.of, plan.rates)]
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
         self.held = Carries(plan, request.mode.keep_on)
@@ -453,28 +466,38 @@ class CompiledPath:
         """Walk forward and back, and return the gradient; after an error no generator has moved."""
         begun = RandomState.now(self.plan.device)
         try:
-            with (
-                torch.no_grad(),
-                no_fast_path(math=True),
-                deterministic(self.plan.device),
-                Capturing(),
-            ):
+            with running_graphs(self.plan.device):
                 # A function that always returns another batch is refused here, not after the path.
                 self._read_batch(0)
                 carry = self._walk_forward()
                 ended = RandomState.now(self.plan.device)
-                back = self._turn_back(carry, ended)
+                back = self._turn_back(carry.value, ended)
                 self._walk_back(back)
         except BaseException:
             begun.restore()
             raise
         ended.restore()
-        return self._result(carry, back)
+        return self._result(carry.value, back)
 
-    def _walk_forward(self) -> Carry:
+    def weights_after(self, weights: Tensor, steps: int) -> Tree:
+        """Return the student's weights after the first steps, with other weights of the examples.
+
+        No state is kept, and nothing is differentiated.
+
+        Args:
+            weights: as of :class:`PathRequest`.
+        """
+        path = CompiledPath(replace(self.request, weights=weights), self.plan, self.graphs)
+        carry = Held.of(self.plan.start)
+        with running_graphs(self.plan.device):
+            for number in range(steps):
+                carry, _ = path._take_step(number, carry)
+        return carry.value.params
+
+    def _walk_forward(self) -> Held:
         """Take the steps, and return the carry after the last one."""
         plan = self.plan
-        carry = plan.start
+        carry = Held.of(plan.start)
         with step_bar(self.request.shows_progress, plan.steps, "steps") as advance:
             for number in range(plan.steps):
                 self.walk.pass_by(number, carry, plan.steps)
@@ -512,7 +535,7 @@ class CompiledPath:
             L = L.detach()
         in_optimizer = pytree.tree_map(lambda t: t.new_zeros((*L.shape, *t.shape)), carry.optimizer)
         direct = in_teacher if "teacher" in request.wrt and self.reads_teacher else {}
-        bars = Cotangents(v, in_optimizer, in_teacher)
+        bars = Held.of(Cotangents(v, in_optimizer, in_teacher))
         return WayBack(outer_loss=L, direct=direct, bars=bars)
 
     def _walk_back(self, back: WayBack) -> None:
@@ -530,7 +553,7 @@ class CompiledPath:
         carry = self.held.read(number)
         batch = self._read_batch(number)
         back.bars, in_signal, in_settings, size = self.graphs.adjoint(
-            self.plan.phi, carry, self._inputs_of_step(number, batch), back.bars
+            self.phi, carry, self._inputs_of_step(number, batch), back.bars
         )
         checks.refuse_not_finite(NOT_FINITE.format(number), size)
         # h is minus the derivative.
@@ -542,6 +565,7 @@ class CompiledPath:
         request = self.request
         plan = self.plan
         L = back.outer_loss
+        bars: Cotangents = back.bars.value
         feedback = [*back.feedback]
         # The steps that are not differentiated have a feedback of 0.
         for number in reversed(range(plan.first)):
@@ -549,14 +573,14 @@ class CompiledPath:
             zeros = {name: t.new_zeros((*L.shape, *t.shape)) for name, t in kind.zeros.items()}
             feedback.append(on_value(zeros, kind.value))
         return Hypergradient(
-            grads=back.bars.teacher if "teacher" in request.wrt else {},
+            grads=bars.teacher if "teacher" in request.wrt else {},
             feedback=tuple(feedback[::-1]),
             inner_loss=torch.stack(self.book.losses).mean(),
             outer_loss=L,
             student_params=carry.params,
             inner_state=None,
             kept=plan.keeping.words(plan.steps),
-            start=back.bars.params if "start" in request.wrt else {},
+            start=bars.params if "start" in request.wrt else {},
             settings=stacked_settings(back.in_settings[::-1], request.settings, steps=plan.steps),
             replay_error=self.replays.error,
             direct=back.direct,
@@ -565,32 +589,32 @@ class CompiledPath:
 
     # ----------------------------------------------------------------------------------- one step
 
-    def _read_batch(self, number: int) -> Any:
+    def _read_batch(self, number: int) -> Held:
         """Return a batch; one that a function returns is refused if it is another than before."""
         ahead = self.request.ahead
         if not callable(ahead.batches):
-            return ahead[number]
+            return Held.of(ahead[number])
         # A function may seed the default generator.
         with replayed(RandomState.now(self.plan.device)):
             batch = ahead[number]
         self.book.note_batch(number, batch)
-        return batch
+        return Held.of(batch)
 
-    def _take_step(self, number: int, carry: Carry) -> tuple[Carry, Tensor]:
+    def _take_step(self, number: int, carry: Held) -> tuple[Held, Tensor]:
         """Return the carry after a step, and its inner loss."""
         batch = self._read_batch(number)
         refuse_other_gradient(self.request, self.plan, self.graphs, batch)
-        taken = self.graphs.step(self.plan.phi, carry, self._inputs_of_step(number, batch))
+        taken = self.graphs.step(self.phi, carry, self._inputs_of_step(number, batch))
         for text, is_found in taken.findings.items():
             checks.refuse(is_found, f"in step {number}, {text}")
-        self.book.note_signal(number, batch, taken.signal)
+        self.book.note_signal(number, batch.kind, taken.signal)
         return taken.carry, taken.loss
 
-    def hold(self, number: int, carry: Carry) -> None:
+    def hold(self, number: int, carry: Held) -> None:
         """Hold the carry before a step."""
         self.held.keep(number, carry)
 
-    def after(self, number: int, carry: Carry | None = None) -> Carry:
+    def after(self, number: int, carry: Held | None = None) -> Held:
         """Take a step that is held.
 
         It is taken by the graph that took it first, for the adjoint may round otherwise.
@@ -604,9 +628,13 @@ class CompiledPath:
         """Hold a step no longer."""
         self.held.forget(number)
 
-    def _inputs_of_step(self, number: int, batch: Batch) -> StepInputs:
+    def _inputs_of_step(self, number: int, batch: Held) -> StepInputs:
         """Return what the step of a number is given besides the carry."""
-        return StepInputs(batch, self.row_of_outer, self.plan.rates_of(number))
+        weights = self.request.weights
+        if weights is not None:
+            weights = weights[number % len(weights)]
+        rates = self.rates[number % len(self.rates)]
+        return StepInputs(batch, self.row_of_outer, rates, weights)
 
     # ------------------------------------------------------------------------------ the outer loss
 
@@ -642,22 +670,28 @@ class Carries(States):
         super().__init__(on)
         self.plan = plan
 
-    def keep(self, number: int, state: Carry) -> None:
+    def keep(self, number: int, state: Held) -> None:
         """Keep the carry before a step, and the generators."""
         start = self.plan.start
-        moved = moved_since(start.state, state.state)
-        teacher_moved = moved_since(start.teacher_state, state.teacher_state)
-        kept = state._replace(state=moved, teacher_state=teacher_moved)
+        kept: Any = state
+        if start.state or start.teacher_state:
+            carry: Carry = state.value
+            kept = carry._replace(
+                state=moved_since(start.state, carry.state),
+                teacher_state=moved_since(start.teacher_state, carry.teacher_state),
+            )
         super().keep(number, (kept, RandomState.now(self.plan.device)))
 
-    def read(self, number: int) -> Carry:
+    def read(self, number: int) -> Held:
         """Return the carry before a step, and set the generators back."""
-        carry, random = super().read(number)
+        kept, random = super().read(number)
         random.restore()
+        if isinstance(kept, Held):
+            return kept
         start = self.plan.start
-        of_student = {**start.state, **carry.state}
-        of_teacher = {**start.teacher_state, **carry.teacher_state}
-        return Carry(carry.params, carry.optimizer, of_student, teacher_state=of_teacher)
+        of_student = {**start.state, **kept.state}
+        of_teacher = {**start.teacher_state, **kept.teacher_state}
+        return Held.of(kept._replace(state=of_student, teacher_state=of_teacher))
 
 
 def moved_since(start: Tree, now: Tree) -> Tree:
@@ -672,16 +706,21 @@ def moved_since(start: Tree, now: Tree) -> Tree:
 
 
 def refuse_other_gradient(
-    request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Batch
+    request: PathRequest, plan: PathPlan, graphs: Graphs, batch: Held
 ) -> None:
     """Refuse graphs whose gradient through one step on such a batch is not the eager one.
 
     Batches of a kind that was compared before are let through.
     """
-    kind = kind_of_batch(batch)
+    # Graphs without weights of examples are others.
+    kind = (request.weights is None, batch.kind)
     if kind in graphs.compared:
         return
-    one_step = Lookahead([batch], settings=plan.compared_settings)
+    one_step = Lookahead([batch.value], settings=plan.compared_settings)
+    weights = None
+    if request.weights is not None:
+        # The eager road has none.
+        weights = torch.ones_like(request.weights[:1])
     begun = RandomState.now(plan.device)
     # The step by which they are compared is a step by these graphs too, and not compared.
     graphs.compared.add(kind)
@@ -693,6 +732,7 @@ def refuse_other_gradient(
                     mode=Forward(),
                     ahead=one_step,
                     wrt=("teacher", *request.settings),
+                    weights=weights,
                     shows_progress=False,
                 )
             )

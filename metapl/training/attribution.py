@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -30,7 +30,7 @@ from metapl.execution.numerics import MissingDerivative, explain
 from metapl.execution.shards import gathered
 from metapl.execution.state import replayed
 from metapl.feedback import Forward
-from metapl.functional.training import PathRequest, differentiate
+from metapl.functional.training import CompiledPath, PathRequest, path_of
 from metapl.problems.base import BilevelProblem
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_arguments
@@ -43,7 +43,7 @@ from metapl.training.retraining import (
     rank_correlations,
 )
 from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
-from metapl.training.weighted import BatchesOfSteps, WeightedTraining, judges_of
+from metapl.training.weighted import BatchesOfSteps, WeightedTraining, judges_of, thetas_along
 from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
     Settings,
@@ -461,12 +461,11 @@ def attribute(
             smoothing_of_adjoint = smoothing_for(
                 training.optimizer, smoothing, is_sharded=training.layout.is_sharded
             )
-            if seed == 0 and training.can_be_repeated:
+            looks = seed == 0 and training.can_be_repeated
+            if looks:
                 look_at_passes(training)
                 if verify:
                     verify_steps(training, verify)
-                if steps >= 100:
-                    warn_of_roughness(training, steps)
             attributions.append(
                 attribution_of(
                     training,
@@ -477,6 +476,7 @@ def attribute(
                     compile=compile,
                     progress=progress,
                     replay_tolerance=replay_tolerance,
+                    looks_at_roughness=looks and steps >= 100,
                 )
             )
     attribution = attributions[0] if seeds == 1 else mean_of(attributions)
@@ -493,19 +493,25 @@ def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> 
     if settings is not None:
         settings = {name: values[begin : begin + 2] for name, values in settings.items()}
     batches = [training.batch(numbers) for numbers in training.order[begin : begin + 2]]
+    with without_other_modes(), replayed(training.start):
+        hypergradient(
+            None,
+            training.layout.network,
+            outer=map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch),
+            # One step needs no second derivative of the network.
+            inner=Lookahead(batches, settings=settings),
+            problem=training.problem,
+            inner_optimizer=training.optimizer,
+            clip_norm=training.clip_norm,
+            verify=verify,
+        )
+
+
+@contextmanager
+def without_other_modes() -> Iterator[None]:
+    """Propose no other mode in this block, where a gradient does: attribution has none."""
     try:
-        with replayed(training.start):
-            hypergradient(
-                None,
-                training.layout.network,
-                outer=map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch),
-                # One step needs no second derivative of the network.
-                inner=Lookahead(batches, settings=settings),
-                problem=training.problem,
-                inner_optimizer=training.optimizer,
-                clip_norm=training.clip_norm,
-                verify=verify,
-            )
+        yield
     except MissingDerivative as error:
         raise MissingDerivative(error.what, NO_OTHER_MODE) from error
 
@@ -584,6 +590,7 @@ def attribution_of(
     compile: bool,
     progress: bool,
     replay_tolerance: float,
+    looks_at_roughness: bool,
 ) -> Attribution:
     """Return the scores of one training; for the arguments see :func:`attribute`."""
     steps = len(training.order)
@@ -610,7 +617,8 @@ def attribution_of(
         if scores:
             # The same training has the same dropout masks.
             training.start.restore()
-        try:
+        with without_other_modes():
+            path = None
             if compile:
                 request = PathRequest(
                     teacher=None,
@@ -622,10 +630,15 @@ def attribution_of(
                     ahead=ahead,
                     judging=judging if each else (),
                     clip_norm=training.clip_norm,
+                    weights=torch.ones(1, training.order.shape[1], device=training.start.device),
                     shows_progress=progress,
                     replay_tolerance=replay_tolerance,
                 )
-                result = differentiate(request)
+                path = path_of(request)
+            if looks_at_roughness and not scores:
+                warn_of_roughness(training, path)
+            if path is not None:
+                result = path.find()
             else:
                 result = hypergradient(
                     None,
@@ -641,9 +654,6 @@ def attribution_of(
                     verify=False,
                     replay_tolerance=replay_tolerance,
                 )
-        except MissingDerivative as error:
-            # The gradient proposes another mode, which attribution does not have.
-            raise MissingDerivative(error.what, NO_OTHER_MODE) from error
         feedback = result.feedback
         if not (compile and each):
             feedback = [h[None] for h in feedback]
@@ -798,16 +808,31 @@ def look_at_passes(training: WeightedTraining) -> None:
         )
 
 
-def warn_of_roughness(training: WeightedTraining, steps: int) -> None:
-    """Warn where the first steps of a training are not smooth in the weights of its examples."""
+def warn_of_roughness(training: WeightedTraining, path: CompiledPath | None) -> None:
+    """Warn where the first steps of a training are not smooth in the weights of its examples.
+
+    Args:
+        path: the training's compiled steps, by which it is taken again; None: by the student's own.
+    """
+    steps = len(training.order)
     few = min(steps // 10, 50)
-    smoothness, _ = smoothness_of(training, 0.1, None, few, progress=False)
-    if smoothness.agreement < SMOOTH:
+
+    def train_with(weights: Tensor) -> Mapping[str, Tensor]:
+        if path is None:
+            params, _ = training.repeated(weights, [training.problem], few)
+            return params
+        weights_of_steps = weights.to(training.start.device)[training.order[:few]]
+        with replayed(training.start):
+            return path.weights_after(weights_of_steps, few)
+
+    thetas = thetas_along(train_with, len(training.data), h=0.1, v=None, progress=False)
+    agreement, _ = agreement_of_signs(*thetas)
+    if agreement < SMOOTH:
         warnings.warn(
             f"the metasmoothness of the first {few} of {steps:,} steps is "
-            f"{smoothness.agreement:.2f}, below {SMOOTH}: scores may not say what removals do. Try "
+            f"{agreement:.2f}, below {SMOOTH}: scores may not say what removals do. Try "
             "float32 weights, a lower learning rate, or a larger eps of Adam.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

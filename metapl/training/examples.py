@@ -93,7 +93,7 @@ class Columns(Examples):
         return length(self.rows)
 
     def read(self, numbers: Tensor) -> Any:
-        return map_tensors(lambda t: t[numbers.to(t.device)], self.rows)
+        return map_tensors(lambda t: t.index_select(0, numbers.to(t.device)), self.rows)
 
 
 class Numbered(Examples):
