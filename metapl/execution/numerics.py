@@ -223,6 +223,15 @@ def reduced_float32(device: torch.device) -> bool:
     return any(switch.fp32_precision not in ("none", "ieee") for switch in switches)
 
 
+def float32_switches(device: torch.device) -> list[str]:
+    """Return how a device's switches for float32 products stand, as PyTorch names it."""
+    return [*map(_precision_of, _SWITCHES.get(device.type, ()))]
+
+
+# Reads a switch where map() calls it without a frame of metapl.
+_precision_of = attrgetter("fp32_precision")
+
+
 def float32_products(device: torch.device) -> dict[str, str]:
     """Return in what precision products of float32 are taken on a device.
 

@@ -122,7 +122,7 @@ class AdjointFunction(Protocol):
     def __call__(
         self, phi: Held, carry: Held, inputs: StepInputs, bars: Held, /
     ) -> tuple[Held, Tree, Settings, Tensor]:
-        """Return the cotangents before the step, dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
+        """Return the cotangents before the step, h = −dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
 
         Args:
             carry: before the step.
@@ -206,7 +206,8 @@ class TrainingStep:
         teacher_bar = {name: t + phi_bar[name] for name, t in bars.teacher.items()}
         cotangents = Cotangents(theta_bar, s_bar, teacher=teacher_bar)
         in_settings = settings_bar if self.rules.in_settings else []
-        return cotangents, signal_bar, in_settings, norm(theta_bar)
+        h = {name: -t for name, t in signal_bar.items()}
+        return cotangents, h, in_settings, norm(theta_bar)
 
     @contextmanager
     def _begun(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Iterator[BegunStep]:

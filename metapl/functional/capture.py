@@ -36,7 +36,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.checks import described, has_values, no_values, unexpected
-from metapl.execution.numerics import explain, float32_products
+from metapl.execution.numerics import explain, float32_switches
 from metapl.execution.state import RandomState, replayed
 
 LOG = logging.getLogger("metapl")
@@ -813,7 +813,7 @@ def switches(device: torch.device) -> list[Any]:
         torch.get_autocast_dtype(device.type),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
-        float32_products(device),
+        float32_switches(device),
     ]
 
 
@@ -890,8 +890,6 @@ def at_places(value: Any, tensors: Sequence[Any]) -> Any:
     """
     if type(value) is At:
         return tensors[value]
-    if type(value) is HeldAt:
-        return value.held(tensors)
     if type(value) is dict:
         return {name: at_places(part, tensors) for name, part in value.items()}
     if type(value) in (list, tuple):
@@ -900,6 +898,8 @@ def at_places(value: Any, tensors: Sequence[Any]) -> Any:
         return type(value)(*[at_places(part, tensors) for part in value])
     if isinstance(value, PLAIN):
         return value
+    if type(value) is HeldAt:
+        return value.held(tensors)
     return pytree.tree_map_only(At, tensors.__getitem__, value)
 
 
@@ -1124,17 +1124,20 @@ class Captured(Generic[Result]):
         self.attributes.read_again()
         whole_kind = Kind(kind, self.attributes.values())
         given = len(tensors) + len(held)
-        results = nested[0]
-        if self.holds_first:
-            first, *others = results
-            results = (HeldAt(first), *others)
-            if hasattr(nested[0], "_fields"):
-                results = type(nested[0])(*results)
+        results = self.with_held(nested[0])
         capture = Capture(whole_kind, compiled, held, given, places, results, operations=graph)
         self.kept.append(capture)
         del self.kept[:-MOST_KEPT]
         self.captures += 1
         return capture
+
+    def with_held(self, results: Any) -> Any:
+        """Return nested places of results; those of one that is held as :class:`HeldAt`."""
+        if not self.holds_first:
+            return results
+        first, *others = results
+        parts = (HeldAt(first), *others)
+        return type(results)(*parts) if hasattr(results, "_fields") else parts
 
     def _say_why(self, kind: list[Any]) -> None:
         """Warn, once, of a function that is captured for the third time, and say why."""

@@ -155,9 +155,12 @@ def graphs_of(
             )
         )
         sources = subject.sources
+        # As graphs they return carries and cotangents that are held.
+        take: Callable[..., Any] = step.taken
+        adjoint: Callable[..., Any] = step.adjoint
         return Graphs(
-            Captured(step.taken, device, sources, holds_first=True),
-            Captured(step.adjoint, device, sources, holds_first=True),
+            Captured(take, device, sources, holds_first=True),
+            Captured(adjoint, device, sources, holds_first=True),
             subject,
         )
 

@@ -74,6 +74,9 @@ from metapl.updates import TorchUpdate, options_of, update_of
 
 OptionsOfStep = Sequence[Mapping[str, Any]]
 
+# After how many steps it is looked whether their numbers are finite.
+STEPS_OF_LOOK = 32
+
 
 @dataclass(frozen=True, kw_only=True)
 class PathRequest:
@@ -399,6 +402,36 @@ class StepBook:
             self.kinds_of_steps.append(self.kinds[kind])
 
 
+class Finite:
+    """Numbers of steps, of which one that is NaN or infinite is refused.
+
+    They are looked at together, some steps later, for each look waits for its number.
+
+    Args:
+        text: of the error, with a place for the number of the step.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._steps = list[int]()
+        self._numbers = list[Tensor]()
+
+    def note(self, step: int, number: Tensor) -> None:
+        """Note the number of a step."""
+        self._steps.append(step)
+        self._numbers.append(number)
+        if len(self._steps) == STEPS_OF_LOOK:
+            self.look()
+
+    def look(self) -> None:
+        """Refuse the first of the numbers that is not finite."""
+        if self._numbers and not bool(torch.stack(self._numbers).isfinite().all()):
+            for step, number in zip(self._steps, self._numbers, strict=True):
+                checks.refuse_not_finite(self._text.format(step), number)
+        self._steps.clear()
+        self._numbers.clear()
+
+
 @dataclass
 class WayBack:
     """What the walk back has found so far.
@@ -407,6 +440,7 @@ class WayBack:
         outer_loss: L(θ_K), a scalar, or (M,) of M outer losses.
         direct: ∂L(θ_K; φ)/∂φ at fixed θ_K; empty where L does not read the teacher.
         bars: the :class:`Cotangents` of the carry before the step to which it has come.
+        sizes: of the gradients in the weights.
         feedback: h of the steps from there on, from the last one to the first.
         in_settings: the gradients in the settings of these steps, in the same order.
     """
@@ -414,6 +448,7 @@ class WayBack:
     outer_loss: Tensor
     direct: Tree
     bars: Held
+    sizes: Finite = field(default_factory=lambda: Finite(NOT_FINITE))
     feedback: list[Any] = field(default_factory=list)
     in_settings: list[Any] = field(default_factory=list)
 
@@ -456,6 +491,9 @@ class CompiledPath:
         self.student = Places(request.student, "student")
         self.phi = Held.of(plan.phi)
         self.rates: list[Any] = [*map(Held.of, plan.rates)]
+        self.weights: Sequence[Tensor | None] = [None]
+        if request.weights is not None:
+            self.weights = request.weights.unbind()
         self.book = StepBook()
         self.replays = ReplayCheck(request.replay_tolerance)
         self.held = Carries(plan, request.mode.keep_on)
@@ -492,12 +530,14 @@ class CompiledPath:
         with running_graphs(self.plan.device):
             for number in range(steps):
                 carry, _ = path._take_step(number, carry)
-        return carry.value.params
+        last: Carry = carry.value
+        return last.params
 
     def _walk_forward(self) -> Held:
         """Take the steps, and return the carry after the last one."""
         plan = self.plan
         carry = Held.of(plan.start)
+        losses = Finite(LOSS_NOT_FINITE)
         with step_bar(self.request.shows_progress, plan.steps, "steps") as advance:
             for number in range(plan.steps):
                 self.walk.pass_by(number, carry, plan.steps)
@@ -505,8 +545,9 @@ class CompiledPath:
                 with look:
                     carry, loss = self._take_step(number, carry)
                 self.book.losses.append(loss)
-                checks.refuse_not_finite(LOSS_NOT_FINITE.format(number), loss)
+                losses.note(number, loss)
                 advance()
+        losses.look()
         if plan.steps > 1:
             self.walk.note(plan.steps, carry)
         return carry
@@ -546,18 +587,17 @@ class CompiledPath:
             for number in self.walk.back(plan.first, 0, plan.steps, *self.walk.spacings):
                 self._take_adjoint(number, back)
                 advance()
+        back.sizes.look()
 
     def _take_adjoint(self, number: int, back: WayBack) -> None:
         """Go back through one step that is held, under the draws that it had."""
         kind = self.book.kinds_of_steps[number]
         carry = self.held.read(number)
         batch = self._read_batch(number)
-        back.bars, in_signal, in_settings, size = self.graphs.adjoint(
+        back.bars, h, in_settings, size = self.graphs.adjoint(
             self.phi, carry, self._inputs_of_step(number, batch), back.bars
         )
-        checks.refuse_not_finite(NOT_FINITE.format(number), size)
-        # h is minus the derivative.
-        h = {name: -t for name, t in in_signal.items()}
+        back.sizes.note(number, size)
         back.feedback.append(on_value(h, kind.value))
         back.in_settings.append(in_settings)
 
@@ -630,10 +670,8 @@ class CompiledPath:
 
     def _inputs_of_step(self, number: int, batch: Held) -> StepInputs:
         """Return what the step of a number is given besides the carry."""
-        weights = self.request.weights
-        if weights is not None:
-            weights = weights[number % len(weights)]
         rates = self.rates[number % len(self.rates)]
+        weights = self.weights[number % len(self.weights)]
         return StepInputs(batch, self.row_of_outer, rates, weights)
 
     # ------------------------------------------------------------------------------ the outer loss

@@ -26,6 +26,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, returned_by
 from metapl.execution.checks import described, unexpected
+from metapl.execution.failed_steps import explain_step
 from metapl.execution.numerics import MissingDerivative, explain
 from metapl.execution.shards import gathered
 from metapl.execution.state import replayed
@@ -34,7 +35,7 @@ from metapl.functional.training import CompiledPath, PathRequest, path_of
 from metapl.problems.base import BilevelProblem
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_arguments
-from metapl.training.hypergradient import hypergradient
+from metapl.training.hypergradient import hypergradient, verify_hypergradient
 from metapl.training.retraining import (
     DatamodelingScore,
     Removals,
@@ -493,13 +494,14 @@ def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> 
     if settings is not None:
         settings = {name: values[begin : begin + 2] for name, values in settings.items()}
     batches = [training.batch(numbers) for numbers in training.order[begin : begin + 2]]
-    with without_other_modes(), replayed(training.start):
-        hypergradient(
-            None,
+    outer = map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch)
+    # One step needs no second derivative of the network.
+    ahead = Lookahead(batches, settings=settings)
+    with explained(outer, ahead), replayed(training.start):
+        verify_hypergradient(
             training.layout.network,
-            outer=map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch),
-            # One step needs no second derivative of the network.
-            inner=Lookahead(batches, settings=settings),
+            outer=outer,
+            inner=ahead,
             problem=training.problem,
             inner_optimizer=training.optimizer,
             clip_norm=training.clip_norm,
@@ -508,12 +510,18 @@ def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> 
 
 
 @contextmanager
-def without_other_modes() -> Iterator[None]:
-    """Propose no other mode in this block, where a gradient does: attribution has none."""
+def explained(outer: Batch, ahead: Lookahead) -> Iterator[None]:
+    """Say of an error in this block what of the batches is its cause.
+
+    Where an operation lacks a derivative, no other mode is proposed: attribution has none.
+    """
     try:
         yield
     except MissingDerivative as error:
         raise MissingDerivative(error.what, NO_OTHER_MODE) from error
+    except Exception as error:
+        explain_step(error, outer, ahead)
+        raise
 
 
 def warn_of_worth(attribution: Attribution, problem: BilevelProblem, optimizer: Any) -> None:
@@ -617,7 +625,7 @@ def attribution_of(
         if scores:
             # The same training has the same dropout masks.
             training.start.restore()
-        with without_other_modes():
+        with explained(outer_batch, ahead):
             path = None
             if compile:
                 request = PathRequest(

@@ -163,3 +163,35 @@ def hypergradient(
 
         return compiled(differentiation)
     return differentiation.find(orders)
+
+
+@one_at_a_time
+def verify_hypergradient(
+    student: nn.Module,
+    *,
+    outer: Batch,
+    inner: Batch,
+    problem: BilevelProblem,
+    inner_optimizer: InnerOptimizer,
+    clip_norm: float | None,
+    verify: bool | Literal["warn"],
+) -> None:
+    """Look at a call of :func:`hypergradient` without a teacher, and verify it, where it is new.
+
+    The arguments are those of that call.
+    """
+    from metapl.guards.verification.first_calls import verify_first_call
+
+    request = Request(
+        teacher=None,
+        student=student,
+        outer=outer,
+        inner=inner,
+        mode="forward",
+        problem=problem,
+        inner_optimizer=inner_optimizer,
+        clip_norm=clip_norm,
+    )
+    differentiation = Differentiation(request)
+    look_at_call(differentiation)
+    verify_first_call(differentiation, verify)

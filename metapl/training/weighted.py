@@ -162,6 +162,8 @@ class WeightedTraining:
         self.order = shuffled_batches(
             len(self.data), steps, batch_size, generator or torch.Generator().manual_seed(0)
         )
+        # Indexed once for all steps, each of which is read twice.
+        self._numbers_of_steps = self.order.unbind()
         self.outer_examples = len(judged)
         self.outer_batch = judged[torch.arange(len(judged))]
         self._refuse_unequal_shares("batch_size", batch_size)
@@ -209,7 +211,7 @@ class WeightedTraining:
 
     def batch_of_step(self, number: int) -> Batch:
         """Return this rank's rows of the batch of a step."""
-        return self.batch(self.layout.ranks.own_rows(self.order[number]))
+        return self.batch(self.layout.ranks.own_rows(self._numbers_of_steps[number]))
 
     @property
     def has_constant_batches(self) -> bool:

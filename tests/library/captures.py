@@ -48,7 +48,8 @@ def as_functions(monkeypatch: pytest.MonkeyPatch) -> None:
             copies = [t.clone() for t in tensors]
             returned = captured.function(*put_together(arguments, iter(copies)))
         numbers = itertools.count()
-        results = pytree.tree_map_only(Tensor, lambda _: At(next(numbers)), returned)
+        nested = pytree.tree_map_only(Tensor, lambda _: At(next(numbers)), returned)
+        results = captured.with_held(nested)
         places = [len(tensors) + place for place in range(next(numbers))]
         return Capture(Kind([], []), call, [], len(tensors), places, results), tensors
 

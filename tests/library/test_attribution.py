@@ -18,7 +18,7 @@ import pytest
 import reference
 import safetensors.torch
 import torch
-from captures import as_functions
+from captures import as_functions, without_inductor
 from problems_zoo import product
 from reference import error
 from torch import Tensor, nn
@@ -29,7 +29,9 @@ from torch.utils.data import TensorDataset
 import metapl
 from metapl import MetaplError, attribute, metasmoothness
 from metapl.execution.state import RandomState, replayed
+from metapl.functional.graphs import _CACHE
 from metapl.problems import EqualWeights, NextToken
+from metapl.training import attribution
 from metapl.training.attribution import Attribution, Metasmoothness
 
 N = 24
@@ -365,6 +367,45 @@ def test_a_rough_training_is_told_before_it_is_differentiated() -> None:
             scores(rate, dtype)
     # Of a smooth training there is no warning, which would be an error here.
     scores(0.02, torch.float32)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("mlp", 0.5), ("dropout", 0.5), ("tokens", 3.0)])
+@pytest.mark.parametrize("each", [False, True])
+def test_compiled_steps_see_the_roughness_of_the_training_itself(
+    kind: str, rate: float, each: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They take it by the graphs of the scores, of which there are no others."""
+    monkeypatch.setattr(attribution, "SMOOTH", 2.0)
+    graphs = without_inductor(monkeypatch)
+    _CACHE.clear()
+    ids = torch.randint(0, 5, (N, 4), generator=torch.Generator().manual_seed(0))
+    texts: list[str] = []
+    for compiles in (False, True):
+        network = Causal() if kind == "tokens" else student(kind)
+        options: dict[str, Any] = {}
+        if kind == "tokens":
+            options = {"train": (ids, ids), "outer": (ids[:3], ids[:3]), "problem": NextToken()}
+        options["optimizer"] = torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            scored(network, steps=100, each=each, compile=compiles, **options)
+        assert Path(told[0].filename) == Path(__file__)
+        texts.append(str(told[0].message))
+    assert texts[0] == texts[1]
+    assert "metasmoothness of the first 10 of 100 steps is 0." in texts[0]
+    assert len(graphs) == 2
+
+
+def test_compiled_steps_name_the_rows_that_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is seen some steps later."""
+    without_inductor(monkeypatch)
+    inputs, labels = data(0, 400)
+    inputs[300] = torch.nan
+    options: dict[str, Any] = {"train": (inputs, labels), "steps": 50, "compile": True}
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(0)).view(50, 8)
+    step = int((order == 300).any(1).nonzero())
+    with pytest.raises(MetaplError, match=rf"inner\[{step}\]\[0\]: 1 of 8 rows has NaN"):
+        scored(student(), **options)
 
 
 class Scaled(EqualWeights):

@@ -14,7 +14,7 @@ import torch
 from captures import without_inductor
 from torch import Tensor, nn
 
-from metapl.functional.capture import Captured
+from metapl.functional.capture import Captured, Held
 from metapl.problems.losses import log_of_shares
 
 FACTOR = 2.0
@@ -175,6 +175,25 @@ def test_what_a_module_reads_counts(
         torch.testing.assert_close(captured(x), [scale(x)])
     # A tensor is an argument of the graph, which need not be made anew for its values.
     assert len(graphs) == (1 if change is change_tensor_in_place else 2)
+
+
+def test_what_the_next_call_is_given_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = without_inductor(monkeypatch)
+
+    def moved(carry: dict[str, Tensor], x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        return {"sum": carry["sum"] + x, "same": carry["same"]}, x.sum()
+
+    captured: Captured[Any] = Captured(moved, torch.device("cpu"), holds_first=True)
+    # An expanded tensor, whose strides no later carry has.
+    expected = {"sum": torch.zeros(()).expand(3, 2), "same": torch.ones(2)}
+    carry = Held.of(expected)
+    for number in range(4):
+        x = torch.full((3, 2), float(number))
+        carry, total = captured(carry, x)
+        expected, expected_total = moved(expected, x)
+        torch.testing.assert_close((carry.value, total), (expected, expected_total))
+        torch.testing.assert_close(carry["same"], expected["same"])
+    assert len(graphs) == 2
 
 
 @pytest.mark.filterwarnings("ignore:a step is recorded for the third time")
