@@ -245,19 +245,20 @@ class Slots:
         for optimizer in optimizers:
             self._hooks += _hooks_of_step(optimizer)
         self._tables = [table for table in tables if table]
-        self._empty_tables = [table for table in tables if not table]
+        self._empty_tables = [table for table in (*tables, *self._hooks) if not table]
         self._table_names = [*chain.from_iterable(self._tables)]
         self._table_values = [*chain.from_iterable(map(dict.values, self._tables))]
         self._tensors = [p for _, _, p in self.parameters]
 
         self._empty_state: State | None = None
+        hook_counts = [*map(len, self._hooks)]
         self._modes = [*map(_is_training, parts)]
+        self._hooks = [table for table in self._hooks if table]
         self._hook_counts = [*map(len, self._hooks)]
-        self._parts_have_hooks = any(self._hooks)
         self._are_learned = [*map(_requires_grad, self._tensors)]
         self._parameters_have_hooks = any(map(_hooks_of_parameter, self._tensors))
         self._are_replaced = [*map(_has_own_step, map(vars, optimizers))]
-        marks = [*self._modes, *self._hook_counts, *self._are_learned, *self._are_replaced]
+        marks = [*self._modes, *hook_counts, *self._are_learned, *self._are_replaced]
         self.mark = hash((*marks, -1) if self._parameters_have_hooks else tuple(marks))
 
     def __setstate__(self, values: dict[str, Any]) -> None:
@@ -279,11 +280,8 @@ class Slots:
         values = chain.from_iterable(map(dict.values, self._tables))
         if not all(map(is_, values, self._table_values)):
             return False
-        has_as_many_hooks = any(self._hooks) == self._parts_have_hooks
-        if has_as_many_hooks and self._parts_have_hooks:
-            has_as_many_hooks = [*map(len, self._hooks)] == self._hook_counts
         return (
-            has_as_many_hooks
+            [*map(len, self._hooks)] == self._hook_counts
             and any(map(_hooks_of_parameter, self._tensors)) == self._parameters_have_hooks
             and [*map(_is_training, self._parts)] == self._modes
             and [*map(_requires_grad, self._tensors)] == self._are_learned

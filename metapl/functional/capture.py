@@ -47,6 +47,8 @@ MOST_KEPT = 8
 # The types of attributes and of parts of a batch that are constants of a graph.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
+SEQUENCES = (tuple, list)
+
 # Operations of a graph from which on a compiler is advised against. It takes some 8 s and 37 ms an
 # operation (345 operations 19 s, 1,276 45 s, 2,718 53 s of processor time).
 MANY_OPERATIONS = 5_000
@@ -528,9 +530,10 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
     if isinstance(value, Tensor):
         tensors.append(value)
         kind.append((value.shape, value.stride(), value.dtype, value.device))
-    elif isinstance(value, PLAIN):
-        kind.append((type(value), value))
-    elif isinstance(value, tuple | list):
+    elif isinstance(value, Held):
+        tensors += value.tensors
+        kind.append(value.kind)
+    elif isinstance(value, SEQUENCES):
         kind.append((type(value), len(value)))
         for part in value:
             take_apart(part, tensors, kind)
@@ -538,9 +541,8 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
         kind.append((type(value), tuple(value)))
         for part in value.values():
             take_apart(part, tensors, kind)
-    elif isinstance(value, Held):
-        tensors += value.tensors
-        kind.append(value.kind)
+    elif isinstance(value, PLAIN):
+        kind.append((type(value), value))
     elif isinstance(value, Constants):
         kind += value.kind
     else:
@@ -612,10 +614,12 @@ class Attributes:
             # As many attributes, of other names; or a variable that was deleted.
             self.read_again()
             return self.values()
-        values += [cell.cell_contents for cell in self._cells]
-        values += [getattr(owner, name, None) for owner, name in self._slots]
-        values += [array.tobytes() for array in self._arrays]
-        return [*values, *chain.from_iterable(self._collections)]
+        values += chain.from_iterable(self._collections)
+        if self._cells or self._slots or self._arrays:
+            values += [cell.cell_contents for cell in self._cells]
+            values += [getattr(owner, name, None) for owner, name in self._slots]
+            values += [array.tobytes() for array in self._arrays]
+        return values
 
     def modules(self) -> list[nn.Module]:
         """Return the modules among the objects."""
@@ -875,8 +879,8 @@ class Capture(NamedTuple):
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Return the results' tensors, from those of the arguments."""
         given = tensors + self.held
-        taken_and_returned = given + [*self.graph(*given)]
-        return [taken_and_returned[place] for place in self.places]
+        taken_and_returned = [*given, *self.graph(*given)]
+        return [*map(taken_and_returned.__getitem__, self.places)]
 
 
 class At(int):
