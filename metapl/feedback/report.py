@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -34,9 +34,16 @@ class Report:
     scalars: dict[str, Tensor]
     fault: checks.Fault = field(default_factory=checks.Fault)
 
+    @classmethod
+    def later(cls, fields: Callable[[], dict[str, Any]], **known: Any) -> Self:
+        """Return a report of which some fields are known, and the others made when one is read."""
+        report = cls.__new__(cls)
+        vars(report).update(known, _later=fields)
+        return report
+
     def __repr__(self) -> str:
         # A report of a step without a teacher has no feedback.
-        feedback = {"feedback": self.feedback} if "feedback" in vars(self) else {}
+        feedback = {"feedback": self.feedback} if hasattr(self, "feedback") else {}
         return summary(type(self).__name__, step=self.step, **self.scalars, **feedback)
 
     @property
@@ -60,6 +67,11 @@ class Report:
         return self.scalars
 
     def __getattr__(self, name: str) -> float:
+        if "_later" in self.__dict__ and not name.startswith("_"):
+            fields = self.__dict__.pop("_later")
+            self.__dict__.update(fields())
+            value: float = getattr(self, name)
+            return value
         # A report that is being copied has no scalars yet.
         columns: dict[str, Tensor] = {}
         if "scalars" in self.__dict__ and not name.startswith("_"):

@@ -46,9 +46,11 @@ from metapl.execution.state import (
 from metapl.feedback.report import StepReport
 from metapl.functional.capture import (
     ATTRIBUTES_OF_ALL_MODULES,
+    At,
     Capture,
     Captured,
     Capturing,
+    Constants,
     Held,
     at_places,
     is_equal,
@@ -81,6 +83,7 @@ from metapl.updates import (
     rounded_options,
     update_of,
 )
+from metapl.updates.base import OptimizerState
 
 NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -198,16 +201,19 @@ class Moved(NamedTuple):
             None: the step has written them into those that it was given.
         mode: the next state of the estimator.
         step: the number of the next step.
+        flag: as of the report.
+        report: makes the report.
         state: makes the whole state of these.
-        is_first: whether the graph was made for this step.
+        start: the generators before the step, where the graph was made for it; else None.
     """
 
     leaves: list[Tensor] | None
     mode: dict[str, Tensor]
     step: Tensor
-    report: Report
+    flag: Tensor
+    report: Callable[[], Report]
     state: Callable[[], State]
-    is_first: bool
+    start: RandomState | None
 
 
 def moved_by_graphs(
@@ -221,9 +227,19 @@ def moved_by_graphs(
 ) -> Moved:
     """Return what a step by CUDA graphs leaves, which never writes into what it is given."""
     recordings = by_graphs.recordings_made
-    moved, report = by_graphs(live.state, outer, inner, noise)
+    start = RandomState.now(by_graphs.device)
+    with torch.no_grad():
+        moved, report = by_graphs(live.state, outer, inner, noise)
     is_first = by_graphs.recordings_made > recordings
-    return Moved(leaves_of(moved), moved.mode, moved.step, report, lambda: moved, is_first)
+    return Moved(
+        leaves=leaves_of(moved),
+        mode=moved.mode,
+        step=moved.step,
+        flag=report.flag,
+        report=partial(at_places, report, ()),
+        state=lambda: moved,
+        start=start if is_first else None,
+    )
 
 
 class CapturedStep:
@@ -245,24 +261,49 @@ class CapturedStep:
         self._writes = False
         self._mode: dict[str, Any] = {}
         self._number: Any = 0
+        self._flag: Any = 0
+        # Nested places among the report's tensors alone, so that a report holds no weights.
         self._report: Any = None
+        self._report_places: list[int] = []
 
+    # A compiled graph runs without a graph of autograd by itself.
+    @torch.no_grad()
     def _on_parts(
         self,
-        held: tuple[Network, Network, Optimizer, Optimizer],
+        held: tuple[Network, Network, OptimizerState, OptimizerState, Constants],
+        numbers: Tensor,
         mode: dict[str, Tensor],
         number: Tensor,
         *batches: Any,
     ) -> tuple[State, Report]:
-        """Take the step from the parts of a state, and write what it leaves into them."""
-        state = State(*held, mode=mode, step=number)
+        """Take the step from the parts of a state, and write what it leaves into them.
+
+        Returns: the state after it, whose settings are left out where it was written, and the
+        report.
+        """
+        teacher, student, inner_state, outer_state, structure = held
+        inner, outer = pytree.tree_unflatten([*numbers.unbind()], structure.value)
+        state = State(
+            teacher,
+            student,
+            inner=Optimizer(inner_state, inner),
+            outer=Optimizer(outer_state, outer),
+            mode=mode,
+            step=number,
+        )
         moved, report = self.step(state, *batches)
         tensors, moved_tensors = leaves_of(state), leaves_of(moved)
         if len(tensors) == len(moved_tensors):
             is_right = report.flag == 0
             for t, moved_t in zip(tensors, moved_tensors, strict=True):
                 t.copy_(torch.where(is_right, moved_t, t))
-            moved = State(*held, mode=moved.mode, step=moved.step)
+            moved = with_fields(
+                state,
+                inner=Optimizer(inner_state, []),
+                outer=Optimizer(outer_state, []),
+                mode=moved.mode,
+                step=moved.step,
+            )
         return moved, report
 
     def __call__(
@@ -276,9 +317,11 @@ class CapturedStep:
         state = live.state
         captures = self.captured.captures
         capture, tensors = self.captured.find(
-            live.held(), state.mode, state.step, outer, inner, noise
+            live.held(), live.numbers(), state.mode, state.step, outer, inner, noise
         )
         is_first = self.captured.captures > captures
+        # Recording moves no generator.
+        start = RandomState.now(self.captured.device) if is_first else None
         on_copies = on_copies or is_first
         if on_copies:
             tensors = [t.clone() for t in tensors]
@@ -286,13 +329,15 @@ class CapturedStep:
         if capture is not self._capture:
             self._find_places(capture)
         is_written = self._writes and not on_copies
+        get = results.__getitem__
         return Moved(
-            leaves=None if is_written else [results[place] for place in self._leaves],
+            leaves=None if is_written else [*map(get, self._leaves)],
             mode={name: results[place] for name, place in self._mode.items()},
             step=results[self._number],
-            report=Report(*(at_places(field, results) for field in self._report)),
+            flag=results[self._flag],
+            report=partial(at_places, self._report, [*map(get, self._report_places)]),
             state=lambda: at_places(capture.results, results)[0],
-            is_first=is_first,
+            start=start,
         )
 
     def _find_places(self, capture: Capture) -> None:
@@ -303,7 +348,14 @@ class CapturedStep:
         self._writes = all(capture.places[place] < capture.given for place in self._leaves)
         self._mode = moved.mode
         self._number = moved.step
-        self._report = report
+        self._flag = report.flag
+        places = self._report_places = []
+
+        def renumbered(place: At) -> At:
+            places.append(place)
+            return At(len(places) - 1)
+
+        self._report = pytree.tree_map_only(At, renumbered, report)
 
 
 @dataclass
@@ -320,6 +372,7 @@ class Compiled:
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
+        draws: whether a graph draws from the default generators.
         direct_term: that of the trainer, which looks through all parameters of the teacher.
     """
 
@@ -331,6 +384,7 @@ class Compiled:
     probs: Tensor | None = None
     takes_outer_loss: bool = False
     is_compared: bool = False
+    draws: bool = False
 
 
 class LiveState:
@@ -350,14 +404,15 @@ class LiveState:
             self.state = with_counts_on_device(self.state, trainer.device)
         # The settings of param groups that the tensors in the state were made of.
         self._settings = [settings_by_group(update) for update in updates]
-        # The optimizers, and the values in their param groups that the settings were read from;
-        # None where one of them may change in place.
+        # The optimizers, and what their param groups held when the settings were read; None where
+        # a setting may change in place.
         self._optimizers = [unclipped(update).optimizer for update in updates if update is not None]
-        self._group_values = self._fixed_values()
+        self._group_contents = self._fixed_contents()
+        self._has_same_contents = True
         self._held: Held | None = None
+        self._numbers: Tensor | None = None
         # Whose weights these groups have, and what in them is a constant of the graph.
-        self._group_weights = parameters_of_groups(self._optimizers)
-        self._group_sizes = sizes_of_groups(self._optimizers)
+        self._group_weights = weights_of_groups(self._optimizers)
         self._group_constants = constants_of_groups(self._optimizers)
         # The number of the next step, and the tensor of it that the last one has made.
         self._next_number = -1
@@ -380,8 +435,21 @@ class LiveState:
         """Return the tensors of networks and optimizers, taken apart until they are others."""
         if self._held is None:
             state = self.state
-            self._held = Held.of((state.teacher, state.student, state.inner, state.outer))
+            _, structure = pytree.tree_flatten((state.inner.settings, state.outer.settings))
+            optimizers = (state.inner.state, state.outer.state)
+            constants = Constants([structure], structure)
+            self._held = Held.of((state.teacher, state.student, *optimizers, constants))
         return self._held
+
+    def numbers(self) -> Tensor:
+        """Return the settings of both optimizers as one vector.
+
+        A graph takes longer to be given each number by itself.
+        """
+        if self._numbers is None:
+            settings = self.state.inner.settings, self.state.outer.settings
+            self._numbers = torch.stack([t.reshape(()) for t in pytree.tree_leaves(settings)])
+        return self._numbers
 
     def is_of(self, trainer: TwoLevelTrainer, steps: int) -> bool:
         """Return whether the trainer still holds these tensors, and takes the same step.
@@ -403,38 +471,37 @@ class LiveState:
 
         These are settings of optimizers, the state of the mode, and the number of the step.
         """
-        values = self._group_values
-        if values is None or not are_the_same(values_of_groups(self._optimizers), values):
-            self._group_values = self._fixed_values()
+        if not self._has_same_contents:
+            self._group_contents = self._fixed_contents()
             self._refresh_settings(trainer)
         step = self._next_step
         if trainer.steps_done != self._next_number:
             step = number_on(trainer.device, trainer.steps_done, torch.int64)
         mode = {name: t.to(trainer.device) for name, t in trainer.mode_state.items()}
-        self.state = self.state._replace(mode=mode, step=step)
+        self.state = State(*self.state[:4], mode, step)
 
     def _has_same_groups(self) -> bool:
         """Return whether param groups have the weights and the constants that the graph has."""
-        if sizes_of_groups(self._optimizers) != self._group_sizes:
-            return False
-        if not are_the_same(parameters_of_groups(self._optimizers), self._group_weights):
-            return False
-        values = self._group_values
-        if values is not None and are_the_same(values_of_groups(self._optimizers), values):
-            return True
-        return constants_of_groups(self._optimizers) == self._group_constants
+        expected = self._group_contents
+        self._has_same_contents = expected is not None and are_the_same(
+            contents_of_groups(self._optimizers), expected
+        )
+        return self._has_same_contents or (
+            weights_of_groups(self._optimizers) == self._group_weights
+            and constants_of_groups(self._optimizers) == self._group_constants
+        )
 
-    def _fixed_values(self) -> list[object] | None:
+    def _fixed_contents(self) -> list[object] | None:
         """Return what param groups hold; None where a setting of them may change in place."""
         if have_fixed_settings(self._optimizers):
-            return values_of_groups(self._optimizers)
+            return contents_of_groups(self._optimizers)
         return None
 
     def _refresh_settings(self, trainer: TwoLevelTrainer) -> None:
         """Make tensors of the settings whose numbers have changed."""
         settings = [settings_by_group(update) for update in self.updates]
         if settings != self._settings:
-            self._held = None
+            self._numbers = None
             optimizers = self.state.inner, self.state.outer
             pairs = zip(optimizers, self._settings, settings, strict=True)
             for optimizer, old_settings, new_settings in pairs:
@@ -490,13 +557,16 @@ class LiveState:
         self._next_step = moved.step
 
 
-# Reads an attribute without a frame of Python.
+# Readers of attributes that map() calls without a frame of Python for each.
 _is_training = attrgetter("training")
+_options_of_step = attrgetter(
+    "feedback_weight", "feedback_ratio", "feedback_bound", "clip_norm", "precision"
+)
 
 
 def settings_of_step(trainer: TwoLevelTrainer, steps: int) -> tuple[object, ...]:
     """Return what a step is besides its parts: settings of the trainer."""
-    return (steps, trainer.feedback_size, trainer.clip_norm, trainer.precision)
+    return (steps, *_options_of_step(trainer))
 
 
 def hooks_of_optimizers(trainer: TwoLevelTrainer) -> list[dict[Any, Any]]:
@@ -520,9 +590,9 @@ def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
         trainer.teacher_losses,
         *(trainer.teacher_losses or ()),
     ]
-    for optimizer in trainer.schedulable:
+    for optimizer in trainer.optimizers.values():
         for part in parts_of(optimizer):
-            parts += [part, part.state]
+            parts += (part, part.state)
     return parts
 
 
@@ -550,19 +620,19 @@ def groups_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any
     return [*chain.from_iterable([optimizer.param_groups for optimizer in optimizers])]
 
 
-def values_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[object]:
-    """Return what the param groups of optimizers hold, in order."""
-    return [*chain.from_iterable(map(dict.values, groups_of(optimizers)))]
+def contents_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[object]:
+    """Return what the param groups of optimizers hold, in order, and their weights."""
+    contents: list[object] = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            contents += group.values()
+            contents += group["params"]
+    return contents
 
 
-def parameters_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[object]:
-    """Return the weights of the param groups of optimizers, in order."""
-    return [*chain.from_iterable([group["params"] for group in groups_of(optimizers)])]
-
-
-def sizes_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> list[int]:
-    """Return how many weights each param group has."""
-    return [len(group["params"]) for group in groups_of(optimizers)]
+def weights_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[tuple[int, ...], ...]:
+    """Return the addresses of the weights of each param group."""
+    return tuple(tuple(map(id, group["params"])) for group in groups_of(optimizers))
 
 
 def constants_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[object, ...]:
@@ -720,21 +790,26 @@ class CompiledStep:
 
         Only random numbers have moved then, and none where it raises.
         """
-        start = RandomState.now(trainer.device, trainer.generator)
+        start = None
+        if eager is not None or compiled.draws or trainer.generator is not None:
+            start = RandomState.now(trainer.device, trainer.generator)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
             if eager is not None:
                 refuse_written(eager)
-            with torch.no_grad(), Capturing():
+            with Capturing():
                 moved = compiled.run(live, outer_batch, inner, noise, on_copies=eager is not None)
-                if eager is None and moved.is_first:
-                    # For another shape or number, whose graph is another one.
+                if moved.start is not None:
+                    start = start or moved.start
                     end = RandomState.now(trainer.device, trainer.generator)
-                    start.restore()
-                    eager = eager_step(trainer, outer_batch, inner_batches)
-                    refuse_written(eager)
-                    end.restore()
-                step_report = step_report_of(compiled, trainer, moved.report, inner_batches)
+                    compiled.draws = compiled.draws or not end.equals(moved.start)
+                    if eager is None:
+                        # For another shape or number, whose graph is another one.
+                        start.restore()
+                        eager = eager_step(trainer, outer_batch, inner_batches)
+                        refuse_written(eager)
+                        end.restore()
+                step_report = step_report_of(compiled, trainer, moved, inner_batches)
                 if eager is not None:
                     refuse_other(
                         live.state,
@@ -743,7 +818,8 @@ class CompiledStep:
                         is_reduced=is_recorded_in_half_precision(trainer),
                     )
         except BaseException:
-            start.restore()
+            if start is not None:
+                start.restore()
             raise
         # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
         # compared again.
@@ -768,8 +844,7 @@ class CompiledStep:
             trainer.teacher_losses,
             *(trainer.teacher_losses or ()),
             *optimizers,
-            # In order, so that a key tells whose weights are in which group.
-            *parameters_of_groups(optimizers),
+            *chain.from_iterable([group["params"] for group in groups_of(optimizers)]),
         )
         marks = [slots.mark for slots in trainer.slots]
         key = (
@@ -779,7 +854,7 @@ class CompiledStep:
             *marks,
             *map(id, alive),
             tuple(name for network in networks for name, _ in network.named_buffers()),
-            tuple(sizes_of_groups(optimizers)),
+            weights_of_groups(optimizers),
             constants_of_groups(optimizers),
         )
         if key in self._cache:
@@ -883,42 +958,58 @@ def findings_of(report: Report) -> Fault:
 
 
 def step_report_of(
-    compiled: Compiled, trainer: TwoLevelTrainer, report: Report, inner_batches: InnerBatches
+    compiled: Compiled, trainer: TwoLevelTrainer, moved: Moved, inner_batches: InnerBatches
 ) -> StepReport:
     """Return the report of a pure step as the one that a trainer returns."""
+    if not checks.waits(moved.flag) and math.isnan(moved.flag):
+        raise MetaplError(findings_of(moved.report()).found())
+    fields = partial(
+        fields_of_report,
+        moved.report,
+        has_teacher=trainer.teacher is not None,
+        takes_outer_loss=compiled.takes_outer_loss,
+        is_rounded=trainer.update.is_rounded,
+        steps=len(inner_batches),
+        is_lookahead=inner_batches.is_lookahead,
+    )
+    return StepReport.later(fields, step=trainer.steps_done, direct_term=compiled.direct_term)
+
+
+def fields_of_report(
+    make_report: Callable[[], Report],
+    *,
+    has_teacher: bool,
+    takes_outer_loss: bool,
+    is_rounded: bool,
+    steps: int,
+    is_lookahead: bool,
+) -> dict[str, Any]:
+    """Return the fields of a trainer's report that are made when one of them is read."""
+    report = make_report()
     scalars = {"inner_loss": report.inner_loss}
     for name, loss in report.teacher_losses.items():
         scalars[f"teacher_{name}"] = loss
-    if compiled.takes_outer_loss:
+    if takes_outer_loss:
         scalars["outer_loss"] = report.outer_loss
-    if trainer.teacher is not None:
+    if has_teacher:
         scalars["teacher_loss"] = report.teacher_loss
     scalars |= report.sizes
-    if trainer.update.is_rounded:
+    if is_rounded:
         scalars["step_rounding"] = report.step_rounding
-
-    fault = Fault()
-    if checks.waits(report.flag):
-        fault = findings_of(report)
-    elif math.isnan(report.flag):
-        raise MetaplError(findings_of(report).found())
-
     feedback = report.feedback
     signal = report.signal
-    if len(inner_batches) > 1:
+    if steps > 1:
         feedback = tuple(report.feedback)
         signal = report.signal[-1]
-    elif inner_batches.is_lookahead:
+    elif is_lookahead:
         feedback = (report.feedback,)
-    return StepReport(
-        trainer.steps_done,
-        scalars,
-        fault=fault,
-        feedback=feedback,
-        signal=Signal(**signal),
-        student_outputs=report.student_outputs,
-        direct_term=compiled.direct_term,
-    )
+    return {
+        "scalars": scalars,
+        "fault": findings_of(report),
+        "feedback": feedback,
+        "signal": Signal(**signal),
+        "student_outputs": report.student_outputs,
+    }
 
 
 class Outcome(NamedTuple):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -129,6 +130,25 @@ def test_compiled_steps_are_eager_steps(
         for eager, compiled_one in zip(*seen, strict=True):
             torch.testing.assert_close(eager.double(), compiled_one.double(), rtol=1e-9, atol=1e-12)
     assert len(traced) == 1
+
+
+def test_a_report_is_read_when_later_steps_are_over(traced: list[GraphModule]) -> None:
+    """A compiled step makes its report when it is read; of a copy too, and with a print."""
+    reports = []
+    for case, trainer in pair("forward"):
+        torch.manual_seed(2)
+        report = trainer.step(**case.data())
+        trainer.step(**case.data())
+        reports.append(report)
+    eager, compiled_one = reports
+    copies = [copy.copy(compiled_one), pickle.loads(pickle.dumps(compiled_one))]
+    assert repr(copies.pop(0)).startswith("StepReport(step=0, inner_loss=")
+    assert compiled_one.as_dict() == pickle.loads(pickle.dumps(compiled_one)).as_dict()
+    for report in (compiled_one, *copies):
+        assert report.as_dict() == pytest.approx(eager.as_dict())
+        torch.testing.assert_close(report.signal.value, eager.signal.value)
+        assert not report.flag
+        assert not hasattr(report, "another")
 
 
 def other_parameter(case: Any, trainer: metapl.BilevelTrainer) -> None:
