@@ -792,8 +792,9 @@ def table_of_measurements(rows: Sequence[Row]) -> str:
 
 
 def spread_of(rows: Sequence[Row]) -> float:
-    """Return the standard deviation of z, the error of a guess that measures nothing."""
-    return float(np.std([target_of(row) for row in rows]))
+    """Return the error of z of a guess that measures nothing: the mean of all other trainings."""
+    targets = [target_of(row) for row in rows]
+    return float(np.std(targets)) * len(rows) / (len(rows) - 1)
 
 
 def table_of_errors(fitted: Sequence[Row]) -> str:

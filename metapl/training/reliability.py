@@ -132,7 +132,7 @@ def reliability(
     measured. The interval holds nine of ten of them, each predicted by coefficients that were
     fitted without it; these predictions have an error of 0.47 in Fisher's z (root of the mean
     square). Of twelve trainings that were named before they were run it held 11; the middle of the
-    interval was no better there than a constant.
+    interval had no smaller error there than a constant.
 
     Args:
         student, train, outer, optimizer, steps, batch_size: as for :func:`metapl.attribute`.

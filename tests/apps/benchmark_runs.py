@@ -61,6 +61,7 @@ SECOND += (
     "something_simpler",
     "stored_labels",
     "teacher_smoothing",
+    "readme_example",
 )
 SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
