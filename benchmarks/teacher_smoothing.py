@@ -101,12 +101,12 @@ def table(rows: list[Row]) -> str:
 
 def cells(accuracies: dict[float, dict[int, float]]) -> list[str]:
     """Return the means without and with smoothing, and the interval of their paired difference."""
-    without, with_it = accuracies[0.0], accuracies[0.1]
-    seeds = sorted(without)
+    plain, smoothed = accuracies[0.0], accuracies[0.1]
+    seeds = sorted(plain)
     gain = harness.interval(
-        [with_it[seed] for seed in seeds], [without[seed] for seed in seeds], form="+.1f"
+        [smoothed[seed] for seed in seeds], [plain[seed] for seed in seeds], form="+.1f"
     )
-    means = [f"{statistics.fmean(by_seed.values()):.1f}" for by_seed in (without, with_it)]
+    means = [f"{statistics.fmean(by_seed.values()):.1f}" for by_seed in (plain, smoothed)]
     return [*means, gain]
 
 
