@@ -550,10 +550,12 @@ def noisy_views(rows: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
 # ------------------------------------------------------------------- a step that never changes
 
 HAND = "`torch.compile` over `torch.func`, by hand"
+HAND_ALIKE = "the same with the trainer's options of Inductor"
 OURS = "`BilevelTrainer(compile=True)`"
 EAGER_HAND = "by hand, eager"
 EAGER = "`BilevelTrainer()`, eager"
-WAYS = (HAND, OURS, EAGER_HAND, EAGER)
+TRAINERS_OPTIONS = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
+WAYS = (HAND, HAND_ALIKE, OURS, EAGER_HAND, EAGER)
 STEP_NETWORKS = ("tiny", "mlp")
 ROUNDS = 31
 
@@ -624,8 +626,8 @@ def way_of(way: str, pair: Pair, data: Data) -> tuple[Step, Callable[[], Tensor]
     def weights() -> Tensor:
         return nn.utils.parameters_to_vector(pair[0].parameters()).detach()
 
-    if way == HAND:
-        return by_hand(pair, data)
+    if way in (HAND, HAND_ALIKE):
+        return by_hand(pair, data, options=TRAINERS_OPTIONS if way == HAND_ALIKE else None)
     if way == EAGER_HAND:
         return eager_by_hand("unrolled", pair, data), weights
     trainer = trainer_of("forward", pair, compile=way == OURS)
@@ -680,11 +682,20 @@ def step_by_hand(pair: Pair) -> Callable[..., tuple[Moving, Moving]]:
     return step
 
 
-def by_hand(pair: Pair, data: Data, compiled: bool = True) -> tuple[Step, Callable[[], Tensor]]:
-    """Return the step by hand, and what gives the teacher's weights as a vector."""
+def by_hand(
+    pair: Pair,
+    data: Data,
+    compiled: bool = True,
+    options: dict[str, bool] | None = None,
+) -> tuple[Step, Callable[[], Tensor]]:
+    """Return the step by hand, and what gives the teacher's weights as a vector.
+
+    Args:
+        options: of Inductor; None: its defaults.
+    """
     (x, y), u = data
     step = step_by_hand(pair)
-    whole = torch.compile(step, fullgraph=True) if compiled else step
+    whole = torch.compile(step, fullgraph=True, options=options) if compiled else step
     states = [at_first(network) for network in pair]
 
     def take() -> None:
