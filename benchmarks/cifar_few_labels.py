@@ -211,6 +211,7 @@ ARMS = {
         "Noisy Student, pretrained and finetuned",
         ("--training", "pretrain_finetune"),
         rounds=1,
+        is_finetuned=True,
         cost_of="noisy_student",
     ),
     "three_rounds": Arm("Noisy Student, three rounds", (), rounds=3),
@@ -224,10 +225,15 @@ ARMS = {
 # ------------------------------------------------------------------------------------- the pictures
 
 
-def write_pictures(root: Path, folder: Path, *, draw: int, labels: int) -> None:
+def write_pictures(
+    root: Path, folder: Path, *, draw: int, labels: int, is_tested: bool = True
+) -> None:
     """Write the labeled, unlabeled and test pictures of a draw, unless they are there.
 
     Unlabeled pictures are numbered in random order, for names could tell classes.
+
+    Args:
+        is_tested: take test pictures to test on; else as many of the other training pictures.
     """
     if folder.exists():
         return
@@ -240,10 +246,16 @@ def write_pictures(root: Path, folder: Path, *, draw: int, labels: int) -> None:
         count = labels // len(classes)
         copy([pictures[number] for number in order[:count]], folder / "labeled" / path.name)
         others += [pictures[number] for number in order[count:]]
-        tested = sorted((root / "test" / path.name).glob("*.png"))[:TESTED_PER_CLASS]
-        copy(tested, folder / "test" / path.name)
-    chosen = rng.permutation(len(others))[:UNLABELED]
-    copy([others[number] for number in chosen], folder / "unlabeled")
+        if is_tested:
+            tested = sorted((root / "test" / path.name).glob("*.png"))[:TESTED_PER_CLASS]
+            copy(tested, folder / "test" / path.name)
+    chosen = [others[number] for number in rng.permutation(len(others))]
+    copy(chosen[:UNLABELED], folder / "unlabeled")
+    if not is_tested:
+        held_out = chosen[UNLABELED:][: TESTED_PER_CLASS * len(classes)]
+        for path in classes:
+            of_class = [picture for picture in held_out if picture.parent == path]
+            copy(of_class, folder / "test" / path.name)
 
 
 def copy(pictures: Sequence[Path], folder: Path) -> None:

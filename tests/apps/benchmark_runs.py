@@ -52,6 +52,7 @@ SECOND = (
 )
 SECOND += (
     "cifar_few_labels",
+    "cifar_tuned_arms",
     "closed_loop",
     "digits_study --forms",
     "people_labels",
@@ -70,6 +71,11 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "cifar_few_labels",
         "cifar_few_labels-tests",
         "cifar_few_labels-power",
+    ],
+    "cifar_tuned_arms": [
+        "cifar_tuned_arms",
+        "cifar_tuned_arms-tries",
+        "cifar_tuned_arms-tests",
     ],
     "closed_loop": ["closed_loop", "closed_loop-chosen"],
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
@@ -131,6 +137,7 @@ MINUTES = (
 )
 MINUTES += (
     "cifar_few_labels",
+    "cifar_tuned_arms",
     "people_labels",
     "small_pictures",
     "smoothing",

@@ -331,6 +331,15 @@ def test_a_warm_start_of_fewer_steps_asks_for_the_rate_that_it_is_matched_by() -
         configs_of(cosine, fewer)
 
 
+def test_finetuning_without_steps_is_refused_before_a_network_is_trained() -> None:
+    none = with_flags(DIGITS, finetune_steps=0)
+    NoisyStudent(training="pretrain").check_chosen(none)
+    staged = NoisyStudent(training="pretrain_finetune")
+    staged.check_chosen(DIGITS)
+    with pytest.raises(MetaplError, match="--finetune-steps 0: expected 1 or more"):
+        staged.check_chosen(none)
+
+
 def test_pseudo_labels_alone_come_first_and_labeled_examples_after_them() -> None:
     _, alone, tuned = phases(
         NoisyStudent(rounds=1, training="pretrain_finetune", unlabeled_noise="none")

@@ -154,8 +154,10 @@ class NoisyStudent(Method):
         return self.networks
 
     def check_chosen(self, config: TrainingConfig) -> None:
-        """Refuse networks that do not go on from one another."""
+        """Refuse networks that do not go on from one another, and finetuning without steps."""
         configs_of(config, self)
+        if self.finetunes and not config.fitting.finetune_steps:
+            raise MetaplError("--finetune-steps 0: expected 1 or more, or --training pretrain.")
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a ratio; refuse more warm steps than steps."""
