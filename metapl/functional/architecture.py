@@ -197,14 +197,6 @@ def read_by(function: FunctionType, *, by_closure: bool) -> list[Any]:
     return values
 
 
-def description_of_networks(networks: Sequence[nn.Module | None]) -> Hashable:
-    """Return the description of networks, which may share parts, tensors or nothing.
-
-    Raises: :class:`Undescribed`.
-    """
-    return Describer(networks).networks
-
-
 class Describer:
     """Descriptions in which the same part, or the same tensor, has the same number.
 
@@ -294,12 +286,6 @@ def tensors_inside(networks: Sequence[nn.Module | None]) -> set[int]:
         if network is not None:
             inside |= {id(t) for t in (*network.parameters(), *network.buffers())}
     return inside
-
-
-def bare_copies(networks: Sequence[nn.Module | None]) -> list[Any]:
-    """Return copies of networks that have a description, with tensors that hold no memory."""
-    copier = BareCopier(networks)
-    return [copier.module(network) for network in networks]
 
 
 class BareCopier:

@@ -22,12 +22,7 @@ from torch.nn import functional as F
 import metapl
 from metapl import Lookahead
 from metapl.functional import graphs
-from metapl.functional.architecture import (
-    Undescribed,
-    bare_copies,
-    description_of,
-    description_of_networks,
-)
+from metapl.functional.architecture import BareCopier, Describer, Undescribed, description_of
 from metapl.problems import EqualWeights
 
 
@@ -308,7 +303,7 @@ def test_a_loss_that_reads_the_student_by_a_global_name_is_of_that_student(
 
 def test_a_bare_copy_holds_nothing_and_shares_what_was_shared() -> None:
     network: Any = student()
-    (bare,) = bare_copies([network])
+    bare = BareCopier([network]).module(network)
     assert {t.device.type for t in (*bare.parameters(), *bare.buffers())} == {"meta"}
     assert bare.parts[0] is bare.parts[1] is bare.last
     assert bare.parts is not network.parts
@@ -359,8 +354,8 @@ def test_what_has_no_description_says_so(value: Any) -> None:
 def test_parts_that_networks_share_are_told_from_parts_of_their_own() -> None:
     shared = nn.Linear(3, 3)
     other_layer = nn.Linear(3, 3)
-    together = description_of_networks([nn.Sequential(shared), nn.Sequential(shared)])
-    apart = description_of_networks([nn.Sequential(shared), nn.Sequential(other_layer)])
+    together = Describer([nn.Sequential(shared), nn.Sequential(shared)]).networks
+    apart = Describer([nn.Sequential(shared), nn.Sequential(other_layer)]).networks
     assert together != apart
 
 
