@@ -394,15 +394,28 @@ def first_of_mapped(t: Tensor) -> Tensor:
     return t
 
 
+def copy_with_strides(t: Tensor) -> Tensor:
+    """Return a copy of a tensor with the same strides, for which a compiled graph was made.
+
+    ``clone()`` closes the gaps of columns of a larger tensor, and a graph would read beyond it.
+    """
+    t = t.detach()
+    if t.layout != torch.strided or not t.numel():
+        return t.clone()
+    steps = zip(t.shape, t.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps)
+    return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
+
+
 def rows_repeated(values: Any) -> Any:
     """Return nested tensors whose second rows are their first again: others, of the same kind."""
 
     def repeated(t: Tensor) -> Tensor:
         half = len(t) // 2 if t.ndim else 0
-        # Compiled graphs hold for strides, which a copy of an expanded tensor has not.
+        # Rows of an expanded tensor are the same already.
         if not half or 0 in t.stride():
             return t
-        other = t.detach().clone()
+        other = copy_with_strides(t)
         other[half : 2 * half] = other[:half].clone()
         return other.requires_grad_(t.requires_grad)
 

@@ -53,6 +53,7 @@ from metapl.functional.capture import (
     Constants,
     Held,
     at_places,
+    copy_with_strides,
     is_equal,
     rows_repeated,
 )
@@ -324,7 +325,7 @@ class CapturedStep:
         start = RandomState.now(self.captured.device) if is_first else None
         on_copies = on_copies or is_first
         if on_copies:
-            tensors = [t.clone() for t in tensors]
+            tensors = [*map(copy_with_strides, tensors)]
         results = self.captured.replay(capture, tensors)
         if capture is not self._capture:
             self._find_places(capture)

@@ -14,7 +14,7 @@ import torch
 from captures import without_inductor
 from torch import Tensor, nn
 
-from metapl.functional.capture import Captured, Held
+from metapl.functional.capture import Captured, Held, copy_with_strides, rows_repeated
 from metapl.problems.losses import log_of_shares
 
 FACTOR = 2.0
@@ -274,3 +274,22 @@ def test_a_tensor_that_a_pass_keeps_has_a_value_afterwards(
         assert torch.equal(captured(x), expected)
         assert torch.equal(Lazy()(x), expected)
     assert torch.equal(lazy(x), expected)
+
+
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.arange(24.0).view(4, 6)[:, 1:4],
+        torch.arange(24.0).view(4, 6).T[1:5:2],
+        torch.arange(6.0).expand(4, 6)[:, ::2],
+        torch.empty(0, 3),
+        torch.tensor(2.0),
+    ],
+    ids=["columns", "rows of a transposed", "expanded", "empty", "a number"],
+)
+def test_a_copy_lies_in_memory_as_the_tensor_for_which_a_graph_was_made(t: Tensor) -> None:
+    copy = copy_with_strides(t)
+    assert copy.stride() == t.stride()
+    assert torch.equal(copy, t)
+    assert t.numel() == 0 or copy.data_ptr() != t.data_ptr()
+    assert rows_repeated(t).stride() == t.stride()

@@ -477,6 +477,51 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@needs_compiler
+def test_columns_of_a_larger_table_are_read_where_they_lie() -> None:
+    """A first step is taken on copies, whose columns a graph would read beyond their end."""
+    ends = []
+    for compile in (False, True):
+        torch.manual_seed(1)
+        teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            student,
+            "forward",
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=0.1),
+            compile=compile,
+        )
+        table = torch.randn(10, 9)
+        labels = torch.randint(3, (10, 2))
+        for _ in range(2):
+            trainer.step((table[:, 2:6], labels[:, 1]), torch.randn(12, 9)[:, :8:2])
+        ends.append(nn.utils.parameters_to_vector(teacher.parameters()).detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_tasks_that_are_columns_are_compiled() -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(4, 3)
+    x, y = torch.randn(5, 12, 4), torch.randint(3, (5, 12))
+    found = [
+        metapl.hypergradient(
+            None,
+            network,
+            outer=(x[:, 8:], y[:, 8:]),
+            inner=(x[:, :8], y[:, :8]),
+            problem=metapl.problems.EqualWeights(),
+            inner_optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            wrt="start",
+            tasks=True,
+            compile=compile,
+        ).start["weight"]
+        for compile in (False, True)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("backend", "mode", "optimizer", "feature"),
     [pytest.param("replay", *QUICK)]
