@@ -398,12 +398,19 @@ MIDDLE = slice(SIDE // 4, -(SIDE // 4))
 ALIKE = 8
 SMALLEST_STD = 0.05
 
+# Rows at the upper and at the lower edge, in whose colors photographs differ by class: sky, water,
+# grass.
+EDGE = SIDE // 4
+
 # Shuffles of the labels that colors are compared with; of these and the labels as they are, the
-# most that find the classes as well where color tells them apart: by chance it does so in one set
-# of a hundred. Colors that are exchanged for nothing cost the only thing that tells such classes
-# apart, and colors that are kept for nothing a kind of augmentation.
+# most that find the classes as well where color tells them apart. By chance that of the middle does
+# so in one set of a hundred, and those of the middle and the edges in one of two hundred. Colors
+# that are exchanged for nothing cost the only thing that tells such classes apart, and colors that
+# are kept for nothing a kind of augmentation. Of 40 draws of 250 pictures of CIFAR-10, the middle
+# tells the classes apart in 31, and the edges in the others.
 SHUFFLES = 199
 CHANCES = 2
+CHANCES_OF_EDGES = 1
 
 # Pictures that are compared with their mirror images, at least, and those among them whose class
 # has two labeled ones or more; how many standard deviations of sets that are mirrored by chance
@@ -433,7 +440,8 @@ class Look:
         grey: whether none of the pictures has colors.
         mean, std: of each channel (one where grey), in [0, 1].
         level: mean and standard deviation of the pictures without their colors.
-        colors_tell: whether the mean color, or grey, of a picture's middle tells the classes apart.
+        colors_tell: whether the mean color, or grey, of a picture's middle tells the classes apart,
+            or those of its middle and its edges.
         light: share of the pictures whose marks are lighter than what is around them, not darker.
         shares: shares of the classes among all labeled pictures, as if each had one more, so that
             none is 0.
@@ -528,14 +536,17 @@ def look(
     marks_NHW = level_NHW - torch.nn.functional.avg_pool2d(padded, AROUND, stride=1)[:, 0]
     counts = (torch.bincount(labels) + 1).tolist()
     is_labeled_N = label_N != UNLABELED
-    middle_colors_NC = unit[is_labeled_N][..., MIDDLE, MIDDLE].mean((2, 3))
+    parts = [unit[..., MIDDLE, MIDDLE], unit[..., :EDGE, :], unit[..., -EDGE:, :]]
+    colors_NPC = torch.stack([part.mean((2, 3)) for part in parts], dim=1)[is_labeled_N]
+    labeled_N = label_N[is_labeled_N]
     return Look(
         side=int(statistics.median(sides)),
         grey=grey,
         mean=tuple(round(value, 3) for value in unit.mean((0, 2, 3)).tolist()),
         std=tuple(divisible(value) for value in unit.std((0, 2, 3)).tolist()),
         level=(round(float(level_NHW.mean()), 3), divisible(float(level_NHW.std()))),
-        colors_tell=colors_tell(middle_colors_NC, label_N[is_labeled_N]),
+        colors_tell=colors_tell(colors_NPC[:, 0], labeled_N)
+        or colors_tell(colors_NPC.flatten(1), labeled_N, CHANCES_OF_EDGES),
         light=float((marks_NHW.pow(3).mean((1, 2)) > 0).double().mean()),
         shares=tuple(count / sum(counts) for count in counts),
         mirrors=mirrors(level_NHW, marks_NHW.abs(), label_N),
@@ -554,13 +565,13 @@ def divisible(std: float) -> float:
     return round(max(std, SMALLEST_STD), 3)
 
 
-def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> bool:
+def colors_tell(colors_NC: Tensor, labels_N: Tensor, chances: int = CHANCES) -> bool:
     """Return whether the nearest class mean finds the class of an example that is not in it.
 
-    ``colors_NC`` are the mean colors of each picture's middle. The share found, averaged over
-    classes, is compared with that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the
-    classes, colors that have nothing to do with them tell them apart in one of a hundred sets. They
-    do not where no class has two examples.
+    ``colors_NC`` are mean colors of each picture. The share found, averaged over classes, is
+    compared with that of ``SHUFFLES`` shuffles of the labels: whatever the sizes of the classes,
+    colors that have nothing to do with them tell them apart in one of two hundred sets. They do not
+    where no class has two examples.
 
     >>> reds = torch.tensor([[0.9], [0.8], [0.85], [0.1], [0.2], [0.15]]).repeat(3, 1)
     >>> colors_tell(reds, torch.tensor([0, 0, 0, 1, 1, 1]).repeat(3))
@@ -576,7 +587,7 @@ def colors_tell(colors_NC: Tensor, labels_N: Tensor) -> bool:
     shuffled = (labels[torch.randperm(len(labels), generator=generator)] for _ in range(SHUFFLES))
     right = _right_share(scaled, labels)
     as_well = 1 + sum(_right_share(scaled, order) >= right for order in shuffled)
-    return as_well <= CHANCES
+    return as_well <= chances
 
 
 def mirrors(level_NHW: Tensor, marks_NHW: Tensor, labels_N: Tensor) -> bool | None:

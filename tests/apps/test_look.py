@@ -176,6 +176,18 @@ def test_pictures_are_brought_to_a_side_that_a_processor_can_train_on_grey_ones_
         assert (found.input.channels, found.mean, found.std) == (channels, mean, std)
 
 
+def test_colors_of_the_edges_tell_classes_apart_too(tmp_path: Path) -> None:
+    """Photographs of a class lie on sky or on water, with objects of any color before it."""
+    labels = torch.arange(24) % 2
+    for number, label in enumerate(labels.tolist()):
+        levels = np.full((16, 16, 3), LEVELS.integers(0, 256, 3))
+        levels[-4:] = (40, 160, 60) if label else (60, 90, 200)
+        Image.fromarray(levels.astype("uint8")).save(tmp_path / f"{number:02}.png")
+    pictures = sorted(tmp_path.glob("*.png"))
+    assert look.look(pictures, labels, []).colors_tell
+    assert not look.look(pictures, (torch.arange(24) // 2) % 2, []).colors_tell
+
+
 def test_colors_are_exchanged_where_they_tell_nothing_and_what_was_given_stays() -> None:
     assert chosen(seen(grey=True, light=0.05)).recolor is False
     for tell in (True, False):
