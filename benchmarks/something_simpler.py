@@ -67,7 +67,8 @@ from step import by_hand as eager_by_hand
 from step import trainer as trainer_of
 from step import way_of as stacked_way
 from torch import Tensor, nn
-from torch.func import functional_call, grad, grad_and_value, vmap
+from torch._inductor.utils import fresh_cache
+from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
@@ -75,6 +76,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl.ablation.cost import peak_bytes
+from metapl.functional import graphs
 from metapl.pictures import load_digits_split
 from metapl.problems import ExampleWeights, Table
 
@@ -1181,9 +1183,10 @@ def toward(arm: str, start: nn.Module, points: Sinusoids, rate: float) -> Weight
     First-order MAML (Finn et al., 2017) takes the gradient after the five steps, and Reptile
     (Nichol et al., 2018) the way back from where they led.
     """
-    if arm != REPTILE:
-        return maml_by_vmap(start, points, is_first_order=True, rate=rate)
     weights = {name: p.detach() for name, p in start.named_parameters()}
+    if arm != REPTILE:
+        loss = mean_loss_of_tasks(start, is_first_order=True, rate=rate)
+        return grad(loss)(weights, *points)
 
     def way_back(x: Tensor, y: Tensor) -> Weights:
         tuned = after_inner_steps(start, weights, x, y, is_first_order=True, rate=rate)
@@ -1306,12 +1309,16 @@ def same_tensors(first: Any, second: Any) -> bool:
 # --------------------------------------------------------------------------- many small tasks
 
 TASKS_BY_HAND = "`torch.func.vmap`, by hand"
+COMPILED_BY_HAND = "`torch.compile` of it, by hand"
 AT_ONCE = "`hypergradient(tasks=True)`"
+COMPILED_AT_ONCE = "`hypergradient(tasks=True, compile=True)`"
 GRAD_LOOP = "a loop of `torch.autograd.grad`, by hand"
 CALL_LOOP = "a loop of `hypergradient`"
 RIVAL_OF = {
     TASKS_BY_HAND: TASKS_BY_HAND,
+    COMPILED_BY_HAND: COMPILED_BY_HAND,
     AT_ONCE: TASKS_BY_HAND,
+    COMPILED_AT_ONCE: COMPILED_BY_HAND,
     GRAD_LOOP: GRAD_LOOP,
     CALL_LOOP: GRAD_LOOP,
 }
@@ -1332,6 +1339,7 @@ class Regression(metapl.problems.EqualWeights):
         return F.mse_loss(outputs, batch[1])
 
 
+@fresh_cache()
 def tasks(*, tasks: int, order: str, given: Given) -> list[Row]:
     """Return the processor time of MAML's gradient over tasks, of ways that take turns."""
     torch.set_num_threads(1)
@@ -1345,11 +1353,15 @@ def tasks(*, tasks: int, order: str, given: Given) -> list[Row]:
     ready = dict[str, Step]()
     cold = dict[str, float]()
     found = dict[str, Tensor]()
+    # What an earlier case has compiled or recorded is made again.
+    torch.compiler.reset()
+    graphs._CACHE.clear()
     for way in RIVAL_OF:
         gradient = maml_of(way, network, points, is_first_order=order == "first")
-        begun = time.process_time()
+        # The clock, since compilers run in processes of their own.
+        begun = time.perf_counter()
         found[way] = torch.cat([t.flatten() for t in gradient().values()])
-        cold[way] = time.process_time() - begun
+        cold[way] = time.perf_counter() - begun
         ready[way] = gradient
     rounds = 2 if given.miniature else ROUNDS
     times = timed(ready, rounds, calls=1)
@@ -1365,8 +1377,13 @@ def maml_of(
     way: str, network: nn.Module, points: Sinusoids, *, is_first_order: bool
 ) -> Callable[[], dict[str, Tensor]]:
     """Return a function that gives the gradient, in the start, of the mean loss over tasks."""
-    if way == TASKS_BY_HAND:
-        return partial(maml_by_vmap, network, points, is_first_order=is_first_order)
+    if way in (TASKS_BY_HAND, COMPILED_BY_HAND):
+        mean_loss = mean_loss_of_tasks(network, is_first_order=is_first_order)
+        gradient_of = grad(mean_loss)
+        if way == COMPILED_BY_HAND:
+            gradient_of = torch.compile(gradient_of, fullgraph=True)
+        start = {name: p.detach() for name, p in network.named_parameters()}
+        return partial(gradient_of, start, *points)
     if way == GRAD_LOOP:
         return partial(maml_by_loop, network, points, is_first_order=is_first_order)
     # The faster one for each order; at once they are one graph of the same operations.
@@ -1387,9 +1404,10 @@ def maml_of(
             inner_optimizer=sgd,
             wrt="start",
             tasks=stacked,
+            compile=way == COMPILED_AT_ONCE,
         ).start
 
-    if way == AT_ONCE:
+    if way in (AT_ONCE, COMPILED_AT_ONCE):
         return lambda: found(*points, stacked=True)
 
     def mean() -> dict[str, Tensor]:
@@ -1419,10 +1437,10 @@ def after_inner_steps(
     return params
 
 
-def maml_by_vmap(
-    network: nn.Module, points: Sinusoids, *, is_first_order: bool, rate: float = INNER_RATE
-) -> Weights:
-    """Return MAML's gradient in plain torch.func."""
+def mean_loss_of_tasks(
+    network: nn.Module, *, is_first_order: bool, rate: float = INNER_RATE
+) -> Callable[..., Tensor]:
+    """Return the mean loss over tasks after the steps, a function of the start and the points."""
 
     def loss_of_task(
         start: Weights, x: Tensor, y: Tensor, queries: Tensor, truth: Tensor
@@ -1430,12 +1448,10 @@ def maml_by_vmap(
         params = after_inner_steps(network, start, x, y, is_first_order=is_first_order, rate=rate)
         return F.mse_loss(functional_call(network, params, (queries,)), truth)
 
-    def mean(start: Weights) -> Tensor:
+    def mean(start: Weights, *points: Tensor) -> Tensor:
         return vmap(loss_of_task, (None, 0, 0, 0, 0))(start, *points).mean()
 
-    start = {name: p.detach() for name, p in network.named_parameters()}
-    gradient, _ = grad_and_value(mean)(start)
-    return gradient
+    return mean
 
 
 def maml_by_loop(

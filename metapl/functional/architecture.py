@@ -58,6 +58,8 @@ EVERYWHERE = (
 )
 # The attributes of an nn.Buffer.
 BUFFER_MARKS = {"persistent", "_is_buffer"}
+# What torch.compile writes on the tensors and the modules that it meets, and no pass reads.
+MARKS_OF_DYNAMO = ("_dynamo_", "_is_torch_compile")
 NUMBERS = (type(None), bool, int, float, complex, str, bytes)
 OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
@@ -241,7 +243,8 @@ class Describer:
         plain = []
         # Attributes may have been set in any order.
         for name, value in sorted(attributes.items()):
-            if name not in (*TABLES, *PASS_HOOKS, *STATE_HOOKS):
+            is_of_torch = name in (*TABLES, *PASS_HOOKS, *STATE_HOOKS)
+            if not is_of_torch and not name.startswith(MARKS_OF_DYNAMO):
                 plain.append((name, description_of(value, self)))
         return (
             number,
@@ -267,7 +270,8 @@ class Describer:
         if t is None:
             return None
         is_plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
-        if not is_plain or not vars(t).keys() <= BUFFER_MARKS:
+        marks = {name for name in vars(t) if not name.startswith(MARKS_OF_DYNAMO)}
+        if not is_plain or not marks <= BUFFER_MARKS:
             raise Undescribed(f"a tensor of type {type(t).__name__}")
         if id(t) not in self._numbers and id(t) not in self._inside:
             self.outside.append(t)

@@ -210,7 +210,7 @@ def kept_graphs(
     if kept is None:
         say_why_again(key, asking, undescribed)
         subject = Subject(*asking, alive) if alive else bare_subject(*asking, outside)
-        make_room()
+        make_room(student)
         kept = Kept(make(subject), [])
     # The one that was asked for last is at the end.
     _CACHE[key] = kept
@@ -267,13 +267,14 @@ def difference_between(key: Any, other: Any) -> str:
     return "what is asked for differs"
 
 
-def make_room() -> None:
-    """Drop graphs from the cache before another one comes in.
+def make_room(student: nn.Module) -> None:
+    """Drop graphs from the cache before another one of a student comes in.
 
-    Those that are known by identity hold networks of the user's, so that one of them at most is
-    kept.
+    Those that are known by identity hold networks of the user's, so that they are kept for one
+    student at most.
     """
-    dropped = [key for key, kept in _CACHE.items() if kept.graphs.subject.alive]
+    subjects = {key: kept.graphs.subject for key, kept in _CACHE.items()}
+    dropped = [key for key, of in subjects.items() if of.alive and of.student is not student]
     if not dropped:
         dropped = [*_CACHE][: 1 - MOST_CACHED]
     for key in dropped:

@@ -106,10 +106,19 @@ def assert_is_eager(compiled: Tensor, network: nn.Module, *arguments: Any) -> No
     assert error({"h": compiled}, {"h": expected}) < 1e-9
 
 
+def met_by_dynamo(first: nn.Module) -> nn.Module:
+    """Return another student that torch.compile has left marks on."""
+    network = student(2)
+    torch.compile(network, backend="eager")(batch(0)[0])
+    assert any(vars(p) for p in network.parameters())
+    return network
+
+
 SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
     "itself": lambda first: first,
     "a copy": copy.deepcopy,
     "another one": lambda first: student(1),
+    "one that torch.compile has met": met_by_dynamo,
 }
 
 
@@ -118,13 +127,36 @@ def test_another_student_of_the_architecture_compiles_nothing(
 ) -> None:
     first = student()
     gradient(first)
-    compiled_before = len(traced)
     for make in SAME.values():
         network = make(first)
         weights = {name: t.clone() for name, t in network.state_dict().items()}
+        compiled_before = len(traced)
         assert_is_eager(gradient(network), network)
         assert error(weights, network.state_dict()) == 0
-    assert len(traced) == compiled_before
+        assert len(traced) == compiled_before
+    assert len(graphs._CACHE) == 1
+
+
+def test_two_uses_of_a_student_without_a_description_are_both_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their graphs are known by identity; those of another student make room."""
+    as_functions(monkeypatch)
+    network = student()
+    hooked(network)
+    problem = EqualWeights()
+    rules = (torch.optim.SGD, torch.optim.Adam)
+    for rule in rules:
+        gradient(network, problem, rule)
+    keys_before = {*graphs._CACHE}
+    for rule in rules:
+        assert_is_eager(gradient(network, problem, rule), network, problem, rule)
+    assert {*graphs._CACHE} == keys_before
+    assert len(keys_before) == 2
+    other = student()
+    hooked(other)
+    with pytest.warns(UserWarning, match="graphs serve the same objects alone"):
+        gradient(other, problem)
     assert len(graphs._CACHE) == 1
 
 
