@@ -42,8 +42,8 @@ def network_settings(
 ) -> dict[str, Any]:
     """Return what is frozen, the class of each module, and its attributes that are values.
 
-    ``training`` is one of these values, as are the rate of a dropout, a counter, and a queue of
-    features in a list. Their tensors share their memory with those of the network.
+    ``training`` is one of these values, as are the rate of a dropout, a counter, a queue of
+    features in a list, and buffers that are in no ``state_dict``. Their tensors share their memory with those of the network.
 
     Args:
         registered: the ids of tensors and modules that are saved elsewhere; default the network's.
@@ -59,8 +59,14 @@ def network_settings(
 
 
 def registered_in(network: nn.Module) -> set[int]:
-    """Return the ids of a network's modules, parameters and buffers."""
-    return {id(t) for t in chain(network.modules(), network.parameters(), network.buffers())}
+    """Return the ids of what a network's ``state_dict`` holds, and of its modules.
+
+    A buffer that was registered with ``persistent=False`` is in none; passes may move it too.
+    """
+    registered = {id(t) for t in chain(network.modules(), network.parameters(), network.buffers())}
+    for module in network.modules():
+        registered -= {id(module._buffers[name]) for name in module._non_persistent_buffers_set}
+    return registered
 
 
 def set_network_settings(network: nn.Module, settings: NetworkSettings, role: str) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -538,6 +538,48 @@ def weights_after_resuming(
     with pytest.raises(KeyboardInterrupt):
         weights("stopped", stops=True)
     return whole, weights("stopped", resume=True, say=said.append)
+
+
+class AroundMean(nn.Module):
+    """A network around a running mean that no state_dict has."""
+
+    mean: torch.Tensor
+
+    def __init__(self, is_persistent: bool) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+        self.register_buffer("mean", torch.zeros(3), persistent=is_persistent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.net(x)
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * logits.detach().mean(0)
+        return logits - self.mean
+
+
+@pytest.mark.parametrize("kind", ["bilevel", "loss"])
+def test_a_buffer_that_no_state_dict_has_is_saved(kind: str, tmp_path: Path) -> None:
+    """With it the resumed fit is that of a buffer which a state_dict has, bit for bit."""
+
+    def make(is_persistent: bool) -> Any:
+        student = AroundMean(is_persistent)
+        if kind == "loss":
+            return metapl.LossTrainer(
+                student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1)
+            )
+        return metapl.BilevelTrainer(nn.Linear(6, 3), student, "reinforce", verify=False)
+
+    said: list[str] = []
+    whole, resumed = weights_after_resuming(partial(make, False), tmp_path, said)
+    saved, _ = weights_after_resuming(partial(make, True), tmp_path / "persistent", said)
+    assert all(map(torch.equal, whole, resumed))
+    assert all(map(torch.equal, whole, saved))
+    trainer = make(False)
+    trainer.student.mean += 1
+    state = trainer.state_dict()
+    trainer.student.mean += 1
+    trainer.load_state_dict(state)
+    assert torch.equal(trainer.student.mean, torch.ones(3))
 
 
 PLACES = (
