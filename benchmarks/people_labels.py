@@ -68,7 +68,6 @@ from metapl.ablation.cost import flops
 from metapl.apps import images
 from metapl.data.steps import StepBatches, StepSampler
 from metapl.models import Corrector
-from metapl.networks.statistics import estimate_statistics
 from metapl.networks.weights import parameter_groups
 from metapl.pictures import Affine, Chain, Color, Hole
 from metapl.problems import (
@@ -82,6 +81,7 @@ from metapl.problems import (
     WeightNet,
 )
 from metapl.training.options import FitOptions
+from metapl.training.statistics import estimate_statistics
 
 RAW = RESULTS / "people_labels.jsonl"
 CLASSES = 10

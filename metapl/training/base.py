@@ -7,7 +7,7 @@ import inspect
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -208,6 +208,7 @@ class Trainer(ABC):
         progress: bool = True,
         say: Say | None = None,
         callbacks: Sequence[Callback] = (),
+        batch_norm: Iterable[Tensor] | None = None,
         **options: Unpack[FitKeywords],
     ) -> FitResult:
         """Train for ``steps`` steps, and leave the best student by validation in place.
@@ -253,6 +254,11 @@ class Trainer(ABC):
                 recorded; numbers that it returns by their names join the row. It may raise
                 :class:`metapl.StopFit`; what it draws from torch's default generators is undone.
                 One that has ``state_dict`` and ``load_state_dict`` is saved with the run.
+            batch_norm: inputs, such as a list of batches (B, ...) or a loader of them: batch norm
+                has their mean and variance while a network is validated and where it is kept. Those
+                of training are of augmented inputs, and of weights of before. Cost: a forward pass
+                over all of them at each validation, as of
+                ``torch.optim.swa_utils.update_bn``.
             options: the other fields of :class:`metapl.training.options.FitOptions`, as keywords:
                 ``schedule``, ``warmup``, ``validate_every``, ``patience``, ``ema_decay``, ...
 
@@ -283,6 +289,9 @@ class Trainer(ABC):
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             expected = "a list of functions: callback(step, row, trainer)"
             raise unexpected("callbacks is", callbacks, expected)
+        if isinstance(batch_norm, Iterator | Tensor | str):
+            expected = "a list of batches of inputs, or a loader: it is read at each validation"
+            raise unexpected("batch_norm is", batch_norm, expected)
         request = FitRequest(
             options=fit_options(steps, options, FIT_ARGUMENTS),
             sources={"outer": outer, "inner": inner},
@@ -294,6 +303,7 @@ class Trainer(ABC):
             shows_progress=progress,
             say=say or partial(print, file=sys.stderr, flush=True),
             callbacks=callbacks,
+            batch_norm=batch_norm,
         )
         return Fit(self, request).run()
 

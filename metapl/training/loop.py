@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +60,7 @@ class FinetuneKeywords(FitKeywords, total=False):
     progress: bool
     say: Say | None
     callbacks: Sequence[Callback]
+    batch_norm: Iterable[Tensor] | None
 
 
 class StopFit(Exception):
@@ -140,6 +141,7 @@ class FitRequest:
     shows_progress: bool
     say: Say
     callbacks: Sequence[Callback]
+    batch_norm: Iterable[Tensor] | None
 
 
 class Fit:
@@ -180,7 +182,9 @@ class Fit:
         compares = options.select or options.patience is not None
         self.metric = metric_for(trainer, validation, request.metric, compares)
         self.patience = Patience(options.patience, self.metric)
-        self.selection = Selection(trainer, options, validation, self.metric, self.outcomes)
+        self.selection = Selection(
+            trainer, options, validation, self.metric, self.outcomes, request.batch_norm
+        )
         self.checkpoints = Checkpoints(self.ranks, options.phase)
         self.callbacks_with_state: list[Any] = [
             c for c in request.callbacks if hasattr(c, "state_dict")

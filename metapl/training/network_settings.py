@@ -43,7 +43,8 @@ def network_settings(
     """Return what is frozen, the class of each module, and its attributes that are values.
 
     ``training`` is one of these values, as are the rate of a dropout, a counter, a queue of
-    features in a list, and buffers that are in no ``state_dict``. Their tensors share their memory with those of the network.
+    features in a list, and buffers that are in no ``state_dict``. Their tensors share their memory
+    with those of the network.
 
     Args:
         registered: the ids of tensors and modules that are saved elsewhere; default the network's.

@@ -6,7 +6,7 @@ Their averages, what they reach on validation data, and the best of them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from metapl.metrics.metric import ACCURACY, Metric
 from metapl.metrics.predictions import outer_batches
 from metapl.training.fittable import Fittable
 from metapl.training.options import Average, FitOptions
+from metapl.training.statistics import estimated_statistics
 
 # How far, in accuracy, a teacher may end below its best validation and still be kept as it is after
 # the last step.
@@ -49,6 +50,8 @@ class Selection:
         validation: the data, or None.
         metric: by which students are compared; None without validation data.
         outcomes: is told what each network reaches.
+        batch_norm: inputs of which a network has its statistics where it is validated or kept;
+            None: those of training.
     """
 
     def __init__(
@@ -58,12 +61,14 @@ class Selection:
         validation: Any,
         metric: Metric | None,
         outcomes: Outcomes,
+        batch_norm: Iterable[Tensor] | None = None,
     ) -> None:
         self.trainer = trainer
         self.options = options
         self.validation = validation
         self.metric = metric
         self.outcomes = outcomes
+        self.batch_norm = batch_norm
         self.best_student = Best()
         # The best teacher by accuracy, which is kept only where the last one is far behind it.
         self.best_teacher = Best()
@@ -80,14 +85,19 @@ class Selection:
         """The column of a row by which the student is chosen; "" without validation data."""
         return "" if self.metric is None else f"student_validation_{self.metric.name}"
 
-    def network_to_keep(self, role: str) -> AbstractContextManager[nn.Module]:
-        """Return a block with the network that is validated and kept.
+    @contextmanager
+    def network_to_keep(self, role: str) -> Iterator[nn.Module]:
+        """Enter a block with the network that is validated and kept.
 
-        With averaged weights, where there are any.
+        It has averaged weights and estimated statistics of batch norm, where these are asked for.
         """
-        if role in self.averages:
-            return self.averages[role].applied()
-        return nullcontext(self.trainer.networks[role])
+        with ExitStack() as stack:
+            network = self.trainer.networks[role]
+            if role in self.averages:
+                network = stack.enter_context(self.averages[role].applied())
+            if self.batch_norm is not None:
+                stack.enter_context(estimated_statistics(network, self.batch_norm))
+            yield network
 
     def update_averages(self, roles: Iterable[str]) -> None:
         """Let the averages of these networks follow them by one step."""

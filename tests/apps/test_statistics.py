@@ -16,9 +16,9 @@ from metapl import LossTrainer
 from metapl.apps.train import Phases
 from metapl.networks.architectures import create
 from metapl.networks.card import card_of
-from metapl.networks.statistics import estimate_statistics
 from metapl.networks.tuned import Tuned
 from metapl.pictures import FileImages, scan_unlabeled
+from metapl.training.statistics import estimate_statistics
 
 RUN = (
     *("--steps", "6", "--image-size", "16", "--network", "pooled_cnn", "--device", "cpu"),

@@ -545,7 +545,7 @@ class AroundMean(nn.Module):
 
     mean: torch.Tensor
 
-    def __init__(self, is_persistent: bool) -> None:
+    def __init__(self, *, is_persistent: bool) -> None:
         super().__init__()
         self.net = nn.Linear(6, 3)
         self.register_buffer("mean", torch.zeros(3), persistent=is_persistent)
@@ -561,8 +561,8 @@ class AroundMean(nn.Module):
 def test_a_buffer_that_no_state_dict_has_is_saved(kind: str, tmp_path: Path) -> None:
     """With it the resumed fit is that of a buffer which a state_dict has, bit for bit."""
 
-    def make(is_persistent: bool) -> Any:
-        student = AroundMean(is_persistent)
+    def make(*, is_persistent: bool) -> Any:
+        student = AroundMean(is_persistent=is_persistent)
         if kind == "loss":
             return metapl.LossTrainer(
                 student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1)
@@ -570,11 +570,13 @@ def test_a_buffer_that_no_state_dict_has_is_saved(kind: str, tmp_path: Path) -> 
         return metapl.BilevelTrainer(nn.Linear(6, 3), student, "reinforce", verify=False)
 
     said: list[str] = []
-    whole, resumed = weights_after_resuming(partial(make, False), tmp_path, said)
-    saved, _ = weights_after_resuming(partial(make, True), tmp_path / "persistent", said)
+    whole, resumed = weights_after_resuming(partial(make, is_persistent=False), tmp_path, said)
+    saved, _ = weights_after_resuming(
+        partial(make, is_persistent=True), tmp_path / "persistent", said
+    )
     assert all(map(torch.equal, whole, resumed))
     assert all(map(torch.equal, whole, saved))
-    trainer = make(False)
+    trainer = make(is_persistent=False)
     trainer.student.mean += 1
     state = trainer.state_dict()
     trainer.student.mean += 1

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from metapl.errors import MetaplError
 from metapl.execution.batch import to_device
 
 
@@ -48,12 +50,31 @@ def estimate_statistics(network: nn.Module, batches: Iterable[Tensor]) -> bool:
             # None: each batch counts alike.
             norm.momentum = None
             norm.train()
+        count = 0
         if norms:
             for pictures in batches:
                 network(to_device(pictures, device))
+                count += 1
+        if norms and not count:
+            expected = "one batch or more, each time that they are read"
+            raise MetaplError(f"batch_norm had no batches of inputs; expected {expected}.")
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
         for module, mode in modes.items():
             module.training = mode
     return bool(norms)
+
+
+@contextmanager
+def estimated_statistics(network: nn.Module, batches: Iterable[Tensor]) -> Iterator[nn.Module]:
+    """Give batch norm the statistics of these pictures in a block, and then those of before."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    buffers = [t for norm in norms for t in norm.buffers(recurse=False)]
+    before = [t.clone() for t in buffers]
+    try:
+        estimate_statistics(network, batches)
+        yield network
+    finally:
+        for t, value in zip(buffers, before, strict=True):
+            t.copy_(value)
