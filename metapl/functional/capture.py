@@ -723,33 +723,59 @@ class Attributes:
         """Note the variables that a function reads of its file and of functions around it."""
         if not is_of_user(function):
             return
+        # What it says after a dot, or in brackets: parts of variables by their names.
+        names: list[str] = []
+        codes = [function.__code__]
+        for code in codes:
+            names += [*code.co_names, *(part for part in code.co_consts if isinstance(part, str))]
+            codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        names = [*dict.fromkeys(names)]
         for cell in function.__closure__ or ():
             # A cell is empty until its name is bound.
             with suppress(ValueError):
                 self._look_into(cell.cell_contents, depth=DEPTH)
+                self._look_at_parts(cell.cell_contents, names, met=set())
                 self._cells.append(cell)
         self._look_into((function.__defaults__, function.__kwdefaults__), depth=DEPTH)
-        table = function.__globals__
-        codes = [function.__code__]
-        for code in codes:
-            codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
-            for name in code.co_names:
-                if name in table:
-                    self._look_at_variable(table, name, code)
+        for name in dict.fromkeys(name for code in codes for name in code.co_names):
+            if name in function.__globals__:
+                self._look_at_variable(function.__globals__, name, names, met=set())
 
-    def _look_at_variable(self, table: dict[str, Any], name: str, code: types.CodeType) -> None:
-        """Note a variable of a file that a function reads, and what the function may read of it."""
+    def _look_at_variable(
+        self, table: Mapping[str, Any], name: str, names: list[str], *, met: set[int]
+    ) -> None:
+        """Note a variable that a function reads, and what the function may read of it.
+
+        Args:
+            table: the variables of a file, or the attributes of an object or a class.
+            names: those of parts that the function reads of its variables.
+            met: the objects whose parts were looked at for this function.
+        """
         value = table[name]
         if isinstance(value, types.ModuleType):
             if is_of_user_file(value):
-                read = [part for part in code.co_names if part in vars(value)]
-                self._globals += [(vars(value), part) for part in read]
+                self._look_at_parts(value, names, met=met)
         elif isinstance(value, type):
             if is_of_user(value):
                 self._look_at_class(value, value, depth=DEPTH)
+                self._look_at_parts(value, names, met=met)
         elif not isinstance(value, types.BuiltinFunctionType):
             self._globals.append((table, name))
             self._look_into(value, depth=DEPTH)
+            self._look_at_parts(value, names, met=met)
+
+    def _look_at_parts(self, value: Any, names: list[str], *, met: set[int]) -> None:
+        """Note what of a file, a class, an object or a dict has one of these names."""
+        if isinstance(value, Tensor | types.FunctionType) or id(value) in met:
+            return
+        table = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+        is_other = isinstance(value, dict | types.ModuleType | type | nn.Module)
+        if not is_other and not is_read_deeper(value):
+            return
+        met.add(id(value))
+        for name in names:
+            if name in table and name not in ATTRIBUTES_OF_ALL_MODULES:
+                self._look_at_variable(table, name, names, met=met)
 
 
 def functions_of(method: Any) -> list[Any]:

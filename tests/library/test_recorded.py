@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy
 import pytest
+import settings_of_a_user as settings
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -256,6 +258,57 @@ def test_a_number_that_a_module_holds_records_anew() -> None:
     network.factor = 2.0
     assert equal(step(params, x4, y3), function(params, x4, y3))
     assert step.recordings == 2
+
+
+class Shared:
+    """What functions read by its name."""
+
+    factor = 1.0
+    factors: ClassVar = [1.0]
+
+    @staticmethod
+    def scaled(x: Tensor) -> Tensor:
+        return Shared.factor * x
+
+
+LISTED = SimpleNamespace(factors=[1.0], by_name={"factor": 1.0})
+NESTED = {"inner": {"part": SimpleNamespace(factor=1.0)}}
+
+
+def set_all(value: float) -> None:
+    Shared.factor = Shared.factors[0] = value
+    LISTED.factors[0] = LISTED.by_name["factor"] = value
+    NESTED["inner"]["part"].factor = value
+    settings.factor = settings.part.factor = settings.Numbers.factor = value
+
+
+READERS: dict[str, Callable[[Tensor], Any]] = {
+    "of a class": lambda x: Shared.factor * x,
+    "of a list in a class": lambda x: Shared.factors[0] * x,
+    "of a function of a class": lambda x: Shared.scaled(x),
+    "of a list in an object": lambda x: LISTED.factors[0] * x,
+    "of a dict in an object": lambda x: LISTED.by_name["factor"] * x,
+    "of an object in dicts": lambda x: NESTED["inner"]["part"].factor * x,
+    "of a file": lambda x: settings.factor * x,
+    "of an object of a file": lambda x: settings.part.factor * x,
+    "of a class of a file": lambda x: settings.Numbers.factor * x,
+    "of a function of a file": lambda x: settings.scaled(x),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_number_that_is_read_by_name_records_anew(name: str) -> None:
+    function = READERS[name]
+    step = recorded(function)
+    x = torch.ones(2)
+    try:
+        for value in (1.0, 3.0):
+            set_all(value)
+            assert torch.equal(step(x), value * x)
+        assert torch.equal(step(x), 3.0 * x)
+        assert step.recordings == 2
+    finally:
+        set_all(1.0)
 
 
 def test_numbers_among_the_arguments_are_constants_of_a_recording() -> None:
