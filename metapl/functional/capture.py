@@ -132,6 +132,8 @@ def graph_of(
             graph.graph.erase_node(node)
         elif node.target in UNFUSED:
             _unfuse(graph, node)
+        elif node.kwargs.keys() == {"out"}:
+            _write_afterwards(graph, node)
     graph.recompile()
     return graph
 
@@ -157,6 +159,18 @@ def _unfuse(graph: GraphModule, node: torch.fx.Node) -> None:
             one = graph.graph.call_function(UNFUSED[node.target], tuple(arguments))
         user.replace_all_uses_with(one)
         graph.graph.erase_node(user)
+    graph.graph.erase_node(node)
+
+
+def _write_afterwards(graph: GraphModule, node: torch.fx.Node) -> None:
+    """Take an operation that writes to ``out=``, and then write, as vmap has rules for."""
+    operation: Any = node.target
+    with graph.graph.inserting_before(node):
+        result = graph.graph.call_function(operation.overloadpacket, node.args)
+        written = graph.graph.call_function(
+            torch.ops.aten.copy_.default, (node.kwargs["out"], result)
+        )
+    node.replace_all_uses_with(written)
     graph.graph.erase_node(node)
 
 

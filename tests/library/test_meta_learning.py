@@ -525,6 +525,14 @@ def test_each_task_has_batch_statistics_of_its_own() -> None:
     assert_is_mean_of_tasks(student, MOMENTUM(learned), wrt="start")
 
 
+@pytest.mark.filterwarnings("ignore:allowed")
+def test_each_task_has_an_iteration_of_spectral_norm_of_its_own() -> None:
+    """It writes by ``out=``, for which vmap has no rules."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 5))
+    student = network(layer, nn.Tanh(), nn.Linear(5, 3))
+    assert_is_mean_of_tasks(student, SGD(student.parameters(), lr=0.3), wrt="start")
+
+
 @pytest.mark.parametrize("truncate", [None, 0])
 def test_maml_over_tasks_is_double_backward_by_hand(truncate: int | None) -> None:
     student = network()
