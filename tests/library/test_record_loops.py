@@ -518,6 +518,41 @@ def test_moved_buffers_that_the_losses_read_are_named(
         recording.attribute(OUTER, progress=False)
 
 
+class Centered(nn.Module):
+    """A layer on what its inputs are beside their running mean, which each pass moves."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, CLASSES)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean.mul_(0.9).add_(0.1 * x.mean(0))
+        logits: Tensor = self.layer(x - self.mean)
+        return logits
+
+
+def loop_of_micro_batches(model: nn.Module, weights: Tensor | None) -> None:
+    optimizer = optimizer_of(model)
+    for rows in batches():
+        optimizer.zero_grad()
+        for part in rows.chunk(2):
+            (loss_of(model, part, weights) / 2).backward()
+        optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore:the losses read mean")
+def test_a_buffer_moves_between_micro_batches(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return Centered().double()
+
+    assert_right(loop_of_micro_batches, tmp_path, build)
+
+
 def test_running_statistics_that_no_step_reads_are_not_warned_of(tmp_path: Path) -> None:
     recording = recorded(loop_with(), tmp_path, with_batch_norm)
     with warnings.catch_warnings():

@@ -177,14 +177,23 @@ class Replay:
         factors = candidates[0]
         if len(candidates) > 1 and not math.isnan(row.loss):
             # Only the sizes of the calls' batches leave a choice, so this pass is rare.
-            means = [self._loss(state, call) for call in calls]
-            factors = [*closest_weighting(candidates, torch.stack(means), row.loss)]
+            factors = [*closest_weighting(candidates, self._losses(state, calls), row.loss)]
         self._factors[number] = factors
         return factors
 
-    def _loss(self, state: KeptState, call: Call, outer: Batch = None) -> Tensor:
-        """Return the mean loss of a call at a state, whose outputs an outer batch has to fit."""
-        return self.network.gradient(state.params, state.buffers, call, outer=outer).loss
+    def _losses(self, state: KeptState, calls: Sequence[Call], outer: Batch = None) -> Tensor:
+        """Return the mean loss of each call at a state, with the buffers that the one before left.
+
+        Args:
+            outer: an outer batch, which the outputs have to fit.
+        """
+        buffers = state.buffers
+        losses = []
+        for call in calls:
+            result = self.network.gradient(state.params, buffers, call, outer=outer)
+            buffers = {**buffers, **result.buffers}
+            losses.append(result.loss)
+        return torch.stack(losses)
 
     def gradient(
         self, number: int, state: KeptState, weights: Tensor | None = None
@@ -293,8 +302,7 @@ class Replay:
         state = self.read_state(0)
         calls = self.calls(0)
         factors = self.factors(0, state, calls)
-        means = [self._loss(state, call, outer) for call in calls]
-        self._refuse_other_loss(0, factors, torch.stack(means))
+        self._refuse_other_loss(0, factors, self._losses(state, calls, outer))
         derivatives = self.network.refuse_wrong_derivative(state.params, state.buffers, calls[0])
         self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
 
