@@ -23,7 +23,6 @@ again because the older rows' checkpoints were chosen otherwise.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -308,19 +307,17 @@ def block(rows: Sequence[Row]) -> str:
     """Return the tables of the page."""
     parts = []
     for labels, names in COMPARED.items():
-        controls = {name: column(rows, "none", labels, name) for name in (STUDENT, FINETUNED)}
-        better = max(controls, key=lambda name: statistics.fmean(controls[name]))
+        control = column(rows, "none", labels, FINETUNED)
         lines = []
         for name in names:
             student, finetuned = (
                 column(rows, name, labels, read_out) for read_out in (STUDENT, FINETUNED)
             )
-            beside = (NONE, NONE) if name == "none" else difference(student, controls[better])
+            beside = (NONE, NONE) if name == "none" else difference(finetuned, control)
             lines.append([ENTRIES[name].title, spread(student), spread(finetuned), *beside])
-        words = "student" if better == STUDENT else "finetuned student"
         parts += [
-            f"**{labels} labels a class** (difference: the method's student against the control's "
-            f"{words}, its better read-out)",
+            f"**{labels} labels a class** (difference: the method's finetuned student less the "
+            "control's)",
             grid(["method", "student", "finetuned", "difference", "p"], lines),
         ]
     lines = []
@@ -341,19 +338,18 @@ def block(rows: Sequence[Row]) -> str:
 
 
 def forms_block(rows: Sequence[Row]) -> str:
-    """Return Algorithm 1's forms in a table, each student against the control's better read-out."""
+    """Return Algorithm 1's forms in a table, each beside the control, both finetuned."""
     settings = chosen(rows)
     lines = []
-    controls = {name: column(rows, "none", 2, name) for name in (STUDENT, FINETUNED)}
+    control = column(rows, "none", 2, FINETUNED)
     for name in FORMS:
         student, finetuned = (column(rows, name, 2, read_out) for read_out in (STUDENT, FINETUNED))
-        if not student or not controls[STUDENT]:
+        if not student or not control:
             continue
-        better = max(controls.values(), key=statistics.fmean)
         beside = [NONE, NONE, NONE]
         if name != "none":
-            gain, p = difference(student, better)
-            beside = [gain, between(student, better), p]
+            gain, p = difference(finetuned, control)
+            beside = [gain, between(finetuned, control), p]
         weight = settings[name].get("weight", NONE)
         rate = settings[name]["student_lr"]
         lines.append(
