@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.core.algorithm import Learned, learn
-from metapl.core.lookahead import InnerBatches
+from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.core.size import FeedbackSize
 from metapl.core.teacher import Teacher, Teaching
 from metapl.engines.recorded import RecordedEngine, UpdateOfState
@@ -271,10 +271,15 @@ def taken_step(
     )
     update = UpdateOfState(rules.inner_update, inner_options, state.inner.state)
     inner_batches = InnerBatches.of_one_step(inner)
-    noises = [noise]
-    if rules.steps > 1:
+    noises = [noise] if rules.steps == 1 else list(noise or [None] * rules.steps)
+    if rules.steps > 1 or isinstance(inner, Lookahead):
         inner_batches = InnerBatches(list(inner), is_lookahead=True)
-        noises = list(noise or [None] * rules.steps)
+        if len(inner_batches) != rules.steps:
+            raise MetaplError(
+                f"a step of {rules.steps} student steps was given {len(inner_batches)} inner "
+                f"batches; expected as many, or functional() of a trainer with "
+                f"lookahead={len(inner_batches)}."
+            )
     network = nn.Module() if rules.teacher is None else rules.teacher.network
     teacher = Teacher(rules.teacher, rules.problem, student.ranks, rules.device, Slots(network))
     teaching = Teaching(

@@ -311,6 +311,18 @@ def test_several_steps_ahead(mode: Any, optimizer: str) -> None:
     agree(trainer, (outer, inner), 1e-9, is_lookahead=True)
 
 
+@pytest.mark.parametrize("lookahead", [1, 2])
+def test_inner_batches_are_as_many_as_the_student_steps(lookahead: int) -> None:
+    trainer = build("unrolled", "nesterov", "batch_norm", lookahead=lookahead)
+    step, state = trainer.functional()
+    outer, inner = batches()
+    words = f"of {lookahead} student steps was given 3 inner batches; .* lookahead=3"
+    with pytest.raises(MetaplError, match=words):
+        step(state, outer, metapl.Lookahead([inner] * 3))
+    _, report = step(state, outer, metapl.Lookahead([inner] * lookahead))
+    assert torch.isfinite(report.inner_loss)
+
+
 def test_a_problem_without_a_teacher_revises_its_signal() -> None:
     student = network("batch_norm")
     inner = torch.optim.SGD(student.parameters(), lr=0.1, momentum=0.9)
