@@ -179,7 +179,7 @@ class Fit:
         self.outcomes = Outcomes(trainer, options, self.say)
         if options.patience is not None and validation is None:
             raise MetaplError("patience was given without validation data; expected both.")
-        compares = options.select or options.patience is not None
+        compares = bool(options.select) or options.patience is not None
         self.metric = metric_for(trainer, validation, request.metric, compares)
         self.patience = Patience(options.patience, self.metric)
         self.selection = Selection(

@@ -62,8 +62,10 @@ class FitOptions:
             makes the labels. None: no averages.
         warm_start: when the student begins, after ``wait`` steps, it takes the teacher's weights
             (the average's, where there is one). The two need the same architecture.
-        select: keep the best student by validation, the latest of equals; False: keep the last one,
-            whatever validation shows. A few validation examples cannot tell students apart.
+        select: keep the best student by validation, the latest of equals; ``"one_error"``: the
+            latest whose accuracy is within one standard error of the best one, sqrt(a (1 − a) / n)
+            of an accuracy a on n examples, which cannot tell them apart (Breiman et al., 1984:
+            the one-standard-error rule); False: keep the last one, whatever validation shows.
         patience: end the fit after so many validations in a row that were no better than the best
             one before them, by the metric by which the student is selected. They are counted from
             where the teacher begins. None: all steps are taken. The schedule stays that of
@@ -83,7 +85,7 @@ class FitOptions:
     first_steps: AtLeastZero | None = None
     ema_decay: Annotated[float, Range(0, 1)] | None = None
     warm_start: bool = False
-    select: bool = True
+    select: bool | Literal["one_error"] = True
     patience: AtLeastOne | None = None
     validate_every: AtLeastOne = 100
     log_every: AtLeastOne = 20
@@ -161,7 +163,7 @@ class FitKeywords(TypedDict, total=False):
     first_steps: int | None
     ema_decay: float | None
     warm_start: bool
-    select: bool
+    select: bool | Literal["one_error"]
     patience: int | None
     validate_every: int
     log_every: int

@@ -5,6 +5,7 @@ Their averages, what they reach on validation data, and the best of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ from metapl.execution.shards import load_whole, weights_of
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Say
 from metapl.guards.outcomes import Outcomes
-from metapl.metrics.metric import ACCURACY, Metric
+from metapl.metrics.classification import Evaluation
+from metapl.metrics.metric import ACCURACY, Measured, Metric
 from metapl.metrics.predictions import outer_batches
 from metapl.training.fittable import Fittable
 from metapl.training.options import Average, FitOptions
@@ -33,12 +35,14 @@ FAR_BEHIND = 0.3
 class Best:
     """A network that is kept.
 
-    Its value on the validation data, after which step it had it, and its weights.
+    Its value on the validation data, after which step it had it, and its weights; and the best
+    value of all so far, which may be of an earlier one.
     """
 
     value: float | None = None
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
+    best_value: float | None = None
 
 
 class Selection:
@@ -140,20 +144,37 @@ class Selection:
                 inputs = (x for x, _ in self.validation_batches())
                 advice = partial(advice_on_columns, inputs)
                 self.outcomes.validated(step, role, measured, advice)
-                self._remember(step, role, measured.value, network)
+                self._remember(step, role, measured, network)
             self.latest[f"{role}_validation_{self.metric.name}"] = measured.value
         return self.latest
 
-    def _remember(self, step: int, role: str, value: float, network: nn.Module) -> None:
+    def _remember(
+        self, step: int, role: str, measured: Measured | Evaluation, network: nn.Module
+    ) -> None:
         assert self.metric is not None, "a network was measured"
         if not self.options.select:
             return
-        if role == "student" and self.metric.improves(value, self.best_student.value):
-            self.best_student = Best(value, step, weights_of(network))
+        value = measured.value
+        best_value = self.best_student.best_value
+        if role == "student" and self._is_kept(measured):
+            if best_value is None or self.metric.improves(value, best_value):
+                best_value = value
+            self.best_student = Best(value, step, weights_of(network), best_value)
         # Teachers have an accuracy; what they reach by another metric says nothing of their labels.
         is_teacher_by_accuracy = role == "teacher" and self.metric is ACCURACY
         if is_teacher_by_accuracy and self.metric.improves(value, self.best_teacher.value):
             self.best_teacher = Best(value, step, weights_of(network))
+
+    def _is_kept(self, measured: Measured | Evaluation) -> bool:
+        """Return whether a student takes the place of the one that is kept so far."""
+        assert self.metric is not None, "a student was measured"
+        best_value = self.best_student.best_value
+        if best_value is None or self.metric.improves(measured.value, best_value):
+            return True
+        if self.options.select != "one_error" or self.metric is not ACCURACY:
+            return False
+        error = math.sqrt(best_value * (1 - best_value) / measured.n)
+        return measured.value >= best_value - error
 
     def install(self, step: int, say: Say) -> tuple[Best, dict[str, Tensor] | None]:
         """Leave the networks that are kept in place.

@@ -91,6 +91,39 @@ def test_the_latest_best_by_validation_is_kept(monkeypatch: pytest.MonkeyPatch) 
     assert not same(validated[2], validated[4])
 
 
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_latest_within_one_error_of_the_best_is_kept(
+    is_resumed: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the best accuracy, 0.6 of 100, one standard error is 0.049."""
+    by_steps = [0.9, 0.2, 0.6, 0.4, 0.56, 0.54, 0.56, 0.5]
+    trainer = single()
+
+    def scripted(*_: Any) -> Any:
+        return SimpleNamespace(value=by_steps[trainer.steps_done], n=100)
+
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("metapl.metrics.metric.evaluate_logits", scripted)
+    options: dict[str, Any] = {
+        "validation": VALIDATION,
+        "validate_every": 1,
+        "save_every": 1,
+        "select": "one_error",
+        "steps": 7,
+        "out": tmp_path / "run",
+    }
+    if is_resumed:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(batches(3)[0], callbacks=[stop], **options)
+        trainer = single()
+    result = trainer.fit(batches(3)[0], resume=is_resumed, **options)
+    assert (result.validation_accuracy, result.step) == (0.56, 6)
+    assert same(result.weights, copied(trainer.student))
+
+
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_what_was_validated_is_what_is_kept(ema: float | None) -> None:
     trainer = single()
