@@ -507,7 +507,13 @@ def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
             pieces_of_leaves.append([leaf] * parts)
             continue
         if len(leaf) % parts:
-            examples = f"the {name} batch has {length(leaves)} examples"
+            numbers = {len(t) for t in leaves if isinstance(t, Tensor) and t.ndim}
+            if len(numbers) > 1:
+                rows = " and ".join(map(str, sorted(numbers, reverse=True)))
+                raise MetaplError(
+                    f"the {name} batch has tensors of {rows} rows; expected as many in each."
+                )
+            examples = f"the {name} batch has {len(leaf)} examples"
             raise MetaplError(f"{examples}; expected a multiple of accumulate={parts}.")
         pieces_of_leaves.append(leaf.chunk(parts))
     return [

@@ -301,6 +301,10 @@ def metric_for(
         if metric is None:
             inputs, batch = first
             outputs = logits_of(judge.student, [rows(inputs, 0, 2)])
+            labels = labels_of(batch)
+            if judge.classifies and isinstance(labels, Tensor) and is_one_hot(labels):
+                expected = "classes, as by labels.argmax(1), or metric='loss'"
+                raise unexpected("validation has one-hot labels,", labels, expected)
             metric = default_metric(judge, batch, outputs)
         if compares and metric.better is None:
             mend = "expected metric_mode='max' beside it, or metric_mode='min' of an error"
@@ -312,6 +316,14 @@ def metric_for(
 def default_metric(judge: Judge, batch: Batch, outputs: Tensor) -> Metric:
     """Return accuracy where the problem is one of classes (:func:`of_classes`), else its loss."""
     return ACCURACY if of_classes(judge, batch, outputs) else LOSS
+
+
+def is_one_hot(labels: Tensor) -> bool:
+    """Return whether labels (B, C) have one entry that is 1 in each row, and others that are 0."""
+    if labels.ndim != 2 or labels.shape[1] < 2:
+        return False
+    are_of_two = bool(((labels == 0) | (labels == 1)).all())
+    return are_of_two and bool((labels.sum(1) == 1).all())
 
 
 def of_classes(judge: Judge, batch: Batch, outputs: Tensor) -> bool:

@@ -32,6 +32,7 @@ from metapl.execution.batch import (
     labeled_pair,
     length,
 )
+from metapl.execution.checks import unexpected
 from metapl.execution.numerics import in_type_of, wide
 from metapl.problems.base import (
     BilevelProblem,
@@ -360,7 +361,11 @@ class ExampleWeights(Weighted):
     ) -> Signal:
         """Return the weights σ(t), (B,), of the examples with these indices."""
         indices = batch[2]
-        return Signal(wide(teacher(indices)).sigmoid())
+        numbers = wide(teacher(indices))
+        if numbers.shape != indices.shape:
+            expected = f"{tuple(indices.shape)}, one for each example, as of Table(torch.zeros(n))"
+            raise unexpected("the teacher of ExampleWeights returned", numbers, expected)
+        return Signal(numbers.sigmoid())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import inspect
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
@@ -289,9 +289,6 @@ class Trainer(ABC):
         if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
             expected = "a list of functions: callback(step, row, trainer)"
             raise unexpected("callbacks is", callbacks, expected)
-        if isinstance(batch_norm, Iterator | Tensor | str):
-            expected = "a list of batches of inputs, or a loader: it is read at each validation"
-            raise unexpected("batch_norm is", batch_norm, expected)
         request = FitRequest(
             options=fit_options(steps, options, FIT_ARGUMENTS),
             sources={"outer": outer, "inner": inner},

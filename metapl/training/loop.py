@@ -37,6 +37,7 @@ from metapl.training.patience import Patience
 from metapl.training.records import figures
 from metapl.training.selection import Selection
 from metapl.training.sources import Sources
+from metapl.training.statistics import refuse_other_inputs
 
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; a dict of
@@ -182,6 +183,8 @@ class Fit:
         compares = bool(options.select) or options.patience is not None
         self.metric = metric_for(trainer, validation, request.metric, compares)
         self.patience = Patience(options.patience, self.metric)
+        if request.batch_norm is not None:
+            refuse_other_inputs(request.batch_norm, trainer.dtype)
         self.selection = Selection(
             trainer, options, validation, self.metric, self.outcomes, request.batch_norm
         )

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metapl.data.held_values import (
     BEYOND,
@@ -68,6 +68,24 @@ def registered_in(network: nn.Module) -> set[int]:
     for module in network.modules():
         registered -= {id(module._buffers[name]) for name in module._non_persistent_buffers_set}
     return registered
+
+
+def buffers_beside(network: nn.Module) -> dict[str, Tensor]:
+    """Return copies of the buffers that are in no ``state_dict``, by their names."""
+    found: dict[str, Tensor] = {}
+    for place, module in network.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            t = module._buffers[name]
+            if t is not None:
+                found[f"{place}.{name}".lstrip(".")] = t.detach().clone()
+    return found
+
+
+def put_buffers_beside(network: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    """Give a network the buffers that :func:`buffers_beside` has returned."""
+    for name, t in buffers.items():
+        place, _, own_name = name.rpartition(".")
+        put_values(network.get_submodule(place), {own_name: t}, device=t.device)
 
 
 def set_network_settings(network: nn.Module, settings: NetworkSettings, role: str) -> None:

@@ -23,6 +23,7 @@ from metapl.metrics.classification import Evaluation
 from metapl.metrics.metric import ACCURACY, Measured, Metric
 from metapl.metrics.predictions import outer_batches
 from metapl.training.fittable import Fittable
+from metapl.training.network_settings import buffers_beside, put_buffers_beside
 from metapl.training.options import Average, FitOptions
 from metapl.training.statistics import estimated_statistics
 
@@ -35,14 +36,25 @@ FAR_BEHIND = 0.3
 class Best:
     """A network that is kept.
 
-    Its value on the validation data, after which step it had it, and its weights; and the best
-    value of all so far, which may be of an earlier one.
+    Its value on the validation data, after which step it had it, its weights, and its buffers that
+    are in no ``state_dict``; and the best value of all so far, which may be of an earlier one.
     """
 
     value: float | None = None
     step: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
     best_value: float | None = None
+
+    @staticmethod
+    def of(network: nn.Module, value: float | None, step: int) -> Best:
+        """Return a network as it is after a step."""
+        return Best(value, step, weights_of(network), buffers_beside(network))
+
+    def put_into(self, network: nn.Module) -> None:
+        """Give these weights and buffers to a network."""
+        load_whole(network, self.weights)
+        put_buffers_beside(network, self.buffers)
 
 
 class Selection:
@@ -115,7 +127,7 @@ class Selection:
         The weights are those of the teacher's average, where there is one.
         """
         with self.network_to_keep("teacher") as teacher:
-            load_whole(self.trainer.student, weights_of(teacher))
+            Best.of(teacher, None, 0).put_into(self.trainer.student)
         if self.options.ema_decay is not None:
             self.averages["student"] = Average(self.trainer.student, self.options.ema_decay)
 
@@ -159,11 +171,12 @@ class Selection:
         if role == "student" and self._is_kept(measured):
             if best_value is None or self.metric.improves(value, best_value):
                 best_value = value
-            self.best_student = Best(value, step, weights_of(network), best_value)
+            self.best_student = Best.of(network, value, step)
+            self.best_student.best_value = best_value
         # Teachers have an accuracy; what they reach by another metric says nothing of their labels.
         is_teacher_by_accuracy = role == "teacher" and self.metric is ACCURACY
         if is_teacher_by_accuracy and self.metric.improves(value, self.best_teacher.value):
-            self.best_teacher = Best(value, step, weights_of(network))
+            self.best_teacher = Best.of(network, value, step)
 
     def _is_kept(self, measured: Measured | Evaluation) -> bool:
         """Return whether a student takes the place of the one that is kept so far."""
@@ -183,18 +196,19 @@ class Selection:
         """
         teacher_weights = None
         if self.trainer.teacher is not None:
-            teacher_weights = self._teacher_weights(say)
-            load_whole(self.trainer.teacher, teacher_weights)
+            teacher = self._kept_teacher(step, say)
+            teacher.put_into(self.trainer.teacher)
+            teacher_weights = teacher.weights
         student = self.best_student
         if not student.weights:
             # Nothing was validated, or selected by: the last student is kept.
             with self.network_to_keep("student") as network:
-                student = Best(self.latest.get(self.student_column), step, weights_of(network))
-        load_whole(self.trainer.student, student.weights)
+                student = Best.of(network, self.latest.get(self.student_column), step)
+        student.put_into(self.trainer.student)
         return student, teacher_weights
 
-    def _teacher_weights(self, say: Say) -> dict[str, Tensor]:
-        """Return the last teacher's weights, or the best one's where the last is far behind it."""
+    def _kept_teacher(self, step: int, say: Say) -> Best:
+        """Return the last teacher, or the best one where the last is far behind it."""
         last_value = self.latest.get("teacher_validation_accuracy")
         best_value = self.best_teacher.value
         is_far_behind = False
@@ -206,9 +220,9 @@ class Selection:
                 f"{best_value:.1%} on the validation data: after the last step it has "
                 f"{last_value:.1%}"
             )
-            return self.best_teacher.weights
+            return self.best_teacher
         with self.network_to_keep("teacher") as network:
-            return weights_of(network)
+            return Best.of(network, last_value, step)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the last values and the best networks.

@@ -1117,6 +1117,10 @@ def test_the_batch_that_does_not_divide_is_named() -> None:
     arguments = weighing_step(RowWeights(torch.sigmoid), accumulate=3)
     with pytest.raises(MetaplError, match="the inner batch has 8 .* multiple of accumulate=3"):
         metapl.check_gradient(**arguments)
+    x, *others = arguments["inner"]
+    longer = {**arguments, "inner": (x.repeat_interleave(3, 0), *others)}
+    with pytest.raises(MetaplError, match="the inner batch has tensors of 24 and 8 rows; expected"):
+        metapl.check_gradient(**longer)
     arguments["inner"] = tuple(t.repeat_interleave(3, 0) for t in arguments["inner"])
     with pytest.raises(MetaplError, match="the outer batch has 8 .* multiple of accumulate=3"):
         metapl.check_gradient(**arguments)

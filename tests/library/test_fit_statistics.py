@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import metapl
 from metapl import MetaplError
@@ -106,9 +107,78 @@ def test_a_resumed_fit_keeps_the_same_network(tmp_path: Path) -> None:
 def test_inputs_that_cannot_be_read_again_are_refused() -> None:
     one = trainer()
     before = copy.deepcopy(one.student.state_dict())
-    for wrong in (iter(PLAIN), PLAIN[0]):
-        with pytest.raises(MetaplError, match="batch_norm is .*; expected a list of batches"):
-            fit(one, batch_norm=wrong)
+    x = PLAIN[0]
+    with_nan = x.clone()
+    with_nan[0, 0] = torch.nan
+    wrong: list[tuple[Any, str]] = [
+        (iter(PLAIN), "batch_norm is .*; expected batches of inputs"),
+        (x, "batch_norm is .*; expected batches of inputs"),
+        (True, "batch_norm is .*; expected batches of inputs"),
+        ([], "batch_norm has no batches; expected"),
+        ([x[:0]], r"batch_norm has the batch .*\(0, 6\)"),
+        ([x.double()], "batch_norm has the batch .*float64.*in torch.float32"),
+        (TRAINED_ON, "batch_norm has the batch"),
+        ([with_nan], "batch_norm has a batch with NaN"),
+    ]
+    for batch_norm, words in wrong:
+        with pytest.raises(MetaplError, match=words) as refused:
+            fit(one, batch_norm=batch_norm)
+        assert "\n" not in str(refused.value)
     assert all(torch.equal(t, before[name]) for name, t in one.student.state_dict().items())
-    with pytest.raises(MetaplError, match="batch_norm had no batches of inputs; expected one"):
-        fit(one, batch_norm=[])
+
+
+def test_a_norm_in_evaluation_keeps_its_statistics() -> None:
+    one = trainer()
+    norm: Any = one.student[1]
+    norm.eval()
+    norm.running_mean.fill_(0.5)
+    fit(one, batch_norm=PLAIN)
+    assert torch.equal(norm.running_mean, torch.full((8,), 0.5))
+
+
+def test_a_loader_of_these_inputs_draws_nothing_from_the_steps() -> None:
+    weights = []
+    loader = DataLoader(TensorDataset(*PLAIN), batch_size=8, shuffle=True, collate_fn=first_column)
+    for batch_norm in (PLAIN, loader):
+        one = trainer()
+        one.student.insert(1, nn.Dropout(0.5))
+        fit(one, batch_norm=batch_norm, select=False)
+        weights.append([p.detach() for p in one.student.parameters()])
+    assert all(map(torch.equal, *weights))
+
+
+def first_column(rows: list[Any]) -> Tensor:
+    return torch.stack([row[0] for row in rows])
+
+
+class Tracking(nn.Module):
+    """A network beside the mean of its last inputs, which no state_dict has."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 2)
+        self.register_buffer("mean", torch.zeros(6), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.mean = x.mean(0)
+        logits: Tensor = self.layer(x - self.mean)
+        return logits
+
+
+def test_a_kept_network_has_the_buffers_that_no_state_dict_has() -> None:
+    torch.manual_seed(0)
+    network = Tracking()
+    one = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters(), lr=0.3))
+    shifts = [0.0, 9.0, -9.0, 4.0]
+    result = one.fit(
+        [rows(number, shift) for number, shift in enumerate(shifts)],
+        steps=12,
+        validate_every=1,
+        validation=VALIDATION,
+        progress=False,
+    )
+    assert result.step < 12
+    assert one.evaluate(VALIDATION).value == result.value

@@ -173,6 +173,20 @@ def test_a_metric_or_data_that_cannot_be_measured_is_refused(reason: str) -> Non
     assert (trainer.steps_done == 0) != (reason == "not a number")
 
 
+def test_one_hot_labels_of_a_problem_of_classes_are_refused() -> None:
+    """They would be measured by a loss, in the place of the accuracy, in silence."""
+    x, y = torch.randn(12, 4, generator=drawn(0)), torch.arange(12) % 3
+    network = metapl.models.mlp([4, 3])
+    trainer = metapl.LossTrainer(network, optimizer=torch.optim.SGD(network.parameters()))
+    one_hot = F.one_hot(y, 3).float()
+    words = r"validation has one-hot labels,.*expected classes, as by labels.argmax\(1\), or"
+    with pytest.raises(MetaplError, match=words):
+        trainer.fit([(x, y)], steps=1, validation=(x, one_hot), progress=False)
+    assert trainer.steps_done == 0
+    result = trainer.fit([(x, y)], steps=1, validation=(x, one_hot), metric="loss", progress=False)
+    assert result.metric == "loss"
+
+
 def test_arrays_are_served_in_shuffled_epochs() -> None:
     """Floats in the type of the weights, whole numbers as labels, and what the rest of a row is."""
 

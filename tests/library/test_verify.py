@@ -623,6 +623,54 @@ def test_a_refusal_moves_nothing_and_comes_again(
     assert random.getstate() == random_state
 
 
+def test_the_rates_of_a_warm_up_are_verified_at_their_full_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[float] = []
+    judge = verdict.judge
+
+    def noted(copies: Any, *arguments: Any, **options: Any) -> Any:
+        found = judge(copies, *arguments, **options)
+        seen.append(copies.update.optimizer.param_groups[0]["lr"])
+        return found
+
+    monkeypatch.setattr(verdict, "judge", noted)
+    case = toy()
+    inner = torch.optim.SGD(case.student.parameters(), lr=0.2)
+    torch.optim.lr_scheduler.LambdaLR(inner, lambda step: (step + 1) / 100)
+    assert inner.param_groups[0]["lr"] == 0.002
+    trainer = metapl.BilevelTrainer(case.teacher, case.student, inner_optimizer=inner)
+    trainer.step(**case.data())
+    assert seen == [0.2]
+    assert trainer.verification.verdict.startswith("right")
+    assert inner.param_groups[0]["lr"] == 0.002
+
+
+def test_what_cannot_be_told_is_tried_again_in_the_next_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And a warning comes with the last time."""
+    statuses: list[Any] = ["cannot tell"] * 2 + ["right"]
+
+    def judged(*_: Any) -> GradientCheck:
+        return GradientCheck(statuses.pop(0), "in words")
+
+    monkeypatch.setattr(check, "check_step", judged)
+    trainer, batches = build()
+    for left in (2, 1, 0, 0):
+        trainer.step(**batches)
+        assert len(statuses) == left
+    assert trainer.verification.verdict == "right: in words"
+    statuses += ["cannot tell"] * 5
+    trainer, batches = build()
+    for _ in range(3):
+        trainer.step(**batches)
+    with pytest.warns(VerificationWarning, match="cannot tell: in words"):
+        trainer.step(**batches)
+    trainer.step(**batches)
+    assert len(statuses) == 1
+
+
 def test_a_warning_names_the_reason() -> None:
     trainer, batches = build(TwoLayers(lambda s, x: s.b(rounded(3 * s.a(x).tanh(), torch.round))))
     with pytest.warns(VerificationWarning, match="straight-through"):

@@ -172,13 +172,16 @@ def breach_and_errors(case: Case) -> tuple[str, Errors]:
 
 
 def give_rates_to_a_warm_up(copies: RealStep) -> None:
-    """Give the copies' optimizer rates where all are 0, as in the first step of a warm-up.
+    """Give the copies' optimizer its full rates in a warm-up, and some where all are 0.
 
-    Nothing would move.
+    Little would move, or nothing.
     """
     optimizer = vars(copies.update).get("optimizer")
     groups = [] if optimizer is None else optimizer.param_groups
-    if any(group["lr"] != 0 for group in groups):
-        return
     for group in groups:
-        group["lr"] = group.get("initial_lr") or 1e-2
+        # A scheduler notes the full rate in its groups.
+        if group["lr"] < group.get("initial_lr", 0):
+            group["lr"] = group["initial_lr"]
+    if all(group["lr"] == 0 for group in groups):
+        for group in groups:
+            group["lr"] = 1e-2
