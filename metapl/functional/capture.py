@@ -11,6 +11,7 @@ they were (:class:`Captured`), and captures the function anew where one of them 
 
 from __future__ import annotations
 
+import argparse
 import logging
 import re
 import sys
@@ -617,7 +618,9 @@ class Attributes:
         self._collections: list[Collection[Any]] = []
         self._arrays: list[numpy.ndarray[Any, Any]] = []
         self._slots: list[tuple[Any, str]] = []
+        self._modules: list[nn.Module] = []
         self._met: set[int] = set()
+        self._met_globals: set[tuple[int, str]] = set()
         for source in self._sources:
             self._look_into(source, depth=0)
         self._sizes: list[int] | None = None
@@ -649,8 +652,8 @@ class Attributes:
         return values
 
     def modules(self) -> list[nn.Module]:
-        """Return the modules among the objects."""
-        return [source for source in self._sources if isinstance(source, nn.Module)]
+        """Return the modules among the objects, and those that these hold or read."""
+        return self._modules
 
     def named_values(self) -> list[tuple[str, Any]]:
         """Return the values of attributes and entries of dicts and lists, as they are now."""
@@ -684,10 +687,20 @@ class Attributes:
 
     def _look_into(self, value: Any, *, depth: int) -> None:
         is_new = id(value) not in self._met
-        if not is_new or isinstance(value, (*PLAIN, type)):
+        if not is_new or isinstance(value, PLAIN):
+            return
+        if isinstance(value, type):
+            self._look_at_class(value, value, depth=depth)
             return
         self._met.add(id(value))
-        if isinstance(value, partial):
+        if isinstance(value, nn.Module):
+            for part in value.modules():
+                if part is value or id(part) not in self._met:
+                    self._met.add(id(part))
+                    self._modules.append(part)
+                    self._look_at_class(type(part), part, depth=depth)
+                    self._look_through(vars(part), depth=depth)
+        elif isinstance(value, partial):
             self._look_into((value.func, value.args, value.keywords), depth=depth)
         elif isinstance(value, types.MethodType):
             self._look_into(value.__self__, depth=depth)
@@ -696,7 +709,7 @@ class Attributes:
             self._look_around(value, depth=depth)
         elif isinstance(value, numpy.ndarray):
             self._arrays += [value] if value.size <= MOST_ENTRIES else []
-        elif isinstance(value, dict):
+        elif isinstance(value, Mapping):
             if len(value) <= MOST_ENTRIES:
                 self._look_through(value, depth=depth)
         elif isinstance(value, list | tuple | deque | set | frozenset):
@@ -717,15 +730,16 @@ class Attributes:
             if id(base) not in self._met:
                 self._met.add(id(base))
                 self._tables.append(vars(base))
-                for method in vars(base).values():
-                    for function in functions_of(method):
-                        self._look_into(function, depth=depth)
+                for name, part in vars(base).items():
+                    for function in functions_of(part) or [part]:
+                        if not name.startswith("__") or isinstance(function, types.FunctionType):
+                            self._look_into(function, depth=depth + 1)
             slots = vars(base).get("__slots__", ())
-            self._slots += [
-                (value, name) for name in ([slots] if isinstance(slots, str) else slots)
-            ]
+            for name in [slots] if isinstance(slots, str) else slots:
+                self._slots.append((value, name))
+                self._look_into(getattr(value, name, None), depth=depth + 1)
 
-    def _look_through(self, table: dict[Any, Any], *, depth: int) -> None:
+    def _look_through(self, table: Mapping[Any, Any], *, depth: int) -> None:
         """Note the entries of a table, and look into them."""
         self._tables.append(table)
         if depth < DEPTH:
@@ -747,13 +761,19 @@ class Attributes:
         for cell in function.__closure__ or ():
             # A cell is empty until its name is bound.
             with suppress(ValueError):
-                self._look_into(cell.cell_contents, depth=DEPTH)
+                self._look_into(cell.cell_contents, depth=1)
                 self._look_at_parts(cell.cell_contents, names, met=set())
                 self._cells.append(cell)
-        self._look_into((function.__defaults__, function.__kwdefaults__), depth=DEPTH)
+        defaults = (function.__defaults__, function.__kwdefaults__)
+        self._slots.append((function, "__defaults__"))
+        self._look_into(defaults, depth=0)
+        self._look_at_parts(function, names, met=set())
         for name in dict.fromkeys(name for code in codes for name in code.co_names):
             if name in function.__globals__:
                 self._look_at_variable(function.__globals__, name, names, met=set())
+            elif name in sys.modules and is_of_user_file(sys.modules[name]):
+                # It is imported inside of the function.
+                self._look_at_parts(sys.modules[name], names, met=set())
 
     def _look_at_variable(
         self, table: Mapping[str, Any], name: str, names: list[str], *, met: set[int]
@@ -769,27 +789,24 @@ class Attributes:
         if isinstance(value, types.ModuleType):
             if is_of_user_file(value):
                 self._look_at_parts(value, names, met=met)
-        elif isinstance(value, type):
-            if is_of_user(value):
-                self._look_at_class(value, value, depth=DEPTH)
-                self._look_at_parts(value, names, met=met)
         elif not isinstance(value, types.BuiltinFunctionType):
-            self._globals.append((table, name))
-            self._look_into(value, depth=DEPTH)
+            if (id(table), name) not in self._met_globals:
+                self._met_globals.add((id(table), name))
+                self._globals.append((table, name))
+            self._look_into(value, depth=1)
             self._look_at_parts(value, names, met=met)
 
     def _look_at_parts(self, value: Any, names: list[str], *, met: set[int]) -> None:
         """Note what of a file, a class, an object or a dict has one of these names."""
-        if isinstance(value, Tensor | types.FunctionType) or id(value) in met:
-            return
-        table = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-        is_other = isinstance(value, dict | types.ModuleType | type | nn.Module)
-        if not is_other and not is_read_deeper(value):
+        if isinstance(value, (*PLAIN, Tensor)) or id(value) in met:
             return
         met.add(id(value))
+        tables = [value if isinstance(value, Mapping) else getattr(value, "__dict__", {})]
+        tables += [vars(base) for base in type(value).__mro__ if is_of_user(base)]
         for name in names:
-            if name in table and name not in ATTRIBUTES_OF_ALL_MODULES:
-                self._look_at_variable(table, name, names, met=met)
+            for table in tables:
+                if name in table and name not in ATTRIBUTES_OF_ALL_MODULES:
+                    self._look_at_variable(table, name, names, met=met)
 
 
 def functions_of(method: Any) -> list[Any]:
@@ -812,9 +829,9 @@ def modes_of(module: nn.Module) -> list[Any]:
 
 def is_read_deeper(value: Any) -> bool:
     """Return whether the attributes of an object that another one holds are read too."""
-    if isinstance(value, nn.Module | Tensor):
+    if isinstance(value, Tensor):
         return False
-    is_namespace = isinstance(value, types.SimpleNamespace)
+    is_namespace = isinstance(value, types.SimpleNamespace | argparse.Namespace)
     return is_namespace or is_dataclass(value) or is_of_user(type(value))
 
 

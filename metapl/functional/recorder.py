@@ -49,10 +49,11 @@ def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded
     """Return a function of tensors as one graph, with the gradients that it takes inside.
 
     It is recorded at its first call, and anew for other shapes, types, layouts, numbers among the
-    arguments, modes of modules that it reaches, attributes and variables that it reads by name,
-    and settings of PyTorch; the third time a warning says why. Each recording is compared twice
-    with the function, once on other rows, where it is called outside of ``vmap``. A number of
-    ``os.environ``, ``globals()``, a ``ContextVar`` or an iterator stays that of the recording.
+    arguments, modes of modules that it reaches, attributes and variables that it reads, and
+    settings of PyTorch; the third time a warning says why. Each recording is compared twice with
+    the function, once on other rows, where it is called outside of ``vmap``. A number of
+    ``os.environ``, ``globals()``, a ``ContextVar``, an iterator, a cache, a collection of more than
+    1,000 entries, or four attributes deep stays that of the recording.
 
     Args:
         function: takes and returns tensors, in any nesting of tuples, lists and dicts; numbers and

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -271,13 +272,28 @@ class Shared:
         return Shared.factor * x
 
 
+class Scale:
+    """An object whose method reads what it holds."""
+
+    shared: ClassVar = [1.0]
+
+    def __init__(self) -> None:
+        self.inner = SimpleNamespace(factor=1.0)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.inner.factor * x
+
+
 LISTED = SimpleNamespace(factors=[1.0], by_name={"factor": 1.0})
+ARGUMENTS = argparse.Namespace(factor=1.0)
+OBJECTS = [Scale()]
 NESTED = {"inner": {"part": SimpleNamespace(factor=1.0)}}
 
 
 def set_all(value: float) -> None:
     Shared.factor = Shared.factors[0] = value
     LISTED.factors[0] = LISTED.by_name["factor"] = value
+    ARGUMENTS.factor = OBJECTS[0].inner.factor = OBJECTS[0].shared[0] = value
     NESTED["inner"]["part"].factor = value
     settings.factor = settings.part.factor = settings.Numbers.factor = value
 
@@ -289,6 +305,11 @@ READERS: dict[str, Callable[[Tensor], Any]] = {
     "of a list in an object": lambda x: LISTED.factors[0] * x,
     "of a dict in an object": lambda x: LISTED.by_name["factor"] * x,
     "of an object in dicts": lambda x: NESTED["inner"]["part"].factor * x,
+    "of parsed arguments": lambda x: ARGUMENTS.factor * x,
+    "of an object in a list": lambda x: OBJECTS[0].inner.factor * x,
+    "of a method of an object": lambda x: OBJECTS[0].scaled(x),
+    "of a list in an object's class": lambda x: OBJECTS[0].shared[0] * x,
+    "of a default": lambda x, by=OBJECTS: by[0].inner.factor * x,
     "of a file": lambda x: settings.factor * x,
     "of an object of a file": lambda x: settings.part.factor * x,
     "of a class of a file": lambda x: settings.Numbers.factor * x,
@@ -309,6 +330,33 @@ def test_a_number_that_is_read_by_name_records_anew(name: str) -> None:
         assert step.recordings == 2
     finally:
         set_all(1.0)
+
+
+class Dropping:
+    def __init__(self) -> None:
+        self.network = nn.Dropout(0.5)
+
+    def loss(self, x: Tensor) -> Tensor:
+        dropped: Tensor = self.network(x)
+        return dropped
+
+
+DROPPING = Dropping()
+HOLDERS: dict[str, tuple[Callable[[Tensor], Tensor], Dropping]] = {
+    "a method's object": ((dropping := Dropping()).loss, dropping),
+    "an object by its name": (lambda x: DROPPING.loss(x), DROPPING),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_modes_of_networks_that_objects_hold_record_anew(name: str) -> None:
+    function, holder = HOLDERS[name]
+    step = recorded(function)
+    x = torch.ones(64)
+    assert (step(x) == 0).any()
+    holder.network.eval()
+    assert torch.equal(step(x), x)
+    assert step.recordings == 2
 
 
 def test_numbers_among_the_arguments_are_constants_of_a_recording() -> None:
