@@ -104,10 +104,15 @@ Graph = TypeVar("Graph", bound=Made)
 
 
 class Kept(NamedTuple):
-    """Graphs, and the teacher, the student and the problem that they serve."""
+    """Graphs, and the teacher, the student and the problem that they serve.
+
+    Attributes:
+        times: how many of the same objects were made one after another.
+    """
 
     graphs: Any
     served: list[weakref.ref[Any] | None]
+    times: int
 
 
 # The graphs of the last calls, by what was recorded: a call for another network of the same
@@ -208,10 +213,10 @@ def kept_graphs(
         undescribed = error.what
     kept = _CACHE.pop(key, None)
     if kept is None:
-        say_why_again(key, asking, undescribed)
+        times = say_why_again(key, asking, undescribed)
         subject = Subject(*asking, alive) if alive else bare_subject(*asking, outside)
         make_room(student)
-        kept = Kept(make(subject), [])
+        kept = Kept(make(subject), [], times)
     # The one that was asked for last is at the end.
     _CACHE[key] = kept
     graphs: Graph = kept.graphs
@@ -225,12 +230,17 @@ def kept_graphs(
     return graphs
 
 
-def say_why_again(key: Hashable, asking: Sequence[object], undescribed: str) -> None:
+def say_why_again(key: Hashable, asking: Sequence[object], undescribed: str) -> int:
     """Say why graphs are made again, where there are some of such networks and such a problem.
+
+    A number that counts calls, say, makes them in each of these: for the same objects the third
+    time is a warning.
 
     Args:
         asking: the teacher, the student and the problem.
         undescribed: what of them has no description.
+
+    Returns: how many were made one after another.
     """
     kinds = [*map(type, asking)]
     for other, kept in [*_CACHE.items()][::-1]:
@@ -248,8 +258,18 @@ def say_why_again(key: Hashable, asking: Sequence[object], undescribed: str) -> 
                 stacklevel=2,
             )
         elif not undescribed and not subject.alive:
-            LOG.info("compiled again, which takes seconds: %s", difference_between(key, other))
-        return
+            difference = difference_between(key, other)
+            LOG.info("compiled again, which takes seconds: %s", difference)
+            served = [None if reference is None else reference() for reference in kept.served]
+            if not all(a is b for a, b in zip(served, asking, strict=True)):
+                return 1
+            if kept.times + 1 == 3:
+                warnings.warn(
+                    f"compiled again, which takes seconds, for the third time: {difference}",
+                    stacklevel=2,
+                )
+        return kept.times + 1
+    return 1
 
 
 def difference_between(key: Any, other: Any) -> str:

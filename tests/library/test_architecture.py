@@ -137,6 +137,27 @@ def test_another_student_of_the_architecture_compiles_nothing(
     assert len(graphs._CACHE) == 1
 
 
+def test_a_problem_that_counts_its_calls_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_functions(monkeypatch)
+    network = student()
+    problem = Counting()
+    for _ in range(2):
+        gradient(network, problem)
+    with pytest.warns(UserWarning, match="for the third time: the problem differs .*calls"):
+        gradient(network, problem)
+    gradient(network, problem)
+
+
+@dataclass
+class Counting(EqualWeights):
+    calls: int = 0
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        self.calls += 1
+        loss: Tensor = super().outer_loss(outputs, batch)
+        return loss
+
+
 def test_two_uses_of_a_student_without_a_description_are_both_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
