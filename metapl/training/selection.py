@@ -46,6 +46,11 @@ class Best:
     buffers: dict[str, Tensor] = field(default_factory=dict)
     best_value: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.best_value is None:
+            # A checkpoint of before has the best network, and no value beside its own.
+            self.best_value = self.value
+
     @staticmethod
     def of(network: nn.Module, value: float | None, step: int) -> Best:
         """Return a network as it is after a step."""
@@ -169,10 +174,9 @@ class Selection:
         value = measured.value
         best_value = self.best_student.best_value
         if role == "student" and self._is_kept(measured):
-            if best_value is None or self.metric.improves(value, best_value):
-                best_value = value
             self.best_student = Best.of(network, value, step)
-            self.best_student.best_value = best_value
+            if best_value is not None and not self.metric.improves(value, best_value):
+                self.best_student.best_value = best_value
         # Teachers have an accuracy; what they reach by another metric says nothing of their labels.
         is_teacher_by_accuracy = role == "teacher" and self.metric is ACCURACY
         if is_teacher_by_accuracy and self.metric.improves(value, self.best_teacher.value):
