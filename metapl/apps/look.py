@@ -65,8 +65,8 @@ MINUTES = 5.0
 # steps is short beside so many, and hardly counts.
 REHEARSED = 100_000
 
-# How often is validated in a training.
-VALIDATIONS = 20
+# How often is validated in a training. Each takes a second or two, which counts in one of a minute.
+VALIDATIONS = 10
 
 # What of a backbone is trained, in words.
 TUNINGS = {
