@@ -442,7 +442,7 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
 
     monkeypatch.setattr(look, "timed", timed)
     found, method = with_steps(config(steps=1000), images.METHODS["mpl"], Timetable())
-    assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 50, None)
+    assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 100, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)
     own, method = with_steps(
         config(steps=1000, warmup=0, validate_every=9),
