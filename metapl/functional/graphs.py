@@ -294,7 +294,9 @@ def make_room(student: nn.Module) -> None:
     student at most.
     """
     subjects = {key: kept.graphs.subject for key, kept in _CACHE.items()}
-    dropped = [key for key, of in subjects.items() if of.alive and of.student is not student]
+    dropped = [
+        key for key, subject in subjects.items() if subject.alive and subject.student is not student
+    ]
     if not dropped:
         dropped = [*_CACHE][: 1 - MOST_CACHED]
     for key in dropped:

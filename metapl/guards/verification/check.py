@@ -197,7 +197,7 @@ def refuse_replaced_step(update: Update) -> None:
             )
 
 
-# How often a step is verified again that cannot be told.
+# In how many further steps it is verified again where rounding drowns the loss's change.
 TRIES = 3
 
 
@@ -213,7 +213,6 @@ class Verification:
         # What came of the last time that it was due, in words; empty before the first step.
         self.verdict = ""
         self.every = 0 if isinstance(setting, bool | str) else setting
-        # In how many further steps it is tried again where it cannot tell.
         self.tries_left = TRIES
         self.verified_marks: set[int] = set()
 
@@ -234,8 +233,9 @@ class Verification:
             return False
         check = check_step(request_of(trainer, outer_batch, inner_batches))
         self.verdict = f"{check.status}: {check.verdict}"
-        if check.status == "cannot tell" and self.tries_left:
-            # Adam's first step, say, hardly depends on the size of the gradient; the next one does.
+        if check.status == "cannot tell" and check.precision and self.tries_left:
+            # Copies ran, and rounding drowned the difference. Adam's first step, say, hardly
+            # depends on the size of the gradient; the next one does.
             self.tries_left -= 1
             return False
         check.refuse_or_warn(self.setting)
