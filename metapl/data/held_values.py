@@ -336,8 +336,12 @@ def plain(value: Any, walk: Walk) -> Any:
         return {KIND: "elsewhere"}
     if isinstance(value, Tensor):
         is_whole = value.layout == torch.strided and not is_sharded(value)
-        has_values = value.dtype != torch.complex128 and not (value.is_quantized or value.is_meta)
+        has_values = not (value.is_quantized or value.is_meta)
         if is_whole and has_values and value.is_leaf:
+            if value.dtype == torch.complex128:
+                # safetensors has no such type.
+                parts = torch.view_as_real(value.detach().resolve_conj())
+                return {KIND: "complex", "value": parts}
             return value.detach()
     elif isinstance(value, numpy.ndarray | numpy.generic) and native(value) in ARRAY_TYPES:
         kind = "array" if isinstance(value, numpy.ndarray) else "number"
@@ -504,6 +508,8 @@ def put_kind(current: Any, saved: Mapping[str, Any], device: torch.device) -> An
     if kind in ("elsewhere", "words"):
         return current
     value = saved["value"]
+    if kind == "complex":
+        return put_value(current, torch.view_as_complex(value.contiguous()), device)
     if kind == "member":
         is_member = isinstance(current, Enum) and value in type(current).__members__
         return type(current)[value] if is_member else current

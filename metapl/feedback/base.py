@@ -65,8 +65,9 @@ NOT_FINITE = (
     "learning rate, or look for a batch without rows or with extreme examples."
 )
 OUTER_NOT_FINITE = (
-    "the outer loss is NaN or infinite: the outer batch has no rows or extreme values, "
-    "or the student has diverged; look at the batch, or lower the student's learning rate."
+    "the outer loss is NaN or infinite: the outer batch has no rows or extreme values, the "
+    "student's learning rate is not finite, or it has diverged; look at the batch and at the rate, "
+    "or lower it."
 )
 FEEDBACK_NOT_FINITE = (
     "the losses are finite, and the feedback is NaN or infinite; lower the student's learning "

@@ -503,10 +503,31 @@ def freeze_batch_norm(model: nn.Module, step: int) -> None:
         model[1].eval()
 
 
+class CenteredByAll(nn.Module):
+    """A layer on what its inputs are beside their mean over all passes so far."""
+
+    mean: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, CLASSES)
+        self.register_buffer("mean", torch.zeros(5))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.count.add_(1)
+            self.mean.add_((x.detach().mean(0) - self.mean) / self.count)
+        logits: Tensor = self.layer(x - self.mean)
+        return logits
+
+
 @pytest.mark.parametrize(
     ("build", "loop", "name"),
     [
         (spectral, loop_with(), r"0\.parametrizations\.weight\.0\._"),
+        (lambda: CenteredByAll().double(), loop_with(), "mean"),
         (with_batch_norm, loop_with(before=freeze_batch_norm), r"1\.running_mean, 1\.running_var"),
     ],
 )

@@ -247,8 +247,9 @@ class RecordedNetwork:
         others train.
 
         Args:
-            buffers, buffers_after: before and after a call, of which the loss is taken once more
-                with each.
+            buffers, buffers_after: before and after a call. The loss is taken once more after it,
+                and with what it has moved set back: a mean over all passes so far, beside which
+                they are counted, says nothing of the past before the first one.
         """
         moved_names: list[str] = []
         for name, b in buffers.items():
@@ -256,15 +257,15 @@ class RecordedNetwork:
                 moved_names.append(name)
         if not moved_names:
             return []
-        loss = self.gradient(params, buffers, call).loss
-        with_all = {**buffers, **{name: buffers_after[name] for name in moved_names}}
-        if self.gradient(params, with_all, call).loss == loss:
+        loss = self.gradient(params, buffers_after, call).loss
+        all_set_back = {**buffers_after, **{name: buffers[name] for name in moved_names}}
+        if self.gradient(params, all_set_back, call).loss == loss:
             return []
         names_that_count: list[str] = []
         rounding = 100 * precision_of(self) + 2 * precision_of_products(self)
         for name in moved_names:
-            with_one = {**buffers, name: buffers_after[name]}
-            gap = (self.gradient(params, with_one, call).loss - loss).abs()
+            one_set_back = {**buffers_after, name: buffers[name]}
+            gap = (self.gradient(params, one_set_back, call).loss - loss).abs()
             if bool(gap > rounding * loss.abs()):
                 names_that_count.append(name)
         return names_that_count
