@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -175,6 +175,20 @@ def named_leaves_of(batch: Batch) -> list[tuple[str, Any]]:
 
     A place is such as ``[0]``, ``['input_ids']`` or ``.x``.
     """
+    # The usual batches, in a tenth of the time that PyTorch's trees take.
+    if isinstance(batch, Tensor):
+        return [("", batch)]
+    parts: Iterable[tuple[Any, Any]] = ()
+    if type(batch) in (tuple, list):
+        parts = enumerate(batch)
+    elif type(batch) is dict:
+        parts = batch.items()
+    if parts:
+        return [
+            (f"[{key!r}]{place}", leaf)
+            for key, part in parts
+            for place, leaf in named_leaves_of(part)
+        ]
     opened = _opened(plain(batch), only_fields=False)
     paths_and_leaves, _ = pytree.tree_flatten_with_path(opened)
     return [(pytree.keystr(path), leaf) for path, leaf in paths_and_leaves]

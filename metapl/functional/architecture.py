@@ -49,6 +49,7 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 TABLES = ("_parameters", "_buffers", "_modules")
+OF_ALL_MODULES = frozenset((*TABLES, *PASS_HOOKS, *STATE_HOOKS))
 # Hooks on all modules of the process.
 EVERYWHERE = (
     torch_modules._global_forward_hooks,
@@ -87,10 +88,10 @@ def description_of(value: Any, describer: Describer | None = None) -> Hashable:
     Raises: :class:`Undescribed`.
     """
     kind = type(value)
-    of_part = partial(description_of, describer=describer)
     if kind in NUMBERS:
         # 1, 1.0 and True are equal, and so are 0.0 and -0.0; their words are not.
         return kind, repr(value)
+    of_part = partial(description_of, describer=describer)
     if kind in OF_TORCH or isinstance(value, Enum):
         return kind, value
     if kind in (tuple, list, torch.Size):
@@ -137,12 +138,13 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
     """
     contents: list[Hashable] = [kind]
     for base in kind.__mro__:
-        if base.__module__.split(".")[0] in ("torch", "builtins", "abc"):
+        if base.__module__.startswith("torch.") or base.__module__ in ("builtins", "abc"):
             continue
         for name, value in vars(base).items():
             # What a property or a static method calls.
             method = getattr(value, "fget", None) or getattr(value, "__func__", value)
-            if isinstance(method, FunctionType) and reads_a_module(method):
+            is_of_user = isinstance(method, FunctionType) and not is_of_libraries(method.__module__)
+            if is_of_user and reads_a_module(method):
                 raise Undescribed(f"the method {name}, which reads a network by its name")
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 contents.append((name, description_of(value)))
@@ -243,8 +245,7 @@ class Describer:
         plain = []
         # Attributes may have been set in any order.
         for name, value in sorted(attributes.items()):
-            is_of_torch = name in (*TABLES, *PASS_HOOKS, *STATE_HOOKS)
-            if not is_of_torch and not name.startswith(MARKS_OF_DYNAMO):
+            if name not in OF_ALL_MODULES and not name.startswith(MARKS_OF_DYNAMO):
                 plain.append((name, description_of(value, self)))
         return (
             number,
@@ -316,10 +317,10 @@ class BareCopier:
         self._copies[id(part)] = bare
         attributes = vars(bare)
         for name, value in vars(part).items():
-            if name in (*PASS_HOOKS, *STATE_HOOKS):
-                attributes[name] = OrderedDict()
-            elif name not in TABLES:
+            if name not in OF_ALL_MODULES:
                 attributes[name] = self.value(value)
+            elif name not in TABLES:
+                attributes[name] = OrderedDict()
         attributes["_parameters"] = {n: self.tensor(t) for n, t in part._parameters.items()}
         attributes["_buffers"] = {n: self.tensor(t) for n, t in part._buffers.items()}
         attributes["_modules"] = {n: self.module(inner) for n, inner in part._modules.items()}

@@ -1129,15 +1129,14 @@ class Captured(Generic[Result]):
         capture, tensors = self.find(*arguments)
         return capture, self.replay(capture, tensors)
 
-    def knows(self, *arguments: Any) -> bool:
-        """Return whether there is a graph for these arguments."""
-        capture, _, _ = self._find(arguments)
-        return capture is not None
+    def before_capture(self, *arguments: Any) -> None:
+        """Do what has to be done before a graph is made for these arguments: nothing."""
 
     def find(self, *arguments: Any) -> tuple[Capture, list[Tensor]]:
         """Return the graph for these arguments, and their tensors."""
         capture, kind, tensors = self._find(arguments)
         if capture is None:
+            self.before_capture(*arguments)
             capture = self._capture(arguments, tensors, kind)
         return capture, tensors
 

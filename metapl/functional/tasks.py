@@ -34,10 +34,10 @@ from metapl.feedback.hypergradient import Differentiation, Hypergradient, Reques
 from metapl.functional.adjoint import Settings
 from metapl.functional.capture import Captured, Capturing
 from metapl.functional.graphs import Subject, kept_graphs, rule_of
-from metapl.functional.state import Network, constants_of, tensors_of
+from metapl.functional.state import Network, constants_of, tensors_of, unclipped
 from metapl.functional.step import Places, with_settings
 from metapl.functional.training import first_state, tensor_settings, why_not_compiled
-from metapl.updates import Options, options_of, update_of
+from metapl.updates import Options, options_of
 from metapl.updates.base import OptimizerState
 
 
@@ -154,6 +154,15 @@ class RecordedDifferentiation(Differentiation):
         return self._in_order("graph", is_tried=False)
 
 
+class CapturedTasks(Captured[OfTask]):
+    """All tasks as one graph."""
+
+    def before_capture(self, *arguments: Any) -> None:
+        """Record one task before all of them are."""
+        with replayed(RandomState.now(self.device)):
+            self.function(*arguments)
+
+
 class TaskGraphs:
     """The recorded path of one task and its adjoint, mapped over tasks.
 
@@ -166,9 +175,7 @@ class TaskGraphs:
     def __init__(
         self, subject: Subject, differentiation: Differentiation, *, is_compiled: bool
     ) -> None:
-        update: Any = update_of(
-            differentiation.inner_optimizer, differentiation.of_student.parameters()
-        )
+        update: Any = unclipped(differentiation.update)
         self.subject = subject
         self.rule = update.without_optimizer()
         self.constants = constants_of(update)
@@ -181,7 +188,7 @@ class TaskGraphs:
         self.student = Places(subject.student, "student")
         device = differentiation.device
         self.of_one = Captured(self._of_one, device, subject.sources, is_compiled=False)
-        self.of_all = Captured(self._of_all, device, subject.sources)
+        self.of_all = CapturedTasks(self._of_all, device, subject.sources)
         self.of_one.mapped_over = "tasks"
         self.of_all.mapped_over = "tasks"
         self.is_compiled = is_compiled
@@ -194,10 +201,6 @@ class TaskGraphs:
         """Return what is found on all tasks, gradients and losses as means over them."""
         if not self.is_compiled:
             return self._of_all(start, outer, inner)
-        if not self.of_all.knows(start, outer, inner):
-            # One task is recorded before all of them are.
-            with replayed(RandomState.now(self.of_all.device)):
-                self._of_all(start, outer, inner)
         with Capturing():
             return self.of_all.compared(start, outer, inner)
 
@@ -294,7 +297,7 @@ def over_tasks(differentiation: Differentiation, tasks: Tasks, *, compile: bool)
         raise MetaplError(f"tasks=True was given with {reason}; or leave tasks out.")
     request = differentiation.request
     optimizer: Any = differentiation.inner_optimizer
-    update: Any = update_of(optimizer, differentiation.of_student.parameters())
+    update: Any = unclipped(differentiation.update)
     ahead = differentiation.ahead
     options = ahead.options(optimizer) or [options_of(optimizer)] * len(ahead)
     device = differentiation.device
