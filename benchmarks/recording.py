@@ -225,6 +225,9 @@ def table(rows: list[Row]) -> str:
             (row["recorded_seconds"] - row["first_step_seconds"]) / row["plain_seconds"] - 1
             for row in of_loop
         )
+        share = f"{100 * statistics.median(shares):.1f} %"
+        if shares[1:]:
+            share += f" ({100 * shares[0]:.1f} to {100 * shares[-1]:.1f})"
         first = statistics.median(row["first_step_seconds"] for row in of_loop)
         attributed = [row for row in of_loop if "attribute_seconds" in row]
         lines.append(
@@ -232,8 +235,7 @@ def table(rows: list[Row]) -> str:
                 title,
                 f"{steps:,}",
                 f"{1000 * plain / steps:.3g} ms",
-                f"{100 * statistics.median(shares):.1f} % "
-                f"({100 * shares[0]:.1f} to {100 * shares[-1]:.1f})",
+                share,
                 f"{first:.2f} s",
                 f"{attributed[0]['attribute_seconds'] / attributed[0]['plain_seconds']:.1f}",
                 f"{attributed[0]['replay_error']:.0e}",
