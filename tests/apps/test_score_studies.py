@@ -50,10 +50,16 @@ def test_the_default_is_what_the_declared_test_has_chosen(scripts: Any) -> None:
     means = f"from {statistics.mean(exact):.2f} to {statistics.mean(chosen):.2f}"
     assert f"the mean rises {means}, {sum(gain > 0 for gain in gains)} of {len(rows)} gain" in page
     assert f"the one that loses most loses {-min(gains):.2f}" in page
-    averaged = statistics.mean(script.values_of(rows, "1", "mean of seeds"))
+    alone = statistics.mean(script.values_of(rows, f"{DEFAULT_SMOOTHING:g}", "others"))
+    averaged = {
+        way: statistics.mean(script.values_of(rows, way, "mean of seeds"))
+        for way in (f"{DEFAULT_SMOOTHING:g}", "0.3", "1")
+    }
     ceiling = statistics.mean(statistics.mean(row["ceilings"]) for row in rows)
     assert (
-        f"{averaged:.2f} on average, where the true effects of one seed have {ceiling:.2f}" in page
+        f"the default goes from {alone:.2f} to {averaged[f'{DEFAULT_SMOOTHING:g}']:.2f}, c = 0.3 "
+        f"has {averaged['0.3']:.2f} and c = 1 {averaged['1']:.2f}, where the true effects of one "
+        f"seed have {ceiling:.2f}" in page
     )
     by_name = {
         row["name"]: (before, after) for row, before, after in zip(rows, exact, chosen, strict=True)
