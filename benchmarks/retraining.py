@@ -175,16 +175,26 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def scored(case: Case, *, compile: bool = False) -> metapl.Attribution:
-    """Return the attribution whose removals are trained again."""
-    torch.manual_seed(0)
+def scored(
+    case: Case, *, compile: bool = False, seed: int = 0, rate: float = 1.0
+) -> metapl.Attribution:
+    """Return the attribution whose removals are trained again.
+
+    Args:
+        seed: of the student and of the order of the examples.
+        rate: what the optimizer's learning rate is multiplied by.
+    """
+    torch.manual_seed(seed)
     network = case.network()
+    optimizer = case.optimizer(network.parameters())
+    for group in optimizer.param_groups:
+        group["lr"] *= rate
     train, outer = case.data()
     return metapl.attribute(
         network,
         train,
         outer,
-        optimizer=case.optimizer(network.parameters()),
+        optimizer=optimizer,
         steps=case.steps,
         batch_size=case.batch_size,
         problem=case.problem,
