@@ -159,13 +159,17 @@ def go_on(
                 flush=True,
             )
 
+    stored_rows = len(rows)
     if workers == 1:
         for job in missing():
             keep(job, run(**job))
-        return rows
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        for job, running in [(job, pool.submit(run, **job)) for job in missing()]:
-            keep(job, running.result())
+    else:
+        with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+            for job, running in [(job, pool.submit(run, **job)) for job in missing()]:
+                keep(job, running.result())
+    if len(rows) == stored_rows:
+        text = f"no job to run: all rows are in {file}; --out FILE measures anew"
+        print(text, file=sys.stderr, flush=True)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Both sides of the README's difference over many seeds: the plain loop, and metapl in it.
+"""Both sides of the README's difference over many seeds, and metapl in it without feedback.
 
     python benchmarks/readme_example.py     # two minutes of a core; goes on
     python benchmarks/readme_example.py --write benchmarks/results/readme_example.md
@@ -15,13 +15,19 @@ from pathlib import Path
 
 import harness
 import torch
-from harness import RESULTS, Row, grid, interval, points, read, show
+from harness import NONE, RESULTS, Row, grid, interval, points, read, show
 
 RAW = RESULTS / "readme_example.jsonl"
 README = Path(__file__).parents[1] / "README.md"
 SEEDS = tuple(range(60))
+WITH = "with metapl"
+PLAIN = "the plain loop"
+# The labels that Algorithm 1 draws, and nothing else of it.
+WITHOUT_FEEDBACK = "with metapl, labels drawn, no feedback"
 # The mark of the lines that an arm leaves out.
-ARMS = {"with metapl": "-", "the plain loop": "+"}
+ARMS = {WITH: "-", PLAIN: "+", WITHOUT_FEEDBACK: "-"}
+MODE = 'mode="reinforce"'
+NO_FEEDBACK = 'mode="none", problem=metapl.PseudoLabels(kind="hard")'
 
 
 def run(arm: str, seed: int) -> Row:
@@ -30,13 +36,16 @@ def run(arm: str, seed: int) -> Row:
     (block,) = re.findall(r"^```diff\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
     lines = [line[1:] for line in block.splitlines() if not line.startswith(ARMS[arm])]
     code = "\n".join(lines).replace("manual_seed(0)", f"manual_seed({seed})").replace(".2f", ".6f")
+    if arm == WITHOUT_FEEDBACK:
+        assert MODE in code, "the example names its mode"
+        code = code.replace(MODE, NO_FEEDBACK)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         exec(code, {"__name__": "readme"})
     return {"accuracy": float(printed.getvalue())}
 
 
 def table(rows: list[Row]) -> str:
-    """Return the mean of each arm, and the paired difference."""
+    """Return the mean of each arm, and paired differences to the first."""
     accuracies = {
         arm: [
             row["accuracy"]
@@ -45,11 +54,15 @@ def table(rows: list[Row]) -> str:
         ]
         for arm in ARMS
     }
-    ours, plain = accuracies.values()
-    gain = interval([100 * value for value in ours], [100 * value for value in plain], form="+.1f")
-    lines = [[arm, f"{points(values):.1f}"] for arm, values in accuracies.items()]
-    lines.append(["*with metapl − the plain loop*", gain])
-    return grid(["test accuracy in %", f"{len(plain)} seeds"], lines)
+    ours = accuracies[WITH]
+    lines = []
+    for arm, values in accuracies.items():
+        gain = NONE
+        if arm != WITH:
+            percents = [[100 * value for value in of_arm] for of_arm in (ours, values)]
+            gain = interval(*percents, form="+.2f")
+        lines.append([arm, f"{points(values):.1f}", gain])
+    return grid(["arm", f"test accuracy in %, {len(ours)} seeds", "with metapl minus it"], lines)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,6 +46,7 @@ import numpy as np
 import peers
 import retraining
 import torch
+import when
 from harness import (
     NONE,
     RESULTS,
@@ -461,7 +463,8 @@ CONTROL = "metapl: the same without feedback"
 REGRESSION = "`LogisticRegression()`, 20 labels"
 SVM = "`SVC()`, 20 labels"
 SVM_OF_SPREAD = "`SVC()` on all labels that label spreading gives"
-TABLE_ARMS = (STUDENT, CONTROL, FOREST, EXTRA, REGRESSION, SVM, SPREADING, SVM_OF_SPREAD)
+ALONE = "the same network, 20 labels alone"
+TABLE_ARMS = (STUDENT, CONTROL, FOREST, EXTRA, REGRESSION, SVM, ALONE, SPREADING, SVM_OF_SPREAD)
 TABLES = ("breast_cancer", "wine", "iris", "digits")
 TABLE_SEEDS = tuple(range(10))
 TABLE_LABELS = 20
@@ -489,9 +492,12 @@ def tables(*, data: str, arm: str, seed: int, given: Given) -> Row:
     )
     known = np.full(len(y), -1)
     known[few] = y[few]
-    if arm in (STUDENT, CONTROL):
-        mode = "forward" if arm == STUDENT else "none"
-        student = by_pseudo_labels(x, few, y[few], mode, seed, given)
+    if arm in (STUDENT, CONTROL, ALONE):
+        if arm == ALONE:
+            student = by_labels_alone(x[few], y[few], seed, given)
+        else:
+            mode = "forward" if arm == STUDENT else "none"
+            student = by_pseudo_labels(x, few, y[few], mode, seed, given)
         with torch.no_grad():
             predicted = student(torch.tensor(x_test).float()).argmax(1).numpy()
         accuracy = (predicted == y_test).mean()
@@ -524,12 +530,7 @@ def by_pseudo_labels(
     rows = torch.tensor(x).float()
     classes = int(y_few.max()) + 1
     teacher, student = (metapl.models.mlp([rows.shape[1], 64, classes]) for _ in range(2))
-
-    def optimizer(network: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(
-            network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.02
-        )
-
+    optimizer = optimizer_of_tables
     trainer = metapl.BilevelTrainer(
         teacher,
         student,
@@ -541,6 +542,25 @@ def by_pseudo_labels(
     labeled = [(rows[few], torch.tensor(y_few))]
     trainer.fit(labeled, list(noisy_views(rows, steps)), steps=steps, progress=False)
     return student
+
+
+def optimizer_of_tables(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        network.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.02
+    )
+
+
+def by_labels_alone(x: np.ndarray, y: np.ndarray, seed: int, given: Given) -> nn.Module:
+    """Train the network of :func:`by_pseudo_labels` on the labeled rows, in as many steps."""
+    torch.manual_seed(seed)
+    rows, labels = torch.tensor(x).float(), torch.tensor(y)
+    network = metapl.models.mlp([rows.shape[1], 64, int(y.max()) + 1])
+    optimizer = optimizer_of_tables(network)
+    for _ in range(4 if given.miniature else STEPS):
+        optimizer.zero_grad()
+        F.cross_entropy(network(rows), labels).backward()
+        optimizer.step()
+    return network
 
 
 def noisy_views(rows: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1162,7 +1182,10 @@ FIRST_ORDER = "first-order MAML"
 REPTILE = "Reptile"
 LONGER = "first-order MAML, 1,600 rounds"
 RANDOM_START = "random weights"
-START_ARMS = (MAML, FIRST_ORDER, REPTILE, LONGER, RANDOM_START)
+GAUSSIAN = "a Gaussian process, no other sinusoid"
+START_ARMS = (MAML, FIRST_ORDER, REPTILE, LONGER, RANDOM_START, GAUSSIAN)
+# What takes no steps from a start.
+WITHOUT_RATE = (MAML, LONGER, GAUSSIAN)
 # Of the five steps: that of the example, and those of which each rival takes the best. More rounds
 # take the rate of 500.
 MAML_RATE = 0.01
@@ -1174,6 +1197,9 @@ START_SEEDS = tuple(range(5))
 def sinusoids(*, arm: str, rate: float, seed: int, given: Given, final: bool) -> Row:
     """Return the squared error on new sinusoids, after five steps on ten points."""
     begun = time.process_time()
+    if arm == GAUSSIAN:
+        error = error_of_gaussian_process(seed)
+        return {"error": error, "seconds": time.process_time() - begun}
     rounds = 1600 if arm == LONGER else 500
     rounds = 2 if given.miniature else rounds
     torch.manual_seed(seed)
@@ -1196,6 +1222,27 @@ def sinusoids(*, arm: str, rate: float, seed: int, given: Given, final: bool) ->
     with contextlib.suppress(metapl.MetaplError):
         error = maml_sinusoids.score(start, rate)
     return {"error": error, "seconds": time.process_time() - begun}
+
+
+def error_of_gaussian_process(seed: int) -> float:
+    """Return the squared error of a process that is fitted to the ten points of each new task."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+
+    torch.manual_seed(seed + 1000)
+    (few, few_truth), (many, truth) = maml_sinusoids.draw(250)
+    errors: list[float] = []
+    for x, y, query, expected in zip(few, few_truth, many, truth, strict=True):
+        process = GaussianProcessRegressor(ConstantKernel(4.0) * RBF(1.0), alpha=1e-4)
+        with warnings.catch_warnings():
+            # A search for the likelihood that stops early, of some tasks, counts as it is.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            process.fit(x.numpy(), y.numpy()[:, 0])
+        errors.append(
+            float(np.square(process.predict(query.numpy()) - expected.numpy()[:, 0]).mean())
+        )
+    return statistics.fmean(errors)
 
 
 def toward(arm: str, start: nn.Module, points: Sinusoids, rate: float) -> Weights:
@@ -1221,6 +1268,37 @@ def toward(arm: str, start: nn.Module, points: Sinusoids, rate: float) -> Weight
 COMMAND = "`metapl train digits --method uda --steps 3000`"
 COMMAND_ARMS = (COMMAND, SPREADING, REGRESSION)
 COMMAND_SEEDS = tuple(range(5))
+
+
+def spread(*, labels: int, uneven: int, given: Given) -> Row:
+    """Return the accuracies of label spreading on the digits of benchmarks/when.py, by draw."""
+    from sklearn.semi_supervised import LabelSpreading
+
+    begun = time.process_time()
+    seeds = range(2) if given.miniature else final_row("mpl", labels, uneven)["seeds"]
+    draws = when.drawn(labels, tuple(seeds), uneven)
+    found: list[float] = []
+    for number in range(len(seeds)):
+        (x, y), unlabeled, (x_test, y_test) = (
+            [t[number].numpy() for t in part]
+            for part in (draws.labeled, draws.unlabeled[:1], draws.test)
+        )
+        known = np.concatenate([y, np.full(len(unlabeled[0]), -1)])
+        model = LabelSpreading(kernel="knn").fit(np.concatenate([x, unlabeled[0]]), known)
+        # It gives digits that no label reaches through neighbors the first class.
+        with np.errstate(invalid="ignore"):
+            found.append(float(model.score(x_test, y_test)))
+    seconds_of_draw = (time.process_time() - begun) / len(seeds)
+    return {"accuracies": found, "seconds": seconds_of_draw}
+
+
+def final_row(method: str, labels: int, uneven: int) -> Row:
+    """Return the row of a method that benchmarks/when.py has tested at equal time."""
+    for row in when.read():
+        is_of_part = row["part"] == "worth" and row["final"] and row["method"] == method
+        if is_of_part and (row["labels"], row.get("uneven", 1)) == (labels, uneven):
+            return row
+    raise LookupError(f"no row of {method} in benchmarks/results/when.jsonl")
 
 
 def command(*, arm: str, seed: int, given: Given) -> Row:
@@ -1509,6 +1587,7 @@ CASES = {
     "distilled": distilled,
     "sinusoids": sinusoids,
     "command": command,
+    "spread": spread,
     "killed": killed,
     "tasks": tasks,
 }
@@ -1569,17 +1648,19 @@ def rival_jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
                 if case in cases:
                     yield {"case": case, "arm": arm, "seed": seed}
     if "sinusoids" in cases:
-        rivals = tuple(arm for arm in START_ARMS if arm not in (MAML, LONGER))
+        rivals = tuple(arm for arm in START_ARMS if arm not in WITHOUT_RATE)
         axes = {"arm": rivals, "rate": START_RATES, "seed": START_TUNING}
         yield from every(case="sinusoids", **axes, final=False)
         tuned = rows_of(read(raw), case="sinusoids", final=False)
         for arm in START_ARMS:
-            rate = MAML_RATE
-            if arm != MAML:
+            rate = 0.0 if arm == GAUSSIAN else MAML_RATE
+            if arm not in (MAML, GAUSSIAN):
                 of_arm = rows_of(tuned, arm=FIRST_ORDER if arm == LONGER else arm)
                 rate = best(of_arm, "rate", lambda row: -row["error"])
             for seed in START_SEEDS[:few]:
                 yield {"case": "sinusoids", "arm": arm, "rate": rate, "seed": seed, "final": True}
+    if "spread" in cases:
+        yield from every(case="spread", labels=(2, 4), uneven=(1, 5))
     if "killed" in cases:
         yield {"case": "killed", "arm": LOOP}
 
@@ -1683,6 +1764,26 @@ def interval_table(case: str, arms: Sequence[str], rows: list[Row]) -> str:
     return grid(["arm", "test accuracy in %", "metapl minus it", "seeds"], lines)
 
 
+# By the names that benchmarks/when.py gives them.
+SPREAD_BESIDE = {"mpl": "MPL", "uda_aligned": "aligned UDA", "push": "the push"}
+
+
+def spread_table(rows: list[Row]) -> str:
+    """Return a row for each number of labels and their frequencies, with others' differences."""
+    lines = []
+    for row in rows_of(rows, case="spread"):
+        labels, uneven, found = row["labels"], row["uneven"], row["accuracies"]
+        draws = f"{labels} labels a class" + (f", classes 1:{uneven}" if uneven > 1 else "")
+        cells = [draws, f"{points(found):.1f}"]
+        for method in SPREAD_BESIDE:
+            tested = final_row(method, labels, uneven)
+            _, read_out = when.chosen(when.read(), tested["tuned"])
+            cells.append(beside(tested[read_out][: len(found)], found))
+        lines.append([*cells, len(found)])
+    head = ["digits", f"{SPREADING}, %", *(f"{name} minus it" for name in SPREAD_BESIDE.values())]
+    return grid([*head, "draws"], lines)
+
+
 def sinusoid_table(rows: list[Row]) -> str:
     """Return a row for each start, with metapl's difference to it."""
     rows = rows_of(rows, case="sinusoids", final=True)
@@ -1694,7 +1795,7 @@ def sinusoid_table(rows: list[Row]) -> str:
         if errors:
             difference = NONE if arm == MAML else interval(ours, errors, "+.2f")
             seconds_of_arm = statistics.median(row["seconds"] for row in of_arm)
-            cells = [of_arm[0]["rate"], f"{statistics.fmean(errors):.2f}", difference]
+            cells = [of_arm[0]["rate"] or NONE, f"{statistics.fmean(errors):.2f}", difference]
             lines.append([arm, *cells, len(errors), f"{seconds_of_arm:.0f}"])
     return grid(["start", "rate", "squared error", "metapl minus it", "seeds", "seconds"], lines)
 
@@ -1770,6 +1871,7 @@ TABLE_OF_CASE = {
     "distilled": partial(interval_table, "distilled", DISTILLED_ARMS),
     "sinusoids": sinusoid_table,
     "command": partial(interval_table, "command", COMMAND_ARMS),
+    "spread": spread_table,
     "killed": killed_table,
     "tasks": task_table,
 }

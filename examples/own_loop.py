@@ -98,5 +98,7 @@ def save(path: Path, **state: Any) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 3 or any(word.startswith("-") for word in sys.argv[1:]):
+        raise SystemExit(__doc__)
     folder, steps = [*sys.argv[1:], *["runs/own-loop", "300"][len(sys.argv) - 1 :]]
     train(Path(folder), int(steps))

@@ -122,6 +122,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-scores",
         "simpler-sinusoids",
         "simpler-command",
+        "simpler-spread",
         "simpler-killed",
         "simpler-tasks",
     ],
