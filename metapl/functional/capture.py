@@ -712,11 +712,11 @@ class Attributes:
         elif isinstance(value, Mapping):
             if len(value) <= MOST_ENTRIES:
                 self._look_through(value, depth=depth)
-        elif isinstance(value, list | tuple | deque | set | frozenset):
+        elif isinstance(value, list | tuple | deque | set | frozenset | bytearray):
             if len(value) <= MOST_ENTRIES:
                 self._collections.append(value)
-                for part in value:
-                    self._look_into(part, depth=depth + 1)
+                for entry in value:
+                    self._look_into(entry, depth=depth + 1)
         elif depth == 0 or (depth <= DEPTH and is_read_deeper(value)):
             self._look_at_class(type(value), value, depth=depth)
             if hasattr(value, "__dict__"):
@@ -765,7 +765,8 @@ class Attributes:
                 self._look_at_parts(cell.cell_contents, names, met=set())
                 self._cells.append(cell)
         defaults = (function.__defaults__, function.__kwdefaults__)
-        self._slots.append((function, "__defaults__"))
+        # Notebooks put the code of an edited file into the function that there is.
+        self._slots += [(function, "__defaults__"), (function, "__code__")]
         self._look_into(defaults, depth=0)
         self._look_at_parts(function, names, met=set())
         for name in dict.fromkeys(name for code in codes for name in code.co_names):

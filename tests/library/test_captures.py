@@ -25,6 +25,10 @@ def helper() -> float:
     return FACTOR
 
 
+def edited_helper() -> float:
+    return 2 * FACTOR
+
+
 @dataclass
 class Options:
     factor: float = 5.0
@@ -55,6 +59,7 @@ class Scale(nn.Module):
         self.space = types.SimpleNamespace(factor=0.875)
         self.queue = deque([1.375])
         self.array = numpy.array([0.625])
+        self.bytes = bytearray([2])
         self.factor = 1.5
         self.options = Options()
         self.by_name = {"deep": {"factor": 1.25}}
@@ -74,6 +79,7 @@ class Scale(nn.Module):
             * self.space.factor
             * self.queue[0]
             * float(self.array[0])
+            * self.bytes[0]
         )
         return x * numbers * self.weight
 
@@ -126,6 +132,14 @@ def change_array(scale: Scale) -> None:
     scale.array[0] = 1.25
 
 
+def change_bytes(scale: Scale) -> None:
+    scale.bytes[0] = 3
+
+
+def change_code(scale: Scale) -> None:
+    helper.__code__ = edited_helper.__code__
+
+
 def change_tensor(scale: Scale) -> None:
     scale.weight = torch.tensor(0.75)
 
@@ -139,6 +153,7 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(globals(), "FACTOR", 2.0)
     monkeypatch.setitem(FACTORS, "of a dict", 3.0)
     monkeypatch.setattr(Scale, "of_class", 1.125)
+    monkeypatch.setattr(helper, "__code__", helper.__code__)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +171,8 @@ def put_back(monkeypatch: pytest.MonkeyPatch) -> None:
         change_namespace,
         change_deque,
         change_array,
+        change_bytes,
+        change_code,
         change_tensor,
         change_tensor_in_place,
     ],
