@@ -178,12 +178,8 @@ def named_leaves_of(batch: Batch) -> list[tuple[str, Any]]:
     # The usual batches, in a tenth of the time that PyTorch's trees take.
     if isinstance(batch, Tensor):
         return [("", batch)]
-    parts: Iterable[tuple[Any, Any]] = ()
-    if type(batch) in (tuple, list):
-        parts = enumerate(batch)
-    elif type(batch) is dict:
-        parts = batch.items()
-    if parts:
+    if type(batch) in (tuple, list, dict):
+        parts: Iterable[Any] = batch.items() if type(batch) is dict else enumerate(batch)
         return [
             (f"[{key!r}]{place}", leaf)
             for key, part in parts
@@ -406,10 +402,8 @@ def digest(batch: Batch) -> Tensor:
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
             descriptions.append((leaf.shape, leaf.dtype))
-        elif type(leaf) in _PLAIN_TYPES:
-            descriptions.append(repr(leaf))
         else:
-            descriptions.append(type(leaf))
+            descriptions.append(repr(leaf) if type(leaf) in _PLAIN_TYPES else type(leaf))
     # Not Python's hash, which is another one in every process.
     described_batch = repr((_as_text(structure), *descriptions)).encode()
     of_structure = hashlib.blake2b(described_batch, digest_size=8).digest()

@@ -686,8 +686,7 @@ class Attributes:
                     table.update(before)
 
     def _look_into(self, value: Any, *, depth: int) -> None:
-        is_new = id(value) not in self._met
-        if not is_new or isinstance(value, PLAIN):
+        if id(value) in self._met or isinstance(value, PLAIN):
             return
         if isinstance(value, type):
             self._look_at_class(value, value, depth=depth)
@@ -772,7 +771,7 @@ class Attributes:
         for name in dict.fromkeys(name for code in codes for name in code.co_names):
             if name in function.__globals__:
                 self._look_at_variable(function.__globals__, name, names, met=set())
-            elif name in sys.modules and is_of_user_file(sys.modules[name]):
+            elif name in sys.modules and is_of_user(sys.modules[name]):
                 # It is imported inside of the function.
                 self._look_at_parts(sys.modules[name], names, met=set())
 
@@ -788,7 +787,7 @@ class Attributes:
         """
         value = table[name]
         if isinstance(value, types.ModuleType):
-            if is_of_user_file(value):
+            if is_of_user(value):
                 self._look_at_parts(value, names, met=met)
         elif not isinstance(value, types.BuiltinFunctionType):
             if (id(table), name) not in self._met_globals:
@@ -813,7 +812,7 @@ class Attributes:
 def functions_of(method: Any) -> list[Any]:
     """Return the functions of what a class holds: a method, a property, a static method."""
     if isinstance(method, property):
-        return [function for function in (method.fget,) if function is not None]
+        return [method.fget] if method.fget else []
     if isinstance(method, staticmethod | classmethod):
         return [method.__func__]
     if isinstance(method, cached_property):
@@ -844,21 +843,14 @@ ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
 
 def is_of_user(value: Any) -> bool:
-    """Return whether a class or function was written outside of Python, metapl and installed code.
+    """Return whether a class, function or file was written outside of Python, metapl and packages.
 
     What an installed package reads of itself is not looked at.
     """
-    name = getattr(value, "__module__", None) or "builtins"
+    is_file = isinstance(value, types.ModuleType)
+    name = value.__name__ if is_file else getattr(value, "__module__", None) or "builtins"
+    module = value if is_file else sys.modules.get(name)
     package = name.split(".")[0]
-    if package in sys.stdlib_module_names or package in ("torch", "metapl"):
-        return False
-    file = getattr(sys.modules.get(name), "__file__", None) or ""
-    return "site-packages" not in file and "dist-packages" not in file
-
-
-def is_of_user_file(module: types.ModuleType) -> bool:
-    """Return whether a file was written outside of Python, metapl and installed code."""
-    package = module.__name__.split(".")[0]
     if package in sys.stdlib_module_names or package in ("torch", "metapl"):
         return False
     file = getattr(module, "__file__", None) or ""
