@@ -24,6 +24,7 @@ from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.pace import FINETUNED, LEAST_SHARE, SHARE, Timetable, parts_of
 from metapl.apps.settings import with_flags, with_stored
+from metapl.apps.train import STATISTICS_OF, some_of
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
@@ -662,16 +663,23 @@ def steps_within(
 ) -> int:
     """Return the number of steps that fit into the minutes of a timetable, rounded to two digits.
 
-    What labeling and finetuning take is not theirs; ``say`` is told where little is left. Steps of
-    finetuning are skipped then, and labeling is done whole.
+    What was spent until then, labeling, finetuning and validation take is not theirs; ``say`` is
+    told where little is left. Steps of finetuning are skipped then, and labeling is done whole.
     """
     stopwatch = timed(config, method, timetable)
     minutes = timetable.minutes or MINUTES
-    seconds = SHARE * 60 * minutes
+    spent = timetable.clock() - timetable.begun
+    seconds = SHARE * 60 * minutes - spent
+    if seconds < LEAST_SHARE * SHARE * 60 * minutes:
+        seconds = LEAST_SHARE * SHARE * 60 * minutes
+        say(
+            f"note: the look at the pictures and a few steps took {spoken_time(spent)}, which is "
+            f"too long for --minutes {minutes:g}: it will take longer"
+        )
     seconds_of_steps = max(seconds - stopwatch.beside, LEAST_SHARE * seconds)
     if seconds - stopwatch.beside < seconds_of_steps:
         whole = stopwatch.beside - stopwatch.finetuning
-        if seconds_of_steps + whole > FINETUNED * 60 * minutes:
+        if spent + seconds_of_steps + whole > FINETUNED * 60 * minutes:
             say(
                 f"note: labeling takes about {spoken_time(whole)} beside the steps, which is too "
                 f"long for --minutes {minutes:g}: it will take longer"
@@ -682,7 +690,7 @@ def steps_within(
                 f"{spoken_time(stopwatch.finetuning)}, which is too long for --minutes "
                 f"{minutes:g}: some of them will be skipped"
             )
-    timetable.reserved = seconds - seconds_of_steps
+    timetable.reserved = SHARE * 60 * minutes - spent - seconds_of_steps
     steps = seconds_of_steps / stopwatch.per_step
     return max(1, int(float(f"{steps:.2g}")))
 
@@ -740,6 +748,7 @@ def timed(config: Images, method: Method, timetable: Timetable) -> Stopwatch:
             label=label,
             read_labels=lambda stores: even_labels(data, stores),
         )
+        stopwatch.validate(student, data, networks=1 + method.has_teacher)
         trained = method.train(training)
         if trained.finetunes and config.fitting.finetune_steps:
             finetuner = config.finetuner(student)
@@ -831,6 +840,25 @@ class Stopwatch:
             if len(pictures):
                 logits_of(network, [pictures])
         self.beside += (self.timetable.clock() - since) * len(files) / len(some)
+
+    def validate(self, network: nn.Module, data: Data, *, networks: int) -> None:
+        """Count the validations, with the statistics of batch norm before each.
+
+        Args:
+            networks: how many are validated.
+        """
+        pictures = len(self.config.scan("val")) if self.config.val else 0
+        pictures += round((self.config.val_fraction or 0.0) * len(self.config.scan("labeled")))
+        if not pictures:
+            return
+        batches = [*some_of([data.labeled.images], PICTURES)]
+        times = []
+        for _ in range(WARM + 1):
+            since = self.timetable.clock()
+            logits_of(network, batches)
+            times.append(self.timetable.clock() - since)
+        seconds = times[-1] / sum(map(len, batches))
+        self.beside += VALIDATIONS * networks * (pictures + STATISTICS_OF) * seconds
 
     def least_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
         """Return the time of the fastest of some steps, after the first ones.

@@ -6,6 +6,7 @@ import json
 from pathlib import PurePath
 from typing import Any
 
+from metapl.apps.pace import spoken_counts
 from metapl.apps.run_summary import spoken
 from metapl.run_folder import EndedRun, counts_of, stored_data
 
@@ -46,6 +47,8 @@ def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
     step = f"step {result['best_step']:,} of {result['steps']:,}"
     if name == "teacher":
         step = "the last step"
+    if result.get("skipped_steps"):
+        step += f" (to end in time, not all were taken: {spoken_counts(result['steps_by_phase'])})"
     return {
         "Metrics": metrics,
         "Data": about_data,

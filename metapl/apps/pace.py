@@ -243,15 +243,19 @@ def parts_of(bounds: Sequence[int], seconds: Sequence[float]) -> list[Part]:
 
 
 def spoken_counts(counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Return how many steps of each phase were taken, of those that were planned so far.
+    """Return how many steps were taken, of those planned so far, in phases that skipped some.
 
     >>> spoken_counts({"finetune": {"taken": 9, "skipped": 1}, "fit": {"taken": 9, "skipped": 3}})
     'fit 9 of 12, finetune 9 of 10'
+    >>> spoken_counts({"finetune": {"taken": 9, "skipped": 1}, "fit": {"taken": 9, "skipped": 0}})
+    'finetune 9 of 10'
     """
     phases = []
     # A file of JSON has them by their names, and finetuning comes last.
     for phase in sorted(counts, key=lambda name: name == FINETUNING):
         count = counts[phase]
+        if not count["skipped"]:
+            continue
         planned = count["taken"] + count["skipped"]
         phases.append(f"{phase} {count['taken']:,} of {planned:,}")
     return ", ".join(phases)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metapl.apps.pace import spoken_counts
 from metapl.apps.printing import as_flags
 from metapl.metrics import Evaluation, interval
 from metapl.run_folder import guessing
@@ -46,6 +47,9 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         reason = reason_of_delivery(content)
         listed = ", ".join(accuracies)
         lines.append(f"On {part}: {listed}. The network to use is the {delivered}: {reason}.")
+    if content.get("skipped_steps"):
+        taken = spoken_counts(content["steps_by_phase"])
+        lines.append(f"To end in time not all steps were taken: {taken}.")
     guesses = guessing(content)
     if guesses:
         named = [f"the {words[name]} ({100 * value:.1f} %)" for name, value in guesses.items()]
@@ -63,7 +67,11 @@ def reason_of_delivery(content: Mapping[str, Any]) -> str:
     """Return why the network is delivered that is."""
     is_validated = content["delivered_by"] == "validation"
     if content.get("rounds") is None:
-        return "validation chose it" if is_validated else "validation cannot tell them apart"
+        if is_validated:
+            return "validation chose it"
+        if content.get("validation_accuracy") is None:
+            return "none is set aside to choose by"
+        return "validation cannot tell them apart"
     if content["delivered"] == "teacher":
         return "validation chose it, for the last round ended far behind it"
     if is_validated:

@@ -18,7 +18,7 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import read_labels, write_all_labels
 from metapl.apps.measured import Measured, evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
-from metapl.apps.pace import FINETUNING, Timetable, spoken_counts
+from metapl.apps.pace import FINETUNING, Timetable
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
@@ -241,11 +241,6 @@ def train(
     if processes.first:
         run = EndedRun(folder, title, data.classes, cards, describe(config, method), content)
         write_report(run, tested)
-    if phases.timetable.skipped:
-        say(
-            f"note: to keep to --minutes {phases.timetable.minutes:g} not all steps were taken: "
-            f"{spoken_counts(phases.timetable.counts)}"
-        )
     # This file is the last: a run that has it has all.
     folder.write_json("result.json", content)
     # Those that the folders were without from the start were said.

@@ -73,6 +73,10 @@ LONGEST = 200
 # PyTorch's own attributes of a module: its tables and hooks. Which modules are in training is
 # saved.
 OF_TORCH = frozenset(vars(nn.Module())) - {"training"}
+# Not the hooks of state_dict(), which no pass calls: sharding adds its own with the first saving.
+HOOKS_OF_PASSES = frozenset(
+    name for name in OF_TORCH if "hooks" in name and "state_dict" not in name
+)
 
 # Packages whose objects are not looked into, but for two that are made of attributes alone.
 FOREIGN = sys.stdlib_module_names | {"torch", "numpy"}
@@ -168,7 +172,7 @@ def numbers_beyond(owner: object, others: Mapping[str, object]) -> dict[str, Any
     for attribute, value in getattr(owner, "__dict__", {}).items():
         if isinstance(value, FunctionType):
             functions[attribute] = value
-        elif isinstance(owner, nn.Module) and attribute in OF_TORCH and "hooks" in attribute:
+        elif isinstance(owner, nn.Module) and attribute in HOOKS_OF_PASSES:
             # One of them says whether hooks are of all gradients, and is no table.
             if isinstance(value, Mapping) and value:
                 values[attribute.lstrip("_")] = ", ".join(map(name_of, value.values()))

@@ -445,6 +445,7 @@ class Fit:
         """Put the numbers of a step into its row."""
         row.update(report.as_dict())
         row.update(self.rates.now())
+        self.outcomes.look_for_idle_loss(self.step, row)
         if not isinstance(report, StepReport) or not is_two_level(self.trainer):
             return
         scalars = figures(report, self.trainer.problem, outer, self.ranks)

@@ -328,7 +328,7 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         6,
     )
     assert mine["interval"][0] < mine["accuracy"] < mine["interval"][1]
-    skipped = "mine: to end in time not all steps were taken: fit 4 of 6, finetune 1 of 1"
+    skipped = "mine: to end in time not all steps were taken: fit 4 of 6"
     for words in (
         "running",
         "interrupted",

@@ -467,3 +467,23 @@ def test_a_network_that_tells_classes_of_other_sizes_apart_does_not_guess() -> N
         assert measured.accuracy <= measured.chance
         watched(texts).validated(100, "student", measured)
         assert bool(texts) == says
+
+
+@pytest.mark.parametrize("threshold", [0.99, 0.0])
+def test_consistency_without_a_sure_example_is_said(threshold: float) -> None:
+    x, y = digits()
+    losses = (metapl.CrossEntropy(), metapl.UDA(threshold=threshold))
+    network = mlp([64, 64, 10])
+    rate = sgd(network, 1e-3)
+    student = mlp([64, 64, 10])
+    trainers = [
+        LossTrainer(network, optimizer=rate, losses=losses),
+        metapl.BilevelTrainer(
+            network, student, "none", outer_optimizer=rate, teacher_losses=losses
+        ),
+    ]
+    for trainer in trainers:
+        options: Any = {"steps": 20, "batch_size": 64, "log_every": 10, "progress": False}
+        result = trainer.fit((x[LABELED], y[LABELED]), (x[100:], x[100:]), **options)
+        is_said = any("UDA has taught nothing" in text for text in result.warnings)
+        assert is_said == (threshold > 0)
