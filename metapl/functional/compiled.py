@@ -819,7 +819,7 @@ class CompiledStep:
                     compiled,
                     trainer,
                     (live.state, Outcome(moved.state(), step_report), eager),
-                    partial(eager_step, trainer, outer_batch, inner_batches, is_nudged=True),
+                    partial(eager_step, trainer, outer_batch, inner_batches),
                     start=start,
                 )
         except BaseException:
@@ -837,7 +837,7 @@ class CompiledStep:
         compiled: Compiled,
         trainer: TwoLevelTrainer,
         compared: tuple[State, Outcome, Outcome],
-        take_nudged: Callable[[], Outcome],
+        take_eager: Callable[[], Outcome],
         *,
         start: RandomState | None,
     ) -> bool:
@@ -849,7 +849,7 @@ class CompiledStep:
 
         Args:
             compared: the state before, and what the step and the eager one have come to.
-            take_nudged: takes the eager step at such weights, by a copy.
+            take_eager: takes the eager step, by a copy.
             start: the random numbers that the step began with.
         """
         is_reduced = is_recorded_in_half_precision(trainer)
@@ -859,9 +859,10 @@ class CompiledStep:
             end = RandomState.now(trainer.device, trainer.generator)
             assert start is not None, "it is kept where steps are compared"
             start.restore()
-            nudged = take_nudged()
+            with nudged(trainer.student):
+                by_rounding = take_eager()
             end.restore()
-            refuse_other(*compared, nudged=nudged, is_reduced=is_reduced)
+            refuse_other(*compared, by_rounding=by_rounding, is_reduced=is_reduced)
             compiled.tries_left -= 1
             return compiled.tries_left < 0
         return True
@@ -1064,23 +1065,16 @@ class Outcome(NamedTuple):
 
 
 def eager_step(
-    trainer: TwoLevelTrainer,
-    outer_batch: Batch,
-    inner_batches: InnerBatches,
-    *,
-    is_nudged: bool = False,
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
 ) -> Outcome:
     """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
-
-    Args:
-        is_nudged: whether the student's weights differ in their last digit.
 
     Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network, or makes
         one that later steps read.
     """
     inner = inner_batches.as_argument()
     start = RandomState.now(trainer.device)
-    twin, report = step_of_copy(trainer, outer_batch, inner, is_nudged=is_nudged)
+    twin, report = step_of_copy(trainer, outer_batch, inner)
     end = RandomState.now(trainer.device)
     start.restore()
     # Recorded, L(θ′) draws from where the teacher's passes end; in an eager step, from a stream of
@@ -1088,7 +1082,7 @@ def eager_step(
     # ended.
     if not end.equals(start):
         with branching_to(end):
-            twin, report = step_of_copy(trainer, outer_batch, inner, is_nudged=is_nudged)
+            twin, report = step_of_copy(trainer, outer_batch, inner)
         start.restore()
     refuse_draws_of_problem(trainer, twin, report)
     made = attributes_made(trainer, twin)
@@ -1131,7 +1125,7 @@ def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
 
 
 def step_of_copy(
-    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch, *, is_nudged: bool = False
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch
 ) -> tuple[TwoLevelTrainer, StepReport]:
     """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
     memo: dict[int, Any] = {}
@@ -1146,18 +1140,25 @@ def step_of_copy(
         (twin.student, trainer.student),
     )
     with all_with_contents_of(pairs):
-        if is_nudged:
-            nudge(twin.student)
         return twin, twin.step(outer_batch, inner)
 
 
-@torch.no_grad()
-def nudge(network: nn.Module) -> None:
-    """Move each weight by the last digit of its type, up or down by a fixed draw."""
-    for p in network.parameters():
-        generator = torch.Generator().manual_seed(0)
-        signs = 2.0 * torch.randint(0, 2, p.shape, generator=generator) - 1.0
-        p.mul_(1.0 + torch.finfo(p.dtype).eps * signs.to(p))
+@contextmanager
+def nudged(network: nn.Module) -> Iterator[None]:
+    """Move each weight by the last digit of its type in this block, up or down by a fixed draw."""
+    weights = [*network.parameters()]
+    before = [p.detach().clone() for p in weights]
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for p in weights:
+                signs = 2.0 * torch.randint(0, 2, p.shape, generator=generator) - 1.0
+                p.mul_(1.0 + torch.finfo(p.dtype).eps * signs.to(p))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(weights, before, strict=True):
+                p.copy_(value)
 
 
 class MadeAttribute(NamedTuple):
@@ -1274,19 +1275,19 @@ def refuse_other(
     compiled: Outcome,
     eager: Outcome,
     *,
-    nudged: Outcome | None = None,
+    by_rounding: Outcome | None = None,
     is_reduced: bool = False,
 ) -> None:
     """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers.
 
     Args:
-        nudged: an eager step at weights that differ in their last digit, from which ``eager`` may
-            be as far.
+        by_rounding: an eager step at weights that differ in their last digit; the compiled one may
+            be some times as far.
         is_reduced: see :func:`refuse_gap`.
     """
     trees_compiled = compared_trees(before, compiled)
     trees_eager = compared_trees(before, eager)
-    trees_nudged = compared_trees(before, nudged or eager)
+    trees_by_rounding = compared_trees(before, by_rounding or eager)
     loss = eager.report.scalars["inner_loss"]
     for name, tree in trees_eager.items():
         refuse_gap(
@@ -1294,7 +1295,7 @@ def refuse_other(
             trees_compiled[name],
             tree,
             loss,
-            nudged=trees_nudged[name],
+            by_rounding=trees_by_rounding[name],
             rounding=name == "h",
             is_reduced=is_reduced,
         )
@@ -1346,7 +1347,7 @@ def refuse_gap(
     eager: Mapping[Any, Tensor],
     loss: Tensor,
     *,
-    nudged: Mapping[Any, Tensor] | None = None,
+    by_rounding: Mapping[Any, Tensor] | None = None,
     rounding: bool = False,
     is_reduced: bool = False,
 ) -> None:
@@ -1355,7 +1356,7 @@ def refuse_gap(
     Args:
         name: what the tree is, for the error.
         loss: a loss of the step, in the type in which it was computed.
-        nudged: an eager one at weights that differ in their last digit; None: the same.
+        by_rounding: an eager one at weights that differ in their last digit; None: the same.
         rounding: whether the entries are sums that may cancel, which are then allowed the rounding
             of the loss.
         is_reduced: whether the step is recorded without a compiler, in half precision.
@@ -1366,8 +1367,8 @@ def refuse_gap(
     if name.endswith("move"):
         tolerance = TOLERANCE_OF_MOVES
     allowed = tolerance * size
-    if nudged:
-        allowed = allowed + ROUNDINGS * distance(nudged, eager)
+    if by_rounding:
+        allowed = allowed + ROUNDINGS * distance(by_rounding, eager)
     if rounding:
         allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
     if not bool(gap <= allowed):

@@ -53,7 +53,7 @@ from metapl.feedback.hypergradient import (
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing, Held
-from metapl.functional.compiled import refuse_gap
+from metapl.functional.compiled import nudged, refuse_gap
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.state import (
     Network,
@@ -777,7 +777,15 @@ def refuse_other_gradient(
             after = RandomState.now(plan.device)
         with replayed(begun), branching_to(after.branch()):
             eager = eager_gradient(request, one_step)
-        refuse_gaps(by_graphs, eager)
+        try:
+            refuse_gaps(by_graphs, eager)
+        except MetaplError:
+            # Rounding may make a fresh Adam's step what it is. Then nothing is told, and the next
+            # call compares again.
+            with replayed(begun), branching_to(after.branch()), nudged(request.student):
+                by_rounding = eager_gradient(request, one_step)
+            refuse_gaps(by_graphs, eager, by_rounding=by_rounding)
+            graphs.compared.discard(kind)
     except BaseException:
         graphs.compared.discard(kind)
         raise
@@ -803,25 +811,34 @@ def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:
         raise MissingDerivative(error.what) from error
 
 
-def refuse_gaps(by_graphs: Hypergradient, eager: Hypergradient) -> None:
+def refuse_gaps(
+    by_graphs: Hypergradient, eager: Hypergradient, *, by_rounding: Hypergradient | None = None
+) -> None:
     """Refuse graphs whose feedback, outer loss or gradient is not the eager one.
 
-    Of several outer losses the first is compared.
+    Args:
+        by_rounding: the eager one at weights that differ in their last digit; the graphs' may be
+            some times as far.
     """
-    h = by_graphs.feedback[0]
-    L = by_graphs.outer_loss
-    if L.ndim:
-        h, L = pytree.tree_map(lambda t: t[0], (h, L))
-    pairs = {
-        "h": (h, eager.feedback[0]),
-        "the outer loss": (L, eager.outer_loss),
-        "the teacher's gradient": (by_graphs.grads, eager.grads),
-    }
-    for name, (by_graph, by_eager) in pairs.items():
+    trees, trees_eager, trees_by_rounding = map(
+        compared_leaves, (by_graphs, eager, by_rounding or eager)
+    )
+    for name, of_eager in trees_eager.items():
         refuse_gap(
             name,
-            dict(enumerate(pytree.tree_leaves(by_graph))),
-            dict(enumerate(pytree.tree_leaves(by_eager))),
+            trees[name],
+            of_eager,
             eager.inner_loss,
+            by_rounding=trees_by_rounding[name],
             rounding=name == "h",
         )
+
+
+def compared_leaves(found: Hypergradient) -> dict[str, dict[int, Tensor]]:
+    """Return the tensors that are compared, by their names; of several outer losses the first."""
+    h = found.feedback[0]
+    L = found.outer_loss
+    if L.ndim:
+        h, L = pytree.tree_map(lambda t: t[0], (h, L))
+    values = {"h": h, "the outer loss": L, "the teacher's gradient": found.grads}
+    return {name: dict(enumerate(pytree.tree_leaves(value))) for name, value in values.items()}

@@ -41,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 import metapl
 from metapl import MetaplError
 from metapl.feedback import Reinforce
-from metapl.functional import capture, compiled
+from metapl.functional import capture, compiled, training
 from metapl.guards.verification import VerificationWarning
 
 
@@ -823,22 +823,22 @@ def test_a_step_that_rounding_drowns_is_compared_again(
     step_of_copy = compiled.step_of_copy
     errors: list[float] = []
 
-    def rounded_otherwise(trainer: Any, *batches: Any, is_nudged: bool = False) -> Any:
+    def rounded_otherwise(trainer: Any, *batches: Any) -> Any:
         generator = torch.Generator().manual_seed(1)
         weights = copy.deepcopy(trainer.student.state_dict())
         with torch.no_grad():
             for p in trainer.student.parameters():
                 p.mul_(1 + 1.2e-7 * torch.randn(p.shape, generator=generator))
-        taken = step_of_copy(trainer, *batches, is_nudged=is_nudged)
+        taken = step_of_copy(trainer, *batches)
         trainer.student.load_state_dict(weights)
         return taken
 
-    def noted(*states: Any, nudged: Any = None, **options: Any) -> None:
-        if nudged is None:
+    def noted(*states: Any, by_rounding: Any = None, **options: Any) -> None:
+        if by_rounding is None:
             of_graph, of_eager = (compiled.compared_trees(states[0], state) for state in states[1:])
             gap = compiled.distance(of_graph["h"], of_eager["h"])
             errors.append(float(gap / compiled.norm(of_eager["h"])))
-        refuse_other(*states, nudged=nudged, **options)
+        refuse_other(*states, by_rounding=by_rounding, **options)
 
     refuse_other = compiled.refuse_other
     as_functions(monkeypatch)
@@ -868,6 +868,45 @@ def test_a_step_that_rounding_drowns_is_compared_again(
         comparisons.append(len(errors) - before)
     # Beyond the tolerance of 2 % nothing is told, and the next step is compared.
     assert (max(errors) > 0.02) == (max(comparisons) > 1) == (not has_moments)
+
+
+def test_a_whole_training_that_rounding_drowns_is_not_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eager_gradient = training.eager_gradient
+    gaps: list[float] = []
+
+    def rounded_otherwise(request: Any, one_step: Any) -> Any:
+        found = eager_gradient(request, one_step)
+        generator = torch.Generator().manual_seed(1)
+        weights = copy.deepcopy(request.student.state_dict())
+        with torch.no_grad():
+            for p in request.student.parameters():
+                p.mul_(1 + 1.2e-7 * torch.randn(p.shape, generator=generator))
+        other = eager_gradient(request, one_step)
+        request.student.load_state_dict(weights)
+        h, other_h = found.feedback[0], other.feedback[0]
+        gaps.append(float((h - other_h).norm() / h.norm()))
+        return other
+
+    as_functions(monkeypatch)
+    monkeypatch.setattr(training, "eager_gradient", rounded_otherwise)
+    for seed in range(12):
+        torch.manual_seed(seed)
+        hidden = [nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU()]
+        student = nn.Sequential(*hidden, nn.Linear(64, 4))
+        x = torch.randn(64, 16)
+        y = torch.arange(64) % 4
+        metapl.hypergradient(
+            metapl.problems.Table(torch.zeros(64)),
+            student,
+            problem=metapl.problems.ExampleWeights(),
+            outer=(x[:40], y[:40]),
+            inner=metapl.Lookahead([(x, y, torch.arange(64))] * 2),
+            inner_optimizer=torch.optim.AdamW(student.parameters(), lr=3e-3),
+            compile=True,
+        )
+    assert max(gaps) > 0.02
 
 
 class Sparse(nn.Module):
