@@ -225,12 +225,14 @@ def verdict(entries: Sequence[Entry]) -> str:
         return "Nothing to pair: one method with one set of options."
     lines = [f"What is delivered, by seed ({spoken_seeds(seeds)}), against {first}:"]
     for variant in others:
-        test = paired_test(
-            [variants[variant][seed] for seed in seeds], [variants[first][seed] for seed in seeds]
-        )
+        reached = [variants[variant][seed] for seed in seeds]
+        compared = [variants[first][seed] for seed in seeds]
+        test = paired_test(reached, compared)
         p = f"not told apart by {plural(test.n, 'seed')}: a test takes {ENOUGH_SEEDS}, --seeds 0-4"
         if test.p is not None and test.n >= ENOUGH_SEEDS:
             p = f"paired t-test p = {test.p:.2g}"
+        if reached == compared:
+            p = "equal in every seed"
         lines.append(f"  {100 * test.mean:+.2f} points  {variant} ({p})")
     return "\n".join(lines)
 

@@ -476,11 +476,15 @@ class Phases:
             return
         worst = int(torch.where(is_skewed, excess, -1.0).argmax())
         fair = f"{float(expected[worst]):,.0f}"
+        what_follows = "it is often wrong of these"
+        # Of a network that is trained alone, no student learns labels, unless it comes before one.
+        if trainer.teacher is not None or phase != "fit":
+            what_follows = "a student of such labels prefers that class too"
         self.say(
             f"class counts: the network of phase {phase} calls {int(counts[worst]):,} of "
             f"{len(labels):,} unlabeled examples {shown(classes[worst])}, of which {fair} "
-            "would be as many as among the labeled ones: a student of such labels prefers that "
-            "class too; train for more steps, or label more examples of the other classes"
+            f"would be as many as among the labeled ones: {what_follows}; train for more steps, or "
+            "label more examples of the other classes"
         )
 
     def lay_out(self, network: nn.Module) -> nn.Module:

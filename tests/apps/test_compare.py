@@ -142,6 +142,9 @@ def test_compare_says_what_short_runs_cannot_tell(compared: Path, tmp_path: Path
     good = said(0.9, 0.9, 0.9, 0.9)
     assert "not told apart by 2 seeds: a test takes 5, --seeds 0-4" in good
     assert "better than guessing" not in good
+    for run in copy.glob("*/seed-*"):
+        edited(run / "result.json", test_accuracy=0.9)
+    assert "+0.00 points none (equal in every seed)" in said(0.9, 0.9, 0.9, 0.9)
     expected = "1 of 4 runs deliver what is not shown to be better than guessing, after 6 steps"
     assert expected in said(0.9, 0.9, 0.1, 0.9)
 
