@@ -365,6 +365,7 @@ def with_steps(
     minutes = config.minutes or MINUTES
     rehearsal = with_number_of_steps(config, method, REHEARSED)
     timetable.minutes = minutes
+    say(f"timing a few steps, to plan --minutes {minutes:g}")
     steps = steps_within(*rehearsal, timetable, say)
     config = dataclasses.replace(config, minutes=minutes)
     return with_number_of_steps(config, method, steps)
