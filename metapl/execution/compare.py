@@ -30,6 +30,9 @@ from metapl.execution import checks
 from metapl.execution.numerics import reduced_float32
 from metapl.execution.ranks import ALONE, Ranks
 
+# In how many further steps a step is verified, or compared, again where rounding drowns what tells.
+TRIES = 3
+
 
 class Tolerance(NamedTuple):
     """How far apart two computations of the same quantity may be.

@@ -35,6 +35,7 @@ from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
+from metapl.execution.compare import TRIES
 from metapl.execution.layout import refuse_compiled
 from metapl.execution.numerics import as_real
 from metapl.execution.state import (
@@ -75,7 +76,6 @@ from metapl.functional.state import (
     with_fields,
 )
 from metapl.functional.step import StateStep, Step, StepRules
-from metapl.guards.verification.check import TRIES
 from metapl.problems.base import Signal, gumbel, kind_of, modules_in
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer

@@ -21,6 +21,7 @@ from torch import nn
 from metapl.core.lookahead import InnerBatches, require_batches
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, map_tensors, micro_batches, plain
+from metapl.execution.compare import TRIES
 from metapl.execution.layout import Layout
 from metapl.execution.state import RandomState
 from metapl.feedback import Mode
@@ -195,10 +196,6 @@ def refuse_replaced_step(update: Update) -> None:
                 "step() of the inner optimizer was replaced on the object; expected that of its "
                 "class."
             )
-
-
-# In how many further steps it is verified again where rounding drowns the loss's change.
-TRIES = 3
 
 
 class Verification:
