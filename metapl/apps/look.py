@@ -677,13 +677,14 @@ def steps_within(
             f"note: the look at the pictures and a few steps took {spoken_time(spent)}, which is "
             f"too long for --minutes {minutes:g}: it will take longer"
         )
-    seconds_of_steps = max(seconds - stopwatch.beside, LEAST_SHARE * seconds)
-    if seconds - stopwatch.beside < seconds_of_steps:
-        whole = stopwatch.beside - stopwatch.finetuning
+    beside = stopwatch.beside + stopwatch.validations
+    seconds_of_steps = max(seconds - beside, LEAST_SHARE * seconds)
+    if seconds - beside < seconds_of_steps:
+        whole = beside - stopwatch.finetuning
         if spent + seconds_of_steps + whole > FINETUNED * 60 * minutes:
             say(
-                f"note: labeling takes about {spoken_time(whole)} beside the steps, which is too "
-                f"long for --minutes {minutes:g}: it will take longer"
+                f"note: labeling and validations take about {spoken_time(whole)} beside the steps, "
+                f"which is too long for --minutes {minutes:g}: it will take longer"
             )
         else:
             say(
@@ -691,7 +692,9 @@ def steps_within(
                 f"{spoken_time(stopwatch.finetuning)}, which is too long for --minutes "
                 f"{minutes:g}: some of them will be skipped"
             )
-    timetable.reserved = SHARE * 60 * minutes - spent - seconds_of_steps
+    # Validations come between the steps.
+    during_steps = seconds_of_steps + stopwatch.validations
+    timetable.reserved = SHARE * 60 * minutes - spent - during_steps
     steps = seconds_of_steps / stopwatch.per_step
     return max(1, int(float(f"{steps:.2g}")))
 
@@ -784,10 +787,11 @@ class Stopwatch:
         self.small_until = round(config.pictures.recipe.small_until * config.fitting.chosen_steps)
         self.timetable = timetable
 
-        # Seconds of a step, in the mean over all of the training, by the phases so far; and those
-        # of what takes as long whatever the number of steps is, with finetuning.
+        # Seconds of a step, in the mean over all of the training, by the phases so far; those of
+        # what takes as long whatever the number of steps is, with finetuning; and of validations.
         self.per_step = 0.0
         self.beside = 0.0
+        self.validations = 0.0
         self.finetuning = 0.0
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
@@ -859,7 +863,7 @@ class Stopwatch:
             logits_of(network, batches)
             times.append(self.timetable.clock() - since)
         seconds = times[-1] / sum(map(len, batches))
-        self.beside += VALIDATIONS * networks * (pictures + STATISTICS_OF) * seconds
+        self.validations = VALIDATIONS * networks * (pictures + STATISTICS_OF) * seconds
 
     def least_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
         """Return the time of the fastest of some steps, after the first ones.

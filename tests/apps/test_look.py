@@ -1,5 +1,6 @@
 """What pictures show decides settings that were left open; the steps that fit a time, the rest."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator
@@ -348,6 +349,13 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
     timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.1)
     assert steps_within(finetuned, supervised, timetable) == 220
     assert timetable.reserved == pytest.approx(2.0)
+    # Ten validations, of 12 pictures after the statistics of 256, at a look for 12, are no more
+    # skipped than steps: (5.1 - 0.51 - 2.23) / 0.01.
+    validated = dataclasses.replace(settings, val=str(tmp_path / "test"))
+    ticks = itertools.count()
+    timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.1)
+    assert steps_within(validated, supervised, timetable) == 240
+    assert timetable.reserved == pytest.approx(0.0)
     # With half of the time for other steps it would end in time, without some of its own.
     ticks = itertools.count()
     timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.05)
@@ -378,7 +386,7 @@ def test_labeling_is_not_the_time_of_steps(tmp_path: Path) -> None:
         assert steps_within(settings, method, timetable, said.append) == steps
         assert len(said) == notes
     assert said[0].startswith("note: the look at the pictures and a few steps took 1 s, which is")
-    assert said[-1].startswith("note: labeling takes about")
+    assert said[-1].startswith("note: labeling and validations take about")
     assert said[-1].endswith("too long for --minutes 0.001: it will take longer")
 
 
@@ -448,7 +456,7 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
 
     def timed(config: Images, *given: Any) -> Any:
         asked.append(config.fitting.steps)
-        return SimpleNamespace(per_step=0.0981, beside=0.0)
+        return SimpleNamespace(per_step=0.0981, beside=0.0, validations=0.0)
 
     monkeypatch.setattr(look, "timed", timed)
     found, method = with_steps(config(steps=1000), images.METHODS["mpl"], Timetable())
