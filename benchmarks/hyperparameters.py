@@ -13,7 +13,8 @@ logarithms around the best ones, whose width grows by a half after a better trai
 tenth after another one. Each training begins at the same weights, with the same batches and draws;
 of all trainings of an arm, the one with the lowest validation loss counts. Adam's rate and the
 width of the draws, 4 values each, are chosen by this loss on the tuning seeds; for the evolution
-strategy, which came later, in the same way. Test digits are read in the final runs alone.
+strategy, which came later, in the same way. Test digits are read in the final runs alone. Beside
+the six stands one training from the start, on the validation digits too: it has no validation.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ SETTINGS = {
 # In the schedule random search is ahead already.
 ARMS = {"hyperparameters": tuple(SETTINGS), "schedule": ("metagradients", "random search")}
 UNTUNED = "the start of both"
+# The validation digits are labels too.
+ALL_LABELS = "the start, all labels"
 Logs = dict[str, torch.Tensor]
 # The validation loss, the logarithms, and the network.
 Found = tuple[float, Logs, Any]
@@ -92,9 +95,18 @@ def values(study: str, logs: Logs) -> Any:
     return Hyperparameters().signal(cast("Any", logs), None, None, generator=None).value
 
 
-def trained(study: str, split: Any, seed: int, logs: Logs) -> Found:
-    """Train without a derivative, by plain PyTorch, and return what is found."""
+def trained(study: str, split: Any, seed: int, logs: Logs, *, is_all: bool = False) -> Found:
+    """Train without a derivative, by plain PyTorch, and return what is found.
+
+    Args:
+        is_all: whether the validation digits are learned too.
+    """
     student, optimizer, batches = STUDIES[study].begin(split, seed)
+    if is_all:
+        x, y = (torch.cat(parts) for parts in zip(split.labeled, split.validation, strict=True))
+        generator = torch.Generator().manual_seed(seed)
+        size = len(batches), len(batches[0][1])
+        batches = [(x[i], y[i]) for i in torch.randint(len(y), size, generator=generator)]
     problem = Hyperparameters()
     params = dict(student.named_parameters())
     settings_of_study = values(study, logs)
@@ -211,7 +223,8 @@ def row_of(
         with suppress(MetaplError):
             results.extend(STUDIES[study].learn(split, seed, rounds, setting))
     else:
-        results = [trained(study, split, seed, around_start(study, 0.0))]
+        start = around_start(study, 0.0)
+        results = [trained(study, split, seed, start, is_all=arm == ALL_LABELS)]
     row: Row = {"trainings": len(results), "seconds": time.process_time() - since}
     row["validation_loss"], logs, student = min(results, key=lambda result: result[0])
     learned = logs if study == "schedule" else values(study, logs)
@@ -233,6 +246,11 @@ def of_study(rows: list[Row], study: str) -> list[Row]:
     return [row for row in rows if row["study"] == study]
 
 
+def untuned(study: str) -> tuple[str, ...]:
+    """Return the arms that have no setting."""
+    return (UNTUNED, ALL_LABELS) if study == "hyperparameters" else (UNTUNED,)
+
+
 def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
     """Yield the tuning, and the final runs with the settings that it chose."""
     for seed in TUNING_SEEDS[study][:few]:
@@ -241,14 +259,15 @@ def jobs(study: str, raw: Path, few: int | None) -> Iterator[Row]:
                 yield {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": False}
     rows = of_study(read(raw), study)
     for seed in (0, 1) if few else SEEDS[study]:
-        for arm in (UNTUNED, *ARMS[study]):
-            setting = None if arm == UNTUNED else chosen(rows, arm)
+        for arm in (*untuned(study), *ARMS[study]):
+            setting = None if arm in untuned(study) else chosen(rows, arm)
             yield {"study": study, "arm": arm, "setting": setting, "seed": seed, "final": True}
 
 
 def table(rows: list[Row]) -> str:
     """Return a table of the final runs of a study, and the differences to the first arm."""
-    arms = ARMS[rows[0]["study"]]
+    study = rows[0]["study"]
+    arms = ARMS[study]
     names = {
         "validation_loss": "validation loss",
         "test_loss": "test loss",
@@ -258,11 +277,11 @@ def table(rows: list[Row]) -> str:
         (arm, key): [
             r[key] for r in sorted(rows, key=lambda r: r["seed"]) if r["final"] and r["arm"] == arm
         ]
-        for arm in (UNTUNED, *arms)
+        for arm in (*untuned(study), *arms)
         for key in (*names, "trainings", "seconds")
     }
     lines = []
-    for arm in (UNTUNED, *arms):
+    for arm in (*untuned(study), *arms):
         shown = {
             "trainings": ".0f",
             "seconds": ".1f",
@@ -272,7 +291,7 @@ def table(rows: list[Row]) -> str:
         lines.append(
             [arm, *(f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items())]
         )
-    for other in (*arms[1:], UNTUNED):
+    for other in (*arms[1:], *untuned(study)):
         cells = []
         for key in names:
             pair = columns["metagradients", key], columns[other, key]
