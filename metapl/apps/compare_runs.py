@@ -226,14 +226,16 @@ def verdict(entries: Sequence[Entry]) -> str:
     lines = [f"What is delivered, by seed ({spoken_seeds(seeds)}), against {first}:"]
     for variant in others:
         reached = [variants[variant][seed] for seed in seeds]
-        compared = [variants[first][seed] for seed in seeds]
-        test = paired_test(reached, compared)
-        p = f"not told apart by {plural(test.n, 'seed')}: a test takes {ENOUGH_SEEDS}, --seeds 0-4"
-        if test.p is not None and test.n >= ENOUGH_SEEDS:
-            p = f"paired t-test p = {test.p:.2g}"
-        if reached == compared:
-            p = "equal in every seed"
-        lines.append(f"  {100 * test.mean:+.2f} points  {variant} ({p})")
+        reached_by_first = [variants[first][seed] for seed in seeds]
+        test = paired_test(reached, reached_by_first)
+        if reached == reached_by_first:
+            finding = "equal in every seed"
+        elif test.p is not None and test.n >= ENOUGH_SEEDS:
+            finding = f"paired t-test p = {test.p:.2g}"
+        else:
+            seeds_so_far = plural(test.n, "seed")
+            finding = f"not told apart by {seeds_so_far}: a test takes {ENOUGH_SEEDS}, --seeds 0-4"
+        lines.append(f"  {100 * test.mean:+.2f} points  {variant} ({finding})")
     return "\n".join(lines)
 
 

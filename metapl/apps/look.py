@@ -670,9 +670,9 @@ def steps_within(
     stopwatch = timed(config, method, timetable)
     minutes = timetable.minutes or MINUTES
     spent = timetable.clock() - timetable.begun
-    seconds = SHARE * 60 * minutes - spent
-    if seconds < LEAST_SHARE * SHARE * 60 * minutes:
-        seconds = LEAST_SHARE * SHARE * 60 * minutes
+    planned = SHARE * 60 * minutes
+    seconds = max(planned - spent, LEAST_SHARE * planned)
+    if seconds > planned - spent:
         say(
             f"note: the look at the pictures and a few steps took {spoken_time(spent)}, which is "
             f"too long for --minutes {minutes:g}: it will take longer"
@@ -694,7 +694,7 @@ def steps_within(
             )
     # Validations come between the steps.
     during_steps = seconds_of_steps + stopwatch.validations
-    timetable.reserved = SHARE * 60 * minutes - spent - during_steps
+    timetable.reserved = planned - spent - during_steps
     steps = seconds_of_steps / stopwatch.per_step
     return max(1, int(float(f"{steps:.2g}")))
 
@@ -752,7 +752,7 @@ def timed(config: Images, method: Method, timetable: Timetable) -> Stopwatch:
             label=label,
             read_labels=lambda stores: even_labels(data, stores),
         )
-        stopwatch.validate(student, data, networks=1 + method.has_teacher)
+        stopwatch.validate(student, data)
         trained = method.train(training)
         if trained.finetunes and config.fitting.finetune_steps:
             finetuner = config.finetuner(student)
@@ -788,9 +788,11 @@ class Stopwatch:
         self.timetable = timetable
 
         # Seconds of a step, in the mean over all of the training, by the phases so far; those of
-        # what takes as long whatever the number of steps is, with finetuning; and of validations.
+        # what takes as long whatever the number of steps is, with finetuning; of one validation of
+        # a network, and of all of them.
         self.per_step = 0.0
         self.beside = 0.0
+        self.per_validation = 0.0
         self.validations = 0.0
         self.finetuning = 0.0
 
@@ -825,6 +827,7 @@ class Stopwatch:
                 times.append(seconds)
         parts = parts_of(bounds, times)
         if steps == fitting.chosen_steps:
+            self.validations += VALIDATIONS * len(trainer.networks) * self.per_validation
             self.timetable.parts[options.get("phase", "fit")] = parts
             self.per_step += sum(part.seconds_after(0.0) for part in parts)
         else:
@@ -846,24 +849,21 @@ class Stopwatch:
                 logits_of(network, [pictures])
         self.beside += (self.timetable.clock() - since) * len(files) / len(some)
 
-    def validate(self, network: nn.Module, data: Data, *, networks: int) -> None:
-        """Count the validations, with the statistics of batch norm before each.
-
-        Args:
-            networks: how many are validated.
-        """
+    def validate(self, network: nn.Module, data: Data) -> None:
+        """Time a validation of a network, with the statistics of batch norm before it."""
         pictures = len(self.config.scan("val")) if self.config.val else 0
         pictures += round((self.config.val_fraction or 0.0) * len(self.config.scan("labeled")))
         if not pictures:
             return
         batches = [*some_of([data.labeled.images], PICTURES)]
+        # As steps are timed: without the first passes, by the fastest of the others.
         times = []
-        for _ in range(WARM + 1):
+        for _ in range(2 * WARM):
             since = self.timetable.clock()
             logits_of(network, batches)
             times.append(self.timetable.clock() - since)
-        seconds = times[-1] / sum(map(len, batches))
-        self.validations = VALIDATIONS * networks * (pictures + STATISTICS_OF) * seconds
+        per_picture = min(times[WARM:]) / sum(map(len, batches))
+        self.per_validation = (pictures + STATISTICS_OF) * per_picture
 
     def least_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
         """Return the time of the fastest of some steps, after the first ones.

@@ -70,7 +70,7 @@ def reason_of_delivery(content: Mapping[str, Any]) -> str:
         if is_validated:
             return "validation chose it"
         if content.get("validation_accuracy") is None:
-            return "none is set aside to choose by"
+            return "no examples are set aside to choose by"
         return "validation cannot tell them apart"
     if content["delivered"] == "teacher":
         return "validation chose it, for the last round ended far behind it"

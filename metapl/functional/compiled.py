@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ from metapl.execution.state import (
 from metapl.feedback.report import StepReport
 from metapl.functional.capture import (
     ATTRIBUTES_OF_ALL_MODULES,
+    DROWNED,
+    NUDGES,
     At,
     Capture,
     Captured,
@@ -58,6 +61,7 @@ from metapl.functional.capture import (
     copy_with_strides,
     is_equal,
     rows_repeated,
+    with_other_digits,
 )
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.state import (
@@ -818,8 +822,8 @@ class CompiledStep:
                 is_told = eager is None or self._compare(
                     compiled,
                     trainer,
-                    (live.state, Outcome(moved.state(), step_report), eager),
-                    partial(eager_step, trainer, outer_batch, inner_batches),
+                    states=(live.state, Outcome(moved.state(), step_report), eager),
+                    take_eager=partial(eager_step, trainer, outer_batch, inner_batches),
                     start=start,
                 )
         except BaseException:
@@ -836,35 +840,43 @@ class CompiledStep:
         self,
         compiled: Compiled,
         trainer: TwoLevelTrainer,
-        compared: tuple[State, Outcome, Outcome],
-        take_eager: Callable[[], Outcome],
         *,
+        states: tuple[State, Outcome, Outcome],
+        take_eager: Callable[[], Outcome],
         start: RandomState | None,
     ) -> bool:
-        """Refuse a step that is not the eager one, and return whether that could be told.
+        """Refuse a step that is not the eager one, and return whether it needs no other comparison.
 
-        A fresh Adam divides gradients by about their own size, and those that are 0 but for
-        rounding make h what they are: then a step whose weights differ in their last digit has
-        another h as well.
+        A fresh Adam divides each gradient by its own size and ε. Where one is about as small as ε,
+        which is rounding, it may decide h, and a step at weights that differ in their last digit
+        has another h as well. From such a step nothing can be told, and some of the next ones are
+        compared too. An eager step that does not repeat itself has a memory, which is no rounding.
 
         Args:
-            compared: the state before, and what the step and the eager one have come to.
+            states: the one before the step, and those after it and after the eager one.
             take_eager: takes the eager step, by a copy.
             start: the random numbers that the step began with.
         """
         is_reduced = is_recorded_in_half_precision(trainer)
         try:
-            refuse_other(*compared, is_reduced=is_reduced)
-        except MetaplError:
+            refuse_other(*states, is_reduced=is_reduced)
+        except MetaplError as error:
             end = RandomState.now(trainer.device, trainer.generator)
             assert start is not None, "it is kept where steps are compared"
             start.restore()
-            with nudged(trainer.student):
+            again = take_eager()
+            start.restore()
+            with at_other_digits(trainer.student):
                 by_rounding = take_eager()
             end.restore()
-            refuse_other(*compared, by_rounding=by_rounding, is_reduced=is_reduced)
+            if not is_repeated(*states[::2], again):
+                raise
+            refuse_other(*states, by_rounding=by_rounding, is_reduced=is_reduced)
+            if compiled.tries_left == 0:
+                warnings.warn(f"cannot tell: {error} {DROWNED}", stacklevel=2)
+                return True
             compiled.tries_left -= 1
-            return compiled.tries_left < 0
+            return False
         return True
 
     def _find_or_compile(self, trainer: TwoLevelTrainer, steps: int) -> Compiled:
@@ -1144,16 +1156,14 @@ def step_of_copy(
 
 
 @contextmanager
-def nudged(network: nn.Module) -> Iterator[None]:
-    """Move each weight by the last digit of its type in this block, up or down by a fixed draw."""
+def at_other_digits(network: nn.Module) -> Iterator[None]:
+    """Let the weights of a network differ in their last digit in this block."""
     weights = [*network.parameters()]
     before = [p.detach().clone() for p in weights]
-    generator = torch.Generator().manual_seed(0)
     try:
         with torch.no_grad():
-            for p in weights:
-                signs = 2.0 * torch.randint(0, 2, p.shape, generator=generator) - 1.0
-                p.mul_(1.0 + torch.finfo(p.dtype).eps * signs.to(p))
+            for p, value in zip(weights, before, strict=True):
+                p.copy_(with_other_digits(value))
         yield
     finally:
         with torch.no_grad():
@@ -1270,6 +1280,12 @@ def is_recorded_in_half_precision(trainer: TwoLevelTrainer) -> bool:
     return trainer.compile == "cudagraphs" and has_half_precision
 
 
+def is_repeated(before: State, eager: Outcome, again: Outcome) -> bool:
+    """Return whether an eager step from one state comes out the same twice."""
+    trees, trees_again = (compared_trees(before, outcome) for outcome in (eager, again))
+    return all(map(is_equal, pytree.tree_leaves(trees_again), pytree.tree_leaves(trees)))
+
+
 def refuse_other(
     before: State,
     compiled: Outcome,
@@ -1287,7 +1303,7 @@ def refuse_other(
     """
     trees_compiled = compared_trees(before, compiled)
     trees_eager = compared_trees(before, eager)
-    trees_by_rounding = compared_trees(before, by_rounding or eager)
+    trees_by_rounding = {} if by_rounding is None else compared_trees(before, by_rounding)
     loss = eager.report.scalars["inner_loss"]
     for name, tree in trees_eager.items():
         refuse_gap(
@@ -1295,7 +1311,7 @@ def refuse_other(
             trees_compiled[name],
             tree,
             loss,
-            by_rounding=trees_by_rounding[name],
+            by_rounding=trees_by_rounding.get(name),
             rounding=name == "h",
             is_reduced=is_reduced,
         )
@@ -1334,9 +1350,6 @@ TOLERANCE_OF_HALF = 0.1
 # gradient that is 0 but for rounding may be either.
 TOLERANCE_OF_MOVES = 0.5
 
-# A graph adds in another order, in many operations; a nudge is one rounding of each weight.
-ROUNDINGS = 10.0
-
 # The release from which on graphs draw the masks of dropout as the eager road does.
 DRAWS_ALIKE = "2.12"
 
@@ -1368,7 +1381,7 @@ def refuse_gap(
         tolerance = TOLERANCE_OF_MOVES
     allowed = tolerance * size
     if by_rounding:
-        allowed = allowed + ROUNDINGS * distance(by_rounding, eager)
+        allowed = allowed + NUDGES * distance(by_rounding, eager)
     if rounding:
         allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
     if not bool(gap <= allowed):

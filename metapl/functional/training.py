@@ -52,8 +52,8 @@ from metapl.feedback.hypergradient import (
 )
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
-from metapl.functional.capture import Capturing, Held
-from metapl.functional.compiled import nudged, refuse_gap
+from metapl.functional.capture import Capturing, Held, is_equal
+from metapl.functional.compiled import at_other_digits, refuse_gap
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.state import (
     Network,
@@ -219,6 +219,8 @@ class PathPlan:
             of 0. The graphs are compared with the eager road in it.
         compared_settings: the settings in that step, as those of one step; None where they are the
             same in all steps.
+        drowned: the kinds of batches of which rounding drowns the comparison; the next path
+            compares them again.
     """
 
     steps: int
@@ -231,6 +233,7 @@ class PathPlan:
     keeping: Keeping
     compared_step: int
     compared_settings: dict[str, Any] | None
+    drowned: set[object] = field(default_factory=set)
 
 
 def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> PathPlan:
@@ -752,7 +755,7 @@ def refuse_other_gradient(
     """
     # Graphs without weights of examples are others.
     kind = (request.weights is None, batch.kind)
-    if kind in graphs.compared:
+    if kind in graphs.compared or kind in plan.drowned:
         return
     one_step = Lookahead([batch.value], settings=plan.compared_settings)
     weights = None
@@ -780,12 +783,18 @@ def refuse_other_gradient(
         try:
             refuse_gaps(by_graphs, eager)
         except MetaplError:
-            # Rounding may make a fresh Adam's step what it is. Then nothing is told, and the next
-            # call compares again.
-            with replayed(begun), branching_to(after.branch()), nudged(request.student):
+            # Rounding alone may decide h in a first step of Adam. Then nothing can be told.
+            with replayed(begun), branching_to(after.branch()):
+                again = eager_gradient(request, one_step)
+            with replayed(begun), branching_to(after.branch()), at_other_digits(request.student):
                 by_rounding = eager_gradient(request, one_step)
+            # One that does not repeat itself has a memory, which is no rounding.
+            leaves, leaves_again = map(pytree.tree_leaves, map(compared_leaves, (eager, again)))
+            if not all(map(is_equal, leaves_again, leaves)):
+                raise
             refuse_gaps(by_graphs, eager, by_rounding=by_rounding)
             graphs.compared.discard(kind)
+            plan.drowned.add(kind)
     except BaseException:
         graphs.compared.discard(kind)
         raise
@@ -820,16 +829,15 @@ def refuse_gaps(
         by_rounding: the eager one at weights that differ in their last digit; the graphs' may be
             some times as far.
     """
-    trees, trees_eager, trees_by_rounding = map(
-        compared_leaves, (by_graphs, eager, by_rounding or eager)
-    )
-    for name, of_eager in trees_eager.items():
+    trees = compared_leaves(by_graphs)
+    trees_by_rounding = {} if by_rounding is None else compared_leaves(by_rounding)
+    for name, of_eager in compared_leaves(eager).items():
         refuse_gap(
             name,
             trees[name],
             of_eager,
             eager.inner_loss,
-            by_rounding=trees_by_rounding[name],
+            by_rounding=trees_by_rounding.get(name),
             rounding=name == "h",
         )
 

@@ -67,7 +67,7 @@ Advice = Callable[[], list[str]]
 
 
 # What is saved with the fit.
-COUNTS = ("rows_in_a_row", "mean_ratio", "compared_rows", "rows", "entropies", "first_step")
+COUNTS = ("rows_in_a_row", "mean_ratio", "compared_rows", "rows_of_uda", "entropies", "first_step")
 REMEMBERED = ("said", "warnings", *COUNTS, "start")
 
 
@@ -112,8 +112,8 @@ class Outcomes:
         # rows.
         self.mean_ratio = 0.0
         self.compared_rows = 0
-        # How many rows had a loss of unlabeled examples.
-        self.rows = 0
+        # How many rows had a loss of UDA.
+        self.rows_of_uda = 0
         # The first entropy of each prediction, and the least one of the labeled examples' classes.
         self.entropies: dict[str, float] = {}
         # Roughly the first step in which the outer variables are taught.
@@ -141,17 +141,18 @@ class Outcomes:
         self._look_at_move(step, row)
 
     def look_for_idle_loss(self, step: int, row: Mapping[str, float]) -> None:
-        """Look whether the loss of unlabeled examples was 0 in every row of a fit."""
+        """Look whether the loss of UDA was 0 in every row of a fit."""
         value = row.get("loss_uda", row.get("teacher_uda"))
         if value is None:
             return
-        self.rows += 1
-        if self._count("idle", value == 0.0) == self.rows and step >= self.options.steps:
+        self.rows_of_uda += 1
+        is_idle = self._count("idle", value == 0.0) == self.rows_of_uda
+        if is_idle and step >= self.options.steps:
             self.say_once(
                 "idle",
-                "UDA has taught nothing: its loss was 0 in every row, for it had not begun, or no "
-                "example was predicted with the confidence that it asks for; take more steps, or "
-                "lower its threshold",
+                "UDA has taught nothing: its loss was 0 in every row. It has no weight, it had not "
+                "begun, or no example was predicted with the confidence that it asks for; take "
+                "more steps, or lower its threshold",
             )
 
     def validated(self, step: int, role: str, measured: Any, advice: Advice = list) -> None:

@@ -17,13 +17,14 @@ from command import metapl, result
 from sklearn.linear_model import LogisticRegression
 
 from metapl.apps.digits import METHODS
+from metapl.apps.model_card import sections_of
 from metapl.apps.report_picture import panels_of
 from metapl.apps.run_summary import linear_baseline, next_try, summary
 from metapl.apps.settings import with_flags, with_settings_of
 from metapl.apps.train import Measured, delivered
 from metapl.feedback import estimator, prepare
 from metapl.pictures import load_digits_split
-from metapl.run_folder import guessing
+from metapl.run_folder import EndedRun, guessing
 
 DIGITS = ("train", "digits", "--finetune-steps", "20")
 SHORT = (*DIGITS, "--steps", "200", "--validate-every", "50")
@@ -124,6 +125,26 @@ def test_a_run_behind_its_baseline_says_what_to_do_next(
     assert said.startswith("The labeled examples are memorized: 98 % of them are right. Try more ")
     assert "--lr" not in said
     assert ("--labels-per-class" if recipe == "digits" else "labeled ones or not") in said
+
+
+def test_what_was_skipped_and_not_chosen_is_said_wherever_a_run_is_described(
+    alive: tuple[Path, str],
+) -> None:
+    out, _ = alive
+    run = EndedRun.load(out)
+    run.result["skipped_steps"] = 3
+    run.result["steps_by_phase"] = {
+        "finetune": {"taken": 9, "skipped": 0},
+        "fit": {"taken": 397, "skipped": 3},
+    }
+    run.result["delivered_by"] = "rule"
+    said = " ".join(summary(run.result))
+    assert "To end in time not all steps were taken: fit 397 of 400." in said
+    assert "validation cannot tell them apart." in said
+    run.result["validation_accuracy"] = None
+    assert "no examples are set aside to choose by." in " ".join(summary(run.result))
+    notes = sections_of(run, "student")["Notes"]
+    assert "(to end in time, not all were taken: fit 397 of 400)" in notes
 
 
 def reaching(accuracy: float) -> Measured:

@@ -110,11 +110,16 @@ def test_classes_of_unlabeled_pictures_are_counted_and_a_skew_is_said_once() -> 
     assert phases.class_counts == {"teacher": counts, "fit": counts}
     assert len(said) == 1
     assert "160 of 200 unlabeled examples cat, of which 100 would" in said[0]
+    assert "a student of such labels prefers that class too" in said[0]
+    # No student comes after the only phase.
+    phases.skewed_phases.clear()
+    phases.note_class_counts(trainer, "fit")
+    assert "it is often wrong of these" in said[1]
     # As among the labeled ones.
     data.labeled.labels = torch.tensor([0, 0, 0, 0, 1]).repeat(4)
     phases.skewed_phases.clear()
     phases.note_class_counts(trainer, "fit")
-    assert len(said) == 1
+    assert len(said) == 2
 
 
 def test_what_is_frozen_keeps_its_statistics_and_noise_is_left_out() -> None:

@@ -483,7 +483,13 @@ def test_consistency_without_a_sure_example_is_said(threshold: float) -> None:
         ),
     ]
     for trainer in trainers:
-        options: Any = {"steps": 20, "batch_size": 64, "log_every": 10, "progress": False}
-        result = trainer.fit((x[LABELED], y[LABELED]), (x[100:], x[100:]), **options)
+        result = trainer.fit(
+            (x[LABELED], y[LABELED]),
+            (x[100:], x[100:]),
+            steps=20,
+            batch_size=64,
+            log_every=10,
+            progress=False,
+        )
         is_said = any("UDA has taught nothing" in text for text in result.warnings)
         assert is_said == (threshold > 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,11 +14,13 @@ import pytest
 import settings_of_a_user as settings
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import metapl
+from metapl.execution.compare import TRIES
 from metapl.functional import recorded
 
 Params = dict[str, Tensor]
@@ -511,3 +514,33 @@ def test_inductor_compiles_a_recording(name: str) -> None:
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=1e-14)
     for name, g in grads.items():
         torch.testing.assert_close(g, others[name], rtol=1e-10, atol=1e-13)
+
+
+class Reciprocal:
+    """A function of numbers that cancel, whose graph adds in another order than it does itself."""
+
+    def __init__(self, growth: float) -> None:
+        self.growth = growth
+        self.calls = itertools.count()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        is_recorded = isinstance(x, FakeTensor)
+        total = x.cumsum(0)[-1] if is_recorded else x.sum()
+        return (1 + self.growth * next(self.calls)) / (total.abs() + 1e-8)
+
+
+def test_a_result_of_rounding_is_recorded_and_said_after_some_calls() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64)
+    x = x - x.mean()
+    captured = recorded(Reciprocal(growth=0.0))
+    for _ in range(TRIES):
+        assert captured(x).isfinite()
+    with pytest.warns(UserWarning, match="cannot tell whether .* for rounding drowns"):
+        captured(x)
+    captured(x)
+    # Whoever counts calls comes out otherwise by more than rounding, however often it is asked.
+    captured = recorded(Reciprocal(growth=1.0))
+    for _ in range(4):
+        with pytest.raises(metapl.MetaplError, match="by itself and recorded"):
+            captured(x)

@@ -695,8 +695,13 @@ def hook(network: Any) -> None:
     network.net.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
 
 
+def hook_saving(network: Any) -> None:
+    network.net.register_state_dict_pre_hook(lambda *arguments: None)
+
+
 SWITCHES = {
     switch_way: "",
+    hook_saving: "",
     exchange_activation: "the student's activation (torch._VariableFunctionsClass.relu when it was",
     cut: "the student's part (slice(1, 2, None) when it was saved, now None)",
     hook: "the student's net.forward_hooks (",
