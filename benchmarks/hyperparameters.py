@@ -14,7 +14,7 @@ tenth after another one. Each training begins at the same weights, with the same
 of all trainings of an arm, the one with the lowest validation loss counts. Adam's rate and the
 width of the draws, 4 values each, are chosen by this loss on the tuning seeds; for the evolution
 strategy, which came later, in the same way. Test digits are read in the final runs alone. Beside
-the six stands one training from the start, on the validation digits too: it has no validation.
+these arms stands one training with the six at their start, which learns the validation digits too.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any, cast
 
 import torch
 from harness import (
+    NONE,
     RESULTS,
     Row,
     arguments,
@@ -288,14 +289,18 @@ def table(rows: list[Row]) -> str:
             **dict.fromkeys(names, ".3f"),
             "accuracy": ".1f",
         }
-        lines.append(
-            [arm, *(f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items())]
-        )
+        cells = {key: f"{statistics.fmean(columns[arm, key]):{to}}" for key, to in shown.items()}
+        if arm == ALL_LABELS:
+            # It has learned them.
+            cells["validation_loss"] = NONE
+        lines.append([arm, *(cells[key] for key in shown)])
     for other in (*arms[1:], *untuned(study)):
         cells = []
         for key in names:
             pair = columns["metagradients", key], columns[other, key]
             cells.append(interval(*pair, form="+.1f" if key == "accuracy" else "+.3f"))
+        if other == ALL_LABELS:
+            cells[0] = NONE
         lines.append([f"*metagradients − {other}*", "", "", *cells])
     shown = grid(["", "trainings", "processor time, s", *names.values()], lines)
     return shown.replace("|  |", "| |").replace("|  |", "| |")

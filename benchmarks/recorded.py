@@ -41,8 +41,11 @@ WAYS = {
     "recorded, compiled": "`recorded(function, compile=True)`",
     "torch.compile": "`torch.compile(function)`",
     "torch.compile, traced": "the same, with `trace_autograd_ops=True`",
+    "torch.compile, traced, options": "the same, with the options of `recorded` for Inductor",
     "torch.func, compiled": "written with `torch.func.grad`, `torch.compile(fullgraph=True)`",
 }
+# Those that a recording gives to Inductor.
+OPTIONS_OF_RECORDED = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
 Params = dict[str, Tensor]
 
 
@@ -150,6 +153,10 @@ def compiled(way: str, function: Callable[..., Any], by_func: Callable[..., Any]
         config: Any = torch._dynamo.config
         config.trace_autograd_ops = True
         return torch.compile(function)
+    if way == "torch.compile, traced, options":
+        config = torch._dynamo.config
+        config.trace_autograd_ops = True
+        return torch.compile(function, options=OPTIONS_OF_RECORDED)
     if way == "torch.func, compiled":
         return torch.compile(by_func, fullgraph=True)
     return function

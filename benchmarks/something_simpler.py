@@ -777,7 +777,7 @@ def stacked_by_hand(network: str, *, compiled: bool) -> Step:
     seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
     step = torch.func.vmap(step_by_hand(seeds[0][0]))
     if compiled:
-        step = torch.compile(step, fullgraph=True)
+        step = torch.compile(step, fullgraph=True, options=TRAINERS_OPTIONS)
 
     def stack(trees: list[Any]) -> Any:
         return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
@@ -946,7 +946,10 @@ def by_compiled_steps(case: retraining.Case, order: Tensor) -> Callable[[], Tens
     def outer_loss(params: Weights) -> Tensor:
         return F.cross_entropy(functional_call(network, params, (x_outer,)), y_outer)
 
-    take, pull_back = [torch.compile(function, fullgraph=True) for function in (step, adjoint)]
+    take, pull_back = [
+        torch.compile(function, fullgraph=True, options=TRAINERS_OPTIONS)
+        for function in (step, adjoint)
+    ]
 
     def scores_by_steps() -> Tensor:
         with torch.no_grad():
@@ -989,7 +992,8 @@ def without(case: retraining.Case, order: Tensor, sets: list[Tensor], at_once: i
     def outer_loss(params: Weights) -> Tensor:
         return F.cross_entropy(functional_call(network, params, (x_outer,)), y_outer)
 
-    many = torch.compile(torch.func.vmap(step, in_dims=(0, 0, None)), fullgraph=True)
+    many = torch.func.vmap(step, in_dims=(0, 0, None))
+    many = torch.compile(many, fullgraph=True, options=TRAINERS_OPTIONS)
     losses = []
     for first in range(0, len(sets), at_once):
         stack = sets[first : first + at_once]
@@ -1292,6 +1296,63 @@ def spread(*, labels: int, uneven: int, given: Given) -> Row:
     return {"accuracies": found, "seconds": seconds_of_draw}
 
 
+class SplitStudy(NamedTuple):
+    """A study on splits of the digits, whose script has left.
+
+    Attributes:
+        labels: of a class.
+        methods: their names, by those in the rows.
+        accuracy: the column of the accuracy on the test digits.
+    """
+
+    labels: int
+    methods: dict[str, str]
+    accuracy: str
+
+    def accuracies(self, study: str, method: str) -> dict[int, float]:
+        """Return the accuracies of a method on the test digits, by seed."""
+        rows = rows_of(read(RESULTS / f"{study}.jsonl", having="seed"), method=method)
+        return {row["seed"]: row[self.accuracy] for row in rows if self.accuracy in row}
+
+
+SPLIT_STUDIES = {
+    "reduced": SplitStudy(
+        labels=2,
+        methods={"reduced_mpl": "Reduced MPL", "mpl": "Meta Pseudo Labels"},
+        accuracy="student_test",
+    ),
+    "student_or_mpl": SplitStudy(
+        labels=4,
+        methods={"noisy_student": "Noisy Student", "mpl_filtered": "Meta Pseudo Labels"},
+        accuracy="test_accuracy",
+    ),
+}
+
+
+def splits(*, study: str, given: Given) -> Row:
+    """Return the accuracies of label spreading on the splits of a study, by seed."""
+    of_study = SPLIT_STUDIES[study]
+    seeds = sorted(of_study.accuracies(study, next(iter(of_study.methods))))
+    if given.miniature:
+        seeds = seeds[:2]
+    begun = time.process_time()
+    found = {seed: spread_on(load_digits_split(of_study.labels, seed)) for seed in seeds}
+    return {"accuracies": found, "seconds": (time.process_time() - begun) / len(seeds)}
+
+
+def spread_on(split: Any) -> float:
+    """Return the accuracy of label spreading on the test digits of a split."""
+    from sklearn.semi_supervised import LabelSpreading
+
+    x, y = split.labeled[0].flatten(1).numpy(), split.labeled[1].numpy()
+    unlabeled = split.unlabeled.flatten(1).numpy()
+    known = np.concatenate([y, np.full(len(unlabeled), -1)])
+    model = LabelSpreading(kernel="knn").fit(np.concatenate([x, unlabeled]), known)
+    # It gives digits that no label reaches through neighbors the first class.
+    with np.errstate(invalid="ignore"):
+        return float(model.score(split.test[0].flatten(1).numpy(), split.test[1].numpy()))
+
+
 def final_row(method: str, labels: int, uneven: int) -> Row:
     """Return the row of a method that benchmarks/when.py has tested at equal time."""
     for row in when.read():
@@ -1304,22 +1365,17 @@ def final_row(method: str, labels: int, uneven: int) -> Row:
 def command(*, arm: str, seed: int, given: Given) -> Row:
     """Return the accuracy on 400 digits, from 20 labels and 1,180 digits without one."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.semi_supervised import LabelSpreading
 
     if arm == COMMAND:
         return by_train_digits(seed, steps=20 if given.miniature else 3000)
     begun = time.process_time()
     split = load_digits_split(2, seed)
-    x, y = split.labeled[0].flatten(1).numpy(), split.labeled[1].numpy()
-    model = LogisticRegression(max_iter=1000)
     if arm == SPREADING:
-        model = LabelSpreading(kernel="knn")
-        x = np.concatenate([x, split.unlabeled.flatten(1).numpy()])
-        y = np.concatenate([y, np.full(len(split.unlabeled), -1)])
-    model.fit(x, y)
-    # Label spreading gives digits that no label reaches through neighbors the first class.
-    with np.errstate(invalid="ignore"):
-        accuracy = model.score(split.test[0].flatten(1).numpy(), split.test[1].numpy())
+        accuracy = spread_on(split)
+    else:
+        (x, y), (x_test, y_test) = split.labeled, split.test
+        model = LogisticRegression(max_iter=1000).fit(x.flatten(1).numpy(), y.numpy())
+        accuracy = model.score(x_test.flatten(1).numpy(), y_test.numpy())
     return {"accuracy": float(accuracy), "seconds": time.process_time() - begun}
 
 
@@ -1480,7 +1536,7 @@ def maml_of(
         mean_loss = mean_loss_of_tasks(network, is_first_order=is_first_order)
         gradient_of = grad(mean_loss)
         if way == COMPILED_BY_HAND:
-            gradient_of = torch.compile(gradient_of, fullgraph=True)
+            gradient_of = torch.compile(gradient_of, fullgraph=True, options=TRAINERS_OPTIONS)
         start = {name: p.detach() for name, p in network.named_parameters()}
         return partial(gradient_of, start, *points)
     if way == GRAD_LOOP:
@@ -1588,6 +1644,7 @@ CASES = {
     "sinusoids": sinusoids,
     "command": command,
     "spread": spread,
+    "splits": splits,
     "killed": killed,
     "tasks": tasks,
 }
@@ -1661,6 +1718,8 @@ def rival_jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
                 yield {"case": "sinusoids", "arm": arm, "rate": rate, "seed": seed, "final": True}
     if "spread" in cases:
         yield from every(case="spread", labels=(2, 4), uneven=(1, 5))
+    if "splits" in cases:
+        yield from every(case="splits", study=tuple(SPLIT_STUDIES))
     if "killed" in cases:
         yield {"case": "killed", "arm": LOOP}
 
@@ -1784,6 +1843,24 @@ def spread_table(rows: list[Row]) -> str:
     return grid([*head, "draws"], lines)
 
 
+def split_table(rows: list[Row]) -> str:
+    """Return a row for each method of a study, with its difference to label spreading."""
+    lines = []
+    for row in rows_of(rows, case="splits"):
+        of_study = SPLIT_STUDIES[row["study"]]
+        digits = f"{of_study.labels} labels a class"
+        spread_by_seed = {int(seed): value for seed, value in row["accuracies"].items()}
+        of_all = [*spread_by_seed.values()]
+        lines.append([digits, SPREADING, f"{points(of_all):.1f}", NONE, len(of_all)])
+        for method, title in of_study.methods.items():
+            by_seed = of_study.accuracies(row["study"], method)
+            seeds = sorted(by_seed.keys() & spread_by_seed.keys())
+            reached, found = ([part[seed] for seed in seeds] for part in (by_seed, spread_by_seed))
+            cells = [f"{points(reached):.1f}", beside(reached, found)]
+            lines.append([digits, title, *cells, len(seeds)])
+    return grid(["digits", "method", "test, %", "minus label spreading", "seeds"], lines)
+
+
 def sinusoid_table(rows: list[Row]) -> str:
     """Return a row for each start, with metapl's difference to it."""
     rows = rows_of(rows, case="sinusoids", final=True)
@@ -1872,6 +1949,7 @@ TABLE_OF_CASE = {
     "sinusoids": sinusoid_table,
     "command": partial(interval_table, "command", COMMAND_ARMS),
     "spread": spread_table,
+    "splits": split_table,
     "killed": killed_table,
     "tasks": task_table,
 }

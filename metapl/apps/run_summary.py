@@ -48,8 +48,8 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         listed = ", ".join(accuracies)
         lines.append(f"On {part}: {listed}. The network to use is the {delivered}: {reason}.")
     if content.get("skipped_steps"):
-        taken = spoken_counts(content["steps_by_phase"])
-        lines.append(f"To end in time not all steps were taken: {taken}.")
+        counts = spoken_counts(content["steps_by_phase"])
+        lines.append(f"To end in time not all steps were taken: {counts}.")
     guesses = guessing(content)
     if guesses:
         named = [f"the {words[name]} ({100 * value:.1f} %)" for name, value in guesses.items()]

@@ -1076,10 +1076,11 @@ class Captured(Generic[Result]):
                 # In no mode either, such as that of a user's own recording.
                 with no_transform(), _disable_current_modes(), self.attributes.restored():
                     first = pytree.tree_map_only(Tensor, first_of_mapped, arguments)
-                    is_told = True
-                    for values in (first, rows_repeated(first)):
-                        is_told = self._compare(capture, values) and is_told
-                if not is_told:
+                    # All of these are compared, also behind one of which nothing can be told.
+                    decided = [
+                        self._compare(capture, values) for values in (first, rows_repeated(first))
+                    ]
+                if not all(decided):
                     self._compare_again()
             except BaseException:
                 self.kept = [kept for kept in self.kept if kept is not capture]

@@ -819,7 +819,7 @@ class CompiledStep:
                         refuse_written(eager)
                         end.restore()
                 step_report = step_report_of(compiled, trainer, moved, inner_batches)
-                is_told = eager is None or self._compare(
+                is_decided = eager is None or self._compare(
                     compiled,
                     trainer,
                     states=(live.state, Outcome(moved.state(), step_report), eager),
@@ -833,7 +833,7 @@ class CompiledStep:
         # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
         # compared again, as after one that rounding drowns.
         if eager is not None:
-            compiled.is_compared = is_told and any(rate != 0 for rate in rates_of(trainer))
+            compiled.is_compared = is_decided and any(rate != 0 for rate in rates_of(trainer))
         return moved, step_report
 
     def _compare(
@@ -869,7 +869,8 @@ class CompiledStep:
             with at_other_digits(trainer.student):
                 by_rounding = take_eager()
             end.restore()
-            if not is_repeated(*states[::2], again):
+            before, _, eager = states
+            if not is_repeated(before, eager, again):
                 raise
             refuse_other(*states, by_rounding=by_rounding, is_reduced=is_reduced)
             if compiled.tries_left == 0:
@@ -1159,15 +1160,15 @@ def step_of_copy(
 def at_other_digits(network: nn.Module) -> Iterator[None]:
     """Let the weights of a network differ in their last digit in this block."""
     weights = [*network.parameters()]
-    before = [p.detach().clone() for p in weights]
+    values = [p.detach().clone() for p in weights]
     try:
         with torch.no_grad():
-            for p, value in zip(weights, before, strict=True):
+            for p, value in zip(weights, values, strict=True):
                 p.copy_(with_other_digits(value))
         yield
     finally:
         with torch.no_grad():
-            for p, value in zip(weights, before, strict=True):
+            for p, value in zip(weights, values, strict=True):
                 p.copy_(value)
 
 

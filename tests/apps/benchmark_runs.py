@@ -123,6 +123,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-sinusoids",
         "simpler-command",
         "simpler-spread",
+        "simpler-splits",
         "simpler-killed",
         "simpler-tasks",
     ],
