@@ -41,7 +41,7 @@ WAYS = {
     "recorded, compiled": "`recorded(function, compile=True)`",
     "torch.compile": "`torch.compile(function)`",
     "torch.compile, traced": "the same, with `trace_autograd_ops=True`",
-    "torch.compile, traced, options": "the same, with the options of `recorded` for Inductor",
+    "torch.compile, traced, options": "that, with the options of Inductor that `recorded` has",
     "torch.func, compiled": "written with `torch.func.grad`, `torch.compile(fullgraph=True)`",
 }
 # Those that a recording gives to Inductor.
