@@ -77,6 +77,9 @@ UNLABELED = 8_000
 TESTED_PER_CLASS = 300
 FINETUNING = 50
 VALIDATIONS = 5
+# The share of the labeled pictures that is set aside to select by, and how many at most.
+SET_ASIDE = 0.2
+MOST_SET_ASIDE = 400
 
 # Steps of the shorter run of two by which work is counted: shares such as 0.6 are whole steps.
 COUNTED_STEPS = 20
@@ -124,6 +127,7 @@ class Arm:
         cost_of: the arm whose steps cost the same; empty: its own are counted.
         network: what is trained.
         batch: the labeled pictures of a step.
+        learns_all: whether no labeled picture is set aside to select by.
     """
 
     title: str
@@ -133,26 +137,31 @@ class Arm:
     cost_of: str = ""
     network: str = "airbench_small"
     batch: int = BATCH
+    learns_all: bool = False
 
     @property
     def finetuning(self) -> int:
         """Return the steps of finetuning."""
         return FINETUNING if self.is_finetuned else 0
 
-    def words(self, steps: int, finetuning: int, part: int = 1) -> list[str]:
+    def words(self, steps: int, finetuning: int, part: int = 1, labels: int = 0) -> list[str]:
         """Return the words of the command, but for its folders.
 
         Args:
             steps: of each network.
             finetuning: steps of it.
             part: what batches are divided by.
+            labels: how many pictures are labeled, of which a part is set aside.
         """
         words = ["train", "images", *self.flags, "--unlabeled-batch", str(BATCH // 2 // part)]
         if self.rounds:
             words = ["noisy-student", "images", *self.flags, "--rounds", str(self.rounds)]
         words += ["--network", self.network, "--labeled-batch", str(self.batch // part)]
         words += ["--steps", str(steps), "--finetune-steps", str(finetuning), "--device", "cpu"]
-        return [*words, "--validate-every", str(max(1, steps // VALIDATIONS))]
+        words += ["--validate-every", str(max(1, steps // VALIDATIONS))]
+        if labels and not self.learns_all:
+            words += ["--val-fraction", f"{min(SET_ASIDE, MOST_SET_ASIDE / labels):g}"]
+        return words
 
 
 def method(name: str, *flags: str) -> tuple[str, ...]:
@@ -221,6 +230,10 @@ ARMS = {
     "smaller_student": Arm(
         "`pooled_cnn`, Noisy Student, one round", (), rounds=1, network=SMALLER, batch=BATCH // 2
     ),
+    "labels_all": Arm(
+        "labels alone, none set aside", method("supervised"), cost_of="labels", learns_all=True
+    ),
+    "uda_all": Arm("UDA, none set aside", method("uda"), cost_of="uda", learns_all=True),
 }
 # ------------------------------------------------------------------------------------- the pictures
 
@@ -386,6 +399,11 @@ NOISY_STUDENTS = ("no_noise", "unbalanced", "staged")
 LARGER_OUTER = ("mpl_outer_4", "mpl_outer_16")
 FEW_ARMS = ("labels", "none", "mpl", "uda")
 LONGEST_ARMS = ("labels", "none", "mpl")
+ALL_LEARNED = {
+    4000: ("labels_all",),
+    1000: ("labels_all", "uda_all"),
+    250: ("labels_all", "uda_all"),
+}
 
 
 def jobs() -> Iterator[Row]:
@@ -426,6 +444,11 @@ def jobs() -> Iterator[Row]:
     for draw in DRAWS:
         for arm in NOISY_STUDENTS:
             yield from with_cost({"arm": arm, **usual, "is_equal": False, "draw": draw})
+    for draw in DRAWS:
+        for labels, arms in ALL_LEARNED.items():
+            for arm in arms:
+                longest = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
+                yield from with_cost({"arm": arm, **longest, "draw": draw})
 
 
 def miniature_jobs() -> Iterator[Row]:
@@ -631,7 +654,7 @@ def run_all(args: argparse.Namespace, pool: Executor, place: Path) -> None:
             read(args.out), arm=job["arm"], pictures=job["pictures"], is_equal=job["is_equal"]
         )
         finetuning = 1 if args.miniature and arm.is_finetuned else arm.finetuning
-        row = trained(pool, arm.words(steps, finetuning), folder)
+        row = trained(pool, arm.words(steps, finetuning, labels=job["labels"]), folder)
         return {"steps": steps, "work_gflop": round(work, 1), **row}
 
     harness.go_on(args.out, todo, measure, environment=harness.environment())

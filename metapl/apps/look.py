@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from metapl.apps import backbone
 from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.data import Data
-from metapl.apps.images import MOST_SET_ASIDE, SET_ASIDE, SPLIT_FROM, Images, Pictures
+from metapl.apps.images import Images, Pictures, share_set_aside
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.pace import FINETUNED, LEAST_SHARE, SHARE, Timetable, parts_of
@@ -147,10 +147,7 @@ def choose_settings(
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
-    val_fraction = 0.0
-    if config.val is None and len(few) >= SPLIT_FROM:
-        val_fraction = min(SET_ASIDE, MOST_SET_ASIDE / len(few))
-    config = fitted(config, seen, val_fraction=val_fraction)
+    config = fitted(config, seen, val_fraction=share_set_aside(config, len(few)))
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,

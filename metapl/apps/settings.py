@@ -54,7 +54,7 @@ class Fitting:
             average is the network that is kept.
         finetune_steps: number of steps on labeled examples alone at the end.
         validate_every: number of steps between two measurements on the validation examples. Of your
-            own pictures there are 20 measurements by default.
+            own pictures there are 10 measurements by default.
         patience: stop after so many of these measurements in a row that were no better than the
             best one before them, and finetune. By default all steps are taken.
         log_every: number of steps between two rows of metrics.jsonl.

@@ -107,7 +107,7 @@ def train(
     if fitting.patience is not None and data.validation is None:
         raise MetaplError(
             f"--patience {fitting.patience} was given, and there are no validation examples to "
-            "measure on; leave it out, or give them by --val."
+            "measure on; leave it out, or give them by --val-fraction 0.1."
         )
     # The first process alone has the folder of the run, and knows whether the data have changed.
     done_by_first(lambda: note_data(data, method, folder), processes)

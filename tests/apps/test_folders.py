@@ -27,7 +27,6 @@ from PIL import Image
 from test_readers import SPECIAL, promptly
 from tiny_runs import color_folders, images_command
 
-from metapl.apps import look
 from metapl.apps.images import METHODS, Images, Pictures, apart
 from metapl.apps.look import choose_settings
 from metapl.apps.main import main
@@ -531,14 +530,18 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
 
 
 def test_one_folder_is_split_into_what_is_learned_from_validated_on_and_tested_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr(look, "SPLIT_FROM", 8)
     one = pictures(tmp_path, cat=[*range(10)], dog=[*range(10, 20)])
     tested = []
     for seed in (0, 1):
         fitting = Fitting(steps=6, seed=seed)
-        given = Images(labeled=str(one), test_fraction=0.2, **{**SMALL, "fitting": fitting})
+        given = Images(
+            labeled=str(one),
+            test_fraction=0.2,
+            val_fraction=0.2,
+            **{**SMALL, "fitting": fitting},
+        )
         config, _ = choose_settings(given, METHODS["uda"], lambda text: None)
         data = config.data(lambda text: None, progress=False, log=None)
         parts = {name: {*data.record[name]} for name in ("labeled", "validation", "test")}

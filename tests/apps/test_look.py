@@ -539,11 +539,24 @@ def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_ta
         choose_settings(given(root), images.METHODS["uda"], print, {"warmup": -1})
 
 
-def test_enough_labels_are_set_aside(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(look, "SPLIT_FROM", 2)
-    assert (
-        choose_settings(given(root), images.METHODS["uda"], print)[0].val_fraction
-        == images.SET_ASIDE
-    )
-    given_some = given(root, val=str(root / "test"))
-    assert choose_settings(given_some, images.METHODS["uda"], print)[0].val_fraction == 0.0
+@pytest.mark.parametrize(
+    ("fields", "share"),
+    [
+        ({}, images.SET_ASIDE),
+        ({"val": "test"}, 0.0),
+        ({"test": "test"}, 0.0),
+        ({"test_fraction": 0.2}, 0.0),
+        ({"test": "test", "patience": 3}, images.SET_ASIDE),
+        ({"test": "test", "val_fraction": 0.3}, 0.3),
+    ],
+)
+def test_labels_are_set_aside_where_nothing_else_measures(
+    fields: dict[str, Any], share: float, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "SPLIT_FROM", 2)
+    fields = {
+        name: str(root / value) if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
+    chosen, _ = choose_settings(given(root, **fields), images.METHODS["uda"], print)
+    assert chosen.val_fraction == share

@@ -12,6 +12,7 @@ import pytest
 from command import metapl, rows
 from tiny_runs import NOISY_STUDENT, TINY, images_command
 
+from metapl.apps import images
 from metapl.errors import origin
 
 
@@ -79,32 +80,40 @@ def test_the_last_lines_are_what_one_looks_at_and_types_next(colors: Path, tmp_p
     assert len(rows(metapl(*words[1:]).stdout)) == 12
 
 
-def test_what_validation_takes_is_one_line_with_the_reason(
+def test_what_is_set_aside_is_one_line_with_a_way_out(
     three_colors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight pictures of each of two classes, and five of red: 20 % of those are one."""
     shutil.copytree(three_colors, tmp_path, dirs_exist_ok=True)
     for number in range(3):
         (tmp_path / f"labeled/red/red-{number}.png").unlink()
-    for fewest, expected in (
+    monkeypatch.setattr(images, "SPLIT_FROM", 21)
+    some = (
+        "5 of 21 labeled pictures are set aside to select and to measure by: of each class 24%, "
+        "such as 1 of 5 of red; with --test DIR or --val-fraction 0 all are learned from"
+    )
+    none = (
+        "all 21 labeled pictures are learned from, and none are set aside to select by; "
+        "--val-fraction 0.1 or --val DIR gives some"
+    )
+    command = images_command(tmp_path, "--steps", "1")
+    without_test = [word for word in command if not word.startswith("--test")]
+    for number, (words, expected) in enumerate(
         (
-            21,
-            "5 of 21 labeled pictures are set aside for validation, as there are 21 or more: of "
-            "each class 20%, such as 1 of 5 of red; --val names others",
-        ),
-        (
-            22,
-            "with fewer than 22 labeled pictures (here 21) none are set aside for validation; "
-            "--val DIR gives some",
-        ),
+            (without_test, some),
+            ([*without_test, "--val-fraction", "0"], none),
+            (command, none),
+            ([*command, "--val-fraction", "0.2"], some),
+            ([*command, "--patience", "2"], some),
+        )
     ):
-        for module in ("images", "look"):
-            monkeypatch.setattr(f"metapl.apps.{module}.SPLIT_FROM", fewest)
-        said = metapl(*images_command(tmp_path, "--steps", "1"), "--out", tmp_path / str(fewest))
-        assert expected in " ".join(said.stdout.split())
-        named = images_command(tmp_path, "--steps", "1", "--val", str(tmp_path / "spare"))
-        said = metapl(*named, "--out", tmp_path / f"{fewest}-named")
-        assert "set aside" not in said.stdout
+        said = metapl(*words, "--out", tmp_path / str(number)).stdout
+        assert expected in " ".join(said.split())
+    named = [*without_test, "--val", str(tmp_path / "spare")]
+    said = metapl(*named, "--out", tmp_path / "named").stdout
+    assert "set aside" not in said
+    refused = metapl(*named, "--val-fraction", "0.2", code=2)
+    assert "expected it, or --val DIR, and not both" in refused.stderr
 
 
 # ------------------------------------------------------------------------------------------- resume
