@@ -2,7 +2,7 @@
 
     python benchmarks/reliability.py             # goes on where it was stopped
     python benchmarks/reliability.py --write benchmarks/results/reliability.md
-    python benchmarks/reliability.py --calibrate metapl/training/calibration.py
+    python benchmarks/reliability.py --calibrate metapl/attribution/calibration.py
 
 The rows of ``benchmarks/ordinary.py`` are read from ordinary.jsonl, beside the file of ``--out``.
 
@@ -44,22 +44,22 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import metapl
-from metapl.engines.eager import EagerEngine
-from metapl.execution.batch import map_tensors
-from metapl.execution.numerics import HALF, deterministic, wide
-from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
-from metapl.feedback import Forward
-from metapl.training.attribution import agreement_of_signs
-from metapl.training.calibration import Calibration
-from metapl.training.reliability import (
+from metapl.attribution.attribute import agreement_of_signs
+from metapl.attribution.calibration import Calibration
+from metapl.attribution.reliability import (
     PERTURBATION,
     Reliability,
     bend_of,
     predicted,
     upper_end,
 )
-from metapl.training.retraining import rank_correlations
-from metapl.training.weighted import WeightedTraining, copied_without_graphs
+from metapl.attribution.removals import rank_correlations
+from metapl.attribution.weighted import WeightedTraining, copied_without_graphs
+from metapl.engines.eager import EagerEngine
+from metapl.execution.batch import map_tensors
+from metapl.execution.numerics import HALF, deterministic, wide
+from metapl.execution.state import RandomState, replayed, trainable, with_contents_of
+from metapl.feedback import Forward
 from metapl.updates import Settings, Update
 
 RAW = RESULTS / "reliability.jsonl"

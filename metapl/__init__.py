@@ -35,10 +35,10 @@ if TYPE_CHECKING:
         run_folder,
     )
     from metapl.ablation import ablate
-    from metapl.training.attribution import attribute, metasmoothness
+    from metapl.attribution.attribute import attribute, metasmoothness
+    from metapl.attribution.recording import Recording, record
+    from metapl.attribution.reliability import reliability
     from metapl.training.loop import StopFit
-    from metapl.training.recording import Recording, record
-    from metapl.training.reliability import reliability
 
 __version__ = "0.3.0"
 
@@ -89,13 +89,13 @@ _LAZY_MODULES = (
     "run_folder",
 )
 _MODULES_OF_LAZY_FUNCTIONS = {
-    "Recording": "metapl.training.recording",
+    "Recording": "metapl.attribution.recording",
     "StopFit": "metapl.training.loop",
     "ablate": "metapl.ablation",
-    "attribute": "metapl.training.attribution",
-    "metasmoothness": "metapl.training.attribution",
-    "record": "metapl.training.recording",
-    "reliability": "metapl.training.reliability",
+    "attribute": "metapl.attribution.attribute",
+    "metasmoothness": "metapl.attribution.attribute",
+    "record": "metapl.attribution.recording",
+    "reliability": "metapl.attribution.reliability",
 }
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 import metapl
-from metapl.training.calibration import CALIBRATION
-from metapl.training.reliability import predicted
+from metapl.attribution.calibration import CALIBRATION
+from metapl.attribution.reliability import predicted
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import metapl
-from metapl.training.calibration import CALIBRATION
-from metapl.training.weighted import WeightedTraining
+from metapl.attribution.calibration import CALIBRATION
+from metapl.attribution.weighted import WeightedTraining
 
 pytestmark = pytest.mark.usefixtures("as_scripts")
 
@@ -212,7 +212,7 @@ def test_the_coefficients_are_those_of_the_committed_rows(tmp_path: Path) -> Non
     of_script = len(script.CALIBRATION) + len(script.UNSEEN) + len(script.SECOND)
     assert len(fitted) == CALIBRATION.trainings == of_script + len(programs)
     copied = tmp_path / "calibration.py"
-    source = Path(importlib.import_module("metapl.training.calibration").__file__ or "")
+    source = Path(importlib.import_module("metapl.attribution.calibration").__file__ or "")
     copied.write_text(source.read_text().replace(f"{CALIBRATION.slope}", "0.0"))
     script.write_calibration(copied, CALIBRATION)
     assert copied.read_text() == source.read_text()

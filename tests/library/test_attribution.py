@@ -28,11 +28,11 @@ from torch.utils.data import TensorDataset
 
 import metapl
 from metapl import MetaplError, attribute, metasmoothness
+from metapl.attribution import attribute as attribute_file
+from metapl.attribution.attribute import Attribution, Metasmoothness
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.graphs import _CACHE
 from metapl.problems import EqualWeights, NextToken
-from metapl.training import attribution
-from metapl.training.attribution import Attribution, Metasmoothness
 
 N = 24
 STEPS = 9
@@ -375,7 +375,7 @@ def test_compiled_steps_see_the_roughness_of_the_training_itself(
     kind: str, rate: float, each: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They take it by the graphs of the scores, of which there are no others."""
-    monkeypatch.setattr(attribution, "SMOOTH", 2.0)
+    monkeypatch.setattr(attribute_file, "SMOOTH", 2.0)
     graphs = without_inductor(monkeypatch)
     _CACHE.clear()
     ids = torch.randint(0, 5, (N, 4), generator=torch.Generator().manual_seed(0))

@@ -33,8 +33,8 @@ from torch.utils.data import (
 
 import metapl
 from metapl import MetaplError
+from metapl.attribution.attribute import Attribution
 from metapl.problems import EqualWeights, NextToken
-from metapl.training.attribution import Attribution
 
 N = 20
 STEPS = 5

@@ -627,7 +627,7 @@ def test_blocks_of_steps_are_taken_once_more_where_memory_is_short(
 ) -> None:
     recording, _ = recorded(tmp_path, "AdamW", states_every=100)
     scores = recording.attribute(OUTER, progress=False).scores
-    from metapl.training.recording.replay import Replay
+    from metapl.attribution.recording.replay import Replay
 
     # Not all of eleven steps are held, and then not all of four.
     monkeypatch.setattr(Replay, "_spacings", lambda self, steps, state: (4, 2))
@@ -804,7 +804,7 @@ def test_an_outer_set_that_cannot_be_read_is_said_before_the_replay(
     outer: Any, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recording, _ = recorded(tmp_path)
-    monkeypatch.setattr("metapl.training.recording.recording.feedback_of", None)
+    monkeypatch.setattr("metapl.attribution.recording.recording.feedback_of", None)
     with pytest.raises(MetaplError, match=expected) as caught:
         recording.attribute(outer, progress=False)
     assert "\n" not in str(caught.value)

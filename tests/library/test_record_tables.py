@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError, Recording, record
+from metapl.attribution.recording import RecordedAttribution
 from metapl.problems import NextToken
-from metapl.training.recording import RecordedAttribution
 
 EXAMPLES = 24
 CLASSES = 3

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
-from metapl.training.calibration import CALIBRATION, Calibration
-from metapl.training.reliability import Reliability, bend_of, predicted
+from metapl.attribution.calibration import CALIBRATION, Calibration
+from metapl.attribution.reliability import Reliability, bend_of, predicted
 
 N = 24
 STEPS = 10

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError, attribute
+from metapl.attribution import removals
+from metapl.attribution.attribute import Attribution
+from metapl.attribution.removals import DatamodelingScore, WithWeights, datamodeling_score
 from metapl.problems import EqualWeights, NextToken
-from metapl.training import retraining
-from metapl.training.attribution import Attribution
-from metapl.training.retraining import DatamodelingScore, WithWeights, datamodeling_score
 
 N = 24
 STEPS = 9
@@ -200,12 +200,12 @@ def test_stacks_are_compiled_from_so_many_steps_on(monkeypatch: pytest.MonkeyPat
         compiled.append(function)
         return function
 
-    monkeypatch.setattr(retraining, "Captured", captured)
+    monkeypatch.setattr(removals, "Captured", captured)
     attribution = scored(student("mlp"))
-    monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS + 1)
+    monkeypatch.setattr(removals, "COMPILED_FROM", 5 * STEPS + 1)
     assert attribution.validate(SETS).execution == "in stacks of 6"
     assert not compiled
-    monkeypatch.setattr(retraining, "COMPILED_FROM", 5 * STEPS)
+    monkeypatch.setattr(removals, "COMPILED_FROM", 5 * STEPS)
     assert attribution.validate(SETS).execution == "in stacks of 6, compiled"
     assert attribution.validate(SETS, compile=False).execution == "in stacks of 6"
     assert len(compiled) == 1
@@ -220,8 +220,8 @@ def test_what_cannot_be_compiled_is_stacked_unless_it_was_asked_for(
 
         return refuse
 
-    monkeypatch.setattr(retraining, "Captured", captured)
-    monkeypatch.setattr(retraining, "COMPILED_FROM", 1)
+    monkeypatch.setattr(removals, "Captured", captured)
+    monkeypatch.setattr(removals, "COMPILED_FROM", 1)
     attribution = scored(student("mlp"))
     assert attribution.validate(SETS).execution == "in stacks of 6, not compiled: no compiler here"
     with pytest.raises(MetaplError, match="compiled in stacks: no compiler here; leave compile"):
@@ -266,7 +266,7 @@ def test_a_stack_that_leads_elsewhere_is_not_believed(monkeypatch: pytest.Monkey
             return super().signal(teacher, (of_rest, rest), *outputs, **options)
 
     # Single trainings have the problem by a name of their own.
-    monkeypatch.setattr(retraining, "WithWeights", ByTheRest)
+    monkeypatch.setattr(removals, "WithWeights", ByTheRest)
     attribution = scored(student("mlp"))
     # The first batches of the training have to lose an example.
     first = [[int(number)] for number in attribution.order[0][:3]]
@@ -307,12 +307,12 @@ def test_a_stack_whose_later_steps_lead_elsewhere_is_not_believed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Planted: whole trainings end elsewhere, and the first steps that are compared do not."""
-    losses = retraining.StackedTrainings.losses
+    losses = removals.StackedTrainings.losses
 
     def losses_elsewhere(*arguments: Any, **options: Any) -> Tensor:
         return 1.01 * losses(*arguments, **options)
 
-    monkeypatch.setattr(retraining.StackedTrainings, "losses", losses_elsewhere)
+    monkeypatch.setattr(removals.StackedTrainings, "losses", losses_elsewhere)
     attribution = scored(student("mlp"))
     alone = attribution.validate(SETS, at_once=1)
     with pytest.warns(UserWarning, match="on all examples ends at an outer loss of .* in a stack"):
@@ -333,9 +333,9 @@ def test_stacks_are_as_large_as_memory_holds(monkeypatch: pytest.MonkeyPatch) ->
     network = student("mlp")
     weights = sum(p.nbytes for p in network.parameters())
     attribution = scored(network)
-    monkeypatch.setattr(retraining, "free_bytes", lambda device: 2 * 6 * weights * 3)
+    monkeypatch.setattr(removals, "free_bytes", lambda device: 2 * 6 * weights * 3)
     assert attribution.validate(SETS).execution == "in stacks of 3"
-    monkeypatch.setattr(retraining, "free_bytes", lambda device: 2 * 6 * weights)
+    monkeypatch.setattr(removals, "free_bytes", lambda device: 2 * 6 * weights)
     with pytest.warns(UserWarning, match="holds no two of them"):
         attribution.validate(SETS)
 

@@ -28,7 +28,7 @@ FLOORS = (
     ("feedback", "metrics", "pictures"),
     ("functional", "guards", "labels", "networks", "processes", "protocols", "robustness"),
     ("run_folder", "training"),
-    ("ablation", "integrations", "noisy_student"),
+    ("ablation", "attribution", "integrations", "noisy_student"),
     ("apps.printing", "apps.progress", "apps.refusals"),
     ("apps.settings", "apps.web", "apps.data", "apps.pace"),
     ("apps.backbone", "apps.inputs"),
@@ -268,7 +268,7 @@ MEMORIES = {
 
 SETTING_OTHERS = {
     # Functions of torch that a loop calls, while it is recorded: they have no hook.
-    "metapl.training.recording.watching",
+    "metapl.attribution.recording.watching",
     # A batch norm over ranks in a network.
     "metapl.execution.batch_norm",
 }

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
-from metapl.training.attribution import Attribution, mean_of
-from metapl.training.recording import RecordedAttribution
+from metapl.attribution.attribute import Attribution, mean_of
+from metapl.attribution.recording import RecordedAttribution
 
 N = 16
 STEPS = 5

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.examples import examples_of
+from metapl.attribution.recording.calls import CallForm, Data, DigestIndex, RecordedRows
+from metapl.attribution.recording.folder import RecordingFolder, StepRow
+from metapl.attribution.recording.network import RecordedNetwork
+from metapl.attribution.recording.recorder import shape_of
 from metapl.errors import MetaplError, few
 from metapl.execution.state import trainable
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.problems.doubtful import EqualWeights
-from metapl.training.examples import examples_of
-from metapl.training.recording.calls import CallForm, Data, DigestIndex, RecordedRows
-from metapl.training.recording.folder import RecordingFolder, StepRow
-from metapl.training.recording.network import RecordedNetwork
-from metapl.training.recording.recorder import shape_of
 from metapl.updates import TorchUpdate, update_of
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.weighted import WithWeights
 from metapl.core.engine import Descent
 from metapl.core.lesson import Lesson
 from metapl.core.replays import sketch
@@ -41,7 +42,6 @@ from metapl.execution.state import (
 from metapl.models import Logits
 from metapl.problems.base import BilevelProblem, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
-from metapl.training.weighted import WithWeights
 
 IN_SEVERAL_PROCESSES = "record: the network is trained in several processes; expected one process."
 

@@ -19,6 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.removals import (
+    DatamodelingScore,
+    Removals,
+    StackedTrainings,
+    datamodeling_score,
+    rank_correlations,
+)
+from metapl.attribution.tables import columns_of, path_of_table, weights_by, write_table
+from metapl.attribution.weighted import BatchesOfSteps, WeightedTraining, judges_of, thetas_along
+from metapl.attribution.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.core.lookahead import Lookahead
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
@@ -36,16 +46,6 @@ from metapl.problems.base import BilevelProblem
 from metapl.runs import checkpoint
 from metapl.runs.fields import AboveZero, AtLeastOne, Range, check_arguments
 from metapl.training.hypergradient import hypergradient, verify_hypergradient
-from metapl.training.retraining import (
-    DatamodelingScore,
-    Removals,
-    StackedTrainings,
-    datamodeling_score,
-    rank_correlations,
-)
-from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
-from metapl.training.weighted import BatchesOfSteps, WeightedTraining, judges_of, thetas_along
-from metapl.training.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.updates import (
     Settings,
 )
@@ -169,7 +169,7 @@ class Attribution:
                 steps times trainings, 50,000, that it pays on small networks.
             progress: as for :func:`attribute`.
 
-        Returns: a :class:`metapl.training.retraining.DatamodelingScore`. Trainings in stacks are
+        Returns: a :class:`metapl.attribution.removals.DatamodelingScore`. Trainings in stacks are
         those alone to rounding.
 
         Warns: ``UserWarning`` where the trainings cannot be stacked, and are taken one by one: of a

@@ -6,7 +6,7 @@ rank correlation that these would show from three plain trainings of the first h
 and from the number of steps. From top to bottom: what is measured; the result; and the call, with
 the line that turns what is measured into a correlation.
 
-The coefficients are in :mod:`metapl.training.calibration`, which ``benchmarks/reliability.py``
+The coefficients are in :mod:`metapl.attribution.calibration`, which ``benchmarks/reliability.py``
 writes. Other measurements are tried there too, and none of them adds much to this one.
 """
 
@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.attribute import agreement_of_signs
+from metapl.attribution.calibration import CALIBRATION, Calibration
+from metapl.attribution.weighted import WeightedTraining
 from metapl.errors import MetaplError
 from metapl.execution.numerics import HALF
 from metapl.problems.base import BilevelProblem
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.training.attribution import agreement_of_signs
-from metapl.training.calibration import CALIBRATION, Calibration
-from metapl.training.weighted import WeightedTraining
 from metapl.updates import Settings
 
 PERTURBATION = 0.1
@@ -123,7 +123,7 @@ def reliability(
 
     The first half of the training is taken three times, with the weights 1, 1 + h v and 1 + 2 h v
     of the examples, h = 0.1 and v as in :func:`metapl.metasmoothness`. The bend of the trained
-    weights, :func:`metapl.training.reliability.bend_of`, gives the expected rank correlation,
+    weights, :func:`metapl.attribution.reliability.bend_of`, gives the expected rank correlation,
     together with the number of steps, K:
 
     .. math:: \hat\rho = \tanh(a + b \log_{10} \mathrm{bend} + c \log_{10} K)
@@ -139,7 +139,7 @@ def reliability(
         settings, generator, problem, clip_norm, progress: as for :func:`metapl.attribute`; the
             generator stays where it is, so that the same one gives attribute the same order.
 
-    Returns: a :class:`metapl.training.reliability.Reliability`, which is printed as one line.
+    Returns: a :class:`metapl.attribution.reliability.Reliability`, which is printed as one line.
     Cost: one and a half plain trainings, and three more copies of the weights. No derivative is
     taken. Bias: the 67 are perceptrons, small convolutional networks, small transformers and a
     recurrent network, of 5 to 2,000 steps, on digits, tables and docstrings, with removals of 1 %

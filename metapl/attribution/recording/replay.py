@@ -28,6 +28,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from metapl.attribution.recording.contents import OpenedRecording
+from metapl.attribution.recording.first_step import (
+    closest_weighting,
+    tolerance_of,
+    tolerance_of_replay,
+    weighted_sum,
+    weightings,
+)
+from metapl.attribution.recording.folder import KeptState
+from metapl.attribution.recording.network import Call
 from metapl.core.keeping import keeping
 from metapl.core.replays import ReplayCheck
 from metapl.core.walk import States, Walk
@@ -36,16 +46,6 @@ from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
 from metapl.runs.terminal import step_bar
-from metapl.training.recording.contents import OpenedRecording
-from metapl.training.recording.first_step import (
-    closest_weighting,
-    tolerance_of,
-    tolerance_of_replay,
-    weighted_sum,
-    weightings,
-)
-from metapl.training.recording.folder import KeptState
-from metapl.training.recording.network import Call
 from metapl.updates import Clipped, Update
 from metapl.updates.base import OptimizerState
 from metapl.updates.smoothing import smoothed_groups

@@ -11,6 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.attribute import Attribution, Smoothing, warn_of_worth
+from metapl.attribution.examples import examples_of
+from metapl.attribution.recording.calls import (
+    MissingColumns,
+)
+from metapl.attribution.recording.contents import OpenedRecording
+from metapl.attribution.recording.folder import KeptState, RecordingFolder
+from metapl.attribution.recording.network import network_in
+from metapl.attribution.recording.recorder import Recorder
+from metapl.attribution.recording.replay import (
+    Cotangents,
+    Replay,
+    feedback_of,
+    order_of,
+)
+from metapl.attribution.reliability import PERTURBATION, Reliability, estimate_by
+from metapl.attribution.tables import columns_of, path_of_table, weights_by, write_table
+from metapl.attribution.weighted import (
+    EQUAL_WEIGHTS,
+    judges_of,
+    summed_scores,
+    thetas_along,
+    with_weights_of_one,
+)
 from metapl.core.replays import Tolerance
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.numerics import Tree, deterministic, explain, float32_products
@@ -18,30 +42,6 @@ from metapl.execution.state import one_at_a_time
 from metapl.problems.base import BilevelProblem, kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.runs.fields import AboveZero, AtLeastOne, check_arguments
-from metapl.training.attribution import Attribution, Smoothing, warn_of_worth
-from metapl.training.examples import examples_of
-from metapl.training.recording.calls import (
-    MissingColumns,
-)
-from metapl.training.recording.contents import OpenedRecording
-from metapl.training.recording.folder import KeptState, RecordingFolder
-from metapl.training.recording.network import network_in
-from metapl.training.recording.recorder import Recorder
-from metapl.training.recording.replay import (
-    Cotangents,
-    Replay,
-    feedback_of,
-    order_of,
-)
-from metapl.training.reliability import PERTURBATION, Reliability, estimate_by
-from metapl.training.tables import columns_of, path_of_table, weights_by, write_table
-from metapl.training.weighted import (
-    EQUAL_WEIGHTS,
-    judges_of,
-    summed_scores,
-    thetas_along,
-    with_weights_of_one,
-)
 from metapl.updates.smoothing import smoothing_for
 from metapl.words import summary
 
@@ -276,7 +276,7 @@ class Recording:
         training. Bias: none, as a derivative, where constants are constants: the settings of each
         step, batch norm's running statistics in the outer loss, and other buffers that passes move.
         Nothing of the network moves. Of several recordings, as of several seeds,
-        :func:`metapl.training.attribution.mean_of` has the mean. Warns: ``UserWarning`` where
+        :func:`metapl.attribution.attribute.mean_of` has the mean. Warns: ``UserWarning`` where
         losses read such buffers, and once of all reasons for which scores may not say what removals
         do, as :func:`metapl.attribute`. Raises:
         :class:`metapl.MetaplError` before the replay for an outer set that cannot be read, other
@@ -357,8 +357,8 @@ class Recording:
         Args:
             progress: show on a terminal how far it is.
 
-        Returns: a :class:`metapl.training.reliability.Reliability`, which is printed as one line.
-        Cost: one and a half trainings, and no derivative. Bias: as there. Raises:
+        Returns: a :class:`metapl.attribution.reliability.Reliability`, printed as one line. Cost:
+        one and a half trainings, and no derivative. Bias: as there. Raises:
         :class:`metapl.MetaplError` where no weight moves, or one becomes NaN.
         """
         contents = self._read()

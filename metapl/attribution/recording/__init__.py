@@ -7,6 +7,6 @@ is the recorded network at any weights. :mod:`first_step` says what cannot be fo
 goes through the steps again, forward and back, and :mod:`recording` is what a user holds.
 """
 
-from metapl.training.recording.recording import RecordedAttribution, Recording, record
+from metapl.attribution.recording.recording import RecordedAttribution, Recording, record
 
 __all__ = ["RecordedAttribution", "Recording", "record"]

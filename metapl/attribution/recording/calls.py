@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.examples import Examples
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import (
     LABEL_KEYS,
@@ -28,7 +29,6 @@ from metapl.execution.batch import (
     row_digests,
 )
 from metapl.problems.doubtful import EqualWeights
-from metapl.training.examples import Examples
 
 # What transformers.Trainer gives to a model beside a batch, for the loss alone.
 LEFT_OUT = ("num_items_in_batch",)

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metapl.attribution.weighted import WeightedTraining, WithWeights
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
@@ -40,7 +41,6 @@ from metapl.functional.state import clipped, constants_of, tensors_of
 from metapl.functional.training import first_moving_step, first_state, tensor_settings
 from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.terminal import step_bar
-from metapl.training.weighted import WeightedTraining, WithWeights
 from metapl.updates import TorchUpdate, update_of
 
 vmap = torch.func.vmap

@@ -6,8 +6,8 @@ replay takes the steps with other weights of the examples, which are the problem
 .. math:: (\theta_{k+1}, s_{k+1}) = U\Big(\theta_k,\ \nabla_\theta \frac1B
           \sum_{i \in I_k} w_i\, \ell_i(\theta_k),\ s_k\Big)
 
-:mod:`metapl.training.attribution` differentiates the training in these weights, and
-:mod:`metapl.training.retraining` takes many replays at once.
+:mod:`metapl.attribution.attribute` differentiates the training in these weights, and
+:mod:`metapl.attribution.removals` takes many replays at once.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.attribution.examples import examples_of
 from metapl.core.lesson import Lesson
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
@@ -36,7 +37,6 @@ from metapl.problems.base import BilevelProblem, Params, Random, Signal, sum_and
 from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import NextToken
 from metapl.runs.terminal import step_bar
-from metapl.training.examples import examples_of
 from metapl.updates import (
     Clipped,
     Settings,

@@ -16,20 +16,20 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few, reason_of
-from metapl.execution.failed_calls import names_of_arguments
-from metapl.execution.numerics import WHOLE, Tree
-from metapl.problems.base import kind_of
-from metapl.problems.doubtful import EqualWeights
-from metapl.problems.sequences import IGNORED, NextToken
-from metapl.training.recording.folder import KeptState
-from metapl.training.recording.network import (
+from metapl.attribution.recording.folder import KeptState
+from metapl.attribution.recording.network import (
     IN_SEVERAL_PROCESSES,
     Call,
     RecordedNetwork,
     precision_of,
     precision_of_products,
 )
+from metapl.errors import MetaplError, few, reason_of
+from metapl.execution.failed_calls import names_of_arguments
+from metapl.execution.numerics import WHOLE, Tree
+from metapl.problems.base import kind_of
+from metapl.problems.doubtful import EqualWeights
+from metapl.problems.sequences import IGNORED, NextToken
 from metapl.updates import TorchUpdate, parameters_of, update_of
 
 # What they do has a rule that gives their own bits.

@@ -34,16 +34,9 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from metapl.errors import MetaplError, reason_of
-from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
-from metapl.execution.numerics import Tree
-from metapl.execution.outside import generators_outside_torch, refuse_draws_outside
-from metapl.execution.state import RandomState, one_at_a_time, trainable
-from metapl.problems.base import kind_of
-from metapl.problems.doubtful import EqualWeights
-from metapl.training.attribution import refuse_written
-from metapl.training.examples import examples_of
-from metapl.training.recording.calls import (
+from metapl.attribution.attribute import refuse_written
+from metapl.attribution.examples import examples_of
+from metapl.attribution.recording.calls import (
     CallForm,
     Data,
     NumbersBySight,
@@ -53,14 +46,21 @@ from metapl.training.recording.calls import (
     refuse_other_rows,
     refuse_unknown,
 )
-from metapl.training.recording.first_step import (
+from metapl.attribution.recording.first_step import (
     SeenStep,
     compared_factor,
     followed_update,
 )
-from metapl.training.recording.folder import KeptState, RecordingFolder, StepRow
-from metapl.training.recording.network import Call, RecordedNetwork, parts_in_training
-from metapl.training.recording.watching import StepWatch, refuse_clipping, watching
+from metapl.attribution.recording.folder import KeptState, RecordingFolder, StepRow
+from metapl.attribution.recording.network import Call, RecordedNetwork, parts_in_training
+from metapl.attribution.recording.watching import StepWatch, refuse_clipping, watching
+from metapl.errors import MetaplError, reason_of
+from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
+from metapl.execution.numerics import Tree
+from metapl.execution.outside import generators_outside_torch, refuse_draws_outside
+from metapl.execution.state import RandomState, one_at_a_time, trainable
+from metapl.problems.base import kind_of
+from metapl.problems.doubtful import EqualWeights
 from metapl.updates import TorchUpdate
 from metapl.updates.optimizers import parameters_of
 
