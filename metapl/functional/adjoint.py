@@ -34,9 +34,11 @@ from metapl.execution.batch import Batch
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots
-from metapl.functional.capture import Captured, Held, is_transformed
+from metapl.functional.capture import Captured
+from metapl.functional.kinds import Held
 from metapl.functional.state import Network, as_dict, norm
 from metapl.functional.step import Places, with_settings, without_values
+from metapl.functional.transforms import is_transformed
 from metapl.problems.base import BilevelProblem, Signal
 from metapl.updates import Update
 from metapl.updates.base import OptimizerState

@@ -16,7 +16,7 @@ between steps has one of three places here:
 
 A value of a tensor that the host reads would be a constant in silence. So the second of the two
 steps before a recording runs in a mode of PyTorch in which this is an error. Numbers that a network
-or a loss reads from elsewhere than :class:`metapl.functional.capture.Attributes` looks are those of
+or a loss reads from elsewhere than :mod:`metapl.functional.attributes` looks are those of
 the recording.
 """
 
@@ -36,13 +36,9 @@ from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.checks import unexpected
 from metapl.execution.state import RandomState
-from metapl.functional.capture import (
-    Attributes,
-    Kind,
-    switches,
-    take_apart,
-    without_cache_of_casts,
-)
+from metapl.functional.attributes import Attributes
+from metapl.functional.kinds import Kind, switches, take_apart
+from metapl.functional.operations import without_cache_of_casts
 from metapl.functional.state import Report, State, with_fields
 from metapl.functional.step import Step
 

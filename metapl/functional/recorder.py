@@ -28,15 +28,10 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described, unexpected
-from metapl.functional.capture import (
-    Captured,
-    Constants,
-    Named,
-    NotRecorded,
-    asks_for_value,
-    constants_in,
-    without_derivative,
-)
+from metapl.functional.capture import Captured
+from metapl.functional.kinds import Constants, Named
+from metapl.functional.operations import NotRecorded, asks_for_value, constants_in
+from metapl.functional.transforms import without_derivative
 
 _TEXT_OF_DERIVATIVE = (
     "the derivative of a recorded function was asked for, and a recording has none; expected the "

@@ -36,7 +36,7 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots, named_parts, put_contents
 from metapl.feedback.base import Estimator
-from metapl.functional.capture import Captured, is_differentiated, is_transformed
+from metapl.functional.capture import Captured
 from metapl.functional.state import (
     Network,
     Report,
@@ -45,6 +45,7 @@ from metapl.functional.state import (
     rounded_steps,
     with_fields,
 )
+from metapl.functional.transforms import is_differentiated, is_transformed
 from metapl.problems.base import BilevelProblem
 from metapl.problems.losses import TeacherLoss
 from metapl.updates import Options, Update

@@ -52,9 +52,11 @@ from metapl.feedback.hypergradient import (
 )
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
-from metapl.functional.capture import Capturing, Held, is_equal
-from metapl.functional.compiled import at_other_digits, refuse_gap
+from metapl.functional.capture import Capturing
+from metapl.functional.compared_step import at_other_digits, refuse_gap
+from metapl.functional.comparison import is_equal
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
+from metapl.functional.kinds import Held
 from metapl.functional.state import (
     Network,
     on_value,

@@ -712,7 +712,7 @@ class BilevelTrainer(Trainer):
             several processes, more than 3 steps, and outer optimizers other than SGD, Adam, AdamW
             and Muon.
         """
-        from metapl.functional.compiled import functional
+        from metapl.functional.pure_step import functional
 
         return functional(self)
 

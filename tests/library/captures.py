@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from metapl.execution.state import RandomState, replayed
 from metapl.functional import capture
-from metapl.functional.capture import At, Capture, Captured, Kind, put_together, take_apart
+from metapl.functional.capture import Capture, Captured
+from metapl.functional.kinds import At, Kind, put_together, take_apart
 
 
 def without_inductor(monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:

@@ -14,7 +14,9 @@ import torch
 from captures import without_inductor
 from torch import Tensor, nn
 
-from metapl.functional.capture import Captured, Held, copy_with_strides, rows_repeated
+from metapl.functional.capture import Captured
+from metapl.functional.comparison import copy_with_strides, rows_repeated
+from metapl.functional.kinds import Held
 from metapl.problems.losses import log_of_shares
 
 FACTOR = 2.0

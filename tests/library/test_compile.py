@@ -43,7 +43,7 @@ import metapl
 from metapl import MetaplError
 from metapl.execution.compare import TRIES
 from metapl.feedback import Reinforce
-from metapl.functional import capture, compiled, training
+from metapl.functional import compared_step, compiled, operations, training
 from metapl.guards.verification import VerificationWarning
 
 
@@ -266,7 +266,7 @@ def test_compiling_many_operations_is_advised_against(
     monkeypatch: pytest.MonkeyPatch, most: int, *, warns: bool
 ) -> None:
     """Before the compiler begins; the step is taken."""
-    monkeypatch.setattr(capture, "MANY_OPERATIONS", most)
+    monkeypatch.setattr(operations, "MANY_OPERATIONS", most)
     networks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(2))) for _ in range(2)]
     trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
     batches = (torch.randn(4, 4), torch.arange(4)), torch.randn(4, 4)
@@ -859,7 +859,7 @@ def drowned_in_rounding(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_a_step_that_rounding_drowns_is_compared_again(
     has_moments: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_of_copy = compiled.step_of_copy
+    step_of_copy = compared_step.step_of_copy
     refuse_other = compiled.refuse_other
     gaps: list[float] = []
 
@@ -869,12 +869,14 @@ def test_a_step_that_rounding_drowns_is_compared_again(
 
     def noted(start: Any, of_graph: Any, eager: Any, **options: Any) -> None:
         if "by_rounding" not in options:
-            h, eager_h = (compiled.compared_trees(start, end)["h"] for end in (of_graph, eager))
-            gaps.append(float(compiled.distance(h, eager_h) / compiled.norm(eager_h)))
+            h, eager_h = (
+                compared_step.compared_trees(start, end)["h"] for end in (of_graph, eager)
+            )
+            gaps.append(float(compared_step.distance(h, eager_h) / compared_step.norm(eager_h)))
         refuse_other(start, of_graph, eager, **options)
 
     as_functions(monkeypatch)
-    monkeypatch.setattr(compiled, "step_of_copy", step_of_other_digits)
+    monkeypatch.setattr(compared_step, "step_of_copy", step_of_other_digits)
     monkeypatch.setattr(compiled, "refuse_other", noted)
     comparisons: list[int] = []
     for seed in range(4):

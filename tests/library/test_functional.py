@@ -25,7 +25,7 @@ from metapl.feedback import (
     Unrolled,
 )
 from metapl.functional import stack, unstack
-from metapl.functional.compiled import eager_step
+from metapl.functional.compared_step import eager_step
 from metapl.functional.state import State
 from metapl.problems.base import gumbel
 

@@ -32,7 +32,8 @@ BOUNDS = {
     "hypergradient": Way(files=34, functions=206, lines=1186),
     # With the look at all that the graph holds for, which was in Dynamo's guards before, and at
     # the flag, without which a step that is not finite moved the networks.
-    "compiled": Way(files=10, functions=42, lines=208),
+    # Two files became five, which have 1,940 lines in the place of 2,780.
+    "compiled": Way(files=13, functions=42, lines=208),
 }
 
 IMPORTED_LINES = 17_492

@@ -24,7 +24,7 @@ from metapl import MetaplError, Signal
 from metapl.execution.state import RandomState
 from metapl.feedback import Difference, Forward
 from metapl.feedback.forward import SMALL
-from metapl.functional.compiled import refuse_gap
+from metapl.functional.compared_step import refuse_gap
 
 ROWS = 8
 CLASSES = 3

@@ -1,0 +1,303 @@
+"""What a function reads besides its arguments, of objects and variables: its graph keeps it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
+from functools import cached_property, partial
+from itertools import chain
+from operator import is_
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+# The types of attributes and of parts of a batch that are constants of a graph.
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class Attributes:
+    """What a function reads of objects and of variables, besides its arguments.
+
+    Of objects that these hold, and that are no modules, the attributes count too, to some depth,
+    and so do those of their classes, the entries of dicts, lists and other collections, arrays, and
+    the variables that methods and functions outside of PyTorch read around them: globals and
+    closures. Of modules, what every module has is left out: tables of tensors, parts and hooks, and
+    the mode. :func:`modes_of` has these for stacks, and ``Slots.mark`` for a trainer's steps.
+
+    Args:
+        sources: the objects: networks, losses, a problem.
+    """
+
+    def __init__(self, sources: Sequence[Any]) -> None:
+        self._sources = sources
+        self.read_again()
+
+    def read_again(self) -> None:
+        """Look into all objects anew: others may be in their places."""
+        self._tables: list[Mapping[Any, Any]] = []
+        self._globals: list[tuple[Mapping[Any, Any], Any]] = []
+        self._cells: list[types.CellType] = []
+        self._collections: list[Collection[Any]] = []
+        self._arrays: list[numpy.ndarray[Any, Any]] = []
+        self._slots: list[tuple[Any, str]] = []
+        self._modules: list[nn.Module] = []
+        self._met: set[int] = set()
+        self._met_globals: set[tuple[int, str]] = set()
+        for source in self._sources:
+            self._look_into(source, depth=0)
+        self._sizes: list[int] | None = None
+        self._places: list[tuple[Mapping[Any, Any], Any]] = []
+
+    def values(self) -> list[Any]:
+        """Return the values of all attributes and variables, as they are now."""
+        sizes = [*map(len, self._tables)]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._places = [
+                (table, name)
+                for table in self._tables
+                for name in table
+                if name not in ATTRIBUTES_OF_ALL_MODULES
+            ]
+            self._places += self._globals
+        try:
+            values = [table[name] for table, name in self._places]
+        except KeyError:
+            # As many attributes, of other names; or a variable that was deleted.
+            self.read_again()
+            return self.values()
+        values += chain.from_iterable(self._collections)
+        if self._cells or self._slots or self._arrays:
+            values += [cell.cell_contents for cell in self._cells]
+            values += [getattr(owner, name, None) for owner, name in self._slots]
+            values += [array.tobytes() for array in self._arrays]
+        return values
+
+    def modules(self) -> list[nn.Module]:
+        """Return the modules among the objects, and those that these hold or read."""
+        return self._modules
+
+    def named_values(self) -> list[tuple[str, Any]]:
+        """Return the values of attributes and entries of dicts and lists, as they are now."""
+        values = self.values()
+        names = [str(name) for _, name in self._places]
+        return [*zip(names + ["an entry"] * (len(values) - len(names)), values, strict=True)]
+
+    def difference_from(self, values: list[Any]) -> str:
+        """Return which value is another one than among these, in words."""
+        names = [name for _, name in self._places]
+        for name, one, two in zip(names, values, self.values(), strict=False):
+            if constants_of([one]) != constants_of([two]):
+                return f"{name} was {one!r:.40} and is {two!r:.40}"
+        return "an attribute or a variable that it reads has changed"
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put back what passes in this block leave in attributes and in dicts.
+
+        Where a function is recorded, they leave tensors without values.
+        """
+        tables = [table for table in self._tables if isinstance(table, dict)]
+        tables_before = [dict(table) for table in tables]
+        try:
+            yield
+        finally:
+            for table, before in zip(tables, tables_before, strict=True):
+                if len(table) != len(before) or not all(map(is_, table.values(), before.values())):
+                    table.clear()
+                    table.update(before)
+
+    def _look_into(self, value: Any, *, depth: int) -> None:
+        if id(value) in self._met or isinstance(value, PLAIN):
+            return
+        if isinstance(value, type):
+            self._look_at_class(value, value, depth=depth)
+            return
+        self._met.add(id(value))
+        if isinstance(value, nn.Module):
+            for part in value.modules():
+                if part is value or id(part) not in self._met:
+                    self._met.add(id(part))
+                    self._modules.append(part)
+                    self._look_at_class(type(part), part, depth=depth)
+                    self._look_through(vars(part), depth=depth)
+        elif isinstance(value, partial):
+            self._look_into((value.func, value.args, value.keywords), depth=depth)
+        elif isinstance(value, types.MethodType):
+            self._look_into(value.__self__, depth=depth)
+            self._look_into(value.__func__, depth=depth)
+        elif isinstance(value, types.FunctionType):
+            self._look_around(value, depth=depth)
+        elif isinstance(value, numpy.ndarray):
+            self._arrays += [value] if value.size <= MOST_ENTRIES else []
+        elif isinstance(value, Mapping):
+            if len(value) <= MOST_ENTRIES:
+                self._look_through(value, depth=depth)
+        elif isinstance(value, list | tuple | deque | set | frozenset | bytearray):
+            if len(value) <= MOST_ENTRIES:
+                self._collections.append(value)
+                for entry in value:
+                    self._look_into(entry, depth=depth + 1)
+        elif depth == 0 or (depth <= DEPTH and is_read_deeper(value)):
+            self._look_at_class(type(value), value, depth=depth)
+            if hasattr(value, "__dict__"):
+                self._look_through(vars(value), depth=depth)
+
+    def _look_at_class(self, kind: type, value: Any, *, depth: int) -> None:
+        """Note what an object has of its classes, but for those of PyTorch and metapl."""
+        for base in kind.__mro__:
+            if not is_of_user(base):
+                continue
+            if id(base) not in self._met:
+                self._met.add(id(base))
+                self._tables.append(vars(base))
+                for name, part in vars(base).items():
+                    for function in functions_of(part) or [part]:
+                        if not name.startswith("__") or isinstance(function, types.FunctionType):
+                            self._look_into(function, depth=depth + 1)
+            slots = vars(base).get("__slots__", ())
+            for name in [slots] if isinstance(slots, str) else slots:
+                self._slots.append((value, name))
+                self._look_into(getattr(value, name, None), depth=depth + 1)
+
+    def _look_through(self, table: Mapping[Any, Any], *, depth: int) -> None:
+        """Note the entries of a table, and look into them."""
+        self._tables.append(table)
+        if depth < DEPTH:
+            for name, part in table.items():
+                if name not in ATTRIBUTES_OF_ALL_MODULES:
+                    self._look_into(part, depth=depth + 1)
+
+    def _look_around(self, function: types.FunctionType, *, depth: int) -> None:
+        """Note the variables that a function reads of its file and of functions around it."""
+        if not is_of_user(function):
+            return
+        # What it says after a dot, or in brackets: parts of variables by their names.
+        names: list[str] = []
+        codes = [function.__code__]
+        for code in codes:
+            names += [*code.co_names, *(part for part in code.co_consts if isinstance(part, str))]
+            codes += [part for part in code.co_consts if isinstance(part, types.CodeType)]
+        names = [*dict.fromkeys(names)]
+        for cell in function.__closure__ or ():
+            # A cell is empty until its name is bound.
+            with suppress(ValueError):
+                self._look_into(cell.cell_contents, depth=1)
+                self._look_at_parts(cell.cell_contents, names, met=set())
+                self._cells.append(cell)
+        defaults = (function.__defaults__, function.__kwdefaults__)
+        # Notebooks put the code of an edited file into the function that there is.
+        self._slots += [(function, "__defaults__"), (function, "__code__")]
+        self._look_into(defaults, depth=0)
+        self._look_at_parts(function, names, met=set())
+        for name in dict.fromkeys(name for code in codes for name in code.co_names):
+            if name in function.__globals__:
+                self._look_at_variable(function.__globals__, name, names, met=set())
+            elif name in sys.modules and is_of_user(sys.modules[name]):
+                # It is imported inside of the function.
+                self._look_at_parts(sys.modules[name], names, met=set())
+
+    def _look_at_variable(
+        self, table: Mapping[str, Any], name: str, names: list[str], *, met: set[int]
+    ) -> None:
+        """Note a variable that a function reads, and what the function may read of it.
+
+        Args:
+            table: the variables of a file, or the attributes of an object or a class.
+            names: those of parts that the function reads of its variables.
+            met: the objects whose parts were looked at for this function.
+        """
+        value = table[name]
+        if isinstance(value, types.ModuleType):
+            if is_of_user(value):
+                self._look_at_parts(value, names, met=met)
+        elif not isinstance(value, types.BuiltinFunctionType):
+            if (id(table), name) not in self._met_globals:
+                self._met_globals.add((id(table), name))
+                self._globals.append((table, name))
+            self._look_into(value, depth=1)
+            self._look_at_parts(value, names, met=met)
+
+    def _look_at_parts(self, value: Any, names: list[str], *, met: set[int]) -> None:
+        """Note what of a file, a class, an object or a dict has one of these names."""
+        if isinstance(value, (*PLAIN, Tensor)) or id(value) in met:
+            return
+        met.add(id(value))
+        tables = [value if isinstance(value, Mapping) else getattr(value, "__dict__", {})]
+        tables += [vars(base) for base in type(value).__mro__ if is_of_user(base)]
+        for name in names:
+            for table in tables:
+                if name in table and name not in ATTRIBUTES_OF_ALL_MODULES:
+                    self._look_at_variable(table, name, names, met=met)
+
+
+def functions_of(method: Any) -> list[Any]:
+    """Return the functions of what a class holds: a method, a property, a static method."""
+    if isinstance(method, property):
+        return [method.fget] if method.fget else []
+    if isinstance(method, staticmethod | classmethod):
+        return [method.__func__]
+    if isinstance(method, cached_property):
+        return [method.func]
+    return [method] if isinstance(method, types.FunctionType) else []
+
+
+def modes_of(module: nn.Module) -> list[Any]:
+    """Return what a forward may branch on, of a part of a network: mode, hooks, parts."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return [module.training, [*map(id, hooks)], [*map(id, module._modules.values())]]
+
+
+def is_read_deeper(value: Any) -> bool:
+    """Return whether the attributes of an object that another one holds are read too."""
+    if isinstance(value, Tensor):
+        return False
+    is_namespace = isinstance(value, types.SimpleNamespace | argparse.Namespace)
+    return is_namespace or is_dataclass(value) or is_of_user(type(value))
+
+
+# How deep attributes of attributes are looked at, and how long dicts and lists of them are.
+DEPTH = 3
+
+MOST_ENTRIES = 1_000
+
+ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+
+
+def is_of_user(value: Any) -> bool:
+    """Return whether a class, function or file was written outside of Python, metapl and packages.
+
+    What an installed package reads of itself is not looked at.
+    """
+    is_file = isinstance(value, types.ModuleType)
+    name = value.__name__ if is_file else getattr(value, "__module__", None) or "builtins"
+    module = value if is_file else sys.modules.get(name)
+    package = name.split(".")[0]
+    if package in sys.stdlib_module_names or package in ("torch", "metapl"):
+        return False
+    file = getattr(module, "__file__", None) or ""
+    return "site-packages" not in file and "dist-packages" not in file
+
+
+def constants_of(attributes: Sequence[Any]) -> list[Any]:
+    """Return what of the values of attributes is a constant of a graph.
+
+    That is numbers and texts, also in tuples, and which objects the others are.
+    """
+    constants: list[Any] = []
+    for value in attributes:
+        if isinstance(value, PLAIN):
+            constants.append((type(value), value))
+        elif isinstance(value, tuple):
+            constants.append(constants_of(value))
+        else:
+            constants.append(id(value))
+    return constants

@@ -1,0 +1,379 @@
+"""A compiled step beside the eager one, which a copy of the trainer takes, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.torch_version import TorchVersion
+from torch.utils import _pytree as pytree
+
+from metapl.core.lookahead import InnerBatches, Lookahead
+from metapl.data.held_values import names_written, numbers_of
+from metapl.errors import MetaplError, few
+from metapl.execution.batch import Batch
+from metapl.execution.numerics import as_real
+from metapl.execution.state import (
+    RandomState,
+    all_with_contents_of,
+    branching_to,
+    replayed,
+)
+from metapl.feedback.report import StepReport
+from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES
+from metapl.functional.comparison import (
+    NUDGES,
+    is_equal,
+    rows_repeated,
+    with_other_digits,
+)
+from metapl.functional.pure_step import networks_of, updates_of
+from metapl.functional.state import (
+    State,
+    leaves_of,
+    norm,
+    state_of,
+)
+from metapl.problems.base import kind_of
+from metapl.protocols import TwoLevelTrainer
+
+
+class Outcome(NamedTuple):
+    """The state after a step, and the trainer's report of it.
+
+    Attributes:
+        written: what the problem has written in an eager step, in words; "" for nothing.
+    """
+
+    state: State
+    report: StepReport
+    written: str = ""
+
+
+def eager_step(
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner_batches: InnerBatches
+) -> Outcome:
+    """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
+
+    Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network, or makes
+        one that later steps read.
+    """
+    inner = inner_batches.as_argument()
+    start = RandomState.now(trainer.device)
+    twin, report = step_of_copy(trainer, outer_batch, inner)
+    end = RandomState.now(trainer.device)
+    start.restore()
+    # Recorded, L(θ′) draws from where the teacher's passes end; in an eager step, from a stream of
+    # its own. So a step that draws is taken again, with that stream begun where this one
+    # ended.
+    if not end.equals(start):
+        with branching_to(end):
+            twin, report = step_of_copy(trainer, outer_batch, inner)
+        start.restore()
+    refuse_draws_of_problem(trainer, twin, report)
+    made = attributes_made(trainer, twin)
+    if made:
+        refuse_made_that_are_read(made, trainer, outer_batch, inner_batches)
+    return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
+
+
+def refuse_draws_of_problem(
+    trainer: TwoLevelTrainer, twin: TwoLevelTrainer, report: StepReport
+) -> None:
+    """Refuse a problem that draws other than labels from the generator of labels.
+
+    A graph draws from the default generators alone; labels are drawn outside of it.
+    """
+    if trainer.generator is None or twin.generator is None or report.signal.probs is not None:
+        return
+    if not torch.equal(trainer.generator.get_state(), twin.generator.get_state()):
+        raise MetaplError(
+            f"compile= was given with generator=, of which {kind_of(trainer.problem)} draws other "
+            "than labels; expected compile=False, or no generator= and torch.manual_seed."
+        )
+
+
+def refuse_written(eager: Outcome) -> None:
+    """Refuse a problem that writes its own state in an eager step."""
+    if eager.written:
+        raise MetaplError(f"compile= cannot take this step: {eager.written}; leave compile out.")
+
+
+def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
+    """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
+    before, after = (
+        numbers_of(one.problem, nn.ModuleList(networks_of(one))) for one in (trainer, twin)
+    )
+    written = names_written(before, after)
+    if not written:
+        return ""
+    return f"{kind_of(trainer.problem)} writes state ({few(written, 3)}), no buffer of the teacher"
+
+
+def step_of_copy(
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch
+) -> tuple[TwoLevelTrainer, StepReport]:
+    """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
+    memo: dict[int, Any] = {}
+    if trainer.generator is not None:
+        memo[id(trainer.generator)] = trainer.generator.clone_state()
+    twin = copy.deepcopy(trainer, memo)
+    vars(twin)["compiled_step"] = None
+    # A loss may read the networks by a closure, which no copy changes.
+    pairs = (
+        (twin.problem, trainer.problem),
+        (twin.teacher, trainer.teacher),
+        (twin.student, trainer.student),
+    )
+    with all_with_contents_of(pairs):
+        return twin, twin.step(outer_batch, inner)
+
+
+@contextmanager
+def at_other_digits(network: nn.Module) -> Iterator[None]:
+    """Let the weights of a network differ in their last digit in this block."""
+    weights = [*network.parameters()]
+    values = [p.detach().clone() for p in weights]
+    try:
+        with torch.no_grad():
+            for p, value in zip(weights, values, strict=True):
+                p.copy_(with_other_digits(value))
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(weights, values, strict=True):
+                p.copy_(value)
+
+
+class MadeAttribute(NamedTuple):
+    """An attribute of a part of a network in which a step has put numbers.
+
+    Attributes:
+        part: of the network that took no step.
+        name: the attribute's.
+        place: the names of the part and of the attribute, in words.
+        value: what a copy of the part holds after the step.
+    """
+
+    part: nn.Module
+    name: str
+    place: str
+    value: Any
+
+
+def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[MadeAttribute]:
+    """Return the attributes in which a step of a trainer's copy has put numbers anew.
+
+    Of both networks, but for what one of them holds of the other.
+
+    Raises: :class:`metapl.MetaplError` where a number, text or tensor that was there has changed.
+    """
+    made: list[MadeAttribute] = []
+    networks, moved = (nn.ModuleList(networks_of(one)) for one in (trainer, twin))
+    pairs = zip(networks.named_modules(), moved.modules(), strict=True)
+    for (name, part), part_moved in pairs:
+        path = name.partition(".")[2]
+        before = numbers_of(held_by(part), networks)
+        after = numbers_of(held_by(part_moved), moved)
+        written = names_written(before, {name: t for name, t in after.items() if name in before})
+        texts = [
+            name
+            for name, value in vars(part_moved).items()
+            if isinstance(value, str) and vars(part).get(name) != value
+        ]
+        if written or texts:
+            place = f"{path}.{[*written, *texts][0]}".lstrip(".")
+            expected = "expected a registered buffer, or compile left out"
+            raise MetaplError(f"a network's {place} changes in a step; {expected}.")
+        for name, value in vars(held_by(part_moved)).items():
+            if numbers_of(SimpleNamespace(**{name: value}), moved).keys() - before.keys():
+                made.append(MadeAttribute(part, name, f"{path}.{name}".lstrip("."), value))
+    return made
+
+
+def refuse_made_that_are_read(
+    made: Sequence[MadeAttribute],
+    trainer: TwoLevelTrainer,
+    outer_batch: Batch,
+    inner_batches: InnerBatches,
+) -> None:
+    """Refuse a network to whose later steps it matters what a first step has put into attributes.
+
+    A graph has each step as the first one. So an eager step on other rows is taken with these
+    attributes and without; a cache that every step would fill with the same is none to be refused.
+    """
+    inner: Any = [*map(rows_repeated, inner_batches)]
+    inner = Lookahead(inner) if inner_batches.is_lookahead else inner[0]
+    outer = rows_repeated(outer_batch)
+    start = RandomState.now(trainer.device)
+    ends: list[State] = []
+    for attributes in ((), made):
+        with holding(attributes), replayed(start):
+            twin, _ = step_of_copy(trainer, outer, inner)
+        ends.append(state_of(twin, updates_of(twin)))
+    without, with_made = map(leaves_of, ends)
+    if not all(map(is_equal, with_made, without)):
+        raise MetaplError(
+            f"a network's {made[0].place} is made by its first step and read by later ones; "
+            "expected a registered buffer, or compile left out."
+        )
+
+
+@contextmanager
+def holding(made: Sequence[MadeAttribute]) -> Iterator[None]:
+    """Let the parts of networks hold what a step has put into attributes, in this block."""
+    tables = [vars(attribute.part) for attribute in made]
+    before = [dict(table) for table in tables]
+    try:
+        for table, attribute in zip(tables, made, strict=True):
+            detached = pytree.tree_map_only(Tensor, Tensor.detach, attribute.value)
+            table[attribute.name] = detached
+        yield
+    finally:
+        for table, attribute, held in zip(tables, made, before, strict=True):
+            table.pop(attribute.name)
+            if attribute.name in held:
+                table[attribute.name] = held[attribute.name]
+
+
+def held_by(part: nn.Module) -> SimpleNamespace:
+    """Return what a part of a network holds besides tables of tensors, parts and hooks."""
+    return SimpleNamespace(
+        **{
+            name: value
+            for name, value in vars(part).items()
+            if name not in ATTRIBUTES_OF_ALL_MODULES and not isinstance(value, nn.Module)
+        }
+    )
+
+
+def is_recorded_in_half_precision(trainer: TwoLevelTrainer) -> bool:
+    """Return whether passes in half precision are recorded as a CUDA graph, without a compiler."""
+    is_in_region = torch.is_autocast_enabled(trainer.device.type)
+    has_half_precision = trainer.precision != "float32" or is_in_region
+    return trainer.compile == "cudagraphs" and has_half_precision
+
+
+def is_repeated(before: State, eager: Outcome, again: Outcome) -> bool:
+    """Return whether an eager step from one state comes out the same twice."""
+    trees, trees_again = (compared_trees(before, outcome) for outcome in (eager, again))
+    return all(map(is_equal, pytree.tree_leaves(trees_again), pytree.tree_leaves(trees)))
+
+
+def refuse_other(
+    before: State,
+    compiled: Outcome,
+    eager: Outcome,
+    *,
+    by_rounding: Outcome | None = None,
+    is_reduced: bool = False,
+) -> None:
+    """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers.
+
+    Args:
+        by_rounding: an eager step at weights that differ in their last digit; the compiled one may
+            be some times as far.
+        is_reduced: see :func:`refuse_gap`.
+    """
+    trees_compiled = compared_trees(before, compiled)
+    trees_eager = compared_trees(before, eager)
+    trees_by_rounding = {} if by_rounding is None else compared_trees(before, by_rounding)
+    loss = eager.report.scalars["inner_loss"]
+    for name, tree in trees_eager.items():
+        refuse_gap(
+            name,
+            trees_compiled[name],
+            tree,
+            loss,
+            by_rounding=trees_by_rounding.get(name),
+            rounding=name == "h",
+            is_reduced=is_reduced,
+        )
+
+
+def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
+    """Return the trees of tensors by which steps from one state are compared, by their names."""
+    state = outcome.state
+    trees: dict[str, dict[Any, Tensor]] = {}
+    trees["h"] = dict(enumerate(pytree.tree_leaves(outcome.report.feedback)))
+    trees["the inner loss"] = {"": outcome.report.scalars["inner_loss"]}
+    trees["the mode's state"] = {name: t for name, t in state.mode.items() if t.is_floating_point()}
+    for role, optimizer in (("student", state.inner), ("teacher", state.outer)):
+        network = getattr(state, role)
+        weights_before = getattr(before, role).params
+        # By first moments, in which gradients are: of a fresh Adam, a weight's move is a sign.
+        gradients = {}
+        moves = {}
+        for name, t in network.params.items():
+            moments = optimizer.state[name]
+            moves[name] = t - weights_before[name]
+            gradients[name] = moments.get("exp_avg", moments.get("momentum_buffer", moves[name]))
+        trees[f"the {role}'s move"] = moves
+        trees[f"the {role}'s gradient"] = gradients
+        trees[f"the {role}'s buffers"] = network.state
+    return trees
+
+
+# The greatest difference of a compiled tree from the eager one, by norm and relative to its size.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-2}
+
+# That of a step that is recorded without a compiler, in half precision. There ż by forward mode, on
+# the eager road, and ż by the transpose of the pullback round otherwise: by 2e-2 on WRN-28-2 in
+# bfloat16.
+TOLERANCE_OF_HALF = 0.1
+
+# That of what weights move by: a first step of Adam is a sign for each weight, and that of a
+# gradient that is 0 but for rounding may be either.
+TOLERANCE_OF_MOVES = 0.5
+
+# The release from which on graphs draw the masks of dropout as the eager road does.
+DRAWS_ALIKE = "2.12"
+
+
+def refuse_gap(
+    name: str,
+    compiled: Mapping[Any, Tensor],
+    eager: Mapping[Any, Tensor],
+    loss: Tensor,
+    *,
+    by_rounding: Mapping[Any, Tensor] | None = None,
+    rounding: bool = False,
+    is_reduced: bool = False,
+) -> None:
+    """Refuse a tree of tensors that is not the eager one, by norm.
+
+    Args:
+        name: what the tree is, for the error.
+        loss: a loss of the step, in the type in which it was computed.
+        by_rounding: an eager one at weights that differ in their last digit; None: the same.
+        rounding: whether the entries are sums that may cancel, which are then allowed the rounding
+            of the loss.
+        is_reduced: whether the step is recorded without a compiler, in half precision.
+    """
+    gap = distance(compiled, eager) if eager else 0.0 * loss
+    size = norm(dict(eager)) if eager else 0.0 * loss
+    tolerance = TOLERANCE_OF_HALF if is_reduced else TOLERANCE[loss.dtype]
+    if name.endswith("move"):
+        tolerance = TOLERANCE_OF_MOVES
+    allowed = tolerance * size
+    if by_rounding:
+        allowed = allowed + NUDGES * distance(by_rounding, eager)
+    if rounding:
+        allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
+    if not bool(gap <= allowed):
+        advice = "leave compile out"
+        if torch.__version__ < TorchVersion(DRAWS_ALIKE):
+            # Measured on a network with dropout behind a batch norm.
+            advice += f" (below torch {DRAWS_ALIKE}, graphs draw other masks of dropout)"
+        off = f"{float(gap / size):.2g} off its eager value"
+        raise MetaplError(f"compiled, {name} is {off}; {advice}.")
+
+
+def distance(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:
+    """Return the norm of the difference of two trees of tensors that have the same keys."""
+    return norm({k: as_real(one[k]).double() - as_real(t).double() for k, t in other.items()})

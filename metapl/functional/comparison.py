@@ -1,0 +1,102 @@
+"""Whether a graph's results are the function's, but for rounding; other arguments to compare at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def copy_with_strides(t: Tensor) -> Tensor:
+    """Return a copy of a tensor with the same strides, for which a compiled graph was made.
+
+    ``clone()`` closes the gaps of columns of a larger tensor, and a graph would read beyond it.
+    """
+    t = t.detach()
+    if t.layout != torch.strided or not t.numel():
+        return t.clone()
+    steps = zip(t.shape, t.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in steps)
+    return t.as_strided((span,), (1,)).clone().as_strided(t.shape, t.stride())
+
+
+def rows_repeated(values: Any) -> Any:
+    """Return nested tensors whose second rows are their first again: others, of the same kind."""
+
+    def repeated(t: Tensor) -> Tensor:
+        half = len(t) // 2 if t.ndim else 0
+        # Rows of an expanded tensor are the same already.
+        if not half or 0 in t.stride():
+            return t
+        other = copy_with_strides(t)
+        other[half : 2 * half] = other[:half].clone()
+        return other.requires_grad_(t.requires_grad)
+
+    return pytree.tree_map_only(Tensor, repeated, values)
+
+
+# Two results that differ by less than this many roundings, relative to their size, are equal: a
+# replay has the function's own bits, but for kernels that do not repeat theirs.
+ROUNDINGS = 1e3
+
+ROUNDINGS_OF_SCALE = 10
+
+# A graph adds in another order, in many operations; another last digit of each number is one
+# rounding. So many times as far a graph's results may be from the function's.
+NUDGES = 10.0
+
+DROWNED = "At numbers that differ in their last digit it comes out as far off without a graph."
+
+
+def is_equal(found: Any, wanted: Any, *, factor: float = 1.0, scale: float = 0.0) -> bool:
+    """Return whether two results are equal, to the rounding of a sum where they are tensors.
+
+    Args:
+        factor: how many times as much rounding is allowed.
+        scale: of the numbers that a result may be a difference of, a few roundings are allowed.
+    """
+    if not isinstance(found, Tensor) or not isinstance(wanted, Tensor):
+        return bool(found == wanted)
+    wanted = wanted.detach()
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    if torch.equal(found, wanted):
+        return True
+    if not wanted.is_floating_point():
+        return False
+    eps = torch.finfo(wanted.dtype).eps
+    limit = ROUNDINGS * eps * factor
+    floor = limit * size_of(wanted) + ROUNDINGS_OF_SCALE * eps * scale
+    return torch.allclose(found, wanted, rtol=limit, atol=floor, equal_nan=True)
+
+
+def with_other_digits(t: Tensor) -> Tensor:
+    """Return a tensor whose numbers differ in their last digit, up or down by a fixed draw."""
+    if not t.is_floating_point():
+        return t.clone()
+    generator = torch.Generator().manual_seed(0)
+    signs = 2.0 * torch.randint(0, 2, t.shape, generator=generator) - 1.0
+    return t * (1.0 + torch.finfo(t.dtype).eps * signs.to(t))
+
+
+def is_as_near(found: Any, wanted: Any, wanted_there: Any) -> bool:
+    """Return whether rounding explains how far a graph's result is from the function's.
+
+    Args:
+        wanted_there: the function's result at numbers that differ in their last digit.
+    """
+    results = (found, wanted, wanted_there)
+    if not all(isinstance(t, Tensor) and t.is_floating_point() for t in results):
+        return False
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return False
+    gap, gap_there = ((t.detach() - wanted.detach()).norm() for t in (found, wanted_there))
+    return bool(gap <= NUDGES * gap_there)
+
+
+def size_of(t: Tensor) -> float:
+    """Return the largest size among the finite entries of a tensor."""
+    size = float(t.detach().abs().nan_to_num().max()) if t.numel() else 0.0
+    return size if size < float("inf") else 1.0
