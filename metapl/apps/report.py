@@ -37,8 +37,9 @@ PICTURE = "report.png"
 # Mistakes that are shown.
 SHOWN = 12
 
-# The most classes of a table that is open.
+# The most classes of a table that is open, and the most entries of a setting that are listed.
 MOST_UNFOLDED = 40
+MOST_LISTED = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,6 +300,13 @@ def classes_of(evaluation: Evaluation) -> str:
     return web.folded(f"all {len(names):,} classes", table)
 
 
+def setting_in_words(value: Any) -> str:
+    """Return a setting as recipe.json has it; of a long list how many entries it has there."""
+    if isinstance(value, list) and len(value) > MOST_LISTED:
+        return f"{len(value):,} entries, in recipe.json"
+    return json.dumps(value)
+
+
 def provenance(folder: RunFolder) -> Iterator[str]:
     """Yield the parts of a page on what, with which settings and by what a run was made, folded."""
     about = folder.description()
@@ -317,6 +325,6 @@ def provenance(folder: RunFolder) -> Iterator[str]:
         yield web.folded("Data", web.rows([*about_data.items()]))
     settings = {name: value for name, value in description.items() if name != "fields"}
     settings |= description["fields"]
-    rows_of_settings = [(name, json.dumps(value)) for name, value in settings.items()]
+    rows_of_settings = [(name, setting_in_words(value)) for name, value in settings.items()]
     yield web.folded("Settings", web.rows(rows_of_settings))
     yield web.folded("Versions and hardware", web.rows([*about.get("made_with", {}).items()]))

@@ -102,6 +102,13 @@ def test_names_and_texts_are_escaped(run: Path) -> None:
     assert HOSTILE not in (run / "report.html").read_text()
 
 
+def test_a_long_setting_is_counted(run: Path) -> None:
+    edited(run / "recipe.json", "recipe", "fields", patches=[0.5] * 144)
+    metapl("report", run)
+    assert "144 entries, in recipe.json" in " ".join(page(run).words)
+    assert "0.5, 0.5" not in (run / "report.html").read_text()
+
+
 def test_a_run_whose_pictures_are_gone_has_a_page_without_them(tmp_path: Path) -> None:
     root = color_folders(tmp_path, few=3, many=4)
     # After one step the network still takes some pictures for others.
