@@ -191,7 +191,8 @@ def verdict(entries: Sequence[Entry]) -> str:
     """Compare what the runs of each method deliver with those of the first, in pairs of a seed.
 
     Every method has chosen among its networks by validation or by its rule, so that one whose
-    student is finetuned on the labels is measured as such. Return the differences, or why the runs are not paired.
+    student is finetuned on the labels is measured as such. Return the differences, or why the runs
+    are not paired.
     """
     # Methods have settings of their own, which differ between them. Runs are told apart by settings
     # in which those of one method differ, and by those that all of the runs have.
