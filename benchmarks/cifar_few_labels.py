@@ -80,6 +80,8 @@ VALIDATIONS = 5
 # The share of the labeled pictures that is set aside to select by, and how many at most.
 SET_ASIDE = 0.2
 MOST_SET_ASIDE = 400
+# The rows are older than the choice of changes by the number of steps.
+STRONG = ("--augment", "strong")
 
 # Steps of the shorter run of two by which work is counted: shares such as 0.6 are whole steps.
 COUNTED_STEPS = 20
@@ -144,7 +146,14 @@ class Arm:
         """Return the steps of finetuning."""
         return FINETUNING if self.is_finetuned else 0
 
-    def words(self, steps: int, finetuning: int, part: int = 1, labels: int = 0) -> list[str]:
+    def words(
+        self,
+        steps: int,
+        finetuning: int,
+        part: int = 1,
+        labels: int = 0,
+        more: Sequence[str] = STRONG,
+    ) -> list[str]:
         """Return the words of the command, but for its folders.
 
         Args:
@@ -152,13 +161,14 @@ class Arm:
             finetuning: steps of it.
             part: what batches are divided by.
             labels: how many pictures are labeled, of which a part is set aside.
+            more: flags besides.
         """
         words = ["train", "images", *self.flags, "--unlabeled-batch", str(BATCH // 2 // part)]
         if self.rounds:
             words = ["noisy-student", "images", *self.flags, "--rounds", str(self.rounds)]
         words += ["--network", self.network, "--labeled-batch", str(self.batch // part)]
         words += ["--steps", str(steps), "--finetune-steps", str(finetuning), "--device", "cpu"]
-        words += ["--validate-every", str(max(1, steps // VALIDATIONS))]
+        words += ["--validate-every", str(max(1, steps // VALIDATIONS)), *more]
         if labels and not self.learns_all:
             words += ["--val-fraction", f"{min(SET_ASIDE, MOST_SET_ASIDE / labels):g}"]
         return words

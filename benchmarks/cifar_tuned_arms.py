@@ -125,7 +125,8 @@ def run_all(args: argparse.Namespace, pool: Executor, place: Path) -> None:
         if args.miniature:
             steps, finetuning = 2, min(1, finetuning)
         flags = tries_of(job["arm"], steps)[job["try"]]
-        row = few.trained(pool, [*arm.words(steps, finetuning, labels=labels), *flags], folder)
+        more = [*flags, *(() if "--augment" in flags else few.STRONG)]
+        row = few.trained(pool, arm.words(steps, finetuning, labels=labels, more=more), folder)
         return {"steps": steps, "work_gflop": round(work, 1), "flags": [*flags], **row}
 
     todo = miniature_jobs() if args.miniature else jobs(args.out, args.arms)

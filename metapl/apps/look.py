@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,8 @@ def choose_settings(
     method = with_stored(method, usual_settings)
 
     # 4. The steps. Then all that was chosen is said in a line.
-    config, method = with_steps(config, method, timetable or Timetable(), say)
+    learned = round((1 - (config.val_fraction or 0.0)) * len(few))
+    config, method = with_steps(config, method, timetable or Timetable(), say, learned=learned)
     tell_choices(config, method, seen, say)
     return config, method
 
@@ -283,8 +284,8 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
     losses = f" ({', '.join(lost)})" if lost else ""
     say(
         f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
-        f"{mirrored}; {pictures.recipe.optimizer} at {fitting.lr:g}, {fitting.precision}, "
-        f"{fitting.chosen_steps:,} steps"
+        f"{mirrored}, {pictures.augment} changes; {pictures.recipe.optimizer} at "
+        f"{fitting.lr:g}, {fitting.precision}, {fitting.chosen_steps:,} steps"
     )
     is_from_scratch = pictures.weights is None and pictures.backbone == "none"
     if is_from_scratch and not pictures.grey and seen.side >= PHOTOGRAPHS:
@@ -352,23 +353,30 @@ def with_steps(
     method: MethodT,
     timetable: Timetable,
     say: Say = lambda text: None,
+    *,
+    learned: int,
 ) -> tuple[Images, MethodT]:
     """Return the settings and the method with a number of steps.
 
     Where it is open, it is as many as fit into the minutes, which the timetable is told.
+
+    Args:
+        learned: how many labeled pictures are learned from.
     """
     if config.fitting.steps is not None:
-        return with_number_of_steps(config, method, config.fitting.steps)
+        return with_number_of_steps(config, method, config.fitting.steps, learned=learned)
     minutes = config.minutes or MINUTES
-    rehearsal = with_number_of_steps(config, method, REHEARSED)
+    rehearsal = with_number_of_steps(config, method, REHEARSED, learned=learned)
     timetable.minutes = minutes
     say(f"timing a few steps, to plan --minutes {minutes:g}")
     steps = steps_within(*rehearsal, timetable, say)
     config = dataclasses.replace(config, minutes=minutes)
-    return with_number_of_steps(config, method, steps)
+    return with_number_of_steps(config, method, steps, learned=learned)
 
 
-def with_number_of_steps(config: Images, method: MethodT, steps: int) -> tuple[Images, MethodT]:
+def with_number_of_steps(
+    config: Images, method: MethodT, steps: int, *, learned: int
+) -> tuple[Images, MethodT]:
     """Return the settings and the method for a number of steps; what was given in steps stays."""
     fitting = config.fitting
     warmup = fitting.warmup
@@ -380,7 +388,15 @@ def with_number_of_steps(config: Images, method: MethodT, steps: int) -> tuple[I
     fitting = dataclasses.replace(
         fitting, steps=steps, warmup=warmup, validate_every=validate_every
     )
-    return dataclasses.replace(config, fitting=fitting), method.scheduled(steps)
+    pictures = config.pictures
+    if pictures.augment is None:
+        augment: Literal["mild", "strong"] = "strong"
+        most = pictures.recipe.mild_until * learned
+        if most and steps * fitting.chosen_batch <= most:
+            augment = "mild"
+        pictures = dataclasses.replace(pictures, augment=augment)
+    config = dataclasses.replace(config, fitting=fitting, pictures=pictures)
+    return config, method.scheduled(steps)
 
 
 # --------------------------------------------------------------------------- what the pictures show

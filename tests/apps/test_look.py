@@ -129,11 +129,11 @@ def test_letters_do_not_look_like_their_mirror_images_and_what_faces_both_ways_d
 
 def test_that_too_few_pictures_are_not_mirrored_is_said() -> None:
     for mirrors, expected in (
-        (None, "not mirrored (too few pictures to tell; --mirror True);"),
-        (False, "not mirrored;"),
+        (None, "not mirrored (too few pictures to tell; --mirror True), mild changes;"),
+        (False, "not mirrored, mild changes;"),
     ):
         look_at_few = seen(mirrors=mirrors)
-        settings = fitted(config(classes=("a", "b"), steps=9), look_at_few, 0.0)
+        settings = fitted(config(classes=("a", "b"), steps=9, augment="mild"), look_at_few, 0.0)
         assert settings.pictures.mirror is False
         said: list[str] = []
         tell_choices(settings, images.METHODS["supervised"], look_at_few, said.append)
@@ -410,7 +410,9 @@ def test_a_method_is_timed_where_the_first_class_alone_has_more_pictures_than_ar
     tmp_path: Path,
 ) -> None:
     root = color_folders(tmp_path, few=look.PICTURES + 2, side=8)
-    settings, _ = with_steps(small_settings(root, minutes=0.05), images.METHODS["uda"], Timetable())
+    settings, _ = with_steps(
+        small_settings(root, minutes=0.05), images.METHODS["uda"], Timetable(), learned=100
+    )
     assert settings.fitting.chosen_steps > 1
 
 
@@ -460,20 +462,41 @@ def test_shares_follow_the_steps_of_which_those_that_were_given_are_not_measured
         return SimpleNamespace(per_step=0.0981, beside=0.0, validations=0.0)
 
     monkeypatch.setattr(look, "timed", timed)
-    found, method = with_steps(config(steps=1000), images.METHODS["mpl"], Timetable())
+    found, method = with_steps(config(steps=1000), images.METHODS["mpl"], Timetable(), learned=100)
     assert (found.fitting.warmup, found.fitting.validate_every, found.minutes) == (50, 100, None)
     assert (method.wait, method.uda.uda_start) == (750, 400)
     own, method = with_steps(
         config(steps=1000, warmup=0, validate_every=9),
         with_flags(images.METHODS["mpl"], wait=7),
         Timetable(),
+        learned=100,
     )
     assert (own.fitting.warmup, own.fitting.validate_every, method.wait) == (0, 9, 7)
     assert asked == []
     # A phase that is given in steps is in the training that is measured, and stays as it is.
-    found, method = with_steps(config(), with_flags(images.METHODS["mpl"], wait=200), Timetable())
+    found, method = with_steps(
+        config(), with_flags(images.METHODS["mpl"], wait=200), Timetable(), learned=100
+    )
     assert (found.fitting.steps, found.minutes, method.wait) == (2600, look.MINUTES, 200)
     assert asked == [look.REHEARSED]
+
+
+@pytest.mark.parametrize(
+    ("network", "steps", "given_changes", "changes"),
+    [
+        ("airbench_small", 31, None, "mild"),
+        ("airbench_small", 32, None, "strong"),
+        ("airbench_small", 31, "strong", "strong"),
+        ("pooled_cnn", 1, None, "strong"),
+    ],
+)
+def test_changes_are_mild_where_each_picture_is_seen_a_few_times(
+    network: str, steps: int, given_changes: str | None, changes: str
+) -> None:
+    """A hundred pictures in batches of 64: twenty times each are 31 steps."""
+    settings = config(network=network, steps=steps, labeled_batch=64, augment=given_changes)
+    found, _ = with_steps(settings, images.METHODS["uda"], Timetable(), learned=100)
+    assert found.pictures.augment == changes
 
 
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(
