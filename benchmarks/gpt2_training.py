@@ -481,7 +481,8 @@ def remark(row: Row) -> str:
         without = f"without {row['without']} {row['removed']}"
         return f"{without}: loss {row['retrained']:+.4f}, predicted {row['predicted']:+.4f}"
     if "outer_loss" in row:
-        return f"loss on the files held out {row['outer_loss']:.2f}"
+        loss = f"loss on the files held out {row['outer_loss']:.2f}"
+        return f"kept: {row['kept']}; {loss}" if "kept" in row else loss
     return ""
 
 
