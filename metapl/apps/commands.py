@@ -60,14 +60,12 @@ MethodOfImages: TypeAlias = str
 MethodOfDigits: TypeAlias = str
 if not TYPE_CHECKING:
 
-    def _one_of(methods: dict[str, Method]) -> Any:
-        described = tyro.conf.arg(
-            name="method",
-            help="how the network is trained. --method NAME --help lists the flags of a method.",
-        )
+    def _one_of(methods: dict[str, Method], usual: str = "") -> Any:
+        text = "how the network is trained. --method NAME --help lists the flags of a method."
+        described = tyro.conf.arg(name="method", help=f"{text}{usual}")
         return Annotated[Literal[tuple(methods)], described]
 
-    MethodOfImages = _one_of(images.METHODS)
+    MethodOfImages = _one_of(images.METHODS, " Without --unlabeled it is supervised by default.")
     MethodOfDigits = _one_of(digits.METHODS)
 
 # What a command line begins with that starts a training.
@@ -167,6 +165,8 @@ class Train:
         methods = cls.methods
         # tyro refuses a method that there is not.
         name = asked.method if asked.method in methods else None
+        if asked.method is None:
+            name = cls.usual_method(asked)
         # What is missing has the default of its field.
         default: Self = tyro.MISSING_NONPROP
         types = get_type_hints(cls)
@@ -199,6 +199,11 @@ class Train:
         if name != method.name:
             method = with_settings_of(methods[name], method, methods[method.name])
         return cls(config=config, method_name=name, method=method)
+
+    @classmethod
+    def usual_method(cls, asked: argparse.Namespace) -> str | None:
+        """Return the method that other flags ask for; None: that of the field."""
+        return None
 
     @cached_property
     def recipe(self) -> StoredRecipe | None:
@@ -416,13 +421,16 @@ def asked_among(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--steps")
     parser.add_argument("--labeled")
+    parser.add_argument("--unlabeled")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--compare", action="store_true")
     try:
         asked, _ = parser.parse_known_args(words)
     except argparse.ArgumentError:
         # One of them has no value.
-        return argparse.Namespace(method=None, config=None, resume=False)
+        return argparse.Namespace(
+            method=None, config=None, resume=False, labeled=None, compare=False
+        )
     return asked
 
 
@@ -579,6 +587,14 @@ class TrainImages(Train):
     method: Method = images.METHODS["uda"]
     methods: ClassVar[Mapping[str, Method]] = images.METHODS
     compared: ClassVar[tuple[str, ...]] = images.COMPARED
+
+    @classmethod
+    def usual_method(cls, asked: argparse.Namespace) -> str | None:
+        """Return labels alone, where a new run has no other pictures."""
+        is_stored = asked.config is not None or asked.resume or asked.compare
+        if is_stored or asked.labeled is None or asked.unlabeled is not None:
+            return None
+        return "supervised"
 
 
 @dataclass(frozen=True, kw_only=True)

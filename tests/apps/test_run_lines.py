@@ -14,6 +14,7 @@ from tiny_runs import NOISY_STUDENT, TINY, images_command
 
 from metapl.apps import images
 from metapl.errors import origin
+from metapl.run_folder import RunFolder, stored_result
 
 
 @pytest.mark.parametrize(
@@ -114,6 +115,23 @@ def test_what_is_set_aside_is_one_line_with_a_way_out(
     assert "set aside" not in said
     refused = metapl(*named, "--val-fraction", "0.2", code=2)
     assert "expected it, or --val DIR, and not both" in refused.stderr
+
+
+def test_labels_alone_are_learned_where_there_are_no_other_pictures(
+    colors: Path, tmp_path: Path
+) -> None:
+    command = [word for word in images_command(colors, "--steps", "1") if word != "uda"]
+    command.remove("--method")
+    alone = [word for word in command if not word.startswith("--unlabeled=")]
+    for number, (words, method) in enumerate(
+        ((command, "uda"), (alone, "supervised"), ([*alone, "--method", "uda"], "uda"))
+    ):
+        run = tmp_path / str(number)
+        metapl(*words, "--out", run)
+        assert stored_result(RunFolder(run))["method"] == method
+        repeated = ("train", "images", "--config", run / "recipe.json")
+        again = metapl(*repeated, "--out", tmp_path / f"{number}-again").stdout
+        assert f"images by {images.METHODS[method].title}:" in " ".join(again.split())
 
 
 # ------------------------------------------------------------------------------------------- resume
