@@ -67,6 +67,8 @@ class Feed(ABC):
         stop: number of batches that the run needs.
         device: where the batches are wanted; None: wherever the source has them.
         keeps_labels: whether the labels stay in the batches.
+        num_workers: processes that prepare batches by their numbers.
+        seed: of the draws of a source with epochs.
     """
 
     kind: str
@@ -85,12 +87,21 @@ class Feed(ABC):
         stop: int,
         device: torch.device | None,
         keeps_labels: bool,
+        num_workers: int,
+        seed: int,
     ) -> None:
         self._source = source
         self._name = name
         self._stop = stop
         self._device = device
         self._keeps_labels = keeps_labels
+        self._num_workers = num_workers
+        self._seed = seed
+        self._prepare()
+
+    @abstractmethod
+    def _prepare(self) -> None:
+        """Read of the source what stays the same, and refuse one that does not serve."""
 
     def next(self) -> Batch:
         """Return the next batch; where an epoch is exhausted, the first of the next one."""
@@ -202,18 +213,15 @@ def feed(
     is_no_source = isinstance(source, str | bytes | Mapping | Set | nn.Module | Tensor | np.ndarray)
     if is_no_source or not isinstance(source, StepBatches | Iterable):
         raise unexpected(f"{name} is", source, "a DataLoader, or a list or iterable of batches")
-    target = None if device is None else torch.device(device)
-    if isinstance(source, StepBatches | Sequence):
-        return _NumberedFeed(
-            source,
-            name=name,
-            stop=stop,
-            device=target,
-            keeps_labels=keeps_labels,
-            num_workers=num_workers,
-        )
-    return _EpochFeed(
-        source, name=name, stop=stop, device=target, keeps_labels=keeps_labels, seed=seed
+    kind = _NumberedFeed if isinstance(source, StepBatches | Sequence) else _EpochFeed
+    return kind(
+        source,
+        name=name,
+        stop=stop,
+        device=None if device is None else torch.device(device),
+        keeps_labels=keeps_labels,
+        num_workers=num_workers,
+        seed=seed,
     )
 
 
@@ -257,26 +265,16 @@ class _NumberedFeed(Feed):
     of a batch, and the second half is made on the device.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        *,
-        name: str,
-        stop: int,
-        device: torch.device | None,
-        keeps_labels: bool,
-        num_workers: int,
-    ) -> None:
-        super().__init__(source, name=name, stop=stop, device=device, keeps_labels=keeps_labels)
-        self.kind = "steps" if isinstance(source, StepBatches) else "sequence"
+    def _prepare(self) -> None:
+        self.kind = "steps" if isinstance(self._source, StepBatches) else "sequence"
         # A list is served over and over, so that one batch is enough.
-        least = stop if self.kind == "steps" else min(stop, 1)
-        if len(source) < least:
-            raise MetaplError(f"{name} has {len(source)} batches; expected {least} or more.")
-        self._num_workers = num_workers
+        least = self._stop if self.kind == "steps" else min(self._stop, 1)
+        batches = len(self._source)
+        if batches < least:
+            raise MetaplError(f"{self._name} has {batches} batches; expected {least} or more.")
         # Where the device is a CPU, workers make the whole of a batch.
-        on_accelerator = device is not None and device.type != "cpu"
-        self._is_made_in_halves = on_accelerator and hasattr(source, "raw")
+        on_accelerator = self._device is not None and self._device.type != "cpu"
+        self._is_made_in_halves = on_accelerator and hasattr(self._source, "raw")
 
     def _next(self) -> Batch:
         if self.kind == "sequence":
@@ -320,20 +318,11 @@ class _EpochFeed(Feed):
     It draws from generators of its own.
     """
 
-    def __init__(
-        self,
-        source: Any,
-        *,
-        name: str,
-        stop: int,
-        device: torch.device | None,
-        keeps_labels: bool,
-        seed: int,
-    ) -> None:
-        super().__init__(source, name=name, stop=stop, device=device, keeps_labels=keeps_labels)
+    def _prepare(self) -> None:
+        source = self._source
         self.kind = "iterator" if isinstance(source, Iterator) else "epochs"
         self._parts = parts_of(source)
-        self._generators = Generators(seed, name, self._parts)
+        self._generators = Generators(self._seed, self._name, self._parts)
         # The states of the generators at the start of the epoch.
         self._start = self._generators.states
         self._epoch = 0
