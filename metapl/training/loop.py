@@ -188,7 +188,7 @@ class Fit:
         self.selection = Selection(
             trainer, options, validation, self.metric, self.outcomes, request.batch_norm
         )
-        self.checkpoints = Checkpoints(self.ranks, options.phase)
+        self.checkpoints = Checkpoints(trainer, options)
         self.callbacks_with_state: list[Any] = [
             c for c in request.callbacks if hasattr(c, "state_dict")
         ]
@@ -259,21 +259,8 @@ class Fit:
     def open(self, stack: ExitStack) -> None:
         """Own the folder and begin the feeds, until the stack ends."""
         trainer = self.trainer
-        self.checkpoints.open(
-            self.out,
-            [*trainer.networks.values()],
-            stack,
-            keep=self.options.keep,
-            saves=self.saves,
-            resumes=self.resumes,
-        )
-        self.sources.open(
-            stack,
-            steps=self.options.steps,
-            lookahead=trainer.lookahead,
-            num_workers=self.options.num_workers,
-            device=trainer.device,
-        )
+        self.checkpoints.open(self.out, stack, saves=self.saves, resumes=self.resumes)
+        self.sources.open(stack, trainer, self.options)
         # The optimizers are left with their base rates.
         stack.callback(self.rates.move, None)
         if is_two_level(trainer):
@@ -288,8 +275,6 @@ class Fit:
 
     def resume(self) -> None:
         """Begin where the newest whole checkpoint is, or at the first step where there is none."""
-        from metapl.training.resuming import sharded_tensors
-
         path, state = self.checkpoints.newest()
         phase = self.options.phase
         if path is None:
@@ -297,10 +282,7 @@ class Fit:
             return
         with self.ranks.agreed(waiting=True):
             if state is None:
-                like = {}
-                if self.checkpoints.is_in_parts:
-                    like = sharded_tensors(self.live_state(), self.trainer)
-                state = self.checkpoints.read(path, like)
+                state = self.checkpoints.read(path, self.live_state())
             self.go_on_from(path, state)
         of_phase = "" if phase == "fit" else f" of phase {phase}"
         self.say(f"resumed at step {self.step}{of_phase}")

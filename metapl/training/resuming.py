@@ -16,7 +16,6 @@ from torch import distributed as dist
 from torch import nn
 
 from metapl.errors import MetaplError, few
-from metapl.execution.ranks import Ranks
 from metapl.execution.shards import gathered, is_sharded
 from metapl.metrics.metric import Metric
 from metapl.runs.checkpoint import (
@@ -52,16 +51,17 @@ class Checkpoints:
     The first process writes them, or each its part of sharded networks.
 
     Args:
-        ranks: the processes.
-        phase: the name of the folder that they are in.
+        trainer: whose processes they are of.
+        options: of the fit, with the name of the folder that they are in.
 
     Attributes:
         folder: None on a process that writes nothing.
     """
 
-    def __init__(self, ranks: Ranks, phase: str) -> None:
-        self.ranks = ranks
-        self.phase = phase
+    def __init__(self, trainer: Fittable, options: FitOptions) -> None:
+        self.trainer = trainer
+        self.options = options
+        self.ranks = trainer.ranks
         self.folder: CheckpointFolder | None = None
 
     @property
@@ -73,27 +73,20 @@ class Checkpoints:
     def is_in_parts(self) -> bool:
         return isinstance(self.folder, PartsFolder)
 
-    def open(
-        self,
-        out: Folder | None,
-        networks: Sequence[nn.Module],
-        stack: ExitStack,
-        *,
-        keep: int,
-        saves: bool,
-        resumes: bool,
-    ) -> None:
+    def open(self, out: Folder | None, stack: ExitStack, *, saves: bool, resumes: bool) -> None:
         """Own the folder until the stack ends.
 
         One that has checkpoints is refused where the fit is not resumed.
         """
+        keep = self.options.keep
         if out is not None:
             stack.enter_context(out.locked())
-            self.folder = CheckpointFolder(out.path / "checkpoints" / self.phase, keep)
+            self.folder = CheckpointFolder(out.path / "checkpoints" / self.options.phase, keep)
         with self.ranks.agreed(waiting=True):
             if self.folder is not None and self.folder.paths() and not resumes:
                 instead = "go on with resume=True, or give another out or phase"
                 raise MetaplError(f"{self.folder.folder} holds checkpoints already; {instead}.")
+        networks = self.trainer.networks.values()
         has_shards = any(is_sharded(p) for network in networks for p in network.parameters())
         if not saves or not has_shards or self.ranks.alone:
             return
@@ -117,9 +110,12 @@ class Checkpoints:
         path: Path | None = self.ranks.gathered(match and match.path)[0]
         return path, None if match is None else match.state
 
-    def read(self, path: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the state of a checkpoint; ``like`` are the sharded tensors of one in parts."""
-        return load_parts(path, dict(like)) if path.is_dir() else load(path)
+    def read(self, path: Path, live_state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of a checkpoint, with tensors that are sharded as in the fit's state."""
+        if not path.is_dir():
+            return load(path)
+        like = sharded_tensors(live_state, self.trainer) if self.is_in_parts else {}
+        return load_parts(path, like)
 
     def write(self, step: int, state: dict[str, Any]) -> None:
         """Write the state after a step."""

@@ -13,6 +13,8 @@ from metapl.core.lookahead import Lookahead
 from metapl.data.feed import Feed, feed
 from metapl.data.steps import StepBatches, in_memory
 from metapl.execution.batch import Batch, digest, map_tensors, plain
+from metapl.training.fittable import Fittable
+from metapl.training.options import FitOptions
 
 
 class Sources:
@@ -45,20 +47,15 @@ class Sources:
         """Whether each source is one of which every process takes its share."""
         return all(hasattr(source, "whole") for source in self.sources.values())
 
-    def open(
-        self,
-        stack: ExitStack,
-        *,
-        steps: int,
-        lookahead: int,
-        num_workers: int,
-        device: torch.device,
-    ) -> None:
+    def open(self, stack: ExitStack, trainer: Fittable, options: FitOptions) -> None:
         """Begin the feeds; the stack ends them."""
         for name, source in self.sources.items():
-            batches = steps * lookahead if name == "inner" else steps
             self._feeds[name] = feed(
-                source, name=name, stop=batches, num_workers=num_workers, device=device
+                source,
+                name=name,
+                stop=options.steps * (trainer.lookahead if name == "inner" else 1),
+                num_workers=options.num_workers,
+                device=trainer.device,
             )
             stack.callback(self._feeds[name].close)
 
