@@ -39,6 +39,18 @@ from metapl.training.selection import Selection
 from metapl.training.sources import Sources
 from metapl.training.statistics import refuse_other_inputs
 
+# Options that do not decide where a fit goes, and settings of an optimizer that change its speed
+# alone.
+FREE_OPTIONS = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
+SPEED_SETTINGS = (
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "initial_lr",
+    "param_names",
+)
+
 Callback = Callable[[int, Mapping[str, float], Any], object]
 """Called with the number of steps done, the row recorded after them and the trainer; a dict of
 numbers that it returns becomes part of the row.
@@ -484,19 +496,40 @@ class Fit:
     # ---------------------------------------------------------------------- what is saved, and kept
 
     def settings(self) -> dict[str, str]:
-        """Return what a part of this fit that is resumed must have in common with it."""
-        from metapl.training.resuming import settings_of
+        """Return what a part of this fit that is resumed must have in common with it, by name.
 
-        return settings_of(
-            self.trainer,
-            self.options,
-            self.sources,
-            self.rates,
-            trainer_settings=self.trainer_settings,
-            first_steps=self.teacher_begins - self.options.wait,
-            metric=self.metric,
-            callbacks=self.callbacks_with_state,
-        )
+        That are the data, the options, the settings, and the callbacks with a state.
+        """
+        from metapl.training.resuming import texts_of
+
+        options = self.options
+        settings: dict[str, Any] = {}
+        for name, facts in self.sources.facts.items():
+            for key, value in facts.items():
+                # A digest waits on its device until here.
+                settings[f"{name}.{key}"] = int(value) if torch.is_tensor(value) else value
+        for name, value in vars(options).items():
+            if name not in FREE_OPTIONS:
+                settings[name] = value
+        # The steps of the student alone that are taken, which the problem may have chosen.
+        settings["first_steps"] = self.teacher_begins - options.wait
+        if options.schedule == "constant" or options.decay_every is not None:
+            # The rates do not depend on the number of steps.
+            del settings["steps"]
+        settings["trainer"] = type(self.trainer).__name__
+        settings["dtype"] = self.trainer.dtype
+        settings["validation metric"] = self.metric and (self.metric.name, self.metric.better)
+        settings["callbacks"] = [
+            type(c).__name__ for c in self.callbacks_with_state if not hasattr(c, "skips")
+        ]
+        for name, optimizer in self.rates.optimizers.items():
+            for number, group in enumerate(self.rates.begun_groups[name]):
+                group_settings = {**group, "optimizer": type(optimizer).__name__}
+                group_settings["lr"] = float(group["lr"])
+                for key, value in group_settings.items():
+                    if key not in SPEED_SETTINGS:
+                        settings[f"{name}.{number}.{key}"] = value
+        return {**texts_of(settings), **self.trainer_settings}
 
     def live_state(self) -> dict[str, Any]:
         """Return the state of trainer and averages, whose tensors the next step changes."""

@@ -17,7 +17,6 @@ from torch import nn
 
 from metapl.errors import MetaplError, few
 from metapl.execution.shards import gathered, is_sharded
-from metapl.metrics.metric import Metric
 from metapl.runs.checkpoint import (
     CheckpointFolder,
     PartsFolder,
@@ -29,20 +28,8 @@ from metapl.runs.checkpoint import (
 )
 from metapl.runs.folder import Folder
 from metapl.training.fittable import Fittable
-from metapl.training.options import FitOptions, Rates
+from metapl.training.options import FitOptions
 from metapl.training.sources import Sources
-
-# Options that do not decide where a fit goes, and settings of an optimizer that change its speed
-# alone.
-FREE_OPTIONS = ("validate_every", "log_every", "save_every", "keep", "num_workers", "phase")
-SPEED_SETTINGS = (
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-    "initial_lr",
-    "param_names",
-)
 
 
 class Checkpoints:
@@ -134,48 +121,6 @@ class Checkpoints:
         """Wait until what is being written is whole."""
         if self.folder is not None:
             self.folder.finish()
-
-
-def settings_of(
-    trainer: Fittable,
-    options: FitOptions,
-    sources: Sources,
-    rates: Rates,
-    *,
-    trainer_settings: Mapping[str, str],
-    first_steps: int,
-    metric: Metric | None,
-    callbacks: Sequence[Any],
-) -> dict[str, str]:
-    """Return what the parts of a fit must have in common, by name.
-
-    That are the data, the options, the settings, and the callbacks with a state.
-    """
-    settings: dict[str, Any] = {}
-    for name, facts in sources.facts.items():
-        for key, value in facts.items():
-            # A digest waits on its device until here.
-            settings[f"{name}.{key}"] = int(value) if torch.is_tensor(value) else value
-    for name, value in vars(options).items():
-        if name not in FREE_OPTIONS:
-            settings[name] = value
-    # The steps of the student alone that are taken, which the problem may have chosen.
-    settings["first_steps"] = first_steps
-    if options.schedule == "constant" or options.decay_every is not None:
-        # The rates do not depend on the number of steps.
-        del settings["steps"]
-    settings["trainer"] = type(trainer).__name__
-    settings["dtype"] = trainer.dtype
-    settings["validation metric"] = metric and (metric.name, metric.better)
-    settings["callbacks"] = [type(c).__name__ for c in callbacks if not hasattr(c, "skips")]
-    for name, optimizer in rates.optimizers.items():
-        for number, group in enumerate(rates.begun_groups[name]):
-            group_settings = {**group, "optimizer": type(optimizer).__name__}
-            group_settings["lr"] = float(group["lr"])
-            for key, value in group_settings.items():
-                if key not in SPEED_SETTINGS:
-                    settings[f"{name}.{number}.{key}"] = value
-    return {**texts_of(settings), **trainer_settings}
 
 
 def texts_of(settings: Mapping[str, Any]) -> dict[str, str]:
