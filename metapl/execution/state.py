@@ -232,7 +232,7 @@ class Slots:
         self.buffers = [part._buffers for part in parts]
         self.formulas: list[Slot] = []
         for part in parts:
-            self.formulas += [formula.slot() for formula in formulas_of(part)]
+            self.formulas += formulas_of(part)
 
         # What :meth:`are_current` compares, gathered once, as it is asked in every step.
         self._is_copy = False

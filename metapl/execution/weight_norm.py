@@ -12,7 +12,7 @@ hold them, as its weights are. The old one, of ``torch.nn.utils``, is refused
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,49 +22,33 @@ from torch.nn.utils import parametrizations
 _Parametrization: Any = parametrizations._WeightNorm
 
 
-def by_formula(v: Tensor, g: Tensor, dim: int) -> Tensor:
-    """Return g v/‖v‖, with a norm for each index of ``dim``; -1: one norm for all."""
-    # Over all dimensions at once, for the forward mode of ``torch.norm_except_dim`` fails where it
-    # takes one norm.
-    others = [i for i in range(v.ndim) if i != dim]
-    norm: Tensor = torch.linalg.vector_norm(v, 2, others, keepdim=True)
-    return v * (g / norm)
-
-
 class Composite(nn.Module):
-    """The formula in the place of a parametrization."""
+    """The formula in the place of a parametrization.
+
+    Args:
+        dim: the dimension that has a norm for each of its indices; -1: one norm for all.
+    """
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.dim = dim
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
-        return by_formula(weight_v, weight_g, self.dim)
+        # Over all dimensions at once, for the forward mode of ``torch.norm_except_dim`` fails where
+        # it takes one norm.
+        others = [i for i in range(weight_v.ndim) if i != self.dim]
+        norm: Tensor = torch.linalg.vector_norm(weight_v, 2, others, keepdim=True)
+        return weight_v * (weight_g / norm)
 
 
-class Formula(NamedTuple):
-    """A weight norm, and what computes it by the formula in its place.
+def formulas_of(part: nn.Module) -> list[tuple[dict[str, Any], str, Composite]]:
+    """Return the places of the weight norms among the children of a part of a network.
 
-    Attributes:
-        parent: the part that holds it.
-        name: of the weight norm in its parent.
-        stand_in: what computes the weight by the formula.
+    They are slots of :mod:`metapl.execution.state`: a table and a name, with the formula.
     """
-
-    parent: nn.Module
-    name: str
-    stand_in: Composite
-
-    def slot(self) -> tuple[dict[str, Any], str, Any]:
-        """Return the place as a table and a name, with the formula."""
-        return self.parent._modules, self.name, self.stand_in
-
-
-def formulas_of(part: nn.Module) -> list[Formula]:
-    """Return the weight norms among the children of a part of a network."""
-    formulas: list[Formula] = []
+    formulas: list[tuple[dict[str, Any], str, Composite]] = []
     children: dict[str, Any] = part._modules
     for name, child in children.items():
         if type(child) is _Parametrization:
-            formulas.append(Formula(part, name, stand_in=Composite(child.dim)))
+            formulas.append((children, name, Composite(child.dim)))
     return formulas
