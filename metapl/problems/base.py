@@ -168,22 +168,15 @@ def draw_classes(probabilities: Tensor, generator: Random) -> Tensor:
     return (noise.log() / probabilities).argmax(-1, keepdim=True)
 
 
-def joined_signals(signals: Sequence[Signal], leaves: bool = False) -> Signal:
-    """Return the signal about the union of micro-batches, or the only one.
-
-    With ``leaves``, a new graph begins at its differentiable fields.
-    """
-    union = signals[0]
-    if len(signals) > 1:
-        fields_by_part = [signal.fields() for signal in signals]
-        union_fields = {}
-        for name in fields_by_part[0]:
-            union_fields[name] = joined([fields[name] for fields in fields_by_part])
-        union = union.having(union_fields)
-    if leaves:
-        for t in union.differentiable().values():
-            t.requires_grad_()
-    return union
+def joined_signals(signals: Sequence[Signal]) -> Signal:
+    """Return the signal about the union of micro-batches, or the only one."""
+    first = signals[0]
+    if len(signals) == 1:
+        return first
+    fields_by_part = [signal.fields() for signal in signals]
+    return first.having(
+        {name: joined([fields[name] for fields in fields_by_part]) for name in first.fields()}
+    )
 
 
 class BilevelProblem(ABC):

@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, length, map_tensors
+from metapl.execution.batch import Batch, flatten, leaves_of, length
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
@@ -171,18 +172,11 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
 
 def joined_batches(parts: Sequence[Any]) -> Any:
     """Return the rows of micro-batches as one batch; what has no rows is that of the first."""
-    tensors_of_parts: list[list[Tensor]] = []
-    for part in parts:
-        tensors = list[Tensor]()
-        map_tensors(tensors.append, part)
-        tensors_of_parts.append(tensors)
-    joined = []
-    for same_tensor_of_parts in zip(*tensors_of_parts, strict=True):
-        first = same_tensor_of_parts[0]
-        if first.ndim > 0:
-            joined.append(torch.cat(list(same_tensor_of_parts)))
-        else:
-            joined.append(first)
-    # The tensors are visited in the same order as above.
-    remaining = iter(joined)
-    return map_tensors(lambda _: next(remaining), parts[0])
+    leaves_of_parts = [leaves_of(part) for part in parts]
+    _, structure = flatten(parts[0])
+    joined_leaves = []
+    for same_leaf in zip(*leaves_of_parts, strict=True):
+        first = same_leaf[0]
+        has_rows = isinstance(first, Tensor) and first.ndim > 0
+        joined_leaves.append(torch.cat(same_leaf) if has_rows else first)
+    return pytree.tree_unflatten(joined_leaves, structure)
