@@ -18,6 +18,7 @@ from metapl.execution.batch import Batch, Inputs, first_input, joined, labeled_p
 from metapl.execution.checks import scalar_loss, transformed, unexpected
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, sharing
+from metapl.execution.state import trainable
 
 Params = Mapping[str, Tensor]
 
@@ -350,14 +351,13 @@ def kind_of(problem: Any) -> str:
 
 def modules_in(problem: Any) -> list[nn.Module]:
     """Return the modules that a problem holds, with their parts."""
-    found: list[nn.Module] = []
-    for value in vars(problem).values() if hasattr(problem, "__dict__") else ():
-        if isinstance(value, nn.Module):
-            found += value.modules()
-        elif isinstance(value, dict | list | tuple):
-            for leaf in pytree.tree_leaves(value):
-                found += leaf.modules() if isinstance(leaf, nn.Module) else ()
-    return found
+    return [part for module in _held_modules(problem) for part in module.modules()]
+
+
+def _held_modules(problem: Any) -> list[nn.Module]:
+    """Return the modules in the attributes of a problem, without their parts."""
+    leaves = pytree.tree_leaves(getattr(problem, "__dict__", {}))
+    return [leaf for leaf in leaves if isinstance(leaf, nn.Module)]
 
 
 def overrides(problem: BilevelProblem, method: str) -> bool:
@@ -425,16 +425,8 @@ def outer_variables(problem: BilevelProblem, teacher: nn.Module | None) -> dict[
     """
     if teacher is None:
         return {}
-    ids_in_problem: set[int] = set()
-    for value in vars(problem).values():
-        for module in pytree.tree_leaves(value):
-            if isinstance(module, nn.Module):
-                ids_in_problem |= {id(p) for p in module.parameters()}
-    variables = {}
-    for name, p in teacher.named_parameters():
-        if id(p) in ids_in_problem and p.requires_grad:
-            variables[name] = p
-    return variables
+    held = {id(p) for module in _held_modules(problem) for p in module.parameters()}
+    return {name: p for name, p in trainable(teacher).items() if id(p) in held}
 
 
 def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:
