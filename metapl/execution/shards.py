@@ -142,13 +142,8 @@ def gathered(tree: Any) -> Any:
     return pytree.tree_map(lambda t: whole(t).cpu() if is_sharded(t) else t, tree)
 
 
-def laid_out_for(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Return a whole ``state_dict()`` of an optimizer, laid out as its parameters are.
-
-    As it is for what is no optimizer of ``torch.optim``.
-    """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        return state
+def laid_out_for(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return a whole ``state_dict()`` of an optimizer, laid out as its parameters are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     laid_out: dict[int, dict[str, Any]] = {}
     for number, values in state["state"].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, micro_batches, plain
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
-from metapl.execution.shards import laid_out_for, load_whole
+from metapl.execution.shards import load_whole
 from metapl.execution.state import Slots, one_at_a_time, restored
 from metapl.feedback.report import Report
 from metapl.problems.base import Signal
@@ -31,12 +30,7 @@ from metapl.problems.losses import (
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments, options_by_name
 from metapl.training.base import REPLACED, Trainer, refuse_missing_entries
-from metapl.updates import (
-    as_one_optimizer,
-    parameters_of,
-    refuse_state_of_another,
-    refuse_unfit,
-)
+from metapl.updates import as_one_optimizer, load_copy_of_state, parameters_of, refuse_unfit
 
 if TYPE_CHECKING:
     from metapl.metrics.metric import Term
@@ -247,8 +241,5 @@ class LossTrainer(Trainer):
         load_whole(self.student, state["student"])
         self.set_network_settings(state["settings"])
         self.put_held(state["held"])
-        refuse_state_of_another(state["optimizer"], self.optimizer, "optimizer")
-        self.optimizer.load_state_dict(
-            laid_out_for(copy.deepcopy(state["optimizer"]), self.optimizer)
-        )
+        load_copy_of_state(self.optimizer, state["optimizer"], "optimizer")
         self.steps_done = state["steps_done"]

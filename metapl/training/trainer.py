@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import MissingDerivative, no_fast_path
 from metapl.execution.ranks import NOTHING
-from metapl.execution.shards import laid_out_for, load_whole
+from metapl.execution.shards import load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import (
     Mode,
@@ -67,9 +66,9 @@ from metapl.updates import (
     InnerOptimizer,
     Update,
     as_one_optimizer,
+    load_copy_of_state,
     parameters_of,
     refuse_missing,
-    refuse_state_of_another,
     refuse_unfit,
     torch_parts_of,
     update_of,
@@ -906,15 +905,9 @@ class BilevelTrainer(Trainer):
         load_whole(self.student, state["student"])
         self.set_network_settings(state["settings"])
         self.put_held(state["held"])
-        # An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
-        self.update.load_state_dict(
-            laid_out_for(copy.deepcopy(state["inner"]), self.inner_optimizer)
-        )
+        self.update.load_state_dict(state["inner"])
         if self.outer_optimizer is not None:
-            refuse_state_of_another(state["outer"], self.outer_optimizer, "outer_optimizer")
-            self.outer_optimizer.load_state_dict(
-                laid_out_for(copy.deepcopy(state["outer"]), self.outer_optimizer)
-            )
+            load_copy_of_state(self.outer_optimizer, state["outer"], "outer_optimizer")
         self.mode_state = dict(state["mode_state"])
         self.steps_done = state["steps_done"]
         self.verification.load_state_dict(state["verification"])

@@ -12,11 +12,11 @@ from metapl.updates.adam import Adam
 from metapl.updates.base import Clipped, Cotangents, OptimizerState, Options, Parameters, Update
 from metapl.updates.muon import Muon, rounded_options
 from metapl.updates.optimizers import (
+    load_copy_of_state,
     options_of,
     parameters_of,
     parts_of,
     refuse_missing,
-    refuse_state_of_another,
     refuse_unfit,
     torch_parts_of,
 )
@@ -36,13 +36,13 @@ __all__ = [
     "TorchUpdate",
     "Update",
     "as_one_optimizer",
+    "load_copy_of_state",
     "rounded_options",
     "options_by_step",
     "options_of",
     "parameters_of",
     "parts_of",
     "refuse_missing",
-    "refuse_state_of_another",
     "refuse_unfit",
     "scheduled_settings",
     "torch_parts_of",

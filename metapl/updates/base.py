@@ -291,7 +291,8 @@ class Update(ABC):
         """Return the optimizer's state, as plain values and tensors."""
 
     @abstractmethod
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a copy of what :meth:`state_dict` has returned."""
 
 
 def _with_graph(tensors: Mapping[Any, Tensor]) -> dict[Any, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metapl.errors import MetaplError, few
 from metapl.execution.checks import unexpected
+from metapl.execution.shards import laid_out_for
 from metapl.updates.base import OptimizerState, Parameters
 
 # Entries of a param group that are no settings of an optimizer. Schedulers add the first.
@@ -111,6 +112,15 @@ def refuse_missing(
         is_of_muon = "ns_steps" in group
         if is_of_muon and any(p.ndim != 2 or p.is_complex() for p in group["params"]):
             raise MetaplError(f"{name} has Muon over other tensors; expected real matrices alone.")
+
+
+def load_copy_of_state(optimizer: torch.optim.Optimizer, state: OptimizerState, name: str) -> None:
+    """Load a copy of a whole ``state_dict()``, laid out as the parameters are; refuse another's.
+
+    An optimizer keeps and modifies the tensors that it loads, and these belong to the caller.
+    """
+    refuse_state_of_another(state, optimizer, name)
+    optimizer.load_state_dict(laid_out_for(copy.deepcopy(state), optimizer))
 
 
 def refuse_state_of_another(

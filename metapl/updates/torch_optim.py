@@ -17,10 +17,10 @@ from metapl.execution.shards import as_sharded, is_sharded, local
 from metapl.updates.base import OptimizerState, Options, Parameters, Update
 from metapl.updates.lists import Tensors, is_set
 from metapl.updates.optimizers import (
+    load_copy_of_state,
     parameters_of,
     parts_of,
     refuse_missing,
-    refuse_state_of_another,
     refuse_unfit,
 )
 
@@ -278,8 +278,7 @@ class TorchUpdate(Update):
         return self.optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        refuse_state_of_another(state, self.optimizer, name="inner_optimizer")
-        self.optimizer.load_state_dict(state)
+        load_copy_of_state(self.optimizer, state, "inner_optimizer")
 
 
 def _copied(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -103,6 +104,6 @@ class TransformUpdate(Update):
         # loaded from a file.
         leaves, structure = pytree.tree_flatten(self.state)
         new_leaves: list[Any] = []
-        for leaf, stored in zip(leaves, state["leaves"], strict=True):
+        for leaf, stored in zip(leaves, copy.deepcopy(state["leaves"]), strict=True):
             new_leaves.append(stored.to(leaf.device) if isinstance(leaf, Tensor) else stored)
         self.state = pytree.tree_unflatten(new_leaves, structure)
