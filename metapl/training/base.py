@@ -24,6 +24,7 @@ from metapl.execution.checks import described, unexpected
 from metapl.execution.layout import Layout
 from metapl.execution.numerics import wide
 from metapl.execution.ranks import ALONE, NOTHING, Ranks
+from metapl.execution.shards import load_whole
 from metapl.feedback.report import Report, Say
 from metapl.updates.optimizers import summary_of
 
@@ -130,19 +131,30 @@ class Trainer(ABC):
         """Return what decides a step; a fit that is resumed has the same."""
         return {}
 
-    @abstractmethod
     def live_state(self) -> dict[str, Any]:
         """Return :meth:`state_dict` without the copies: the next step changes its tensors.
 
-        Checkpoints are written from it, and :meth:`_load` takes the same entries back.
+        Checkpoints are written from it, and :meth:`_load` takes the same entries back; whoever adds
+        one here adds it there.
         """
+        return {
+            **{role: network.state_dict() for role, network in self.networks.items()},
+            "settings": self.network_settings(),
+            "held": self.held(),
+            "steps_done": self.steps_done,
+        }
 
-    @abstractmethod
     def _load(self, state: dict[str, Any]) -> None:
         """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part.
 
         :meth:`load_state_dict` then puts the trainer back.
         """
+        refuse_missing_entries(state, self.live_state())
+        for role, network in self.networks.items():
+            load_whole(network, state[role])
+        self.set_network_settings(state["settings"])
+        self.put_held(state["held"])
+        self.steps_done = state["steps_done"]
 
     def first_steps(self, options: FitOptions) -> int:
         """Return how many steps of a fit the student takes alone, before its teacher begins."""

@@ -16,7 +16,6 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, micro_batches, plain
 from metapl.execution.layout import layout_of
 from metapl.execution.ranks import rows_shared
-from metapl.execution.shards import load_whole
 from metapl.execution.state import Slots, one_at_a_time, restored
 from metapl.feedback.report import Report
 from metapl.problems.base import Signal
@@ -29,7 +28,7 @@ from metapl.problems.losses import (
 )
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments, options_by_name
-from metapl.training.base import REPLACED, Trainer, refuse_missing_entries
+from metapl.training.base import REPLACED, Trainer
 from metapl.updates import as_one_optimizer, load_copy_of_state, parameters_of, refuse_unfit
 
 if TYPE_CHECKING:
@@ -226,20 +225,8 @@ class LossTrainer(Trainer):
         return {name: getattr(self, name) for name in ("losses", *SETTINGS)}
 
     def live_state(self) -> dict[str, Any]:
-        """Return all that a checkpoint holds of the trainer, without copies; see :meth:`_load`."""
-        return {
-            "student": self.student.state_dict(),
-            "settings": self.network_settings(),
-            "held": self.held(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps_done": self.steps_done,
-        }
+        return {**super().live_state(), "optimizer": self.optimizer.state_dict()}
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part."""
-        refuse_missing_entries(state, self.live_state())
-        load_whole(self.student, state["student"])
-        self.set_network_settings(state["settings"])
-        self.put_held(state["held"])
+        super()._load(state)
         load_copy_of_state(self.optimizer, state["optimizer"], "optimizer")
-        self.steps_done = state["steps_done"]

@@ -24,7 +24,6 @@ from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import MissingDerivative, no_fast_path
 from metapl.execution.ranks import NOTHING
-from metapl.execution.shards import load_whole
 from metapl.execution.state import RandomState, Slots, one_at_a_time, replayed, restored
 from metapl.feedback import (
     Mode,
@@ -58,7 +57,7 @@ from metapl.runs.fields import (
     check_arguments,
     options_by_name,
 )
-from metapl.training.base import REPLACED, Trainer, refuse_missing_entries
+from metapl.training.base import REPLACED, Trainer
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.updates import (
@@ -868,48 +867,32 @@ class BilevelTrainer(Trainer):
         return {name: getattr(self, name) for name in names}
 
     def live_state(self) -> dict[str, Any]:
-        """Return all that a checkpoint holds of the trainer, without copies.
-
-        :meth:`_load` takes the same entries back; whoever adds one here adds it there.
-        """
         return {
             "mode": self.mode.name,
             "lookahead": self.lookahead,
-            "teacher": None if self.teacher is None else self.teacher.state_dict(),
-            "student": self.student.state_dict(),
-            "settings": self.network_settings(),
-            "held": self.held(),
+            # Without a teacher there is an entry too.
+            "teacher": None,
+            **super().live_state(),
             "inner": self.update.state_dict(),
             "outer": None if self.outer_optimizer is None else self.outer_optimizer.state_dict(),
             "mode_state": self.mode_state,
-            "steps_done": self.steps_done,
             "generator": None if self.generator is None else self.generator.get_state(),
             "verification": self.verification.state_dict(),
             "orders": self.orders.state_dict(),
         }
 
     def _load(self, state: dict[str, Any]) -> None:
-        """Take the entries of :meth:`live_state`; it may raise anything, and have loaded a part.
-
-        :meth:`load_state_dict` then puts the trainer back.
-        """
-        refuse_missing_entries(state, self.live_state())
+        super()._load(state)
         if state["mode"] != self.mode.name:
             raise MetaplError(f"it is of mode {state['mode']!r}, not {self.mode.name!r}")
         if (self.generator is None) != (state["generator"] is None):
             raise MetaplError("one of the two has a generator, and the other has none")
         if self.generator is not None:
             self.generator.set_state(state["generator"])
-        if self.teacher is not None:
-            load_whole(self.teacher, state["teacher"])
-        load_whole(self.student, state["student"])
-        self.set_network_settings(state["settings"])
-        self.put_held(state["held"])
         self.update.load_state_dict(state["inner"])
         if self.outer_optimizer is not None:
             load_copy_of_state(self.outer_optimizer, state["outer"], "outer_optimizer")
         self.mode_state = dict(state["mode_state"])
-        self.steps_done = state["steps_done"]
         self.verification.load_state_dict(state["verification"])
         self.orders.load_state_dict(state["orders"])
         # It has the orders of before.
