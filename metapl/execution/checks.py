@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,13 +70,18 @@ def transformed() -> bool:
 
 
 @contextmanager
-def no_values() -> Iterator[None]:
-    """Let no value of a tensor be read in this block, whose operations are to be recorded."""
-    token = has_values.set(False)
+def having(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Let a variable of the context have this value in this block."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        has_values.reset(token)
+        variable.reset(token)
+
+
+def no_values() -> AbstractContextManager[None]:
+    """Let no value of a tensor be read in this block, whose operations are to be recorded."""
+    return having(has_values, value=False)
 
 
 # The indices of classes that are known by their names.

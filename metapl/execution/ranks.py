@@ -219,17 +219,12 @@ ALONE = Ranks()
 sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
 
 
-@contextmanager
-def rows_shared(ranks: Ranks) -> Iterator[None]:
+def rows_shared(ranks: Ranks) -> AbstractContextManager[None]:
     """Let a problem draw for the rows of all ranks in this block.
 
     By :func:`metapl.problems.base.draw_classes`.
     """
-    token = sharing.set(ranks)
-    try:
-        yield
-    finally:
-        sharing.reset(token)
+    return checks.having(sharing, ranks)
 
 
 class _AllRows(torch.autograd.Function):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, wraps
 from itertools import chain
@@ -148,14 +148,9 @@ def _seeded(device: torch.device, *states: bytes) -> RandomState:
 _branch: ContextVar[RandomState | None] = ContextVar("branch", default=None)
 
 
-@contextmanager
-def branching_to(state: RandomState) -> Iterator[None]:
+def branching_to(state: RandomState) -> AbstractContextManager[None]:
     """Let every :meth:`RandomState.branch` in this block return this state."""
-    token = _branch.set(state)
-    try:
-        yield
-    finally:
-        _branch.reset(token)
+    return checks.having(_branch, state)
 
 
 @contextmanager
