@@ -463,6 +463,13 @@ def with_another(
     return replace
 
 
+def first_step_of_another() -> object:
+    """Return a step of the student alone, beside a look-ahead, whose student was replaced."""
+    trainer = metapl.BilevelTrainer(network(), network(), mode="forward", lookahead=2)
+    trainer.student = network()
+    return trainer.first_step(pair(), pair()[0])
+
+
 NAMES = np.array(["a", "b", "c", "a", "b", "c", "a", "b"])
 REFUSED |= {
     "inputs in float64": (
@@ -548,6 +555,10 @@ REFUSED |= {
     ),
     "another student after a step": (
         with_another("student", steps=1),
+        "another network was put into the trainer, .*; expected a new trainer",
+    ),
+    "another student in a first step": (
+        first_step_of_another,
         "another network was put into the trainer, .*; expected a new trainer",
     ),
     "another teacher after a step": (
