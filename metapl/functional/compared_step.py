@@ -20,9 +20,11 @@ from metapl.execution.batch import Batch
 from metapl.execution.numerics import as_real
 from metapl.execution.state import (
     RandomState,
+    Slot,
     all_with_contents_of,
     branching_to,
     replayed,
+    swapped,
 )
 from metapl.feedback.report import StepReport
 from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES
@@ -150,30 +152,17 @@ def at_other_digits(network: nn.Module) -> Iterator[None]:
                 p.copy_(value)
 
 
-class MadeAttribute(NamedTuple):
-    """An attribute of a part of a network in which a step has put numbers.
-
-    Attributes:
-        part: of the network that took no step.
-        name: the attribute's.
-        place: the names of the part and of the attribute, in words.
-        value: what a copy of the part holds after the step.
-    """
-
-    part: nn.Module
-    name: str
-    place: str
-    value: Any
-
-
-def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[MadeAttribute]:
+def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[tuple[str, Slot]]:
     """Return the attributes in which a step of a trainer's copy has put numbers anew.
 
     Of both networks, but for what one of them holds of the other.
 
+    Returns: each one's name in words, and its place in the network that took no step, with what the
+    copy holds there, without its graph.
+
     Raises: :class:`metapl.MetaplError` where a number, text or tensor that was there has changed.
     """
-    made: list[MadeAttribute] = []
+    made: list[tuple[str, Slot]] = []
     networks, moved = (nn.ModuleList(networks_of(one)) for one in (trainer, twin))
     pairs = zip(networks.named_modules(), moved.modules(), strict=True)
     for (name, part), part_moved in pairs:
@@ -192,12 +181,13 @@ def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[Mad
             raise MetaplError(f"a network's {place} changes in a step; {expected}.")
         for name, value in vars(held_by(part_moved)).items():
             if numbers_of(SimpleNamespace(**{name: value}), moved).keys() - before.keys():
-                made.append(MadeAttribute(part, name, f"{path}.{name}".lstrip("."), value))
+                detached = pytree.tree_map_only(Tensor, Tensor.detach, value)
+                made.append((f"{path}.{name}".lstrip("."), (vars(part), name, detached)))
     return made
 
 
 def refuse_made_that_are_read(
-    made: Sequence[MadeAttribute],
+    made: Sequence[tuple[str, Slot]],
     trainer: TwoLevelTrainer,
     outer_batch: Batch,
     inner_batches: InnerBatches,
@@ -212,33 +202,17 @@ def refuse_made_that_are_read(
     outer = rows_repeated(outer_batch)
     start = RandomState.now(trainer.device)
     ends: list[State] = []
-    for attributes in ((), made):
-        with holding(attributes), replayed(start):
+    for slots in ([], [slot for _, slot in made]):
+        with swapped(slots), replayed(start):
             twin, _ = step_of_copy(trainer, outer, inner)
         ends.append(state_of(twin, updates_of(twin)))
     without, with_made = map(leaves_of, ends)
     if not all(map(is_equal, with_made, without)):
+        place, _ = made[0]
         raise MetaplError(
-            f"a network's {made[0].place} is made by its first step and read by later ones; "
+            f"a network's {place} is made by its first step and read by later ones; "
             "expected a registered buffer, or compile left out."
         )
-
-
-@contextmanager
-def holding(made: Sequence[MadeAttribute]) -> Iterator[None]:
-    """Let the parts of networks hold what a step has put into attributes, in this block."""
-    tables = [vars(attribute.part) for attribute in made]
-    before = [dict(table) for table in tables]
-    try:
-        for table, attribute in zip(tables, made, strict=True):
-            detached = pytree.tree_map_only(Tensor, Tensor.detach, attribute.value)
-            table[attribute.name] = detached
-        yield
-    finally:
-        for table, attribute, held in zip(tables, made, before, strict=True):
-            table.pop(attribute.name)
-            if attribute.name in held:
-                table[attribute.name] = held[attribute.name]
 
 
 def held_by(part: nn.Module) -> SimpleNamespace:
