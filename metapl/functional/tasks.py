@@ -109,12 +109,13 @@ class Start(NamedTuple):
 
 
 class OfTask(NamedTuple):
-    """What is found on one task; for the fields see :class:`Hypergradient`.
+    """What is found on one task; for the other fields see :class:`Hypergradient`.
 
     Attributes:
         is_wrong: whether a check has failed, or a number is not finite.
     """
 
+    is_wrong: Tensor
     grads: dict[str, Tensor]
     start: dict[str, Tensor]
     settings: dict[str, Tensor]
@@ -123,7 +124,6 @@ class OfTask(NamedTuple):
     outer_loss: Tensor
     feedback: Any
     student_params: dict[str, Tensor]
-    is_wrong: Tensor
 
 
 # What is a mean over the tasks.
@@ -249,17 +249,8 @@ class TaskGraphs:
             differentiation = RecordedDifferentiation(request, options)
             found = differentiation.find()
             is_wrong = differentiation.fault.flag
-        of_task = OfTask(
-            grads=found.grads,
-            start=found.start,
-            settings=found.settings,
-            direct=found.direct,
-            inner_loss=found.inner_loss,
-            outer_loss=found.outer_loss,
-            feedback=found.feedback,
-            student_params=found.student_params,
-            is_wrong=is_wrong,
-        )
+        _, *names = OfTask._fields
+        of_task = OfTask(is_wrong, **{name: getattr(found, name) for name in names})
         without_graph: OfTask = pytree.tree_map_only(Tensor, Tensor.detach, of_task)
         return without_graph
 
@@ -330,22 +321,13 @@ def over_tasks(differentiation: Differentiation, tasks: Tasks, *, compile: bool)
     if isinstance(inner, Lookahead):
         inner = tuple(inner)
     begun = RandomState.now(device)
-    found = graphs(start, tasks.outer, inner)
-    if bool(found.is_wrong.any()):
+    found = graphs(start, tasks.outer, inner)._asdict()
+    is_wrong = found.pop("is_wrong")
+    if bool(is_wrong.any()):
         begun.restore()
-        refuse_wrong_task(request, tasks, found.is_wrong)
+        refuse_wrong_task(request, tasks, is_wrong)
     return Hypergradient(
-        grads=found.grads,
-        feedback=found.feedback,
-        inner_loss=found.inner_loss,
-        outer_loss=found.outer_loss,
-        student_params=found.student_params,
-        inner_state=None,
-        start=found.start,
-        settings=found.settings,
-        direct=found.direct,
-        order="graph",
-        float32_products=float32_products(device),
+        **found, inner_state=None, order="graph", float32_products=float32_products(device)
     )
 
 
