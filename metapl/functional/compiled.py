@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -50,7 +49,7 @@ from metapl.functional.comparison import (
     copy_with_strides,
 )
 from metapl.functional.cuda_graphs import StepByGraphs
-from metapl.functional.kinds import At, Constants, at_places
+from metapl.functional.kinds import Constants, HeldAt, at_places
 from metapl.functional.live_state import (
     LiveState,
     Moved,
@@ -79,8 +78,6 @@ from metapl.updates import (
     TorchUpdate,
 )
 from metapl.updates.base import OptimizerState
-
-NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def moved_by_graphs(
@@ -126,12 +123,7 @@ class CapturedStep:
         self._capture: Capture | None = None
         self._leaves: list[Any] = []
         self._writes = False
-        self._mode: dict[str, Any] = {}
-        self._number: Any = 0
-        self._flag: Any = 0
-        # Nested places among the report's tensors alone, so that a report holds no weights.
-        self._report: Any = None
-        self._report_places: list[int] = []
+        self._report = HeldAt(None)
 
     # A compiled graph runs without a graph of autograd by itself.
     @torch.no_grad()
@@ -195,14 +187,16 @@ class CapturedStep:
         results = self.captured.replay(capture, tensors)
         if capture is not self._capture:
             self._find_places(capture)
+        moved, report = capture.results
         is_written = self._writes and not on_copies
         get = results.__getitem__
         return Moved(
             leaves=None if is_written else [*map(get, self._leaves)],
-            mode={name: results[place] for name, place in self._mode.items()},
-            step=results[self._number],
-            flag=results[self._flag],
-            report=partial(at_places, self._report, [*map(get, self._report_places)]),
+            mode={name: results[place] for name, place in moved.mode.items()},
+            step=results[moved.step],
+            flag=results[report.flag],
+            # Of the report's tensors alone, so that a report holds no weights.
+            report=partial(at_places, self._report.nest, [*map(get, self._report.places)]),
             state=lambda: at_places(capture.results, results)[0],
             start=start,
         )
@@ -213,16 +207,7 @@ class CapturedStep:
         self._capture = capture
         self._leaves = leaves_of(moved)
         self._writes = all(capture.places[place] < capture.given for place in self._leaves)
-        self._mode = moved.mode
-        self._number = moved.step
-        self._flag = report.flag
-        places = self._report_places = []
-
-        def renumbered(place: At) -> At:
-            places.append(place)
-            return At(len(places) - 1)
-
-        self._report = pytree.tree_map_only(At, renumbered, report)
+        self._report = HeldAt(report)
 
 
 @dataclass

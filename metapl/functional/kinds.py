@@ -58,19 +58,23 @@ class HeldAt:
 
     Args:
         value: nested as the function returns it, with an :class:`At` for each tensor.
+
+    Attributes:
+        places: of its tensors.
+        nest: the value, with the places of its tensors among these alone.
     """
 
     def __init__(self, value: Any) -> None:
         numbers = count()
-        self._places = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, At)]
-        self._nest = pytree.tree_map_only(At, lambda _: At(next(numbers)), value)
+        self.places = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, At)]
+        self.nest = pytree.tree_map_only(At, lambda _: At(next(numbers)), value)
         # A graph returns tensors of the same kinds each time: those of the first time.
         self._kind: tuple[Any, ...] | None = None
 
     def held(self, results: Sequence[Any]) -> Held:
         """Return the value among these results."""
-        tensors = [results[place] for place in self._places]
-        together = partial(at_places, self._nest)
+        tensors = [results[place] for place in self.places]
+        together = partial(at_places, self.nest)
         if self._kind is None:
             self._kind = Held.of(together(tensors)).kind
         return Held(tensors, self._kind, together)
