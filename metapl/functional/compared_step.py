@@ -46,15 +46,10 @@ from metapl.protocols import TwoLevelTrainer
 
 
 class Outcome(NamedTuple):
-    """The state after a step, and the trainer's report of it.
-
-    Attributes:
-        written: what the problem has written in an eager step, in words; "" for nothing.
-    """
+    """The state after a step, and the trainer's report of it."""
 
     state: State
     report: StepReport
-    written: str = ""
 
 
 def eager_step(
@@ -63,7 +58,7 @@ def eager_step(
     """Return the step of a trainer, taken by a copy of it on the eager road; no generator moves.
 
     Raises: :class:`metapl.MetaplError` where the step changes an attribute of a network, or makes
-        one that later steps read.
+        one that later steps read, and where the problem writes its own state.
     """
     inner = inner_batches.as_argument()
     start = RandomState.now(trainer.device)
@@ -81,7 +76,8 @@ def eager_step(
     made = attributes_made(trainer, twin)
     if made:
         refuse_made_that_are_read(made, trainer, outer_batch, inner_batches)
-    return Outcome(state_of(twin, updates_of(twin)), report, written_by_problem(trainer, twin))
+    refuse_written_by_problem(trainer, twin)
+    return Outcome(state_of(twin, updates_of(twin)), report)
 
 
 def refuse_draws_of_problem(
@@ -100,21 +96,17 @@ def refuse_draws_of_problem(
         )
 
 
-def refuse_written(eager: Outcome) -> None:
-    """Refuse a problem that writes its own state in an eager step."""
-    if eager.written:
-        raise MetaplError(f"compile= cannot take this step: {eager.written}; leave compile out.")
-
-
-def written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> str:
-    """Return what a step of a trainer's copy has written in the copy's problem; "" for nothing."""
+def refuse_written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> None:
+    """Refuse a problem in whose copy a step of a trainer's copy has written."""
     before, after = (
         numbers_of(one.problem, nn.ModuleList(networks_of(one))) for one in (trainer, twin)
     )
     written = names_written(before, after)
-    if not written:
-        return ""
-    return f"{kind_of(trainer.problem)} writes state ({few(written, 3)}), no buffer of the teacher"
+    if written:
+        raise MetaplError(
+            f"compile= cannot take this step: {kind_of(trainer.problem)} writes state "
+            f"({few(written, 3)}), no buffer of the teacher; leave compile out."
+        )
 
 
 def step_of_copy(

@@ -42,7 +42,6 @@ from metapl.functional.compared_step import (
     is_recorded_in_half_precision,
     is_repeated,
     refuse_other,
-    refuse_written,
 )
 from metapl.functional.comparison import (
     DROWNED,
@@ -266,16 +265,12 @@ class CompiledStep:
         if self._live is None or self._compiled is None:
             self._compiled = self._find_or_compile(trainer, steps)
         compiled = self._compiled
-        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
-
         live = self._live
         if live is None:
             live = LiveState(trainer, compiled.updates)
         else:
             live.refresh(trainer)
-        moved, step_report = self._run(
-            compiled, live, trainer, outer_batch, inner_batches, eager=eager
-        )
+        moved, step_report = self._run(compiled, live, trainer, outer_batch, inner_batches)
 
         if self._live is None:
             live.adopt(trainer, moved.state(), steps)
@@ -299,32 +294,13 @@ class CompiledStep:
         if self._cache:
             return
         compiled = self._find_or_compile(trainer, len(inner_batches))
-        eager = self._eager_step(compiled, trainer, outer_batch, inner_batches)
         live = LiveState(trainer, compiled.updates)
         start = RandomState.now(trainer.device, trainer.generator)
         try:
-            self._run(compiled, live, trainer, outer_batch, inner_batches, eager=eager)
+            self._run(compiled, live, trainer, outer_batch, inner_batches)
         finally:
             start.restore()
         self._cache[compiled.key] = compiled
-
-    def _eager_step(
-        self,
-        compiled: Compiled,
-        trainer: TwoLevelTrainer,
-        outer_batch: Batch,
-        inner_batches: InnerBatches,
-    ) -> Outcome | None:
-        """Take the step that a compiled one is compared with by a copy of the trainer.
-
-        Returns: None where it has been compared before.
-        """
-        if compiled.is_compared:
-            return None
-        eager = eager_step(trainer, outer_batch, inner_batches)
-        compiled.probs = eager.report.signal.probs
-        compiled.takes_outer_loss = "outer_loss" in eager.report.scalars
-        return eager
 
     def _run(
         self,
@@ -333,20 +309,23 @@ class CompiledStep:
         trainer: TwoLevelTrainer,
         outer_batch: Batch,
         inner_batches: InnerBatches,
-        *,
-        eager: Outcome | None,
     ) -> tuple[Moved, StepReport]:
         """Run the graph, compare what comes out with the eager step, and return it.
 
-        Only random numbers have moved then, and none where it raises.
+        Only random numbers have moved then, and none where it raises. A copy of the trainer takes
+        the eager step, until one was compared.
         """
+        take_eager = partial(eager_step, trainer, outer_batch, inner_batches)
+        eager = None
+        if not compiled.is_compared:
+            eager = take_eager()
+            compiled.probs = eager.report.signal.probs
+            compiled.takes_outer_loss = "outer_loss" in eager.report.scalars
         start = None
         if eager is not None or compiled.draws or trainer.generator is not None:
             start = RandomState.now(trainer.device, trainer.generator)
         try:
             inner, noise = inner_arguments(inner_batches, compiled.probs, trainer.generator)
-            if eager is not None:
-                refuse_written(eager)
             with Capturing():
                 moved = compiled.run(live, outer_batch, inner, noise, on_copies=eager is not None)
                 if moved.start is not None:
@@ -356,15 +335,14 @@ class CompiledStep:
                     if eager is None:
                         # For another shape or number, whose graph is another one.
                         start.restore()
-                        eager = eager_step(trainer, outer_batch, inner_batches)
-                        refuse_written(eager)
+                        eager = take_eager()
                         end.restore()
                 step_report = step_report_of(compiled, trainer, moved, inner_batches)
                 is_decided = eager is None or self._compare(
                     compiled,
                     trainer,
                     states=(live.state, Outcome(moved.state(), step_report), eager),
-                    take_eager=partial(eager_step, trainer, outer_batch, inner_batches),
+                    take_eager=take_eager,
                     start=start,
                 )
         except BaseException:

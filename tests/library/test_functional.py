@@ -210,7 +210,7 @@ def agree(
     else:
         inner_batches = InnerBatches.of_one_step(inner)
     torch.manual_seed(3)
-    eager_state, eager_report, _ = eager_step(trainer, outer, inner_batches)
+    eager_state, eager_report = eager_step(trainer, outer, inner_batches)
     step, state = trainer.functional()
     state, report = step(state, outer, tuple(inner_batches) if is_lookahead else inner)
     assert error(report.feedback, eager_report.feedback) < tolerance
