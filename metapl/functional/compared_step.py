@@ -225,10 +225,13 @@ def is_recorded_in_half_precision(trainer: TwoLevelTrainer) -> bool:
     return trainer.compile == "cudagraphs" and has_half_precision
 
 
-def is_repeated(before: State, eager: Outcome, again: Outcome) -> bool:
-    """Return whether an eager step from one state comes out the same twice."""
-    trees, trees_again = (compared_trees(before, outcome) for outcome in (eager, again))
-    return all(map(is_equal, pytree.tree_leaves(trees_again), pytree.tree_leaves(trees)))
+# Tensors by which a step is compared, by their keys, in trees that have names.
+Trees = Mapping[str, Mapping[Any, Tensor]]
+
+
+def are_equal(found: Trees, wanted: Trees) -> bool:
+    """Return whether the tensors of named trees are equal, to the rounding of a sum."""
+    return all(map(is_equal, pytree.tree_leaves(found), pytree.tree_leaves(wanted)))
 
 
 def refuse_other(
@@ -244,22 +247,15 @@ def refuse_other(
     Args:
         by_rounding: an eager step at weights that differ in their last digit; the compiled one may
             be some times as far.
-        is_reduced: see :func:`refuse_gap`.
+        is_reduced: see :func:`refuse_gaps`.
     """
-    trees_compiled = compared_trees(before, compiled)
-    trees_eager = compared_trees(before, eager)
-    trees_by_rounding = {} if by_rounding is None else compared_trees(before, by_rounding)
-    loss = eager.report.scalars["inner_loss"]
-    for name, tree in trees_eager.items():
-        refuse_gap(
-            name,
-            trees_compiled[name],
-            tree,
-            loss,
-            by_rounding=trees_by_rounding.get(name),
-            rounding=name == "h",
-            is_reduced=is_reduced,
-        )
+    refuse_gaps(
+        compared_trees(before, compiled),
+        compared_trees(before, eager),
+        eager.report.scalars["inner_loss"],
+        by_rounding=None if by_rounding is None else compared_trees(before, by_rounding),
+        is_reduced=is_reduced,
+    )
 
 
 def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
@@ -301,43 +297,42 @@ TOLERANCE_OF_MOVES = 0.5
 DRAWS_ALIKE = "2.12"
 
 
-def refuse_gap(
-    name: str,
-    compiled: Mapping[Any, Tensor],
-    eager: Mapping[Any, Tensor],
+def refuse_gaps(
+    compiled: Trees,
+    eager: Trees,
     loss: Tensor,
     *,
-    by_rounding: Mapping[Any, Tensor] | None = None,
-    rounding: bool = False,
+    by_rounding: Trees | None = None,
     is_reduced: bool = False,
 ) -> None:
-    """Refuse a tree of tensors that is not the eager one, by norm.
+    """Refuse trees of tensors of which one is not the eager one, by norm.
+
+    The entries of "h" are sums that may cancel, which are allowed the rounding of the loss.
 
     Args:
-        name: what the tree is, for the error.
+        compiled, eager: by what each tree is, for the error.
         loss: a loss of the step, in the type in which it was computed.
-        by_rounding: an eager one at weights that differ in their last digit; None: the same.
-        rounding: whether the entries are sums that may cancel, which are then allowed the rounding
-            of the loss.
+        by_rounding: eager ones at weights that differ in their last digit; None: the same.
         is_reduced: whether the step is recorded without a compiler, in half precision.
     """
-    gap = distance(compiled, eager) if eager else 0.0 * loss
-    size = norm(dict(eager)) if eager else 0.0 * loss
-    tolerance = TOLERANCE_OF_HALF if is_reduced else TOLERANCE[loss.dtype]
-    if name.endswith("move"):
-        tolerance = TOLERANCE_OF_MOVES
-    allowed = tolerance * size
-    if by_rounding:
-        allowed = allowed + NUDGES * distance(by_rounding, eager)
-    if rounding:
-        allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
-    if not bool(gap <= allowed):
-        advice = "leave compile out"
-        if torch.__version__ < TorchVersion(DRAWS_ALIKE):
-            # Measured on a network with dropout behind a batch norm.
-            advice += f" (below torch {DRAWS_ALIKE}, graphs draw other masks of dropout)"
-        off = f"{float(gap / size):.2g} off its eager value"
-        raise MetaplError(f"compiled, {name} is {off}; {advice}.")
+    for name, tree in eager.items():
+        gap = distance(compiled[name], tree) if tree else 0.0 * loss
+        size = norm(dict(tree)) if tree else 0.0 * loss
+        tolerance = TOLERANCE_OF_HALF if is_reduced else TOLERANCE[loss.dtype]
+        if name.endswith("move"):
+            tolerance = TOLERANCE_OF_MOVES
+        allowed = tolerance * size
+        if by_rounding and by_rounding[name]:
+            allowed = allowed + NUDGES * distance(by_rounding[name], tree)
+        if name == "h":
+            allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
+        if not bool(gap <= allowed):
+            advice = "leave compile out"
+            if torch.__version__ < TorchVersion(DRAWS_ALIKE):
+                # Measured on a network with dropout behind a batch norm.
+                advice += f" (below torch {DRAWS_ALIKE}, graphs draw other masks of dropout)"
+            off = f"{float(gap / size):.2g} off its eager value"
+            raise MetaplError(f"compiled, {name} is {off}; {advice}.")
 
 
 def distance(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:

@@ -37,10 +37,11 @@ from metapl.feedback.report import StepReport
 from metapl.functional.capture import Capture, Captured, Capturing
 from metapl.functional.compared_step import (
     Outcome,
+    are_equal,
     at_other_digits,
+    compared_trees,
     eager_step,
     is_recorded_in_half_precision,
-    is_repeated,
     refuse_other,
 )
 from metapl.functional.comparison import (
@@ -389,7 +390,7 @@ class CompiledStep:
                 by_rounding = take_eager()
             end.restore()
             before, _, eager = states
-            if not is_repeated(before, eager, again):
+            if not are_equal(compared_trees(before, again), compared_trees(before, eager)):
                 raise
             refuse_other(*states, by_rounding=by_rounding, is_reduced=is_reduced)
             if compiled.tries_left == 0:

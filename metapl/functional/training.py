@@ -53,8 +53,7 @@ from metapl.feedback.hypergradient import (
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing
-from metapl.functional.compared_step import at_other_digits, refuse_gap
-from metapl.functional.comparison import is_equal
+from metapl.functional.compared_step import are_equal, at_other_digits, refuse_gaps
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.kinds import Held
 from metapl.functional.state import (
@@ -782,8 +781,9 @@ def refuse_other_gradient(
             after = RandomState.now(plan.device)
         with replayed(begun), branching_to(after.branch()):
             eager = eager_gradient(request, one_step)
+        found, wanted = map(compared_leaves, (by_graphs, eager))
         try:
-            refuse_gaps(by_graphs, eager)
+            refuse_gaps(found, wanted, eager.inner_loss)
         except MetaplError:
             # Rounding alone may decide h in a first step of Adam. Then nothing can be told.
             with replayed(begun), branching_to(after.branch()):
@@ -791,10 +791,9 @@ def refuse_other_gradient(
             with replayed(begun), branching_to(after.branch()), at_other_digits(request.student):
                 by_rounding = eager_gradient(request, one_step)
             # One that does not repeat itself has a memory, which is no rounding.
-            leaves, leaves_again = map(pytree.tree_leaves, map(compared_leaves, (eager, again)))
-            if not all(map(is_equal, leaves_again, leaves)):
+            if not are_equal(compared_leaves(again), wanted):
                 raise
-            refuse_gaps(by_graphs, eager, by_rounding=by_rounding)
+            refuse_gaps(found, wanted, eager.inner_loss, by_rounding=compared_leaves(by_rounding))
             graphs.compared.discard(kind)
             plan.drowned.add(kind)
     except BaseException:
@@ -820,28 +819,6 @@ def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:
     except MissingDerivative as error:
         # What an eager step proposes may not be compiled.
         raise MissingDerivative(error.what) from error
-
-
-def refuse_gaps(
-    by_graphs: Hypergradient, eager: Hypergradient, *, by_rounding: Hypergradient | None = None
-) -> None:
-    """Refuse graphs whose feedback, outer loss or gradient is not the eager one.
-
-    Args:
-        by_rounding: the eager one at weights that differ in their last digit; the graphs' may be
-            some times as far.
-    """
-    trees = compared_leaves(by_graphs)
-    trees_by_rounding = {} if by_rounding is None else compared_leaves(by_rounding)
-    for name, of_eager in compared_leaves(eager).items():
-        refuse_gap(
-            name,
-            trees[name],
-            of_eager,
-            eager.inner_loss,
-            by_rounding=trees_by_rounding.get(name),
-            rounding=name == "h",
-        )
 
 
 def compared_leaves(found: Hypergradient) -> dict[str, dict[int, Tensor]]:

@@ -24,7 +24,7 @@ from metapl import MetaplError, Signal
 from metapl.execution.state import RandomState
 from metapl.feedback import Difference, Forward
 from metapl.feedback.forward import SMALL
-from metapl.functional.compared_step import refuse_gap
+from metapl.functional.compared_step import refuse_gaps
 
 ROWS = 8
 CLASSES = 3
@@ -521,11 +521,10 @@ def test_a_buffer_of_truth_values_is_compared_with_its_eager_value() -> None:
     """Such as a causal mask."""
     mask = torch.tensor([True, False])
     loss = torch.tensor(1.0)
-    refuse_gap("the student's buffers", {"mask": mask}, {"mask": mask.clone()}, loss)
+    name = "the student's buffers"
+    refuse_gaps({name: {"mask": mask}}, {name: {"mask": mask.clone()}}, loss)
     with pytest.raises(MetaplError, match=r"buffers is 0\.71 off"):
-        refuse_gap(
-            "the student's buffers", {"mask": ~mask}, {"mask": torch.tensor([True, True])}, loss
-        )
+        refuse_gaps({name: {"mask": ~mask}}, {name: {"mask": torch.tensor([True, True])}}, loss)
 
 
 class Experts(nn.Module):
