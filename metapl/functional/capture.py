@@ -142,8 +142,8 @@ class Captured(Generic[Result]):
         self.tries_left = TRIES
 
     def __call__(self, *arguments: Any) -> Result:
-        capture, tensors = self.run(*arguments)
-        result: Result = at_places(capture.results, tensors)
+        capture, tensors = self.find(*arguments)
+        result: Result = at_places(capture.results, self.replay(capture, tensors))
         return result
 
     def compared(self, *arguments: Any) -> Result:
@@ -287,21 +287,28 @@ class Captured(Generic[Result]):
         """Return the tensors that a graph holds, which are its last arguments from now on."""
         return take_constants_as_inputs(graph)
 
-    def run(self, *arguments: Any) -> tuple[Capture, Sequence[Any]]:
-        """Return the tensors of the results, and the graph that they are of."""
-        capture, tensors = self.find(*arguments)
-        return capture, self.replay(capture, tensors)
-
     def before_capture(self, *arguments: Any) -> None:
         """Do what has to be done before a graph is made for these arguments: nothing."""
 
     def find(self, *arguments: Any) -> tuple[Capture, list[Tensor]]:
-        """Return the graph for these arguments, and their tensors."""
-        capture, kind, tensors = self._find(arguments)
-        if capture is None:
-            self.before_capture(*arguments)
-            capture = self._capture(arguments, tensors, kind)
-        return capture, tensors
+        """Return the graph for these arguments, which may have to be made, and their tensors."""
+        tensors: list[Tensor] = []
+        kind = switches(self.device)
+        take_apart(arguments, tensors, kind)
+        if self.looks_at_modes:
+            kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
+        values = self.attributes.values()
+        if self.kept and self.kept[-1].kind.is_of(kind, values, exactly=True):
+            return self.kept[-1], tensors
+        # Another object may be in the place of one that was looked into.
+        self.attributes.read_again()
+        values = self.attributes.values()
+        for index in reversed(range(len(self.kept))):
+            if self.kept[index].kind.is_of(kind, values):
+                self.kept.append(self.kept.pop(index))
+                return self.kept[-1], tensors
+        self.before_capture(*arguments)
+        return self._capture(arguments, tensors, kind), tensors
 
     def replay(self, capture: Capture, tensors: list[Tensor]) -> Sequence[Any]:
         """Return the tensors of the results of a graph."""
@@ -310,25 +317,6 @@ class Captured(Generic[Result]):
             with torch.autocast(self.device.type, enabled=False):
                 return capture.run(tensors)
         return capture.run(tensors)
-
-    def _find(self, arguments: Any) -> tuple[Capture | None, list[Any], list[Tensor]]:
-        """Return the graph for these arguments, what it is made for, and their tensors."""
-        tensors: list[Tensor] = []
-        kind = switches(self.device)
-        take_apart(arguments, tensors, kind)
-        if self.looks_at_modes:
-            kind += chain.from_iterable(map(modes_of, self.attributes.modules()))
-        values = self.attributes.values()
-        if self.kept and self.kept[-1].kind.is_of(kind, values, exactly=True):
-            return self.kept[-1], kind, tensors
-        # Another object may be in the place of one that was looked into.
-        self.attributes.read_again()
-        values = self.attributes.values()
-        for index in reversed(range(len(self.kept))):
-            if self.kept[index].kind.is_of(kind, values):
-                self.kept.append(self.kept.pop(index))
-                return self.kept[-1], kind, tensors
-        return None, kind, tensors
 
     def _capture(self, arguments: Any, tensors: list[Tensor], kind: list[Any]) -> Capture:
         """Capture the function for these arguments; nothing moves."""
