@@ -37,7 +37,7 @@ from metapl.execution.batch import Batch
 from metapl.execution.checks import unexpected
 from metapl.execution.state import RandomState
 from metapl.functional.attributes import Attributes
-from metapl.functional.kinds import Kind, switches, take_apart
+from metapl.functional.kinds import Kind, switches, take_apart, with_each
 from metapl.functional.operations import without_cache_of_casts
 from metapl.functional.state import Report, State, with_fields
 from metapl.functional.step import Step
@@ -191,8 +191,7 @@ class StepByGraphs:
         )
         tensors: list[Tensor] = []
         kind = switches(self.device)
-        for value in varying:
-            take_apart(value, tensors, kind)
+        take_apart(varying, tensors, kind)
         attributes = self.attributes.values()
         last = self.recorded[-1:]
         if not any(one.kind.is_of(kind, attributes, exactly=True) for one in last):
@@ -207,8 +206,9 @@ class StepByGraphs:
         moved, report = recorded.recording.results
         # These outlive the next step. The other tensors are copied into those of modules and
         # optimizers before it.
-        moved = with_fields(moved, mode=copied(moved.mode), step=moved.step.clone())
-        return moved, copied(report)
+        mode = with_each(moved.mode, Tensor.clone)
+        moved = with_fields(moved, mode=mode, step=moved.step.clone())
+        return moved, with_each(report, Tensor.clone)
 
     def _find(self, state: State, kind: list[Any], attributes: list[Any]) -> RecordedStep | None:
         """Return the step that was recorded for all this, or None."""
@@ -226,10 +226,9 @@ class StepByGraphs:
         """Record the step for a state and a kind; no generator moves."""
         self._warn_of_many()
         refuse_other_devices(state, varying, self.device)
-        static: Varying = copied(varying)
+        static: Varying = with_each(varying, Tensor.clone)
         inputs: list[Tensor] = []
-        for value in static:
-            take_apart(value, inputs, [])
+        take_apart(static, inputs, [])
         graph_state = with_fields(
             state,
             inner=with_fields(state.inner, settings=static.inner_settings),
@@ -290,19 +289,6 @@ def reads_the_same(recorded: State, state: State) -> bool:
         and recorded.inner.state is state.inner.state
         and recorded.outer.state is state.outer.state
     )
-
-
-def copied(value: Any) -> Any:
-    """Return a nested value with copies of its tensors, in the order of :func:`take_apart`."""
-    if isinstance(value, Tensor):
-        return value.clone()
-    if isinstance(value, dict):
-        return {name: copied(part) for name, part in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(copied, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(copied, value))
-    return value
 
 
 def refuse_other_devices(state: State, varying: Varying, device: torch.device) -> None:

@@ -131,16 +131,24 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
 
 def put_together(value: Any, tensors: Iterator[Tensor]) -> Any:
     """Return a nested value with other tensors, in the order of :func:`take_apart`."""
+    return with_each(value, lambda _: next(tensors))
+
+
+def with_each(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nested value with ``function`` of its tensors, in the order of :func:`take_apart`.
+
+    PyTorch's pytrees would take longer.
+    """
     if isinstance(value, Tensor):
-        return next(tensors)
+        return function(value)
     if isinstance(value, dict):
-        return {name: put_together(part, tensors) for name, part in value.items()}
+        return {name: with_each(part, function) for name, part in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(put_together(part, tensors) for part in value))
+        return type(value)(*[with_each(part, function) for part in value])
     if isinstance(value, tuple | list):
-        return type(value)(put_together(part, tensors) for part in value)
+        return type(value)([with_each(part, function) for part in value])
     if isinstance(value, Held):
-        return put_together(value.value, tensors)
+        return with_each(value.value, function)
     return value
 
 
