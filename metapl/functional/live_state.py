@@ -89,18 +89,14 @@ class LiveState:
         self._next_number = -1
         self._next_step: Tensor = self.state.step
         # Filled by adopt: the tensors of the state, the tables in which modules and optimizers
-        # hold some of them, with what these held, and what else the trainer is recognized by.
+        # hold some of them, the modules that the problem holds, and what the trainer is known by.
         self._tensors: list[Tensor] = []
         self._tables: list[dict[Any, Any]] = []
         self._empty_tables: list[dict[Any, Any]] = []
-        self._table_values: list[object] = []
         self._weights: list[Tensor] = []
-        self._addresses: list[int] = []
-        self._parts: list[object] = []
-        self._settings_of_step: tuple[object, ...] = ()
-        # The modules that the problem holds, and their modes.
         self._held_modules: list[nn.Module] = []
-        self._held_modes: list[bool] = []
+        self._objects: list[object] = []
+        self._values: list[object] = []
 
     def held(self) -> Held:
         """Return the tensors of networks and optimizers, taken apart until they are others."""
@@ -127,15 +123,20 @@ class LiveState:
 
         Every step asks this of hundreds of tensors, so the loops over them run in C.
         """
+        objects, values = self._known_by(trainer, steps)
         return (
-            settings_of_step(trainer, steps) == self._settings_of_step
-            and [*map(_is_training, self._held_modules)] == self._held_modes
-            and are_the_same(parts_of_step(trainer), self._parts)
+            values == self._values
+            and are_the_same(objects, self._objects)
             and self._has_same_groups()
             and not any(self._empty_tables)
-            and are_the_same(values_of_tables(self._tables), self._table_values)
-            and [*map(Tensor.data_ptr, self._weights)] == self._addresses
         )
+
+    def _known_by(self, trainer: TwoLevelTrainer, steps: int) -> tuple[list[object], list[object]]:
+        """Return the objects of a step with these tensors, and numbers and settings of it."""
+        objects = [*parts_of_step(trainer), *chain.from_iterable(map(dict.values, self._tables))]
+        modes = map(_is_training, self._held_modules)
+        addresses = map(Tensor.data_ptr, self._weights)
+        return objects, [*settings_of_step(trainer, steps), *modes, *addresses]
 
     def refresh(self, trainer: TwoLevelTrainer) -> None:
         """Take over what changes between steps outside of the tensors that are held.
@@ -207,14 +208,10 @@ class LiveState:
         tables += hooks_of_optimizers(trainer)
         self._tables = [table for table in tables if table]
         self._empty_tables = [table for table in tables if not table]
-        self._table_values = values_of_tables(self._tables)
         self._tensors = leaves_of(self.state)
         self._weights = tensors_of_networks(trainer)
-        self._addresses = [*map(Tensor.data_ptr, self._weights)]
-        self._parts = parts_of_step(trainer)
-        self._settings_of_step = settings_of_step(trainer, steps)
         self._held_modules = modules_in(trainer.problem)
-        self._held_modes = [*map(_is_training, self._held_modules)]
+        self._objects, self._values = self._known_by(trainer, steps)
 
     def write(self, moved: Moved, *, next_number: int) -> None:
         """Copy what a step leaves into the tensors.
@@ -268,22 +265,14 @@ def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
     return parts
 
 
-def values_of_tables(tables: Sequence[dict[Any, Any]]) -> list[object]:
-    """Return the values that tables hold, in order."""
-    return [*chain.from_iterable(map(dict.values, tables))]
-
-
 def with_counts_on_device(state: State, device: torch.device) -> State:
     """Return a state whose optimizers have all their tensors on the device.
 
     ``torch.optim`` counts steps on the host, where a graph would read each count once. From the
     first step by graphs on it holds these counts on the device.
     """
-    optimizers = []
-    for optimizer in (state.inner, state.outer):
-        tensors = pytree.tree_map_only(Tensor, lambda t: t.to(device), optimizer.state)
-        optimizers.append(with_fields(optimizer, state=tensors))
-    inner, outer = optimizers
+    optimizers = (state.inner, state.outer)
+    inner, outer = pytree.tree_map_only(Tensor, lambda t: t.to(device), optimizers)
     return with_fields(state, inner=inner, outer=outer)
 
 
