@@ -43,8 +43,6 @@ from metapl.problems.base import BilevelProblem, enters_input
 from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, update_of
 
-vmap = torch.func.vmap
-
 COMPILED_FROM = 50_000
 """From so many steps times trainings on a stack is compiled, where nobody says otherwise.
 
@@ -432,19 +430,15 @@ class StackedTrainings:
             after = training_step({}, carry, StepInputs((weights, batch), None, settings)).carry
             return after._replace(state={name: after.state[name] for name in member.state})
 
-        step = vmap(step_of_member, in_dims=(0, 0, None, None, None), randomness="same")
-
-        def step_of_stack(
-            weights: Tensor, members: Carry, frozen: Tree, batch: Batch, settings: Settings
-        ) -> Carry:
-            after: Carry = step(weights, members, frozen, batch, settings)
-            return after
-
+        step_of_stack: Callable[..., Carry] = torch.func.vmap(
+            step_of_member, in_dims=(0, 0, None, None, None), randomness="same"
+        )
         if compile:
             return Captured(step_of_stack, training.start.device, sources)
         return step_of_stack
 
 
+@dataclass
 class Removals:
     """Trainings without sets of examples: in stacks, or one by one where they cannot be stacked.
 
@@ -453,21 +447,14 @@ class Removals:
         stacks: of the same training; None of a recorded one, which its recording takes again.
         at_once: how many trainings a stack has at most.
         compile: whether a stack's steps are compiled; None: from :data:`COMPILED_FROM` on.
+        execution: how the last trainings were taken, in words.
     """
 
-    def __init__(
-        self,
-        alone: Callable[[Tensor], Tensor],
-        stacks: StackedTrainings | None,
-        *,
-        at_once: int,
-        compile: bool | None,
-    ) -> None:
-        self.alone = alone
-        self.stacks = stacks
-        self.at_once = at_once
-        self.compile = compile
-        self.execution = "one by one"
+    alone: Callable[[Tensor], Tensor]
+    stacks: StackedTrainings | None
+    at_once: int
+    compile: bool | None
+    execution: str = "one by one"
 
     def losses(self, weights: Tensor, outer_loss: Tensor, *, progress: bool) -> Tensor:
         """Return the outer losses of R trainings, (R, ...).
