@@ -22,7 +22,7 @@ from torch import Tensor
 
 from metapl.core.replays import state_digest
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch
+from metapl.execution.batch import Batch, map_tensors
 from metapl.execution.numerics import Tree
 from metapl.runs import checkpoint
 
@@ -108,13 +108,7 @@ class RecordingFolder:
 
     def write_state(self, number: int, state: KeptState) -> None:
         """Write the state before a step."""
-        contents = {
-            "number": number,
-            "params": state.params,
-            "optimizer": state.optimizer,
-            "buffers": state.buffers,
-            "digest": state.digest(),
-        }
+        contents = {"number": number, **state._asdict(), "digest": state.digest()}
         checkpoint.save(self._file("state", number), contents)
 
     def read_state(self, number: int, device: torch.device) -> tuple[KeptState, Tensor]:
@@ -122,7 +116,8 @@ class RecordingFolder:
         contents = checkpoint.load(self._file("state", number))
         state = KeptState(
             params={name: t.to(device) for name, t in contents["params"].items()},
-            optimizer=on_device(contents["optimizer"], device),
+            # Counts stay on the host, as torch has them.
+            optimizer=map_tensors(lambda t: t.to(device) if t.ndim else t, contents["optimizer"]),
             buffers={name: t.to(device) for name, t in contents["buffers"].items()},
         )
         digest = contents["digest"].to(device)
@@ -230,14 +225,3 @@ def rows_of(contents: Mapping[str, Any]) -> list[StepRow]:
         )
         rows.append(row)
     return rows
-
-
-def on_device(states: Mapping[str, Mapping[str, Any]], device: torch.device) -> Any:
-    """Return an optimizer's state on a device; its counts stay on the host, as torch has them."""
-    moved: dict[str, dict[str, Any]] = {}
-    for name, entries in states.items():
-        moved[name] = {}
-        for key, value in entries.items():
-            is_of_weights = isinstance(value, Tensor) and value.ndim > 0
-            moved[name][key] = value.to(device) if is_of_weights else value
-    return moved

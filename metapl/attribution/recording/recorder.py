@@ -125,7 +125,7 @@ class RecordingHook:
     """A hook on the followed network, and on no copy of it.
 
     A loop may copy or pickle its network while it trains, for an average of its weights or the best
-    ones so far. The copy has a hook that does nothing in the place of this one.
+    ones so far. The copy has one that does nothing in the place of this one.
     """
 
     def __init__(self, hook: Callable[..., None]) -> None:
@@ -135,12 +135,7 @@ class RecordingHook:
         self._hook(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return hook_of_copy, ()
-
-
-def hook_of_copy() -> Callable[..., None]:
-    """Return the hook that a copy of the followed network has."""
-    return no_hook
+        return RecordingHook, (no_hook,)
 
 
 def no_hook(*args: Any) -> None:
@@ -394,7 +389,10 @@ class Recorder:
                 # The first call of Lightning's step is within it, and has not come yet.
                 self._params = self._params or self._current_params()
                 self._buffers = self._buffers or self._current_buffers()
-                self._optimizer_state = copied(self._update.read_state())
+                # Its step writes to them.
+                self._optimizer_state = map_tensors(
+                    lambda t: t.detach().clone(), self._update.read_state()
+                )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_active or not self._is_followed(optimizer):
@@ -722,16 +720,6 @@ def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
             of_group[name] = value
         settings.append(of_group)
     return settings
-
-
-def copied(states: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return copies of the tensors in an optimizer's state, which its step writes to."""
-    copies: dict[str, dict[str, Any]] = {}
-    for name, entries in states.items():
-        copies[name] = {
-            key: t.detach().clone() if isinstance(t, Tensor) else t for key, t in entries.items()
-        }
-    return copies
 
 
 def shape_of(p: Tensor) -> list[Any]:
