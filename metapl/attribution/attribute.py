@@ -927,26 +927,14 @@ def metasmoothness(
         problem=problem,
         clip_norm=clip_norm,
     )
-    smoothness, moved = smoothness_of(training, step, direction, steps, progress=progress)
+    trained, losses = training.trained_along(step, direction, steps, progress=progress)
+    agreement, moved = agreement_of_signs(*trained)
     if not 0 < moved < math.inf:
         raise MetaplError(
             f"the direction moves the student's weights by {moved:g} in all; expected a finite "
             "number."
         )
-    return smoothness
-
-
-def smoothness_of(
-    training: WeightedTraining, h: float, v: Tensor | None, steps: int, *, progress: bool
-) -> tuple[Metasmoothness, float]:
-    """Return the metasmoothness of the first steps, and how far all weights move along v.
-
-    Args:
-        v: as ``direction`` of :func:`metasmoothness`.
-    """
-    trained, losses = training.trained_along(h, v, steps, progress=progress)
-    agreement, total = agreement_of_signs(*trained)
-    return Metasmoothness(agreement, losses), total
+    return Metasmoothness(agreement, losses)
 
 
 def agreement_of_signs(theta_0: Tensor, theta_h: Tensor, theta_2h: Tensor) -> tuple[float, float]:

@@ -85,14 +85,14 @@ class Reliability:
             f"expect a rank correlation of about {in_words(self.correlation)} "
             f"({in_words(self.low)} to {in_words(self.high)}) with retraining"
         )
-        bend = f"the bend, {self.bend:.2g},"
-        steps = f"the number of steps, {self.steps:,},"
-        if self.is_bend_outside and self.are_steps_outside:
-            line += f"; {bend} and {steps} are outside of what was calibrated"
-        elif self.is_bend_outside:
-            line += f"; {bend} is outside of what was calibrated"
-        elif self.are_steps_outside:
-            line += f"; {steps} is outside of what was calibrated"
+        outside: list[str] = []
+        if self.is_bend_outside:
+            outside.append(f"the bend, {self.bend:.2g},")
+        if self.are_steps_outside:
+            outside.append(f"the number of steps, {self.steps:,},")
+        if outside:
+            verb = "is" if len(outside) == 1 else "are"
+            line += f"; {' and '.join(outside)} {verb} outside of what was calibrated"
         return line
 
 
@@ -161,6 +161,9 @@ def reliability(
     """
     check_arguments(reliability, locals())
     refuse_half_precision(student)
+    # It stays where it is, so that the same one gives attribute the same order.
+    if isinstance(generator, torch.Generator):
+        generator = generator.clone_state()
     training = WeightedTraining(
         student,
         train,
@@ -169,7 +172,7 @@ def reliability(
         steps=steps,
         batch_size=batch_size,
         settings=settings,
-        generator=copy_of_generator(generator),
+        generator=generator,
         problem=problem,
         clip_norm=clip_norm,
     )
@@ -241,12 +244,3 @@ def refuse_half_precision(student: nn.Module) -> None:
             kind = str(parameter.dtype).removeprefix("torch.")
             expected = "float32, as of copy.deepcopy(student).float() and an optimizer over it"
             raise MetaplError(f"the student's {name} is in {kind}; expected {expected}.")
-
-
-def copy_of_generator(generator: torch.Generator | None) -> torch.Generator | None:
-    """Return a generator in the same state, on the same device, or None for None."""
-    if not isinstance(generator, torch.Generator):
-        return generator
-    copied = torch.Generator(generator.device)
-    copied.set_state(generator.get_state())
-    return copied
