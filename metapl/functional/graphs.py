@@ -45,6 +45,9 @@ PARTS_OF_KEY = ("the optimizer, or what is asked for,", "the problem", "a networ
 # What a graph holds of a batch: its structure, its numbers, and the shapes and types of tensors.
 BatchKind = tuple[Any, ...]
 
+# The teacher, the student and the problem of a call.
+Asking = tuple[nn.Module | None, nn.Module, BilevelProblem]
+
 
 class Subject(NamedTuple):
     """What graphs are made of.
@@ -199,7 +202,7 @@ def kept_graphs(
     Args:
         rule: what tells them from other graphs of such networks and such a problem.
     """
-    asking = (teacher, student, problem)
+    asking: Asking = (teacher, student, problem)
     outside: Sequence[Tensor] = ()
     alive: tuple[object, ...] = ()
     undescribed = ""
@@ -208,13 +211,13 @@ def kept_graphs(
         key: Hashable = (description_of(rule), describer.problem(problem), describer.networks)
         outside = describer.outside
     except Undescribed as error:
-        alive = parts_of_call(*asking)
-        key = by_identity(teacher, student, alive, rule)
+        alive = parts_of_call(asking)
+        key = by_identity(alive, rule)
         undescribed = error.what
     kept = _CACHE.pop(key, None)
     if kept is None:
         times = say_why_again(key, asking, undescribed)
-        subject = Subject(*asking, alive) if alive else bare_subject(*asking, outside)
+        subject = Subject(*asking, alive) if alive else bare_subject(asking, outside)
         make_room(student)
         kept = Kept(make(subject), [], times)
     # The one that was asked for last is at the end.
@@ -230,15 +233,14 @@ def kept_graphs(
     return graphs
 
 
-def say_why_again(key: Hashable, asking: Sequence[object], undescribed: str) -> int:
+def say_why_again(key: Hashable, asking: Asking, undescribed: str) -> int:
     """Say why graphs are made again, where there are some of such networks and such a problem.
 
     A number that counts calls, say, makes them in each of these: for the same objects the third
     time is a warning.
 
     Args:
-        asking: the teacher, the student and the problem.
-        undescribed: what of them has no description.
+        undescribed: what of a call has no description.
 
     Returns: how many were made one after another.
     """
@@ -303,39 +305,27 @@ def make_room(student: nn.Module) -> None:
         del _CACHE[key]
 
 
-def bare_subject(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    problem: BilevelProblem,
-    outside: Sequence[Tensor],
-) -> Subject:
+def bare_subject(asking: Asking, outside: Sequence[Tensor]) -> Subject:
     """Return copies of networks and problem that have a description."""
+    teacher, student, problem = asking
     copier = BareCopier([teacher, student])
     copies = copier.module(teacher), copier.module(student), copier.object(problem)
     return Subject(*copies, outside=[copier.tensor(t) for t in outside])
 
 
-def parts_of_call(
-    teacher: nn.Module | None, student: nn.Module, problem: BilevelProblem
-) -> tuple[object, ...]:
+def parts_of_call(asking: Asking) -> tuple[object, ...]:
     """Return networks and problem, with all their parts, weights and hooks."""
-    networks = [network for network in (teacher, student) if network is not None]
+    networks = [part for part in asking[:2] if part is not None]
     modules = [part for network in networks for part in network.modules()]
     weights = [p for network in networks for p in network.parameters()]
     tables_of_hooks = [vars(part)[name] for part in modules for name in PASS_HOOKS]
     tables_of_hooks += EVERYWHERE
     hooks = [hook for table in tables_of_hooks for hook in table.values()]
-    return (teacher, student, problem, *modules, *weights, *hooks)
+    return (*asking, *modules, *weights, *hooks)
 
 
-def by_identity(
-    teacher: nn.Module | None,
-    student: nn.Module,
-    alive: tuple[object, ...],
-    rule: tuple[object, ...],
-) -> Hashable:
+def by_identity(alive: tuple[object, ...], rule: tuple[object, ...]) -> Hashable:
     """Return the addresses of all parts of a call, with modes and what is frozen."""
-    networks = [network for network in (teacher, student) if network is not None]
-    is_training = [part.training for network in networks for part in network.modules()]
-    requires_grad = [p.requires_grad for network in networks for p in network.parameters()]
+    is_training = [part.training for part in alive if isinstance(part, nn.Module)]
+    requires_grad = [p.requires_grad for p in alive if isinstance(p, nn.Parameter)]
     return (*map(id, alive), str((is_training, requires_grad, rule)))
