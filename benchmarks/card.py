@@ -178,8 +178,7 @@ def plain(make: Callable[[], Any], way: str, card: Card) -> Callable[[], Any]:
 def replay_of(trainer: metapl.BilevelTrainer) -> Callable[[], Any]:
     """Return the last graph of a trainer's steps alone."""
     compiled: Any = trainer.compiled_step
-    (by_graphs,) = compiled._compiled.run.args
-    replay: Callable[[], Any] = by_graphs.recorded[-1].recording.replay
+    replay: Callable[[], Any] = compiled._compiled.run.recorded[-1].recording.replay
     return replay
 
 

@@ -80,32 +80,6 @@ from metapl.updates import (
 from metapl.updates.base import OptimizerState
 
 
-def moved_by_graphs(
-    by_graphs: StepByGraphs,
-    live: LiveState,
-    outer: Batch,
-    inner: Batch,
-    noise: Any,
-    *,
-    on_copies: bool,
-) -> Moved:
-    """Return what a step by CUDA graphs leaves, which never writes into what it is given."""
-    recordings = by_graphs.recordings_made
-    start = RandomState.now(by_graphs.device)
-    with torch.no_grad():
-        moved, report = by_graphs(live.state, outer, inner, noise)
-    is_first = by_graphs.recordings_made > recordings
-    return Moved(
-        leaves=leaves_of(moved),
-        mode=moved.mode,
-        step=moved.step,
-        flag=report.flag,
-        report=partial(at_places, report, ()),
-        state=lambda: moved,
-        start=start if is_first else None,
-    )
-
-
 class CapturedStep:
     """A step as compiled graphs, which write into the tensors that they are given.
 
@@ -466,17 +440,12 @@ def compile_step(
     trainer.update.follow(trainable(trainer.student))
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
-    run: Callable[..., Moved]
-    if trainer.compile == "cudagraphs":
-        by_graphs = StepByGraphs(step, trainer.device, sources_of(trainer))
-        run = partial(moved_by_graphs, by_graphs)
-    else:
-        run = CapturedStep(step, trainer.device, sources_of(trainer))
+    kind = StepByGraphs if trainer.compile == "cudagraphs" else CapturedStep
     return Compiled(
         key=key,
         alive=alive,
         updates=updates,
-        run=run,
+        run=kind(step, trainer.device, sources_of(trainer)),
         direct_term=trainer.direct_term,
     )
 

@@ -38,8 +38,9 @@ from metapl.execution.checks import unexpected
 from metapl.execution.state import RandomState
 from metapl.functional.attributes import Attributes
 from metapl.functional.kinds import Kind, switches, take_apart, with_each
+from metapl.functional.live_state import LiveState, Moved
 from metapl.functional.operations import without_cache_of_casts
-from metapl.functional.state import Report, State, with_fields
+from metapl.functional.state import Report, State, leaves_of, with_fields
 from metapl.functional.step import Step
 
 Results = tuple[State, Report]
@@ -173,13 +174,20 @@ class StepByGraphs:
         self.recordings_made = 0
         self._pool: Any = None
 
-    def __call__(self, state: State, outer: Batch, inner: Batch, noise: Any = None) -> Results:
-        """Return the state after a step, and its report.
+    @torch.no_grad()
+    def __call__(
+        self, live: LiveState, outer: Batch, inner: Batch, noise: Any, *, on_copies: bool
+    ) -> Moved:
+        """Return what a step leaves.
 
         The networks and optimizers of that state lie in memory that the next step writes to.
 
+        Args:
+            on_copies: not to write into the live tensors, which no graph does.
+
         Raises: :class:`metapl.MetaplError` for a step that cannot be recorded.
         """
+        state = live.state
         varying = Varying(
             inner_settings=state.inner.settings,
             outer_settings=state.outer.settings,
@@ -198,8 +206,10 @@ class StepByGraphs:
             # Another object may be in the place of one that was looked into.
             self.attributes.read_again()
             attributes = self.attributes.values()
+        start = None
         recorded = self._find(state, kind, attributes)
         if recorded is None:
+            start = RandomState.now(self.device)
             recorded = self._record(state, varying, kind=kind)
         torch._foreach_copy_(recorded.inputs, tensors)
         recorded.recording.replay()
@@ -208,7 +218,16 @@ class StepByGraphs:
         # optimizers before it.
         mode = with_each(moved.mode, Tensor.clone)
         moved = with_fields(moved, mode=mode, step=moved.step.clone())
-        return moved, with_each(report, Tensor.clone)
+        report = with_each(report, Tensor.clone)
+        return Moved(
+            leaves=leaves_of(moved),
+            mode=moved.mode,
+            step=moved.step,
+            flag=report.flag,
+            report=lambda: report,
+            state=lambda: moved,
+            start=start,
+        )
 
     def _find(self, state: State, kind: list[Any], attributes: list[Any]) -> RecordedStep | None:
         """Return the step that was recorded for all this, or None."""

@@ -149,7 +149,7 @@ def take(pair: list[metapl.BilevelTrainer], number: int, batches: tuple[Any, Any
 
 
 def graphs_of(trainer: metapl.BilevelTrainer) -> Any:
-    return trainer.compiled_step._compiled.run.args[0]
+    return trainer.compiled_step._compiled.run
 
 
 CASES: dict[str, dict[str, Any]] = {
