@@ -29,10 +29,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
 from metapl.execution.compare import TRIES
-from metapl.execution.state import (
-    RandomState,
-    trainable,
-)
+from metapl.execution.state import RandomState, replayed, trainable
 from metapl.feedback.report import StepReport
 from metapl.functional.capture import Capture, Captured, Capturing
 from metapl.functional.compared_step import (
@@ -270,11 +267,8 @@ class CompiledStep:
             return
         compiled = self._find_or_compile(trainer, len(inner_batches))
         live = LiveState(trainer, compiled.updates)
-        start = RandomState.now(trainer.device, trainer.generator)
-        try:
+        with replayed(RandomState.now(trainer.device, trainer.generator)):
             self._run(compiled, live, trainer, outer_batch, inner_batches)
-        finally:
-            start.restore()
         self._cache[compiled.key] = compiled
 
     def _run(
@@ -309,9 +303,8 @@ class CompiledStep:
                     compiled.draws = compiled.draws or not end.equals(moved.start)
                     if eager is None:
                         # For another shape or number, whose graph is another one.
-                        start.restore()
-                        eager = take_eager()
-                        end.restore()
+                        with replayed(start):
+                            eager = take_eager()
                 step_report = step_report_of(compiled, trainer, moved, inner_batches)
                 is_decided = eager is None or self._compare(
                     compiled,
@@ -327,7 +320,8 @@ class CompiledStep:
         # A warm-up may begin with a rate of 0, by which h is 0 on both roads: then the next step is
         # compared again, as after one that rounding drowns.
         if eager is not None:
-            compiled.is_compared = is_decided and any(rate != 0 for rate in rates_of(trainer))
+            groups = unclipped(trainer.update).options
+            compiled.is_compared = is_decided and any(group["lr"] != 0 for group in groups)
         return moved, step_report
 
     def _compare(
@@ -348,21 +342,18 @@ class CompiledStep:
 
         Args:
             states: the one before the step, and those after it and after the eager one.
-            take_eager: takes the eager step, by a copy.
+            take_eager: takes the eager step, by a copy; no generator moves.
             start: the random numbers that the step began with.
         """
         is_reduced = is_recorded_in_half_precision(trainer)
         try:
             refuse_other(*states, is_reduced=is_reduced)
         except MetaplError as error:
-            end = RandomState.now(trainer.device, trainer.generator)
             assert start is not None, "it is kept where steps are compared"
-            start.restore()
-            again = take_eager()
-            start.restore()
-            with at_other_digits(trainer.student):
-                by_rounding = take_eager()
-            end.restore()
+            with replayed(start):
+                again = take_eager()
+                with at_other_digits(trainer.student):
+                    by_rounding = take_eager()
             before, _, eager = states
             if not are_equal(compared_trees(before, again), compared_trees(before, eager)):
                 raise
@@ -409,11 +400,6 @@ class CompiledStep:
             trainer.update.follow(trainable(trainer.student))
             return self._cache[key]
         return compile_step(trainer, steps, key=key, alive=alive)
-
-
-def rates_of(trainer: TwoLevelTrainer) -> list[Any]:
-    """Return the learning rate of each param group of the student's optimizer."""
-    return [group["lr"] for group in unclipped(trainer.update).options]
 
 
 def why_no_graph(trainer: TwoLevelTrainer) -> str:
