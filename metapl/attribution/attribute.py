@@ -24,12 +24,12 @@ from metapl.attribution.removals import (
     Removals,
     StackedTrainings,
     datamodeling_score,
+    most_at_once,
     rank_correlations,
 )
 from metapl.attribution.tables import columns_of, path_of_table, weights_by, write_table
 from metapl.attribution.weighted import BatchesOfSteps, WeightedTraining, judges_of, thetas_along
 from metapl.attribution.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
-from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
 from metapl.core.lookahead import Lookahead
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
 from metapl.errors import MetaplError, few
@@ -615,7 +615,8 @@ def attribution_of(
         judges = judges_of(training.problem, training.outer_examples, ranks)
     at_once = 1
     if compile and each:
-        at_once = judges_at_once(student, len(judges))
+        # Cotangents of the weights, and of the optimizer's state, which is at most twice as large.
+        at_once = most_at_once(student, len(judges), copies=3)
 
     scores = list[Tensor]()
     losses = list[Tensor]()
@@ -842,14 +843,6 @@ def warn_of_roughness(training: WeightedTraining, path: CompiledPath | None) -> 
             "float32 weights, a lower learning rate, or a larger eps of Adam.",
             stacklevel=4,
         )
-
-
-def judges_at_once(student: nn.Module, judges: int) -> int:
-    """Return how many outer losses have cotangents that half of the free memory holds."""
-    # Those of the weights, and of the optimizer's state, which is at most twice as large.
-    bytes_of_one = 3 * sum(p.nbytes for p in student.parameters() if p.requires_grad)
-    free = free_bytes(next(student.parameters()).device) or math.inf
-    return max(1, int(min(judges, SHARE_OF_MEMORY * free / bytes_of_one)))
 
 
 class Metasmoothness(NamedTuple):

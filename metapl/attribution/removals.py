@@ -31,7 +31,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.attribution.weighted import WeightedTraining, WithWeights
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, reason_of
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import replayed, trainable, with_contents_of
@@ -218,7 +218,6 @@ class StackPlan:
     Attributes:
         network: in which the tensors of the members are put, one after another; its own are not
             read.
-        constants: what the optimizer's param groups hold besides the settings.
         rule: of the optimizer, without a clip.
         start: the carry of one training at the beginning, of whose state the buffers alone. The
             members of a stack, S of them, are such carries with a first dimension S.
@@ -227,7 +226,6 @@ class StackPlan:
     """
 
     network: nn.Module
-    constants: Sequence[dict[str, Any]]
     rule: TorchUpdate
     start: Carry
     frozen: Tree
@@ -246,7 +244,6 @@ class StackPlan:
         buffers = {name: t for name, t in tensors.state.items() if name in names_of_buffers}
         return cls(
             network=network,
-            constants=constants_of(rule),
             rule=rule,
             start=Carry(tensors.params, first_state(options, rule, ()), buffers, teacher_state={}),
             frozen={name: t for name, t in tensors.state.items() if name not in names_of_buffers},
@@ -300,16 +297,6 @@ class StackedTrainings:
         if not isinstance(update_of(optimizer, trainable(training.begun[0])), TorchUpdate):
             return f"{type(optimizer).__name__} has no rule that can be stacked"
         return ""
-
-    def most_at_once(self, most: int) -> int:
-        """Return how many trainings half of the free memory holds at once, ``most`` at most.
-
-        Counted are weights, gradients and the optimizer's state, and not what passes hold.
-        """
-        weights = [p for p in self.training.layout.network.parameters() if p.requires_grad]
-        bytes_of_member = BYTES_OF_MEMBER * sum(p.nbytes for p in weights)
-        free = free_bytes(weights[0].device) or math.inf
-        return max(1, int(min(most, SHARE_OF_MEMORY * free / bytes_of_member)))
 
     def compare(self, weights: Tensor, *, compile: bool) -> None:
         """Take the first steps of two trainings in a stack, and refuse those that lead elsewhere.
@@ -417,7 +404,7 @@ class StackedTrainings:
                 student=plan.network,
                 problem=WithWeights(training.problem),
                 update=clipped(plan.rule.without_optimizer(), training.clip_norm),
-                constants=plan.constants,
+                constants=constants_of(plan.rule),
                 device=training.start.device,
             ),
             sources,
@@ -475,7 +462,8 @@ class Removals:
             return self._one_by_one(weights, progress=progress)
         if reason := stacks.why_not():
             return self._one_by_one(weights, progress=progress, reason=reason)
-        at_once = stacks.most_at_once(at_once)
+        student = stacks.training.layout.network
+        at_once = most_at_once(student, at_once, copies=BYTES_OF_MEMBER)
         if at_once == 1:
             reason = "half of the free memory holds no two of them"
             return self._one_by_one(weights, progress=progress, reason=reason)
@@ -540,6 +528,20 @@ class Removals:
         return torch.stack(losses)
 
 
+def most_at_once(student: nn.Module, most: int, *, copies: int) -> int:
+    """Return how many sets of weights half of the free memory holds at once, ``most`` at most.
+
+    What passes hold is not counted.
+
+    Args:
+        copies: how many times the student's weights a set has.
+    """
+    weights = [p for p in student.parameters() if p.requires_grad]
+    bytes_of_set = copies * sum(p.nbytes for p in weights)
+    free = free_bytes(weights[0].device) or math.inf
+    return max(1, int(min(most, SHARE_OF_MEMORY * free / bytes_of_set)))
+
+
 def why_refused(stacks: StackedTrainings, weights: Tensor, *, compile: bool) -> str:
     """Return why a stack is not taken, by its first steps; "" where they are those alone."""
     try:
@@ -547,7 +549,7 @@ def why_refused(stacks: StackedTrainings, weights: Tensor, *, compile: bool) -> 
     except Exception as error:
         # A student may raise anything where vmap runs it, and each training alone may be right. An
         # error that it raises alone too is raised there.
-        return first_line(error)
+        return reason_of(error)
     return ""
 
 
@@ -586,9 +588,3 @@ def refused_compile(reason: str) -> MetaplError:
         f"validate was given compile=True, and the trainings cannot be compiled in stacks: "
         f"{reason}; leave compile out."
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error, or its kind where it says nothing."""
-    lines = str(error).splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -51,26 +51,6 @@ from metapl.updates import (
 EQUAL_WEIGHTS = EqualWeights()
 
 
-def signal_of_weights(problem: EqualWeights, outputs: Tensor, weights: Tensor | None) -> Signal:
-    """Return the weights of a batch's examples as the problem's signal.
-
-    Weights of examples are those of all their parts.
-
-    Args:
-        outputs: of the student, (B, ...).
-        weights: (B,), or in the problem's shape, with more parts where examples of another batch
-            have them; None: 1 each.
-    """
-    shape = problem.weight_shape(outputs)
-    if weights is None:
-        return Signal(outputs.new_ones(shape))
-    if weights.ndim > 1:
-        weights = weights[:, : shape[1]]
-    further_dimensions = [1] * (len(shape) - weights.ndim)
-    weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions)
-    return Signal(weights.expand(shape))
-
-
 @dataclass(frozen=True)
 class WithWeights(BilevelProblem):
     """A problem whose batches come as (weights, batch), and whose signal these weights are."""
@@ -83,7 +63,7 @@ class WithWeights(BilevelProblem):
     def signal(
         self, teacher: nn.Module, batch: Batch, student_outputs: Tensor, *, generator: Random
     ) -> Signal:
-        return signal_of_weights(self.problem, student_outputs, batch[0])
+        return self.ask(batch, student_outputs)
 
     def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
         """Refuse wrong labels, where there is an outer batch to compare with."""
@@ -91,9 +71,24 @@ class WithWeights(BilevelProblem):
             self.problem.check(outputs, outer, inner[1])
 
     def ask(self, batch: Batch, outputs: Tensor | None) -> Signal:
-        """Return the weights of a batch as a pass asks for them."""
+        """Return the weights of a batch as a pass asks for them.
+
+        They are (B,), or in the problem's shape, with more parts where examples of another batch
+        have them; None: 1 each. Weights of examples are those of all their parts.
+
+        Args:
+            outputs: of the student, (B, ...).
+        """
         assert outputs is not None, "it is asked about outputs"
-        return signal_of_weights(self.problem, outputs, batch[0])
+        weights, _ = batch
+        shape = self.problem.weight_shape(outputs)
+        if weights is None:
+            return Signal(outputs.new_ones(shape))
+        if weights.ndim > 1:
+            weights = weights[:, : shape[1]]
+        further_dimensions = [1] * (len(shape) - weights.ndim)
+        weights = weights.to(outputs).reshape(*weights.shape, *further_dimensions)
+        return Signal(weights.expand(shape))
 
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.attribution.examples import Examples
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import (
     LABEL_KEYS,
     Batch,
@@ -364,7 +364,7 @@ class RecordedRows(Examples):
         except RuntimeError as error:
             # Rows of different batches may be padded to different lengths.
             raise MetaplError(
-                f"recorded rows do not go together into a batch ({str(error).splitlines()[0]})."
+                f"recorded rows do not go together into a batch ({reason_of(error)})."
             ) from error
 
 
