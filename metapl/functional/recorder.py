@@ -33,12 +33,6 @@ from metapl.functional.kinds import Constants, Named
 from metapl.functional.operations import NotRecorded, asks_for_value, constants_in
 from metapl.functional.transforms import without_derivative
 
-_TEXT_OF_DERIVATIVE = (
-    "the derivative of a recorded function was asked for, and a recording has none; expected the "
-    "function itself, which torch.autograd differentiates to any order, or a function that takes "
-    "this derivative inside, recorded as a whole."
-)
-
 
 def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded:
     """Return a function of tensors as one graph, with the gradients that it takes inside.
@@ -93,7 +87,7 @@ class Recorded(Captured[Any]):
     def __init__(self, function: Callable[..., Any], *, compile: bool = False) -> None:
         functools.update_wrapper(self, function, updated=())
         self._wrapped = function
-        self.what = _name(function)
+        self.what = getattr(function, "__name__", type(function).__name__)
         parts = [part for module in _modules_of(function) for part in module.modules()]
         self._tables = [part._parameters for part in parts if part._parameters]
         super().__init__(
@@ -128,22 +122,15 @@ class Recorded(Captured[Any]):
 
     def _on_tensors(self, constants: Constants, tensors: list[Tensor]) -> Any:
         """Return what the function returns for these tensors among its arguments."""
-        leaves, structure = constants.value
-        given = iter(tensors)
-        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, options = pytree.tree_unflatten(filled, structure)
+        args, options = _arguments(constants, tensors)
         with torch.enable_grad():
             return self._wrapped(*args, **options)
 
     def _constants(self, leaves: list[Any], structure: Any) -> Constants:
         """Return what of the arguments and of PyTorch's settings is a constant of a recording."""
         kind: list[Any] = [Named("the nesting of the arguments", structure)]
-        asked = []
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                asked.append(leaf.requires_grad)
-            else:
-                kind.append(_constant(leaf))
+        kind += [_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
+        asked = [leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor)]
         kind.append(Named("which of the arguments require a gradient", asked))
         frozen = [
             p is not None and p.requires_grad for table in self._tables for p in table.values()
@@ -175,15 +162,15 @@ class Recorded(Captured[Any]):
 
     def text_of_derivative(self) -> str:
         """Return what to say where the function's results are differentiated."""
-        return _TEXT_OF_DERIVATIVE
+        return (
+            "the derivative of a recorded function was asked for, and a recording has none; "
+            "expected the function itself, which torch.autograd differentiates to any order, or a "
+            "function that takes this derivative inside, recorded as a whole."
+        )
 
     def text_of_write(self, arguments: Any, t: Tensor) -> str:
         """Return what to say of a function that writes to one of its arguments."""
-        constants, tensors = arguments
-        leaves, structure = constants.value
-        given = iter(tensors)
-        filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        args, options = pytree.tree_unflatten(filled, structure)
+        args, options = _arguments(*arguments)
         named = named_leaves_of((*args, *options.values()))
         name = next(name for name, leaf in named if leaf is t)
         return f"{self.what} writes to its argument{name} in place; expected a new tensor."
@@ -195,6 +182,14 @@ class Recorded(Captured[Any]):
             "draws; expected a function of its arguments and of torch's default generators, "
             "without NumPy's, and without numbers that it keeps."
         )
+
+
+def _arguments(constants: Constants, tensors: list[Tensor]) -> Any:
+    """Return the arguments of a function, by position and by name, with these tensors in them."""
+    leaves, structure = constants.value
+    given = iter(tensors)
+    filled = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(filled, structure)
 
 
 def _constant(value: Hashable) -> tuple[type, Any]:
@@ -211,15 +206,16 @@ def _constant(value: Hashable) -> tuple[type, Any]:
 
 
 def _settings() -> tuple[Any, ...]:
-    """Return the settings of PyTorch that a function's operations depend on."""
+    """Return the settings of PyTorch that a function's operations depend on.
+
+    Those that are no device's, and no kernel's of attention, are among the ``switches`` of a kind.
+    """
     cuda: Any = torch.backends.cuda
     return (
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cuda"),
-        torch.get_default_dtype(),
-        torch.are_deterministic_algorithms_enabled(),
         cuda.math_sdp_enabled(),
         cuda.flash_sdp_enabled(),
         cuda.mem_efficient_sdp_enabled(),
@@ -271,7 +267,3 @@ def _beside(wanted: Any, found: Any) -> str:
         gap = float((wanted.detach() - found).abs().max()) if wanted.numel() else 0.0
         return f"tensors of shape {tuple(wanted.shape)} that are up to {gap:.3g} apart"
     return f"{described(wanted)} and {described(found)}"
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__name__", type(function).__name__)
