@@ -177,6 +177,9 @@ class LiveState:
             optimizers = self.state.inner, self.state.outer
             pairs = zip(optimizers, self._settings, settings, strict=True)
             for optimizer, old_settings, new_settings in pairs:
+                if [*map(list, old_settings)] != [*map(list, new_settings)]:
+                    # Such as a weight decay that becomes 0, which no step has as a setting.
+                    self._held = None
                 groups = zip(optimizer.settings, old_settings, new_settings, strict=True)
                 optimizer.settings[:] = [
                     changed_settings(*group, device=trainer.device) for group in groups

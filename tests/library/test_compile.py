@@ -239,6 +239,23 @@ REFUSED: dict[str, dict[str, Any]] = {
 }
 
 
+def test_a_setting_may_become_0_and_leave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step has no weight decay of 0 among its settings."""
+    without_inductor(monkeypatch)
+    ends = []
+    for compiles in (True, False):
+        case = toy("mlp")
+        inner = torch.optim.SGD(case.student.parameters(), lr=0.1, momentum=0.9)
+        trainer = metapl.BilevelTrainer(
+            case.teacher, case.student, "forward", inner_optimizer=inner, compile=compiles
+        )
+        for decay in (0.3, 0.3, 0.0, 0.0, 0.3):
+            inner.param_groups[0]["weight_decay"] = decay
+            trainer.step(case.labeled, case.unlabeled)
+        ends.append(nn.utils.parameters_to_vector(case.student.parameters()).detach())
+    torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
+
+
 def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_other = compiled.refuse_other
     comparisons = itertools.count()
