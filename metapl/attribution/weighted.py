@@ -27,7 +27,7 @@ from metapl.core.lesson import Lesson
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch, map_tensors
-from metapl.execution.checks import generator_of
+from metapl.execution.checks import generator_of, unexpected
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import Tree, deterministic, wide
 from metapl.execution.ranks import Ranks
@@ -151,6 +151,9 @@ class WeightedTraining:
         self.data = examples_of(train, "train", first)
         judged = examples_of(outer, "outer", first)
         self.optimizer: Any = as_one_optimizer(optimizer, "optimizer")
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            expected = "SGD, Adam, AdamW or Muon of torch.optim, or a tuple of them"
+            raise unexpected("optimizer is", optimizer, expected)
         self.problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
         self.clip_norm = clip_norm
         generator_of(generator, torch.device("cpu"), "the order of the examples is drawn on")

@@ -18,6 +18,7 @@ import pytest
 import reference
 import safetensors.torch
 import torch
+import torchopt
 from captures import as_functions, without_inductor
 from problems_zoo import product
 from reference import error
@@ -574,6 +575,13 @@ REFUSED: dict[str, dict[str, Any]] = {
         "steps": 9,
     },
 }
+
+
+@pytest.mark.parametrize("optimizer", [torchopt.sgd(0.1), "sgd", None])
+def test_what_is_no_optimizer_of_torch_is_refused(optimizer: Any) -> None:
+    for ask in (attribute, metasmoothness, metapl.reliability):
+        with pytest.raises(MetaplError, match=r"^optimizer is .*; expected SGD, Adam, AdamW"):
+            ask(student(), (X, Y), outer=(X, Y), optimizer=optimizer, steps=2, batch_size=4)
 
 
 @pytest.mark.parametrize("case", REFUSED)
