@@ -244,6 +244,13 @@ ARMS = {
         "labels alone, none set aside", method("supervised"), cost_of="labels", learns_all=True
     ),
     "uda_all": Arm("UDA, none set aside", method("uda"), cost_of="uda", learns_all=True),
+    "none_all": Arm(
+        "the loop without feedback, none set aside",
+        method("none"),
+        is_finetuned=True,
+        cost_of="none",
+        learns_all=True,
+    ),
 }
 # ------------------------------------------------------------------------------------- the pictures
 
@@ -412,7 +419,7 @@ LONGEST_ARMS = ("labels", "none", "mpl")
 ALL_LEARNED = {
     4000: ("labels_all",),
     1000: ("labels_all", "uda_all"),
-    250: ("labels_all", "uda_all"),
+    250: ("labels_all", "uda_all", "none_all"),
 }
 
 
@@ -598,6 +605,13 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
             selected(rows, arm, **columns) for arm in ("mpl", "none", "labels", "uda")
         )
         pairs += [(f"{name}: feedback adds", mpl, none), (f"{name}: UDA adds", uda, labels)]
+    for labels in (1000, 250):
+        columns = {"labels": labels, "pictures": LONGEST_BUDGET}
+        alone, uda, none = (
+            selected(rows, arm, **columns) for arm in ("labels_all", "uda_all", "none_all")
+        )
+        name = f"{labels:,} labels, none set aside"
+        pairs += [(f"{name}: UDA adds", uda, alone), (f"{name}: the loop adds", none, alone)]
     for arm, times in (("mpl_outer_4", 4), ("mpl_outer_16", 16)):
         name = f"MPL, {times} x the labeled batch, less MPL"
         pairs.append((name, selected(rows, arm), selected(rows, "mpl")))
