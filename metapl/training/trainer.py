@@ -481,7 +481,8 @@ class BilevelTrainer(Trainer):
         Returns: the condition of the networks, and what looks at the graphs of both losses; None:
         they were looked at in this condition before.
         """
-        self._refuse_replaced()
+        if (self.teacher, self.student) != self.built_for:
+            raise MetaplError(REPLACED)
         for layout in self.distributed:
             layout.begin_step()
         if not all(slots.are_current() for slots in self.slots):
@@ -503,11 +504,6 @@ class BilevelTrainer(Trainer):
             if graphs_were_looked_at:
                 look = None
         return condition, look
-
-    def _refuse_replaced(self) -> None:
-        """Refuse networks in the places of those that the trainer was built for."""
-        if (self.teacher, self.student) != self.built_for:
-            raise MetaplError(REPLACED)
 
     def _find_condition(self) -> Condition:
         """Return the condition of networks that have changed, or refuse one that no step takes."""
@@ -779,7 +775,8 @@ class BilevelTrainer(Trainer):
                 self.compiled_step.prepare(self, plain(outer), inner_batches)
         else:
             # This is one step, and the mode is used over several here: it is not verified yet.
-            self._refuse_replaced()
+            if (self.teacher, self.student) != self.built_for:
+                raise MetaplError(REPLACED)
             for layout in self.distributed:
                 layout.begin_step()
             # This step is rare, so the tables are read anew without asking whether they changed.
