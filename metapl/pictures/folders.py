@@ -821,9 +821,10 @@ def find_copies(
             repeated += len(labeled_paths)
         if _has_several_labels(group):
             contradicting.append(" and ".join(_path_by_label(group).values()))
-    if "unlabeled" in sides and repeated == len(sides["labeled"]):
+    unlabeled = sides.get("unlabeled")
+    has_others = unlabeled is not None and unlabeled.root != sides["labeled"].root
+    if unlabeled is not None and has_others and repeated == len(sides["labeled"]):
         # Usual in the papers, and of no use where there are no others.
-        unlabeled = sides["unlabeled"]
         text = (
             f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: they are "
             f"{repeated:,} of its {len(unlabeled):,}"

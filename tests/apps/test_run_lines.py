@@ -127,7 +127,8 @@ def test_labels_alone_are_learned_where_there_are_no_other_pictures(
         ((command, "uda"), (alone, "supervised"), ([*alone, "--method", "uda"], "uda"))
     ):
         run = tmp_path / str(number)
-        metapl(*words, "--out", run)
+        said = metapl(*words, "--out", run)
+        assert "are in the unlabeled folder" not in said.stdout
         assert stored_result(RunFolder(run))["method"] == method
         repeated = ("train", "images", "--config", run / "recipe.json")
         again = metapl(*repeated, "--out", tmp_path / f"{number}-again").stdout
