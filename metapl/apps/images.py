@@ -580,7 +580,7 @@ class Images:
         if val is None and self.val_fraction:
             train, aside = stratified_split(few.targets(), self.val_fraction, self.fitting.seed)
             val = few.keep(aside.tolist())
-            say(set_aside(few, val))
+            say(set_aside(few, val, self.val_fraction))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
                 many = apart(many, val, say, aside="validation", way_out="--val")
@@ -791,15 +791,14 @@ def share_set_aside(config: Images, labeled: int) -> float:
     return min(SET_ASIDE, MOST_SET_ASIDE / labeled)
 
 
-def set_aside(few: LabeledFiles, val: LabeledFiles) -> str:
+def set_aside(few: LabeledFiles, val: LabeledFiles, share: float) -> str:
     """Return how many labeled pictures validation takes, and of the class with the fewest."""
     counts = Counter(few.labels)
     smallest, count = min(counts.items(), key=lambda item: item[1])
     return (
         f"{len(val):,} of {len(few):,} labeled pictures are set aside to select and to measure by: "
-        f"of each class {len(val) / len(few):.0%}, such as {Counter(val.labels)[smallest]:,} of "
-        f"{count:,} of {shown(few.classes[smallest])}; with --test DIR or --val-fraction 0 all are "
-        "learned from"
+        f"of each class {share:.0%}, such as {Counter(val.labels)[smallest]:,} of {count:,} of "
+        f"{shown(few.classes[smallest])}; --val-fraction 0 sets none aside"
     )
 
 

@@ -822,8 +822,8 @@ def find_copies(
         if _has_several_labels(group):
             contradicting.append(" and ".join(_path_by_label(group).values()))
     unlabeled = sides.get("unlabeled")
-    has_others = unlabeled is not None and unlabeled.root != sides["labeled"].root
-    if unlabeled is not None and has_others and repeated == len(sides["labeled"]):
+    is_another_folder = unlabeled is not None and unlabeled.root != sides["labeled"].root
+    if unlabeled is not None and is_another_folder and repeated == len(sides["labeled"]):
         # Usual in the papers, and of no use where there are no others.
         text = (
             f"all labeled pictures are in the unlabeled folder {unlabeled.root} too: they are "

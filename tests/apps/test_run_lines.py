@@ -90,8 +90,8 @@ def test_what_is_set_aside_is_one_line_with_a_way_out(
         (tmp_path / f"labeled/red/red-{number}.png").unlink()
     monkeypatch.setattr(images, "SPLIT_FROM", 21)
     some = (
-        "5 of 21 labeled pictures are set aside to select and to measure by: of each class 24%, "
-        "such as 1 of 5 of red; with --test DIR or --val-fraction 0 all are learned from"
+        "5 of 21 labeled pictures are set aside to select and to measure by: of each class 20%, "
+        "such as 1 of 5 of red; --val-fraction 0 sets none aside"
     )
     none = (
         "all 21 labeled pictures are learned from, and none are set aside to select by; "
