@@ -86,7 +86,10 @@ def no_values() -> AbstractContextManager[None]:
 
 # The indices of classes that are known by their names.
 INDICES_OF_NAMES = "numpy.unique(labels, return_inverse=True)[1]"
-NO_GRADIENT = "has no gradient: its outputs are detached, or what they depend on is frozen."
+NO_GRADIENT = (
+    "has no gradient: its outputs are detached, what they depend on is frozen, or "
+    "torch.inference_mode() is on."
+)
 READS_OTHER_WEIGHTS = (
     "reaches no weight in a module of the student: its forward reads layers from a plain list or "
     "dict, or tensors that it has kept; expected nn.ModuleList or nn.ModuleDict, whose weights "

@@ -76,10 +76,10 @@ Measured: up to 0.7.
 
 CAUSES = (
     "random numbers of a generator of its own, or of Python's or NumPy's, state outside of buffers "
-    "(register_buffer makes it part of what is rewound), torch.no_grad() or detach() on a part of "
-    "the forward, a hook or an autograd.Function that changes gradients, a loss that has kept "
-    "weights of the student by itself, in the place of `params` or student.parameters() "
-    "(docs/contract.md; metapl.check_gradient says more)"
+    "(register_buffer makes it part of what is rewound) or of the problem (a batch may have it), "
+    "torch.no_grad() or detach() on a part of the forward, a hook or an autograd.Function that "
+    "changes gradients, a loss that has kept weights of the student by itself, in the place of "
+    "`params` or student.parameters() (docs/contract.md; metapl.check_gradient says more)"
 )
 
 

@@ -384,6 +384,7 @@ _LACKING = re.compile(
 # Finds what autograd says of a tensor that it cannot keep, and one in inference mode.
 _CHANGED_IN_PLACE = re.compile(r"modified by an inplace operation: \[([^]]+\])")
 _OF_INFERENCE = re.compile(r"[Ii]nference tensor")
+_SPARSE = re.compile(r"Could not run '([\w:.]+)' with arguments from the 'Sparse")
 
 # Finds the operation in such a text.
 _OPERATION = re.compile(r"(?:forward AD with|derivative for) '?([\w:.]+)'?")
@@ -424,8 +425,8 @@ def is_layout_refused(error: BaseException) -> bool:
 def explain(error: BaseException) -> None:
     """Raise autograd's error about a missing derivative as one that names the operation.
 
-    Raise those about tensors that were changed in place, or made in inference mode, as ones that
-    say what to write instead. Return without raising for any other error.
+    Raise those about tensors that were changed in place or made in inference mode, and about sparse
+    gradients, as ones that say what to write instead. Return without raising for any other error.
     """
     if not isinstance(error, RuntimeError):
         return
@@ -438,6 +439,10 @@ def explain(error: BaseException) -> None:
         text = "a tensor that was made under torch.inference_mode() enters a pass or a loss"
         mend = "expected its .clone(), or torch.no_grad() where it is made"
         raise MetaplError(f"{text}; {mend}.") from error
+    if operation := _SPARSE.search(text):
+        what = f"{operation[1]} takes no sparse gradient, such as nn.Embedding(sparse=True) has"
+        # PyTorch's text has a line for each of a hundred backends.
+        raise MetaplError(f"{what}; expected sparse=False, or torch.optim.SGD.") from None
     lacks_derivative = bool(_LACKING.search(text))
     if _CUDNN_RNN.search(text) and (lacks_derivative or _CUDNN_EVAL in text):
         text = "cuDNN's recurrent networks lack the derivative that this mode needs"

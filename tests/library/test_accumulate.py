@@ -326,6 +326,45 @@ def test_an_outer_loss_that_is_no_mean_is_refused_in_micro_batches(loss: Any) ->
     trainer(loss, 1).step(**data)
 
 
+class Decayed(metapl.BilevelProblem):
+    """A decay of each weight, as many as a micro-batch has rows."""
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(torch.arange(4)).exp())
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        decay = sum(
+            s * p.square().sum() for s, p in zip(signal.value, params.values(), strict=False)
+        )
+        return F.cross_entropy(outputs, batch[1], reduction="none") + decay
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+class DecayedWithoutRows(Decayed):
+    signal_has_rows = False
+
+
+def test_a_signal_that_has_as_many_numbers_as_a_micro_batch_is_told_how_to_say_so() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    decays = metapl.problems.Table(torch.tensor([-3.0, -4.0, -5.0, -2.0]).double())
+    inner = torch.randn(8, 3).double(), torch.arange(8) % 2
+    options: dict[str, Any] = {
+        "outer": (torch.randn(6, 3).double(), torch.arange(6) % 2),
+        "inner": inner,
+        "inner_optimizer": torch.optim.SGD(student.parameters(), lr=0.1),
+    }
+    whole = metapl.hypergradient(decays, student, problem=Decayed(), **options)
+    with pytest.raises(metapl.MetaplError, match="signal_has_rows = False of a signal without"):
+        metapl.hypergradient(decays, student, problem=Decayed(), accumulate=2, **options)
+    parts = metapl.hypergradient(
+        decays, student, problem=DecayedWithoutRows(), accumulate=2, **options
+    )
+    torch.testing.assert_close(parts.grads, whole.grads)
+
+
 def test_an_outer_loss_with_a_weight_that_reads_the_teacher() -> None:
     """The direct term, of a module that the problem holds, is that of all rows too."""
 

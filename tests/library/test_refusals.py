@@ -219,6 +219,11 @@ def made_in_inference_mode() -> nn.Module:
         return network()
 
 
+def in_inference_mode(step: Callable[[], Any]) -> None:
+    with torch.inference_mode():
+        step()
+
+
 def with_a_shared_layer() -> Case:
     """Return a case whose networks both hold one layer."""
     case = Case()
@@ -334,6 +339,7 @@ TRAINERS: dict[str, Wrong] = {
     "a student in DataParallel": lambda c: partial(c.build, student=nn.DataParallel(c.student)),
 }
 STEPS: dict[str, Wrong] = {
+    "a step in inference mode": lambda c: partial(in_inference_mode, c.step()),
     "a batch too few": lambda c: c.step(lookahead=2),
     "steps ahead that the mode does not take": lambda c: c.step(
         "reinforce", inner=Lookahead([c.u, c.u])
@@ -392,6 +398,10 @@ OTHER_NETWORKS: dict[str, tuple[Callable[[], Case], Wrong]] = {
     "sparse gradients of the student": (
         lambda: Case(student=Sparse()),
         lambda c: c.step("forward"),
+    ),
+    "sparse gradients under Adam": (
+        lambda: Case(student=Sparse()),
+        lambda c: c.step("reinforce", inner_optimizer=torch.optim.Adam(c.student.parameters())),
     ),
     "a complex weight under Adam": (
         lambda: Case(student=Modulus(WIDTH, CLASSES, dtype=torch.complex64)),

@@ -205,9 +205,11 @@ def difference_of_halves(
     size = max(abs(of_all_rows), abs(by_halves))
     if abs(of_all_rows - by_halves) <= max(1e-6, 100 * case.eps) * size:
         return ""
+    # A signal of as many numbers as there are rows was cut as these are.
+    cut = ", signal_has_rows = False of a signal without rows" if name == "inner_loss" else ""
     return (
         f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no mean over "
-        "examples; expected one, (sum, weight) from outer_loss (mean_over of a teacher's own "
+        f"examples; expected one{cut}, (sum, weight) from outer_loss (mean_over of a teacher's own "
         "loss), or accumulate=1, as for a loss that draws."
     )
 
