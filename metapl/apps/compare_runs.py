@@ -98,19 +98,35 @@ def comparison_of(folders: Sequence[Path]) -> str:
         seeds = spoken_seeds(entry.result["seed"] for entry in group)
         accuracies = [spread([entry.reached(readout) for entry in group]) for readout in READOUTS]
         rows.append((folder, method, seeds, *accuracies))
+    rows += baseline_rows(groups)
     entries = [entry for group in groups.values() for entry in group]
-    baselines: dict[int, float] = {}
-    for entry in entries:
-        if "control_accuracy" in entry.result:
-            baselines[entry.result["seed"]] = entry.result["control_accuracy"]
-    if baselines:
-        baseline = spread([*baselines.values()])
-        rows.append(("", "linear baseline", spoken_seeds(baselines), baseline, "", ""))
     evaluations = same_data.evaluations
     chance = statistics.fmean(evaluation.chance for evaluation in evaluations)
     caption = f"test accuracy in % on {evaluations[0].n:,} examples (chance {100 * chance:.1f})"
     said = wrapped("\n".join([verdict(entries), *untrained(entries)]))
     return f"{caption}\n\n{table(rows, left=3)}\n\n{said}"
+
+
+def baseline_rows(groups: Mapping[tuple[str, str], Sequence[Entry]]) -> list[tuple[str, ...]]:
+    """Return a row of the linear baseline, or one for each folder where they learned other labels.
+
+    Args:
+        groups: the runs by folder and method.
+    """
+    by_folder: dict[str, dict[int, float]] = {}
+    for (folder, _), group in groups.items():
+        for entry in group:
+            if "control_accuracy" in entry.result:
+                of_folder = by_folder.setdefault(folder, {})
+                of_folder[entry.result["seed"]] = entry.result["control_accuracy"]
+    of_all = {seed: value for of_folder in by_folder.values() for seed, value in of_folder.items()}
+    if all(of_folder.items() <= of_all.items() for of_folder in by_folder.values()):
+        by_folder = {"": of_all} if of_all else {}
+    rows: list[tuple[str, ...]] = []
+    for folder, of_folder in by_folder.items():
+        reached = spread([*of_folder.values()])
+        rows.append((folder, "linear baseline", spoken_seeds(of_folder), reached, "", ""))
+    return rows
 
 
 def places_of(path: Path) -> list[Path]:

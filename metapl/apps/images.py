@@ -534,6 +534,11 @@ class Images:
         require(self, is_one, "val_fraction", "it, or --val DIR, and not both")
 
     @property
+    def learns_own(self) -> bool:
+        """Return whether the unlabeled pictures are the labeled ones, for want of others."""
+        return self.unlabeled == self.labeled
+
+    @property
     def input(self) -> Input:
         """Return what a network takes."""
         return self.pictures.input
@@ -572,7 +577,7 @@ class Images:
         test = files_by_place.get("test")
         if test is not None and self.test_fraction:
             with count_bar("comparing files", progress):
-                many = apart(many, test, say, aside="testing", way_out="--test")
+                many = self._apart(many, test, say, aside="testing", way_out="--test")
         compare_files(few, many, val, test, say=say, progress=progress)
         hashes = {name: hash_files(files) for name, files in files_by_place.items()}
 
@@ -583,14 +588,15 @@ class Images:
             say(set_aside(few, val, self.val_fraction))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
-                many = apart(many, val, say, aside="validation", way_out="--val")
+                many = self._apart(many, val, say, aside="validation", way_out="--val")
         elif val is None:
             say(
                 f"all {len(few):,} labeled pictures are learned from, and none are set aside to "
                 "select by; --val-fraction 0.1 or --val DIR gives some"
             )
         classes = f"{len(self.classes)} classes ({some(self.classes, most=6, longest=24)})"
-        summary = f"{len(few):,} labeled pictures of {classes}, {len(many):,} unlabeled"
+        others = "no others" if self.learns_own else f"{len(many):,} unlabeled"
+        summary = f"{len(few):,} labeled pictures of {classes}, {others}"
         validated = str(len(val)) if val else "none"
         tested = f"{len(test):,}" if test else "none"
         say(f"{summary}, {validated} for validation, {tested} to test on")
@@ -613,10 +619,37 @@ class Images:
             record={**names, "unlabeled": len(many), "hash": hashes},
         )
 
+    def _apart(
+        self, unlabeled: Files, labeled: Files, say: Say, *, aside: str, way_out: str
+    ) -> Files:
+        """Return the unlabeled pictures without copies of those that are set aside.
+
+        Nothing may be learned from these.
+
+        Args:
+            aside: what the labeled ones are set aside for.
+            way_out: the flag that names others.
+        """
+        others = without_copies(unlabeled, labeled)
+        if not others:
+            raise MetaplError(
+                f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of "
+                f"labeled ones that are set aside for {aside}; expected others, or pictures for "
+                f"{aside} by {way_out} DIR."
+            )
+        if len(others) < len(unlabeled) and not self.learns_own:
+            say(
+                f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
+                f"copies of labeled ones that are set aside for {aside}"
+            )
+        return others
+
     def _readable(self, name: str, skipped: dict[str, str], say: Say, progress: bool) -> Any:
         """Return the files of a folder that can be read; add the others to ``skipped``."""
         files = self.scan(name)
-        if files.passed_over:
+        # Of the labeled ones it has been said.
+        is_told = name != "unlabeled" or not self.learns_own
+        if files.passed_over and is_told:
             others = ", ".join(
                 f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items())
             )
@@ -624,7 +657,7 @@ class Images:
         word = "validation" if name == "val" else name
         with count_bar(f"looking at {word} files", progress, len(files)) as count:
             verified = verify_files(files, progress=count, levels=self.pictures.levels)
-        if verified.skipped:
+        if verified.skipped and is_told:
             reasons = "; ".join(verified.summary().splitlines())
             say(f"{name}: of {len(files):,} files, {reasons}")
         if not verified.sound:
@@ -751,30 +784,6 @@ def compare_files(few: Any, many: Any, val: Any, test: Any, *, say: Say, progres
     refuse_errors(findings)
     for finding in findings:
         say(f"note: {finding.message}")
-
-
-def apart(unlabeled: Files, labeled: Files, say: Say, *, aside: str, way_out: str) -> Files:
-    """Return the unlabeled pictures without copies of those that are set aside.
-
-    Nothing may be learned from these.
-
-    Args:
-        aside: what the labeled ones are set aside for.
-        way_out: the flag that names others.
-    """
-    others = without_copies(unlabeled, labeled)
-    if not others:
-        raise MetaplError(
-            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled "
-            f"ones that are set aside for {aside}; expected others, or pictures for {aside} by "
-            f"{way_out} DIR."
-        )
-    if len(others) < len(unlabeled):
-        say(
-            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
-            f"copies of labeled ones that are set aside for {aside}"
-        )
-    return others
 
 
 def share_set_aside(config: Images, labeled: int) -> float:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from metapl.apps.pace import spoken_counts
+from metapl.apps.pace import FINETUNING, spoken_counts
 from metapl.apps.printing import as_flags, short, table, tell
 from metapl.errors import MetaplError, reason_of
 from metapl.metrics import interval
@@ -145,11 +145,9 @@ def state_of(folder: RunFolder) -> dict[str, Any]:
         entry |= {"state": "interrupted", "why": folder.failure}
     rows = read_rows(folder.path / "metrics.jsonl") or [{"step": 0, "phase": "fit"}]
     last_row = rows[-1]
-    return entry | {
-        "phase": last_row["phase"],
-        "done": last_row["step"],
-        "steps": fields.get("steps", 0),
-    }
+    phase = last_row["phase"]
+    steps = fields.get("finetune_steps" if phase == FINETUNING else "steps", 0)
+    return entry | {"phase": phase, "done": last_row["step"], "steps": steps}
 
 
 def _reached(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,11 @@ def choose_settings(
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
     config = fitted(config, seen, val_fraction=share_set_aside(config, len(few)))
+    if config.fitting.patience is not None and config.val is None and not config.val_fraction:
+        raise MetaplError(
+            f"--patience {config.fitting.patience} was given, and there are no validation examples "
+            "to measure on; leave it out, or give them by --val-fraction 0.1."
+        )
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,

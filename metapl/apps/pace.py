@@ -221,11 +221,25 @@ class Pacer:
 
     def share_to_take(self, step: int, now: float) -> float:
         """Return the part of the steps that are left for which there is time."""
-        if self.taken <= FIRST_STEPS or not self.parts:
+        seconds = self.seconds_at_pace(step)
+        if seconds is None:
             return 1.0
-        pace = self.seconds / self.measured_seconds
-        share = (self.ends - now) / (pace * self.measured_left(step))
+        share = (self.ends - now) / seconds
         return 1.0 if share > ON_TIME else max(share, 0.0)
+
+    def seconds_left(self, step: int) -> float | None:
+        """Return the seconds until the phase ends, before this step; None where none are known."""
+        seconds = self.seconds_at_pace(step)
+        if seconds is None:
+            return None
+        # Steps that would take longer are skipped.
+        return max(0.0, min(seconds, self.ends - self.timetable.clock()))
+
+    def seconds_at_pace(self, step: int) -> float | None:
+        """Return what the steps from this one on take at the pace so far; None: it is not known."""
+        if self.taken <= FIRST_STEPS or not self.parts:
+            return None
+        return self.seconds / self.measured_seconds * self.measured_left(step)
 
     def measured_left(self, step: int) -> float:
         """Return the seconds that the steps from this one on were measured to take."""

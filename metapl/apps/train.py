@@ -18,7 +18,7 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import read_labels, write_all_labels
 from metapl.apps.measured import Measured, evaluated, measured
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
-from metapl.apps.pace import FINETUNING, Timetable
+from metapl.apps.pace import FINETUNING, Pacer, Timetable
 from metapl.apps.report import write_report
 from metapl.apps.settings import flag_values
 from metapl.distributed import Mesh, shard
@@ -104,16 +104,16 @@ def train(
     torch.manual_seed(fitting.seed)
     skipped = folder.path / "skipped.jsonl"
     data = config.data(say, progress, skipped)
-    if fitting.patience is not None and data.validation is None:
-        raise MetaplError(
-            f"--patience {fitting.patience} was given, and there are no validation examples to "
-            "measure on; leave it out, or give them by --val-fraction 0.1."
-        )
     # The first process alone has the folder of the run, and knows whether the data have changed.
     done_by_first(lambda: note_data(data, method, folder), processes)
     record_files(skipped, data.skipped)
     validation_labels = labels_of(data.validation)
     selects = len(validation_labels) >= SELECTED_ON
+    if data.validation is not None and not selects:
+        say(
+            f"note: {len(validation_labels):,} validation examples are too few to select a network "
+            f"by ({SELECTED_ON} are enough); they measure it"
+        )
 
     # 2. Both networks from the seed, the teacher first.
     place = device(fitting.device)
@@ -421,14 +421,17 @@ class Phases:
         all_callbacks: list[Callback] = [*callbacks]
         if truth is not None:
             all_callbacks.insert(0, PseudoLabelAccuracy(truth))
+        pacers: list[Pacer] = []
         if self.processes.mesh.size == 1:
-            all_callbacks += self.timetable.pacers(phase, fit_options["steps"])
+            pacers = self.timetable.pacers(phase, fit_options["steps"])
+            all_callbacks += pacers
         if self.say_progress is not None:
             lines = FitLines(
                 self.say_progress,
                 steps=fit_options["steps"],
                 phase=phase,
                 done=None if fit_options["resume"] else 0,
+                seconds_left=pacers[0].seconds_left if pacers else None,
             )
             all_callbacks.append(lines)
         try:
@@ -482,7 +485,7 @@ class Phases:
             what_follows = "a student of such labels prefers that class too"
         self.say(
             f"class counts: the network of phase {phase} calls {int(counts[worst]):,} of "
-            f"{len(labels):,} unlabeled examples {shown(classes[worst])}, of which {fair} "
+            f"{len(labels):,} examples {shown(classes[worst])}, of which {fair} "
             f"would be as many as among the labeled ones: {what_follows}; train for more steps, or "
             "label more examples of the other classes"
         )

@@ -131,6 +131,8 @@ class FitLines:
         phase: its name; "fit" is left out.
         done: steps before this began; None where that is not known, as in a fit that is resumed.
         clock: gives seconds.
+        seconds_left: returns the seconds that are left after a step, or None where it does not know
+            them; where it is not given, later steps are taken to be as long as the first ones.
     """
 
     def __init__(
@@ -141,11 +143,13 @@ class FitLines:
         phase: str = "fit",
         done: int | None = 0,
         clock: Callable[[], float] = time.monotonic,
+        seconds_left: Callable[[int], float | None] | None = None,
     ) -> None:
         self.say = say
         self.steps = steps
         self.prefix = "" if phase == "fit" else f"{phase}, "
         self.pace = Pace(steps, done, clock)
+        self.seconds_left = seconds_left
         self.loss: float | None = None
         self.validation: dict[str, str] = {}
 
@@ -163,6 +167,9 @@ class FitLines:
         time_left = self.pace.time_left(step)
         if not self.pace.is_due():
             return
+        seconds = None if self.seconds_left is None else self.seconds_left(step)
+        if seconds is not None:
+            time_left = f", {spoken_time(seconds)} left"
         text = f"{self.prefix}step {step:,} of {self.steps:,}"
         if self.loss is not None:
             text += f", loss {self.loss:.3g}"

@@ -340,6 +340,18 @@ def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
         assert words in table, words
 
 
+def test_a_run_that_was_stopped_while_it_finetuned_is_listed_with_those_steps(
+    tiny: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(tiny, tmp_path / "mine"))
+    (out / "result.json").unlink()
+    edited(out / "recipe.json", "recipe", "fields", finetune_steps=200)
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    row = {**json.loads(rows[-1]), "phase": "finetune", "step": 180}
+    (out / "metrics.jsonl").write_text("\n".join([*rows, json.dumps(row)]) + "\n")
+    assert "finetune 180/200 " in metapl("runs", tmp_path).stdout
+
+
 def test_what_ended_a_run_is_listed_until_it_goes_on(tmp_path: Path) -> None:
     """A loss that is not finite ends it, a signal is no error, and one that never began is gone."""
     out = tmp_path / "mine"

@@ -195,6 +195,20 @@ def test_compare_pairs_runs_of_the_same_minutes_and_says_why_it_does_not_pair(
     assert "points  none" in metapl("compare", run, other).stdout
 
 
+def test_compare_has_a_baseline_for_each_run_where_they_learned_other_labels(
+    tiny: Path, run: Path
+) -> None:
+    same = metapl("compare", tiny, run).stdout
+    (row,) = [line for line in same.splitlines() if "linear baseline" in line]
+    assert row.split()[:2] == ["linear", "baseline"]
+    edited(run / "result.json", control_accuracy=0.125)
+    expected = [(str(tiny), 100 * result(tiny)["control_accuracy"]), (str(run), 12.5)]
+    for pairs in (expected, expected[::-1]):
+        text = metapl("compare", *(name for name, _ in pairs)).stdout
+        rows = [line.split() for line in text.splitlines() if "linear baseline" in line]
+        assert rows == [[name, "linear", "baseline", "0", f"{value:.1f}"] for name, value in pairs]
+
+
 def test_compare_refuses_runs_on_other_data_or_of_other_classes(tiny: Path, run: Path) -> None:
     classes = result(run)["evaluation"]["classes"]
     edited(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metapl import LossTrainer
-from metapl.apps.pace import FINETUNED, SHARE, Part, Timetable
+from metapl.apps.pace import FINETUNED, FIRST_STEPS, SHARE, Part, Timetable
 
 STEPS = 400
 
@@ -71,6 +71,24 @@ def test_at_the_measured_pace_or_faster_every_step_is_taken() -> None:
         assert taken == [*range(STEPS)]
         assert timetable.counts == {"fit": {"taken": STEPS, "skipped": 0}}
         assert not any("skipped_steps" in row for row in result.history)
+
+
+@pytest.mark.parametrize(("slowness", "left"), [(0.5, 28.0), (1.0, 56.0), (2.0, 56.0)])
+def test_the_time_left_is_that_of_longer_steps_to_come_and_ends_with_the_phase(
+    slowness: float, left: float
+) -> None:
+    """The first 37 of 400 steps say what the last 160 take, which are twice as long."""
+    clock = Clock()
+    timetable = Timetable(clock, minutes=1 / SHARE)
+    measured = 60 / (240 + 2 * 160)
+    timetable.parts = {"fit": [Part(0.0, 0.6, measured), Part(0.6, 1.0, 2 * measured)]}
+    (pacer,) = timetable.pacers("fit", STEPS)
+    for step in range(37):
+        assert pacer.takes_step(step, is_needed=True)
+        assert (pacer.seconds_left(step) is None) == (step < FIRST_STEPS)
+        clock.now += slowness * measured
+    seconds = pacer.seconds_left(37)
+    assert seconds == pytest.approx(min(left, 60 - clock.now), abs=1.5)
 
 
 @pytest.mark.parametrize("slowness", [[2.0], [1.0, 3.0], [3.0, 1.0], [1.0, 1.0, 1.0, 6.0]])

@@ -73,8 +73,11 @@ def test_it_needs_validation_examples(tmp_path: Path) -> None:
     folders = color_folders(tmp_path / "pictures", few=2)
     out = tmp_path / "run"
     words = images_command(folders, "--method", "supervised", "--out", str(out))
-    said = metapl(*words, "--patience", "2", code=2).stderr
-    assert "--patience 2 was given, and there are no validation examples" in said
+    refused = metapl(*words, "--patience", "2", code=2)
+    assert "--patience 2 was given, and there are no validation examples" in refused.stderr
+    # Nothing was said of a run before.
+    assert not refused.stdout
+    assert not out.exists()
     # The folder is free for the same line without it.
     metapl(*words)
 

@@ -72,6 +72,21 @@ def test_a_line_every_half_minute_says_step_loss_validation_and_time_left() -> N
     ]
 
 
+def test_a_line_says_the_time_left_of_whoever_knows_it() -> None:
+    clock = Clock()
+    said: list[str] = []
+    known = {60: None, 120: 200.0}
+    lines = FitLines(said.append, steps=1000, clock=clock, seconds_left=known.get)
+    for step in (20, 60, 120):
+        clock.now += 30.0
+        lines(step, {"loss": 2.0}, None)
+    assert said == [
+        "step 20 of 1,000, loss 2, 24 min left",
+        "step 60 of 1,000, loss 2, 16 min left",
+        "step 120 of 1,000, loss 2, 3 min left",
+    ]
+
+
 def test_a_fit_that_goes_on_is_timed_from_its_own_first_row() -> None:
     """The steps before the interruption took no time of this process."""
     clock = Clock()

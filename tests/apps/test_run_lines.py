@@ -129,6 +129,7 @@ def test_labels_alone_are_learned_where_there_are_no_other_pictures(
         run = tmp_path / str(number)
         said = metapl(*words, "--out", run)
         assert "are in the unlabeled folder" not in said.stdout
+        assert ("no others, none for validation" in " ".join(said.stdout.split())) == (number > 0)
         assert stored_result(RunFolder(run))["method"] == method
         repeated = ("train", "images", "--config", run / "recipe.json")
         again = metapl(*repeated, "--out", tmp_path / f"{number}-again").stdout
