@@ -67,7 +67,8 @@ def learn(
         is_tried: whether the order is being chosen, by this step.
         direct_term: ``"included"``: the teacher's gradient has that of an outer loss that reads it.
 
-    The others are those of :class:`metapl.core.path.Path`.
+    The others are those of :class:`metapl.core.path.Path`, :class:`metapl.core.teacher.Teaching`
+    and the estimator's state.
     """
     # Lines 2 and 3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
     path = Path(

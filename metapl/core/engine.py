@@ -6,7 +6,8 @@ differentiated at given weights, state and draws:
 - :mod:`metapl.engines.eager`: ``torch.autograd`` on the module itself, whose tensors are exchanged;
   in several processes, each of which holds it whole, its means are those over the ranks;
 - :mod:`metapl.engines.accumulated`: the same in micro-batches;
-- :mod:`metapl.engines.sharded`: a network whose blocks gather their weights while they run.
+- :mod:`metapl.engines.sharded`: a network whose blocks gather their weights while they run;
+- :mod:`metapl.engines.recorded`: a step of given tensors, in which no pass is run twice.
 
 The symbols: θ the weights, x the inputs and z = S(x; θ) the outputs of an inner pass; ℓ the inner
 loss and g = ∇_θ ℓ its gradient; w a direction in the space of the weights; ż = d/dε S(x; θ + εw).

@@ -168,8 +168,6 @@ class Path(Drawing):
     start: Tree = field(default_factory=dict, init=False)
     setting_gradients: list[Options] = field(default_factory=list, init=False)
     _outer_gradient: Tree | None = field(default=None, init=False)
-    # θ of the step that is being taken.
-    _theta: Tree = field(default_factory=dict, init=False)
 
     @property
     def settings(self) -> list[str]:
@@ -220,7 +218,6 @@ class Path(Drawing):
                     if number == count - 1:
                         # It is held to the end, and the steps before it are computed again.
                         self.walk.note(number, (params, state))
-            self._theta = params
             self.steps.append(self._step(number, params, state))
             if count > 1:
                 with student.ranks.agreed():
@@ -232,7 +229,6 @@ class Path(Drawing):
                     self.inner_batch(0)
             if self.progress is not None:
                 self.progress()
-        self._theta = {}
 
     def _step(self, number: int, params: Tree, state: Any) -> InnerStep:
         """Return the step of this number.
@@ -277,7 +273,7 @@ class Path(Drawing):
         )
         return InnerStep(
             update=self.updates[number] if self.updates else self.update,
-            descent=student.descend(params, lesson, self._ask_teacher),
+            descent=student.descend(params, lesson, partial(self._ask_teacher, params)),
             state=state,
             by_optimizer=has_several or student.returns_state,
             digest=digest(batch) if is_read_again else None,
@@ -308,14 +304,13 @@ class Path(Drawing):
             self.walk = Walk(self, States(self.keeping.on), self.keeping.spacings, self.replays)
             self.walk.pass_by(0, (params, state), len(self.inner_batches))
 
-    def _ask_teacher(self, batch: Batch, outputs: Tensor | None) -> Signal:
+    def _ask_teacher(self, theta: Tree, batch: Batch, outputs: Tensor | None) -> Signal:
         """Return the signal about a batch, without its graph.
 
         A problem may read the student as it is in this step.
         """
         student = self.student
-        is_at_own_weights = self._theta is student.params
-        weights = NOTHING if is_at_own_weights else student.with_weights(self._theta)
+        weights = NOTHING if theta is student.params else student.with_weights(theta)
         with weights, NOTHING if student.ranks.alone else student.ranks.agreed():
             return self.teach(batch, outputs).detached()
 

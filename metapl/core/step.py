@@ -22,7 +22,7 @@ A signal may depend on the student's outputs at θ_k; they are detached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -111,7 +111,6 @@ class InnerStep:
     outputs: Tensor = field(init=False)
     inner_loss: Tensor = field(init=False)
     gradient: Tree = field(init=False)
-    _new_params: Tree | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.student = self.descent.student
@@ -133,8 +132,8 @@ class InnerStep:
         self.descent.forget(batch_too=batch_too)
         self.state = None
         self._read()
-        vars(self).pop("updated", None)
-        self._new_params = None
+        for name in ("updated", "new_params"):
+            vars(self).pop(name, None)
 
     def recompute(self, params: Tree, state: Any, inner_batch: Batch = None) -> None:
         """Give a forgotten step its θ, g, s and its batch again.
@@ -204,11 +203,9 @@ class InnerStep:
         with_graphs: tuple[Tree, Any] = pytree.tree_map(with_graph, updated, in_float64)
         return with_graphs
 
-    @property
+    @cached_property
     def new_params(self) -> Tree:
         """θ′, without a graph, and without s′, which one step of the student never reads."""
-        if self._new_params is not None:
-            return self._new_params
         has_graph = self.student.double_backward
         if self.by_optimizer or has_graph:
             params, _ = self.updated
@@ -216,12 +213,7 @@ class InnerStep:
             params, _ = self.update.update(self.params, self.descent.gradient, self.state)
         if has_graph:
             params = {name: p.detach() for name, p in params.items()}
-        self._new_params = params
         return params
-
-    def tangent(self, w: Tree) -> Tensor:
-        """Return ż = d/dε S(x; θ + εw), (B, ...), by forward-mode AD."""
-        return self.descent.tangent(w)
 
     def shifted(self, factor: Tensor, w: Tree) -> Tensor:
         """Return S(x; θ + factor·w), (B, ...), in float32 or wider; the weights stay at θ."""
@@ -285,10 +277,6 @@ class InnerStep:
     def _as_params(self, tree: Tree) -> Tree:
         return {name: t.to(self.params[name].dtype) for name, t in tree.items()}
 
-    def hessian(self) -> AbstractContextManager[Callable[[Tree], Tree]]:
-        """Yield a function that returns products with ∂²ℓ/∂θ², valid inside the block."""
-        return self.descent.hessian()
-
     def second_derivatives(
         self, w: Tree, fields: Mapping[str, Tensor], *, curved: bool = True
     ) -> tuple[Tree, Derivatives]:
@@ -340,7 +328,7 @@ class InnerStep:
         if self.order == "double_backward":
             _, gradients = self.second_derivatives(w, credited(self.signal, of), curved=False)
             return gradients
-        return self.derivatives_by_tangent(w, self.tangent(w), of=of)
+        return self.derivatives_by_tangent(w, self.descent.tangent(w), of=of)
 
     def derivatives_by_tangent(
         self, w: Tree, z_dot: Tensor, rounding: Tensor | None = None, of: Credited = "signal"

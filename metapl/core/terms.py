@@ -133,7 +133,7 @@ class StudentPath(Protocol):
 
     @property
     def outer_loss_before(self) -> Tensor:
-        """L(θ), with the dropout masks of L(θ′). Cost: a forward pass."""
+        """L(θ), with the dropout masks of L(θ′). Cost: a forward pass, and that of L(θ′)."""
 
     draws: Draws
     """Random numbers of the step, of an estimator that says that it ``draws``."""

@@ -1,1 +1,1 @@
-"""How a student is run and differentiated: on one device, in micro-batches, and sharded."""
+"""How a student is run and differentiated: on one device, in micro-batches, sharded, recorded."""

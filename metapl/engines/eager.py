@@ -451,11 +451,6 @@ class EagerDescent:
         dtypes = [self._output_dtype, *self.student.dtypes, *half_types]
         return coarsest_dtype(dtypes, self.student.device)
 
-    @property
-    def state_before(self) -> State:
-        """The student's buffers and frozen parameters as this pass found them."""
-        return self._state
-
     def _running(self) -> AbstractContextManager[None]:
         """Hold the weights of this pass in a block, as its forward did."""
         if self._held_slots:
@@ -544,7 +539,8 @@ class EagerDescent:
         again.recompute(self.params)
         with again.drawing_as_loss():
             value = self.lesson.loss(signal)(again.outputs, again.params)
-        again.inner_loss = value
+        ranks = self.student.ranks
+        again.inner_loss = value if ranks.alone else ranks.mean(value)
         return again
 
     def along_kept_graph(self, w: Tree, *, curved: bool = False) -> tuple[Tree, Derivatives] | None:

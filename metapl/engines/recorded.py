@@ -196,9 +196,6 @@ class UpdateOfState(Update):
     def options(self) -> Options:
         return self.given
 
-    def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        return [{name: group[name] for name in names if name in group} for group in self.given]
-
     def with_options(self, options: Options) -> UpdateOfState:
         return UpdateOfState(self.inner, options, self.state)
 
@@ -221,7 +218,8 @@ class UpdateOfState(Update):
         v: Tree,
         options: Options | None = None,
     ) -> Tree:
-        return self.inner.pullback(params, grads, state=state, v=v, options=self.given)
+        given = options or self.given
+        return self.inner.pullback(params, grads, state=state, v=v, options=given)
 
     def write(self, parameters: Parameters, params: Tree, state: OptimizerState) -> None:
         raise NotImplementedError("a step of given tensors returns the next ones")

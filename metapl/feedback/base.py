@@ -43,7 +43,6 @@ from metapl.core.keeping import ALL, Keeping
 from metapl.core.lesson import Credited, Credits, credited
 from metapl.core.order import NotFiniteFeedback, Order
 from metapl.core.path import Path
-from metapl.core.step import Move
 from metapl.errors import MetaplError, few
 from metapl.execution import checks
 from metapl.execution.layout import ONE_PROCESS, Capability
@@ -461,13 +460,6 @@ def head_feedback(
         rounding: a bound on the norm of the error of ż, where it is no exact derivative.
     """
     return feedback_from(step, step.derivatives_by_tangent(w, z_dot, rounding, of=of), of)
-
-
-def feedback_by_move(
-    step: StudentStep, w: Tree, move: Move, *, of: Credited = "signal"
-) -> Feedback:
-    """Return the feedback along w by a difference between the outputs at two weights along w."""
-    return feedback_from(step, step.derivatives_by_move(w, move, of=of), of)
 
 
 def feedback_from(step: StudentStep, gradients: Gradients, of: Credited = "signal") -> Feedback:

@@ -8,20 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from metapl.core.feedback import Feedback
 from metapl.core.lesson import Credited
 from metapl.core.order import Order
 from metapl.core.step import Move
 from metapl.execution.numerics import Tree
-from metapl.feedback.base import (
-    Estimator,
-    Normalization,
-    State,
-    divisor,
-    feedback_by_move,
-)
+from metapl.feedback.base import Estimator, Normalization, State, divisor, feedback_from
 from metapl.problems.base import BilevelProblem, Kind
 from metapl.runs.fields import Range
 
@@ -100,15 +93,7 @@ class Difference(Estimator):
 
     def along(self, step: StudentStep, w: Tree, of: Credited = "signal") -> Feedback:
         """Return the feedback along w, by a difference in the step's order."""
-        return feedback_by_move(step, w, self.moved(step, w), of=of)
-
-    def tangent(self, step: StudentStep, w: Tree) -> tuple[Tensor, Tensor]:
-        """Return ż along w by moves of length δ, (B, ...), and a bound on the norm of its rounding.
-
-        Exactly zero for w = 0.
-        """
-        move = self.moved(step, w)
-        return (move.ahead - move.behind) / move.width, move.rounding / move.width
+        return feedback_from(step, step.derivatives_by_move(w, self.moved(step, w), of=of), of)
 
     def moved(self, step: StudentStep, w: Tree) -> Move:
         """Return the outputs after moves of length δ along w, both of them those at θ for w = 0."""

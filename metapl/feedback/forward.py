@@ -1,9 +1,9 @@
 r"""The exact hypergradient in mixed mode: reverse for v, forward for ż.
 
 This derivation is behind ``forward``, ``difference``, both ``reinforce`` modes and ``implicit``,
-not behind ``unrolled``, ``loss_difference`` and ``none``. The outer loss depends on the signal s
-only through θ′ = U(θ, g(s)), with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and w = (∂U/∂g)ᵀ
-v,
+not behind ``unrolled``, ``loss_difference``, ``direct`` and ``none``. The outer loss depends on the
+signal s only through θ′ = U(θ, g(s)), with g(s) = ∇_θ ℓ(S(x_u; θ), s). So, with v = ∇L(θ′) and
+w = (∂U/∂g)ᵀ v,
 
 .. math:: dL = \langle v, \tfrac{\partial U}{\partial g} dg \rangle = \langle w, dg \rangle
              = d\,\langle w, \nabla_\theta \ell(S(x_u;\theta), s) \rangle

@@ -115,7 +115,7 @@ class Implicit(Estimator):
         if self.solver == "identity":
             solution = self.solution(None, v, rate)
         else:
-            with step.hessian() as product:
+            with step.descent.hessian() as product:
                 solution = self.solution(product, v, rate)
         numbers = {"gradient_norm": norm(step.gradient), "outer_gradient_norm": norm(v)}
         if solution.residual is not None:

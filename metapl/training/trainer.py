@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -124,25 +124,6 @@ class Condition:
     steps: int = 0
 
 
-class OpenedStep(NamedTuple):
-    """A step whose networks and batches were looked at, and not refused.
-
-    Args:
-        standing: what it has in common with the steps before.
-        condition: in which the networks are.
-        outer_batch: as it was given, before the problem reads it.
-        inner_batches: one for each step of the student.
-        look: looks at the graphs of both losses; None: they were looked at in this condition
-            before.
-    """
-
-    standing: Standing
-    condition: Condition
-    outer_batch: Batch
-    inner_batches: InnerBatches
-    look: FirstLook | None
-
-
 class BilevelTrainer(Trainer):
     r"""Train a teacher and a student, by Meta Pseudo Labels or another bilevel problem.
 
@@ -200,8 +181,8 @@ class BilevelTrainer(Trainer):
             and losses in float32.
         lookahead: student steps that the feedback looks ahead: :meth:`fit` draws as many inner
             batches per step, the student steps on each, and the teacher takes one step on the
-            feedback on all of them. For ``forward``, ``unrolled`` and ``none``. :meth:`step` takes
-            a :class:`metapl.Lookahead` of any length.
+            feedback on all of them. For ``forward``, ``unrolled``, ``direct`` and ``none``.
+            :meth:`step` takes a :class:`metapl.Lookahead` of any length.
         compile: take steps by the pure step (:meth:`functional`), recorded as one graph that
             Inductor compiles in 5 seconds to three minutes for each shape of batches (docs/modes.md
             says what it holds for). In one process, with SGD, Adam, AdamW or Muon on both levels
@@ -430,16 +411,19 @@ class BilevelTrainer(Trainer):
             check_mode(self.mode, steps, self.problem, self.layout)
         standing = self._standing or self._stand()
         standing.student.begin()
-        opened = OpenedStep(standing, condition, outer, inner_batches, look)
+        attempt = partial(
+            self._step_in_order,
+            standing=standing,
+            condition=condition,
+            outer_batch=outer,
+            inner_batches=inner_batches,
+            look=look,
+        )
         try:
             if steps in standing.orders:
-                return self._step_in_order(standing.orders[steps], is_tried=False, opened=opened)
+                return attempt(standing.orders[steps], is_tried=False)
             candidates = self.mode.orders(steps, self.problem, standing.student)
-            report = self.orders.take(
-                candidates,
-                partial(self._step_in_order, opened=opened),
-                begin_again=self._reshard,
-            )
+            report = self.orders.take(candidates, attempt, begin_again=self._reshard)
         except MissingDerivative as error:
             expected = in_place_of(self.mode, steps, self.problem, wrt=())
             raise MissingDerivative(error.what, expected) from error
@@ -517,7 +501,15 @@ class BilevelTrainer(Trainer):
         return self._condition
 
     def _step_in_order(
-        self, order: Order | None, is_tried: bool, *, opened: OpenedStep
+        self,
+        order: Order | None,
+        is_tried: bool,
+        *,
+        standing: Standing,
+        condition: Condition,
+        outer_batch: Batch,
+        inner_batches: InnerBatches,
+        look: FirstLook | None,
     ) -> StepReport:
         """Take the step with the feedback's second derivative in one order.
 
@@ -530,9 +522,8 @@ class BilevelTrainer(Trainer):
         Args:
             order: None, where there is nothing to choose.
             is_tried: whether the order is being chosen, by whether this step runs in it.
-            opened: the step.
+            look: looks at the graphs of both losses; None: they were looked at before.
         """
-        standing, condition, outer_batch, inner_batches, look = opened
         mode = self.mode
         student = standing.student
         # Both in the step that tries the order: the student switches the first off itself, after

@@ -209,7 +209,7 @@ class Update(ABC):
 
     def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return the settings of these names that each param group has, as they are."""
-        return []
+        return [{name: group[name] for name in names if name in group} for group in self.options]
 
     def setting_cotangents(
         self,
@@ -324,7 +324,6 @@ class Clipped(Update):
     is_rounded: bool = _of_inner("is_rounded")
     options = _of_inner("options")
     learning_rate = _of_inner("learning_rate")
-    settings_in = _of_inner("settings_in")
     follow = _of_inner("follow")
     read_state = _of_inner("read_state")
     state_bytes = _of_inner("state_bytes")

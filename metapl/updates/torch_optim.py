@@ -108,9 +108,6 @@ class TorchUpdate(Update):
     def learning_rate(self) -> float | None:
         return float(self.options[0]["lr"])
 
-    def settings_in(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        return [{name: group[name] for name in names if name in group} for group in self.options]
-
     def settings(self) -> list[dict[str, Any]]:
         """Return the rates, and other numbers of the param groups that are not 0.
 

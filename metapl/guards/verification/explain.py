@@ -5,6 +5,7 @@ A good reason, which is allowed, or the likely causes.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -47,9 +48,15 @@ def explain(case: Case) -> Explanation:
     if case.teacher_gradient and not case.off(errors_of_h(case)):
         return explain_signal(case)
     bent = []
-    for name, loss in (("inner", inner_loss_of), ("outer", outer_loss_of)):
+    for name, loss in (("inner", "inner_loss"), ("outer", "loss")):
         if case.off(
-            compare(case, name, case.real.gradients[name], value=loss, signals=case.signals)
+            compare(
+                case,
+                name,
+                case.real.gradients[name],
+                value=attrgetter(loss),
+                signals=case.signals,
+            )
         ):
             bent.append(name)
     which = (
@@ -138,14 +145,6 @@ def moves_past_the_signal(case: Case) -> bool:
         # The loss moves by the direct term, which the differences see.
         loss_moves = False
     return gradient_moves or loss_moves
-
-
-def inner_loss_of(evaluation: Evaluation) -> torch.Tensor:
-    return evaluation.inner_loss
-
-
-def outer_loss_of(evaluation: Evaluation) -> torch.Tensor:
-    return evaluation.loss
 
 
 def reference_for(mode: Estimator) -> str:
