@@ -488,7 +488,7 @@ def attribute(
 def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> None:
     """Refuse a student whose derivative through two steps is wrong, or warn; nothing moves."""
     # Those with the greatest rates: a warm-up's first ones may hide everything by rounding.
-    rates = [max(group["lr"] for group in groups) for groups in training.options_of_steps()]
+    rates = [max(group["lr"] for group in groups) for groups in training.options_of_steps]
     begin = max(0, min(rates.index(max(rates)), len(rates) - 2))
     settings = training.settings
     if settings is not None:

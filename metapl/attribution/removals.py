@@ -236,7 +236,7 @@ class StackPlan:
         """Return the plan of a training that is repeated."""
         network, optimizer = copy.deepcopy(training.begun)
         rule: Any = update_of(optimizer, trainable(network))
-        options = training.options_of_steps()
+        options = training.options_of_steps
         # The tensors of the network itself are written to.
         begun, _ = training.begun
         tensors = tensors_of(begun)
@@ -251,7 +251,7 @@ class StackPlan:
                 options,
                 rule,
                 (),
-                is_scheduled=training.is_scheduled,
+                is_scheduled=training.settings is not None,
                 device=training.start.device,
             ),
         )
@@ -312,7 +312,7 @@ class StackedTrainings:
         if compile in self._compared:
             return
         training = self.training
-        steps = min(first_moving_step(training.options_of_steps()) + 2, len(training.order))
+        steps = min(first_moving_step(training.options_of_steps) + 2, len(training.order))
         losses_in_stack, members = self._take(weights, steps, compile=compile)
         alone, losses = training.repeated(weights[0], self.judges, steps)
         network, _ = training.begun
@@ -414,7 +414,8 @@ class StackedTrainings:
             weights: Tensor, member: Carry, frozen: Tree, batch: Batch, settings: Settings
         ) -> Carry:
             carry = member._replace(state={**frozen, **member.state})
-            after = training_step({}, carry, StepInputs((weights, batch), None, settings)).carry
+            inputs = StepInputs((weights, batch), None, settings)
+            after: Carry = training_step({}, carry, inputs).carry
             return after._replace(state={name: after.state[name] for name in member.state})
 
         step_of_stack: Callable[..., Carry] = torch.func.vmap(

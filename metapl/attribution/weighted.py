@@ -46,6 +46,7 @@ from metapl.updates import (
     options_of,
     update_of,
 )
+from metapl.updates.schedules import StepOptions
 
 # The problem where none is given: always the same object.
 EQUAL_WEIGHTS = EqualWeights()
@@ -126,7 +127,7 @@ class WeightedTraining:
         begun: the student and its optimizer at the beginning, copied; of one that can be repeated.
         start: the generators there.
         settings: of the optimizer in each step, as they were given.
-        is_scheduled: whether they differ from step to step.
+        options_of_steps: those of its param groups in each step.
         is_in_autocast: whether the passes run under autocast.
 
     Raises: :class:`metapl.MetaplError` for other data, problems and numbers.
@@ -171,11 +172,10 @@ class WeightedTraining:
         if self.can_be_repeated:
             self.begun = copied_without_graphs(self.layout.network, self.optimizer)
         self.start = RandomState.now(first.device)
-        self._options: Any = [[]] * steps
         self.settings = settings
-        self.is_scheduled = settings is not None
+        self.options_of_steps: Sequence[StepOptions] = [options_of(self.optimizer)] * steps
         if settings is not None:
-            self._options = options_by_step(self.optimizer, settings, steps)
+            self.options_of_steps = options_by_step(self.optimizer, settings, steps)
         # Repeated in the precision of the scores, wherever it is called.
         device_type = first.device.type
         self.is_in_autocast = torch.is_autocast_enabled(device_type)
@@ -185,13 +185,6 @@ class WeightedTraining:
             dtype=torch.get_autocast_dtype(device_type),
             enabled=self.is_in_autocast,
         )
-
-    def options_of_steps(self) -> Sequence[Sequence[Mapping[str, Any]]]:
-        """Return the options of the optimizer's param groups in each step."""
-        if self.is_scheduled:
-            options: Sequence[Sequence[Mapping[str, Any]]] = self._options
-            return options
-        return [options_of(self.optimizer)] * len(self.order)
 
     def _refuse_unequal_shares(self, name: str, count: int) -> None:
         ranks = self.layout.ranks.size
@@ -283,7 +276,9 @@ class WeightedTraining:
             self._autocast(),
             deterministic(self.start.device),
         ):
-            for numbers, options in zip(self.order[:steps], self._options[:steps], strict=True):
+            for numbers, options in zip(
+                self.order[:steps], self.options_of_steps[:steps], strict=True
+            ):
                 for group, own in zip(optimizer.param_groups, options, strict=False):
                     group.update(own)
                 self._take_step(student, rule, weights, numbers)

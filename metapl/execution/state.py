@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
 
 from metapl.execution import checks
 from metapl.execution.numerics import explain, takes_formulas, wide
@@ -34,6 +35,14 @@ Table = dict[str, Any]
 
 # A place in a table, as the table and a name, and what is to be held there: a tensor or a part.
 Slot = tuple[Table, Any, Any]
+
+# The tables of hooks on all modules of the process.
+HOOKS_EVERYWHERE = (
+    torch_modules._global_forward_hooks,
+    torch_modules._global_forward_pre_hooks,
+    torch_modules._global_backward_hooks,
+    torch_modules._global_backward_pre_hooks,
+)
 
 # In the place of what a table did not hold.
 _ABSENT = object()
@@ -184,6 +193,7 @@ class Slots:
             for each.
         mark: what verification holds for, as one number: modes, numbers of hooks, which parameters
             are learned, and whether a ``step()`` of the optimizers was replaced on the object.
+        hooks: those of all parts, and on the steps of the optimizers.
         state: the snapshot with which a step begins; None when its first pass has taken it over.
         takes_gradients: whether the forward takes gradients itself, and needs a graph in every
             pass; found by trying.
@@ -236,7 +246,7 @@ class Slots:
         self._hooks: list[Any] = []
         for part in parts:
             tables += [part._parameters, part._modules]
-            self._hooks += _hooks_of(part)
+            self._hooks += hooks_of(part)
         for optimizer in optimizers:
             self._hooks += _hooks_of_step(optimizer)
         self._tables = [table for table in tables if table]
@@ -249,7 +259,7 @@ class Slots:
         hook_counts = [*map(len, self._hooks)]
         self._modes = [*map(_is_training, parts)]
         self._hooks = [table for table in self._hooks if table]
-        self._hook_counts = [*map(len, self._hooks)]
+        self.hooks = [*chain.from_iterable(map(dict.values, self._hooks))]
         self._are_learned = [*map(_requires_grad, self._tensors)]
         self._parameters_have_hooks = any(map(_hooks_of_parameter, self._tensors))
         self._are_replaced = [*map(_has_own_step, map(vars, optimizers))]
@@ -264,7 +274,7 @@ class Slots:
     def are_current(self) -> bool:
         """Return whether the module holds what it held when these slots were read, and as then.
 
-        That is the same objects under the same names, in the same modes, with as many hooks, and
+        That is the same objects under the same names, in the same modes, with the same hooks, and
         with optimizers whose ``step()`` is on the object, or is not, as it was then. Every
         step asks this of hundreds of places, so all loops run in C. Copies never are current.
         """
@@ -275,9 +285,11 @@ class Slots:
         values = chain.from_iterable(map(dict.values, self._tables))
         if not all(map(is_, values, self._table_values)):
             return False
+        hooks = [*chain.from_iterable(map(dict.values, self._hooks))]
+        if len(hooks) != len(self.hooks) or not all(map(is_, hooks, self.hooks)):
+            return False
         return (
-            [*map(len, self._hooks)] == self._hook_counts
-            and any(map(_hooks_of_parameter, self._tensors)) == self._parameters_have_hooks
+            any(map(_hooks_of_parameter, self._tensors)) == self._parameters_have_hooks
             and [*map(_is_training, self._parts)] == self._modes
             and [*map(_requires_grad, self._tensors)] == self._are_learned
             and [*map(_has_own_step, map(vars, self.optimizers))] == self._are_replaced
@@ -312,7 +324,7 @@ class Slots:
 
 
 # Readers of attributes that map() calls without a frame of Python for each part.
-_hooks_of = attrgetter(
+hooks_of = attrgetter(
     "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 )
 _is_training = attrgetter("training")

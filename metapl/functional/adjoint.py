@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,6 @@ from metapl.execution.layout import Layout
 from metapl.execution.numerics import Tree, no_fast_path
 from metapl.execution.state import Slots
 from metapl.functional.capture import Captured
-from metapl.functional.kinds import Held
 from metapl.functional.state import Network, as_dict, norm
 from metapl.functional.step import Places, with_settings, without_values
 from metapl.functional.transforms import is_transformed
@@ -92,44 +91,21 @@ class StepInputs(NamedTuple):
     weights: Tensor | None = None
 
 
-AnyCarry = TypeVar("AnyCarry")
-
-
-class Taken(NamedTuple, Generic[AnyCarry]):
+class Taken(NamedTuple):
     """What a step leaves.
 
     Attributes:
-        carry: after the step, a :class:`Carry`, or as a graph's results are held.
+        carry: after the step, a :class:`Carry`; as a graph's result it is held
+            (:class:`metapl.functional.kinds.Held`).
         loss: the mean inner loss.
         signal: the fields of the signal by name.
         findings: what checks have found, boolean scalars by the texts of their errors.
     """
 
-    carry: AnyCarry
+    carry: Any
     loss: Tensor
     signal: dict[str, Any]
     findings: dict[str, Tensor]
-
-
-class StepFunction(Protocol):
-    """A step of a training, c_{k+1} = f(c_k, signal_k(φ), η_k), as a graph."""
-
-    def __call__(self, phi: Held, carry: Held, inputs: StepInputs, /) -> Taken[Held]:
-        """Take the step, from what is held of a :class:`Carry` and so on."""
-
-
-class AdjointFunction(Protocol):
-    """The adjoint of a step as a graph."""
-
-    def __call__(
-        self, phi: Held, carry: Held, inputs: StepInputs, bars: Held, /
-    ) -> tuple[Held, Tree, Settings, Tensor]:
-        """Return the cotangents before the step, h = −dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
-
-        Args:
-            carry: before the step.
-            bars: the :class:`Cotangents` after it.
-        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,13 +148,13 @@ class TrainingStep:
             self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
         )
 
-    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken[Carry]:
+    def __call__(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken:
         """Take the step."""
         if is_transformed():
             return self.recorded.compared(phi, carry, inputs)
         return self.taken(phi, carry, inputs)
 
-    def taken(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken[Carry]:
+    def taken(self, phi: Tree, carry: Carry, inputs: StepInputs) -> Taken:
         """Take the step, outside of any transform."""
         with self._begun(phi, carry, inputs) as begun:
             theta, s = pytree.tree_map_only(Tensor, Tensor.detach, begun.step.updated)
@@ -189,7 +165,12 @@ class TrainingStep:
     def adjoint(
         self, phi: Tree, carry: Carry, inputs: StepInputs, bars: Cotangents
     ) -> tuple[Cotangents, Tree, Settings, Tensor]:
-        """Return the cotangents before the step, as :class:`AdjointFunction` does."""
+        """Return the cotangents before the step, h = −dL/d(signal), dL/d(settings) and ‖dL/dθ‖.
+
+        Args:
+            carry: before the step.
+            bars: the cotangents after it.
+        """
         settings = inputs.settings
         if self.rules.in_settings:
             settings = as_leaves(settings)

@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
+
+from metapl.execution.state import HOOKS_EVERYWHERE
 
 # Tables of hooks that run in a forward or a backward pass, and of those that run where a state is
 # saved or loaded.
@@ -50,13 +51,6 @@ STATE_HOOKS = (
 )
 TABLES = ("_parameters", "_buffers", "_modules")
 OF_ALL_MODULES = frozenset((*TABLES, *PASS_HOOKS, *STATE_HOOKS))
-# Hooks on all modules of the process.
-EVERYWHERE = (
-    torch_modules._global_forward_hooks,
-    torch_modules._global_forward_pre_hooks,
-    torch_modules._global_backward_hooks,
-    torch_modules._global_backward_pre_hooks,
-)
 # The attributes of an nn.Buffer.
 BUFFER_MARKS = {"persistent", "_is_buffer"}
 # What torch.compile writes on the tensors and the modules that it meets, and no pass reads.
@@ -213,7 +207,7 @@ class Describer:
     """
 
     def __init__(self, networks: Sequence[nn.Module | None]) -> None:
-        if any(EVERYWHERE):
+        if any(HOOKS_EVERYWHERE):
             raise Undescribed("hooks on all modules")
         # By the addresses of modules, functions and tensors, in the order in which they are met.
         self._numbers: dict[int, int] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import types
+from array import array
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +19,11 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from metapl.execution.state import hooks_of
+
+# Whose entries are read.
+COLLECTIONS = (list, tuple, deque, set, frozenset, bytearray, array)
+
 # The types of attributes and of parts of a batch that are constants of a graph.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -29,7 +35,8 @@ class Attributes:
     and so do those of their classes, the entries of dicts, lists and other collections, arrays, and
     the variables that methods and functions outside of PyTorch read around them: globals and
     closures. Of modules, what every module has is left out: tables of tensors, parts and hooks, and
-    the mode. :func:`modes_of` has these for stacks, and ``Slots.mark`` for a trainer's steps.
+    the mode; what a hook reads is not. :func:`modes_of` has these for stacks and recorded
+    functions, and ``Slots`` for a trainer's steps.
 
     Args:
         sources: the objects: networks, losses, a problem.
@@ -73,7 +80,7 @@ class Attributes:
             # As many attributes, of other names; or a variable that was deleted.
             self.read_again()
             return self.values()
-        values += chain.from_iterable(self._collections)
+        values += chain.from_iterable((len(one), *one) for one in self._collections)
         if self._cells or self._slots or self._arrays:
             values += [cell.cell_contents for cell in self._cells]
             values += [getattr(owner, name, None) for owner, name in self._slots]
@@ -128,19 +135,23 @@ class Attributes:
                     self._modules.append(part)
                     self._look_at_class(type(part), part, depth=depth)
                     self._look_through(vars(part), depth=depth)
+                    for table in hooks_of(part):
+                        for hook in table.values():
+                            self._look_into(hook, depth=depth + 1)
         elif isinstance(value, partial):
             self._look_into((value.func, value.args, value.keywords), depth=depth)
         elif isinstance(value, types.MethodType):
             self._look_into(value.__self__, depth=depth)
             self._look_into(value.__func__, depth=depth)
         elif isinstance(value, types.FunctionType):
+            self._look_into(getattr(value, "__wrapped__", None), depth=depth)
             self._look_around(value, depth=depth)
         elif isinstance(value, numpy.ndarray):
             self._arrays += [value] if value.size <= MOST_ENTRIES else []
         elif isinstance(value, Mapping):
             if len(value) <= MOST_ENTRIES:
                 self._look_through(value, depth=depth)
-        elif isinstance(value, list | tuple | deque | set | frozenset | bytearray):
+        elif isinstance(value, COLLECTIONS):
             if len(value) <= MOST_ENTRIES:
                 self._collections.append(value)
                 for entry in value:
@@ -250,10 +261,12 @@ def functions_of(method: Any) -> list[Any]:
 
 
 def modes_of(module: nn.Module) -> list[Any]:
-    """Return what a forward may branch on, of a part of a network: mode, hooks, parts."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    hooks += [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-    return [module.training, [*map(id, hooks)], [*map(id, module._modules.values())]]
+    """Return what a forward may branch on, of a part of a network: class, mode, hooks, parts.
+
+    They are the objects themselves, so that no other object gets their addresses.
+    """
+    hooks = [hook for table in hooks_of(module) for hook in table.values()]
+    return [type(module), module.training, hooks, [*module._modules.values()]]
 
 
 def is_read_deeper(value: Any) -> bool:
@@ -287,6 +300,11 @@ def is_of_user(value: Any) -> bool:
     return "site-packages" not in file and "dist-packages" not in file
 
 
+def constant(value: Any) -> tuple[type, Any]:
+    """Return what tells a plain value from others: 2, 2.0 and True are equal, and 0.0 and -0.0."""
+    return type(value), repr(value) if isinstance(value, float | complex) else value
+
+
 def constants_of(attributes: Sequence[Any]) -> list[Any]:
     """Return what of the values of attributes is a constant of a graph.
 
@@ -295,7 +313,7 @@ def constants_of(attributes: Sequence[Any]) -> list[Any]:
     constants: list[Any] = []
     for value in attributes:
         if isinstance(value, PLAIN):
-            constants.append((type(value), value))
+            constants.append(constant(value))
         elif isinstance(value, tuple):
             constants.append(constants_of(value))
         else:

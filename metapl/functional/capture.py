@@ -67,7 +67,7 @@ Result = TypeVar("Result")
 
 
 class Capture(NamedTuple):
-    """A function as a compiled graph.
+    """A function as a graph, compiled or not.
 
     Attributes:
         graph: takes the tensors of the arguments and those of ``held``, and returns others.
@@ -101,6 +101,8 @@ class Captured(Generic[Result]):
     a graph of autograd.
 
     Args:
+        function: takes and returns nested tensors.
+        device: on which they are.
         sources: objects whose attributes the function reads.
         is_compiled: whether Inductor compiles the graphs.
         looks_at_modes: whether each call looks at modes, hooks and parts of the sources. A trainer
@@ -108,6 +110,7 @@ class Captured(Generic[Result]):
         has_derivative: whether :meth:`compared` returns results with their graph. Their derivative
             is that of the numbers that the function computes: a graph of operations has those of
             the backward passes too, and no ``detach()``.
+        holds_first: return the first result as it is held for the next call (:class:`HeldAt`).
     """
 
     what = "a step"

@@ -383,6 +383,7 @@ class CompiledStep:
             *(trainer.teacher_losses or ()),
             *optimizers,
             *chain.from_iterable([group["params"] for group in groups_of(optimizers)]),
+            *chain.from_iterable([slots.hooks for slots in trainer.slots]),
         )
         marks = [slots.mark for slots in trainer.slots]
         key = (

@@ -18,14 +18,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metapl.functional.adjoint import (
-    AdjointFunction,
-    StepFunction,
-    TrainingRules,
-    TrainingStep,
-)
+from metapl.execution.state import HOOKS_EVERYWHERE
+from metapl.functional.adjoint import TrainingRules, TrainingStep
 from metapl.functional.architecture import (
-    EVERYWHERE,
     PASS_HOOKS,
     BareCopier,
     Describer,
@@ -34,7 +29,7 @@ from metapl.functional.architecture import (
 )
 from metapl.functional.capture import Captured
 from metapl.functional.state import clipped, constants_of
-from metapl.problems.base import BilevelProblem, kind_of
+from metapl.problems.base import BilevelProblem, kind_of, modules_in
 from metapl.updates import TorchUpdate, parts_of
 
 LOG = logging.getLogger("metapl")
@@ -66,9 +61,10 @@ class Subject(NamedTuple):
 
     @property
     def sources(self) -> list[object]:
-        """The objects whose attributes a graph reads, and what their methods read of their file.
+        """The objects whose attributes a graph reads.
 
-        What a file holds may change, and is in no description.
+        So are those that their methods read of their file: they may change, and are in no
+        description.
         """
         found: list[object] = [self.problem, *self.alive]
         for network in (self.teacher, self.student):
@@ -78,20 +74,26 @@ class Subject(NamedTuple):
 
 @dataclass(eq=False)
 class Graphs:
-    """The compiled step and adjoint of one training.
+    """The compiled step of one training (:meth:`TrainingStep.taken`), and its adjoint.
 
     Attributes:
-        compared: the kinds of the batches for which the two were compared with the eager step.
+        compared: the kinds of the batches for which the two were compared with the eager step, and
+            how many graphs had been made by then.
     """
 
-    step: StepFunction
-    adjoint: AdjointFunction
+    step: Captured[Any]
+    adjoint: Captured[Any]
     subject: Subject
-    compared: set[BatchKind] = field(default_factory=set)
+    compared: dict[BatchKind, int] = field(default_factory=dict)
+
+    @property
+    def captures(self) -> int:
+        """How many graphs were made."""
+        return self.step.captures + self.adjoint.captures
 
     def doubt(self) -> None:
         """Forget what was compared: a graph is compared once for each network that it serves."""
-        self.compared = set()
+        self.compared = {}
 
 
 class Made(Protocol):
@@ -164,11 +166,9 @@ def graphs_of(
         )
         sources = subject.sources
         # As graphs they return carries and cotangents that are held.
-        take: Callable[..., Any] = step.taken
-        adjoint: Callable[..., Any] = step.adjoint
         return Graphs(
-            Captured(take, device, sources, holds_first=True),
-            Captured(adjoint, device, sources, holds_first=True),
+            Captured(step.taken, device, sources, holds_first=True),
+            Captured(step.adjoint, device, sources, holds_first=True),
             subject,
         )
 
@@ -314,14 +314,19 @@ def bare_subject(asking: Asking, outside: Sequence[Tensor]) -> Subject:
 
 
 def parts_of_call(asking: Asking) -> tuple[object, ...]:
-    """Return networks and problem, with all their parts, weights and hooks."""
+    """Return networks and problem, with all their parts, weights and hooks.
+
+    Of modules that the problem holds the buffers count too: they are no part of any state.
+    """
     networks = [part for part in asking[:2] if part is not None]
-    modules = [part for network in networks for part in network.modules()]
-    weights = [p for network in networks for p in network.parameters()]
+    held = modules_in(asking[2])
+    modules = [*(part for network in networks for part in network.modules()), *held]
+    weights = [p for part in modules for p in part._parameters.values() if p is not None]
+    buffers = [b for part in held for b in part._buffers.values() if b is not None]
     tables_of_hooks = [vars(part)[name] for part in modules for name in PASS_HOOKS]
-    tables_of_hooks += EVERYWHERE
+    tables_of_hooks += HOOKS_EVERYWHERE
     hooks = [hook for table in tables_of_hooks for hook in table.values()]
-    return (*asking, *modules, *weights, *hooks)
+    return (*asking, *modules, *weights, *buffers, *hooks)
 
 
 def by_identity(alive: tuple[object, ...], rule: tuple[object, ...]) -> Hashable:

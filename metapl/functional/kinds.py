@@ -16,7 +16,8 @@ from torch.utils import _pytree as pytree
 from metapl.errors import few
 from metapl.execution.checks import unexpected
 from metapl.execution.numerics import float32_switches
-from metapl.functional.attributes import PLAIN, constants_of
+from metapl.execution.state import HOOKS_EVERYWHERE
+from metapl.functional.attributes import PLAIN, constant, constants_of
 
 SEQUENCES = (tuple, list)
 
@@ -121,7 +122,7 @@ def take_apart(value: Any, tensors: list[Tensor], kind: list[Any]) -> None:
         for part in value.values():
             take_apart(part, tensors, kind)
     elif isinstance(value, PLAIN):
-        kind.append((type(value), value))
+        kind.append(constant(value))
     elif isinstance(value, Constants):
         kind += value.kind
     else:
@@ -160,6 +161,7 @@ def switches(device: torch.device) -> list[Any]:
         torch.are_deterministic_algorithms_enabled(),
         torch.get_default_dtype(),
         float32_switches(device),
+        [hook for table in HOOKS_EVERYWHERE for hook in table.values()],
     ]
 
 
@@ -248,6 +250,8 @@ def in_words(entry: Any) -> str:
         kind, value = entry
         if kind is dict:
             return f"a dict of {few([*map(str, value)], 3)}"
+        if kind in (float, complex):
+            return str(value)
         if kind in PLAIN:
             return repr(value)
         return f"a {kind.__name__} of {value}"

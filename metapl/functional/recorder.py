@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described, unexpected
+from metapl.functional.attributes import PLAIN, Attributes, constant, constants_of, modes_of
 from metapl.functional.capture import Captured
 from metapl.functional.kinds import Constants, Named
 from metapl.functional.operations import NotRecorded, asks_for_value, constants_in
@@ -42,7 +43,8 @@ def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded
     settings of PyTorch; the third time a warning says why. Each recording is compared twice with
     the function, once on other rows, where it is called outside of ``vmap``. A number of
     ``os.environ``, ``globals()``, a ``ContextVar``, an iterator, a cache, a collection of more than
-    1,000 entries, or four attributes deep stays that of the recording.
+    1,000 entries, an attribute of a tensor, or four attributes deep stays that of the recording,
+    and so does whether gradients are enabled: they are.
 
     Args:
         function: takes and returns tensors, in any nesting of tuples, lists and dicts; numbers and
@@ -88,12 +90,10 @@ class Recorded(Captured[Any]):
         functools.update_wrapper(self, function, updated=())
         self._wrapped = function
         self.what = getattr(function, "__name__", type(function).__name__)
-        parts = [part for module in _modules_of(function) for part in module.modules()]
-        self._tables = [part._parameters for part in parts if part._parameters]
         super().__init__(
             self._on_tensors,
             torch.device("cpu"),
-            [*parts, function],
+            [function],
             is_compiled=compile,
             looks_at_modes=True,
         )
@@ -122,6 +122,13 @@ class Recorded(Captured[Any]):
 
     def _on_tensors(self, constants: Constants, tensors: list[Tensor]) -> Any:
         """Return what the function returns for these tensors among its arguments."""
+        # One that is given at two places is one tensor in the function too.
+        given = [leaf for leaf in constants.value[0] if isinstance(leaf, Tensor)]
+        tensors = [tensors[place] for place in _first_places(given)]
+        for t, leaf in zip(tensors, given, strict=True):
+            if isinstance(leaf, nn.Parameter):
+                # By which PyTorch knows a parameter of any class of tensors.
+                t._is_param = True
         args, options = _arguments(constants, tensors)
         with torch.enable_grad():
             return self._wrapped(*args, **options)
@@ -130,10 +137,14 @@ class Recorded(Captured[Any]):
         """Return what of the arguments and of PyTorch's settings is a constant of a recording."""
         kind: list[Any] = [Named("the nesting of the arguments", structure)]
         kind += [_constant(leaf) for leaf in leaves if not isinstance(leaf, Tensor)]
-        asked = [leaf.requires_grad for leaf in leaves if isinstance(leaf, Tensor)]
-        kind.append(Named("which of the arguments require a gradient", asked))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        asked = [(t.requires_grad, isinstance(t, nn.Parameter)) for t in tensors]
+        kind.append(Named("which of the arguments require a gradient, or are parameters,", asked))
+        kind.append(Named("which of the arguments are one tensor", _first_places(tensors)))
         frozen = [
-            p is not None and p.requires_grad for table in self._tables for p in table.values()
+            p is not None and p.requires_grad
+            for part in self.attributes.modules()
+            for p in part._parameters.values()
         ]
         kind.append(Named("which parameters of a module are frozen", frozen))
         kind.append(Named("autocast, or a switch of kernels,", _settings()))
@@ -192,17 +203,44 @@ def _arguments(constants: Constants, tensors: list[Tensor]) -> Any:
     return pytree.tree_unflatten(filled, structure)
 
 
-def _constant(value: Hashable) -> tuple[type, Any]:
-    """Return an argument that is no tensor for a key, with its type: 2, 2.0 and True are equal.
+class Reads:
+    """An argument that is an object, a module or a function, and what is read of it.
+
+    It is held, so that no other object has its address.
+    """
+
+    def __init__(self, value: Hashable) -> None:
+        attributes = Attributes([value])
+        self.values = [value, *attributes.values()]
+        self.modes = [*map(modes_of, attributes.modules())]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Reads) or self.modes != other.modes:
+            return False
+        return constants_of(self.values) == constants_of(other.values)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _constant(value: Any) -> Any:
+    """Return an argument that is no tensor for a key.
 
     A value without a hash, such as an array or a set, may change in place, which no key would see.
     """
+    if isinstance(value, PLAIN):
+        return constant(value)
     try:
         hash(value)
     except TypeError as error:
         expected = "tensors, and other values that do not change, such as numbers and words"
         raise unexpected("an argument is", value, expected) from error
-    return type(value), value
+    return Named("what an argument that is no tensor reads", Reads(value))
+
+
+def _first_places(tensors: list[Tensor]) -> list[int]:
+    """Return the first place of each of these tensors among them."""
+    places: dict[int, int] = {}
+    return [places.setdefault(id(t), place) for place, t in enumerate(tensors)]
 
 
 def _settings() -> tuple[Any, ...]:
@@ -239,15 +277,6 @@ def _reached(function: Any) -> Iterator[tuple[str, Any]]:
         yield "", function
     elif hasattr(function, "__dict__"):
         yield from vars(function).items()
-
-
-def _modules_of(function: Any) -> Iterator[nn.Module]:
-    for _, value in _reached(function):
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, nn.Module):
-                yield leaf
-            elif isinstance(leaf, types.FunctionType | types.MethodType) and leaf is not function:
-                yield from (module for _, module in _reached(leaf) if isinstance(module, nn.Module))
 
 
 def _tensors_of(function: Any) -> Iterator[tuple[str, Tensor]]:

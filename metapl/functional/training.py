@@ -13,6 +13,8 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -31,6 +33,7 @@ from metapl.core.walk import States, Walk
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, returned_by
+from metapl.execution.compare import TRIES
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import (
     HALF,
@@ -54,6 +57,7 @@ from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing
 from metapl.functional.compared_step import are_equal, at_other_digits, refuse_gaps
+from metapl.functional.comparison import DROWNED
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.kinds import Held
 from metapl.functional.state import (
@@ -74,6 +78,9 @@ from metapl.runs.terminal import step_bar
 from metapl.updates import TorchUpdate, options_of, update_of
 
 OptionsOfStep = Sequence[Mapping[str, Any]]
+
+# In the place of how many graphs there were.
+BEING_COMPARED = -1
 
 # After how many steps it is looked whether their numbers are finite.
 STEPS_OF_LOOK = 32
@@ -220,8 +227,8 @@ class PathPlan:
             of 0. The graphs are compared with the eager road in it.
         compared_settings: the settings in that step, as those of one step; None where they are the
             same in all steps.
-        drowned: the kinds of batches of which rounding drowns the comparison; the next path
-            compares them again.
+        drowned: how often rounding drowned the comparison on a kind of batches; it is made on some
+            more of them.
     """
 
     steps: int
@@ -234,7 +241,7 @@ class PathPlan:
     keeping: Keeping
     compared_step: int
     compared_settings: dict[str, Any] | None
-    drowned: set[object] = field(default_factory=set)
+    drowned: Counter[object] = field(default_factory=Counter)
 
 
 def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> PathPlan:
@@ -507,6 +514,7 @@ class CompiledPath:
     def find(self) -> Hypergradient:
         """Walk forward and back, and return the gradient; after an error no generator has moved."""
         begun = RandomState.now(self.plan.device)
+        captures = self.graphs.captures
         try:
             with running_graphs(self.plan.device):
                 # A function that always returns another batch is refused here, not after the path.
@@ -515,11 +523,18 @@ class CompiledPath:
                 ended = RandomState.now(self.plan.device)
                 back = self._turn_back(carry.value, ended)
                 self._walk_back(back)
+            if self.graphs.captures != captures:
+                self._compare_again()
         except BaseException:
             begun.restore()
             raise
         ended.restore()
         return self._result(carry.value, back)
+
+    def _compare_again(self) -> None:
+        """Compare graphs that were made on the way, such as those of another number of a loss."""
+        batch = self._read_batch(self.plan.compared_step)
+        refuse_other_gradient(self.request, self.plan, self.graphs, batch)
 
     def weights_after(self, weights: Tensor, steps: int) -> Tree:
         """Return the student's weights after the first steps, with other weights of the examples.
@@ -756,7 +771,10 @@ def refuse_other_gradient(
     """
     # Graphs without weights of examples are others.
     kind = (request.weights is None, batch.kind)
-    if kind in graphs.compared or kind in plan.drowned:
+    # Where one was made since, such as for another number that a loss reads, it is compared too.
+    if graphs.compared.get(kind) in (BEING_COMPARED, graphs.captures):
+        return
+    if plan.drowned[kind] > TRIES:
         return
     one_step = Lookahead([batch.value], settings=plan.compared_settings)
     weights = None
@@ -765,7 +783,8 @@ def refuse_other_gradient(
         weights = torch.ones_like(request.weights[:1])
     begun = RandomState.now(plan.device)
     # The step by which they are compared is a step by these graphs too, and not compared.
-    graphs.compared.add(kind)
+    graphs.compared[kind] = BEING_COMPARED
+    is_decided = True
     try:
         with replayed(begun):
             by_graphs = differentiate(
@@ -794,11 +813,16 @@ def refuse_other_gradient(
             if not are_equal(compared_leaves(again), wanted):
                 raise
             refuse_gaps(found, wanted, eager.inner_loss, by_rounding=compared_leaves(by_rounding))
-            graphs.compared.discard(kind)
-            plan.drowned.add(kind)
-    except BaseException:
-        graphs.compared.discard(kind)
-        raise
+            plan.drowned[kind] += 1
+            is_decided = False
+            if plan.drowned[kind] > TRIES:
+                warnings.warn(
+                    f"cannot tell whether compiled steps are right. {DROWNED}", stacklevel=2
+                )
+    finally:
+        del graphs.compared[kind]
+    if is_decided:
+        graphs.compared[kind] = graphs.captures
 
 
 def eager_gradient(request: PathRequest, one_step: Lookahead) -> Hypergradient:

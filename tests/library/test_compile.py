@@ -949,10 +949,11 @@ def test_a_whole_training_that_rounding_drowns_is_not_refused(
     monkeypatch.setattr(training, "eager_gradient", gradient_at_other_digits)
     for seed in range(4):
         options, batches = drowned_in_rounding(seed)
-        batches["inner"] = metapl.Lookahead([batches["inner"]] * 2)
-        metapl.hypergradient(**options, **batches, compile=True)
-    # Three eager gradients in a call: the compared one, the same again, and that at other digits.
-    assert len(gaps) == 3 * 4
+        batches["inner"] = metapl.Lookahead([batches["inner"]] * 4)
+        with pytest.warns(UserWarning, match="cannot tell whether compiled steps are right"):
+            metapl.hypergradient(**options, **batches, compile=True)
+    # Three eager gradients each time: the compared one, the same again, and that at other digits.
+    assert len(gaps) == 3 * 4 * (1 + TRIES)
     assert max(gaps) > 0.02
 
 

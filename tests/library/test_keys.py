@@ -9,16 +9,18 @@ import enum
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from captures import without_inductor
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
-from metapl.functional import recorded, stack
+from metapl.functional import recorded, stack, training
+from metapl.problems import EqualWeights
 
 SETTINGS = types.SimpleNamespace(factor=1.0)
 
@@ -193,6 +195,142 @@ def test_settings_of_the_trainer_that_change_are_another_step(
     agree(pair)
     losses[0] = metapl.CrossEntropy(label_smoothing=0.5)
     agree(pair)
+
+
+def test_a_hook_that_is_replaced_and_what_one_reads_are_another_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    pair = trainers(network)
+    factors = [2.0]
+    hooks = [t.student.register_forward_hook(lambda m, i, o: 2 * o) for t in pair]
+    agree(pair)
+    for hook in hooks:
+        hook.remove()
+    for trainer in pair:
+        trainer.student.register_forward_hook(lambda m, i, o: factors[0] * o / 4)
+    agree(pair)
+    factors[0] = 5.0
+    agree(pair)
+
+
+class Tripled(nn.Module):
+    """A layer of which training is another function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.linear(x) * (3 if self.training else 1)
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    return network.requires_grad_(requires_grad=False)
+
+
+class WithModule(EqualWeights):
+    """Cross-entropy beside a network that the problem holds."""
+
+    factors: ClassVar = [1.0]
+
+    def __init__(self, beside: nn.Module) -> None:
+        self.beside = beside
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        x, y = batch
+        losses = F.cross_entropy(outputs + self.beside(x), y, reduction="none")
+        return signal.value * self.factors[0] * losses
+
+
+@pytest.mark.parametrize("is_described", [True, False])
+@pytest.mark.parametrize("way", ["tasks", "a path", "scores"])
+def test_the_mode_of_a_module_that_a_problem_holds_is_another_graph(
+    way: str, is_described: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_inductor(monkeypatch)
+    student = network()
+    problem = WithModule(frozen(Tripled()))
+    if not is_described:
+        student.register_forward_hook(lambda m, i, o: 1.5 * o)
+    (x, y), _ = batches()
+    # Three tasks of four rows.
+    tasks = x.view(3, 4, 4), y.view(3, 4)
+    one = tasks[0][0], tasks[1][0]
+
+    def found(*, fast: bool) -> Tensor:
+        sgd = torch.optim.SGD(student.parameters(), lr=0.3)
+        if way == "scores":
+            options: dict[str, Any] = {"steps": 6, "batch_size": 4, "verify": False}
+            return metapl.attribute(
+                student,
+                (x, y),
+                one,
+                optimizer=sgd,
+                problem=problem,
+                compile=fast,
+                progress=False,
+                generator=torch.Generator().manual_seed(0),
+                **options,
+            ).scores
+
+        def gradient(outer: Any, inner: Any, **options: Any) -> Tensor:
+            start = metapl.hypergradient(
+                None,
+                student,
+                outer=outer,
+                inner=inner,
+                problem=problem,
+                inner_optimizer=sgd,
+                wrt="start",
+                verify=False,
+                **options,
+            ).start
+            return start["0.weight"]
+
+        if way == "a path":
+            return gradient(one, metapl.Lookahead([one] * 2), compile=fast)
+        if fast:
+            return gradient(tasks, tasks, tasks=True)
+        return torch.stack([gradient(task, task) for task in zip(*tasks, strict=True)]).mean(0)
+
+    for is_training in (False, True):
+        problem.beside.train(is_training)
+        torch.testing.assert_close(found(fast=True), found(fast=False), rtol=1e-3, atol=1e-6)
+
+
+def test_graphs_that_are_made_for_another_number_are_compared_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    without_inductor(monkeypatch)
+    compared: list[Any] = []
+    take = training.eager_gradient
+
+    def counted(*arguments: Any) -> Any:
+        compared.append(arguments)
+        return take(*arguments)
+
+    monkeypatch.setattr(training, "eager_gradient", counted)
+    student = network()
+    problem = WithModule(frozen(Tripled()))
+    (x, y), _ = batches()
+    counts = []
+    monkeypatch.setattr(WithModule, "factors", [1.0])
+    for factor in (1.0, 1.0, 2.0, 2.0):
+        problem.factors[0] = factor
+        metapl.hypergradient(
+            None,
+            student,
+            outer=(x, y),
+            inner=metapl.Lookahead([(x, y)]),
+            problem=problem,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.3),
+            wrt="start",
+            compile=True,
+            verify=False,
+        )
+        counts.append(len(compared))
+    assert counts == [1, 1, 2, 2]
 
 
 def test_a_hook_on_an_optimizers_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import array
 import itertools
 import warnings
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.modules import module as torch_modules
 from torch.utils.checkpoint import checkpoint
 
 import metapl
@@ -288,6 +290,16 @@ class Scale:
 
 
 LISTED = SimpleNamespace(factors=[1.0], by_name={"factor": 1.0})
+ARRAY = array.array("d", [1.0])
+SIGNED = SimpleNamespace(zero=0.0)
+PARTS = [[1.0, 2.0], [3.0]]
+
+
+def decorated(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a function as a decorator of an installed package makes one."""
+    return torch.func.vmap(function)
+
+
 ARGUMENTS = argparse.Namespace(factor=1.0)
 OBJECTS = [Scale()]
 NESTED = {"inner": {"part": SimpleNamespace(factor=1.0)}}
@@ -295,7 +307,7 @@ NESTED = {"inner": {"part": SimpleNamespace(factor=1.0)}}
 
 def set_all(value: float) -> None:
     Shared.factor = Shared.factors[0] = value
-    LISTED.factors[0] = LISTED.by_name["factor"] = value
+    LISTED.factors[0] = LISTED.by_name["factor"] = ARRAY[0] = value
     ARGUMENTS.factor = OBJECTS[0].inner.factor = OBJECTS[0].shared[0] = value
     NESTED["inner"]["part"].factor = value
     settings.factor = settings.part.factor = settings.Numbers.factor = value
@@ -305,6 +317,8 @@ READERS: dict[str, Callable[[Tensor], Any]] = {
     "of a class": lambda x: Shared.factor * x,
     "of a list in a class": lambda x: Shared.factors[0] * x,
     "of a function of a class": lambda x: Shared.scaled(x),
+    "of an array": lambda x: ARRAY[0] * x,
+    "of a function behind another": decorated(lambda x: Shared.factor * x),
     "of a list in an object": lambda x: LISTED.factors[0] * x,
     "of a dict in an object": lambda x: LISTED.by_name["factor"] * x,
     "of an object in dicts": lambda x: NESTED["inner"]["part"].factor * x,
@@ -333,6 +347,76 @@ def test_a_number_that_is_read_by_name_records_anew(name: str) -> None:
         assert step.recordings == 2
     finally:
         set_all(1.0)
+
+
+def test_entries_that_move_between_lists_record_anew() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * len(PARTS[0])
+
+    step = recorded(function)
+    x = torch.ones(2)
+    assert torch.equal(step(x), 2 * x)
+    PARTS[1].insert(0, PARTS[0].pop())
+    assert torch.equal(step(x), x)
+    PARTS[0].append(PARTS[1].pop(0))
+
+
+def test_a_negative_zero_is_another_number() -> None:
+    step = recorded(lambda x: 1 / (x * SIGNED.zero))
+    by_argument = recorded(lambda x, zero: 1 / (x * zero))
+    x = torch.ones(1)
+    for zero in (0.0, -0.0):
+        SIGNED.zero = zero
+        expected = 1 / (x * zero)
+        assert step(x) == by_argument(x, zero) == expected
+    SIGNED.zero = 0.0
+
+
+HOOKED: dict[str, Callable[[nn.Module], Any]] = {
+    "a hook in the place of another": lambda m: m.register_forward_hook(lambda m, i, o: 3 * o),
+    "a hook before": lambda m: m.register_forward_pre_hook(lambda m, i: (3 * i[0],)),
+    "a hook on all modules": lambda m: torch_modules.register_module_forward_hook(
+        lambda part, i, o: 3 * o if part is m else o
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_a_hook_that_is_replaced_records_anew(name: str) -> None:
+    network = nn.Linear(3, 3)
+    params = weights_of(network)
+    x = torch.ones(2, 3)
+
+    def function(params: Params, x: Tensor) -> Any:
+        return functional_call(network, params, (x,))
+
+    # By chance a later hook has the address of an earlier one.
+    for _ in range(3):
+        step = recorded(function)
+        hook = network.register_forward_hook(lambda m, i, o: 2 * o)
+        step(params, x)
+        hook.remove()
+        del hook
+        hook = HOOKED[name](network)
+        torch.testing.assert_close(step(params, x), function(params, x))
+        assert step.recordings == 2
+        hook.remove()
+
+
+def test_a_number_that_a_hook_reads_records_anew() -> None:
+    network = nn.Linear(3, 3)
+    params = weights_of(network)
+    x = torch.ones(2, 3)
+    network.register_forward_hook(lambda m, i, o: LISTED.factors[0] * o)
+
+    def function(params: Params, x: Tensor) -> Any:
+        return functional_call(network, params, (x,))
+
+    step = recorded(function)
+    for value in (1.0, 5.0):
+        LISTED.factors[0] = value
+        torch.testing.assert_close(step(params, x), function(params, x))
+    LISTED.factors[0] = 1.0
 
 
 class Dropping:
@@ -379,6 +463,52 @@ def test_numbers_that_are_equal_and_of_other_types_are_told_apart() -> None:
     assert step(whole_numbers, 2.0).dtype == torch.float32
     assert step(whole_numbers, 2).dtype == torch.int64
     assert step.recordings == 2
+
+
+def by_shared(x: Tensor) -> Tensor:
+    return Shared.factor * x
+
+
+@pytest.mark.filterwarnings("ignore:.*recorded for the third time")
+def test_an_object_among_the_arguments_records_anew_for_what_is_read_of_it() -> None:
+    step = recorded(lambda x, scaled: scaled(x))
+    x = torch.ones(64)
+    scale, dropout = Scale(), nn.Sequential(nn.Dropout(0.5))
+    assert torch.equal(step(x, by_shared), x)
+    assert torch.equal(step(x, scale.scaled), x)
+    assert (step(x, dropout) == 0).any()
+    try:
+        Shared.factor = scale.inner.factor = 3.0
+        assert torch.equal(step(x, by_shared), 3 * x)
+        assert torch.equal(step(x, scale.scaled), 3 * x)
+    finally:
+        Shared.factor = 1.0
+    dropout.eval()
+    assert torch.equal(step(x, dropout), x)
+    dropout[0] = nn.Tanh()
+    assert torch.equal(step(x, dropout), x.tanh())
+
+
+def test_one_tensor_at_two_places_is_one_tensor() -> None:
+    def slope(a: Tensor, b: Tensor) -> Tensor:
+        return torch.autograd.grad((a * b).sum(), a)[0]
+
+    step = recorded(slope)
+    a, b = torch.tensor([3.0], requires_grad=True), torch.tensor([5.0], requires_grad=True)
+    assert step(a, a) == slope(a, a) == 6
+    assert step(a, b) == slope(a, b) == 5
+    assert step(b, b) == 10
+    assert step.recordings == 2
+
+
+def test_a_parameter_among_the_arguments_is_one_in_the_function() -> None:
+    def function(weights: list[Tensor]) -> Tensor:
+        return torch.stack([2 * t if isinstance(t, nn.Parameter) else t for t in weights])
+
+    weights = [torch.ones(2), nn.Parameter(torch.ones(2))]
+    step = recorded(function)
+    assert torch.equal(step(weights), function(weights))
+    assert torch.equal(step(weights[::-1]), function(weights[::-1]))
 
 
 def test_an_argument_that_may_change_in_place_is_refused() -> None:

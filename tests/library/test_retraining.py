@@ -184,6 +184,14 @@ def test_a_training_goes_on_from_the_optimizer_s_state_and_moves_nothing() -> No
     assert torch.equal(torch.get_rng_state(), generator_state)
 
 
+def test_trainings_without_examples_have_the_rate_of_the_scored_one() -> None:
+    network = student("mlp")
+    optimizer = optimizer_of(network, "sgd")
+    attribution = scored(network, optimizer=optimizer)
+    optimizer.param_groups[0]["lr"] = 1e-3
+    compare_with_alone(attribution)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("kind", "rule"), [("dropout", "sgd"), ("batch_norm", "adamw")])
 @pytest.mark.filterwarnings("ignore:scores may not say what removals do")
