@@ -76,7 +76,6 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "cifar_tuned_arms",
         "cifar_tuned_arms-tries",
         "cifar_tuned_arms-tests",
-        "cifar_tuned_arms-longer",
     ],
     "closed_loop": ["closed_loop", "closed_loop-chosen"],
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
