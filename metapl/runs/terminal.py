@@ -50,12 +50,36 @@ def draws_bars() -> bool:
         return True
 
 
-def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
+SecondsLeft = Callable[[int], float | None]
+"""Returns the seconds that are left after so many steps; None where it does not know them."""
+
+
+class Bar(tqdm):  # type: ignore[misc]
+    """A bar with the time left of whoever knows it."""
+
+    seconds_left: SecondsLeft | None = None
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """Return what the bar shows, with the rate at which the other steps take that time."""
+        shown: dict[str, Any] = super().format_dict
+        seconds = None if self.seconds_left is None else self.seconds_left(self.n)
+        if seconds:
+            shown["rate"] = (self.total - self.n) / seconds
+        return shown
+
+
+def progress(
+    shown: bool, *, name: str, start: int, steps: int, seconds_left: SecondsLeft | None = None
+) -> Any:
     """Return a bar of tqdm over so many steps, at step ``start``.
 
     It is shown where :func:`draws_bars`. Close it, or use it in a ``with`` block.
+
+    Args:
+        seconds_left: where it is not given, later steps are taken to be as long as the last ones.
     """
-    return tqdm(
+    bar = Bar(
         total=steps,
         initial=start,
         desc=name,
@@ -64,6 +88,8 @@ def progress(shown: bool, *, name: str, start: int, steps: int) -> Any:
         leave=False,
         dynamic_ncols=True,
     )
+    bar.seconds_left = seconds_left
+    return bar
 
 
 def spoken_time(seconds: float) -> str:
@@ -131,8 +157,7 @@ class FitLines:
         phase: its name; "fit" is left out.
         done: steps before this began; None where that is not known, as in a fit that is resumed.
         clock: gives seconds.
-        seconds_left: returns the seconds that are left after a step, or None where it does not know
-            them; where it is not given, later steps are taken to be as long as the first ones.
+        seconds_left: where it is not given, later steps are taken to be as long as the first ones.
     """
 
     def __init__(
@@ -143,7 +168,7 @@ class FitLines:
         phase: str = "fit",
         done: int | None = 0,
         clock: Callable[[], float] = time.monotonic,
-        seconds_left: Callable[[int], float | None] | None = None,
+        seconds_left: SecondsLeft | None = None,
     ) -> None:
         self.say = say
         self.steps = steps

@@ -224,7 +224,11 @@ class Fit:
                 self.begin()
                 stop_signals = stack.enter_context(stop_requests())
                 bar = progress(
-                    self.shows_progress, name=options.phase, start=self.step, steps=options.steps
+                    self.shows_progress,
+                    name=options.phase,
+                    start=self.step,
+                    steps=options.steps,
+                    seconds_left=self.pacers[0].seconds_left if self.pacers else None,
                 )
                 stack.enter_context(bar)
                 lines = None
@@ -243,7 +247,8 @@ class Fit:
                     if self.selection.student_column in row:
                         value = row[self.selection.student_column]
                         bar.set_postfix_str(f"validation {value:.4g}", refresh=False)
-                    bar.update()
+                    # Steps that were skipped are behind it too.
+                    bar.update(self.step - bar.n)
                     if lines is not None:
                         lines(self.step, row, self.trainer)
                     is_saved = self.is_ended or options.due(options.save_every, self.step)

@@ -87,6 +87,17 @@ def test_a_line_says_the_time_left_of_whoever_knows_it() -> None:
     ]
 
 
+def test_a_bar_says_the_time_left_of_whoever_knows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(terminal, "draws_bars", lambda: True)
+    known = {50: 300.0, 60: None}
+    options = {"name": "fit", "start": 0, "steps": 100, "seconds_left": known.get}
+    with terminal.progress(shown=True, **options) as bar:
+        bar.update(50)
+        assert "50/100, 05:00 left" in str(bar)
+        bar.update(10)
+        assert "60/100, 00:00 left" in str(bar)
+
+
 def test_a_fit_that_goes_on_is_timed_from_its_own_first_row() -> None:
     """The steps before the interruption took no time of this process."""
     clock = Clock()
