@@ -59,14 +59,15 @@ class Attributes:
         self._met_globals: set[tuple[int, str]] = set()
         for source in self._sources:
             self._look_into(source, depth=0)
-        self._sizes: list[int] | None = None
+        self._names: tuple[Any, ...] | None = None
         self._places: list[tuple[Mapping[Any, Any], Any]] = []
 
     def values(self) -> list[Any]:
         """Return the values of all attributes and variables, as they are now."""
-        sizes = [*map(len, self._tables)]
-        if sizes != self._sizes:
-            self._sizes = sizes
+        # Also in which order: a name that takes the place of another one may have its value.
+        names = tuple([*map(len, self._tables), *chain.from_iterable(self._tables)])
+        if names != self._names:
+            self._names = names
             self._places = [
                 (table, name)
                 for table in self._tables
@@ -80,6 +81,7 @@ class Attributes:
             # As many attributes, of other names; or a variable that was deleted.
             self.read_again()
             return self.values()
+        values.append(self._names)
         values += chain.from_iterable((len(one), *one) for one in self._collections)
         if self._cells or self._slots or self._arrays:
             values += [cell.cell_contents for cell in self._cells]
@@ -140,6 +142,11 @@ class Attributes:
                             self._look_into(hook, depth=depth + 1)
         elif isinstance(value, partial):
             self._look_into((value.func, value.args, value.keywords), depth=depth)
+        elif isinstance(value, torch.optim.Optimizer):
+            self._look_into((value.param_groups, value.defaults), depth=depth)
+        elif isinstance(value, torch.optim.lr_scheduler.LRScheduler):
+            self._slots.append((value, "_last_lr"))
+            self._look_into((getattr(value, "_last_lr", None), value.optimizer), depth=depth)
         elif isinstance(value, types.MethodType):
             self._look_into(value.__self__, depth=depth)
             self._look_into(value.__func__, depth=depth)
@@ -175,6 +182,8 @@ class Attributes:
                             self._look_into(function, depth=depth + 1)
             slots = vars(base).get("__slots__", ())
             for name in [slots] if isinstance(slots, str) else slots:
+                if name.startswith("__") and not name.endswith("__"):
+                    name = f"_{base.__name__.lstrip('_')}{name}"
                 self._slots.append((value, name))
                 self._look_into(getattr(value, name, None), depth=depth + 1)
 
@@ -208,12 +217,16 @@ class Attributes:
         self._slots += [(function, "__defaults__"), (function, "__code__")]
         self._look_into(defaults, depth=0)
         self._look_at_parts(function, names, met=set())
-        for name in dict.fromkeys(name for code in codes for name in code.co_names):
-            if name in function.__globals__:
+        package = function.__globals__.get("__package__") or ""
+        read = {name for code in codes for name in code.co_names}
+        for name in names:
+            if name in read and name in function.__globals__:
                 self._look_at_variable(function.__globals__, name, names, met=set())
-            elif name in sys.modules and is_of_user(sys.modules[name]):
-                # It is imported inside of the function.
-                self._look_at_parts(sys.modules[name], names, met=set())
+                continue
+            # It is imported inside of the function.
+            for file in {name, f"{package}.{name}"} & sys.modules.keys():
+                if is_of_user(sys.modules[file]):
+                    self._look_at_parts(sys.modules[file], names, met=set())
 
     def _look_at_variable(
         self, table: Mapping[str, Any], name: str, names: list[str], *, met: set[int]
@@ -266,7 +279,13 @@ def modes_of(module: nn.Module) -> list[Any]:
     They are the objects themselves, so that no other object gets their addresses.
     """
     hooks = [hook for table in hooks_of(module) for hook in table.values()]
-    return [type(module), module.training, hooks, [*module._modules.values()]]
+    tensors = [
+        name
+        for table in (module._parameters, module._buffers)
+        for name, t in table.items()
+        if t is not None
+    ]
+    return [type(module), module.training, hooks, [*module._modules.values()], tensors]
 
 
 def is_read_deeper(value: Any) -> bool:
@@ -284,6 +303,8 @@ MOST_ENTRIES = 1_000
 
 ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
 
+STANDARD_LIBRARY = types.__file__.rpartition("types.py")[0]
+
 
 def is_of_user(value: Any) -> bool:
     """Return whether a class, function or file was written outside of Python, metapl and packages.
@@ -294,9 +315,11 @@ def is_of_user(value: Any) -> bool:
     name = value.__name__ if is_file else getattr(value, "__module__", None) or "builtins"
     module = value if is_file else sys.modules.get(name)
     package = name.split(".")[0]
-    if package in sys.stdlib_module_names or package in ("torch", "metapl"):
-        return False
     file = getattr(module, "__file__", None) or ""
+    if package in ("torch", "metapl"):
+        return False
+    if package in sys.stdlib_module_names and (not file or file.startswith(STANDARD_LIBRARY)):
+        return False
     return "site-packages" not in file and "dist-packages" not in file
 
 

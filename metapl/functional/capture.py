@@ -30,6 +30,7 @@ from metapl.functional.comparison import (
     DROWNED,
     is_as_near,
     is_equal,
+    is_unchanged,
     rows_repeated,
     size_of,
     with_other_digits,
@@ -209,13 +210,19 @@ class Captured(Generic[Result]):
         tensors: list[Tensor] = []
         take_apart(arguments, tensors, [])
         copies = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
-        versions = [t._version for t in copies]
+        for t, copied in zip(tensors, copies, strict=True):
+            if t.is_leaf and t.grad is not None:
+                copied.grad = t.grad.clone()
         given = put_together(arguments, iter(copies))
         with replayed(RandomState.now(self.device)):
             wanted, structure = pytree.tree_flatten(self.function(*given))
-        for t, version in zip(copies, versions, strict=True):
-            if t._version != version:
-                raise MetaplError(self.text_of_write(given, t))
+        for t, copied in zip(tensors, copies, strict=True):
+            # By ``p.data`` no version changes.
+            is_as_it_was = is_unchanged(t, copied)
+            if not self.has_derivative:
+                is_as_it_was &= is_unchanged(t.grad if t.is_leaf else None, copied.grad)
+            if not is_as_it_was:
+                raise MetaplError(self.text_of_write(given, copied))
         with replayed(RandomState.now(self.device)), torch.no_grad():
             results = at_places(capture.results, capture.run(tensors))
         found, structure_found = pytree.tree_flatten(results)
@@ -223,7 +230,12 @@ class Captured(Generic[Result]):
             raise MetaplError(self.text_of_difference(structure_found, structure))
         factor = 100 if self.is_compiled else 1
         # The gradient of a bias before batch norm is 0, and comes out as rounding.
-        sizes = [size_of(t) for t in wanted if isinstance(t, Tensor) and t.is_floating_point()]
+        sizes = [
+            size_of(two[one != two])
+            for one, two in zip(found, wanted, strict=True)
+            if isinstance(one, Tensor) and isinstance(two, Tensor)
+            if two.is_floating_point() and one.shape == two.shape
+        ]
         scale = max(sizes, default=0.0)
         others = [
             place

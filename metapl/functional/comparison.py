@@ -50,6 +50,13 @@ NUDGES = 10.0
 DROWNED = "At numbers that differ in their last digit it comes out as far off without a graph."
 
 
+def is_unchanged(before: Tensor | None, now: Tensor | None) -> bool:
+    """Return whether a tensor, or none, has the numbers that it had before."""
+    if before is None or now is None:
+        return before is now
+    return torch.equal(before.detach().nan_to_num(), now.detach().nan_to_num())
+
+
 def is_equal(found: Any, wanted: Any, *, factor: float = 1.0, scale: float = 0.0) -> bool:
     """Return whether two results are equal, to the rounding of a sum where they are tensors.
 
@@ -68,7 +75,8 @@ def is_equal(found: Any, wanted: Any, *, factor: float = 1.0, scale: float = 0.0
         return False
     eps = torch.finfo(wanted.dtype).eps
     limit = ROUNDINGS * eps * factor
-    floor = limit * size_of(wanted) + ROUNDINGS_OF_SCALE * eps * scale
+    # A mask of -1e9, say, is equal, and tells nothing about the size of what is not.
+    floor = limit * size_of(wanted[found != wanted]) + ROUNDINGS_OF_SCALE * eps * scale
     return torch.allclose(found, wanted, rtol=limit, atol=floor, equal_nan=True)
 
 
@@ -98,5 +106,5 @@ def is_as_near(found: Any, wanted: Any, wanted_there: Any) -> bool:
 
 def size_of(t: Tensor) -> float:
     """Return the largest size among the finite entries of a tensor."""
-    size = float(t.detach().abs().nan_to_num().max()) if t.numel() else 0.0
-    return size if size < float("inf") else 1.0
+    finite = t.detach()[t.detach().isfinite()]
+    return float(finite.abs().max()) if finite.numel() else 0.0

@@ -246,6 +246,8 @@ def in_words(entry: Any) -> str:
     if isinstance(entry, tuple) and entry and isinstance(entry[0], torch.Size):
         shape, _, dtype, device = entry
         return f"a tensor {tuple(shape)} of {str(dtype).removeprefix('torch.')} on {device}"
+    if isinstance(entry, Named):
+        return entry.name.rstrip(",")
     if isinstance(entry, tuple) and len(entry) == 2:
         kind, value = entry
         if kind is dict:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from metapl.errors import MetaplError, reason_of
 from metapl.execution.checks import no_values
@@ -87,7 +88,7 @@ def graph_of(
         try:
             # Without values, in which nothing of this call's numbers can be.
             graph = make_fx(
-                function,
+                reading_no_values(function),
                 decomposition_table=formulas,
                 tracing_mode="fake",
                 _allow_non_fake_inputs=True,
@@ -108,6 +109,36 @@ def graph_of(
             _write_afterwards(graph, node)
     graph.recompile()
     return graph
+
+
+class ReadsValue(RuntimeError):
+    """A function reads a value on the host: item()."""
+
+
+class ReadNoValues(TorchFunctionMode):
+    """Refuse to read on the host what a tensor holds that was no argument, and so has values."""
+
+    READERS = frozenset(
+        [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__]
+        + [Tensor.__bool__, Tensor.__index__, Tensor.__complex__]
+    )
+
+    def __torch_function__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if function in self.READERS and type(arguments[0]) in (Tensor, torch.nn.Parameter):
+            raise ReadsValue("item() of a tensor that is no argument")
+        return function(*arguments, **(options or {}))
+
+
+def reading_no_values(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """Return a function that refuses to read values of tensors on the host."""
+
+    def on_tensors(*tensors: Tensor) -> list[Tensor]:
+        with ReadNoValues():
+            return function(*tensors)
+
+    return on_tensors
 
 
 def differentiable_formulas() -> dict[Any, Callable[..., Any]]:

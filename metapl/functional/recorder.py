@@ -213,6 +213,8 @@ class Reads:
         attributes = Attributes([value])
         self.values = [value, *attributes.values()]
         self.modes = [*map(modes_of, attributes.modules())]
+        weights = [p for part in attributes.modules() for p in part._parameters.values()]
+        self.modes.append([p is not None and p.requires_grad for p in weights])
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Reads) or self.modes != other.modes:
@@ -293,6 +295,6 @@ def _tensors_of(function: Any) -> Iterator[tuple[str, Tensor]]:
 def _beside(wanted: Any, found: Any) -> str:
     """Return two results in words."""
     if isinstance(wanted, Tensor) and isinstance(found, Tensor) and wanted.shape == found.shape:
-        gap = float((wanted.detach() - found).abs().max()) if wanted.numel() else 0.0
+        gap = float((wanted - found).detach().abs().max()) if wanted.numel() else 0.0
         return f"tensors of shape {tuple(wanted.shape)} that are up to {gap:.3g} apart"
     return f"{described(wanted)} and {described(found)}"

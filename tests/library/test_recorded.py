@@ -489,6 +489,72 @@ def test_an_object_among_the_arguments_records_anew_for_what_is_read_of_it() -> 
     assert torch.equal(step(x, dropout), x.tanh())
 
 
+def test_a_gradient_that_an_argument_holds_is_refused() -> None:
+    def left(p: Tensor) -> Tensor:
+        (2 * p).sum().backward()
+        return p.detach() * 1
+
+    def read(p: Tensor) -> Tensor:
+        return p if p.grad is None else p - p.grad
+
+    p = torch.ones(3, requires_grad=True)
+    with pytest.raises(metapl.MetaplError, match=r"writes to its argument\[0\] in place"):
+        recorded(left)(p)
+    assert p.grad is None
+    p.grad = torch.ones(3)
+    with pytest.raises(metapl.MetaplError, match="returns tensors .* apart by itself"):
+        recorded(read)(p)
+
+
+def test_an_optimizer_and_a_schedule_that_a_function_reads_record_anew() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    by_group = recorded(lambda x: x * optimizer.param_groups[0]["lr"])
+    by_schedule = recorded(lambda x: x * schedule.get_last_lr()[0])
+    x = torch.ones(2)
+    for rate in (1.0, 0.5):
+        assert torch.equal(by_group(x), rate * x)
+        assert torch.equal(by_schedule(x), rate * x)
+        optimizer.step()
+        schedule.step()
+
+
+def test_another_name_with_the_same_value_records_anew() -> None:
+    switches = {"relu": True}
+    step = recorded(lambda x: x.relu() if "relu" in switches else x.tanh())
+    x = torch.ones(2)
+    assert torch.equal(step(x), x)
+    switches["tanh"] = switches.pop("relu")
+    assert torch.equal(step(x), x.tanh())
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if self.mask is None else 2 * x
+
+
+def test_a_buffer_that_is_made_later_records_anew() -> None:
+    network = Masked()
+    step = recorded(lambda x: network(x))
+    x = torch.ones(2)
+    assert torch.equal(step(x), x)
+    network.mask = torch.ones(2)
+    assert torch.equal(step(x), 2 * x)
+
+
+def test_an_argument_that_becomes_a_tensor_is_said_the_third_time() -> None:
+    step = recorded(lambda x, y: x if y is None else x * y)
+    x = torch.ones(2)
+    step(x, None)
+    step(torch.ones(3), None)
+    with pytest.warns(UserWarning, match="third time"):
+        assert torch.equal(step(x, 2 * x), 2 * x)
+
+
 def test_one_tensor_at_two_places_is_one_tensor() -> None:
     def slope(a: Tensor, b: Tensor) -> Tensor:
         return torch.autograd.grad((a * b).sum(), a)[0]
@@ -530,6 +596,7 @@ class Counted:
 
 weight = nn.Linear(4, 3).double()
 DRAWS = numpy.random.default_rng(0)
+TEMPERATURE = torch.tensor(2.0)
 REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "a value": (lambda x: x * float(x.sum()), "reads a value of a tensor on the host"),
     "a branch": (lambda x: x if x.sum() > 0 else -x, "reads a value of a tensor on the host"),
@@ -538,7 +605,24 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         lambda x: weight(x),
         "reads weight.weight, weight.bias, which a recording",
     ),
+    "a value of another tensor": (
+        lambda x: x * TEMPERATURE.item(),
+        "reads a value of a tensor on the host",
+    ),
+    "a branch on another tensor": (
+        lambda x: x if TEMPERATURE > 1 else -x,
+        "reads a value of a tensor on the host",
+    ),
     "in place": (lambda x: x.mul_(2), r"writes to its argument\[0\] in place"),
+    "by data": (lambda x: x.data.mul_(2), r"writes to its argument\[0\] in place"),
+    "draws beside a mask": (
+        lambda x: (x.masked_fill(x > 0, -1e9), x.sum() * DRAWS.random()),
+        "returns tensors .* apart by itself",
+    ),
+    "draws beside infinity": (
+        lambda x: (x.masked_fill(x > 0, -torch.inf), x.sum() * DRAWS.random()),
+        "returns tensors .* apart by itself",
+    ),
     "numpy's draws": (lambda x: x * DRAWS.random(), "returns tensors .* apart by itself"),
     "a count": (Counted(), "returns tensors .* apart by itself"),
     "no tensor": (lambda x: x, "was given no tensor"),
