@@ -129,6 +129,7 @@ class Arm:
         cost_of: the arm whose steps cost the same; empty: its own are counted.
         network: what is trained.
         batch: the labeled pictures of a step.
+        unlabeled: the unlabeled ones, where a method takes some.
         learns_all: whether no labeled picture is set aside to select by.
     """
 
@@ -139,6 +140,7 @@ class Arm:
     cost_of: str = ""
     network: str = "airbench_small"
     batch: int = BATCH
+    unlabeled: int = BATCH // 2
     learns_all: bool = False
 
     @property
@@ -163,7 +165,7 @@ class Arm:
             labels: how many pictures are labeled, of which a part is set aside.
             more: flags besides.
         """
-        words = ["train", "images", *self.flags, "--unlabeled-batch", str(BATCH // 2 // part)]
+        words = ["train", "images", *self.flags, "--unlabeled-batch", str(self.unlabeled // part)]
         if self.rounds:
             words = ["noisy-student", "images", *self.flags, "--rounds", str(self.rounds)]
         words += ["--network", self.network, "--labeled-batch", str(self.batch // part)]
@@ -244,6 +246,21 @@ ARMS = {
         "labels alone, none set aside", method("supervised"), cost_of="labels", learns_all=True
     ),
     "uda_all": Arm("UDA, none set aside", method("uda"), cost_of="uda", learns_all=True),
+    "uda_few": Arm(
+        "UDA, none set aside, 16 labeled and 80 unlabeled a step",
+        method("uda"),
+        batch=16,
+        unlabeled=80,
+        learns_all=True,
+    ),
+    "uda_surer": Arm(
+        "the same, labels from a probability of 0.6 on",
+        method("uda", "--uda-threshold", "0.6"),
+        cost_of="uda_few",
+        batch=16,
+        unlabeled=80,
+        learns_all=True,
+    ),
     "none_all": Arm(
         "the loop without feedback, none set aside",
         method("none"),
@@ -419,7 +436,7 @@ LONGEST_ARMS = ("labels", "none", "mpl")
 ALL_LEARNED = {
     4000: ("labels_all",),
     1000: ("labels_all", "uda_all"),
-    250: ("labels_all", "uda_all", "none_all"),
+    250: ("labels_all", "uda_all", "none_all", "uda_few", "uda_surer"),
 }
 
 
@@ -612,6 +629,8 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
         )
         name = f"{labels:,} labels, none set aside"
         pairs += [(f"{name}: UDA adds", uda, alone), (f"{name}: the loop adds", none, alone)]
+        surer = selected(rows, "uda_surer", **columns)
+        pairs += [(f"{name}: UDA with more unlabeled pictures and a threshold of 0.6", surer, uda)]
     for arm, times in (("mpl_outer_4", 4), ("mpl_outer_16", 16)):
         name = f"MPL, {times} x the labeled batch, less MPL"
         pairs.append((name, selected(rows, arm), selected(rows, "mpl")))
