@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metapl.execution.state import (
     RandomState,
 )
-from metapl.functional.kinds import Constants, Held
+from metapl.functional.kinds import Constants, Held, Named
 from metapl.functional.pure_step import Updates, networks_of
 from metapl.functional.state import (
     Report,
@@ -104,7 +104,8 @@ class LiveState:
             state = self.state
             _, structure = pytree.tree_flatten((state.inner.settings, state.outer.settings))
             optimizers = (state.inner.state, state.outer.state)
-            constants = Constants([structure], structure)
+            kind = Named("which numbers of the optimizers are not 0", structure)
+            constants = Constants([kind], structure)
             self._held = Held.of((state.teacher, state.student, *optimizers, constants))
         return self._held
 
@@ -161,6 +162,7 @@ class LiveState:
         return self._has_same_contents or (
             weights_of_groups(self._optimizers) == self._group_weights
             and constants_of_groups(self._optimizers) == self._group_constants
+            and names_in(map(settings_by_group, self.updates)) == names_in(self._settings)
         )
 
     def _fixed_contents(self) -> list[object] | None:
@@ -177,9 +179,6 @@ class LiveState:
             optimizers = self.state.inner, self.state.outer
             pairs = zip(optimizers, self._settings, settings, strict=True)
             for optimizer, old_settings, new_settings in pairs:
-                if [*map(list, old_settings)] != [*map(list, new_settings)]:
-                    # Such as a weight decay that becomes 0, which no step has as a setting.
-                    self._held = None
                 groups = zip(optimizer.settings, old_settings, new_settings, strict=True)
                 optimizer.settings[:] = [
                     changed_settings(*group, device=trainer.device) for group in groups
@@ -310,6 +309,15 @@ def constants_of_groups(optimizers: Sequence[torch.optim.Optimizer]) -> tuple[ob
                     tuple(pair for pair in switches if isinstance(pair[1], bool | str | None))
                 )
     return tuple(constants)
+
+
+def names_in(settings: Iterable[Sequence[Mapping[str, Any]]]) -> list[list[list[str]]]:
+    """Return the names of the settings of each optimizer's groups.
+
+    A momentum or a weight decay that becomes 0, or leaves it, is in no step as a setting, and a
+    momentum has buffers of its own.
+    """
+    return [[*map(list, groups)] for groups in settings]
 
 
 def have_fixed_settings(optimizers: Sequence[torch.optim.Optimizer]) -> bool:

@@ -197,6 +197,24 @@ def test_settings_of_the_trainer_that_change_are_another_step(
     agree(pair)
 
 
+@pytest.mark.parametrize("setting", ["momentum", "weight_decay"])
+@pytest.mark.filterwarnings("ignore:a step is recorded for the third time. which numbers")
+def test_a_setting_that_leaves_zero_or_becomes_it_is_another_step(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_inductor(monkeypatch)
+    pair = trainers(network)
+    for trainer in pair:
+        for optimizer in (trainer.inner_optimizer, trainer.outer_optimizer):
+            optimizer.param_groups[0].update(momentum=0.0, nesterov=False, weight_decay=0.0)
+    for value in (0.0, 0.5, 0.0, 0.3):
+        for trainer in pair:
+            for optimizer in (trainer.inner_optimizer, trainer.outer_optimizer):
+                optimizer.param_groups[0][setting] = value
+        agree(pair)
+        agree(pair)
+
+
 def test_a_hook_that_is_replaced_and_what_one_reads_are_another_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
