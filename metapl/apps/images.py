@@ -569,15 +569,18 @@ class Images:
         # 1. The files are listed, looked at, and compared.
         files_by_place: dict[str, Any] = {}
         skipped: dict[str, str] = {}
+        # Of pictures that are labeled too it has been said.
+        say_of_many: Say = (lambda text: None) if self.learns_own else say
         for name in self.parts:
-            files_by_place[name] = self._readable(name, skipped, say, progress)
+            say_of_them = say_of_many if name == "unlabeled" else say
+            files_by_place[name] = self._readable(name, skipped, say_of_them, progress)
         few = files_by_place["labeled"]
         many = files_by_place["unlabeled"]
         val = files_by_place.get("val")
         test = files_by_place.get("test")
         if test is not None and self.test_fraction:
             with count_bar("comparing files", progress):
-                many = self._apart(many, test, say, aside="testing", way_out="--test")
+                many = apart(many, test, say_of_many, aside="testing", way_out="--test")
         compare_files(few, many, val, test, say=say, progress=progress)
         hashes = {name: hash_files(files) for name, files in files_by_place.items()}
 
@@ -588,7 +591,7 @@ class Images:
             say(set_aside(few, val, self.val_fraction))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
-                many = self._apart(many, val, say, aside="validation", way_out="--val")
+                many = apart(many, val, say_of_many, aside="validation", way_out="--val")
         elif val is None:
             say(
                 f"all {len(few):,} labeled pictures are learned from, and none are set aside to "
@@ -619,37 +622,10 @@ class Images:
             record={**names, "unlabeled": len(many), "hash": hashes},
         )
 
-    def _apart(
-        self, unlabeled: Files, labeled: Files, say: Say, *, aside: str, way_out: str
-    ) -> Files:
-        """Return the unlabeled pictures without copies of those that are set aside.
-
-        Nothing may be learned from these.
-
-        Args:
-            aside: what the labeled ones are set aside for.
-            way_out: the flag that names others.
-        """
-        others = without_copies(unlabeled, labeled)
-        if not others:
-            raise MetaplError(
-                f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of "
-                f"labeled ones that are set aside for {aside}; expected others, or pictures for "
-                f"{aside} by {way_out} DIR."
-            )
-        if len(others) < len(unlabeled) and not self.learns_own:
-            say(
-                f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
-                f"copies of labeled ones that are set aside for {aside}"
-            )
-        return others
-
     def _readable(self, name: str, skipped: dict[str, str], say: Say, progress: bool) -> Any:
         """Return the files of a folder that can be read; add the others to ``skipped``."""
         files = self.scan(name)
-        # Of the labeled ones it has been said.
-        is_told = name != "unlabeled" or not self.learns_own
-        if files.passed_over and is_told:
+        if files.passed_over:
             others = ", ".join(
                 f"{count:,} with {suffix}" for suffix, count in sorted(files.passed_over.items())
             )
@@ -657,7 +633,7 @@ class Images:
         word = "validation" if name == "val" else name
         with count_bar(f"looking at {word} files", progress, len(files)) as count:
             verified = verify_files(files, progress=count, levels=self.pictures.levels)
-        if verified.skipped and is_told:
+        if verified.skipped:
             reasons = "; ".join(verified.summary().splitlines())
             say(f"{name}: of {len(files):,} files, {reasons}")
         if not verified.sound:
@@ -784,6 +760,30 @@ def compare_files(few: Any, many: Any, val: Any, test: Any, *, say: Say, progres
     refuse_errors(findings)
     for finding in findings:
         say(f"note: {finding.message}")
+
+
+def apart(unlabeled: Files, labeled: Files, say: Say, *, aside: str, way_out: str) -> Files:
+    """Return the unlabeled pictures without copies of those that are set aside.
+
+    Nothing may be learned from these.
+
+    Args:
+        aside: what the labeled ones are set aside for.
+        way_out: the flag that names others.
+    """
+    others = without_copies(unlabeled, labeled)
+    if not others:
+        raise MetaplError(
+            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled "
+            f"ones that are set aside for {aside}; expected others, or pictures for {aside} by "
+            f"{way_out} DIR."
+        )
+    if len(others) < len(unlabeled):
+        say(
+            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
+            f"copies of labeled ones that are set aside for {aside}"
+        )
+    return others
 
 
 def share_set_aside(config: Images, labeled: int) -> float:

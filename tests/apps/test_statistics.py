@@ -109,7 +109,7 @@ def test_classes_of_unlabeled_pictures_are_counted_and_a_skew_is_said_once() -> 
     counts = {"cat": 160, "dog": 40}
     assert phases.class_counts == {"teacher": counts, "fit": counts}
     assert len(said) == 1
-    assert "160 of 200 unlabeled examples cat, of which 100 would" in said[0]
+    assert "160 of 200 examples cat, of which 100 would" in said[0]
     assert "a student of such labels prefers that class too" in said[0]
     # No student comes after the only phase.
     phases.skewed_phases.clear()
