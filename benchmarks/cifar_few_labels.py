@@ -61,6 +61,7 @@ from metapl.apps import images
 from metapl.apps.methods.base import Training
 from metapl.apps.methods.feedback import Feedback
 from metapl.apps.methods.mpl import Mpl
+from metapl.feedback import Reinforce
 from metapl.networks import create
 from metapl.training.trainer import BilevelTrainer
 
@@ -113,7 +114,27 @@ class MplAlone(Mpl):
         )
 
 
-OWN_METHODS = (MplAlone(), MplAlone(feedback=Feedback(learns_from_student=False)))
+@dataclass(frozen=True, kw_only=True)
+class MplCosine(Mpl):
+    """Meta Pseudo Labels by the authors' form: a cosine, less a moving average of decay 0.99."""
+
+    @property
+    def name(self) -> str:
+        return "mpl_cosine"
+
+    def trainer(self, t: Training) -> BilevelTrainer:
+        """Build the trainer of both networks; the mode is ``reinforce``, for drawn labels."""
+        return t.bilevel(
+            t.teacher,
+            Reinforce(similarity="cosine", baseline=0.99),
+            self.feedback.problem(),
+            teacher_losses=self.uda.losses(),
+            student_lr=self.feedback.student_lr,
+            **self.feedback.size(),
+        )
+
+
+OWN_METHODS = (MplAlone(), MplAlone(feedback=Feedback(learns_from_student=False)), MplCosine())
 
 
 @dataclass(frozen=True)
@@ -182,6 +203,7 @@ def method(name: str, *flags: str) -> tuple[str, ...]:
 
 SMOOTHING = "--label-smoothing"
 FROM_START = ("--wait", "0")
+DRAWN = ("--mode", "reinforce")
 WEIGHT = f"{1 / images.RATES['airbench']:.4g}"
 SMALLER = "pooled_cnn"
 
@@ -259,6 +281,24 @@ ARMS = {
         cost_of="uda_few",
         batch=16,
         unlabeled=80,
+        learns_all=True,
+    ),
+    "letter": Arm(
+        "MPL by Algorithm 1, none set aside",
+        method("mpl", *DRAWN),
+        is_finetuned=True,
+        learns_all=True,
+    ),
+    "authors": Arm(
+        "MPL by a cosine less a moving average, none set aside",
+        method("mpl_cosine", *DRAWN),
+        is_finetuned=True,
+        learns_all=True,
+    ),
+    "drawn": Arm(
+        "the loop without feedback, drawn labels, none set aside",
+        method("none", *DRAWN),
+        is_finetuned=True,
         learns_all=True,
     ),
     "none_all": Arm(
@@ -433,6 +473,7 @@ NOISY_STUDENTS = ("no_noise", "unbalanced", "staged")
 LARGER_OUTER = ("mpl_outer_4", "mpl_outer_16")
 FEW_ARMS = ("labels", "none", "mpl", "uda")
 LONGEST_ARMS = ("labels", "none", "mpl")
+FORMS = ("letter", "authors", "drawn")
 ALL_LEARNED = {
     4000: ("labels_all",),
     1000: ("labels_all", "uda_all"),
@@ -478,6 +519,9 @@ def jobs() -> Iterator[Row]:
     for draw in DRAWS:
         for arm in NOISY_STUDENTS:
             yield from with_cost({"arm": arm, **usual, "is_equal": False, "draw": draw})
+    for draw in DRAWS:
+        for arm in FORMS:
+            yield from with_cost({"arm": arm, **usual, "draw": draw})
     for draw in DRAWS:
         for labels, arms in ALL_LEARNED.items():
             for arm in arms:
@@ -622,6 +666,9 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
             selected(rows, arm, **columns) for arm in ("mpl", "none", "labels", "uda")
         )
         pairs += [(f"{name}: feedback adds", mpl, none), (f"{name}: UDA adds", uda, labels)]
+    drawn = selected(rows, "drawn")
+    pairs += [("4,000 labels: Algorithm 1 adds", selected(rows, "letter"), drawn)]
+    pairs += [("4,000 labels: the cosine adds", selected(rows, "authors"), drawn)]
     for labels in (1000, 250):
         columns = {"labels": labels, "pictures": LONGEST_BUDGET}
         alone, uda, none = (
