@@ -41,7 +41,7 @@ from metapl.core.path import Path
 from metapl.core.step import InnerStep
 from metapl.core.teacher import Teaching
 from metapl.distributed import Mesh, shard
-from metapl.engines.eager import EagerEngine
+from metapl.engines.eager import EagerDescent, EagerEngine
 from metapl.execution import checks
 from metapl.execution.batch_norm import share_batch_norms
 from metapl.execution.layout import Layout
@@ -152,7 +152,7 @@ def rehearse(
                 (Teaching, "backward", "teacher step", None),
                 (type(trainer.mode), "feedback", "feedback", "for feedback"),
                 (InnerStep, "pullback", None, "for feedback"),
-                (InnerStep, "tangent", None, "for feedback"),
+                (EagerDescent, "tangent", None, "for feedback"),
                 (InnerStep, "second_derivatives", None, "for feedback"),
                 (update, "update", None, "for feedback"),
                 (update, "stepped", None, "for feedback"),
