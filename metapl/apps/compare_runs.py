@@ -113,19 +113,24 @@ def baseline_rows(groups: Mapping[tuple[str, str], Sequence[Entry]]) -> list[tup
     Args:
         groups: the runs by folder and method.
     """
-    by_folder: dict[str, dict[int, float]] = {}
-    for (folder, _), group in groups.items():
-        for entry in group:
+    # By folder and seed.
+    baselines: dict[str, dict[int, float]] = {}
+    for (folder, _), entries in groups.items():
+        for entry in entries:
             if "control_accuracy" in entry.result:
-                of_folder = by_folder.setdefault(folder, {})
-                of_folder[entry.result["seed"]] = entry.result["control_accuracy"]
-    of_all = {seed: value for of_folder in by_folder.values() for seed, value in of_folder.items()}
-    if all(of_folder.items() <= of_all.items() for of_folder in by_folder.values()):
-        by_folder = {"": of_all} if of_all else {}
+                accuracies = baselines.setdefault(folder, {})
+                accuracies[entry.result["seed"]] = entry.result["control_accuracy"]
+    all_accuracies: dict[int, float] = {}
+    for accuracies in baselines.values():
+        all_accuracies.update(accuracies)
+    if not all_accuracies:
+        return []
+    if all(accuracies.items() <= all_accuracies.items() for accuracies in baselines.values()):
+        baselines = {"": all_accuracies}
     rows: list[tuple[str, ...]] = []
-    for folder, of_folder in by_folder.items():
-        reached = spread([*of_folder.values()])
-        rows.append((folder, "linear baseline", spoken_seeds(of_folder), reached, "", ""))
+    for folder, accuracies in baselines.items():
+        reached = spread([*accuracies.values()])
+        rows.append((folder, "linear baseline", spoken_seeds(accuracies), reached, "", ""))
     return rows
 
 

@@ -63,12 +63,11 @@ def learn(
     """Take lines 2 to 7 of Algorithm 1, which leave the teacher's gradient in ``.grad``.
 
     Args:
-        order: of differentiation; None: there is nothing to choose.
-        is_tried: whether the order is being chosen, by this step.
+        student, update, order, look, is_tried: as of :class:`metapl.core.path.Path`.
+        teaching: the teacher's passes, with the batches and its own losses.
+        mode: the estimator.
+        mode_state: its state before the step.
         direct_term: ``"included"``: the teacher's gradient has that of an outer loss that reads it.
-
-    The others are those of :class:`metapl.core.path.Path`, :class:`metapl.core.teacher.Teaching`
-    and the estimator's state.
     """
     # Lines 2 and 3: ŷ_u ~ T(x_u), θ_S′ = U(θ_S, g).
     path = Path(

@@ -49,6 +49,7 @@ class Attributes:
     def read_again(self) -> None:
         """Look into all objects anew: others may be in their places."""
         self._tables: list[Mapping[Any, Any]] = []
+        self._dicts: list[Mapping[Any, Any]] = []
         self._globals: list[tuple[Mapping[Any, Any], Any]] = []
         self._cells: list[types.CellType] = []
         self._collections: list[Collection[Any]] = []
@@ -59,15 +60,17 @@ class Attributes:
         self._met_globals: set[tuple[int, str]] = set()
         for source in self._sources:
             self._look_into(source, depth=0)
-        self._names: tuple[Any, ...] | None = None
+        self._shape: tuple[Any, ...] | None = None
         self._places: list[tuple[Mapping[Any, Any], Any]] = []
 
     def values(self) -> list[Any]:
         """Return the values of all attributes and variables, as they are now."""
-        # Also in which order: a name that takes the place of another one may have its value.
-        names = tuple([*map(len, self._tables), *chain.from_iterable(self._tables)])
-        if names != self._names:
-            self._names = names
+        # Of dicts the names too: one that takes the place of another may have its value. Those of
+        # all attributes would be thousands in each call.
+        sizes = chain(map(len, self._tables), map(len, self._collections))
+        shape = (*sizes, *chain.from_iterable(self._dicts))
+        if shape != self._shape:
+            self._shape = shape
             self._places = [
                 (table, name)
                 for table in self._tables
@@ -81,8 +84,9 @@ class Attributes:
             # As many attributes, of other names; or a variable that was deleted.
             self.read_again()
             return self.values()
-        values.append(self._names)
-        values += chain.from_iterable((len(one), *one) for one in self._collections)
+        # The same object as long as it is equal.
+        values.append(self._shape)
+        values += chain.from_iterable(self._collections)
         if self._cells or self._slots or self._arrays:
             values += [cell.cell_contents for cell in self._cells]
             values += [getattr(owner, name, None) for owner, name in self._slots]
@@ -157,6 +161,7 @@ class Attributes:
             self._arrays += [value] if value.size <= MOST_ENTRIES else []
         elif isinstance(value, Mapping):
             if len(value) <= MOST_ENTRIES:
+                self._dicts.append(value)
                 self._look_through(value, depth=depth)
         elif isinstance(value, COLLECTIONS):
             if len(value) <= MOST_ENTRIES:

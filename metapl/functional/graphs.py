@@ -63,7 +63,7 @@ class Subject(NamedTuple):
     def sources(self) -> list[object]:
         """The objects whose attributes a graph reads.
 
-        So are those that their methods read of their file: they may change, and are in no
+        What their methods read of their file is found from them. It may change, and is in no
         description.
         """
         found: list[object] = [self.problem, *self.alive]

@@ -123,10 +123,10 @@ class Recorded(Captured[Any]):
     def _on_tensors(self, constants: Constants, tensors: list[Tensor]) -> Any:
         """Return what the function returns for these tensors among its arguments."""
         # One that is given at two places is one tensor in the function too.
-        given = [leaf for leaf in constants.value[0] if isinstance(leaf, Tensor)]
-        tensors = [tensors[place] for place in _first_places(given)]
-        for t, leaf in zip(tensors, given, strict=True):
-            if isinstance(leaf, nn.Parameter):
+        arguments = [leaf for leaf in constants.value[0] if isinstance(leaf, Tensor)]
+        tensors = [tensors[place] for place in _first_places(arguments)]
+        for t, argument in zip(tensors, arguments, strict=True):
+            if isinstance(argument, nn.Parameter):
                 # By which PyTorch knows a parameter of any class of tensors.
                 t._is_param = True
         args, options = _arguments(constants, tensors)
@@ -220,8 +220,6 @@ class Reads:
         if not isinstance(other, Reads) or self.modes != other.modes:
             return False
         return constants_of(self.values) == constants_of(other.values)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def _constant(value: Any) -> Any:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import array
+import importlib
 import itertools
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -23,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl.execution.compare import TRIES
-from metapl.functional import recorded
+from metapl.functional import attributes, recorded
 
 Params = dict[str, Tensor]
 
@@ -535,6 +538,75 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.mask is None else 2 * x
+
+
+class Hidden:
+    """An object without a dict, with a name of its own class."""
+
+    __slots__ = ("__factor",)
+
+    def __init__(self) -> None:
+        self.set(1.0)
+
+    def set(self, factor: float) -> None:
+        self.__factor = factor
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.__factor * x
+
+
+def test_a_slot_with_a_name_of_its_class_records_anew() -> None:
+    hidden = Hidden()
+    step = recorded(hidden.scaled)
+    for factor in (1.0, 3.0):
+        hidden.set(factor)
+        assert torch.equal(step(torch.ones(2)), torch.full((2,), factor))
+
+
+@pytest.mark.parametrize("line", ["from .config import FACTOR", "from profile import FACTOR"])
+def test_an_import_inside_of_a_function_records_anew(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One is relative, and one of a file that is named as a module of Python."""
+    package = tmp_path / "package_of_a_user"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "reader.py").write_text(f"def scaled(x):\n    {line}\n    return x * FACTOR\n")
+    for file in (package / "config.py", tmp_path / "profile.py"):
+        file.write_text("FACTOR = 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("profile", package.name, f"{package.name}.config", f"{package.name}.reader"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    step = recorded(importlib.import_module(f"{package.name}.reader").scaled)
+    x = torch.ones(2)
+    assert torch.equal(step(x), x)
+    name = "profile" if "profile" in line else f"{package.name}.config"
+    sys.modules[name].FACTOR = 3.0  # type: ignore[attr-defined]
+    assert torch.equal(step(x), 3 * x)
+    for name in ("profile", package.name, f"{package.name}.config", f"{package.name}.reader"):
+        sys.modules.pop(name, None)
+
+
+def test_a_module_among_the_arguments_that_is_frozen_records_anew() -> None:
+    def count(network: nn.Module, params: Params, x: Tensor) -> Tensor:
+        return x * sum(p.requires_grad for p in network.parameters())
+
+    network = nn.Linear(3, 3)
+    params = weights_of(network)
+    step = recorded(count)
+    assert torch.equal(step(network, params, x4), 2 * x4)
+    network.bias.requires_grad_(requires_grad=False)
+    assert torch.equal(step(network, params, x4), x4)
+
+
+def test_a_long_list_is_looked_into_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its length is another number each time that it is asked, and is none that has changed."""
+    factors = [2.0] * 300
+    step = recorded(lambda x: x * factors[-1])
+    x = torch.ones(2)
+    step(x)
+    monkeypatch.setattr(attributes.Attributes, "read_again", None)
+    assert torch.equal(step(x), 2 * x)
 
 
 def test_a_buffer_that_is_made_later_records_anew() -> None:

@@ -205,7 +205,7 @@ def difference_of_halves(
     size = max(abs(of_all_rows), abs(by_halves))
     if abs(of_all_rows - by_halves) <= max(1e-6, 100 * case.eps) * size:
         return ""
-    # A signal of as many numbers as there are rows was cut as these are.
+    # A signal with as many numbers as there are rows was halved as the rows are.
     cut = ", signal_has_rows = False of a signal without rows" if name == "inner_loss" else ""
     return (
         f"{name} is {of_all_rows:.6g}, and {by_halves:.6g} by halves of the batch: no mean over "
