@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from metapl.execution.state import (
 from metapl.feedback.report import StepReport
 from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES
 from metapl.functional.comparison import (
+    DROWNED,
     NUDGES,
     is_equal,
     rows_repeated,
@@ -229,35 +231,6 @@ def is_recorded_in_half_precision(trainer: TwoLevelTrainer) -> bool:
 Trees = Mapping[str, Mapping[Any, Tensor]]
 
 
-def are_equal(found: Trees, wanted: Trees) -> bool:
-    """Return whether the tensors of named trees are equal, to the rounding of a sum."""
-    return all(map(is_equal, pytree.tree_leaves(found), pytree.tree_leaves(wanted)))
-
-
-def refuse_other(
-    before: State,
-    compiled: Outcome,
-    eager: Outcome,
-    *,
-    by_rounding: Outcome | None = None,
-    is_reduced: bool = False,
-) -> None:
-    """Refuse a compiled step that is not the eager one: by h, both gradients, and the buffers.
-
-    Args:
-        by_rounding: an eager step at weights that differ in their last digit; the compiled one may
-            be some times as far.
-        is_reduced: see :func:`refuse_gaps`.
-    """
-    refuse_gaps(
-        compared_trees(before, compiled),
-        compared_trees(before, eager),
-        eager.report.scalars["inner_loss"],
-        by_rounding=None if by_rounding is None else compared_trees(before, by_rounding),
-        is_reduced=is_reduced,
-    )
-
-
 def compared_trees(before: State, outcome: Outcome) -> dict[str, dict[Any, Tensor]]:
     """Return the trees of tensors by which steps from one state are compared, by their names."""
     state = outcome.state
@@ -333,6 +306,46 @@ def refuse_gaps(
                 advice += f" (below torch {DRAWS_ALIKE}, graphs draw other masks of dropout)"
             off = f"{float(gap / size):.2g} off its eager value"
             raise MetaplError(f"compiled, {name} is {off}; {advice}.")
+
+
+def can_tell(
+    found: Trees,
+    eager: Trees,
+    loss: Tensor,
+    *,
+    take_again: Callable[[], Trees],
+    student: nn.Module,
+    is_reduced: bool = False,
+) -> bool:
+    """Refuse what graphs have found where it is not what the eager step finds, but for rounding.
+
+    A fresh Adam divides each gradient by its own size and ε. Where one is about as small as ε,
+    which is rounding, it may decide h, and a step at weights that differ in their last digit has
+    another h as well. From such a step nothing can be told. An eager step that does not repeat
+    itself has a memory, which is no rounding.
+
+    Args:
+        found, eager, loss, is_reduced: as of :func:`refuse_gaps`.
+        take_again: finds what ``eager`` is once more, with the same draws.
+
+    Returns: whether it can be told.
+    """
+    try:
+        refuse_gaps(found, eager, loss, is_reduced=is_reduced)
+    except MetaplError:
+        again = take_again()
+        with at_other_digits(student):
+            by_rounding = take_again()
+        if not all(map(is_equal, pytree.tree_leaves(again), pytree.tree_leaves(eager))):
+            raise
+        refuse_gaps(found, eager, loss, by_rounding=by_rounding, is_reduced=is_reduced)
+        return False
+    return True
+
+
+def warn_of_rounding() -> None:
+    """Warn that rounding has drowned each comparison of compiled steps."""
+    warnings.warn(f"cannot tell whether compiled steps are right. {DROWNED}", stacklevel=3)
 
 
 def distance(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:

@@ -12,7 +12,6 @@ and takes the steps.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,17 +33,13 @@ from metapl.feedback.report import StepReport
 from metapl.functional.capture import Capture, Captured, Capturing
 from metapl.functional.compared_step import (
     Outcome,
-    are_equal,
-    at_other_digits,
+    can_tell,
     compared_trees,
     eager_step,
     is_recorded_in_half_precision,
-    refuse_other,
+    warn_of_rounding,
 )
-from metapl.functional.comparison import (
-    DROWNED,
-    copy_with_strides,
-)
+from metapl.functional.comparison import copy_with_strides
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.kinds import Constants, HeldAt, at_places
 from metapl.functional.live_state import (
@@ -335,35 +330,33 @@ class CompiledStep:
     ) -> bool:
         """Refuse a step that is not the eager one, and return whether it needs no other comparison.
 
-        A fresh Adam divides each gradient by its own size and ε. Where one is about as small as ε,
-        which is rounding, it may decide h, and a step at weights that differ in their last digit
-        has another h as well. From such a step nothing can be told, and some of the next ones are
-        compared too. An eager step that does not repeat itself has a memory, which is no rounding.
+        Of steps of which nothing can be told some are compared.
 
         Args:
             states: the one before the step, and those after it and after the eager one.
             take_eager: takes the eager step, by a copy; no generator moves.
             start: the random numbers that the step began with.
         """
-        is_reduced = is_recorded_in_half_precision(trainer)
-        try:
-            refuse_other(*states, is_reduced=is_reduced)
-        except MetaplError as error:
+        before, found, eager = states
+
+        def take_again() -> dict[str, dict[Any, Tensor]]:
             assert start is not None, "it is kept where steps are compared"
             with replayed(start):
-                again = take_eager()
-                with at_other_digits(trainer.student):
-                    by_rounding = take_eager()
-            before, _, eager = states
-            if not are_equal(compared_trees(before, again), compared_trees(before, eager)):
-                raise
-            refuse_other(*states, by_rounding=by_rounding, is_reduced=is_reduced)
-            if compiled.tries_left == 0:
-                warnings.warn(f"cannot tell: {error} {DROWNED}", stacklevel=2)
-                return True
-            compiled.tries_left -= 1
-            return False
-        return True
+                return compared_trees(before, take_eager())
+
+        if can_tell(
+            compared_trees(before, found),
+            compared_trees(before, eager),
+            eager.report.scalars["inner_loss"],
+            take_again=take_again,
+            student=trainer.student,
+            is_reduced=is_recorded_in_half_precision(trainer),
+        ):
+            return True
+        compiled.tries_left -= 1
+        if compiled.tries_left < 0:
+            warn_of_rounding()
+        return compiled.tries_left < 0
 
     def _find_or_compile(self, trainer: TwoLevelTrainer, steps: int) -> Compiled:
         """Return the graph for the trainer's step as it is now.

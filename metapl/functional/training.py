@@ -13,7 +13,6 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -56,8 +55,7 @@ from metapl.feedback.hypergradient import (
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing
-from metapl.functional.compared_step import are_equal, at_other_digits, refuse_gaps
-from metapl.functional.comparison import DROWNED
+from metapl.functional.compared_step import can_tell, warn_of_rounding
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.kinds import Held
 from metapl.functional.state import (
@@ -784,7 +782,6 @@ def refuse_other_gradient(
     begun = RandomState.now(plan.device)
     # The step by which they are compared is a step by these graphs too, and not compared.
     graphs.compared[kind] = BEING_COMPARED
-    is_decided = True
     try:
         with replayed(begun):
             by_graphs = differentiate(
@@ -798,27 +795,23 @@ def refuse_other_gradient(
                 )
             )
             after = RandomState.now(plan.device)
-        with replayed(begun), branching_to(after.branch()):
-            eager = eager_gradient(request, one_step)
-        found, wanted = map(compared_leaves, (by_graphs, eager))
-        try:
-            refuse_gaps(found, wanted, eager.inner_loss)
-        except MetaplError:
-            # Rounding alone may decide h in a first step of Adam. Then nothing can be told.
+
+        def take_eager() -> Hypergradient:
             with replayed(begun), branching_to(after.branch()):
-                again = eager_gradient(request, one_step)
-            with replayed(begun), branching_to(after.branch()), at_other_digits(request.student):
-                by_rounding = eager_gradient(request, one_step)
-            # One that does not repeat itself has a memory, which is no rounding.
-            if not are_equal(compared_leaves(again), wanted):
-                raise
-            refuse_gaps(found, wanted, eager.inner_loss, by_rounding=compared_leaves(by_rounding))
+                return eager_gradient(request, one_step)
+
+        eager = take_eager()
+        is_decided = can_tell(
+            compared_leaves(by_graphs),
+            compared_leaves(eager),
+            eager.inner_loss,
+            take_again=lambda: compared_leaves(take_eager()),
+            student=request.student,
+        )
+        if not is_decided:
             plan.drowned[kind] += 1
-            is_decided = False
             if plan.drowned[kind] > TRIES:
-                warnings.warn(
-                    f"cannot tell whether compiled steps are right. {DROWNED}", stacklevel=2
-                )
+                warn_of_rounding()
     finally:
         del graphs.compared[kind]
     if is_decided:

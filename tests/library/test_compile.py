@@ -257,14 +257,14 @@ def test_a_setting_may_become_0_and_leave_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_other = compiled.refuse_other
+    can_tell = compiled.can_tell
     comparisons = itertools.count()
 
-    def counted(*arguments: Any, **options: Any) -> None:
+    def counted(*arguments: Any, **options: Any) -> bool:
         next(comparisons)
-        refuse_other(*arguments, **options)
+        return can_tell(*arguments, **options)
 
-    monkeypatch.setattr(compiled, "refuse_other", counted)
+    monkeypatch.setattr(compiled, "can_tell", counted)
     case = toy("mlp")
     as_functions(monkeypatch)
     inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
@@ -817,14 +817,14 @@ def test_a_batch_that_is_not_finite_moves_nothing() -> None:
 
 def test_every_capture_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape that comes later has another graph, which the first comparison says nothing of."""
-    refuse_other = compiled.refuse_other
+    can_tell = compiled.can_tell
     comparisons = itertools.count()
 
-    def counted(*arguments: Any, **options: Any) -> None:
+    def counted(*arguments: Any, **options: Any) -> bool:
         next(comparisons)
-        refuse_other(*arguments, **options)
+        return can_tell(*arguments, **options)
 
-    monkeypatch.setattr(compiled, "refuse_other", counted)
+    monkeypatch.setattr(compiled, "can_tell", counted)
     torch.manual_seed(0)
     networks = [nn.Linear(4, 3), nn.Linear(4, 3)]
     trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
@@ -877,24 +877,22 @@ def test_a_step_that_rounding_drowns_is_compared_again(
     has_moments: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step_of_copy = compared_step.step_of_copy
-    refuse_other = compiled.refuse_other
+    refuse_gaps = compared_step.refuse_gaps
     gaps: list[float] = []
 
     def step_of_other_digits(trainer: Any, *batches: Any) -> Any:
         with other_digits(trainer.student):
             return step_of_copy(trainer, *batches)
 
-    def noted(start: Any, of_graph: Any, eager: Any, **options: Any) -> None:
+    def noted(of_graph: Any, eager: Any, *arguments: Any, **options: Any) -> None:
         if "by_rounding" not in options:
-            h, eager_h = (
-                compared_step.compared_trees(start, end)["h"] for end in (of_graph, eager)
-            )
-            gaps.append(float(compared_step.distance(h, eager_h) / compared_step.norm(eager_h)))
-        refuse_other(start, of_graph, eager, **options)
+            gap = compared_step.distance(of_graph["h"], eager["h"])
+            gaps.append(float(gap / compared_step.norm(eager["h"])))
+        refuse_gaps(of_graph, eager, *arguments, **options)
 
     as_functions(monkeypatch)
     monkeypatch.setattr(compared_step, "step_of_copy", step_of_other_digits)
-    monkeypatch.setattr(compiled, "refuse_other", noted)
+    monkeypatch.setattr(compared_step, "refuse_gaps", noted)
     comparisons: list[int] = []
     for seed in range(4):
         options, batches = drowned_in_rounding(seed)
@@ -914,18 +912,18 @@ def test_a_step_that_rounding_drowns_is_compared_again(
 def test_that_rounding_drowns_all_comparisons_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     comparisons = itertools.count()
 
-    def drowned(*states: Any, by_rounding: Any = None, **_: Any) -> None:
+    def drowned(*trees: Any, by_rounding: Any = None, **_: Any) -> None:
         if by_rounding is None:
             next(comparisons)
             raise MetaplError("compiled, h is 0.1 off its eager value; leave compile out.")
 
     as_functions(monkeypatch)
-    monkeypatch.setattr(compiled, "refuse_other", drowned)
+    monkeypatch.setattr(compared_step, "refuse_gaps", drowned)
     options, batches = drowned_in_rounding(0)
     trainer = metapl.BilevelTrainer(**options, compile=True)
     for _ in range(TRIES):
         trainer.step(**batches)
-    with pytest.warns(UserWarning, match=r"cannot tell: compiled, h is 0\.1 off .* digit"):
+    with pytest.warns(UserWarning, match=r"cannot tell whether compiled steps are right.* digit"):
         trainer.step(**batches)
     trainer.step(**batches)
     assert next(comparisons) == 1 + TRIES
