@@ -8,7 +8,7 @@ is read.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -219,7 +219,11 @@ def logits(outputs: Any, role: str) -> Tensor:
 def class_outputs(outputs: Tensor, role: str) -> None:
     """Refuse outputs that are no logits of two or more classes."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
-        raise unexpected(f"the {role}'s outputs are", outputs, "logits (batch, 2 or more classes)")
+        expected = (
+            "logits (batch, 2 or more classes), or a problem or a loss for other outputs "
+            "(docs/write-a-problem.md)"
+        )
+        raise unexpected(f"the {role}'s outputs are", outputs, expected)
 
 
 def class_labels(
@@ -256,6 +260,23 @@ def class_labels(
             text = f"{subject} {range_found}; {reason}: expected 0..{classes - 1}{mend}."
             refuse((low < 0) | (high >= classes), text)
     return safe_labels(labels, classes) if is_read_later else labels
+
+
+def class_distributions(values: Tensor, shape: Sequence[int], subject: str) -> None:
+    """Refuse what is not one distribution over the classes for each example, (B, C, ...).
+
+    It may sum to 0.98 or to 1.02, as one does that was stored in half precision.
+
+    Args:
+        shape: that is expected.
+        subject: whose they are, for the error.
+    """
+    expected = f"class distributions {tuple(shape)}, which sum to 1: the softmax of logits"
+    error = unexpected(f"{subject} are", values, expected)
+    if tuple(values.shape) != tuple(shape) or not values.is_floating_point():
+        raise error
+    sums_are_off = (values.float().sum(1) - 1).abs().amax() > 0.02
+    refuse(sums_are_off | (values.amin() < 0), str(error))
 
 
 def way_to_labels(labels: Any) -> str:

@@ -204,6 +204,8 @@ class LiveState:
             if rule is not None:
                 for part in parts_of(rule.optimizer):
                     tables += [part.state, *part.state.values()]
+                    # A scheduler of torch warns of an optimizer whose own step was never taken.
+                    vars(part)["_opt_called"] = True
         # The optimizers may hold more than before.
         self._held = None
         # They are empty: a step with hooks is refused.

@@ -29,8 +29,10 @@ from metapl.problems.base import modules_in
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
+    WITH_RULES,
     TorchUpdate,
     Update,
+    parts_of,
     rounded_options,
     update_of,
 )
@@ -49,8 +51,15 @@ class Updates(NamedTuple):
 def updates_of(trainer: TwoLevelTrainer) -> Updates:
     """Return the rules of a trainer's optimizers for the parameters that are trained now."""
     inner = trainer.update
-    if trainer.teacher is None:
+    if trainer.teacher is None or trainer.outer_optimizer is None:
         return Updates(inner, None)
+    kinds = {*map(type, parts_of(trainer.outer_optimizer))}
+    if not kinds <= WITH_RULES:
+        names = " and ".join(kind.__name__ for kind in kinds - WITH_RULES)
+        raise MetaplError(
+            f"compile= or functional() was given outer_optimizer {names}; expected torch.optim's "
+            "SGD, Adam, AdamW or Muon, or compile left out."
+        )
     outer = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
     return Updates(inner, clipped(outer, trainer.clip_norm))
 

@@ -112,8 +112,12 @@ class CrossEntropy:
     ) -> Tensor:
         logits = wide(checks.logits(self.outputs(teacher, outer), "network"))
         labels = outer[1]
-        # Labels of the logits' shape are distributions.
-        if logits.ndim == 2 and labels.shape != logits.shape:
+        are_numbers = isinstance(labels, Tensor) and labels.is_floating_point()
+        if logits.ndim == 2:
+            checks.class_outputs(logits, "network")
+        if are_numbers and labels.shape == logits.shape:
+            checks.class_distributions(labels, logits.shape, "the labels")
+        elif logits.ndim == 2:
             labels = checks.class_labels(labels, logits.shape[1], rows=len(logits))
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss

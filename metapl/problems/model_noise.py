@@ -15,7 +15,7 @@ from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import wide
 from metapl.problems.base import Signal
-from metapl.problems.pseudo_labels import check_stored, stored_pair
+from metapl.problems.pseudo_labels import stored_pair
 from metapl.runs.fields import Range, check_fields
 
 
@@ -71,7 +71,9 @@ class NoisyStudentLoss:
             with with_model_noise(teacher, on=False):
                 logits = torch.cat([logits_with_noise, teacher(x_u)])
         logits_l, logits_u = wide(logits).split([len(x_l), len(x_u)])
-        check_stored(stored, logits_u.shape, "inner")
+        checks.class_distributions(
+            stored, logits_u.shape, "the stored labels of the inner batch are"
+        )
         y = checks.class_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
         on_unlabeled = self._on_stored(logits_u, stored)
@@ -84,7 +86,7 @@ class NoisyStudentLoss:
         x, stored = stored_pair(pairs)
         with nullcontext() if self.model_noise else with_model_noise(network, on=False):
             logits = wide(network(x))
-        check_stored(stored, logits.shape, "outer")
+        checks.class_distributions(stored, logits.shape, "the stored labels of the outer batch")
         return self._on_stored(logits, stored)
 
     def _on_stored(self, logits: Tensor, stored: Tensor) -> Tensor:

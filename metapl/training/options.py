@@ -46,7 +46,7 @@ class FitOptions:
         steps: number of steps in all.
         schedule: of both learning rates, ``"cosine"`` or ``"linear"`` (to 0 at the last step),
             ``"constant"``, or ``"exponential"``: by 0.97 after every ``decay_every`` steps, as a
-            smooth curve.
+            smooth curve. A rate that something else moves in between is refused.
         warmup: steps over which the rates grow linearly from 0 first.
         decay_every: of the exponential schedule; None: 2.4 of 350 parts of the steps, so that the
             rate ends at 1.2 % of what it was, as in Noisy Student.
@@ -193,6 +193,8 @@ class Rates:
         optimizers: those of ``torch.optim`` by the names of their arguments, such as
             ``"inner_optimizer"``, whose rate has the column ``"inner_lr"``.
         begun_groups: the settings of the groups of each as the fit began, or as they were added.
+
+    Raises: :class:`metapl.MetaplError` where something else moves a rate in between.
     """
 
     def __init__(self, trainer: AnyTrainer, options: FitOptions) -> None:
@@ -205,6 +207,8 @@ class Rates:
                 continue
             self.optimizers[name] = optimizer
             self.begun_groups[name] = [settings_of_group(group) for group in optimizer.param_groups]
+        # As the last step had them.
+        self._moved: dict[str, list[float]] = {}
 
     def move(self, step: int | None) -> None:
         """Set the rates of a step; None: the base rates."""
@@ -214,11 +218,19 @@ class Rates:
             factor = 1.0 if step is None else self.options.rate(step, wait)
             groups = optimizer.param_groups
             begun_groups = self.begun_groups[name]
+            for group, rate in zip(groups, self._moved.get(name, []), strict=False):
+                if step is not None and group["lr"] != rate:
+                    raise MetaplError(
+                        f"the rate of {name} was set to {float(group['lr']):g} between two steps "
+                        "of a fit, which sets it by schedule=; expected a fit alone to set it, or "
+                        "a loop of trainer.step (docs/own-loop.md)."
+                    )
             # Groups may have been added since, such as those of layers that were unfrozen.
             for group in groups[len(begun_groups) :]:
                 begun_groups.append(settings_of_group(group))
             for group, begun in zip(groups, begun_groups, strict=True):
                 group["lr"] = begun["lr"] * factor
+            self._moved[name] = [group["lr"] for group in groups]
 
     def now(self) -> dict[str, float]:
         """Return the rates of the first param groups, by column of a row."""

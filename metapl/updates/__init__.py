@@ -35,6 +35,7 @@ __all__ = [
     "Settings",
     "TorchUpdate",
     "Update",
+    "WITH_RULES",
     "as_one_optimizer",
     "load_copy_of_state",
     "rounded_options",
@@ -55,6 +56,9 @@ _UPDATES: dict[type, type[TorchUpdate]] = {
     torch.optim.AdamW: Adam,
     torch.optim.Muon: Muon,
 }
+
+WITH_RULES = frozenset(_UPDATES)
+"""The optimizers of torch whose update can be differentiated."""
 
 
 def update_of(

@@ -470,8 +470,54 @@ def first_step_of_another() -> object:
     return trainer.first_step(pair(), pair()[0])
 
 
+def loss_of(labels: Any, classes: int = CLASSES) -> object:
+    model = nn.Linear(WIDTH, classes)
+    return metapl.LossTrainer(model, optimizer=sgd(model)).step((pair()[0], labels))
+
+
+def fit_beside_a_scheduler() -> object:
+    trainer = metapl.BilevelTrainer(network(), network())
+    scheduler = torch.optim.lr_scheduler.StepLR(trainer.schedulable[0], 1)
+    return trainer.fit(
+        pair(),
+        pair()[0],
+        steps=2,
+        batch_size=4,
+        log_every=1,
+        progress=False,
+        callbacks=[lambda *_: scheduler.step()],
+    )
+
+
+def compiled_with(kind: Callable[..., torch.optim.Optimizer]) -> object:
+    teacher = network()
+    optimizer = kind(teacher.parameters(), lr=0.1)
+    trainer = metapl.BilevelTrainer(teacher, network(), outer_optimizer=optimizer, compile=True)
+    return trainer.step(pair(), pair()[0])
+
+
 NAMES = np.array(["a", "b", "c", "a", "b", "c", "a", "b"])
 REFUSED |= {
+    "targets of one number": (
+        lambda: loss_of(torch.rand(ROWS, 1), classes=1),
+        r"the network's outputs are .*\(8, 1\).*; expected logits .*, or a problem or a loss for",
+    ),
+    "scores in the place of distributions": (
+        lambda: loss_of(torch.randn(ROWS, CLASSES)),
+        r"the labels are .*\(8, 3\).*; expected class distributions \(8, 3\), which sum to 1",
+    ),
+    "one-hot labels of whole numbers": (
+        lambda: loss_of(F.one_hot(pair()[1], CLASSES)),
+        r"the labels are .*int64.*; expected int64, .*, such as their \.argmax\(1\)",
+    ),
+    "a scheduler beside that of a fit": (
+        fit_beside_a_scheduler,
+        "rate of inner_optimizer was set to 0.005 between two steps of a fit, .*; expected a fit",
+    ),
+    "a compiled step of RMSprop": (
+        lambda: compiled_with(torch.optim.RMSprop),
+        r"compile= or functional\(\) was given outer_optimizer RMSprop; expected torch.optim's",
+    ),
     "inputs in float64": (
         lambda: step(inner=pair()[0].double()),
         r"the student's inputs are float64, and .* float32; expected .*, such as x\.float\(",
