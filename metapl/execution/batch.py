@@ -435,7 +435,7 @@ def row_digests(inputs: Inputs, *, ignores_padding: bool = False) -> Tensor:
         ignores_padding: whether what the ``attention_mask`` of a dict masks does not count, so that
             a row is known again however far it is padded on its right.
 
-    Cost: four operations on every 8 bytes.
+    Cost: six operations on every 8 bytes.
     """
     mask = None
     if ignores_padding and isinstance(inputs, dict):
@@ -459,7 +459,8 @@ def row_digests(inputs: Inputs, *, ignores_padding: bool = False) -> Tensor:
             bits = entries.view(_WHOLE_NUMBERS[min(t.element_size(), 8)]).to(torch.int64)
         # Entries that differ in their leading bits alone, as small whole numbers in floating point
         # do, would differ in the leading bits of the products.
-        products = (bits ^ (bits >> 21)) * _multipliers(bits.shape[1], number, t.device)
+        mixed = (bits >> 21).bitwise_xor_(bits >> 42).bitwise_xor_(bits)
+        products = mixed.mul_(_multipliers(bits.shape[1], number, t.device))
         if is_masked:
             products = products * (mask != 0)
         of_tensor = products.sum(1)

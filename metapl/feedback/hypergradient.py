@@ -254,16 +254,16 @@ class Differentiation:
             momenta = [group["momentum"] for group in group_in_steps]
             if 0 not in momenta:
                 continue
-            # SGD without a leaf keeps no buffer at momentum 0. Later steps depend on the momentum
-            # of earlier ones through that buffer, and `forward`, which goes back over the states of
-            # such steps, would leave this dependence out.
-            if not steps_with_leaves:
-                return "momentum=0, which keeps no buffer; expected more, or compile=True"
             # A step with a leaf keeps a buffer at momentum 0 too, which changes no weight while the
             # momentum is 0 in all steps. Where it is 0 in some steps alone, torch does not touch in
             # these the buffer that the other steps keep, and a step with a leaf would update it.
             if any(momentum != 0 for momentum in momenta):
                 return "momentum=0 in some steps, which keep no buffer; expected more"
+            # SGD without a leaf keeps no buffer at momentum 0. Later steps depend on the momentum
+            # of earlier ones through that buffer, and `forward`, which goes back over the states of
+            # such steps, would leave this dependence out.
+            if not steps_with_leaves:
+                return "momentum=0, which keeps no buffer; expected more, or compile=True"
         return ""
 
     def find(self, orders: Orders | None = None) -> Hypergradient:

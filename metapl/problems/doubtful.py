@@ -170,12 +170,14 @@ class EqualWeights(Weighted):
         return self.signal(teacher, batch, student_outputs, generator=generator)
 
     def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
-        """Refuse wrong labels, unless a subclass has an outer loss of its own.
+        """Refuse wrong labels, of either batch, unless a subclass has a loss of its own on them.
 
-        Its outputs need not be class logits.
+        With an outer loss of its own, the outputs need not be class logits.
         """
-        if type(self).outer_loss is Classification.outer_loss:
-            super().check(outputs, outer, inner)
+        if type(self).outer_loss is not Classification.outer_loss:
+            return
+        reads_classes = type(self).inner_loss is Weighted.inner_loss
+        super().check(outputs, outer, inner if reads_classes else None)
 
 
 class Relabeled(Classification):

@@ -1178,6 +1178,12 @@ def test_rows_are_known_by_their_bits_and_not_by_their_padding() -> None:
     # Small whole numbers in floating point differ in their leading bits alone.
     grid = torch.cartesian_prod(*[torch.arange(12.0)] * 4) / 16
     assert len(row_digests(grid).unique()) == len(grid)
+    # Two numbers in every second column, in the upper halves of words.
+    draw = torch.Generator().manual_seed(0)
+    for two in ([0.0, 1.0], [-1.0, 1.0], [0.0, 2.0]):
+        rows = torch.zeros(60_000, 64)
+        rows[:, 1::2] = torch.tensor(two)[torch.randint(2, (60_000, 32), generator=draw)]
+        assert len(row_digests(rows).unique()) == len(rows.unique(dim=0))
 
 
 def test_a_dict_with_other_names_than_the_network_takes_is_named(tmp_path: Path) -> None:

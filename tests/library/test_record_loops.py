@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError, Recording, record
+from metapl.problems import EqualWeights
 
 EXAMPLES = 24
 STEPS = 9
@@ -160,13 +161,16 @@ def test_a_call_that_is_not_backpropagated_is_no_micro_batch(
     assert_right(loop, tmp_path)
 
 
+@pytest.mark.parametrize("sets_to_none", [True, False])
 @pytest.mark.parametrize("is_backpropagated", [True, False])
-def test_a_batch_that_is_skipped_is_no_micro_batch(is_backpropagated: bool, tmp_path: Path) -> None:
+def test_a_batch_that_is_skipped_is_no_micro_batch(
+    is_backpropagated: bool, sets_to_none: bool, tmp_path: Path
+) -> None:
     def loop(model: nn.Module, weights: Tensor | None) -> None:
         torch.manual_seed(3)
         optimizer = optimizer_of(model)
         for step, rows in enumerate(batches()):
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=sets_to_none)
             loss = loss_of(model, rows, weights)
             if step in (0, 5):
                 # As of a loss that is no number.
@@ -177,6 +181,96 @@ def test_a_batch_that_is_skipped_is_no_micro_batch(is_backpropagated: bool, tmp_
             optimizer.step()
 
     assert_right(loop, tmp_path)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_first_gradient_tells_how_micro_batches_weigh(reduction: str, tmp_path: Path) -> None:
+    """All losses are the same where a head begins at zero, whatever the weights are."""
+
+    def with_zero_head() -> nn.Module:
+        model = network(0.0)
+        nn.init.zeros_(model[3].weight)
+        nn.init.zeros_(model[3].bias)
+        return model
+
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            optimizer.zero_grad()
+            for part in rows.split([2, 6]):
+                loss = loss_of(model, part, weights)
+                (loss / 2 if reduction == "mean" else loss).backward()
+            optimizer.step()
+
+    assert_right(loop, tmp_path, with_zero_head)
+
+
+def test_another_optimizer_ends_the_recording(tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        torch.manual_seed(3)
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            if step == 5:
+                optimizer = torch.optim.Adam(model.parameters(), 0.01)
+            optimizer.zero_grad()
+            loss_of(model, rows, weights).backward()
+            optimizer.step()
+
+    with pytest.warns(UserWarning, match="ended before step 4: another optimizer, of type Adam"):
+        recording = recorded(loop, tmp_path)
+    assert recording.attribute(OUTER, progress=False).order.shape == (STATES_EVERY, 8)
+
+
+def test_an_optimizer_in_another_one_is_followed(tmp_path: Path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, inside: torch.optim.Optimizer) -> None:
+            super().__init__(inside.param_groups, {})
+            self.inside = inside
+
+        def step(self, closure: Any = None) -> None:
+            self.inside.step()
+
+    def loop(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        wrapper = Wrapper(optimizer)
+        for rows in batches():
+            wrapper.zero_grad()
+            loss_of(model, rows, None).backward()
+            wrapper.step()
+
+    model = network(0.0)
+    optimizer = optimizer_of(model)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y)) as recording:
+        loop(model, optimizer)
+    assert recording.steps == STEPS
+    attribution = recording.attribute(OUTER, progress=False)
+    assert abs(float(attribution.outer_loss) - outer_loss(model)) < 1e-12
+
+
+class WithIgnored(EqualWeights):
+    """A loss of a user's own, which leaves some examples out."""
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        labels = batch[1]
+        losses = F.cross_entropy(outputs, labels, reduction="none")
+        return signal.value * losses * len(labels) / (labels != -100).sum()
+
+
+def test_a_loss_of_ones_own_reads_its_labels_alone(tmp_path: Path) -> None:
+    labels = Y.clone()
+    labels[::3] = -100
+    model = network(0.0)
+    optimizer = optimizer_of(model)
+    data = X, labels
+    with record(model, optimizer, out=tmp_path, train=data, problem=WithIgnored()) as recording:
+        for rows in batches():
+            optimizer.zero_grad()
+            F.cross_entropy(model(X[rows]), labels[rows]).backward()
+            optimizer.step()
+    attribution = recording.attribute(OUTER, progress=False)
+    assert abs(float(attribution.outer_loss) - outer_loss(model)) < 1e-12
+    assert not attribution.scores[::3].any()
+    with pytest.raises(MetaplError, match="the labels are -100..2"):
+        recording.attribute((OUTER[0], labels[:9]), progress=False)
 
 
 def test_a_forward_that_raises_is_no_micro_batch(tmp_path: Path) -> None:

@@ -604,3 +604,25 @@ def test_the_gradient_in_the_start_and_in_settings_is_that_by_double_backward(
     for name in settings:
         gap = (result.settings[name] - by_name[name]).abs().max()
         assert gap <= 1e-7 * by_name[name].abs().max() + 1e-12, name
+
+
+def test_the_momentum_at_zero_is_a_setting_of_compiled_steps_alone() -> None:
+    """Eager steps keep no buffer there; and verification, which is eager, asks for no setting."""
+    student = network(drops=False)
+    options: dict[str, Any] = {
+        "outer": batch(0),
+        "inner": Lookahead([batch(number) for number in range(1, 4)]),
+        "problem": EqualWeights(),
+        "wrt": "momentum",
+    }
+
+    def gradient(momentum: float, **others: Any) -> metapl.Hypergradient:
+        optimizer = SGD(student.parameters(), lr=0.1, momentum=momentum)
+        return metapl.hypergradient(None, student, inner_optimizer=optimizer, **options, **others)
+
+    found = gradient(0.0, compile=True).settings["momentum"].sum()
+    h = 1e-6
+    ends = [gradient(momentum, compile=True).outer_loss for momentum in (h, 0.0)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / h, rtol=1e-4, atol=1e-8)
+    with pytest.raises(MetaplError, match="momentum=0, which keeps no buffer"):
+        gradient(0.0)

@@ -38,6 +38,7 @@ class OpenedRecording:
         training_parts: the names of the parts that trained in the first call.
         first_sizes: how many examples, or tokens, each micro-batch of the first step had.
         factor: by which the loop multiplies the mean loss.
+        counts_examples: whether the micro-batches of the first step weighed as their examples.
     """
 
     folder: RecordingFolder
@@ -52,6 +53,7 @@ class OpenedRecording:
     training_parts: list[str]
     first_sizes: list[float]
     factor: float
+    counts_examples: bool
 
     @staticmethod
     def of(
@@ -63,8 +65,8 @@ class OpenedRecording:
         if not rows:
             raise MetaplError(
                 f"the recording in {folder.path} has no step whose end was saved; expected a "
-                "training that came to its second kept state, or to its end, without what a line "
-                "has said of it meanwhile."
+                "training that came to its second kept state (states_every=), or to its end, "
+                "without what a line has said of it meanwhile."
             )
         refuse_other_network(description, model, problem)
         autocast = description["autocast"]
@@ -102,6 +104,7 @@ class OpenedRecording:
             training_parts=description["training_parts"],
             first_sizes=description["first_sizes"],
             factor=description["factor"],
+            counts_examples=description["counts_examples"],
         )
 
     def numbers_in(self, dataset: Any) -> Tensor:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -79,7 +80,19 @@ def tolerance_of_replay(network: RecordedNetwork) -> float:
     return max(10 * math.sqrt(precision_of(network)), tolerance_of(network))
 
 
-def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[list[float]]:
+class Weighting(NamedTuple):
+    """How a loop weights the mean losses of a step's micro-batches.
+
+    Attributes:
+        factors: one for each.
+        counts_examples: whether micro-batches weigh as they have examples, and not alike.
+    """
+
+    factors: list[float]
+    counts_examples: bool
+
+
+def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[Weighting]:
     """Return the factors that loops give to the mean losses of a step's micro-batches.
 
     They are those of the mean over all examples; of the mean over the micro-batches; of the sum
@@ -90,33 +103,38 @@ def weightings(sizes: Sequence[float], first_sizes: Sequence[float]) -> list[lis
         sizes: how many examples each micro-batch has, or tokens where each of them counts alike.
         first_sizes: the same of the first step.
 
-    >>> weightings([4, 4], [4, 4]), weightings([4], [4, 4])
-    ([[0.5, 0.5]], [[1.0], [0.5]])
+    >>> [weighting.factors for weighting in weightings([4], first_sizes=[4, 4])]
+    [[1.0], [0.5]]
     """
     candidates = [
-        [size / sum(sizes) for size in sizes],
-        [1 / len(sizes)] * len(sizes),
-        [1 / len(first_sizes)] * len(sizes),
-        [size / sum(first_sizes) for size in sizes],
+        Weighting([size / sum(sizes) for size in sizes], counts_examples=True),
+        Weighting([1 / len(sizes)] * len(sizes), counts_examples=False),
+        Weighting([1 / len(first_sizes)] * len(sizes), counts_examples=False),
+        Weighting([size / sum(first_sizes) for size in sizes], counts_examples=True),
     ]
-    distinct: list[list[float]] = []
+    distinct: list[Weighting] = []
     for candidate in candidates:
-        if candidate not in distinct:
+        if candidate.factors not in [other.factors for other in distinct]:
             distinct.append(candidate)
     return distinct
 
 
 def closest_weighting(
-    candidates: Sequence[Sequence[float]], means: Tensor, loss: float
+    candidates: Sequence[Sequence[float]], means: Tensor, loss: float, precision: float
 ) -> Sequence[float]:
     """Return the weighting of mean losses, (J,), that comes closest to a loss.
 
-    It is the first one for an unknown loss.
+    It is the first one for an unknown loss, and the first of those that rounding does not tell
+    apart.
+
+    Args:
+        precision: from the weights to the losses.
     """
     if math.isnan(loss):
         return candidates[0]
     gaps = [abs(weighted_sum(candidate, means) - loss) for candidate in candidates]
-    return candidates[gaps.index(min(gaps))]
+    allowed = min(gaps) + 100 * precision * abs(loss)
+    return next(c for c, gap in zip(candidates, gaps, strict=True) if gap <= allowed)
 
 
 def factor_of_loop(loss: float, mean: float, precision: float) -> float:
@@ -179,9 +197,10 @@ def refuse_other_parameters(
         )
 
 
-def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
-    """Return the factor of the loop's loss; refuse a problem whose gradient is not the loop's.
+def compared_factor(step: SeenStep, network: RecordedNetwork) -> tuple[float, bool]:
+    """Return the factor of the loop's loss, and whether its micro-batches weigh as their examples.
 
+    Raises: :class:`metapl.MetaplError` for a problem whose gradient is not the loop's.
     Cost: a forward and a backward pass on the step's batch.
     """
     means: list[Tensor] = []
@@ -215,20 +234,21 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> float:
     tolerance = tolerance_of(network)
     mean_losses = torch.stack(means)
     # Each may be the loop's up to a factor, and the gradient decides.
-    gaps: list[tuple[float, float, float]] = []
-    for weighting in weightings(step.sizes, step.sizes):
-        mean = weighted_sum(weighting, mean_losses)
+    gaps: list[tuple[float, float, float, bool]] = []
+    for factors, counts_examples in weightings(step.sizes, step.sizes):
+        mean = weighted_sum(factors, mean_losses)
         factor = factor_of_loop(step.loss, mean, precision_of(network))
-        gradient = weighted_trees([factor * f for f in weighting], gradients)
+        gradient = weighted_trees([factor * f for f in factors], gradients)
         if step.clip_norm is not None:
             scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
             gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
         refuse_other_weights(gradient, step.gradients, kind_of(network.problem))
-        gaps.append((relative_gap(gradient, step.gradients), factor, mean))
-    gap, factor, mean = min(gaps)
+        gap = relative_gap(gradient, step.gradients)
+        gaps.append((gap, factor, mean, counts_examples))
+    gap, factor, mean, counts_examples = min(gaps)
     if gap <= tolerance:
         refuse_counted_labels(network.problem, step, factor)
-        return factor
+        return factor, counts_examples
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # A wrapper around the network has averaged its gradients.
         if torch.distributed.get_world_size() > 1:

@@ -316,7 +316,8 @@ class Recorder:
         if not self._is_active or not torch.is_grad_enabled():
             return
         with self._guarded():
-            if self._watch.losses and all(p.grad is None for p in self._weights):
+            # The first gradient that is none of zeros answers.
+            if self._watch.losses and not any(is_some(p.grad) for p in self._weights):
                 # What was backpropagated so far was thrown away, as of a loss that is no number.
                 self._calls = []
                 self._watch.begin()
@@ -395,7 +396,11 @@ class Recorder:
                 )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        if not self._is_active or not self._is_followed(optimizer):
+        if not self._is_active:
+            return
+        if not self._is_followed(optimizer):
+            with self._guarded():
+                self._refuse_step_of_another(optimizer)
             return
         with self._guarded():
             self._calls = [call for call in self._calls if call.is_reached]
@@ -540,12 +545,13 @@ class Recorder:
             },
             sizes=[self.problem.batch_weight(call.batch) for call in calls],
         )
-        factor = self._compare(step, network)
+        factor, counts_examples = self._compare(step, network)
         description = {
             **self._description(optimizer, network),
             # Those that the comparison has seen, too.
             "types": sorted(map(str, network.types)),
             "factor": factor,
+            "counts_examples": counts_examples,
             "first_sizes": [*step.sizes],
         }
         self.folder.write_description(description)
@@ -566,8 +572,8 @@ class Recorder:
         return calls
 
     @one_at_a_time
-    def _compare(self, step: SeenStep, network: RecordedNetwork) -> float:
-        """Compare the problem's loss with the loop's, and return the factor of the loop's."""
+    def _compare(self, step: SeenStep, network: RecordedNetwork) -> tuple[float, bool]:
+        """Compare the problem's loss with the loop's; see :func:`compared_factor`."""
         self._is_comparing = True
         try:
             with torch.enable_grad():
@@ -674,6 +680,21 @@ class Recorder:
             self.optimizer = optimizer
         return optimizer is self.optimizer
 
+    def _refuse_step_of_another(self, optimizer: torch.optim.Optimizer) -> None:
+        """Refuse a step of the network's weights by another optimizer than the one of before.
+
+        One that wraps that one steps too, and has moved nothing since.
+        """
+        weights = {id(p) for p in self._weights}
+        if self._is_first_step or not any(id(p) in weights for p in parameters_of(optimizer)):
+            return
+        if self._weight_versions() != self._versions:
+            raise MetaplError(
+                f"another optimizer, of type {type(optimizer).__name__}, steps over the network's "
+                "weights, as where a loop makes a new one for each epoch; expected one optimizer "
+                "in all steps, whose settings may change"
+            )
+
     def _current_params(self) -> dict[str, Tensor]:
         """Return copies of the weights, by name."""
         return {name: p.detach().clone() for name, p in trainable(self.model).items()}
@@ -697,6 +718,11 @@ def note_reached(watch: StepWatch, call: SeenCall, gradients: Any) -> None:
     """Note that a backward pass has come to the outputs of a call, as a hook of their node."""
     watch.has_reached_call = True
     call.is_reached = True
+
+
+def is_some(gradient: Tensor | None) -> bool:
+    """Return whether a gradient is not that of ``zero_grad``, none or of zeros."""
+    return gradient is not None and bool(gradient.any())
 
 
 def sum_of(losses: list[Tensor]) -> float:

@@ -37,7 +37,7 @@ from metapl.attribution.recording.first_step import (
     weightings,
 )
 from metapl.attribution.recording.folder import KeptState
-from metapl.attribution.recording.network import Call
+from metapl.attribution.recording.network import Call, precision_of
 from metapl.core.keeping import keeping
 from metapl.core.replays import ReplayCheck
 from metapl.core.walk import States, Walk
@@ -172,12 +172,20 @@ class Replay:
         row = self.rows[number]
         sizes = [self.network.problem.batch_weight(call.batch) for call in calls]
         candidates: list[list[float]] = []
-        for weighting in weightings(sizes, self.recording.first_sizes):
-            candidates.append([self.recording.factor * f for f in weighting])
+        recording = self.recording
+        # Where losses are equal, as of a head that begins at zero, the gradient of the first step
+        # has decided.
+        for factors, _ in sorted(
+            weightings(sizes, recording.first_sizes),
+            key=lambda weighting: weighting.counts_examples != recording.counts_examples,
+        ):
+            candidates.append([recording.factor * f for f in factors])
         factors = candidates[0]
         if len(candidates) > 1 and not math.isnan(row.loss):
             # Only the sizes of the calls' batches leave a choice, so this pass is rare.
-            factors = [*closest_weighting(candidates, self._losses(state, calls), row.loss)]
+            means = self._losses(state, calls)
+            precision = precision_of(self.network)
+            factors = [*closest_weighting(candidates, means, row.loss, precision)]
         self._factors[number] = factors
         return factors
 

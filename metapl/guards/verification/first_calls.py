@@ -175,6 +175,9 @@ def kinds_of_settings(differentiation: Differentiation) -> list[Any]:
 def verify(differentiation: Differentiation, setting: bool | Literal["warn"]) -> None:
     """Verify a hypergradient, or say that it is left out."""
     request = differentiation.request
+    # Gradients in settings are not compared, and compiled steps have some that eager ones lack.
+    others = [name for name in differentiation.wrt if name not in differentiation.settings]
+    request = replace(request, wrt=others or "teacher")
     if differentiation.options:
         # All steps that are verified are at the greatest rate: that of a warm-up's first steps may
         # be so small that rounding drowns what they change.
