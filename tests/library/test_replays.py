@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
+from torch_versions import require_torch
 
 import metapl
 from metapl.feedback import Difference, Forward
@@ -311,6 +312,9 @@ USUAL = (
 
 @pytest.mark.parametrize(("way", "student"), product(WAYS, STUDENTS, usual=USUAL))
 def test_the_gradient_is_right_and_the_state_moves_once(way: str, student: str) -> None:
+    if student == "checkpoint with norm and dropout" and "tangent" in way:
+        # Before it, a checkpoint saves its inputs by an autograd.Function that has no jvp.
+        require_torch("2.13", "a checkpoint has a forward mode")
     problem = case(built(STUDENTS[student], 0 if "late" in student else 2))
     if student not in DETACHED or way not in BY_DIFFERENCE:
         check_exact(problem, way)
