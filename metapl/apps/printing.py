@@ -94,8 +94,8 @@ def as_flags(text: str) -> str:
     '--labeled-batch -1: expected a whole number >= 1.'
     >>> as_flags("leave out feedback_weight, or give feedback_bound=0.1")
     'leave out --feedback-weight, or give --feedback-bound 0.1'
-    >>> as_flags("step-4 was begun otherwise (lr was 0.1, now 0.2); or give resume='anyway'.")
-    'step-4 was begun otherwise (lr was 0.1, now 0.2); put it back, or take another --out.'
+    >>> as_flags("it was begun otherwise (lr was 1); expected the same, or resume='anyway'.")
+    'it was begun otherwise (lr was 1); put it back, or take another --out.'
     """
     field = re.match(r"[A-Z]\w*\((\w+)=(.*?)\): (expected .*)", text)
     if field:
@@ -106,7 +106,8 @@ def as_flags(text: str) -> str:
         # None is no value that can be typed.
         text = f"--{flag} {typed}: {expected.replace(' or None', '')}"
     # The command compares whatever is resumed.
-    text = text.replace("or give resume='anyway'", "put it back, or take another --out")
+    way_out = "put it back, or take another --out"
+    text = text.replace("expected the same, or resume='anyway'", way_out)
     # The optimizer is no flag.
     text = re.sub(r", as by outer_optimizer=.*", "", text)
     named = re.sub(r"\bfeedback_(weight|ratio|bound)=", r"--feedback-\1 ", text)

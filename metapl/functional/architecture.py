@@ -139,7 +139,7 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
             method = getattr(value, "fget", None) or getattr(value, "__func__", value)
             is_of_user = isinstance(method, FunctionType) and not is_of_libraries(method.__module__)
             if is_of_user and reads_a_module(method):
-                raise Undescribed(f"the method {name}, which reads a network by its name")
+                raise Undescribed(f"the method {name}, which reads a network by its name,")
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 contents.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.

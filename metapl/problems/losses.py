@@ -350,7 +350,10 @@ def check_losses(losses: Any, name: str = "teacher_losses") -> tuple[TeacherLoss
         isinstance(loss, TeacherLoss) and not isinstance(loss, type) for loss in losses
     )
     if not are_losses:
-        expected = "losses: (metapl.CrossEntropy(), metapl.UDA())"
+        expected = (
+            "losses, such as (metapl.CrossEntropy(),), or objects with a name that are called as "
+            "metapl.problems.losses.TeacherLoss is"
+        )
         raise MetaplError(f"{name} is {losses!r:.80}; expected {expected}.")
     return tuple(losses)
 

@@ -142,7 +142,8 @@ def refuse_other_settings(
         if stored.get(name) != current.get(name):
             changes.append(f"{name} was {stored.get(name)}, now {current.get(name)}")
     if changes:
-        raise MetaplError(f"{path} was begun otherwise ({few(changes)}); or give resume='anyway'.")
+        expected = "expected the same, or resume='anyway'"
+        raise MetaplError(f"{path} was begun otherwise ({few(changes)}); {expected}.")
 
 
 def state_of_process(
