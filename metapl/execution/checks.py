@@ -86,6 +86,7 @@ def no_values() -> AbstractContextManager[None]:
 
 # The indices of classes that are known by their names.
 INDICES_OF_NAMES = "numpy.unique(labels, return_inverse=True)[1]"
+OTHER_OUTPUTS = "or a problem or a loss for other outputs (docs/write-a-problem.md)"
 NO_GRADIENT = (
     "has no gradient: its outputs are detached, what they depend on is frozen, or "
     "torch.inference_mode() is on."
@@ -219,10 +220,7 @@ def logits(outputs: Any, role: str) -> Tensor:
 def class_outputs(outputs: Tensor, role: str) -> None:
     """Refuse outputs that are no logits of two or more classes."""
     if outputs.ndim != 2 or outputs.shape[1] < 2:
-        expected = (
-            "logits (batch, 2 or more classes), or a problem or a loss for other outputs "
-            "(docs/write-a-problem.md)"
-        )
+        expected = f"logits (batch, 2 or more classes), {OTHER_OUTPUTS}"
         raise unexpected(f"the {role}'s outputs are", outputs, expected)
 
 
@@ -232,6 +230,8 @@ def class_labels(
     subject: str = "the labels",
     reason: str = "",
     rows: int | None = None,
+    *,
+    or_distributions: bool = False,
 ) -> Tensor:
     """Return labels as :func:`safe_labels`; refuse what is not integers in [0, classes).
 
@@ -239,9 +239,13 @@ def class_labels(
         subject: whose labels they are, for the error.
         reason: where the number of classes comes from, for the error.
         rows: how many labels there have to be; None: any number.
+        or_distributions: take distributions over the classes, (B, C), too.
     """
     is_index = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.ndim == 1
     if not is_index or rows not in (None, len(labels)):
+        is_table = isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2
+        if or_distributions and is_table:
+            return class_distributions(labels, (rows or len(labels), classes), subject)
         expected = f"int64, one class index per example, ({rows or 'batch'},)"
         raise unexpected(f"{subject} are", labels, f"{expected}{way_to_labels(labels)}")
     is_read_later = waits(labels)
@@ -258,12 +262,14 @@ def class_labels(
             # Classes that are counted from 1.
             mend = ", so subtract 1" if range_found == f"are 1..{classes}" else ""
             text = f"{subject} {range_found}; {reason}: expected 0..{classes - 1}{mend}."
+            if classes == 1:
+                text = f"{subject} {range_found}, of one output; expected more, {OTHER_OUTPUTS}."
             refuse((low < 0) | (high >= classes), text)
     return safe_labels(labels, classes) if is_read_later else labels
 
 
-def class_distributions(values: Tensor, shape: Sequence[int], subject: str) -> None:
-    """Refuse what is not one distribution over the classes for each example, (B, C, ...).
+def class_distributions(values: Tensor, shape: Sequence[int], subject: str) -> Tensor:
+    """Return values; refuse what is not one distribution over the classes for each example, (B, C, ...).
 
     It may sum to 0.98 or to 1.02, as one does that was stored in half precision.
 
@@ -272,11 +278,14 @@ def class_distributions(values: Tensor, shape: Sequence[int], subject: str) -> N
         subject: whose they are, for the error.
     """
     expected = f"class distributions {tuple(shape)}, which sum to 1: the softmax of logits"
+    if shape[1] < 2:
+        expected = f"two or more outputs of the network, {OTHER_OUTPUTS}"
     error = unexpected(f"{subject} are", values, expected)
     if tuple(values.shape) != tuple(shape) or not values.is_floating_point():
         raise error
     sums_are_off = (values.float().sum(1) - 1).abs().amax() > 0.02
     refuse(sums_are_off | (values.amin() < 0), str(error))
+    return values
 
 
 def way_to_labels(labels: Any) -> str:

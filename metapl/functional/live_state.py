@@ -232,6 +232,8 @@ class LiveState:
 # Readers of attributes that map() calls without a frame of Python for each.
 _is_training = attrgetter("training")
 
+_fixed_parts = attrgetter("mode", "problem", "teacher_losses")
+
 _options_of_step = attrgetter(
     "feedback_weight", "feedback_ratio", "feedback_bound", "clip_norm", "precision"
 )
@@ -256,13 +258,8 @@ def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
 
     A step with other ones is another step. Networks are among them as they are held now.
     """
-    parts: list[object] = [
-        *trainer.slots,
-        trainer.mode,
-        trainer.problem,
-        trainer.teacher_losses,
-        *(trainer.teacher_losses or ()),
-    ]
+    losses = trainer.teacher_losses or ()
+    parts: list[object] = [*trainer.slots, *_fixed_parts(trainer), *losses]
     for optimizer in trainer.optimizers.values():
         for part in parts_of(optimizer):
             parts += (part, part.state)

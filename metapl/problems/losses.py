@@ -112,13 +112,10 @@ class CrossEntropy:
     ) -> Tensor:
         logits = wide(checks.logits(self.outputs(teacher, outer), "network"))
         labels = outer[1]
-        are_numbers = isinstance(labels, Tensor) and labels.is_floating_point()
         if logits.ndim == 2:
-            checks.class_outputs(logits, "network")
-        if are_numbers and labels.shape == logits.shape:
-            checks.class_distributions(labels, logits.shape, "the labels")
-        elif logits.ndim == 2:
-            labels = checks.class_labels(labels, logits.shape[1], rows=len(logits))
+            labels = checks.class_labels(
+                labels, logits.shape[1], rows=len(logits), or_distributions=True
+            )
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return loss if self.weight == 1.0 else self.weight * loss
 

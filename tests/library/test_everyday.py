@@ -500,7 +500,7 @@ NAMES = np.array(["a", "b", "c", "a", "b", "c", "a", "b"])
 REFUSED |= {
     "targets of one number": (
         lambda: loss_of(torch.rand(ROWS, 1), classes=1),
-        r"the network's outputs are .*\(8, 1\).*; expected logits .*, or a problem or a loss for",
+        r"the labels are .*\(8, 1\).*; expected two or more outputs .*, or a problem or a loss for",
     ),
     "scores in the place of distributions": (
         lambda: loss_of(torch.randn(ROWS, CLASSES)),
