@@ -269,7 +269,7 @@ def class_labels(
 
 
 def class_distributions(values: Tensor, shape: Sequence[int], subject: str) -> Tensor:
-    """Return values; refuse what is not one distribution over the classes for each example, (B, C, ...).
+    """Return distributions over the classes, (B, C, ...), and refuse other values.
 
     It may sum to 0.98 or to 1.02, as one does that was stored in half precision.
 
