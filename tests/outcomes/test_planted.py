@@ -66,7 +66,7 @@ LONG = [
     Fault(summed, IN_A_LOOP, Row("loss_difference", FAST, feedback_weight=1.0)),
     Fault(summed, IN_A_LOOP, Row("reinforce", Loop(way="step"), feedback_weight=1.0)),
     Fault(summed_and_unbounded, IN_A_LOOP, Row("reinforce", Loop(way="step"))),
-    Fault(unbounded, IN_A_LOOP, Row(Forward(normalization="cosine"), FAST)),
+    Fault(unbounded, IN_A_LOOP, Row(Forward(normalization="learning_rate"), FAST)),
     Fault(unbounded, BY_FIT, Row(Forward(normalization="learning_rate"))),
     Fault(unbounded, BY_FIT, Row(test_modes.IDENTITY)),
 ]
