@@ -138,12 +138,9 @@ def choose_settings(
     config = dataclasses.replace(
         config, pictures=dataclasses.replace(config.pictures, levels=levels)
     )
-    seen = look(
-        [Path(path) for path in few.paths()],
-        few.targets(),
-        [Path(path) for path in many.paths()],
-        levels,
-    )
+    # Without others the unlabeled pictures are the labeled ones, which count once.
+    others = [] if config.learns_own else many.paths()
+    seen = look([*map(Path, few.paths())], few.targets(), [*map(Path, others)], levels)
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)

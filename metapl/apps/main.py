@@ -290,14 +290,14 @@ def parsed(words: Sequence[str]) -> tuple[str, Command]:
     kind = COMMANDS[name].load()
     flags = words[len(name.split()) :]
     refuse_lacking_truth(name, flags)
-    default = tyro.MISSING_NONPROP
-    if hasattr(kind, "default_for"):
-        # Its flags, and their defaults, depend on some of them.
-        default = kind.default_for(flags)
     program = f"metapl {name}"
     description = paragraphs(kind.__doc__ or "")
 
     def read(arguments: Sequence[str]) -> Command:
+        default = tyro.MISSING_NONPROP
+        if hasattr(kind, "default_for"):
+            # Its flags, and their defaults, depend on some of them.
+            default = kind.default_for(arguments)
         command: Command = tyro.cli(
             kind,
             prog=program,

@@ -44,7 +44,15 @@ def read_words(read: Reader[T], program: str, words: Sequence[str]) -> T:
             raise error from None
         # It is printed again, for what goes to a terminal has colors and boxes.
         text = text_of(printed_by(read, words))
-        flags = flags_in(printed_by(read, ["--help"]))
+        help_text = printed_by(read, ["--help", *words])
+        flags = flags_in(help_text)
+        unknown = [flag for flag in typed_flags(words) if flag not in flags]
+        owners = methods_with(unknown[0], read, words, help_text) if unknown else []
+        if owners:
+            raise MetaplError(
+                f"{unknown[0]}: a flag of --method {' or '.join(owners)}; leave it out, or give "
+                f"one of these. {program} --method NAME --help lists the flags of a method."
+            ) from None
         raise MetaplError(refusal(program, words, flags, text)) from None
     sys.stderr.write(errors.getvalue())
     return command
@@ -71,6 +79,21 @@ def flags_in(text: str) -> dict[str, str]:
     """Return the flags that a help has, each with what stands for its value, or nothing."""
     # What is said of a flag stands further to the right.
     return dict(re.findall(r"(?m)^  (?:-h, )?(--[\w.-]+)(?: (\S+))?", text))
+
+
+def methods_with(flag: str, read: Reader[T], words: Sequence[str], help_text: str) -> list[str]:
+    """Return the methods of a command that have a flag.
+
+    Args:
+        help_text: of the method of these words, which does not have it.
+    """
+    owners: list[str] = []
+    methods = re.search(r"--method \{(.*?)\}", help_text, re.DOTALL)
+    for method in re.findall(r"\w+", methods[1]) if methods else []:
+        help_of_method = printed_by(read, ["--help", *words, "--method", method])
+        if flag in flags_in(help_of_method):
+            owners.append(method)
+    return owners
 
 
 def text_of(error: str) -> str:

@@ -316,15 +316,21 @@ def provenance(folder: RunFolder) -> Iterator[str]:
     data: Mapping[str, Any] = {}
     if folder.ended or (folder.path / "data.json").exists():
         data = stored_data(folder)
+    fields = description["fields"]
+    # Without others the unlabeled pictures are the labeled ones.
+    learns_own = "unlabeled" in fields and fields["unlabeled"] == fields["labeled"]
+    left_out = "unlabeled" if learns_own else ""
     about_data: dict[str, str] = {}
     for part, count in counts_of(data).items():
-        about_data[part] = f"{count:,} examples"
+        if part != left_out:
+            about_data[part] = f"{count:,} examples"
     for part, digest in data.get("hash", {}).items():
-        about_data[f"SHA-256 of {part}"] = digest
+        if part != left_out:
+            about_data[f"SHA-256 of {part}"] = digest
     if about_data:
         yield web.folded("Data", web.rows([*about_data.items()]))
     settings = {name: value for name, value in description.items() if name != "fields"}
-    settings |= description["fields"]
+    settings |= fields
     rows_of_settings = [(name, setting_in_words(value)) for name, value in settings.items()]
     yield web.folded("Settings", web.rows(rows_of_settings))
     yield web.folded("Versions and hardware", web.rows([*about.get("made_with", {}).items()]))

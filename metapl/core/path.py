@@ -572,8 +572,9 @@ class Path(Drawing):
     def commit(self) -> dict[str, Tensor]:
         """Move the student to θ′, with its optimizer.
 
-        Returns: where the optimizer's own steps are rounded otherwise than U, ``step_rounding``:
-        the distance of the weights that they lead to from θ′, relative to that of θ from θ′.
+        Returns: where the optimizer's own step is rounded otherwise than U, ``step_rounding``: the
+        distance of the weights that it leads to from θ′, relative to that of θ from θ′. Several
+        steps are those of U, so that it is 0.
         """
         norm = self.student.space.norm
         exact: Tree = {}
@@ -583,8 +584,8 @@ class Path(Drawing):
             exact = self.params
             length = norm({name: t - weights[name] for name, t in exact.items()})
         parameters = self.student.parameters
-        if self.keeping.spacings:
-            # Gradients were dropped.
+        if self.keeping.spacings or (self.update.is_rounded and len(self.steps) > 1):
+            # Gradients were dropped; or they are those of steps without the rounding.
             self.update.write(parameters, self.params, self.state)
         else:
             for step in self.steps:

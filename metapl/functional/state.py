@@ -247,27 +247,27 @@ class PureSpace(Space):
 SPACE = PureSpace()
 
 
-def rounded_steps(
+def rounded_step(
     update: Update,
     theta: Tree,
     optimizer_state: OptimizerState,
     options: Options,
     *,
-    gradients: Sequence[Tree],
+    gradient: Tree,
     exact: Tree,
 ) -> tuple[Tree, Any, Tensor]:
-    """Return θ′ and s′ by steps that are rounded as the optimizer's own are, and how far they lead.
+    """Return θ′ and s′ by a step that is rounded as the optimizer's own is, and how far it leads.
 
     Args:
-        theta: θ, before the first step.
-        gradients: g of each step.
+        theta: θ, before the step.
+        gradient: g.
         exact: the θ′ that is differentiated.
 
     Returns: θ′, s′, and ‖θ′ taken − θ′‖ / ‖θ′ − θ‖, a scalar.
     """
-    taken = theta
-    for g in gradients:
-        taken, optimizer_state = update.update(taken, g, optimizer_state, rounded_options(options))
+    taken, optimizer_state = update.update(
+        theta, gradient, optimizer_state, rounded_options(options)
+    )
     gap = norm({name: t - exact[name] for name, t in taken.items()})
     length = norm({name: t - exact[name] for name, t in theta.items()})
     smallest = torch.finfo(length.dtype).tiny

@@ -42,7 +42,7 @@ from metapl.functional.state import (
     Report,
     State,
     as_dict,
-    rounded_steps,
+    rounded_step,
     with_fields,
 )
 from metapl.functional.transforms import is_differentiated, is_transformed
@@ -316,13 +316,13 @@ def taken_step(
     steps = learned.path.steps
     theta, s = steps[-1].updated
     rounding = torch.zeros_like(learned.path.inner_loss)
-    if update.is_rounded:
-        theta, s, rounding = rounded_steps(
+    if update.is_rounded and len(steps) == 1:
+        theta, s, rounding = rounded_step(
             rules.inner_update,
             state.student.params,
             state.inner.state,
             inner_options,
-            gradients=[of_step.gradient for of_step in steps],
+            gradient=steps[0].gradient,
             exact=theta,
         )
     moved = State(

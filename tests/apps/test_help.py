@@ -33,6 +33,11 @@ WRONG = {
     f"{IMAGES} --mirror --steps 9": ("expected --mirror True or --mirror False.",),
     "train digits --warm_start=yes": ("--warm-start yes was given; expected --warm-start True",),
     f"{IMAGES} --stepz 4": ("--stepz: there is no such flag; did you mean --steps?",),
+    f"{IMAGES} --method supervised --uda-threshold 0.5": (
+        "--uda-threshold: a flag of --method uda or fixmatch or mpl or none or reduced_mpl or "
+        "reduced_none; leave it out, or give one of these.",
+    ),
+    "train images --labeled few --uda-threshold 0.5": ("a flag of --method uda or fixmatch",),
     "train images --labled few": ("--labled: there is no such flag; did you mean --labeled",),
     f"{IMAGES} --steps": ("Missing value", "--steps"),
     f"{IMAGES} --method mlp": ("--method mlp: expected one of uda, ", "; did you mean mpl?"),

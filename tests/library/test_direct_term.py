@@ -354,15 +354,30 @@ def test_stacked_steps_have_the_direct_term_too() -> None:
     assert not torch.equal(single.teacher.params["scale.weight"], weight)
 
 
-def test_micro_batches_have_the_sum_of_whole_ones() -> None:
+class OfLabeled(ReadsModule):
+    """The outer loss is a mean over labels that are not left out."""
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> tuple[Tensor, Tensor]:
+        labels = batch[1]
+        factor = self.scale(outputs.new_ones(1, 1)).squeeze()
+        return F.cross_entropy(factor * outputs, labels, reduction="sum"), (labels >= 0).sum()
+
+
+@pytest.mark.parametrize("problem_of", [ReadsModule, OfLabeled])
+@pytest.mark.parametrize("mode", ["forward", "direct"])
+def test_micro_batches_have_the_sum_of_whole_ones(mode: str, problem_of: Any) -> None:
     teacher, student, outer, inner = networks()
-    problem = ReadsModule(teacher)
+    problem = problem_of(teacher)
+    if problem_of is OfLabeled:
+        # The first micro-batch has no label, so that another one is verified.
+        outer[1][: ROWS // 2] = -100
     sgd = torch.optim.SGD(student.parameters(), lr=LR)
     inputs: dict[str, Any] = {
         "outer": outer,
         "inner": inner[0],
         "problem": problem,
         "inner_optimizer": sgd,
+        "mode": mode,
     }
     by_batch = metapl.hypergradient(teacher, student, **inputs, accumulate=1)
     by_parts = metapl.hypergradient(teacher, student, **inputs, accumulate=2)

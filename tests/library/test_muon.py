@@ -241,6 +241,26 @@ def test_a_trainer_takes_torchs_own_steps_and_reports_their_distance(mode: str) 
         assert 1e-4 < report.step_rounding < 1.0
 
 
+@pytest.mark.parametrize("mode", [Forward(keep_every=1), Forward(keep_every=2), "none"])
+def test_several_steps_are_those_without_the_rounding(mode: Any) -> None:
+    """The gradients are of these steps, and so is where the student goes."""
+    case = toy_of_matrices()
+    trainer = trainer_of(case, mode, lookahead=3, teacher_losses=())
+    twins = [toy_of_matrices().teacher, toy_of_matrices().student]
+    teacher, student = twins
+    update = update_of(optimizers(student), trainable(student))
+    inner_batches = batches(3, case)
+    report = trainer.step(case.labeled, Lookahead(inner_batches))
+    for batch in inner_batches:
+        signal = teacher(batch).softmax(-1).detach()
+        loss = nn.functional.cross_entropy(student(batch), signal)
+        by_autograd = torch.autograd.grad(loss, [*student.parameters()])
+        grads = dict(zip(weights_of(student), by_autograd, strict=True))
+        update.take_differentiated_step(trainable(student), grads)
+    assert error(dict(case.student.named_parameters()), weights_of(student)) < 1e-9
+    assert report.step_rounding == 0
+
+
 @pytest.mark.parametrize("lookahead", [1, 2])
 def test_the_gradient_is_verified_in_the_weights_type(lookahead: int) -> None:
     case = toy_of_matrices()
