@@ -47,9 +47,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def given(root: Path, **fields: Any) -> Any:
-    return config(
-        labeled=str(root / "labeled"), unlabeled=str(root / "unlabeled"), steps=40, **fields
-    )
+    folders = {"labeled": str(root / "labeled"), "unlabeled": str(root / "unlabeled")}
+    return config(**{**folders, "steps": 40, **fields})
 
 
 def write(folder: Path, kind: str, count: int, side: tuple[int, int] = (12, 10)) -> list[Path]:
@@ -583,3 +582,22 @@ def test_labels_are_set_aside_where_nothing_else_measures(
     }
     chosen, _ = choose_settings(given(root, **fields), images.METHODS["uda"], print)
     assert chosen.val_fraction == share
+
+
+@pytest.mark.parametrize("others", ["unlabeled", "labeled"])
+def test_without_others_the_labeled_pictures_are_looked_at_once(
+    others: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few that count twice are enough to say that they look like their mirror images."""
+    look_at_pictures = look.look
+    counts: list[tuple[int, int]] = []
+
+    def counted(labeled: Any, labels: Any, unlabeled: Any, levels: Any) -> Look:
+        counts.append((len(labeled), len(unlabeled)))
+        return look_at_pictures(labeled, labels, unlabeled, levels)
+
+    monkeypatch.setattr(look, "look", counted)
+    settings = given(root, unlabeled=str(root / others))
+    choose_settings(settings, images.METHODS["supervised"], print)
+    labeled, unlabeled = (len([*(root / name).rglob("*.png")]) for name in ("labeled", others))
+    assert counts == [(labeled, 0 if others == "labeled" else unlabeled)]
