@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import sys
 import urllib.parse
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +35,21 @@ OPTIONAL_PACKAGES = {
     "accelerate": ("accelerate", "transformers"),
     "transformers": ("transformers", "transformers"),
 }
+
+
+# What stands between a warning and the line that led to it: this package, PyTorch, whose modules
+# call hooks, and the functions of contexts.
+BETWEEN = ("metapl", "torch", "contextlib")
+
+
+def warn(text: str, kind: type[Warning] = UserWarning) -> None:
+    """Warn at the line, outside of this package, that led here."""
+    frame = sys._getframe(1)
+    level = 2
+    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in BETWEEN:
+        frame = frame.f_back
+        level += 1
+    warnings.warn(text, kind, stacklevel=level)
 
 
 class MetaplError(ValueError):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from metapl.attribution.weighted import BatchesOfSteps, WeightedTraining, judges
 from metapl.attribution.worth import reason_of_agreement, reason_of_eps, reason_of_possible_loss
 from metapl.core.lookahead import Lookahead
 from metapl.core.replays import REPLAY_TOLERANCE, Tolerance
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, warn
 from metapl.execution import checks
 from metapl.execution.batch import Batch, map_tensors, returned_by
 from metapl.execution.checks import described, unexpected
@@ -546,8 +545,7 @@ def warn_of_worth(attribution: Attribution, problem: BilevelProblem, optimizer: 
     ]
     clauses = "; ".join(reason for reason in reasons if reason)
     if clauses:
-        # In the line of the user's call.
-        warnings.warn(f"scores may not say what removals do: {clauses}.", stacklevel=3)
+        warn(f"scores may not say what removals do: {clauses}.")
 
 
 def refuse_one_start(student: Any, optimizer: Any, seeds: int) -> None:
@@ -809,11 +807,10 @@ def look_at_passes(training: WeightedTraining) -> None:
     # Both passes round alike, so that what differs was read from a buffer.
     gap = (next_outputs - first_outputs).abs().max()
     if bool(gap > 100 * torch.finfo(gap.dtype).eps * first_outputs.abs().max()):
-        warnings.warn(
+        warn(
             f"the student reads {few(moved, 3)}, which its passes move. A derivative counts them "
             "as constants, as torch does in each pass, so that scores leave out what acts by "
             "them.",
-            stacklevel=3,
         )
 
 
@@ -837,11 +834,10 @@ def warn_of_roughness(training: WeightedTraining, path: CompiledPath | None) -> 
     thetas = thetas_along(train_with, len(training.data), h=0.1, v=None, progress=False)
     agreement, _ = agreement_of_signs(*thetas)
     if agreement < SMOOTH:
-        warnings.warn(
+        warn(
             f"the metasmoothness of the first {few} of {steps:,} steps is "
             f"{agreement:.2f}, below {SMOOTH}: scores may not say what removals do. Try "
             "float32 weights, a lower learning rate, or a larger eps of Adam.",
-            stacklevel=4,
         )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.attribution.weighted import WeightedTraining, WithWeights
 from metapl.core.keeping import SHARE_OF_MEMORY, free_bytes
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import HALF, Tree, as_real, deterministic, no_fast_path, wide
 from metapl.execution.state import replayed, trainable, with_contents_of
@@ -516,10 +515,9 @@ class Removals:
         self.execution = "one by one"
         if reason:
             self.execution = f"one by one: {reason}"
-            warnings.warn(
+            warn(
                 f"the trainings without examples cannot be stacked, and are taken one by one: "
                 f"{reason}. at_once=1 asks for that.",
-                stacklevel=4,
             )
         losses = list[Tensor]()
         with step_bar(progress, len(weights), "trainings without examples") as advance:

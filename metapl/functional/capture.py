@@ -9,7 +9,6 @@ function anew where one of them differs. A new graph is compared with the functi
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain, count
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -20,7 +19,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.checks import described, has_values
 from metapl.execution.compare import TRIES
 from metapl.execution.numerics import explain
@@ -190,10 +189,9 @@ class Captured(Generic[Result]):
         self.is_doubted = self.tries_left > 0
         self.tries_left -= 1
         if not self.is_doubted:
-            warnings.warn(
+            warn(
                 f"cannot tell whether {self.what} comes out the same recorded, for rounding "
                 f"drowns the difference. {DROWNED} Expected float64, or no graph",
-                stacklevel=2,
             )
 
     def _compare(self, capture: Capture, arguments: Any) -> bool:
@@ -386,12 +384,11 @@ class Captured(Generic[Result]):
         if not difference:
             difference = self.attributes.difference_from(self.kept[-1].kind.attributes)
         instead = "; or leave compile out" if self.is_compiled else ""
-        warnings.warn(
+        warn(
             f"{self.what} is recorded for the third time: {difference}. Each time takes as long as "
             f"the first, and {MOST_KEPT} are kept; expected few shapes (pad to a few lengths, drop "
             "the last short batch by drop_last=True), and few values of numbers that it "
             f"reads{instead}.",
-            stacklevel=2,
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.data.held_values import names_written, numbers_of
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, warn
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import as_real
 from metapl.execution.state import (
@@ -345,7 +344,7 @@ def can_tell(
 
 def warn_of_rounding() -> None:
     """Warn that rounding has drowned each comparison of compiled steps."""
-    warnings.warn(f"cannot tell whether compiled steps are right. {DROWNED}", stacklevel=3)
+    warn(f"cannot tell whether compiled steps are right. {DROWNED}")
 
 
 def distance(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, warn
 from metapl.execution.batch import Batch
 from metapl.execution.checks import unexpected
 from metapl.execution.state import RandomState
@@ -292,11 +292,10 @@ class StepByGraphs:
     def _warn_of_many(self) -> None:
         """Warn once of steps that are recorded again and again."""
         if self.recordings_made == MOST_RECORDINGS:
-            warnings.warn(
+            warn(
                 f'compile="cudagraphs" records the step for the {MOST_RECORDINGS + 1}th time, and '
                 "each time takes as long as three eager steps; expected batches of few shapes, and "
                 "no number in a batch, or in an attribute of a network or loss, that changes often",
-                stacklevel=2,
             )
 
 

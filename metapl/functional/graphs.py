@@ -7,7 +7,6 @@ trainings of the same architecture, losses and rule.
 from __future__ import annotations
 
 import logging
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from metapl.errors import warn
 from metapl.execution.state import HOOKS_EVERYWHERE
 from metapl.functional.adjoint import TrainingRules, TrainingStep
 from metapl.functional.architecture import (
@@ -253,11 +253,10 @@ def say_why_again(key: Hashable, asking: Asking, undescribed: str) -> int:
         # With a changed setting the same objects compile again too, for another reason.
         are_same = all(a is b for a, b in zip(others, asking, strict=True))
         if undescribed and subject.alive and not are_same:
-            warnings.warn(
+            warn(
                 f"compiled again, which takes seconds: {kind_of(asking[2])} or a network holds "
                 f"{undescribed}, so that its graphs serve the same objects alone; give the same "
                 "problem and networks in each call",
-                stacklevel=2,
             )
         elif not undescribed and not subject.alive:
             difference = difference_between(key, other)
@@ -266,9 +265,8 @@ def say_why_again(key: Hashable, asking: Asking, undescribed: str) -> int:
             if not all(a is b for a, b in zip(served, asking, strict=True)):
                 return 1
             if kept.times + 1 == 3:
-                warnings.warn(
+                warn(
                     f"compiled again, which takes seconds, for the third time: {difference}",
-                    stacklevel=2,
                 )
         return kept.times + 1
     return 1

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.checks import no_values
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.transforms import no_transform
@@ -329,8 +329,7 @@ def say_how_long(operations: int, device: torch.device) -> None:
     instead = "leave compile out"
     if device.type == "cuda":
         instead = 'compile="cudagraphs", which records the step in the time of three steps'
-    warnings.warn(
+    warn(
         f"{what}, and the step of so large a network gains little by it on a CPU; expected less "
         f"than {MANY_OPERATIONS:,}, or {instead}",
-        stacklevel=2,
     )

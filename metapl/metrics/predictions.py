@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, warn
 from metapl.execution import checks
 from metapl.execution.batch import (
     Batch,
@@ -118,11 +117,10 @@ def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
         random = RandomState.now(device)
         outputs = checks.logits(returned_by(model, inputs, "network"), "network")
         if not RandomState.now(device).equals(random):
-            warnings.warn(
+            warn(
                 f"{type(model).__name__} draws random numbers in eval() too, so that its "
                 "predictions are others in each pass; expected dropout and noise in training "
                 "alone, such as F.dropout(x, p, training=self.training), unless that is meant",
-                stacklevel=2,
             )
         return outputs
 

@@ -14,7 +14,6 @@ import json
 import math
 import mmap
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from metapl.data import draws
 from metapl.data.steps import BatchT, StepBatches, StepSampler
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, warn
 from metapl.execution.batch import to_device
 from metapl.pictures.reader import Box, Crop, Levels, UnreadableImage, read_crops, read_image
 from metapl.pictures.views.base import View, rows_needed
@@ -249,7 +248,7 @@ class FileImages:
             )
         except UnreadableImage as error:
             if self.log is None:
-                warnings.warn(f"{path} is left out: {error.reason}", stacklevel=2)
+                warn(f"{path} is left out: {error.reason}")
             else:
                 record_files(self.log, {path: error.reason})
             return None

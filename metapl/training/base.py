@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, warn
 from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
 from metapl.execution.checks import described, unexpected
 from metapl.execution.layout import Layout
@@ -506,7 +505,7 @@ class Trainer(ABC):
         return unsaved_in_words(saved, self.live_state())
 
     def _warn(self, text: str) -> None:
-        warnings.warn(text, stacklevel=4)
+        warn(text)
 
     def tell_evaluation(self, warn: Say) -> None:
         """Warn of networks that are in evaluation mode as a whole, once until they are not."""

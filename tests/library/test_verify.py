@@ -845,3 +845,15 @@ def test_h_is_verified_before_it_is_shaped() -> None:
     ):
         assert check_of(TwoLayers(plain), mode).status == "right"
     assert check_of(TwoLayers(plain), "none").status == "nothing to verify"
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_probabilities_in_the_place_of_logits_are_said_at_the_users_line(role: str) -> None:
+    networks = {name: nn.Sequential(nn.Linear(4, 3)) for name in ("teacher", "student")}
+    networks[role].append(nn.Softmax(1))
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    trainer = metapl.BilevelTrainer(**networks)
+    with pytest.warns(VerificationWarning, match=f"the {role} returns probabilities") as warned:
+        trainer.step((x, y), x)
+    assert [w.filename for w in warned] == [__file__]
+    assert trainer.steps_done == 1

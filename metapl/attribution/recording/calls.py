@@ -8,7 +8,6 @@ labels. Each row of it is an example. Its number is its place in the data set wh
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.attribution.examples import Examples
-from metapl.errors import MetaplError, few, reason_of
+from metapl.errors import MetaplError, few, reason_of, warn
 from metapl.execution.batch import (
     LABEL_KEYS,
     Batch,
@@ -241,12 +240,11 @@ class NumbersInData:
         if not len(copies):
             return
         number = int(copies[0])
-        warnings.warn(
+        warn(
             f"{len(copies):,} of the {len(self.of_all):,} examples of {self._name} equal an "
             f"earlier one, such as example {number} example {int(self._firsts[number])}. Which of "
             "them the network is called with is not seen: the first has the score of all of them, "
             "and the others have 0.",
-            stacklevel=2,
         )
 
 

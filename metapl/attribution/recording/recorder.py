@@ -20,7 +20,6 @@ The loop's bits are what they are without a recording: nothing is drawn, and not
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ from metapl.attribution.recording.first_step import (
 from metapl.attribution.recording.folder import KeptState, RecordingFolder, StepRow
 from metapl.attribution.recording.network import Call, RecordedNetwork, parts_in_training
 from metapl.attribution.recording.watching import StepWatch, refuse_clipping, watching
-from metapl.errors import MetaplError, reason_of
+from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.outside import generators_outside_torch, refuse_draws_outside
@@ -279,11 +278,10 @@ class Recorder:
                 name = names.get(id(self._smallest), "")
                 self.folder.write_end(self.steps, name, self._smallest_after_step)
                 if not torch.equal(self._smallest, self._smallest_after_step):
-                    warnings.warn(
+                    warn(
                         "the network holds other weights than after the last step of the training, "
                         "such as its best or averaged ones; the recording ends with those of the "
                         "last step, which its scores are about.",
-                        stacklevel=3,
                     )
         except MetaplError as error:
             self._stop(str(error))
@@ -304,10 +302,9 @@ class Recorder:
     def _stop(self, reason: str) -> None:
         """End the recording, and let the training go on; what was saved stays."""
         self.ended_by = reason.removeprefix("record: ").rstrip(".")
-        warnings.warn(
+        warn(
             f"the recording in {self.folder.path} ended before step {self._first_row:,}: "
             f"{self.ended_by}. The training goes on without it.",
-            stacklevel=2,
         )
 
     # ------------------------------------------------------------------------------ the four places

@@ -21,7 +21,6 @@ m steps, and what the loop did unseen, such as weights that it averaged, is noti
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -41,7 +40,7 @@ from metapl.attribution.recording.network import Call, precision_of
 from metapl.core.keeping import keeping
 from metapl.core.replays import ReplayCheck
 from metapl.core.walk import States, Walk
-from metapl.errors import MetaplError, few
+from metapl.errors import MetaplError, few, warn
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import WHOLE, Tree
 from metapl.execution.state import RandomState
@@ -332,11 +331,10 @@ class Replay:
             )
             buffer_names.update(dict.fromkeys(names))
         if buffer_names:
-            warnings.warn(
+            warn(
                 f"the losses read {few([*buffer_names], 3)}, which the passes before have moved. A "
                 "derivative counts them as constants, as torch does in each pass, so that scores "
                 "leave out what acts by them.",
-                stacklevel=2,
             )
 
     def last_state(self, *, progress: bool) -> KeptState:

@@ -193,5 +193,4 @@ def verify(differentiation: Differentiation, setting: bool | Literal["warn"]) ->
         check = check_step(request)
     except MissingDerivative as error:
         raise differentiation.with_proposal(error) from error
-    # The caller of metapl.hypergradient.
-    check.refuse_or_warn(setting, stacklevel=6)
+    check.refuse_or_warn(setting)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Literal
 
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, warn
 
 Status = Literal["right", "allowed", "refused", "cannot tell", "nothing to verify"]
 Setting = bool | int | Literal["warn"]
@@ -50,14 +49,12 @@ class GradientCheck:
         lines += [f"  {name:<56} {error:.1e}" for name, error in self.errors.items()]
         return "\n".join(lines)
 
-    def refuse_or_warn(self, setting: Setting, *, stacklevel: int = 4) -> None:
+    def refuse_or_warn(self, setting: Setting) -> None:
         """Raise what is refused, unless the setting is ``"warn"``.
 
-        Warn of what is neither refused nor right, at the line of the caller so many calls above.
+        Warn of what is neither refused nor right.
         """
         if self.status == "refused" and setting != "warn":
             raise MetaplError(f"{self.verdict} verify='warn' goes on, with a warning.")
         if self.status not in ("right", "nothing to verify"):
-            warnings.warn(
-                f"{self.status}: {self.verdict}", VerificationWarning, stacklevel=stacklevel
-            )
+            warn(f"{self.status}: {self.verdict}", VerificationWarning)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from metapl.data.held_values import names_written, numbers_of
 from metapl.errors import MetaplError, reason_of
@@ -154,6 +155,13 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
     elif doubt:
         status = "allowed"
         verdict = f"{name} gives the derivative that it approximates, but {doubt}"
+    elif role := returns_probabilities(case):
+        status = "allowed"
+        verdict = (
+            f"{name} gives the derivative of the loss after real steps, but the {role} returns "
+            "probabilities, of which the losses take a softmax again, so that it learns slowly; "
+            f"expected logits: leave the softmax at the end of the {role} out."
+        )
     elif len(clear_errors) < len(errors):
         status = "cannot tell"
         verdict = f"{name} was not verified: rounding drowns the loss's change."
@@ -164,6 +172,21 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
         precision=precision,
         tolerance=case.tolerance,
     )
+
+
+def returns_probabilities(case: Case) -> str:
+    """Return which network returns class probabilities in the place of logits; "" for none."""
+    problem = case.step.problem
+    networks = {
+        "student": problem.classifies and case.real.outputs[-1],
+        "teacher": problem.teacher_classifies and case.signals[0].outputs,
+    }
+    for role, outputs in networks.items():
+        if isinstance(outputs, Tensor) and outputs.ndim == 2:
+            sums = outputs.sum(1)
+            if bool((outputs >= 0).all()) and torch.allclose(sums, torch.ones_like(sums)):
+                return role
+    return ""
 
 
 def breach_and_errors(case: Case) -> tuple[str, Errors]:
