@@ -36,6 +36,12 @@ OUTER_LOSS_READS_TEACHER = (
 )
 
 
+OF_ADAM = (
+    "a first step of Adam, which divides each gradient by its size and which no difference "
+    "follows; expected mode 'forward'"
+)
+
+
 def explain(case: Case) -> Explanation:
     """Return whether a gradient that is off is allowed, and why; or the likely causes."""
     if not case.off(errors_of(case, states=case.real.states)):
@@ -74,7 +80,7 @@ def explain(case: Case) -> Explanation:
     if not likely and case.mode.takes_differences:
         likely = [
             "what the inner loss reads of the forward besides its outputs, such as an auxiliary "
-            "loss in an attribute, which mode 'forward' follows"
+            f"loss in an attribute, or {OF_ADAM}"
         ]
     if not likely and case.mode.draws:
         likely = ["the draws of the mode; expected verify=False, and metapl.ablate"]
@@ -117,6 +123,8 @@ def explain_signal(case: Case) -> Explanation:
         )
     if case.outer_loss_reads_teacher:
         return "refused", OUTER_LOSS_READS_TEACHER
+    if case.mode.takes_differences:
+        return "refused", f"likely {OF_ADAM}."
     return "refused", "the loss depends on the teacher in a way that neither h nor the signal has."
 
 
