@@ -276,6 +276,9 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
     mirrored = "mirrored" if pictures.mirror else "not mirrored"
     if pictures.recipe.two_views and not pictures.mirror and seen.mirrors is None:
         mirrored += " (too few pictures to tell; --mirror True)"
+    elif pictures.recipe.two_views and pictures.mirror and seen.mirrors:
+        # All pictures together face both ways, also where each class faces one.
+        mirrored += " (--mirror False where classes mirror each other)"
     networks = ", then ".join(method.named_networks or (str(pictures.network),))
     dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
     noise = ""

@@ -126,14 +126,15 @@ def test_letters_do_not_look_like_their_mirror_images_and_what_faces_both_ways_d
         assert look.mirrors(turned[:199], turned[:199].abs(), labels[rows[:199]]) is None
 
 
-def test_that_too_few_pictures_are_not_mirrored_is_said() -> None:
+def test_whether_pictures_are_mirrored_is_said_with_a_way_out() -> None:
     for mirrors, expected in (
+        (True, "mirrored (--mirror False where classes mirror each other), mild changes;"),
         (None, "not mirrored (too few pictures to tell; --mirror True), mild changes;"),
         (False, "not mirrored, mild changes;"),
     ):
         look_at_few = seen(mirrors=mirrors)
         settings = fitted(config(classes=("a", "b"), steps=9, augment="mild"), look_at_few, 0.0)
-        assert settings.pictures.mirror is False
+        assert settings.pictures.mirror is bool(mirrors)
         said: list[str] = []
         tell_choices(settings, images.METHODS["supervised"], look_at_few, said.append)
         assert expected in said[0]
