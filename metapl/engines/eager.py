@@ -70,7 +70,7 @@ Product = Callable[..., tuple[Tree, list[Tensor | None]]]
 
 
 class EagerEngine:
-    """A student on one device, as it is in one step.
+    """A student on one device, as it is in one step: an :class:`metapl.core.engine.Engine`.
 
     Args:
         slots: the module's tables, if this step has read them already.
@@ -79,19 +79,9 @@ class EagerEngine:
 
     Attributes:
         descent_type: the class of its passes.
-        has_whole_weights: whether this process holds whole weights, which a loss of the problem may
-            read.
-        returns_state: whether a step returns the optimizer's next state, and its own step does not
-            make it.
-        parameters: the weights that are learned, as the module holds them, by name.
-        params: the same without their graph.
-        dtypes: the types of these weights.
-        inspects_graph: set at a first step. The next graph of a gradient is searched for
-            derivatives that PyTorch would leave out.
+        dtypes: the types of the weights that are learned.
         chooses_order: whether this step chooses the order of differentiation. It stays so for the
             whole step, while the first graph that is searched ends ``inspects_graph``.
-        compares_gradients: whether the derivative along w by the outputs was not the one by the
-            gradient. Gradients that are computed again are then compared with the first ones.
     """
 
     descent_type: type[EagerDescent]
@@ -374,15 +364,9 @@ class EagerDescent:
             outputs.
 
     Attributes:
-        parts: the number of micro-batches.
-        params: θ, until :meth:`forget`.
         inputs: x.
         outputs: z, (B, ...), float32 or wider, without a graph.
         graph: the same with its graph, until :meth:`learn` has used it.
-        random_state_after: the generators where the pass has ended.
-        signal: the teacher's, without its graph.
-        inner_loss: ℓ, a scalar, the mean over the ranks.
-        gradient: g, with a graph if the path keeps it; empty after :meth:`forget`.
     """
 
     parts = 1
