@@ -92,7 +92,8 @@ class DatamodelingScore(NamedTuple):
             the linear datamodeling score, LDS.
         predicted, retrained: the changes of the outer loss of R removals, (R,), or (R, M).
         interval: the ends of the 95 % interval of ``spearman``, by the percentiles of a bootstrap
-            over the removals, and over the outer losses where there are several.
+            over the removals, and over the outer losses where there are several. Of a few removals
+            it is too narrow: of three it is often one number.
         qld: the query loss difference, in units of the outer loss: the change of the outer loss
             without the share ``top`` of the examples with the highest scores. Of M outer losses,
             the mean of theirs, each without its own. None where no ``top`` was asked for.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metapl.core.lesson import credited
 from metapl.engines.eager import EagerDescent, EagerEngine
@@ -28,6 +29,24 @@ from metapl.updates.base import OptimizerState, Parameters
 
 if TYPE_CHECKING:
     from metapl.core.engine import Derivatives, MicroBatches, OuterLossOf
+
+
+class RefusingDraws(TorchDispatchMode):
+    """Refuse a student that draws random numbers in this block, where it would draw other ones."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise MetaplError(
+                "compile= or functional() was given a mode of differences and a student that "
+                f"draws, as dropout does ({func.overloadpacket.__name__}): passes at other weights "
+                "would have other masks; expected mode 'forward', or a step of the trainer itself."
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class RecordedDescent(EagerDescent):
@@ -95,6 +114,11 @@ class RecordedDescent(EagerDescent):
         for (name, p), t in zip(weights.items(), found, strict=False):
             in_weights[name] = torch.zeros_like(p) if t is None else t
         return in_weights, dict(zip(fields, found[len(weights) :], strict=True)), None
+
+    def _outputs_at(self, params: Tree) -> Tensor:
+        """Return the outputs at other weights; refuse a student that draws."""
+        with RefusingDraws():
+            return super()._outputs_at(params)
 
     def tangent(self, w: Tree) -> Tensor:
         """Return ż, (B, ...), as the derivative of the pullback of z, which is linear, along w."""

@@ -63,6 +63,9 @@ from metapl.functional.transforms import (
 # The most graphs of one function that are kept.
 MOST_KEPT = 8
 
+# How many times as much rounding a difference has as what it is of.
+OF_DIFFERENCES = 10_000
+
 Result = TypeVar("Result")
 
 
@@ -111,6 +114,8 @@ class Captured(Generic[Result]):
             is that of the numbers that the function computes: a graph of operations has those of
             the backward passes too, and no ``detach()``.
         holds_first: return the first result as it is held for the next call (:class:`HeldAt`).
+        takes_differences: whether the function divides a difference of two results by a small move,
+            and so its rounding.
     """
 
     what = "a step"
@@ -128,6 +133,7 @@ class Captured(Generic[Result]):
         looks_at_modes: bool = False,
         has_derivative: bool = False,
         holds_first: bool = False,
+        takes_differences: bool = False,
     ) -> None:
         self.function = function
         self.device = device
@@ -135,6 +141,7 @@ class Captured(Generic[Result]):
         self.looks_at_modes = looks_at_modes
         self.has_derivative = has_derivative
         self.holds_first = holds_first
+        self.takes_differences = takes_differences
         self.attributes = Attributes(sources)
         # The latest last.
         self.kept: list[Capture] = []
@@ -227,6 +234,8 @@ class Captured(Generic[Result]):
         if structure_found != structure:
             raise MetaplError(self.text_of_difference(structure_found, structure))
         factor = 100 if self.is_compiled else 1
+        if self.takes_differences:
+            factor *= OF_DIFFERENCES
         # The gradient of a bias before batch norm is 0, and comes out as rounding.
         sizes = [
             size_of(two[one != two])

@@ -311,7 +311,10 @@ def why_not_captured(error: BaseException) -> str:
     if type(error).__module__.startswith("torch._inductor"):
         return reason_of(error)
     if asks_for_value(error):
-        return f"a network or a loss reads the value of a tensor ({reason_of(error)})"
+        # What torch says of it names its own numbers.
+        is_of_torch = "data-dependent" in str(error)
+        where = "" if is_of_torch else f" ({reason_of(error)})"
+        return f"a network, a loss or the mode reads the value of a tensor on the host{where}"
     return ""
 
 

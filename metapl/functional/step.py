@@ -200,7 +200,13 @@ class StateStep:
         self.teacher = Places(teacher, "teacher")
         self.student = Places(rules.student.network, "student")
         record = partial(
-            Captured, self.taken, rules.device, sources, is_compiled=False, looks_at_modes=True
+            Captured,
+            self.taken,
+            rules.device,
+            sources,
+            is_compiled=False,
+            looks_at_modes=True,
+            takes_differences=rules.mode.takes_differences,
         )
         self.recorded: Captured[tuple[State, Report]] = record()
         self.differentiated: Captured[tuple[State, Report]] = record(has_derivative=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torchopt
+from captures import without_inductor
 from problems_zoo import Judged, product
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -225,11 +227,18 @@ def agree(
     assert int(state.step) == int(eager_state.step)
 
 
+class Noisy(nn.Module):
+    """Noise in a forward, without a part that says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x)
+
+
 def fits(mode: str, feature: str) -> bool:
     """Return whether a mode is compared on this feature.
 
-    Shifted passes of a difference draw masks of their own, and signals in the input are for few
-    modes.
+    Shifted passes of a difference would draw masks of their own, and are refused; signals in the
+    input are for few modes.
     """
     if feature == "signal_in_input":
         return mode in ("forward", "unrolled", "none")
@@ -350,6 +359,36 @@ def test_a_teacher_gets_the_feedback_on_its_own_signal_and_not_on_the_revised_on
     step, state = trainer.functional()
     state, _ = step(state, outer, inner)
     assert not all(map(torch.equal, weights_before, state.teacher.params.values()))
+
+
+@pytest.mark.parametrize("draws", [nn.Dropout(0.4), Noisy()])
+@pytest.mark.parametrize("mode", ["difference", ReinforcePerExample(tangent="difference")])
+def test_differences_of_a_student_that_draws_are_refused(
+    mode: Any, draws: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes at other weights would draw other masks, by which h was a million times too large."""
+    without_inductor(monkeypatch)
+    x, y, u = torch.randn(8, 4), torch.arange(8) % 3, torch.randn(12, 4)
+    teacher = nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.4))
+    for compiles in (False, True):
+        student = nn.Sequential(nn.Linear(4, 6), draws, nn.Linear(6, 3))
+        trainer = metapl.BilevelTrainer(teacher, student, mode, compile=compiles)
+        take_step: Any = trainer.step
+        if not compiles:
+            step, state = trainer.functional()
+            take_step = partial(step, state)
+        with pytest.raises(MetaplError, match="student that draws, as dropout does .* 'forward'"):
+            take_step((x, y), u)
+
+
+def test_a_loss_that_begins_later_moves_no_statistics() -> None:
+    teacher = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    losses = (CrossEntropy(), UDA(start=5))
+    trainer = metapl.BilevelTrainer(teacher, nn.Linear(4, 3), teacher_losses=losses)
+    with pytest.raises(MetaplError, match=r"given UDA\(start=...\) and a teacher with batch norm"):
+        trainer.functional()
+    teacher.eval()
+    trainer.functional()
 
 
 def test_two_losses_in_half_precision_are_refused_by_name() -> None:
