@@ -214,6 +214,9 @@ class LiveState:
         self._empty_tables = [table for table in tables if not table]
         self._tensors = leaves_of(self.state)
         self._weights = tensors_of_networks(trainer)
+        for t in self._weights:
+            # As an eager step leaves them.
+            t.grad = None
         self._held_modules = modules_in(trainer.problem)
         self._objects, self._values = self._known_by(trainer, steps)
 

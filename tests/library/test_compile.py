@@ -256,13 +256,16 @@ def test_a_setting_may_become_0_and_leave_it(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
-def test_a_scheduler_after_compiled_steps_warns_of_nothing(
+def test_compiled_steps_leave_optimizers_and_gradients_as_eager_ones_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     as_functions(monkeypatch)
     networks = [nn.Linear(4, 3), nn.Linear(4, 3)]
     trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
     schedulers = [torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5) for o in trainer.schedulable]
+    weights = [p for network in networks for p in network.parameters()]
+    for p in weights:
+        p.grad = torch.ones_like(p)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(2):
@@ -270,6 +273,7 @@ def test_a_scheduler_after_compiled_steps_warns_of_nothing(
             for scheduler in schedulers:
                 scheduler.step()
     assert [o.param_groups[0]["lr"] for o in trainer.schedulable] == [0.0125, 0.0125]
+    assert all(p.grad is None for p in weights)
 
 
 def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
