@@ -46,7 +46,10 @@ def warn(text: str, kind: type[Warning] = UserWarning) -> None:
     """Warn at the line, outside of this package, that led here."""
     frame = sys._getframe(1)
     level = 2
-    while frame.f_back is not None and frame.f_globals["__name__"].split(".")[0] in BETWEEN:
+    # A program that exec() runs may have no name.
+    while frame.f_back is not None and (
+        frame.f_globals.get("__name__", "").split(".")[0] in BETWEEN
+    ):
         frame = frame.f_back
         level += 1
     warnings.warn(text, kind, stacklevel=level)

@@ -242,11 +242,7 @@ class EagerEngine:
                 weight = total.new_full((), weight)
             total, weight = self.ranks.mean(torch.stack([total, weight.to(total)])).unbind()
         if isinstance(weight, Tensor):
-            text = (
-                "the weights of the problem's outer_loss sum to zero or less; expected more: are "
-                "all labels left out?"
-            )
-            checks.refuse(~((weight > 0) & weight.isfinite()), text)
+            checks.refuse(~((weight > 0) & weight.isfinite()), checks.NO_WEIGHT)
         return total / weight, weight
 
     def gradient(

@@ -34,9 +34,6 @@ if TYPE_CHECKING:
 class RefusingDraws(TorchDispatchMode):
     """Refuse a student that draws random numbers in this block, where it would draw other ones."""
 
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -117,7 +114,8 @@ class RecordedDescent(EagerDescent):
 
     def _outputs_at(self, params: Tree) -> Tensor:
         """Return the outputs at other weights; refuse a student that draws."""
-        with RefusingDraws():
+        # PyTorch has no types for the mode.
+        with RefusingDraws():  # type: ignore[no-untyped-call]
             return super()._outputs_at(params)
 
     def tangent(self, w: Tree) -> Tensor:

@@ -91,6 +91,10 @@ NO_GRADIENT = (
     "has no gradient: its outputs are detached, what they depend on is frozen, or "
     "torch.inference_mode() is on."
 )
+NO_WEIGHT = (
+    "the weights of the problem's outer_loss sum to zero or less; expected more: are all labels "
+    "left out?"
+)
 READS_OTHER_WEIGHTS = (
     "reaches no weight in a module of the student: its forward reads layers from a plain list or "
     "dict, or tensors that it has kept; expected nn.ModuleList or nn.ModuleDict, whose weights "

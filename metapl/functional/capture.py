@@ -64,7 +64,7 @@ from metapl.functional.transforms import (
 MOST_KEPT = 8
 
 # How many times as much rounding a difference has as what it is of.
-OF_DIFFERENCES = 10_000
+ROUNDINGS_OF_DIFFERENCES = 10_000
 
 Result = TypeVar("Result")
 
@@ -235,7 +235,7 @@ class Captured(Generic[Result]):
             raise MetaplError(self.text_of_difference(structure_found, structure))
         factor = 100 if self.is_compiled else 1
         if self.takes_differences:
-            factor *= OF_DIFFERENCES
+            factor *= ROUNDINGS_OF_DIFFERENCES
         # The gradient of a bias before batch norm is 0, and comes out as rounding.
         sizes = [
             size_of(two[one != two])

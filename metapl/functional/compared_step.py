@@ -307,7 +307,7 @@ def refuse_gaps(
             raise MetaplError(f"compiled, {name} is {off}; {advice}.")
 
 
-def can_tell(
+def refuse_other_than_eager(
     found: Trees,
     eager: Trees,
     loss: Tensor,

@@ -33,10 +33,10 @@ from metapl.feedback.report import StepReport
 from metapl.functional.capture import Capture, Captured, Capturing
 from metapl.functional.compared_step import (
     Outcome,
-    can_tell,
     compared_trees,
     eager_step,
     is_recorded_in_half_precision,
+    refuse_other_than_eager,
     warn_of_rounding,
 )
 from metapl.functional.comparison import copy_with_strides
@@ -344,7 +344,7 @@ class CompiledStep:
             with replayed(start):
                 return compared_trees(before, take_eager())
 
-        if can_tell(
+        if refuse_other_than_eager(
             compared_trees(before, found),
             compared_trees(before, eager),
             eager.report.scalars["inner_loss"],

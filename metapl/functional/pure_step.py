@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
@@ -30,10 +29,8 @@ from metapl.problems.base import modules_in
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
-    WITH_RULES,
     TorchUpdate,
     Update,
-    parts_of,
     rounded_options,
     update_of,
 )
@@ -54,14 +51,12 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     inner = trainer.update
     if trainer.teacher is None or trainer.outer_optimizer is None:
         return Updates(inner, None)
-    kinds = {*map(type, parts_of(trainer.outer_optimizer))}
-    if not kinds <= WITH_RULES:
-        names = " and ".join(kind.__name__ for kind in kinds - WITH_RULES)
-        raise MetaplError(
-            f"compile= or functional() was given outer_optimizer {names}; expected torch.optim's "
-            "SGD, Adam, AdamW or Muon, or compile left out."
-        )
-    outer = update_of(trainer.outer_optimizer, trainable(trainer.teacher), name="outer_optimizer")
+    outer = update_of(
+        trainer.outer_optimizer,
+        trainable(trainer.teacher),
+        name="outer_optimizer, beside compile= or functional(),",
+        alternative="or compile left out",
+    )
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
@@ -126,10 +121,6 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
         return f'{mode.name} with precision="{trainer.precision}"; expected "float32"'
     if trainer.accumulate > 1:
         return f"accumulate={trainer.accumulate}; expected 1"
-    begins_later = any(getattr(loss, "start", 0) > 0 for loss in trainer.teacher_losses or ())
-    if begins_later and trainer.teacher is not None and moves_statistics(trainer.teacher):
-        # A graph takes the pass of such a loss in each step, at a weight of 0.
-        return "UDA(start=...) and a teacher with batch norm; expected start=0"
     if not is_alone:
         return "networks of several processes; expected one process"
     if steps > LONGEST:
@@ -137,12 +128,6 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
     if not isinstance(inner, TorchUpdate) and has_hidden_state(inner):
         return "a transform with hidden state; expected torch.optim's"
     return ""
-
-
-def moves_statistics(network: nn.Module) -> bool:
-    """Return whether passes of a network move running statistics of batch norm."""
-    norms = [part for part in network.modules() if isinstance(part, _BatchNorm)]
-    return any(norm.training and norm.track_running_stats for norm in norms)
 
 
 def has_hidden_state(update: Update) -> bool:

@@ -55,7 +55,7 @@ from metapl.feedback.hypergradient import (
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing
-from metapl.functional.compared_step import can_tell, warn_of_rounding
+from metapl.functional.compared_step import refuse_other_than_eager, warn_of_rounding
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.kinds import Held
 from metapl.functional.state import (
@@ -801,7 +801,7 @@ def refuse_other_gradient(
                 return eager_gradient(request, one_step)
 
         eager = take_eager()
-        is_decided = can_tell(
+        is_decided = refuse_other_than_eager(
             compared_leaves(by_graphs),
             compared_leaves(eager),
             eager.inner_loss,

@@ -6,7 +6,8 @@ Frozen values, each a scalar of the teacher's outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -240,6 +241,22 @@ class UDA:
         one_hot_BC = torch.zeros_like(p_BC).scatter(-1, p_BC.argmax(-1, keepdim=True), 1.0)
         return one_hot_BC * is_confident_B1
 
+    @contextmanager
+    def _moving_buffers_from_start(self, teacher: nn.Module, step: int | Tensor) -> Iterator[None]:
+        """Leave the teacher's buffers as they are in this block where the loss has not begun.
+
+        Recorded, the passes of the block are taken in each step.
+        """
+        if not isinstance(step, Tensor) or not self.start:
+            yield
+            return
+        buffers_before = {name: b.clone() for name, b in teacher.named_buffers()}
+        yield
+        for name, b in teacher.named_buffers():
+            if name in buffers_before:
+                # The graph of a batch norm holds its statistics, which its backward does not read.
+                b.data.copy_(torch.where(step >= self.start, b, buffers_before[name]))
+
     def _aligned(self, log_p_BC: Tensor) -> Tensor:
         """Return log-probabilities whose mean over the rows of all ranks is nearer to the prior."""
         classes = log_p_BC.shape[-1]
@@ -275,11 +292,13 @@ class UDA:
         if not isinstance(step, Tensor) and step < self.start:
             return _zero_like(signal)
         weak_logits = signal.outputs
-        if weak_logits is None:
-            with torch.no_grad():
-                weak_logits = checks.logits(teacher(weak), "network")
+        with self._moving_buffers_from_start(teacher, step):
+            if weak_logits is None:
+                with torch.no_grad():
+                    weak_logits = checks.logits(teacher(weak), "network")
+            strong_logits = teacher(strong)
         target_BC = self.target(wide(weak_logits.detach()))
-        log_strong_BC = F.log_softmax(wide(teacher(strong)), -1)
+        log_strong_BC = F.log_softmax(wide(strong_logits), -1)
         # 0 log 0, of a class of probability 0 in target and prediction, would be NaN.
         is_zero_in_both = (target_BC == 0) & (log_strong_BC == -math.inf)
         losses_B = -(target_BC * log_strong_BC.masked_fill(is_zero_in_both, 0)).sum(-1)

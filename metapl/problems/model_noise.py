@@ -71,9 +71,7 @@ class NoisyStudentLoss:
             with with_model_noise(teacher, on=False):
                 logits = torch.cat([logits_with_noise, teacher(x_u)])
         logits_l, logits_u = wide(logits).split([len(x_l), len(x_u)])
-        checks.class_distributions(
-            stored, logits_u.shape, "the stored labels of the inner batch are"
-        )
+        checks.class_distributions(stored, logits_u.shape, "the stored labels of the inner batch")
         y = checks.class_labels(y, logits_l.shape[1])
         on_labeled = F.cross_entropy(logits_l, y, label_smoothing=self.label_smoothing)
         on_unlabeled = self._on_stored(logits_u, stored)

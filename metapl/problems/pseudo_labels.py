@@ -247,14 +247,12 @@ class ReducedLabels(PseudoLabels):
         """Refuse labels that are no classes of the student's, and stored values that do not fit."""
         super().check(outputs, outer, inner)
         _, stored = stored_pair(inner)
-        checks.class_distributions(
-            stored, outputs.shape, "the stored labels of the inner batch are"
-        )
+        checks.class_distributions(stored, outputs.shape, "the stored labels of the inner batch")
         if len(outer) > 2:
             checks.class_distributions(
                 outer[2],
                 (len(outer[1]), outputs.shape[1]),
-                "the stored labels of the outer batch are",
+                "the stored labels of the outer batch",
             )
 
 

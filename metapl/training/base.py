@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import MetaplError, few, warn
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, Inputs, as_tensors, inputs_of, rows
 from metapl.execution.checks import described, unexpected
 from metapl.execution.layout import Layout
@@ -503,9 +503,6 @@ class Trainer(ABC):
         from metapl.training.network_settings import unsaved_in_words
 
         return unsaved_in_words(saved, self.live_state())
-
-    def _warn(self, text: str) -> None:
-        warn(text)
 
     def tell_evaluation(self, warn: Say) -> None:
         """Warn of networks that are in evaluation mode as a whole, once until they are not."""

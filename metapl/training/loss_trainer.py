@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.teacher import NOT_FINITE, mean_scalars
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, warn
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, micro_batches, plain
 from metapl.execution.layout import layout_of
@@ -142,7 +142,7 @@ class LossTrainer(Trainer):
         inner = plain(inner)
         self.layout.begin_step()
         if self.steps_done == 0:
-            self.tell_evaluation(self._warn)
+            self.tell_evaluation(warn)
             if not self._optimizer_holds_any_weight():
                 raise MetaplError("the optimizer holds no trainable weight of the network.")
         with restored(

@@ -219,11 +219,12 @@ class Rates:
             groups = optimizer.param_groups
             begun_groups = self.begun_groups[name]
             for group, rate in zip(groups, self._moved.get(name, []), strict=False):
-                if step is not None and group["lr"] != rate:
+                # The same object first: to compare tensors makes the host wait for a device.
+                if step is not None and group["lr"] is not rate and group["lr"] != rate:
                     raise MetaplError(
-                        f"the rate of {name} was set to {float(group['lr']):g} between two steps "
-                        "of a fit, which sets it by schedule=; expected a fit alone to set it, or "
-                        "a loop of trainer.step (docs/own-loop.md)."
+                        f"something set the rate of {name} to {float(group['lr']):g} during a fit, "
+                        "which sets it itself by schedule=; expected no other scheduler, or a loop "
+                        "of trainer.step (docs/own-loop.md)."
                     )
             # Groups may have been added since, such as those of layers that were unfrozen.
             for group in groups[len(begun_groups) :]:

@@ -18,7 +18,7 @@ from metapl.core.path import Path
 from metapl.core.size import DEFAULT_BOUND, FeedbackSize
 from metapl.core.teacher import Teacher, Teaching
 from metapl.engines.eager import EagerEngine
-from metapl.errors import MetaplError
+from metapl.errors import MetaplError, warn
 from metapl.execution import checks
 from metapl.execution.batch import Batch, Inputs, labeled_pair, plain, returned_by
 from metapl.execution.layout import layouts
@@ -475,7 +475,7 @@ class BilevelTrainer(Trainer):
             self._condition = None
         look = None
         if (condition := self._condition or self._find_condition()).steps == 0:
-            self.tell_evaluation(self._warn)
+            self.tell_evaluation(warn)
             look = look_at_step(self, outer_batch, inner_batches)
         # With ``every`` it is asked in each step, and decides itself whether this one is its turn.
         if self.verification.setting and (

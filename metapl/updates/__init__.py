@@ -35,7 +35,6 @@ __all__ = [
     "Settings",
     "TorchUpdate",
     "Update",
-    "WITH_RULES",
     "as_one_optimizer",
     "load_copy_of_state",
     "rounded_options",
@@ -57,15 +56,13 @@ _UPDATES: dict[type, type[TorchUpdate]] = {
     torch.optim.Muon: Muon,
 }
 
-WITH_RULES = frozenset(_UPDATES)
-"""The optimizers of torch whose update can be differentiated."""
-
 
 def update_of(
     optimizer: Any,
     parameters: Parameters,
     state: OptimizerState = None,
     name: str = "inner_optimizer",
+    alternative: str = "or on one device a TorchOpt transform",
 ) -> Update:
     """Return the update of an optimizer over exactly these ``parameters``; an update as it is.
 
@@ -73,6 +70,7 @@ def update_of(
         optimizer: of ``torch.optim``, several of them, or a TorchOpt transform.
         state: of the transform, from an earlier step; None: its initial one.
         name: of the argument, for errors.
+        alternative: what else is expected, for errors.
 
     Raises: :class:`metapl.MetaplError` for an optimizer without a rule here, such as RMSprop.
     """
@@ -90,8 +88,7 @@ def update_of(
         with_state = "" if state is None else ", with a state"
         raise MetaplError(
             f"{name} is {' and '.join(kind.__name__ for kind in kinds)}{with_state}; expected "
-            "torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, or on one device a TorchOpt "
-            "transform."
+            f"torch.optim's SGD, Adam, AdamW, Muon or a tuple of them, {alternative}."
         )
     if has_sharded_weights and torch.optim.Muon in kinds:
         raise MetaplError(f"{name} has Muon, and the network is sharded; expected AdamW, say.")

@@ -277,14 +277,14 @@ def test_compiled_steps_leave_optimizers_and_gradients_as_eager_ones_do(
 
 
 def test_a_step_is_compared_until_one_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
-    can_tell = compiled.can_tell
+    refuse_other_than_eager = compiled.refuse_other_than_eager
     comparisons = itertools.count()
 
     def counted(*arguments: Any, **options: Any) -> bool:
         next(comparisons)
-        return can_tell(*arguments, **options)
+        return refuse_other_than_eager(*arguments, **options)
 
-    monkeypatch.setattr(compiled, "can_tell", counted)
+    monkeypatch.setattr(compiled, "refuse_other_than_eager", counted)
     case = toy("mlp")
     as_functions(monkeypatch)
     inner = torch.optim.SGD(case.student.parameters(), lr=0.1)
@@ -837,14 +837,14 @@ def test_a_batch_that_is_not_finite_moves_nothing() -> None:
 
 def test_every_capture_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape that comes later has another graph, which the first comparison says nothing of."""
-    can_tell = compiled.can_tell
+    refuse_other_than_eager = compiled.refuse_other_than_eager
     comparisons = itertools.count()
 
     def counted(*arguments: Any, **options: Any) -> bool:
         next(comparisons)
-        return can_tell(*arguments, **options)
+        return refuse_other_than_eager(*arguments, **options)
 
-    monkeypatch.setattr(compiled, "can_tell", counted)
+    monkeypatch.setattr(compiled, "refuse_other_than_eager", counted)
     torch.manual_seed(0)
     networks = [nn.Linear(4, 3), nn.Linear(4, 3)]
     trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)

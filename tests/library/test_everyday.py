@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError
+from metapl.errors import warn
 from metapl.feedback import Forward
 from metapl.problems import EqualWeights, ExampleWeights, Table
 
@@ -496,6 +497,14 @@ def compiled_with(kind: Callable[..., torch.optim.Optimizer]) -> object:
     return trainer.step(pair(), pair()[0])
 
 
+def stored_scores() -> object:
+    x, y = pair()
+    teacher = metapl.models.LabelAdjuster(CLASSES)
+    problem = metapl.problems.ReducedLabels()
+    trainer = metapl.BilevelTrainer(teacher, network(), problem=problem, teacher_losses=())
+    return trainer.step((x, y), (x, torch.randn(ROWS, CLASSES)))
+
+
 NAMES = np.array(["a", "b", "c", "a", "b", "c", "a", "b"])
 REFUSED |= {
     "targets of one number": (
@@ -506,17 +515,21 @@ REFUSED |= {
         lambda: loss_of(torch.randn(ROWS, CLASSES)),
         r"the labels are .*\(8, 3\).*; expected class distributions \(8, 3\), which sum to 1",
     ),
+    "scores in the place of stored labels": (
+        stored_scores,
+        r"the stored labels of the inner batch are a tensor of shape .*; expected class dist",
+    ),
     "one-hot labels of whole numbers": (
         lambda: loss_of(F.one_hot(pair()[1], CLASSES)),
         r"the labels are .*int64.*; expected int64, .*, such as their \.argmax\(1\)",
     ),
     "a scheduler beside that of a fit": (
         fit_beside_a_scheduler,
-        "rate of inner_optimizer was set to 0.005 between two steps of a fit, .*; expected a fit",
+        "something set the rate of inner_optimizer to 0.005 during a fit, .*; expected no other",
     ),
     "a compiled step of RMSprop": (
         lambda: compiled_with(torch.optim.RMSprop),
-        r"compile= or functional\(\) was given outer_optimizer RMSprop; expected torch.optim's",
+        r"outer_optimizer, beside compile= or functional\(\), is RMSprop; .*, or compile left out",
     ),
     "inputs in float64": (
         lambda: step(inner=pair()[0].double()),
@@ -858,3 +871,10 @@ def test_a_mode_that_draws_says_that_a_signal_of_weights_is_not_drawn() -> None:
     x, y = torch.randn(6, 4), torch.arange(6) % 3
     with pytest.raises(MetaplError, match=r"expected drawn labels, .* or the mode .*forward"):
         trainer.step((x, y), (x, y, torch.arange(6)))
+
+
+def test_a_warning_names_the_line_of_a_program_without_a_name() -> None:
+    """As one that exec() runs."""
+    with pytest.warns(UserWarning, match="in words") as warned:
+        exec(compile("warn('in words')", "program", "exec"), {"warn": warn})
+    assert warned[0].filename == "program"

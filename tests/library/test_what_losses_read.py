@@ -252,7 +252,7 @@ def test_a_difference_takes_the_draws_of_the_loss(make: Make) -> None:
 def test_a_difference_of_outputs_is_refused_and_its_advice_runs(make: Make) -> None:
     case = Case(make, SMALL_WIDTH, 1)
     begin()
-    with pytest.raises(MetaplError, match="expected mode 'forward'"):
+    with pytest.raises(MetaplError, match="mode 'forward' follows"):
         metapl.hypergradient(case.teacher, case.student, **case.options(Difference()), verify=True)
     begin()
     gradient = metapl.hypergradient(

@@ -21,6 +21,7 @@ from metapl.guards.verification.differences import (
     errors_of_signal,
 )
 from metapl.guards.verification.real_step import Evaluation, Move
+from metapl.updates import parts_of
 
 Explanation = tuple[Literal["allowed", "refused"], str]
 
@@ -38,7 +39,7 @@ OUTER_LOSS_READS_TEACHER = (
 
 OF_ADAM = (
     "a first step of Adam, which divides each gradient by its size and which no difference "
-    "follows; expected mode 'forward'"
+    "follows, while mode 'forward' does"
 )
 
 
@@ -80,8 +81,9 @@ def explain(case: Case) -> Explanation:
     if not likely and case.mode.takes_differences:
         likely = [
             "what the inner loss reads of the forward besides its outputs, such as an auxiliary "
-            f"loss in an attribute, or {OF_ADAM}"
+            "loss in an attribute, which mode 'forward' follows"
         ]
+        likely += [OF_ADAM] if is_moved_by_adam(case) else []
     if not likely and case.mode.draws:
         likely = ["the draws of the mode; expected verify=False, and metapl.ablate"]
     return (
@@ -123,9 +125,16 @@ def explain_signal(case: Case) -> Explanation:
         )
     if case.outer_loss_reads_teacher:
         return "refused", OUTER_LOSS_READS_TEACHER
-    if case.mode.takes_differences:
+    if case.mode.takes_differences and is_moved_by_adam(case):
         return "refused", f"likely {OF_ADAM}."
     return "refused", "the loss depends on the teacher in a way that neither h nor the signal has."
+
+
+def is_moved_by_adam(case: Case) -> bool:
+    """Return whether the student's optimizer is an Adam, or has one among its parts."""
+    update = case.step.update
+    parts = parts_of(vars(update).get("optimizer", update))
+    return any(isinstance(part, torch.optim.Adam | torch.optim.AdamW) for part in parts)
 
 
 def moves_past_the_signal(case: Case) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.errors import MetaplError
+from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
@@ -344,7 +345,7 @@ class Evaluation:
         self._note_written_weights(weights_before)
         if self.copies.micro_batches > 1 and not bool(torch.as_tensor(weight > 0)):
             # As in the step, which adds the parts up first: another part is looked at.
-            raise MetaplError("the outer loss of a micro-batch has no weight.")
+            raise MetaplError(checks.NO_WEIGHT)
         loss = total / weight
         if self.move.what == "nothing" and loss.requires_grad:
             loss.backward()

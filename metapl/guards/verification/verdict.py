@@ -155,6 +155,9 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
     elif doubt:
         status = "allowed"
         verdict = f"{name} gives the derivative that it approximates, but {doubt}"
+    elif len(clear_errors) < len(errors):
+        status = "cannot tell"
+        verdict = f"{name} was not verified: rounding drowns the loss's change."
     elif role := returns_probabilities(case):
         status = "allowed"
         verdict = (
@@ -162,9 +165,6 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
             "probabilities, of which the losses take a softmax again, so that it learns slowly; "
             f"expected logits: leave the softmax at the end of the {role} out."
         )
-    elif len(clear_errors) < len(errors):
-        status = "cannot tell"
-        verdict = f"{name} was not verified: rounding drowns the loss's change."
     return GradientCheck(
         status,
         verdict,
@@ -177,12 +177,13 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
 def returns_probabilities(case: Case) -> str:
     """Return which network returns class probabilities in the place of logits; "" for none."""
     problem = case.step.problem
-    networks = {
-        "student": problem.classifies and case.real.outputs[-1],
-        "teacher": problem.teacher_classifies and case.signals[0].outputs,
-    }
-    for role, outputs in networks.items():
-        if isinstance(outputs, Tensor) and outputs.ndim == 2:
+    outputs_by_role: dict[str, Tensor | None] = {}
+    if problem.classifies:
+        outputs_by_role["student"] = case.real.outputs[-1]
+    if problem.teacher_classifies:
+        outputs_by_role["teacher"] = case.signals[0].outputs
+    for role, outputs in outputs_by_role.items():
+        if outputs is not None and outputs.ndim == 2:
             sums = outputs.sum(1)
             if bool((outputs >= 0).all()) and torch.allclose(sums, torch.ones_like(sums)):
                 return role
