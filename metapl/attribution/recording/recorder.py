@@ -313,9 +313,8 @@ class Recorder:
         if not self._is_active or not torch.is_grad_enabled():
             return
         with self._guarded():
-            # The first gradient that is none of zeros answers.
-            if self._watch.losses and not any(is_some(p.grad) for p in self._weights):
-                # What was backpropagated so far was thrown away, as of a loss that is no number.
+            if self._watch.losses and self._watch.are_gradients_gone():
+                # As of a loss that is no number.
                 self._calls = []
                 self._watch.begin()
             self._has_values_before_call = self._keeps_state and not self._params
@@ -715,11 +714,6 @@ def note_reached(watch: StepWatch, call: SeenCall, gradients: Any) -> None:
     """Note that a backward pass has come to the outputs of a call, as a hook of their node."""
     watch.has_reached_call = True
     call.is_reached = True
-
-
-def is_some(gradient: Tensor | None) -> bool:
-    """Return whether a gradient is not that of ``zero_grad``, none or of zeros."""
-    return gradient is not None and bool(gradient.any())
 
 
 def sum_of(losses: list[Tensor]) -> float:

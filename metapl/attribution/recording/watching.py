@@ -42,11 +42,13 @@ class StepWatch:
             last set to False; the recorder sets it.
         clip_norm: the greatest norm that gradients were clipped to; None: they were not.
         clipped: the parameters whose gradients were clipped, by identity.
+        gradient_versions: those of the weights' gradients when the last backward pass had ended.
         refusal: why the clipping cannot be followed; "" where it can.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
-        self._weights = {id(p) for p in weights}
+        self._parameters = [*weights]
+        self._weights = {id(p) for p in self._parameters}
         self.has_reached_call = False
         self.begin()
 
@@ -55,6 +57,7 @@ class StepWatch:
         self.losses: list[Tensor] = []
         self.clip_norm: float | None = None
         self.clipped: frozenset[int] = frozenset()
+        self.gradient_versions: list[int] = []
         self.refusal = ""
         self._norm_type = 2.0
 
@@ -71,6 +74,21 @@ class StepWatch:
         for t in roots:
             if t.numel() == 1:
                 self.losses.append(t.detach().reshape(()))
+        self.gradient_versions = self._versions_now()
+
+    def _versions_now(self) -> list[int]:
+        return [p.grad._version for p in self._parameters if p.grad is not None]
+
+    def are_gradients_gone(self) -> bool:
+        """Return whether what was backpropagated was thrown away by ``zero_grad``.
+
+        Zeros are looked for where something has written to the gradients since, so that no host
+        waits for a device between usual micro-batches.
+        """
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        if gradients and self._versions_now() == self.gradient_versions:
+            return False
+        return not any(bool(g.any()) for g in gradients)
 
     def _reach_weights(self, roots: Iterable[Tensor]) -> bool:
         """Return whether the graph of some tensors ends at a weight of the network.
