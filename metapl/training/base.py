@@ -6,13 +6,13 @@ import copy
 import inspect
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,40 @@ REPLACED = (
     "another network was put into the trainer, whose optimizers and state are of the one it was "
     "built with; expected a new trainer, or load_state_dict of the network that it has."
 )
+
+
+class AssignedOnce:
+    """An attribute that all steps of a trainer are of, and that its other parts were made of.
+
+    Steps would go on with what was assigned first, or with both. It is read without this class.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __set__(self, trainer: Trainer, value: Any) -> None:
+        if vars(trainer).setdefault(self.name, value) is value:
+            return
+        if self.name in ("teacher", "student"):
+            raise MetaplError(REPLACED)
+        raise MetaplError(
+            f"{self.name} of a trainer was assigned; expected {self.name}= of a new trainer, over "
+            "the same networks and optimizers."
+        )
+
+
+Kind = TypeVar("Kind", bound="type[Trainer]")
+
+
+def assigned_once(*names: str) -> Callable[[Kind], Kind]:
+    """Return a decorator of a class whose attributes of these names are assigned once."""
+
+    def with_names(kind: Kind) -> Kind:
+        for name in names:
+            setattr(kind, name, AssignedOnce(name))
+        return kind
+
+    return with_names
 
 
 def refuse_missing_entries(state: Any, expected: Mapping[str, Any]) -> None:
@@ -78,7 +112,7 @@ class Trainer(ABC):
     lookahead: int = 1
     classifies: bool = False
     teacher_classifies: bool = False
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16"]
     steps_done: int = 0
     _told_in_evaluation: tuple[str, ...] = ()
 

@@ -28,7 +28,7 @@ from metapl.problems.losses import (
 )
 from metapl.problems.means import refuse_other_than_means, shares_of_losses
 from metapl.runs.fields import AboveZero, MicroBatches, check_arguments, options_by_name
-from metapl.training.base import REPLACED, Trainer
+from metapl.training.base import Trainer, assigned_once
 from metapl.updates import as_one_optimizer, load_copy_of_state, parameters_of, refuse_unfit
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class LossArguments(TypedDict):
     step: int
 
 
+@assigned_once("student", "optimizer", "clip_norm", "precision", "accumulate")
 class LossTrainer(Trainer):
     """Train one network on a sum of losses.
 
@@ -136,8 +137,6 @@ class LossTrainer(Trainer):
 
         Returns: a report with ``loss`` and a ``loss_<name>`` per term.
         """
-        if self.student is not self.layout.network:
-            raise MetaplError(REPLACED)
         outer = labeled_pair(outer)
         inner = plain(inner)
         self.layout.begin_step()

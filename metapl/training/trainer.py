@@ -57,7 +57,7 @@ from metapl.runs.fields import (
     check_arguments,
     options_by_name,
 )
-from metapl.training.base import REPLACED, Trainer
+from metapl.training.base import Trainer, assigned_once
 from metapl.training.hypergradient import hypergradient
 from metapl.training.loss_trainer import SETTINGS, LossTrainer
 from metapl.updates import (
@@ -124,6 +124,8 @@ class Condition:
     steps: int = 0
 
 
+@assigned_once("teacher", "student", "mode", "problem", "inner_optimizer", "outer_optimizer")
+@assigned_once("clip_norm", "precision", "accumulate", "recompute_teacher", "compile")
 class BilevelTrainer(Trainer):
     r"""Train a teacher and a student, by Meta Pseudo Labels or another bilevel problem.
 
@@ -275,16 +277,13 @@ class BilevelTrainer(Trainer):
                 refuse_device(self.device)
         # The layouts of the networks that there are, the teacher's first.
         self.layouts = [self.layout]
-        self.teacher = None
         if self.teacher_layout is not None:
             self.layouts = [self.teacher_layout, self.layout]
-            self.teacher = self.teacher_layout.network
+        self.teacher = None if self.teacher_layout is None else self.teacher_layout.network
         # The layouts of networks that run in several processes.
         self.distributed = [layout for layout in self.layouts if layout.kind != "plain"]
         self.ranks = self.layout.ranks
         self.student = self.layout.network
-        # The networks whose tables and optimizers the steps hold.
-        self.built_for = (self.teacher, self.student)
         self._engine_type = EagerEngine
         if self.layout.is_sharded:
             # It is loaded where it is used.
@@ -317,11 +316,12 @@ class BilevelTrainer(Trainer):
         self.update: Update = update_of(self.inner_optimizer, self.layout.parameters())
         if clip_norm is not None:
             self.update = Clipped(self.update, clip_norm, self.layout.space)
-        self.outer_optimizer = as_one_optimizer(outer_optimizer, "outer_optimizer")
         # Trains the teacher on its own losses, while the student waits.
         self._teacher_trainer: LossTrainer | None = None
-        if teacher is not None:
-            self._take_outer_optimizer(outer_optimizer)
+        if teacher is None:
+            self.outer_optimizer: torch.optim.Optimizer | None = None
+        else:
+            self.outer_optimizer = self._outer_optimizer_of(outer_optimizer)
             self._teacher_trainer = self._trainer_of(teacher)
 
         # What changes from step to step.
@@ -343,23 +343,24 @@ class BilevelTrainer(Trainer):
         self._condition: Condition | None = None
         self._standing: Standing | None = None
 
-    def _take_outer_optimizer(self, outer_optimizer: Any) -> None:
-        """Take the teacher's optimizer, or make the default one; refuse one that does not fit."""
+    def _outer_optimizer_of(self, given: Any) -> torch.optim.Optimizer:
+        """Return the teacher's optimizer, or the default one; refuse one that does not fit."""
         assert self.teacher is not None, "an outer optimizer is of a teacher"
         assert self.teacher_layout is not None, "a teacher has a layout"
-        if outer_optimizer is None:
-            self.outer_optimizer = self.problem.default_outer_optimizer(self.teacher)
-            if self.outer_optimizer is None:
-                self.outer_optimizer = default_optimizer(self.teacher)
-        if not isinstance(self.outer_optimizer, torch.optim.Optimizer):
+        optimizer = as_one_optimizer(given, "outer_optimizer")
+        if given is None:
+            of_problem = self.problem.default_outer_optimizer(self.teacher)
+            optimizer = of_problem or default_optimizer(self.teacher)
+        if not isinstance(optimizer, torch.optim.Optimizer):
             expected = "one of torch.optim over teacher.parameters()"
-            raise checks.unexpected("outer_optimizer is", outer_optimizer, expected)
-        refuse_unfit(self.outer_optimizer, "outer_optimizer")
+            raise checks.unexpected("outer_optimizer is", given, expected)
+        refuse_unfit(optimizer, "outer_optimizer")
         learned = self.teacher_layout.parameters()
-        refuse_missing("outer_optimizer", self.outer_optimizer, learned, network="teacher")
+        refuse_missing("outer_optimizer", optimizer, learned, network="teacher")
         ids_of_teacher = {id(p) for p in self.teacher.parameters()}
-        if any(id(p) not in ids_of_teacher for p in parameters_of(self.outer_optimizer)):
+        if any(id(p) not in ids_of_teacher for p in parameters_of(optimizer)):
             raise MetaplError("outer_optimizer holds other tensors than the teacher's parameters.")
+        return optimizer
 
     def _trainer_of(self, teacher: nn.Module) -> LossTrainer:
         """Return a trainer of the teacher, as it was given, on its own losses alone."""
@@ -465,8 +466,6 @@ class BilevelTrainer(Trainer):
         Returns: the condition of the networks, and what looks at the graphs of both losses; None:
         they were looked at in this condition before.
         """
-        if (self.teacher, self.student) != self.built_for:
-            raise MetaplError(REPLACED)
         for layout in self.distributed:
             layout.begin_step()
         if not all(slots.are_current() for slots in self.slots):
@@ -766,8 +765,6 @@ class BilevelTrainer(Trainer):
                 self.compiled_step.prepare(self, plain(outer), inner_batches)
         else:
             # This is one step, and the mode is used over several here: it is not verified yet.
-            if (self.teacher, self.student) != self.built_for:
-                raise MetaplError(REPLACED)
             for layout in self.distributed:
                 layout.begin_step()
             # This step is rare, so the tables are read anew without asking whether they changed.

@@ -651,6 +651,58 @@ def test_a_wrong_call_is_refused_in_a_line(case: str) -> None:
     assert len(str(refusal.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mode", "reinforce"),
+        ("problem", metapl.problems.MetaWeightNet()),
+        ("inner_optimizer", torch.optim.SGD([torch.zeros(1)], lr=1.0)),
+        ("outer_optimizer", torch.optim.SGD([torch.zeros(1)], lr=1.0)),
+        # It clipped the teacher's gradient alone.
+        ("clip_norm", 1.0),
+        ("precision", "bfloat16"),
+        ("accumulate", 2),
+        ("recompute_teacher", True),
+        ("compile", True),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_steps_are_of_is_assigned_once(option: str, value: Any, steps: int) -> None:
+    trainer = metapl.BilevelTrainer(network(), network())
+    for _ in range(steps):
+        trainer.step(pair(), pair()[0])
+    with pytest.raises(MetaplError, match=f"^{option} of a trainer was assigned; expected "):
+        setattr(trainer, option, value)
+    trainer.step(pair(), pair()[0])
+    # What the error proposes.
+    metapl.BilevelTrainer(
+        trainer.teacher,
+        trainer.student,
+        inner_optimizer=trainer.inner_optimizer,
+        outer_optimizer=trainer.outer_optimizer,
+        clip_norm=1.0,
+    ).step(pair(), pair()[0])
+
+
+def test_what_a_step_reads_anew_may_be_assigned() -> None:
+    """A larger feedback moves the teacher in the next step."""
+    moved = []
+    for weight in (0.0, 100.0):
+        torch.manual_seed(0)
+        trainer = metapl.BilevelTrainer(network(), network(), feedback_weight=0.0)
+        trainer.step(pair(), pair()[0])
+        trainer.feedback_weight = weight
+        trainer.step(pair(), pair()[0])
+        moved.append(next(iter(network_of(trainer).parameters())).detach().clone())
+    assert not torch.equal(*moved)
+
+
+def network_of(trainer: metapl.BilevelTrainer) -> nn.Module:
+    """Return the teacher of a trainer that has one."""
+    assert trainer.teacher is not None
+    return trainer.teacher
+
+
 # Calls that torch refuses in its own words, and what stands beside these.
 NOTED: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "a wrong width of the inner batch": (

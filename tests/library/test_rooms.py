@@ -271,6 +271,8 @@ SETTING_OTHERS = {
     "metapl.attribution.recording.watching",
     # A batch norm over ranks in a network.
     "metapl.execution.batch_norm",
+    # What is assigned once, in the classes of trainers.
+    "metapl.training.base",
 }
 """Modules that set attributes of what is not theirs."""
 

@@ -881,7 +881,6 @@ TRAINER_ATTRIBUTES = {
     "layouts": FOLLOWS,
     "teacher_layout": FOLLOWS,
     "pair": FOLLOWS,
-    "built_for": FOLLOWS,
     "slots": FOLLOWS,
     "compiled_step": FOLLOWS,
     "measures_feedback": FOLLOWS,
