@@ -44,7 +44,7 @@ class Label:
 
     Args:
         folder: folder of a run.
-        pictures: folder of pictures, or the word digits.
+        pictures: folder of pictures, or, of a run on digits, the word digits.
         out: folder of the store. It is made if it does not exist.
         temperature: temperature of the softmax. Below 1 it sharpens the probabilities, above 1 it
             evens them out.
@@ -82,14 +82,17 @@ class Label:
 
             images = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 16.0
             ids = range(len(images))
+            place = self.pictures
         else:
             images = scan_unlabeled(self.pictures).without_repeats()
             refuse_other_levels(images, run.cards[name].input.levels)
             ids = images.names
+            # A selection may be made from another folder than this.
+            place = str(Path(self.pictures).resolve())
         labeled = ToLabel(
             images=images,
             ids=ids,
-            name=self.pictures,
+            name=place,
             input=network_input,
             batch_size=self.batch,
         )
@@ -264,8 +267,10 @@ class Select:
         width = len(f"{max(selection.rows, selection.copies):,}")
         tell("\n".join(f"{number:>{width},}  {text}" for number, text in lines if number))
         selected = LabelStore(self.out)
-        pictures = Path(str(selected.provenance.get("pictures")))
-        if pictures.is_dir():
+        # Those of a store of a program's own need not be pictures.
+        pictures = Path(str(selected.provenance.get("pictures", "")))
+        are_files = isinstance(next(iter(selected), None), str)
+        if are_files and pictures.is_absolute() and pictures.is_dir():
             listed = []
             for name, copies in zip(selected, selected.column("copies").tolist(), strict=True):
                 listed += [f"{relpath(pictures / str(name), self.out)}\n"] * copies
@@ -274,6 +279,9 @@ class Select:
                 "".join(listed).encode("utf-8", "surrogateescape"),
                 "make room, and select again.",
             )
+        elif are_files and pictures.name:
+            text = f"no {LIST}, since {shown(pictures)}, which was labeled, is not there."
+            tell(f"metapl: note: {text}", file=sys.stderr)
         if selection.missing:
             tell(f"metapl: note: nothing is left of {few(selection.missing)}.", file=sys.stderr)
         tell(f"what is in it: metapl labels stats {self.out}")

@@ -174,8 +174,11 @@ def numbers_beyond(owner: object, others: Mapping[str, object]) -> dict[str, Any
             functions[attribute] = value
         elif isinstance(owner, nn.Module) and attribute in HOOKS_OF_PASSES:
             # One of them says whether hooks are of all gradients, and is no table.
-            if isinstance(value, Mapping) and value:
-                values[attribute.lstrip("_")] = ", ".join(map(name_of, value.values()))
+            names = [*map(name_of, value.values())] if isinstance(value, Mapping) else []
+            # A network may be sharded when it is saved, and whole in the program that resumes.
+            names = [name for name in names if not name.startswith("torch.distributed.")]
+            if names:
+                values[attribute.lstrip("_")] = ", ".join(names)
     for cls in type(owner).__mro__:
         if cls.__module__.partition(".")[0] in ("builtins", "metapl", "torch"):
             continue

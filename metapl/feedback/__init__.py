@@ -218,9 +218,29 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
 
 def why_not_together(mode: Estimator, steps: int, problem: BilevelProblem, student: Layout) -> str:
     """Return what a mode cannot do, and what to give instead; "" for nothing."""
+    if conflict := conflict_of(mode, steps, problem):
+        return conflict
+    lacking = lacking_in(student, mode, steps, problem)
+    if not lacking:
+        return ""
+    fitting = []
+    for name, other in _REGISTRY.items():
+        takes_signal = other.credits != "nothing" and {*other.labels} & {*mode.labels}
+        if takes_signal and not conflict_of(other, steps, problem):
+            fitting += [] if lacking_in(student, other, steps, problem) else [repr(name)]
+    if steps > 1 and not lacking_in(student, mode, 1, problem):
+        fitting = ["one student step", *fitting]
+    what = f"whose {steps} steps take" if steps > 1 else "whose step takes"
+    return (
+        f"{what} {' and '.join(lacking)}, and a student that is {student.description}; expected "
+        f"{', or '.join(['one process', *fitting])}"
+    )
+
+
+def conflict_of(mode: Estimator, steps: int, problem: BilevelProblem) -> str:
+    """Return what a mode cannot do with a problem on any student; "" for nothing."""
     revises_signal = overrides(problem, "revised_signal")
     signal_enters_input = enters_input(problem)
-    credits_signal = mode.credits == "signal"
     moves_signal = mode.takes_differences or mode.takes_outer_losses
     if revises_signal and mode.credits == "nothing":
         return "which makes its signal of the feedback; expected 'forward', or Implicit()"
@@ -233,23 +253,21 @@ def why_not_together(mode: Estimator, steps: int, problem: BilevelProblem, stude
     if steps > 1 and not mode.looks_ahead:
         modes = ", ".join(modes_for(looks_ahead=True))
         return f"and with {steps} student steps, of which it takes one; expected one, or {modes}"
-    if signal_enters_input and credits_signal and moves_signal:
+    if signal_enters_input and mode.credits == "signal" and moves_signal:
         return "which has student_input(batch, signal); expected mode 'forward' or 'unrolled'"
+    return ""
+
+
+def lacking_in(student: Layout, mode: Estimator, steps: int, problem: BilevelProblem) -> list[str]:
+    """Return what a mode's steps take and a student has not, in words."""
     required = set(mode.requires)
     if steps > 1:
         required.add(CURVATURE)
-    if signal_enters_input and credits_signal:
+    if enters_input(problem) and mode.credits == "signal":
         required.add(THROUGH_INPUT)
-    if revises_signal:
+    if overrides(problem, "revised_signal"):
         required.add(ONE_PROCESS)
-    lacking = sorted(capability.value for capability in required - student.capabilities)
-    if not lacking:
-        return ""
-    instead = "one student step" if steps > 1 else "'difference' or 'reinforce'"
-    return (
-        f"whose {steps} steps take {' and '.join(lacking)}, and a student that is "
-        f"{student.description}; expected one process, or {instead}"
-    )
+    return sorted(capability.value for capability in required - student.capabilities)
 
 
 def check_signal(

@@ -131,7 +131,8 @@ class LabelStore:
             )
         if must_be_complete and not content["complete"]:
             raise MetaplError(
-                f"the store in {folder} is not whole: go on with resume=True (--resume)."
+                f"the store in {folder} is not whole; go on with metapl label --resume, or "
+                "LabelWriter(resume=True)."
             )
         self.complete: bool = content["complete"]
         self.classes: tuple[str, ...] = tuple(map(composed, content["classes"]))
@@ -229,8 +230,10 @@ class LabelStore:
             import pyarrow.compute as pc
 
         names: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
-        wanted = [name if is_text(name) else None for name in names]
         stored_ids = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
+        # Those of another kind, or that no store can hold, have no row.
+        kind = str if pa.types.is_string(stored_ids.type) else int | np.integer
+        wanted = [name if isinstance(name, kind) and is_text(name) else None for name in names]
         wanted_ids = pa.array(wanted, stored_ids.type)
         rows = pc.index_in(wanted_ids, value_set=stored_ids)
         if rows.null_count and pa.types.is_string(stored_ids.type):
@@ -350,16 +353,18 @@ class LabelWriter:
         resume: bool = False,
     ) -> None:
         require()
-        if not classes or len({*classes}) < len(classes):
+        names = [*classes]
+        are_texts = all(isinstance(name, str) for name in names)
+        if not names or not are_texts or len({*map(composed, names)}) < len(names):
             raise MetaplError(
-                f"the classes are {few(classes, 10, 30)}; expected one or more names, each once."
+                f"the classes are {few(names, 10, 30)}; expected one or more texts, each once."
             )
         if top_k is not None and not 1 <= top_k <= len(classes):
             raise MetaplError(
                 f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes."
             )
         self.folder = Path(folder)
-        self.classes = tuple(classes)
+        self.classes = tuple(map(composed, names))
         self.top_k = top_k
         self.resume = resume
         self.rows_per_part = rows_per_part

@@ -88,12 +88,10 @@ class DataRater(BilevelProblem):
         return inputs
 
     def check(self, outputs: Tensor, outer: Batch, inner: Batch) -> None:
-        """Refuse outputs that are no logits of each token, wrong labels, and nothing to predict."""
+        """Refuse outputs that are no logits of each token, and wrong labels."""
         _, inner_labels = inputs_and_labels(inner)
         _, outer_labels = inputs_and_labels(outer)
         check_words(outputs, inner_labels=inner_labels, outer_labels=outer_labels)
-        text = f"the inner batch of DataRater has no token to predict but {IGNORED}; expected one."
-        checks.refuse((inner_labels[:, 1:] == IGNORED).all(), text)
 
     def signal(
         self,
@@ -112,6 +110,9 @@ class DataRater(BilevelProblem):
         scores_of_all_ranks, rows_of_this_rank = rows_of_all(wide(scores).reshape(rows))
         if len(scores_of_all_ranks) < 2:
             raise MetaplError("the inner batch of DataRater has one sequence; expected more.")
+        counts, _ = rows_of_all((labels[:, 1:] != IGNORED).sum(1).to(scores_of_all_ranks))
+        text = f"the inner batch of DataRater has no token to predict but {IGNORED}; expected one."
+        checks.refuse((counts == 0).all(), text)
         softmax = scores_of_all_ranks.softmax(0)
         return Signal(len(scores_of_all_ranks) * softmax[rows_of_this_rank])
 

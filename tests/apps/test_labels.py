@@ -174,8 +174,25 @@ def test_one_writer_at_a_time_whose_rows_are_of_one_kind(
                 writer.add(ids, softmax(1), digests)
         writer.add(["c"], softmax(1))
     assert [*LabelStore(tmp_path / "store")] == ["b", "c"]
-    with pytest.raises(MetaplError, match="once"):
-        LabelWriter(tmp_path / "store", ["a", "a"])
+    decomposed = unicodedata.normalize("NFD", "é")
+    for classes in (["a", "a"], ["é", decomposed], [], range(3), np.arange(3)):
+        with pytest.raises(MetaplError, match="expected one or more texts, each once"):
+            LabelWriter(tmp_path / "other", classes)  # type: ignore[arg-type]
+    assert not (tmp_path / "other").exists()
+    with LabelWriter(tmp_path / "other", np.array(["a", "b"])) as writer:  # type: ignore[arg-type]
+        writer.add([1], softmax(1, 2))
+    assert LabelStore(tmp_path / "other").classes == ("a", "b")
+
+
+def test_ids_of_the_other_kind_have_no_row(tmp_path: Path) -> None:
+    numbered = written(tmp_path / "numbers", [1, 2], softmax(2))
+    assert numbered.find(["1", 2]).tolist() == [-1, 1]
+    assert numbered.find([np.int64(1), 3]).tolist() == [0, -1]
+    named = written(tmp_path / "names", ["1", "2"], softmax(2))
+    assert named.find([1, "2"]).tolist() == [-1, 1]
+    for store, ids in ((numbered, ["1"]), (named, [3])):
+        with pytest.raises(MetaplError, match="has no labels of"):
+            store[ids]
 
 
 def test_what_is_no_store_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -640,3 +657,8 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
     assert Counter(found.names) == {"b.png": 1, "c d.png": 1, "deep/a.png": 2}
     labels = read_labels(str(tmp_path / "balanced"), found, found, print)
     assert labels.argmax(1).bincount().tolist() == [2, 2]
+    # Pictures that have gone are not listed, and neither are others below the present folder.
+    many.rename(tmp_path / "moved")
+    ended = metapl("labels", "select", tmp_path / "store", "--out", tmp_path / "gone")
+    assert f"metapl: note: no list.txt, since {many}, which was labeled, is not" in ended.stderr
+    assert not (tmp_path / "gone" / "list.txt").exists()

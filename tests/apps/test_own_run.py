@@ -36,6 +36,8 @@ def test_predict_label_evaluate_and_runs_read_it(
     metapl("label", folder, root / "unlabeled", "--out", tmp_path / "labels", *FACTORY)
     store = LabelStore(tmp_path / "labels")
     assert (len(store), store.classes) == (36, COLORS)
+    # A selection finds the pictures from any folder.
+    assert store.provenance["pictures"] == str((root / "unlabeled").resolve())
 
     assert f"{accuracy:.2%} of 18, as in result.json" in metapl("evaluate", folder, *FACTORY).stdout
     (entry,) = json.loads(metapl("runs", folder, "--json").stdout)

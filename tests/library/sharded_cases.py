@@ -815,6 +815,8 @@ def fitted(
     labeled = Share([outer for outer, _ in pairs], trainer.ranks)
     unlabeled = Share([inner for _, inner in pairs], trainer.ranks)
 
+    lines = list[str]()
+
     def end(step: int, row: Any, trainer: Any) -> None:
         if stop is not None and step >= stop:
             raise Stopped
@@ -833,7 +835,7 @@ def fitted(
             ema_decay=ema_decay,
             wait=1,
             callbacks=[end],
-            say=lambda text: None,
+            say=lines.append,
             progress=False,
         )
     except Stopped:
@@ -845,6 +847,7 @@ def fitted(
         "weights": fit.weights,
         "teacher": fit.teacher_weights,
         "tuned": tuned.weights,
+        "said": lines,
     }
 
 

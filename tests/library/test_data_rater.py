@@ -164,6 +164,22 @@ def test_micro_batches_share_the_softmax_and_the_tokens(mode: str) -> None:
     assert error(by_parts.grads, by_hand(*batches)[0]) < 1e-9
 
 
+@pytest.mark.parametrize("rows", [[0, 1], [0, 2]])
+def test_a_micro_batch_may_have_no_token_to_predict(rows: list[int]) -> None:
+    """Two of its sequences are a prompt alone, in one micro-batch or in both."""
+    ids = tokens(4, 2, "tensor")
+    labels = ids.clone()
+    labels[rows] = -100
+    inner = [{"input_ids": ids, "labels": labels}]
+    by_batch, by_parts = (
+        by_metapl(tokens(4, 1), inner, "forward", accumulate=parts) for parts in (1, 2)
+    )
+    assert error(by_parts.grads, by_batch.grads) < 1e-12
+    (h,) = by_parts.feedback
+    assert (h[rows] == 0).all()
+    assert (h != 0).any()
+
+
 # --------------------------------------------------------------------------------------- what it is
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -86,6 +87,25 @@ def test_several_steps_of_a_sharded_student_name_the_torch_that_they_need(
         match=r"from torch 99\.1 on, and this is .* expected one process, or one student",
     ):
         check_mode(mode, 2, prepare(None, mode), student)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem", "expected"),
+    [
+        ("unrolled", None, "one process, or 'forward', or 'difference'"),
+        ("forward", metapl.problems.LearningToReweight(), "one process"),
+        ("difference", metapl.problems.LearningToReweight(), "one process"),
+    ],
+)
+def test_what_is_proposed_in_several_processes_runs_there(
+    name: str, problem: Any, expected: str
+) -> None:
+    mode = estimator(name)
+    student = Layout(nn.Linear(2, 2), kind="replicated")
+    with pytest.raises(MetaplError, match=rf"whose step takes .*; expected {expected}\.$"):
+        check_mode(mode, 1, prepare(problem, mode), student)
+    for other in re.findall("'(.*?)'", expected):
+        check_mode(estimator(other), 1, prepare(problem, mode), student)
 
 
 PUBLIC = (
