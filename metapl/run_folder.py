@@ -358,15 +358,27 @@ def stored_data(folder: RunFolder) -> dict[str, Any]:
     return folder.read_json("data.json")
 
 
-def counts_of(data: Mapping[str, Any]) -> dict[str, int]:
-    """Return how many examples each part of the data of :func:`stored_data` has."""
-    counts: dict[str, int] = {}
-    for part in ("labeled", "unlabeled", "validation", "test"):
+def data_in_words(data: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, str]:
+    """Return how many examples each part of the data of :func:`stored_data` has, and its hash.
+
+    Args:
+        fields: of the recipe. Without others the unlabeled pictures are the labeled ones, and are
+            left out.
+    """
+    parts = ["labeled", "unlabeled", "validation", "test"]
+    if "unlabeled" in fields and fields["unlabeled"] == fields["labeled"]:
+        parts.remove("unlabeled")
+    words: dict[str, str] = {}
+    for part in parts:
         if part in data:
             # It has the names of the examples, or their number.
             names = data[part]
-            counts[part] = len(names) if isinstance(names, list) else names
-    return counts
+            count = len(names) if isinstance(names, list) else names
+            words[part] = f"{count:,} examples"
+    for part, digest in data.get("hash", {}).items():
+        if part != "unlabeled" or part in parts:
+            words[f"SHA-256 of {part}"] = digest
+    return words
 
 
 @dataclass(frozen=True)

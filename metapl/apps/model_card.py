@@ -8,7 +8,7 @@ from typing import Any
 
 from metapl.apps.pace import spoken_counts
 from metapl.apps.run_summary import spoken
-from metapl.run_folder import EndedRun, counts_of, stored_data
+from metapl.run_folder import EndedRun, data_in_words, stored_data
 
 
 def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
@@ -30,12 +30,9 @@ def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
             metrics[f"{part} accuracy"] = f"{100 * accuracy:.1f} %"
         else:
             metrics[f"{part} accuracy"] = spoken(accuracy, size, None)
-    data = stored_data(run.folder)
-    about_data: dict[str, Any] = dict(counts_of(data))
-    for part, digest in data["hash"].items():
-        about_data[f"SHA-256 of {part}"] = digest
     fields: dict[str, Any] = {}
-    for field, value in run.folder.recipe().get("fields", {}).items():
+    stored_fields = run.folder.recipe().get("fields", {})
+    for field, value in stored_fields.items():
         if field == "classes":
             continue
         # Of the place of a file, the last name alone is left.
@@ -51,7 +48,7 @@ def sections_of(run: EndedRun, name: str) -> dict[str, Any]:
         step += f" (to end in time, not all were taken: {spoken_counts(result['steps_by_phase'])})"
     return {
         "Metrics": metrics,
-        "Data": about_data,
+        "Data": data_in_words(stored_data(run.folder), stored_fields),
         "Recipe": f"```json\n{recipe_json}\n```",
         "Notes": f"- The weights are those of the {card.title}, of {step}.\n- {card.input.note}",
     }

@@ -24,7 +24,7 @@ from metapl.metrics.predictions import batches_of
 from metapl.run_folder import (
     EndedRun,
     RunFolder,
-    counts_of,
+    data_in_words,
     refuse_changed,
     stored_data,
 )
@@ -317,16 +317,7 @@ def provenance(folder: RunFolder) -> Iterator[str]:
     if folder.ended or (folder.path / "data.json").exists():
         data = stored_data(folder)
     fields = description["fields"]
-    # Without others the unlabeled pictures are the labeled ones.
-    learns_own = "unlabeled" in fields and fields["unlabeled"] == fields["labeled"]
-    left_out = "unlabeled" if learns_own else ""
-    about_data: dict[str, str] = {}
-    for part, count in counts_of(data).items():
-        if part != left_out:
-            about_data[part] = f"{count:,} examples"
-    for part, digest in data.get("hash", {}).items():
-        if part != left_out:
-            about_data[f"SHA-256 of {part}"] = digest
+    about_data = data_in_words(data, fields)
     if about_data:
         yield web.folded("Data", web.rows([*about_data.items()]))
     settings = {name: value for name, value in description.items() if name != "fields"}

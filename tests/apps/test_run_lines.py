@@ -14,6 +14,7 @@ from tiny_runs import NOISY_STUDENT, TINY, images_command
 
 from metapl.apps import images
 from metapl.errors import origin
+from metapl.networks.exports import CARD
 from metapl.run_folder import RunFolder, stored_result
 
 
@@ -131,6 +132,14 @@ def test_labels_alone_are_learned_where_there_are_no_other_pictures(
         assert "are in the unlabeled folder" not in said.stdout
         assert ("no others, none for validation" in " ".join(said.stdout.split())) == (number > 0)
         assert stored_result(RunFolder(run))["method"] == method
+        # The page and the card of the exported network speak of no others either.
+        metapl("export", run, "--out", tmp_path / f"{number}-exported")
+        card = (tmp_path / f"{number}-exported" / CARD).read_text()
+        for text in (card, (run / "report.html").read_text()):
+            assert ("SHA-256 of labeled" in text, "SHA-256 of unlabeled" in text) == (
+                True,
+                number == 0,
+            )
         repeated = ("train", "images", "--config", run / "recipe.json")
         again = metapl(*repeated, "--out", tmp_path / f"{number}-again").stdout
         assert f"images by {images.METHODS[method].title}:" in " ".join(again.split())
