@@ -7,7 +7,7 @@ verify and compile.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -45,7 +45,6 @@ from metapl.feedback import (
     prepare,
 )
 from metapl.problems.base import BilevelProblem, outer_variables
-from metapl.runs.terminal import step_bar
 from metapl.updates import (
     Clipped,
     InnerOptimizer,
@@ -370,7 +369,7 @@ class Differentiation:
                 calls=request.calls,
             )
             # θ′ = U(θ, g), g = ∇ (1/B) Σ ℓ_i(S(x_u; θ), signal)
-            with step_bar(is_shown, steps, "steps") if is_shown else NOTHING as show_step:
+            with bar_of(is_shown, steps, "steps") as show_step:
                 path = Path(
                     student,
                     self.update,
@@ -391,7 +390,7 @@ class Differentiation:
             mode_state = estimate.first_state(request.generator, self.device)
             before = RandomState.now(self.device)
             # h = −dL(θ′)/d(signal)
-            with step_bar(is_shown, steps, "steps back") if is_shown else NOTHING as show_step_back:
+            with bar_of(is_shown, steps, "steps back") as show_step_back:
                 path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, mode_state)
             if not RandomState.now(self.device).equals(before):
@@ -447,3 +446,13 @@ class Differentiation:
                 float32_products=float32_products(self.device),
                 numbers=dict(feedback[-1].numbers),
             )
+
+
+def bar_of(is_shown: bool, steps: int, name: str) -> AbstractContextManager[Any]:
+    """Return a progress bar over steps, which gives what advances it, or nothing."""
+    if not is_shown:
+        return NOTHING
+    # Loaded where it is used.
+    from metapl.runs.terminal import step_bar
+
+    return step_bar(is_shown, steps, name)

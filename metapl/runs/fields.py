@@ -69,6 +69,10 @@ AboveZero = Annotated[float, Range(above=0)]
 MicroBatches = Annotated[int, Range(1, of="a number of micro-batches")]
 
 
+# A value that meets no annotation but Any and object.
+_NOTHING = object()
+
+
 def check_fields(value: Any) -> None:
     """Refuse a dataclass one of whose fields is not as annotated; called by its ``__post_init__``.
 
@@ -119,10 +123,10 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
 
 def _refuse_unmet(values: Mapping[str, Any], hints: Mapping[str, Any], *, template: str) -> None:
     """Refuse the first value that is not as annotated; the template shows its name and value."""
-    for name, hint in hints.items():
-        if name not in values:
+    for name, (hint, default) in hints.items():
+        value = values.get(name, default)
+        if value is default:
             continue
-        value = values[name]
         expected = unmet(value, hint)
         if not expected:
             continue
@@ -133,8 +137,8 @@ def _refuse_unmet(values: Mapping[str, Any], hints: Mapping[str, Any], *, templa
 
 
 @cache
-def _limiting_hints(function_or_class: Any) -> dict[str, Any]:
-    """Return the annotations of a function or a class that limit a value, by name."""
+def _limiting_hints(function_or_class: Any) -> dict[str, tuple[Any, Any]]:
+    """Return the annotations of a function or a class that limit a value, with its default."""
     hints: dict[str, Any] = {}
     # From the class furthest above down, so that the annotation of a subclass wins.
     for owner in reversed(getattr(function_or_class, "__mro__", [function_or_class])):
@@ -142,7 +146,19 @@ def _limiting_hints(function_or_class: Any) -> dict[str, Any]:
             # A plain number in a subclass keeps the range of a class above.
             if hint not in (int, float) or name not in hints:
                 hints[name] = hint
-    return {name: hint for name, hint in hints.items() if name != "return" and _limits(hint)}
+    limiting: dict[str, tuple[Any, Any]] = {}
+    for name, hint in hints.items():
+        if name != "return" and _limits(hint):
+            limiting[name] = (hint, _default_of(function_or_class, name))
+    return limiting
+
+
+def _default_of(function_or_class: Any, name: str) -> Any:
+    """Return the default of an argument or a field; where there is none, no value that is given."""
+    if isinstance(function_or_class, type):
+        return getattr(function_or_class, name, _NOTHING)
+    default = inspect.signature(function_or_class).parameters[name].default
+    return _NOTHING if default is inspect.Parameter.empty else default
 
 
 def _readable_hints(function_or_class: Any) -> dict[str, Any]:
@@ -188,9 +204,6 @@ def unmet(value: Any, hint: Any) -> str:
         return "".join(alternatives)
     return f"{', '.join(alternatives[:-1])} or {alternatives[-1]}"
 
-
-# A value that meets no annotation but Any and object.
-_NOTHING = object()
 
 _NAMES = {
     int: "a whole number",

@@ -51,7 +51,8 @@ class AssignedOnce:
         self.name = name
 
     def __set__(self, trainer: Trainer, value: Any) -> None:
-        if vars(trainer).setdefault(self.name, value) is value:
+        if not trainer.is_made or vars(trainer)[self.name] is value:
+            vars(trainer)[self.name] = value
             return
         if self.name in ("teacher", "student"):
             raise MetaplError(REPLACED)
@@ -101,6 +102,7 @@ class Trainer(ABC):
             measured.
         precision: of the networks' passes.
         steps_done: the number of steps so far.
+        is_made: whether all of it is there, so that what steps are of stays as it is.
     """
 
     student: nn.Module
@@ -114,6 +116,7 @@ class Trainer(ABC):
     teacher_classifies: bool = False
     precision: Literal["float32", "bfloat16"]
     steps_done: int = 0
+    is_made: bool = False
     _told_in_evaluation: tuple[str, ...] = ()
 
     @property

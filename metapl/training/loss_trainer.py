@@ -112,6 +112,7 @@ class LossTrainer(Trainer):
                 # Inductor's own kernels would draw other dropout masks than PyTorch's.
                 options: dict[str, Any] = {"fallback_random": True}
                 self.network = torch.compile(self.student, dynamic=False, options=options)
+        self.is_made = True
 
     @property
     def optimizers(self) -> dict[str, Any]:

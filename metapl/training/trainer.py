@@ -342,6 +342,7 @@ class BilevelTrainer(Trainer):
         # What is asked once, until the networks change.
         self._condition: Condition | None = None
         self._standing: Standing | None = None
+        self.is_made = True
 
     def _outer_optimizer_of(self, given: Any) -> torch.optim.Optimizer:
         """Return the teacher's optimizer, or the default one; refuse one that does not fit."""

@@ -72,8 +72,6 @@ def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
 def refuse_unfit(optimizer: torch.optim.Optimizer, name: str) -> None:
     """Refuse an optimizer that no trainer steps: by a closure, such as LBFGS, or by no numbers.
 
-    A setting in a tensor with dimensions is read by torch as one number, or not at all.
-
     Args:
         name: of the argument that the optimizer was given as, for errors.
     """
@@ -84,6 +82,15 @@ def refuse_unfit(optimizer: torch.optim.Optimizer, name: str) -> None:
                 f"{name} is {type(part).__name__}, which steps by a closure; expected one that "
                 "steps on a gradient, or metapl.hypergradient (docs/meta-learning.md) around it."
             )
+    refuse_tensors(optimizer, name)
+
+
+def refuse_tensors(optimizer: torch.optim.Optimizer, name: str) -> None:
+    """Refuse settings in tensors with dimensions, which torch reads as one number, or not at all.
+
+    Args:
+        name: as of :func:`refuse_unfit`.
+    """
     for group in optimizer.param_groups:
         for key, value in group.items():
             if isinstance(value, Tensor) and value.ndim:

@@ -21,7 +21,7 @@ from metapl.updates.optimizers import (
     parameters_of,
     parts_of,
     refuse_missing,
-    refuse_unfit,
+    refuse_tensors,
 )
 
 # The state of one parameter, as in ``torch.optim.Optimizer.state``, and of all by name.
@@ -87,7 +87,7 @@ class TorchUpdate(Update):
                 raise MetaplError(
                     "inner_optimizer has differentiable=True or capturable=True; expected False."
                 )
-        refuse_unfit(self.optimizer, "inner_optimizer")
+        refuse_tensors(self.optimizer, "inner_optimizer")
         refuse_missing("inner_optimizer", self.optimizer, parameters, network="student")
         owners = {id(p): part for part in parts_of(self.optimizer) for p in parameters_of(part)}
         group_numbers = {

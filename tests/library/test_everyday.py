@@ -684,6 +684,23 @@ def test_what_steps_are_of_is_assigned_once(option: str, value: Any, steps: int)
     ).step(pair(), pair()[0])
 
 
+class WithDefaults(metapl.BilevelTrainer):
+    """A trainer of a user's own, which notes its options before it is made of others."""
+
+    def __init__(self, *networks: nn.Module) -> None:
+        self.mode: Any = "reinforce"
+        self.clip_norm = None
+        super().__init__(*networks, self.mode, clip_norm=1.0)
+
+
+def test_a_trainer_of_a_users_own_may_assign_options_before_it_is_made() -> None:
+    trainer = WithDefaults(network(), network())
+    assert (trainer.mode.name, trainer.clip_norm) == ("reinforce", 1.0)
+    trainer.step(pair(), pair()[0])
+    with pytest.raises(MetaplError, match="^clip_norm of a trainer was assigned"):
+        trainer.clip_norm = None
+
+
 def test_what_a_step_reads_anew_may_be_assigned() -> None:
     """A larger feedback moves the teacher in the next step."""
     moved = []

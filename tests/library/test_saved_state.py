@@ -881,6 +881,7 @@ TRAINER_ATTRIBUTES = {
     "layouts": FOLLOWS,
     "teacher_layout": FOLLOWS,
     "pair": FOLLOWS,
+    "is_made": FOLLOWS,
     "slots": FOLLOWS,
     "compiled_step": FOLLOWS,
     "measures_feedback": FOLLOWS,
