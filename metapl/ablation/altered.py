@@ -109,6 +109,9 @@ class Altered(Estimator):
 
     def _alter(self, step: InnerStep, call: int, name: str, h: Tensor) -> Tensor:
         """Return the feedback on a field of the signal, altered over the batch of all ranks."""
+        if h.ndim == 0:
+            # One number for all examples.
+            return h
         if not step.has_rows(name):
             # Every rank and micro-batch has a share of the feedback on all of a matrix.
             shares = h.chunk(step.descent.parts)

@@ -647,7 +647,7 @@ class Images:
         return self.pictures.build(len(self.classes))
 
     def with_network(self, name: str) -> Self:
-        """Return the settings with another network, and its usual rate where none was given.
+        """Return the settings with another network.
 
         Its weights are fresh ones, for a file of weights is of one network.
         """
@@ -658,10 +658,7 @@ class Images:
                 f"--backbone is of one network, and {name} is another one; leave --networks out."
             )
         pictures = dataclasses.replace(self.pictures, network=name, weights=None)
-        fitting = self.fitting
-        if fitting.lr == self.pictures.rate:
-            fitting = dataclasses.replace(fitting, lr=pictures.rate)
-        return dataclasses.replace(self, pictures=pictures, fitting=fitting)
+        return dataclasses.replace(self, pictures=pictures)
 
     def card(self, title: str) -> NetworkCard:
         """Describe the network for network.json."""

@@ -144,7 +144,10 @@ def choose_settings(
     if chosen_backbone is not None:
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
-    config = fitted(config, seen, val_fraction=share_set_aside(config, len(few)))
+    elif method.named_networks:
+        config = with_first_network(config, method.named_networks[0])
+    has_several = len({*method.named_networks}) > 1
+    config = fitted(config, seen, share_set_aside(config, len(few)), has_several=has_several)
     if config.fitting.patience is not None and config.val is None and not config.val_fraction:
         raise MetaplError(
             f"--patience {config.fitting.patience} was given, and there are no validation examples "
@@ -163,6 +166,14 @@ def choose_settings(
     config, method = with_steps(config, method, timetable or Timetable(), say, learned=learned)
     tell_choices(config, method, seen, say)
     return config, method
+
+
+def with_first_network(config: Images, name: str) -> Images:
+    """Return the settings with the first of --networks, to which those that are open are fitted."""
+    given = config.pictures.network
+    if given not in (None, name):
+        raise MetaplError(f"--network {given} and --networks {name}: expected one of the two.")
+    return dataclasses.replace(config, pictures=dataclasses.replace(config.pictures, network=name))
 
 
 def found_weights(pictures: Pictures) -> str | Path | None:
@@ -279,7 +290,11 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
     elif pictures.recipe.two_views and pictures.mirror and seen.mirrors:
         # All pictures together face both ways, also where each class faces one.
         mirrored += " (--mirror False where classes mirror each other)"
-    networks = ", then ".join(method.named_networks or (str(pictures.network),))
+    names = method.named_networks or (str(pictures.network),)
+    rates: dict[str, None] = {}
+    for name in names:
+        of_network = config.with_network(name).pictures
+        rates[f"{of_network.recipe.optimizer} at {fitting.lr or of_network.rate:g}"] = None
     dropout, stochastic_depth = pictures.noise(pictures.architecture(classes=2))
     noise = ""
     if dropout:
@@ -288,9 +303,9 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
         noise += f", stochastic depth {stochastic_depth:g}"
     losses = f" ({', '.join(lost)})" if lost else ""
     say(
-        f"chosen: {networks}{noise} on {size}x{size} {kind} pictures{losses}, {colors}, "
-        f"{mirrored}, {pictures.augment} changes; {pictures.recipe.optimizer} at "
-        f"{fitting.lr:g}, {fitting.precision}, {fitting.chosen_steps:,} steps"
+        f"chosen: {', then '.join(names)}{noise} on {size}x{size} {kind} pictures{losses}, "
+        f"{colors}, {mirrored}, {pictures.augment} changes; {', then '.join(rates)}, "
+        f"{fitting.precision}, {fitting.chosen_steps:,} steps"
     )
     is_from_scratch = pictures.weights is None and pictures.backbone == "none"
     if is_from_scratch and not pictures.grey and seen.side >= PHOTOGRAPHS:
@@ -300,10 +315,13 @@ def tell_choices(config: Images, method: Method, seen: Look, say: Say) -> None:
         )
 
 
-def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
+def fitted(config: Images, seen: Look, val_fraction: float, *, has_several: bool = False) -> Images:
     """Return the settings for such pictures, but for what depends on the number of steps.
 
     What was given stays.
+
+    Args:
+        has_several: whether several networks are trained, each at its own rate where none is given.
     """
     pictures = config.pictures
     grey = pictures.grey
@@ -345,7 +363,7 @@ def fitted(config: Images, seen: Look, val_fraction: float) -> Images:
     return with_stored(
         config,
         {
-            "lr": config.pictures.rate,
+            "lr": None if has_several else config.pictures.rate,
             "labeled_batch": recipe.labeled_batch,
             "schedule": recipe.schedule,
             "mirror": recipe.two_views and bool(seen.mirrors),

@@ -110,16 +110,17 @@ def next_try(content: Mapping[str, Any], networks: Sequence[str]) -> str:
     if is_memorized:
         memorized = f"The labeled examples are memorized: {100 * learned:.0f} % of them are right. "
     if content.get("recipe") == "digits":
+        tries = [f"more steps (it took {content.get('steps', 0):,}: --steps)"]
+        # Noisy Student has a command of its own, without these flags.
+        is_of_train = content.get("method") != "noisy_student"
         if is_memorized:
-            return (
-                f"{memorized}Try more steps (it took {content.get('steps', 0):,}: --steps), more "
-                "labels (--labels-per-class), or other methods beside it (--compare)."
-            )
-        return (
-            f"Try more steps (it took {content.get('steps', 0):,}: --steps), other learning rates "
-            "(--lr, and --student-lr where a teacher labels), or other methods beside it "
-            "(--compare)."
-        )
+            tries.append("more labels (--labels-per-class)")
+        else:
+            student_rate = ", and --student-lr where a teacher labels" if is_of_train else ""
+            tries.append(f"other learning rates (--lr{student_rate})")
+        if is_of_train:
+            tries.append("other methods beside it (--compare)")
+        return f"{memorized}Try {', '.join(tries[:-1])}, or {tries[-1]}."
     labels = "more labeled pictures"
     if is_memorized:
         # Other views of the labeled ones, and other pictures, are what tells more than these do.

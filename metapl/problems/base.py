@@ -175,6 +175,11 @@ def joined_signals(signals: Sequence[Signal]) -> Signal:
     if len(signals) == 1:
         return first
     fields_by_part = [signal.fields() for signal in signals]
+    if numbers := [name for name, t in first.fields().items() if t.ndim == 0]:
+        raise MetaplError(
+            f"the signal's {few(numbers)} has no dimension along which micro-batches are joined; "
+            "expected .reshape(1) of it, or accumulate=1."
+        )
     return first.having(
         {name: joined([fields[name] for fields in fields_by_part]) for name in first.fields()}
     )

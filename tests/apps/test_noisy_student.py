@@ -14,7 +14,7 @@ import torch
 from command import metapl, result
 from noisy_student_imagenet import AS_PUBLISHED
 from test_methods import Phase, phases_of, weights
-from tiny_runs import NOISY_STUDENT, built_once
+from tiny_runs import NOISY_STUDENT, built_once, colored_pictures
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import StochasticDepth
@@ -114,7 +114,7 @@ def test_a_noisy_teacher_draws_the_same_masks_for_the_same_batch_and_leaves_the_
     assert not any(part.training for part in network.modules())
 
 
-def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> None:
+def test_each_round_has_a_network_of_its_own_and_its_rate_or_the_one_that_is_given() -> None:
     whole: dict[str, Any] = {
         "network": "pooled_cnn",
         "image_size": 32,
@@ -124,9 +124,8 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
     config = with_flags(
         Images(labeled="few", unlabeled="many"), classes=("a", "b"), std=(0.2,) * 3, **whole
     )
-    # The rate that is taken where none was named.
-    settled = with_flags(config, lr=config.pictures.rate)
-    found = configs_of(settled, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
+    # Of several networks the rate that was not given stays open.
+    found = configs_of(config, NoisyStudent(rounds=2, networks=("pooled_cnn", "resnet18")))
     assert [one.pictures.network for one in found] == ["pooled_cnn", "resnet18", "resnet18"]
     assert [one.trainer_options()["clip_norm"] for one in found] == [None, 1.0, 1.0]
     given = configs_of(
@@ -134,6 +133,54 @@ def test_each_round_has_a_network_of_its_own_and_the_rate_that_is_settled() -> N
     )
     rates = [optimizer(one, nn.Linear(2, 2), 0.5).param_groups[0]["lr"] for one in (*found, *given)]
     assert rates == [0.5 * 0.01, 0.5 * 0.001, 0.5 * 0.001, 0.01, 0.01]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "rates"),
+    [
+        (("pooled_cnn",), "adamw at 0.01, float32", {"AdamW": 0.01}),
+        # The usual rate of the network that there is without --networks.
+        (("pooled_cnn", "--lr", "0.06"), "adamw at 0.06, float32", {"AdamW": 0.06}),
+        (
+            ("pooled_cnn", "airbench_small"),
+            "adamw at 0.01, then sgd at 0.06, float32",
+            {"AdamW": 0.01, "SGD": 0.06},
+        ),
+        (
+            ("pooled_cnn", "airbench_small", "--lr", "0.02"),
+            "adamw at 0.02, then sgd at 0.02, float32",
+            {"AdamW": 0.02, "SGD": 0.02},
+        ),
+    ],
+)
+def test_named_networks_train_as_is_said_by_the_recipe_of_the_first(
+    flags: tuple[str, ...],
+    said: str,
+    rates: dict[str, float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = colored_pictures(tmp_path / "pictures", side=32)
+    used: dict[str, float] = {}
+    for kind in (torch.optim.SGD, torch.optim.AdamW):
+        make = kind.__init__
+
+        def noted(self: Any, groups: Any, *rest: Any, _make: Any = make, **options: Any) -> None:
+            used[type(self).__name__] = options["lr"]
+            _make(self, groups, *rest, **options)
+
+        monkeypatch.setattr(kind, "__init__", noted)
+    folders = ("--labeled", root / "labeled", "--unlabeled", root / "unlabeled")
+    of_rounds = ("--steps", "2", "--rounds", "1", "--networks", *flags, "--out", tmp_path / "run")
+    told = metapl("noisy-student", "images", *folders, *of_rounds).stdout
+    assert said in " ".join(told.split())
+    assert used == rates
+    recipe = json.loads((tmp_path / "run" / "recipe.json").read_text())["recipe"]["fields"]
+    assert (recipe["network"], recipe["labeled_batch"], recipe["schedule"]) == (
+        "pooled_cnn",
+        32,
+        "cosine",
+    )
 
 
 UNFIT: list[tuple[dict[str, Any], str]] = [
@@ -336,6 +383,9 @@ def test_finetuning_without_steps_is_refused_before_a_network_is_trained() -> No
     NoisyStudent(training="pretrain").check_chosen(none)
     staged = NoisyStudent(training="pretrain_finetune")
     staged.check_chosen(DIGITS)
+    given = with_flags(DIGITS, finetune_steps=7)
+    with pytest.raises(MetaplError, match="--finetune-steps 7: expected --training pretrain_fine"):
+        NoisyStudent().check_chosen(given)
     with pytest.raises(MetaplError, match="--finetune-steps 0: expected 1 or more"):
         staged.check_chosen(none)
 

@@ -127,6 +127,16 @@ def test_a_run_behind_its_baseline_says_what_to_do_next(
     assert ("--labels-per-class" if recipe == "digits" else "labeled ones or not") in said
 
 
+@pytest.mark.parametrize("learned", [0.5, 0.975])
+def test_noisy_student_is_told_flags_of_its_own_command(learned: float) -> None:
+    content = {"recipe": "digits", "method": "noisy_student", "steps": 300}
+    said = next_try({**content, "student_labeled_accuracy": learned}, ["student"])
+    told = metapl("noisy-student", "digits", "--help").stdout
+    flags = re.findall(r"--[a-z-]+", said)
+    assert len(flags) == 2
+    assert all(flag in told for flag in flags)
+
+
 def test_what_was_skipped_and_not_chosen_is_said_wherever_a_run_is_described(
     alive: tuple[Path, str],
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,6 +20,7 @@ from metapl import MetaplError
 from metapl.core.terms import StudentPath
 from metapl.feedback import Estimator, Feedback, Forward, Unrolled
 from metapl.feedback.base import State, exact_feedback, head_feedback
+from metapl.guards.verification import VerificationWarning
 from metapl.problems.base import Kind, gumbel
 
 FEATURES = 4
@@ -460,3 +462,52 @@ def test_an_estimator_that_is_not_whole_is_refused(
 
     with pytest.raises(MetaplError, match=text):
         take_step()
+
+
+# --------------------------------------------------------------------------------- what is verified
+
+
+@dataclass(frozen=True)
+class WrongSign(Estimator):
+    """One number for the batch, made of outer losses, of the wrong sign."""
+
+    name: ClassVar[str] = "wrong_sign"
+    labels: ClassVar[Any] = ("hard",)
+    credits: ClassVar[Any] = "batch"
+    takes_outer_losses: ClassVar[bool] = True
+
+    def feedback(self, path: Any, state: State) -> tuple[list[Feedback], State]:
+        return [Feedback(path.outer_loss - path.outer_loss_before, "log_prob")], state
+
+
+@dataclass(frozen=True)
+class WrongSignOfLosses(WrongSign):
+    """It says what its number should be."""
+
+    def h_of_losses(self, before: Tensor, after: Tensor) -> Tensor:
+        return before - after
+
+
+def test_a_number_that_is_compared_with_nothing_is_not_called_right() -> None:
+    torch.manual_seed(0)
+    teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+    batches: dict[str, Any] = {
+        "outer": (torch.randn(8, 4), torch.arange(8) % 3),
+        "inner": torch.randn(8, 4),
+    }
+
+    def checked(mode: Any) -> Any:
+        return metapl.check_gradient(teacher, student, mode=mode, inner_optimizer=sgd, **batches)
+
+    check = checked(WrongSign())
+    assert (check.status, check.passed) == ("cannot tell", None)
+    assert "expected h_of_losses(before, after) in its class" in check.verdict
+    assert checked(WrongSignOfLosses()).status == "refused"
+    trainer = metapl.BilevelTrainer(teacher, student, WrongSign(), inner_optimizer=sgd)
+    with pytest.warns(VerificationWarning, match="made of outer losses, no derivative"):
+        trainer.step(**batches)
+    # Once.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.step(**batches)

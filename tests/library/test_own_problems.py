@@ -514,3 +514,60 @@ def test_a_signal_that_cannot_be_cut_into_rows_is_named() -> None:
     with pytest.raises(metapl.MetaplError, match="expected signal_has_rows = False"):
         take_step(SmoothingByClass())
     take_step(DeclaredSmoothing())
+
+
+class OneNumber(metapl.BilevelProblem):
+    """The teacher is the temperature of the inner loss, as a tensor of some shape."""
+
+    signal_has_rows = False
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def signal(
+        self, teacher: Any, batch: Any, student_outputs: Tensor | None, *, generator: Any
+    ) -> Signal:
+        return Signal(teacher(torch.zeros(1, dtype=torch.int64)).exp().reshape(self.shape))
+
+    def inner_loss(self, outputs: Tensor, signal: Signal, batch: Any, params: Any = None) -> Tensor:
+        return F.cross_entropy(outputs * signal.value, batch[1], reduction="none")
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+def test_a_signal_of_one_number_is_that_of_each_micro_batch() -> None:
+    torch.manual_seed(0)
+    teacher, student = metapl.problems.Table(torch.zeros(1)), nn.Linear(4, 3)
+    pair = torch.randn(8, 4), torch.arange(8) % 3
+    sgd = torch.optim.SGD(student.parameters(), lr=0.1)
+
+    def found(*shape: int, accumulate: int) -> metapl.Hypergradient:
+        return metapl.hypergradient(
+            teacher,
+            student,
+            outer=pair,
+            inner=pair,
+            problem=OneNumber(*shape),
+            inner_optimizer=sgd,
+            accumulate=accumulate,
+        )
+
+    expected = found(1, accumulate=1)
+    in_parts = found(1, accumulate=2)
+    assert error(in_parts.grads, expected.grads) < 1e-5
+    torch.testing.assert_close(in_parts.feedback, expected.feedback)
+    assert error(found(accumulate=1).grads, expected.grads) < 1e-5
+    # Micro-batches are joined along a dimension.
+    with pytest.raises(MetaplError, match=r"no dimension .* expected \.reshape\(1\) of it, or acc"):
+        found(accumulate=2)
+
+
+def test_controls_leave_one_number_as_it_is() -> None:
+    torch.manual_seed(0)
+    teacher, student = metapl.problems.Table(torch.zeros(1)), nn.Linear(4, 3)
+    pair = torch.randn(8, 4), torch.arange(8) % 3
+    trainer = metapl.BilevelTrainer(teacher, student, problem=OneNumber(), verify=False)
+    study = metapl.ablate(trainer, pair, pair, ["forward"], draws=2, rounds=1)
+    errors = [getattr(control, "relative_error", control) for control in study.altered.values()]
+    assert errors == [0.0, 0.0, 0.0]

@@ -23,6 +23,7 @@ from metapl.apps.labeling import Read, ToLabel, write_labels
 from metapl.apps.measured import evaluated
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.settings import (
+    Fitting,
     Share,
     Steps,
     require,
@@ -78,7 +79,8 @@ class NoisyStudent(Method):
 
     Args:
         networks: network of each round, that of the first teacher first. The last one that is named
-            is also the network of all later rounds.
+            is also the network of all later rounds. What fits a network is chosen for the first,
+            but for optimizers and learning rates, which are those of each.
         rounds: number of students. Each learns from the labels of the network before it.
         labels: labels that a student learns: soft are its teacher's probabilities, hard is the most
             probable class of each example.
@@ -156,8 +158,13 @@ class NoisyStudent(Method):
     def check_chosen(self, config: TrainingConfig) -> None:
         """Refuse networks that do not go on from one another, and finetuning without steps."""
         configs_of(config, self)
-        if self.finetunes and not config.fitting.finetune_steps:
+        steps = config.fitting.finetune_steps
+        if self.finetunes and not steps:
             raise MetaplError("--finetune-steps 0: expected 1 or more, or --training pretrain.")
+        if not self.finetunes and steps not in (0, Fitting.finetune_steps):
+            raise MetaplError(
+                f"--finetune-steps {steps:,}: expected --training pretrain_finetune beside it."
+            )
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a ratio; refuse more warm steps than steps."""

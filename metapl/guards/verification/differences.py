@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metapl.execution.state import trainable
+from metapl.feedback import Estimator
 from metapl.guards.verification.case import APPROXIMATE, EPS, EPS32, Case, Errors, flat
 from metapl.guards.verification.real_step import Evaluation, Move, Tree, size_of
 from metapl.problems.base import Signal
@@ -57,8 +58,7 @@ def errors_of_h(case: Case, states: list[Tree] | None = None) -> Errors:
 
     In the weights of the inner losses, or in the signal's values.
     """
-    if case.mode.takes_outer_losses and case.mode.credits == "batch":
-        # Its h is no derivative.
+    if is_made_of_losses(case.mode):
         return {}
     gradient = {key: -h for key, h in case.h.items()}
     errors = compare(case, case.moved, gradient, signals=case.signals, states=states)
@@ -67,6 +67,11 @@ def errors_of_h(case: Case, states: list[Tree] | None = None) -> Errors:
         # lengths for one. In float64 alone: the rounding of a shorter type hides much more.
         errors = {name: 0.0 if error is None else error for name, error in errors.items()}
     return errors
+
+
+def is_made_of_losses(mode: Estimator) -> bool:
+    """Return whether h is one number for the batch, made of outer losses, and no derivative."""
+    return mode.takes_outer_losses and mode.credits == "batch"
 
 
 def compare(

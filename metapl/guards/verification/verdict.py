@@ -23,7 +23,7 @@ from metapl.guards.verification.causes import (
     why_again,
 )
 from metapl.guards.verification.contract import breach_of_contract
-from metapl.guards.verification.differences import errors_of
+from metapl.guards.verification.differences import errors_of, is_made_of_losses
 from metapl.guards.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
 from metapl.guards.verification.real_step import Evaluation, RealStep
 from metapl.guards.verification.result import GradientCheck, Status
@@ -155,6 +155,14 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
     elif doubt:
         status = "allowed"
         verdict = f"{name} gives the derivative that it approximates, but {doubt}"
+    elif is_made_of_losses(estimate) and estimate.h_of_losses(*[case.real.loss] * 2) is None:
+        # It is compared with nothing, and in no other step with more.
+        status = "cannot tell"
+        precision = ""
+        verdict = (
+            f"{name} was not verified: its h is one number that is made of outer losses, no "
+            "derivative; expected h_of_losses(before, after) in its class, which is compared."
+        )
     elif len(clear_errors) < len(errors):
         status = "cannot tell"
         verdict = f"{name} was not verified: rounding drowns the loss's change."
