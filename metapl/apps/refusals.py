@@ -131,7 +131,7 @@ def refusal(program: str, words: Sequence[str], flags: Mapping[str, str], text: 
         flag = unread[1]
         expected = NUMBERS.get(flags[flag], flags[flag])
         return f"{flag} {shown(values[flag])}: expected {expected}."
-    return f"{text} {program} --help says more."
+    return f"{text.rstrip('.')}. {program} --help says more."
 
 
 def typed_flags(words: Sequence[str]) -> dict[str, str]:

@@ -29,8 +29,10 @@ class Draws:
         self._calls = 0
 
     def uniform_like(self, t: Tensor) -> Tensor:
-        """Draw numbers between 0 and 1, in the shape and the type of ``t``."""
-        return self._uniform(t).to(t.dtype)
+        """Draw numbers between 0 and 1, and neither, in the shape and the type of ``t``."""
+        # A type of half precision would round the greatest to 1.
+        greatest = 1 - torch.finfo(t.dtype).eps / 2
+        return self._uniform(t).to(t.dtype).clamp(max=greatest)
 
     def normal_like(self, t: Tensor) -> Tensor:
         """Draw numbers of mean 0 and variance 1, in the shape and the type of ``t``.

@@ -154,8 +154,9 @@ class Outcomes:
         if is_idle and step >= self.options.steps:
             self.say_once(
                 "idle",
-                "UDA has taught nothing: its loss was 0 in every row. It has no weight, it had not "
-                "begun, or no example was predicted with the confidence that it asks for; take "
+                "the unlabeled examples have taught nothing: their loss, of UDA, was 0 in every "
+                "row. It has no weight, it had not begun, or no example was predicted with the "
+                "confidence that it asks for; take "
                 "more steps, or lower its threshold",
             )
 

@@ -497,5 +497,5 @@ def test_consistency_without_a_sure_example_is_said(threshold: float) -> None:
             log_every=10,
             progress=False,
         )
-        is_said = any("UDA has taught nothing" in text for text in result.warnings)
+        is_said = any("unlabeled examples have taught nothing" in text for text in result.warnings)
         assert is_said == (threshold > 0)

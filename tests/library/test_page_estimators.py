@@ -305,6 +305,19 @@ def test_draws_are_even_normal_and_unlike_those_of_other_keys() -> None:
     assert float(correlations.abs().max()) < 5 / numbers**0.5
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+def test_uniform_draws_are_neither_0_nor_1(dtype: torch.dtype) -> None:
+    like = torch.empty(200_000, dtype=dtype)
+    uniform = Draws(torch.tensor((0, 0))).uniform_like(like)
+    assert uniform.dtype == dtype
+    assert 0 < float(uniform.min())
+    assert float(uniform.max()) < 1
+    # Most of their range is there.
+    assert float(uniform.max()) > 0.99
+
+
 def test_draws_without_a_word_and_by_torch_are_refused() -> None:
     labeled, (u,) = batches(1)
     teacher, student = networks()
