@@ -272,8 +272,17 @@ class Select:
         are_files = isinstance(next(iter(selected), None), str)
         if are_files and pictures.is_absolute() and pictures.is_dir():
             listed = []
+            left_out = []
             for name, copies in zip(selected, selected.column("copies").tolist(), strict=True):
-                listed += [f"{relpath(pictures / str(name), self.out)}\n"] * copies
+                if "\n" in str(name) or str(name).endswith("\r"):
+                    left_out.append(name)
+                else:
+                    listed += [f"{relpath(pictures / str(name), self.out)}\n"] * copies
+            if left_out:
+                text = (
+                    f"{few(left_out, 3)} are not in {LIST}, which holds no name with a line's end."
+                )
+                tell(f"metapl: note: {text}", file=sys.stderr)
             write_whole(
                 self.out / LIST,
                 "".join(listed).encode("utf-8", "surrogateescape"),

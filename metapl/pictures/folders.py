@@ -188,8 +188,10 @@ def scan_unlabeled(folder: str | Path) -> Files:
 
 def _files_of_list(file: Path) -> tuple[Path, list[str]]:
     """Return the folder that the files of a list have in common, and the files relative to it."""
-    # Editors of some systems begin a file with a mark of its encoding.
-    lines = file.read_text("utf-8-sig", "surrogateescape").splitlines()
+    # Editors of some systems begin a file with a mark of its encoding, and end lines by two
+    # characters. Others at which text may be split are part of a name.
+    text = file.read_bytes().decode("utf-8-sig", "surrogateescape")
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
     times: Counter[str] = Counter()
     for line, count in Counter(filter(None, lines)).items():
         times[_path_on_disk(os.path.abspath(file.parent / line))] += count

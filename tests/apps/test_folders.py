@@ -118,6 +118,16 @@ def test_any_tree(tmp_path: Path) -> None:
     assert files.without_repeats().names == ("B/4.png", "a/z.PNG", "b.jpg")
 
 
+def test_a_list_ends_its_lines_as_editors_do_and_nowhere_else(tmp_path: Path) -> None:
+    """Names may have what Python splits text at: other ends of lines, pages and records."""
+    names = ["a\u2028b.png", "c\x85d.png", "e\x0bf.png", "g\x1ch.png", "i\rj.png", "k.png"]
+    fill(tmp_path, *names)
+    for end in ("\n", "\r\n"):
+        content = "".join(name + end for name in names).encode()
+        (tmp_path / "list.txt").write_bytes(content)
+        assert {*scan_unlabeled(tmp_path / "list.txt").names} == {*names}
+
+
 def test_one_folder_a_class(tmp_path: Path) -> None:
     fill(
         tmp_path,

@@ -657,6 +657,12 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
     assert Counter(found.names) == {"b.png": 1, "c d.png": 1, "deep/a.png": 2}
     labels = read_labels(str(tmp_path / "balanced"), found, found, print)
     assert labels.argmax(1).bincount().tolist() == [2, 2]
+    # A name that no line holds is left out, and said.
+    with LabelWriter(tmp_path / "odd", ["x", "y"], provenance={"pictures": str(many)}) as store:
+        store.add(["a\nb.png", "b.png"], torch.tensor([[0.2, 0.8], [0.4, 0.6]]))
+    ended = metapl("labels", "select", tmp_path / "odd", "--out", tmp_path / "one-odd")
+    assert "are not in list.txt, which holds no name with a line's end." in ended.stderr
+    assert scan_unlabeled(tmp_path / "one-odd" / "list.txt").names == ("b.png",)
     # Pictures that have gone are not listed, and neither are others below the present folder.
     many.rename(tmp_path / "moved")
     ended = metapl("labels", "select", tmp_path / "store", "--out", tmp_path / "gone")
