@@ -71,8 +71,9 @@ def corrupted(
     >>> corrupted(torch.full((1, 3, 8, 8), 0.5), "brightness", 3)[0, 0, 0, 0]
     tensor(0.8000)
     """
-    if corruption not in CORRUPTIONS or severity not in SEVERITIES:
-        expected = f"1 to 5, and one of {few(CORRUPTIONS, 20)}"
+    is_severity = type(severity) is int and severity in SEVERITIES
+    if corruption not in CORRUPTIONS or not is_severity:
+        expected = f"a whole number of 1 to 5, and one of {few(CORRUPTIONS, 20)}"
         raise MetaplError(f"corruption {corruption!r}, severity {severity!r}: expected {expected}.")
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise unexpected("the pictures are", images, "floating point (B, C, H, W), C = 1 or 3")

@@ -123,7 +123,8 @@ def refusal(program: str, words: Sequence[str], flags: Mapping[str, str], text: 
     choice = re.match(r"invalid choice '(.*?)' for argument '(.*?)'\. Expected one of (.*)", text)
     if choice:
         value, flag, expected = choice.groups()
-        names = re.findall(r"'(.*?)'", expected)
+        # A flag that is left out is None, which nobody types.
+        names = [name for name in re.findall(r"'(.*?)'", expected) if name != "None"]
         meant = did_you_mean(value, names) or "."
         return f"{flag} {shown(value)}: expected one of {', '.join(names)}{meant}"
     unread = re.match(r"Error parsing (--[\w.-]+):", text)

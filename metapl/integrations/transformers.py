@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metapl.core.replays import sketch
 from metapl.data.feed import feed
-from metapl.errors import MetaplError, needed_for
+from metapl.errors import MetaplError, few, needed_for, warn
 from metapl.execution.batch import plain
 from metapl.execution.checks import unexpected
 from metapl.feedback import Mode
@@ -71,12 +72,14 @@ def weighted(
     with and without the rater's steps.
 
     Checkpoints of the Trainer hold the rater, its optimizer and the position in ``outer``, and
-    ``trainer.train(resume_from_checkpoint=...)`` goes on with them.
+    ``trainer.train(resume_from_checkpoint=...)`` goes on with them. What a callback changes in
+    gradients before the step, the rater does not see; one that may is warned of.
 
-    Raises: :class:`metapl.MetaplError`, at once, for gradient accumulation, a loss of the Trainer's
-    own (``compute_loss``, ``compute_loss_func``, label smoothing), float16, several processes, and
-    an optimizer of other tensors than the rater's; at the first step, before anything moves, for an
-    optimizer without a derivative here or a wrapped model.
+    Raises: :class:`metapl.MetaplError`, at once, for gradient accumulation, a loss or a training
+    step of the Trainer's own (``compute_loss``, ``compute_loss_func``, label smoothing,
+    ``training_step``), float16, several processes, and an optimizer of other tensors than the
+    rater's; at the first step, before anything moves, for an optimizer without a derivative here or
+    a wrapped model, and for a checkpoint's rater that learned beside another model.
 
     Source: Calian et al., "DataRater: meta-learned dataset curation" (2025).
     """
@@ -103,6 +106,7 @@ def weighted(
     )
     with needed_for("metapl.integrations.transformers"):
         from transformers import TrainerCallback
+    warn_of_callbacks(trainer)
     # Nothing is refused from here on. A parameter stays the same object where it is moved.
     rater.to(trainer.args.device)
     # The methods of Checkpoints, and of TrainerCallback for all other events.
@@ -135,6 +139,11 @@ def unsupported(trainer: Any) -> str | None:
             "would replace; expected Trainer's, and the loss as inner_loss of a subclass of "
             "DataRater in problem="
         )
+    if kind.training_step is not Trainer.training_step:
+        return (
+            f"the type {kind.__name__} with a training_step of its own, whose gradients the rater "
+            "would not see; expected Trainer's"
+        )
     if trainer.compute_loss_func is not None:
         return "a compute_loss_func, which the rater's loss would replace; expected None"
     if arguments.label_smoothing_factor:
@@ -148,6 +157,20 @@ def unsupported(trainer: Any) -> str | None:
         devices = max(arguments.world_size, arguments.n_gpu)
         return f"{devices} processes or devices; expected one"
     return None
+
+
+def warn_of_callbacks(trainer: Any) -> None:
+    """Warn of callbacks that may change gradients between the backward pass and the step."""
+    with needed_for("metapl.integrations.transformers"):
+        from transformers import TrainerCallback
+    usual = TrainerCallback.on_pre_optimizer_step
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    names = [kind.__name__ for kind in kinds if kind.on_pre_optimizer_step is not usual]
+    if names:
+        warn(
+            f"weighted: the Trainer has {few(names)} with on_pre_optimizer_step; the rater's step "
+            "does not see what it changes in gradients.",
+        )
 
 
 class RatedLoss:
@@ -184,6 +207,8 @@ class RatedLoss:
         self.outer_loss: Tensor | None = None
         self.updates = 0
         self.steps = 0
+        # Of the model beside which the rater was saved, or read; None: neither.
+        self.model_sketch: Tensor | None = None
 
     def compute_loss(
         self,
@@ -250,9 +275,19 @@ class RatedLoss:
         self.outer_loss = result.outer_loss
         self.updates += 1
 
+    def sketch_of_model(self) -> Tensor:
+        """Return a digest of the weights of the Trainer's model."""
+        model = self.trainer.model
+        return sketch(model.parameters(), next(model.parameters()).device).cpu()
+
     def state_dict(self) -> dict[str, Any]:
-        """Return the rater, its optimizer, the position in the outer batches, and the counts."""
+        """Return the rater, its optimizer, the position in the outer batches, and the counts.
+
+        The digest is that of the model beside it.
+        """
+        self.model_sketch = self.sketch_of_model()
         return {
+            "model": self.model_sketch,
             "rater": self.rater.state_dict(),
             "rater_optimizer": self.rater_optimizer.state_dict(),
             "outer": self.outer.state(),
@@ -267,6 +302,7 @@ class RatedLoss:
         self.outer.restore(state["outer"])
         self.updates = state["updates"]
         self.steps = state["steps"]
+        self.model_sketch = state["model"]
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on with the rater of a checkpoint of the Trainer, such as output/checkpoint-500.
@@ -295,9 +331,19 @@ class Checkpoints:
 
         It lies in output_dir; of another folder :meth:`RatedLoss.load` was called before.
         """
-        is_new = state.global_step == 0
-        if not is_new and self.rated.steps != state.global_step:
-            self.rated.load(folder_of(args, state))
+        rated = self.rated
+        if state.global_step == 0:
+            return
+        if rated.steps != state.global_step:
+            rated.load(folder_of(args, state))
+        expected = rated.model_sketch
+        # On another device sums are rounded otherwise.
+        if expected is None or not torch.allclose(rated.sketch_of_model(), expected, rtol=1e-9):
+            raise MetaplError(
+                f"the rater of {folder_of(args, state)} learned beside another model than the one "
+                "that the Trainer goes on with; expected rated.load(FOLDER) before train(), of the "
+                "checkpoint that it goes on from."
+            )
 
 
 def folder_of(args: Any, state: Any) -> Path:

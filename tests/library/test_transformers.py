@@ -295,6 +295,52 @@ def test_a_checkpoint_of_the_trainer_holds_the_rater(tmp_path: Path) -> None:
     assert next(resumed_rater.parameters()).equal(next(network.parameters()))
 
 
+def test_the_rater_of_another_training_is_not_gone_on_with(tmp_path: Path) -> None:
+    """An older training has left one in the output folder."""
+    saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 3}
+    trainer, _, network = rated_trainer(tmp_path / "whole", **saved)
+    trainer.train()
+    other, _, _ = rated_trainer(tmp_path / "other", rate=50 * RATER_RATE, **saved)
+    other.train()
+    folder = tmp_path / "whole" / "checkpoint-3"
+    resumed, rated, resumed_rater = rated_trainer(tmp_path / "other")
+    before = next(resumed.model.parameters()).detach().clone()
+    with pytest.raises(MetaplError, match=r"learned beside another model .*; expected rated\.load"):
+        resumed.train(resume_from_checkpoint=str(folder))
+    assert rated.updates < STEPS
+    # What it proposes.
+    resumed, rated, resumed_rater = rated_trainer(tmp_path / "other")
+    rated.load(folder)
+    resumed.train(resume_from_checkpoint=str(folder))
+    assert next(resumed_rater.parameters()).equal(next(network.parameters()))
+    assert not before.equal(next(resumed.model.parameters()))
+
+
+class Halved(transformers.TrainerCallback):
+    """Halves the gradients before the step."""
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any = None, **others: Any) -> None:
+        for p in model.parameters():
+            p.grad.mul_(0.5)
+
+
+class OwnStep(transformers.Trainer):
+    """Trains by a step of its own."""
+
+    def training_step(self, *batch: Any, **options: Any) -> Any:
+        return super().training_step(*batch, **options)
+
+
+def test_what_may_change_gradients_behind_the_rater_is_said(tmp_path: Path) -> None:
+    trainer = trainer_of(model(), tmp_path)
+    trainer.add_callback(Halved())
+    with pytest.warns(UserWarning, match="the Trainer has Halved with on_pre_optimizer_step"):
+        weighted(trainer, rater(), outer=OUTER)
+    trainer = trainer_of(model(), tmp_path, kind=OwnStep)
+    with pytest.raises(MetaplError, match="OwnStep with a training_step of its own"):
+        weighted(trainer, rater(), outer=OUTER)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
