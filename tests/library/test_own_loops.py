@@ -77,12 +77,16 @@ def test_a_loop_goes_on_from_the_middle_of_an_epoch(tmp_path: Path, killed_at: A
 
 
 class NoAccelerator:
-    """A loop without accelerate: what it prepares is what it gets."""
+    """A loop without accelerate: it prepares nothing, but that optimizers are in wrappers."""
 
     is_main_process = False
 
     def prepare(self, *parts: Any) -> Any:
-        return parts
+        prepared: list[Any] = []
+        for part in parts:
+            is_optimizer = isinstance(part, torch.optim.Optimizer)
+            prepared.append(SimpleNamespace(optimizer=part) if is_optimizer else part)
+        return prepared
 
     def register_for_checkpointing(self, *parts: Any) -> None:
         pass
