@@ -60,7 +60,7 @@ def test_a_package_of_a_later_part_is_asked_for_before_anything_is_made(
 )
 def test_the_first_line_says_all_steps(words: str, steps: str, tmp_path: Path) -> None:
     flags = "--steps 6 --hidden 4 --labeled-batch 8 --log-every 1"
-    if "--finetune-steps" not in words and not words.startswith("noisy-student"):
+    if "--finetune-steps" not in words:
         flags += " --finetune-steps 4"
     said = metapl(*words.split(), *flags.split(), "--out", tmp_path / "run").stdout
     assert f": {steps}" in " ".join(said.partition(" -> ")[0].split()), said

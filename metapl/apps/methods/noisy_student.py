@@ -22,6 +22,7 @@ from metapl.apps.data import Data
 from metapl.apps.labeling import Read, ToLabel, write_labels
 from metapl.apps.measured import evaluated
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
+from metapl.apps.printing import tell, wrapped
 from metapl.apps.settings import (
     Fitting,
     Share,
@@ -162,9 +163,11 @@ class NoisyStudent(Method):
         if self.finetunes and not steps:
             raise MetaplError("--finetune-steps 0: expected 1 or more, or --training pretrain.")
         if not self.finetunes and steps not in (0, Fitting.finetune_steps):
-            raise MetaplError(
-                f"--finetune-steps {steps:,}: expected --training pretrain_finetune beside it."
+            text = (
+                f"note: --finetune-steps {steps:,} is not read: finetuning is of --training "
+                "pretrain_finetune"
             )
+            tell(wrapped(text))
 
     def scheduled(self, steps: int) -> Self:
         """Return the method with a ratio; refuse more warm steps than steps."""
