@@ -60,7 +60,7 @@ class Altered(Estimator):
         alteration: ``"permuted"``: rows assigned to other examples; ``"class_means"``: every row
             replaced by the mean over the batch (of sampled classes: over the rows with the same
             class); ``"random_sign"``: each row times ±1 with equal probability. Rows of h that are
-            none of the batch, as of a matrix, are taken for examples.
+            none of the batch, as of a matrix, are taken for examples; one number stays as it is.
         seed: of the permutations and signs, which are drawn from a separate generator.
 
     Takes, cost: as ``base``; on an accelerator the host waits for the device once a step. Bias:

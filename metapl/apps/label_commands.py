@@ -88,7 +88,7 @@ class Label:
             refuse_other_levels(images, run.cards[name].input.levels)
             ids = images.names
             # A selection may be made from another folder than this.
-            place = str(Path(self.pictures).resolve())
+            place = str(Path(images.root).resolve())
         labeled = ToLabel(
             images=images,
             ids=ids,
@@ -270,7 +270,9 @@ class Select:
         # Those of a store of a program's own need not be pictures.
         pictures = Path(str(selected.provenance.get("pictures", "")))
         are_files = isinstance(next(iter(selected), None), str)
-        if are_files and pictures.is_absolute() and pictures.is_dir():
+        # The place of an older store may be below another folder than the present one.
+        are_there = pictures.is_absolute() or all((pictures / str(n)).exists() for n in selected)
+        if are_files and pictures.is_dir() and are_there:
             listed = []
             left_out = []
             for name, copies in zip(selected, selected.column("copies").tolist(), strict=True):
@@ -279,9 +281,7 @@ class Select:
                 else:
                     listed += [f"{relpath(pictures / str(name), self.out)}\n"] * copies
             if left_out:
-                text = (
-                    f"{few(left_out, 3)} are not in {LIST}, which holds no name with a line's end."
-                )
+                text = f"{LIST} holds no name with a line's end, and leaves out {few(left_out, 3)}."
                 tell(f"metapl: note: {text}", file=sys.stderr)
             write_whole(
                 self.out / LIST,

@@ -145,7 +145,7 @@ def choose_settings(
         pictures = with_backbone(config.pictures, chosen_backbone, seen, say)
         config = dataclasses.replace(config, pictures=pictures)
     elif method.named_networks:
-        config = with_first_network(config, method.named_networks[0])
+        config = with_first_network(config, method.named_networks[0], say)
     has_several = len({*method.named_networks}) > 1
     config = fitted(config, seen, share_set_aside(config, len(few)), has_several=has_several)
     if config.fitting.patience is not None and config.val is None and not config.val_fraction:
@@ -168,11 +168,11 @@ def choose_settings(
     return config, method
 
 
-def with_first_network(config: Images, name: str) -> Images:
+def with_first_network(config: Images, name: str, say: Say) -> Images:
     """Return the settings with the first of --networks, to which those that are open are fitted."""
     given = config.pictures.network
     if given not in (None, name):
-        raise MetaplError(f"--network {given} and --networks {name}: expected one of the two.")
+        say(f"note: the networks are those of --networks, and not --network {given}")
     return dataclasses.replace(config, pictures=dataclasses.replace(config.pictures, network=name))
 
 

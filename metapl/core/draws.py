@@ -30,9 +30,11 @@ class Draws:
 
     def uniform_like(self, t: Tensor) -> Tensor:
         """Draw numbers between 0 and 1, and neither, in the shape and the type of ``t``."""
+        uniform = self._uniform(t).to(t.dtype)
+        if not t.is_floating_point():
+            return uniform
         # A type of half precision would round the greatest to 1.
-        greatest = 1 - torch.finfo(t.dtype).eps / 2
-        return self._uniform(t).to(t.dtype).clamp(max=greatest)
+        return uniform.clamp(max=1 - torch.finfo(t.dtype).eps / 2)
 
     def normal_like(self, t: Tensor) -> Tensor:
         """Draw numbers of mean 0 and variance 1, in the shape and the type of ``t``.

@@ -218,14 +218,12 @@ def check_mode(mode: Estimator, steps: int, problem: BilevelProblem, student: La
 
 def why_not_together(mode: Estimator, steps: int, problem: BilevelProblem, student: Layout) -> str:
     """Return what a mode cannot do, and what to give instead; "" for nothing."""
-    if conflict := conflict_of(mode, steps, problem):
-        return conflict
     lacking = lacking_in(student, mode, steps, problem)
     if not lacking:
-        return ""
+        return conflict_of(mode, steps, problem)
     fitting = []
     for name, other in _REGISTRY.items():
-        takes_signal = other.credits != "nothing" and {*other.labels} & {*mode.labels}
+        takes_signal = other.credits != "nothing" and {*other.labels} >= {*mode.labels}
         if takes_signal and not conflict_of(other, steps, problem):
             fitting += [] if lacking_in(student, other, steps, problem) else [repr(name)]
     if steps > 1 and not lacking_in(student, mode, 1, problem):
@@ -242,14 +240,14 @@ def conflict_of(mode: Estimator, steps: int, problem: BilevelProblem) -> str:
     revises_signal = overrides(problem, "revised_signal")
     signal_enters_input = enters_input(problem)
     moves_signal = mode.takes_differences or mode.takes_outer_losses
+    if steps > 1 and revises_signal:
+        return f"which takes one student step, and with {steps} of them; expected one"
     if revises_signal and mode.credits == "nothing":
         return "which makes its signal of the feedback; expected 'forward', or Implicit()"
     if revises_signal and signal_enters_input:
         return "which has revised_signal and student_input(batch, signal); expected one of the two"
     if revises_signal and mode.normalization == "cosine":
         return 'whose gradient is zero, by the norm of which "cosine" divides; expected "gradient"'
-    if steps > 1 and revises_signal:
-        return f"which takes one student step, and with {steps} of them; expected one"
     if steps > 1 and not mode.looks_ahead:
         modes = ", ".join(modes_for(looks_ahead=True))
         return f"and with {steps} student steps, of which it takes one; expected one, or {modes}"

@@ -302,7 +302,8 @@ class RatedLoss:
         self.outer.restore(state["outer"])
         self.updates = state["updates"]
         self.steps = state["steps"]
-        self.model_sketch = state["model"]
+        # A checkpoint of before has none.
+        self.model_sketch = state.get("model")
 
     def load(self, folder: str | os.PathLike[str]) -> None:
         """Go on with the rater of a checkpoint of the Trainer, such as output/checkpoint-500.
@@ -338,7 +339,9 @@ class Checkpoints:
             rated.load(folder_of(args, state))
         expected = rated.model_sketch
         # On another device sums are rounded otherwise.
-        if expected is None or not torch.allclose(rated.sketch_of_model(), expected, rtol=1e-9):
+        if expected is not None and not torch.allclose(
+            rated.sketch_of_model(), expected, rtol=1e-9
+        ):
             raise MetaplError(
                 f"the rater of {folder_of(args, state)} learned beside another model than the one "
                 "that the Trainer goes on with; expected rated.load(FOLDER) before train(), of the "

@@ -232,8 +232,8 @@ class LabelStore:
         names: Any = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids
         stored_ids = pa.chunked_array([table["id"].chunk(0) for table in self.tables])
         # Those of another kind, or that no store can hold, have no row.
-        kind = str if pa.types.is_string(stored_ids.type) else int | np.integer
-        wanted = [name if isinstance(name, kind) and is_text(name) else None for name in names]
+        form = text_of if pa.types.is_string(stored_ids.type) else whole_number_of
+        wanted = [*map(form, names)]
         wanted_ids = pa.array(wanted, stored_ids.type)
         rows = pc.index_in(wanted_ids, value_set=stored_ids)
         if rows.null_count and pa.types.is_string(stored_ids.type):
@@ -353,15 +353,15 @@ class LabelWriter:
         resume: bool = False,
     ) -> None:
         require()
-        names = [*classes]
+        names = [] if isinstance(classes, str) else [*classes]
         are_texts = all(isinstance(name, str) for name in names)
         if not names or not are_texts or len({*map(composed, names)}) < len(names):
             raise MetaplError(
                 f"the classes are {few(names, 10, 30)}; expected one or more texts, each once."
             )
-        if top_k is not None and not 1 <= top_k <= len(classes):
+        if top_k is not None and not 1 <= top_k <= len(names):
             raise MetaplError(
-                f"top_k is {top_k}; expected 1 to {len(classes):,}, the number of classes."
+                f"top_k is {top_k}; expected 1 to {len(names):,}, the number of classes."
             )
         self.folder = Path(folder)
         self.classes = tuple(map(composed, names))
@@ -609,6 +609,20 @@ def _settings_of(store: LabelStore | LabelWriter) -> dict[str, Any]:
         if name not in FREE:
             settings[f"provenance.{name}"] = value
     return settings
+
+
+def text_of(name: Any) -> str | None:
+    """Return an id that is a text as a store may hold it; None for any other."""
+    return name if isinstance(name, str) and is_text(name) else None
+
+
+def whole_number_of(name: Any) -> int | None:
+    """Return an id that is a whole number as a store may hold it; None for any other."""
+    value = name.item() if isinstance(name, Tensor | np.generic) else name
+    if isinstance(value, bool) or not isinstance(value, int | float) or value % 1:
+        return None
+    # Arrow has no greater ones.
+    return int(value) if abs(value) < 2**63 else None
 
 
 def is_text(name: str | int) -> bool:

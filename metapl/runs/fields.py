@@ -154,9 +154,12 @@ def _limiting_hints(function_or_class: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _default_of(function_or_class: Any, name: str) -> Any:
-    """Return the default of an argument or a field; where there is none, no value that is given."""
+    """Return the default of an argument, which meets its annotation, or no value that is given.
+
+    The default of a field may be that of a subclass of a user's own.
+    """
     if isinstance(function_or_class, type):
-        return getattr(function_or_class, name, _NOTHING)
+        return _NOTHING
     default = inspect.signature(function_or_class).parameters[name].default
     return _NOTHING if default is inspect.Parameter.empty else default
 

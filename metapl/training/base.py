@@ -57,8 +57,7 @@ class AssignedOnce:
         if self.name in ("teacher", "student"):
             raise MetaplError(REPLACED)
         raise MetaplError(
-            f"{self.name} of a trainer was assigned; expected {self.name}= of a new trainer, over "
-            "the same networks and optimizers."
+            f"{self.name} of a trainer was assigned; expected {self.name}= of a new trainer."
         )
 
 

@@ -175,7 +175,7 @@ def test_one_writer_at_a_time_whose_rows_are_of_one_kind(
         writer.add(["c"], softmax(1))
     assert [*LabelStore(tmp_path / "store")] == ["b", "c"]
     decomposed = unicodedata.normalize("NFD", "é")
-    for classes in (["a", "a"], ["é", decomposed], [], range(3), np.arange(3)):
+    for classes in (["a", "a"], ["é", decomposed], [], range(3), np.arange(3), "ab"):
         with pytest.raises(MetaplError, match="expected one or more texts, each once"):
             LabelWriter(tmp_path / "other", classes)  # type: ignore[arg-type]
     assert not (tmp_path / "other").exists()
@@ -188,6 +188,9 @@ def test_ids_of_the_other_kind_have_no_row(tmp_path: Path) -> None:
     numbered = written(tmp_path / "numbers", [1, 2], softmax(2))
     assert numbered.find(["1", 2]).tolist() == [-1, 1]
     assert numbered.find([np.int64(1), 3]).tolist() == [0, -1]
+    assert numbered.find([torch.tensor(2), 1.0]).tolist() == [1, 0]  # type: ignore[list-item]
+    others: list[Any] = [True, 2**70, 1.5, None]
+    assert numbered.find(others).tolist() == [-1, -1, -1, -1]
     named = written(tmp_path / "names", ["1", "2"], softmax(2))
     assert named.find([1, "2"]).tolist() == [-1, 1]
     for store, ids in ((numbered, ["1"]), (named, [3])):
@@ -636,7 +639,9 @@ def test_the_commands_say_what_is_in_a_store_and_what_became_of_it(tmp_path: Pat
     assert sorted(os.listdir(store.folder)) == before
 
 
-def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Path) -> None:
+def test_the_pictures_that_were_selected_are_listed_for_a_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     names, many = ["b.png", "c d.png", "deep/a.png"], tmp_path / "many"
     for name in names:
         (many / name).parent.mkdir(parents=True, exist_ok=True)
@@ -661,8 +666,18 @@ def test_the_pictures_that_were_selected_are_listed_for_a_training(tmp_path: Pat
     with LabelWriter(tmp_path / "odd", ["x", "y"], provenance={"pictures": str(many)}) as store:
         store.add(["a\nb.png", "b.png"], torch.tensor([[0.2, 0.8], [0.4, 0.6]]))
     ended = metapl("labels", "select", tmp_path / "odd", "--out", tmp_path / "one-odd")
-    assert "are not in list.txt, which holds no name with a line's end." in ended.stderr
+    assert "list.txt holds no name with a line's end, and leaves out" in ended.stderr
     assert scan_unlabeled(tmp_path / "one-odd" / "list.txt").names == ("b.png",)
+    # The place of an older store is below the folder where it was written.
+    with LabelWriter(tmp_path / "older", ["x", "y"], provenance={"pictures": "many"}) as store:
+        store.add(["b.png"], torch.tensor([[0.4, 0.6]]))
+    monkeypatch.chdir(tmp_path)
+    metapl("labels", "select", "older", "--out", "older-selected")
+    assert (tmp_path / "older-selected" / "list.txt").read_text() == "../many/b.png\n"
+    (tmp_path / "elsewhere" / "many").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    ended = metapl("labels", "select", "../older", "--out", "here")
+    assert "no list.txt, since many, which was labeled, is not there" in ended.stderr
     # Pictures that have gone are not listed, and neither are others below the present folder.
     many.rename(tmp_path / "moved")
     ended = metapl("labels", "select", tmp_path / "store", "--out", tmp_path / "gone")

@@ -95,6 +95,9 @@ def test_several_steps_of_a_sharded_student_name_the_torch_that_they_need(
         ("unrolled", None, "one process, or 'forward', or 'difference'"),
         ("forward", metapl.problems.LearningToReweight(), "one process"),
         ("difference", metapl.problems.LearningToReweight(), "one process"),
+        ("none", metapl.problems.LearningToReweight(), "one process"),
+        # Modes of drawn labels alone do not take the weights of a rater.
+        ("implicit", metapl.problems.DataRater(), "one process, or 'forward', or 'difference'"),
     ],
 )
 def test_what_is_proposed_in_several_processes_runs_there(

@@ -104,3 +104,12 @@ def test_a_field_whose_annotation_cannot_be_read_is_not_checked() -> None:
     assert PartlyReadable(folder=3).folder == 3  # type: ignore[arg-type]
     # Its annotation stands in the place of the range that the class above gives this field.
     assert PartlyReadable(count=0).count == 0
+
+
+def test_the_default_of_a_subclass_is_looked_at_too() -> None:
+    @dataclass(frozen=True)
+    class Surer(metapl.UDA):
+        threshold: float = 1.5
+
+    with pytest.raises(MetaplError, match=r"^Surer\(threshold=1.5\): expected a number >= 0"):
+        Surer()

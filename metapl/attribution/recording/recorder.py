@@ -57,7 +57,7 @@ from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
 from metapl.execution.numerics import Tree
 from metapl.execution.outside import generators_outside_torch, refuse_draws_outside
-from metapl.execution.state import RandomState, hooks_of, one_at_a_time, trainable
+from metapl.execution.state import RandomState, one_at_a_time, trainable
 from metapl.problems.base import kind_of
 from metapl.problems.doubtful import EqualWeights
 from metapl.updates import TorchUpdate
@@ -189,8 +189,6 @@ class Recorder:
         self._hooks = ExitStack()
         # Hooks on parts of the network, in the calls of the first step alone.
         self._looks = ExitStack()
-        # Those of the loop, after the first step.
-        self._hooks_of_loop: list[Any] = []
         self._form: CallForm | None = None
         self._autocast: torch.dtype | None = None
         # Those of the first call that counts.
@@ -266,12 +264,6 @@ class Recorder:
         self.is_following = False
         if not is_whole or not self._rows:
             return
-        if hooks_in(self.model) != self._hooks_of_loop:
-            warn(
-                "the network no longer has the hooks with which it was recorded, such as those of "
-                "NEFTune, which a Trainer removes; register them again before attribute(), which "
-                "refuses its steps otherwise.",
-            )
         try:
             self._write_rows()
             # A loop may have put other weights into the network, such as its best ones. The last
@@ -559,7 +551,6 @@ class Recorder:
             "first_sizes": [*step.sizes],
         }
         self.folder.write_description(description)
-        self._hooks_of_loop = hooks_in(self.model)
 
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""
@@ -711,15 +702,6 @@ class Recorder:
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
         return [p._version for p in self._weights]
-
-
-def hooks_in(model: nn.Module) -> list[Any]:
-    """Return the hooks on the parts of a network, without those that record."""
-    hooks: list[Any] = []
-    for part in model.modules():
-        for table in hooks_of(part):
-            hooks += [hook for hook in table.values() if not isinstance(hook, RecordingHook)]
-    return hooks
 
 
 def note_autocast(call: SeenCall, device_type: str, part: nn.Module, args: Any) -> None:

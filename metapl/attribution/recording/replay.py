@@ -239,10 +239,10 @@ class Replay:
         if not gap <= self.check.tolerance * size:
             raise MetaplError(
                 f"the loss in step {number} is {loss:.6g}, and {recorded:.6g} was recorded, "
-                f"{gap / size:.1g} of it apart; expected the network and the data of the "
-                "recording, a loop whose loss is the same multiple of the examples' mean in each "
-                "step, gradients that begin at zero in each step, and weights that nothing but its "
-                "optimizer moves."
+                f"{gap / size:.1g} of it apart; expected the network of the recording with the "
+                "hooks that it had (a Trainer removes those of NEFTune), its data, a loop whose "
+                "loss is the same multiple of the examples' mean in each step, gradients that "
+                "begin at zero in each step, and weights that nothing but its optimizer moves."
             )
 
     def step(self, number: int, state: KeptState, weights: Tensor | None = None) -> KeptState:
