@@ -74,7 +74,7 @@ def step_of(network: str, way: str, mode: str) -> Callable[[], Any]:
         captured.kept[-1] = kept._replace(graph=first_time_only)
         trainer.step(*data)
     else:
-        recorded = graph.run.args[0].recorded[-1]
+        recorded = graph.run.recorded[-1]
         moved, report = recorded.recording.results
         moved = with_fields(state, mode=moved.mode, step=moved.step)
         recorded.recording = cuda_graphs.Recording((moved, report), lambda: None)
