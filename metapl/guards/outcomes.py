@@ -156,8 +156,7 @@ class Outcomes:
                 "idle",
                 "the unlabeled examples have taught nothing: their loss, of UDA, was 0 in every "
                 "row. It has no weight, it had not begun, or no example was predicted with the "
-                "confidence that it asks for; take "
-                "more steps, or lower its threshold",
+                "confidence that it asks for; take more steps, or lower its threshold",
             )
 
     def validated(self, step: int, role: str, measured: Any, advice: Advice = list) -> None:

@@ -121,7 +121,9 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) 
     _refuse_unmet(arguments, _limiting_hints(function), template="{}")
 
 
-def _refuse_unmet(values: Mapping[str, Any], hints: Mapping[str, Any], *, template: str) -> None:
+def _refuse_unmet(
+    values: Mapping[str, Any], hints: Mapping[str, tuple[Any, Any]], *, template: str
+) -> None:
     """Refuse the first value that is not as annotated; the template shows its name and value."""
     for name, (hint, default) in hints.items():
         value = values.get(name, default)

@@ -61,16 +61,16 @@ class AssignedOnce:
         )
 
 
-Kind = TypeVar("Kind", bound="type[Trainer]")
+TrainerClass = TypeVar("TrainerClass", bound="type[Trainer]")
 
 
-def assigned_once(*names: str) -> Callable[[Kind], Kind]:
+def assigned_once(*names: str) -> Callable[[TrainerClass], TrainerClass]:
     """Return a decorator of a class whose attributes of these names are assigned once."""
 
-    def with_names(kind: Kind) -> Kind:
+    def with_names(trainer_class: TrainerClass) -> TrainerClass:
         for name in names:
-            setattr(kind, name, AssignedOnce(name))
-        return kind
+            setattr(trainer_class, name, AssignedOnce(name))
+        return trainer_class
 
     return with_names
 
