@@ -139,6 +139,11 @@ def test_each_round_has_a_network_of_its_own_and_its_rate_or_the_one_that_is_giv
     ("flags", "said", "rates"),
     [
         (("pooled_cnn",), "adamw at 0.01, float32", {"AdamW": 0.01}),
+        (
+            ("pooled_cnn", "--network", "airbench_small"),
+            "note: the networks are those of --networks, and not --network airbench_small",
+            {"AdamW": 0.01},
+        ),
         # The usual rate of the network that there is without --networks.
         (("pooled_cnn", "--lr", "0.06"), "adamw at 0.06, float32", {"AdamW": 0.06}),
         (
