@@ -81,7 +81,7 @@ import metapl
 from metapl.ablation.cost import peak_bytes
 from metapl.functional import graphs
 from metapl.pictures import load_digits_split
-from metapl.problems import ExampleWeights, Table
+from metapl.problems import ExampleWeights, MetaWeightNet, Table, WeightNet
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
@@ -241,6 +241,7 @@ def by_train(words: list[str], run: Path) -> Row:
 # ------------------------------------------------------------------------------- wrong labels
 
 WEIGHTS = "metapl: `ExampleWeights` at its defaults"
+WEIGHTED = "metapl: `MetaWeightNet` at its defaults"
 GOLD = "gold loss correction"
 GENERALIZED = "generalized cross entropy"
 SPREAD = "SVM on the labels that label spreading agrees with"
@@ -249,6 +250,7 @@ CLEANLAB = "cleanlab removes rows, then plain"
 PLAIN = "plain: given and checked rows"
 CHECKED = "plain: checked rows alone"
 WRONG_ARMS = (WEIGHTS, GOLD, SPREAD, FINISHED, GENERALIZED, CLEANLAB, CHECKED, PLAIN)
+SYMMETRIC_ARMS = (WEIGHTED, *WRONG_ARMS)
 WRONG_SEEDS = tuple(range(10, 20))
 STEPS = 300
 BATCH = 64
@@ -268,11 +270,12 @@ class Digits:
     student: nn.Module
 
 
-def drawn_digits(seed: int, *, is_milder: bool = False) -> Digits:
+def drawn_digits(seed: int, *, share: float, is_symmetric: bool) -> Digits:
     """Draw 1,300 digits with wrong labels, and 100 that are checked.
 
     Args:
-        is_milder: 30 % are wrong, each any other digit; otherwise 40 % are, each the next digit.
+        share: of wrong labels.
+        is_symmetric: each wrong label is any other digit; otherwise the next digit.
     """
     from sklearn import datasets, preprocessing
 
@@ -280,21 +283,25 @@ def drawn_digits(seed: int, *, is_milder: bool = False) -> Digits:
     x, y = datasets.load_digits(return_X_y=True)
     rows = torch.randperm(len(x))
     x, y = torch.tensor(preprocessing.scale(x)).float()[rows], torch.tensor(y)[rows]
-    wrong = torch.rand(1300) < (0.3 if is_milder else 0.4)
-    further = torch.randint(1, 10, (1300,)) if is_milder else 1
+    wrong = torch.rand(1300) < share
+    further = torch.randint(1, 10, (1300,)) if is_symmetric else 1
     labels = torch.where(wrong, (y[:1300] + further) % 10, y[:1300])
     student = metapl.models.mlp([64, 64, 10])
     checked, test = (x[1300:1400], y[1300:1400]), (x[1400:], y[1400:])
     return Digits(noisy=(x[:1300], labels), checked=checked, test=test, student=student)
 
 
-def wrong_labels(*, arm: str, seed: int, given: Given, is_milder: bool = False) -> Row:
+def wrong_labels(
+    *, arm: str, seed: int, given: Given, share: float = 0.4, is_symmetric: bool = False
+) -> Row:
     """Return the accuracy on digits with wrong labels."""
     begun = time.process_time()
-    digits = drawn_digits(seed, is_milder=is_milder)
+    digits = drawn_digits(seed, share=share, is_symmetric=is_symmetric)
     steps = 4 if given.miniature else STEPS
     if arm == WEIGHTS:
         accuracy = by_example_weights(digits, steps)
+    elif arm == WEIGHTED:
+        accuracy = by_meta_weight_net(digits, steps)
     elif arm == GOLD:
         accuracy = by_gold_loss_correction(digits, steps)
     elif arm == SPREAD:
@@ -379,6 +386,15 @@ def by_example_weights(digits: Digits, steps: int) -> float:
     )
     noisy = (*digits.noisy, torch.arange(1300))
     trainer.fit(outer=digits.checked, inner=noisy, steps=steps, batch_size=BATCH, progress=False)
+    return accuracy_of(digits.student, digits)
+
+
+def by_meta_weight_net(digits: Digits, steps: int) -> float:
+    """Train by ``MetaWeightNet`` at its defaults."""
+    trainer = metapl.BilevelTrainer(WeightNet(), digits.student, problem=MetaWeightNet())
+    trainer.fit(
+        outer=digits.checked, inner=digits.noisy, steps=steps, batch_size=BATCH, progress=False
+    )
     return accuracy_of(digits.student, digits)
 
 
@@ -1642,7 +1658,8 @@ def maml_by_loop(
 CASES = {
     "photographs": photographs,
     "wrong_labels": wrong_labels,
-    "milder_labels": partial(wrong_labels, is_milder=True),
+    "milder_labels": partial(wrong_labels, share=0.3, is_symmetric=True),
+    "symmetric_labels": partial(wrong_labels, is_symmetric=True),
     "tables": tables,
     "steps": steps,
     "stacked": stacked,
@@ -1669,11 +1686,11 @@ def jobs(cases: list[str], given: Given, raw: Path) -> Iterator[Row]:
                 if has_backbone:
                     yield case | {"arm": FROZEN, "draw": draw}
             yield case | {"arm": SCRATCH, "draw": 0}
-    for case_name in ("wrong_labels", "milder_labels"):
+    for case_name in ("wrong_labels", "milder_labels", "symmetric_labels"):
         if case_name not in cases:
             continue
         for seed in WRONG_SEEDS[:2] if given.miniature else WRONG_SEEDS:
-            for arm in WRONG_ARMS:
+            for arm in SYMMETRIC_ARMS if case_name == "symmetric_labels" else WRONG_ARMS:
                 if arm != CLEANLAB or given.cleanlab_python is not None:
                     yield {"case": case_name, "arm": arm, "seed": seed}
     if "tables" in cases:
@@ -1779,13 +1796,14 @@ def photograph_table(rows: list[Row]) -> str:
 def wrong_label_table(case: str, rows: list[Row]) -> str:
     """Return a row for each arm, with metapl's difference to it."""
     rows = rows_of(rows, case=case)
-    ours = accuracies(rows, arm=WEIGHTS)
+    metapls = WEIGHTED if case == "symmetric_labels" else WEIGHTS
+    ours = accuracies(rows, arm=metapls)
     lines = []
-    for arm in WRONG_ARMS:
+    for arm in SYMMETRIC_ARMS:
         found = accuracies(rows, arm=arm)
         if not found:
             continue
-        difference = NONE if arm == WEIGHTS else beside(ours, found)
+        difference = NONE if arm == metapls else beside(ours, found)
         lines.append([arm, f"{points(found):.1f}", difference, seconds(rows, arm=arm)])
     return grid(["arm", "test accuracy in %", "metapl minus it", "seconds"], lines)
 
@@ -1951,6 +1969,7 @@ TABLE_OF_CASE = {
     "photographs": photograph_table,
     "wrong_labels": partial(wrong_label_table, "wrong_labels"),
     "milder_labels": partial(wrong_label_table, "milder_labels"),
+    "symmetric_labels": partial(wrong_label_table, "symmetric_labels"),
     "tables": table_table,
     "steps": step_table,
     "stacked": stacked_table,

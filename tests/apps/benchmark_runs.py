@@ -112,6 +112,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "simpler-photographs",
         "simpler-wrong_labels",
         "simpler-milder_labels",
+        "simpler-symmetric_labels",
         "simpler-tables",
         "simpler-steps",
         "simpler-stacked",
