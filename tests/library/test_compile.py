@@ -49,8 +49,11 @@ from metapl.guards.verification import VerificationWarning
 
 @pytest.fixture(autouse=True)
 def traced(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[GraphModule]:
-    """Capture without Inductor, where the mechanics matter; return the graphs."""
-    if "without_a_compiler" in request.node.name:
+    """Capture without Inductor, where the mechanics matter; return the graphs.
+
+    Tests that need a compiler have one.
+    """
+    if request.node.get_closest_marker("skipif") or "without_a_compiler" in request.node.name:
         return []
     return without_inductor(monkeypatch)
 
@@ -539,6 +542,36 @@ def test_columns_of_a_larger_table_are_read_where_they_lie() -> None:
     torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-6)
 
 
+@needs_compiler
+def test_a_sum_is_compiled_apart_from_the_product_before_it() -> None:
+    """Inductor would join them to ``addmm``, which copies the summand first."""
+    from torch._inductor.utils import fresh_cache, run_and_get_code
+
+    def sums(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.addmm(bias, x, weight).tanh() + x @ weight
+
+    step = metapl.functional.recorded(sums, compile=True)
+    given = torch.randn(5, 4), torch.randn(4, 3), torch.randn(3)
+    with fresh_cache():
+        result, codes = run_and_get_code(step, *given)
+    products = [line for line in "".join(codes).splitlines() if "mm_out(" in line]
+    assert len(products) == 2
+    assert not any("addmm" in line for line in products)
+    torch.testing.assert_close(result, sums(*given))
+
+
+@needs_compiler
+def test_a_cast_to_half_precision_rounds_compiled_too() -> None:
+    """Inductor would leave out one that is cast back."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.bfloat16().float() - x
+
+    x = torch.randn(50)
+    assert torch.equal(metapl.functional.recorded(rounded, compile=True)(x), rounded(x))
+
+
+@pytest.mark.long
 @needs_compiler
 def test_tasks_that_are_columns_are_compiled() -> None:
     torch.manual_seed(0)
