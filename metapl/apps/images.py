@@ -500,9 +500,10 @@ class Images:
         test_fraction: share of each class of --labeled that is held out in the place of --test,
             such as 0.2: the same pictures whatever the seed is.
         unlabeled_batch: number of unlabeled pictures in each step.
-        minutes: minutes of the clock that the training may take, with its labeling and finetuning.
-            The number of steps is planned as it begins. Where the machine becomes slower, or all
-            steps of finetuning take too long, some are skipped. By default it takes 5.
+        minutes: minutes of the clock that the training may take, with its labeling and finetuning;
+            with --compare, each of them. The number of steps is planned as it begins. Where the
+            machine becomes slower, or all steps of finetuning take too long, some are skipped. By
+            default it takes 5.
     """
 
     name: ClassVar[str] = "images"

@@ -726,7 +726,7 @@ def steps_within(
             say(
                 f"note: all {config.fitting.finetune_steps:,} steps of finetuning would take about "
                 f"{spoken_time(stopwatch.finetuning)}, which is too long for --minutes "
-                f"{minutes:g}: some of them will be skipped"
+                f"{minutes:g}: some of them may be skipped"
             )
     # Validations come between the steps.
     during_steps = seconds_of_steps + stopwatch.validations

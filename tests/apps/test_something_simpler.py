@@ -76,8 +76,11 @@ def test_the_gradients_of_maml_by_hand_are_those_of_the_library(
             torch.testing.assert_close(gradient[name], t, rtol=1e-4, atol=1e-6)
 
 
-def test_a_wrong_label_is_the_next_digit_and_checked_ones_are_right(simpler: ModuleType) -> None:
-    digits = simpler.drawn_digits(0)
+@pytest.mark.parametrize(("share", "is_symmetric"), [(0.4, False), (0.3, True)])
+def test_wrong_labels_are_as_many_as_said_and_checked_ones_are_right(
+    simpler: ModuleType, share: float, *, is_symmetric: bool
+) -> None:
+    digits = simpler.drawn_digits(0, share=share, is_symmetric=is_symmetric)
     x, y = datasets.load_digits(return_X_y=True)
     pictures = torch.tensor(preprocessing.scale(x)).float()
 
@@ -88,8 +91,8 @@ def test_a_wrong_label_is_the_next_digit_and_checked_ones_are_right(simpler: Mod
         return (labels - torch.tensor(y)[rows]) % 10
 
     shift = shift_of(digits.noisy)
-    assert set(shift.tolist()) == {0, 1}
-    assert shift.double().mean().item() == pytest.approx(0.4, abs=0.05)
+    assert set(shift.tolist()) == ({*range(10)} if is_symmetric else {0, 1})
+    assert (shift != 0).double().mean().item() == pytest.approx(share, abs=0.05)
     assert not shift_of(digits.checked).any()
     assert not shift_of(digits.test).any()
 
