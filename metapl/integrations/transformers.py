@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ def weighted(
     problem: DataRater | None = None,
     rater_optimizer: torch.optim.Optimizer | None = None,
     mode: Mode = "forward",
+    verify: bool | Literal["warn"] = True,
 ) -> RatedLoss:
     r"""Let a ``transformers.Trainer`` weight each batch by a rater, which learns beside the model.
 
@@ -63,6 +64,8 @@ def weighted(
             :class:`metapl.problems.DataRater`, or a subclass of yours.
         rater_optimizer: default the problem's own, Adam at 1e-3.
         mode: how the gradient is found; see :mod:`metapl.feedback`.
+        verify: compare the rater's first gradient with its definition; see
+            :func:`metapl.hypergradient`.
 
     Returns: a :class:`RatedLoss`, with what was last measured.
 
@@ -103,6 +106,7 @@ def weighted(
         problem=problem,
         rater_optimizer=rater_optimizer,
         mode=mode,
+        verify=verify,
     )
     with needed_for("metapl.integrations.transformers"):
         from transformers import TrainerCallback
@@ -193,6 +197,7 @@ class RatedLoss:
         problem: DataRater,
         rater_optimizer: torch.optim.Optimizer,
         mode: Mode,
+        verify: bool | Literal["warn"],
     ) -> None:
         self.trainer = trainer
         self.rater = rater
@@ -200,6 +205,7 @@ class RatedLoss:
         self.problem = problem
         self.rater_optimizer = rater_optimizer
         self.mode = mode
+        self.verify = verify
         self.outer = feed(outer, name="outer", stop=1, device=trainer.args.device)
         self.student = Logits(trainer.model)
         self._usual_loss = trainer.compute_loss
@@ -261,6 +267,7 @@ class RatedLoss:
                 inner_optimizer=unwrapped(self.trainer.optimizer),
                 clip_norm=self.trainer.args.max_grad_norm or None,
                 mode=self.mode,
+                verify=self.verify,
             )
         parameters = dict(self.rater.named_parameters())
         if not all(gradient.isfinite().all() for gradient in result.grads.values()):

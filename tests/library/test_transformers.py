@@ -10,7 +10,7 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError
+from metapl.guards.verification import VerificationWarning
 from metapl.problems import Table
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -406,6 +407,41 @@ def test_an_optimizer_without_a_derivative_is_refused_before_anything_moves(
     assert all(p.equal(q) for p, q in zip(first_weights, trainer.model.parameters(), strict=True))
     assert next(network.parameters()).equal(next(rater().parameters()))
     assert rated.updates == 0
+
+
+class Doubled(torch.autograd.Function):
+    """The scores as they are, whose gradient comes back twice as large."""
+
+    @staticmethod
+    def forward(scores: Tensor) -> Tensor:
+        return scores.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+@pytest.mark.parametrize("verify", [True, "warn", False])
+def test_the_first_gradient_is_compared_with_its_definition(
+    tmp_path: Path, *, verify: bool | Literal["warn"]
+) -> None:
+    network = rater()
+    network.register_forward_hook(lambda *call: Doubled.apply(call[2]))
+    trainer = trainer_of(model(), tmp_path, max_steps=1)
+    rated = weighted(trainer, network, outer=OUTER, verify=verify)
+    if verify is True:
+        with pytest.raises(MetaplError, match="the backward of Doubled in the signal is not"):
+            trainer.train()
+    elif verify == "warn":
+        with pytest.warns(VerificationWarning, match="the backward of Doubled"):
+            trainer.train()
+    else:
+        trainer.train()
+    assert rated.updates == (0 if verify is True else 1)
 
 
 @pytest.mark.long
