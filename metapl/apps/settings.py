@@ -41,7 +41,8 @@ class Fitting:
     What is None is chosen where the training begins.
 
     Args:
-        steps: number of training steps. Of your own pictures it follows from --minutes by default.
+        steps: number of training steps before those of finetuning. Of your own pictures it follows
+            from --minutes by default.
         seed: seed of all random numbers. The same seed gives the same run.
         labeled_batch: number of labeled examples in each step. By default it is 32, and 64 for
             airbench_small and for digits.
