@@ -139,8 +139,21 @@ def test_the_page_of_evidence_says_what_the_rows_of_the_rivals_say(simpler: Modu
     ratios = {row["network"]: f"{row['ratio']:.2f}" for row in stacked}
     assert f"**behind**: {ratios['tiny']} (" in row_of("32 stacked seeds")
     assert f"on the larger, {ratios['mlp']} |" in row_of("32 stacked seeds")
+    steps = {(row["network"], row["arm"]): row for row in simpler.rows_of(rows, case="steps")}
+    ratios = {key: f"{row['ratio']:.2f}" for key, row in steps.items()}
+    compiled = row_of("a compiled step of an MLP")
+    assert f"{ratios['tiny', simpler.OURS]} (quartiles" in compiled
+    assert f"by hand {ratios['tiny', simpler.HAND_ALIKE]}" in compiled
+    of_larger = f"{ratios['mlp', simpler.OURS]} and {ratios['mlp', simpler.HAND_ALIKE]} on"
+    assert of_larger in compiled
+    times = [
+        f"{steps[network, simpler.OURS]['ms'] / steps[network, simpler.HAND_ALIKE]['ms']:.2f}"
+        for network in simpler.STEP_NETWORKS
+    ]
+    modes = (ROOT / "docs" / "modes.md").read_text()
+    assert f"{times[0]} and {times[1]} times as long as [by hand with equal" in modes
     taken = []
-    for arm in (simpler.REMOVED_AT_ONCE, simpler.REMOVED_OURS):
+    for arm in (simpler.REMOVED_HAND, simpler.REMOVED_OURS):
         of_arm = simpler.rows_of(rows, case="removals", arm=arm)
         taken += [f"{statistics.median(row['plain_trainings']):.0f}" for row in of_arm]
     words = "{} and {} plain trainings, ours {} and {},".format(*taken)
