@@ -295,7 +295,7 @@ class Fit:
         path, state = self.checkpoints.newest()
         phase = self.options.phase
         if path is None:
-            self.say(f"no checkpoint of phase {phase} yet: it begins at its first step")
+            self.say(f"{phase} has no checkpoint yet, so it begins at its first step")
             return
         with self.ranks.agreed(waiting=True):
             if state is None:
