@@ -1,14 +1,19 @@
-"""Put the version at the foot of each page, and the changelog among the pages: a hook of MkDocs."""
+"""Add what lies beside the folder of the pages: version, changelog, notebooks: a hook of MkDocs."""
 
 from __future__ import annotations
 
+import base64
+import json
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
+NOTEBOOKS = ("quickstart", "own_loop", "pictures")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -19,7 +24,42 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the changelog, which lies beside the folder of the pages."""
+    """Add the changelog and the notebooks, which lie beside the folder of the pages."""
     text = (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](")
     files.append(File.generated(config, "changelog.md", content=text))
+    for name in NOTEBOOKS:
+        for path, content in pages_of(name):
+            files.append(File.generated(config, path, content=content))
     return files
+
+
+def pages_of(name: str) -> Iterator[tuple[str, str | bytes]]:
+    """Yield a notebook as a page with what its cells print, and the pictures that they show."""
+    notebook = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())
+    parts: list[str] = []
+    pictures: list[bytes] = []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else fenced(source, "python"))
+        for output in cell.get("outputs", ()):
+            picture = output.get("data", {}).get("image/png")
+            if picture is None:
+                parts.append(fenced(printed(output), "text"))
+                continue
+            parts.append(f"![What the cell shows]({name}-{len(pictures)}.png)")
+            pictures.append(base64.b64decode(picture))
+    parts.append(f"This is `examples/{name}.ipynb`.")
+    yield f"notebooks/{name}.md", "\n\n".join(parts)
+    for number, picture in enumerate(pictures):
+        yield f"notebooks/{name}-{number}.png", picture
+
+
+def printed(output: dict[str, Any]) -> str:
+    """Return the text of an output of a cell."""
+    lines = output["text"] if "text" in output else output["data"]["text/plain"]
+    return "".join(lines)
+
+
+def fenced(text: str, language: str) -> str:
+    """Return text as a block of code."""
+    return f"```{language}\n{text.rstrip()}\n```"
