@@ -36,7 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def pages_of(name: str) -> Iterator[tuple[str, str | bytes]]:
     """Yield a notebook as a page with what its cells print, and the pictures that they show."""
     notebook = json.loads((ROOT / "examples" / f"{name}.ipynb").read_text())
-    parts: list[str] = []
+    # Its lines are longer than those of pages, and it has no headings to list beside it.
+    parts = ["---\nhide: [toc]\n---"]
     pictures: list[bytes] = []
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
