@@ -1796,14 +1796,14 @@ def photograph_table(rows: list[Row]) -> str:
 def wrong_label_table(case: str, rows: list[Row]) -> str:
     """Return a row for each arm, with metapl's difference to it."""
     rows = rows_of(rows, case=case)
-    metapls = WEIGHTED if case == "symmetric_labels" else WEIGHTS
-    ours = accuracies(rows, arm=metapls)
+    arm_of_metapl = WEIGHTED if case == "symmetric_labels" else WEIGHTS
+    ours = accuracies(rows, arm=arm_of_metapl)
     lines = []
     for arm in SYMMETRIC_ARMS:
         found = accuracies(rows, arm=arm)
         if not found:
             continue
-        difference = NONE if arm == metapls else beside(ours, found)
+        difference = NONE if arm == arm_of_metapl else beside(ours, found)
         lines.append([arm, f"{points(found):.1f}", difference, seconds(rows, arm=arm)])
     return grid(["arm", "test accuracy in %", "metapl minus it", "seconds"], lines)
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.checks import no_values
+from metapl.execution.numerics import HALF
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.transforms import no_transform
 
@@ -234,12 +235,14 @@ def with_sums_apart(graph: GraphModule) -> GraphModule:
     """Return a copy of a graph whose products of matrices Inductor joins with no sum.
 
     Joined, a product is ``addmm``, which on a CPU first copies the summand into its result. Apart,
-    the sum goes into the kernel that reads it: a step of a small perceptron takes a fifth less.
+    the sum becomes a part of the kernel that reads it. In half precision an ``addmm`` that the
+    network takes stays one, since it rounds once.
     """
     graph = copy.deepcopy(graph)
     aten = torch.ops.aten
     for node in [*graph.graph.nodes]:
-        if node.target is aten.addmm.default and not node.kwargs:
+        is_plain = node.target is aten.addmm.default and not node.kwargs
+        if is_plain and node.meta["val"].dtype not in HALF:
             summand, *factors = node.args
             with graph.graph.inserting_before(node):
                 product = graph.graph.call_function(aten.mm.default, tuple(factors))
@@ -263,8 +266,9 @@ def backend_of(device: torch.device) -> dict[str, Any]:
     """Return the options of Inductor for steps of a fraction of a millisecond.
 
     Half of such a step would go into Python around the kernels. Inductor's own kernels would draw
-    other dropout masks than PyTorch's, and leave out a cast to half precision that is cast back,
-    which is the rounding of Muon's steps; on a GPU the option costs float32 its fused products.
+    other dropout masks than PyTorch's. They would also leave out a cast to half precision that is
+    cast back, by which Muon rounds its steps. On a GPU they do: there the option that keeps such
+    casts also forbids to fuse products and sums of float32.
     """
     is_cpu = device.type == "cpu"
     return {

@@ -560,6 +560,21 @@ def test_a_sum_is_compiled_apart_from_the_product_before_it() -> None:
     torch.testing.assert_close(result, sums(*given))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "products"), [(torch.float32, ["mm", "mm"]), (torch.bfloat16, ["addmm", "mm"])]
+)
+def test_a_sum_in_half_precision_is_rounded_once(dtype: torch.dtype, products: list[str]) -> None:
+    def sums(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        return [torch.addmm(bias, x, weight).tanh() + x @ weight]
+
+    given = [torch.randn(shape, dtype=dtype) for shape in ((5, 4), (4, 3), (3,))]
+    graph = operations.graph_of(sums, given)
+    apart = operations.with_sums_apart(graph)
+    kinds = [str(node.target).split(".")[1] for node in apart.graph.nodes if "mm" in node.name]
+    assert kinds == products
+    torch.testing.assert_close(apart(*given), graph(*given))
+
+
 @needs_compiler
 def test_a_cast_to_half_precision_rounds_compiled_too() -> None:
     """Inductor would leave out one that is cast back."""
