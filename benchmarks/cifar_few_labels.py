@@ -2,6 +2,7 @@
 
     python benchmarks/cifar_few_labels.py --root CIFAR      # two hours of a core; goes on
     python benchmarks/cifar_few_labels.py --write benchmarks/results/cifar_few_labels.md
+    python benchmarks/cifar_few_labels.py --root CIFAR --card    # on a GPU, up to six million
 
 Each run is the command ``metapl train images`` or ``metapl noisy-student images`` with the flags of
 ARMS, on ``airbench_small`` with its recipe, from pictures of 32 x 32. CIFAR has train/CLASS/*.png
@@ -15,8 +16,12 @@ the test are not. A budget of 30,000 pictures is what labels alone need for so m
 them of 24 x 24. The others take as many steps as the same work allows. A student that sees no
 labels is finetuned for 50 steps, which count.
 
-No arm was tuned. All have the defaults, but for five validations, and for the weight of feedback
-alone, whose default is relative to losses that it does not have: it is one over the student's rate.
+No arm was tuned. All have the defaults, but for strong changes of pictures, five validations, and
+the weight of feedback alone, whose default is relative to losses that it does not have: it is one
+over the student's rate.
+
+By ``--card`` the labels are 4,000, the unlabeled pictures all others, and the budgets 600,000, two
+and six million pictures; a run is tested on all test pictures. It goes on where it was stopped.
 
 Declared before the first run, each as a paired difference by draw with the interval of a t-test:
 
@@ -45,7 +50,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -63,9 +68,11 @@ from metapl.apps.methods.feedback import Feedback
 from metapl.apps.methods.mpl import Mpl
 from metapl.feedback import Reinforce
 from metapl.networks import create
+from metapl.problems import PseudoLabels
 from metapl.training.trainer import BilevelTrainer
 
 RAW = RESULTS / "cifar_few_labels.jsonl"
+RAW_OF_CARD = RESULTS / "gpu" / "cifar_few_labels.jsonl"
 BATCH = 64
 SIDE = 32
 BUDGET = 30_000
@@ -134,7 +141,35 @@ class MplCosine(Mpl):
         )
 
 
-OWN_METHODS = (MplAlone(), MplAlone(feedback=Feedback(learns_from_student=False)), MplCosine())
+@dataclass(frozen=True, kw_only=True)
+class MplByLetter(Mpl):
+    """Algorithm 1 as it is written: one x_u for both networks, a drawn label, h with weight 1."""
+
+    @property
+    def name(self) -> str:
+        return f"{super().name}_by_letter"
+
+    def trainer(self, t: Training) -> BilevelTrainer:
+        """Build the trainer of both networks; without feedback the labels are drawn too."""
+        learns = self.feedback.learns_from_student
+        return t.bilevel(
+            t.teacher,
+            Reinforce() if learns else "none",
+            PseudoLabels(kind="hard", student_view="weak"),
+            teacher_losses=self.uda.losses(),
+            student_lr=self.feedback.student_lr,
+            **({"feedback_weight": 1.0} if learns else {}),
+        )
+
+
+WITHOUT = Feedback(learns_from_student=False)
+OWN_METHODS = (
+    MplAlone(),
+    MplAlone(feedback=WITHOUT),
+    MplCosine(),
+    MplByLetter(),
+    MplByLetter(feedback=WITHOUT),
+)
 
 
 @dataclass(frozen=True)
@@ -176,6 +211,7 @@ class Arm:
         part: int = 1,
         labels: int = 0,
         more: Sequence[str] = STRONG,
+        device: str = "cpu",
     ) -> list[str]:
         """Return the words of the command, but for its folders.
 
@@ -185,12 +221,13 @@ class Arm:
             part: what batches are divided by.
             labels: how many pictures are labeled, of which a part is set aside.
             more: flags besides.
+            device: on which it is trained.
         """
         words = ["train", "images", *self.flags, "--unlabeled-batch", str(self.unlabeled // part)]
         if self.rounds:
             words = ["noisy-student", "images", *self.flags, "--rounds", str(self.rounds)]
         words += ["--network", self.network, "--labeled-batch", str(self.batch // part)]
-        words += ["--steps", str(steps), "--finetune-steps", str(finetuning), "--device", "cpu"]
+        words += ["--steps", str(steps), "--finetune-steps", str(finetuning), "--device", device]
         words += ["--validate-every", str(max(1, steps // VALIDATIONS)), *more]
         if labels and not self.learns_all:
             words += ["--val-fraction", f"{min(SET_ASIDE, MOST_SET_ASIDE / labels):g}"]
@@ -206,6 +243,8 @@ FROM_START = ("--wait", "0")
 DRAWN = ("--mode", "reinforce")
 WEIGHT = f"{1 / images.RATES['airbench']:.4g}"
 SMALLER = "pooled_cnn"
+# A new student learns soft labels of all pictures as it learns those of people.
+PLAIN_ROUNDS = ("--unlabeled-noise", "standard", "--balance", "False")
 
 ARMS = {
     "labels": Arm("labels alone, smoothing 0.2", method("supervised")),
@@ -284,7 +323,7 @@ ARMS = {
         learns_all=True,
     ),
     "letter": Arm(
-        "MPL by Algorithm 1, none set aside",
+        "MPL with drawn labels, none set aside",
         method("mpl", *DRAWN),
         is_finetuned=True,
         learns_all=True,
@@ -308,12 +347,53 @@ ARMS = {
         cost_of="none",
         learns_all=True,
     ),
+    "by_letter": Arm(
+        "Algorithm 1 by its letter, none set aside",
+        method("mpl_by_letter", *FROM_START),
+        is_finetuned=True,
+        learns_all=True,
+    ),
+    "none_by_letter": Arm(
+        "the same without feedback, none set aside",
+        method("none_by_letter", *FROM_START),
+        is_finetuned=True,
+        learns_all=True,
+    ),
+    "restart": Arm(
+        "self-training with restart, one round, none set aside",
+        PLAIN_ROUNDS,
+        rounds=1,
+        learns_all=True,
+    ),
+    "restart_2": Arm(
+        "self-training with restart, two rounds, none set aside",
+        PLAIN_ROUNDS,
+        rounds=2,
+        learns_all=True,
+    ),
 }
+# What a card takes at once.
+CARD_BATCH = 256
+CARD_ARMS = {
+    f"card_{name}": replace(
+        arm, batch=CARD_BATCH, unlabeled=CARD_BATCH, learns_all=True, cost_of=""
+    )
+    for name, arm in ARMS.items()
+    if name in ("labels", "uda", "none", "mpl", "restart", "restart_2")
+}
+ARMS |= CARD_ARMS
 # ------------------------------------------------------------------------------------- the pictures
 
 
 def write_pictures(
-    root: Path, folder: Path, *, draw: int, labels: int, is_tested: bool = True
+    root: Path,
+    folder: Path,
+    *,
+    draw: int,
+    labels: int,
+    is_tested: bool = True,
+    unlabeled: int | None = UNLABELED,
+    tested: int | None = TESTED_PER_CLASS,
 ) -> None:
     """Write the labeled, unlabeled and test pictures of a draw, unless they are there.
 
@@ -321,6 +401,8 @@ def write_pictures(
 
     Args:
         is_tested: take test pictures to test on; else as many of the other training pictures.
+        unlabeled: how many pictures have no label; None: all that are not labeled.
+        tested: test pictures of each class; None: all.
     """
     if folder.exists():
         return
@@ -334,10 +416,10 @@ def write_pictures(
         copy([pictures[number] for number in order[:count]], folder / "labeled" / path.name)
         others += [pictures[number] for number in order[count:]]
         if is_tested:
-            tested = sorted((root / "test" / path.name).glob("*.png"))[:TESTED_PER_CLASS]
-            copy(tested, folder / "test" / path.name)
+            of_test = sorted((root / "test" / path.name).glob("*.png"))[:tested]
+            copy(of_test, folder / "test" / path.name)
     chosen = [others[number] for number in rng.permutation(len(others))]
-    copy(chosen[:UNLABELED], folder / "unlabeled")
+    copy(chosen[:unlabeled], folder / "unlabeled")
     if not is_tested:
         held_out = chosen[UNLABELED:][: TESTED_PER_CLASS * len(classes)]
         for path in classes:
@@ -422,7 +504,9 @@ def picture_gflop(network: str) -> tuple[float, float]:
     return both, forward
 
 
-def planned(rows: list[Row], *, arm: str, pictures: int, is_equal: bool) -> tuple[int, float]:
+def planned(
+    rows: list[Row], *, arm: str, pictures: int, is_equal: bool, unlabeled: int = UNLABELED
+) -> tuple[int, float]:
     """Return the steps of an arm for its work, and the work in GFLOP.
 
     Args:
@@ -431,6 +515,7 @@ def planned(rows: list[Row], *, arm: str, pictures: int, is_equal: bool) -> tupl
         pictures: as many as labels alone learn for the same work.
         is_equal: whether the work is that of labels alone; else every network of the arm takes
             the steps that labels alone take.
+        unlabeled: the pictures that a round labels.
     """
     costs = {row["cost_of"]: row["gflop_a_step"] for row in rows if "cost_of" in row}
     chosen = ARMS[arm]
@@ -438,7 +523,7 @@ def planned(rows: list[Row], *, arm: str, pictures: int, is_equal: bool) -> tupl
     learned, forward = picture_gflop(chosen.network)
     # A network predicts by a picture and its mirror image where its recipe says so.
     views = 1 if chosen.network == SMALLER else 2
-    fixed = chosen.finetuning * BATCH * learned + chosen.rounds * UNLABELED * views * forward
+    fixed = chosen.finetuning * BATCH * learned + chosen.rounds * unlabeled * views * forward
     steps = max(1, round(pictures / BATCH))
     if is_equal:
         steps = max(2, round((steps * costs["labels"] - fixed) / step))
@@ -449,7 +534,9 @@ def trained(pool: Executor, words: list[str], folder: Path) -> Row:
     """Run a command, and return what its result has of accuracies, and its processor time."""
     with tempfile.TemporaryDirectory() as place:
         out = Path(place, "run")
+        begun = time.monotonic()
         seconds = pool.submit(command, words, folder, out, tests=True).result()
+        elapsed = time.monotonic() - begun
         result = json.loads((out / "result.json").read_text())
     row: Row = {name: value for name, value in result.items() if name.endswith("_accuracy")}
     row |= {"delivered": result["delivered"], "best_step": result["best_step"]}
@@ -459,7 +546,7 @@ def trained(pool: Executor, words: list[str], folder: Path) -> Row:
             {name: value for name, value in one.items() if name.endswith("_accuracy")}
             for one in (first, *result["rounds"])
         ]
-    return {**row, "core_seconds": round(seconds, 1)}
+    return {**row, "core_seconds": round(seconds, 1), "seconds": round(elapsed, 1)}
 
 
 # -------------------------------------------------------------------------------------------- jobs
@@ -479,6 +566,11 @@ ALL_LEARNED = {
     1000: ("labels_all", "uda_all"),
     250: ("labels_all", "uda_all", "none_all", "uda_few", "uda_surer"),
 }
+LATER = {
+    4000: ("by_letter", "none_by_letter", "uda_all", "restart", "restart_2"),
+    250: ("restart", "restart_2"),
+}
+CARD_BUDGETS = (600_000, 2_000_000, 6_000_000)
 
 
 def jobs() -> Iterator[Row]:
@@ -527,11 +619,25 @@ def jobs() -> Iterator[Row]:
             for arm in arms:
                 longest = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
                 yield from with_cost({"arm": arm, **longest, "draw": draw})
+    for labels, arms in LATER.items():
+        for draw in DRAWS:
+            for arm in arms:
+                longest = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
+                yield from with_cost({"arm": arm, **longest, "draw": draw})
 
 
-def miniature_jobs() -> Iterator[Row]:
+def jobs_of_card() -> Iterator[Row]:
+    """Yield the jobs of a GPU, the shorter ones first."""
+    for pictures in CARD_BUDGETS:
+        for draw in DRAWS:
+            for arm in CARD_ARMS:
+                job: Row = {"labels": 4000, "pictures": pictures, "is_equal": True}
+                yield from with_cost({"arm": arm, **job, "draw": draw})
+
+
+def miniature_jobs(other: str) -> Iterator[Row]:
     """Yield two draws of one arm and one of another, of two steps on random pictures."""
-    for arm, draws in (("labels", DRAWS[:2]), ("mpl_alone", DRAWS[:1])):
+    for arm, draws in (("labels", DRAWS[:2]), (other, DRAWS[:1])):
         for draw in draws:
             few: Row = {"labels": NOISE_LABELS, "pictures": 2 * BATCH, "is_equal": False}
             yield from with_cost({"arm": arm, **few, "draw": draw})
@@ -667,14 +773,21 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
         )
         pairs += [(f"{name}: feedback adds", mpl, none), (f"{name}: UDA adds", uda, labels)]
     drawn = selected(rows, "drawn")
-    pairs += [("4,000 labels: Algorithm 1 adds", selected(rows, "letter"), drawn)]
+    pairs += [("4,000 labels: feedback adds to drawn labels", selected(rows, "letter"), drawn)]
     pairs += [("4,000 labels: the cosine adds", selected(rows, "authors"), drawn)]
-    for labels in (1000, 250):
+    for labels in (4000, 1000, 250):
         columns = {"labels": labels, "pictures": LONGEST_BUDGET}
         alone, uda, none = (
             selected(rows, arm, **columns) for arm in ("labels_all", "uda_all", "none_all")
         )
         name = f"{labels:,} labels, none set aside"
+        by_letter, without = (
+            selected(rows, arm, **columns) for arm in ("by_letter", "none_by_letter")
+        )
+        pairs += [(f"{name}: Algorithm 1 by its letter adds", by_letter, without)]
+        for arm, rounds_in_words in (("restart", "one round"), ("restart_2", "two rounds")):
+            restarted = selected(rows, arm, **columns)
+            pairs += [(f"{name}: self-training, {rounds_in_words}, adds", restarted, alone)]
         pairs += [(f"{name}: UDA adds", uda, alone), (f"{name}: the loop adds", none, alone)]
         surer = selected(rows, "uda_surer", **columns)
         pairs += [(f"{name}: UDA with more unlabeled pictures and a threshold of 0.6", surer, uda)]
@@ -725,11 +838,12 @@ def table_of_power(rows: list[Row]) -> str:
 
 def run_all(args: argparse.Namespace, pool: Executor, place: Path) -> None:
     """Run the jobs that are not in the file yet."""
-    todo = jobs()
+    todo = jobs_of_card() if args.card else jobs()
     root = args.root
     counted_steps = COUNTED_STEPS
+    device = "cuda" if args.card and not args.miniature else "cpu"
     if args.miniature:
-        todo = miniature_jobs()
+        todo = miniature_jobs("card_restart" if args.card else "mpl_alone")
         counted_steps = 2
         root = place / "noise"
         write_noise(root, per_class=NOISE_PER_CLASS)
@@ -738,13 +852,19 @@ def run_all(args: argparse.Namespace, pool: Executor, place: Path) -> None:
         if "cost_of" in job:
             return cost(pool, job["cost_of"], counted_steps)
         folder = place / f"{job['draw']}-{job['labels']}"
-        write_pictures(root, folder, draw=job["draw"], labels=job["labels"])
+        how_many: dict[str, Any] = {"unlabeled": None, "tested": None} if args.card else {}
+        write_pictures(root, folder, draw=job["draw"], labels=job["labels"], **how_many)
         arm = ARMS[job["arm"]]
         steps, work = planned(
-            read(args.out), arm=job["arm"], pictures=job["pictures"], is_equal=job["is_equal"]
+            read(args.out),
+            arm=job["arm"],
+            pictures=job["pictures"],
+            is_equal=job["is_equal"],
+            unlabeled=len([*(folder / "unlabeled").iterdir()]),
         )
         finetuning = 1 if args.miniature and arm.is_finetuned else arm.finetuning
-        row = trained(pool, arm.words(steps, finetuning, labels=job["labels"]), folder)
+        words = arm.words(steps, finetuning, labels=job["labels"], device=device)
+        row = trained(pool, words, folder)
         return {"steps": steps, "work_gflop": round(work, 1), **row}
 
     harness.go_on(args.out, todo, measure, environment=harness.environment())
@@ -753,7 +873,10 @@ def run_all(args: argparse.Namespace, pool: Executor, place: Path) -> None:
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--root", type=Path, help="folder of train/CLASS and test/CLASS")
+    parser.add_argument("--card", action="store_true", help="the larger budgets, on a GPU")
     args = harness.parsed(parser)
+    if args.card and args.out == RAW:
+        args.out = RAW_OF_CARD
     if args.runs:
         # One process takes all commands, so that nothing is imported twice.
         one = ProcessPoolExecutor(1, get_context("spawn"), initializer=enter_methods)
