@@ -9,7 +9,7 @@ sharded     by ``fully_shard``: every rank holds a part of each weight, and gath
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Literal
@@ -293,17 +293,14 @@ def refuse_untrainable(name: str, layout: Layout) -> None:
                     f"the {name}'s {prefix}{hook.name} has torch.nn.utils.weight_norm, of a wrong "
                     "second derivative; expected torch.nn.utils.parametrizations.weight_norm."
                 )
-    for path, t in _named_tensors(layout.network):
-        if nn.parameter.is_lazy(t):
-            mend = f"run it on a batch, {name}(x), before its optimizer is made"
-            raise MetaplError(f"the {name}'s {path} has no shape; expected one: {mend}.")
-    if not trainable(layout.network):
+        for path, t in (*part._parameters.items(), *part._buffers.items()):
+            if t is not None and nn.parameter.is_lazy(t):
+                raise MetaplError(
+                    f"the {name}'s {prefix}{path} has no shape; expected one: run it on a batch, "
+                    f"{name}(x), before its optimizer is made."
+                )
+    if not any(p.requires_grad for p in layout.network.parameters()):
         raise MetaplError(f"the {name} has no parameter with requires_grad=True; expected one.")
-
-
-def _named_tensors(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from network.named_parameters()
-    yield from network.named_buffers()
 
 
 def _beside_student(of_teacher: Layout, of_student: Layout) -> Layout:

@@ -88,7 +88,8 @@ def refuse_learned(request: Request, update: Update) -> None:
     for group in getattr(vars(rule).get("optimizer"), "param_groups", ()):
         for name, value in group.items():
             # Such as two betas.
-            if name != "params" and any(map(requires_gradient, pytree.tree_leaves(value))):
+            parts = value if isinstance(value, tuple | list) else (value,)
+            if name != "params" and any(map(requires_gradient, parts)):
                 learned.append(f"{name} of the inner optimizer")
     if learned:
         raise MetaplError(

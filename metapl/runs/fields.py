@@ -231,6 +231,9 @@ def _unmet_alternatives(value: Any, hint: Any, *, ranges: Sequence[Range]) -> li
     origin = get_origin(kind)
     parts = get_args(kind)
     if origin in (Union, types.UnionType):
+        # What most options are; the words of all others would be made first.
+        if value is None and type(None) in parts:
+            return []
         return _unmet_by_union(value, parts, ranges)
     if origin is Literal:
         return _unmet_by_choices(value, parts)

@@ -13,6 +13,7 @@ from command import metapl, rows
 from tiny_runs import NOISY_STUDENT, TINY, images_command
 
 from metapl.apps import images
+from metapl.apps.commands import TrainImages
 from metapl.errors import origin
 from metapl.networks.exports import CARD
 from metapl.run_folder import RunFolder, stored_result
@@ -143,6 +144,36 @@ def test_labels_alone_are_learned_where_there_are_no_other_pictures(
         repeated = ("train", "images", "--config", run / "recipe.json")
         again = metapl(*repeated, "--out", tmp_path / f"{number}-again").stdout
         assert f"images by {images.METHODS[method].title}:" in " ".join(again.split())
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "method"),
+    [
+        (1000, ("--steps", "10"), "uda"),
+        (1001, ("--steps", "10"), "supervised"),
+        # 64 pictures in each of 626 steps are 40 times 1,001; in steps of 32 they are 20 times.
+        (1001, ("--steps", "626"), "uda"),
+        (1001, ("--steps", "626", "--labeled-batch", "32"), "supervised"),
+        (1001, ("--steps", "10", "--method", "uda"), "uda"),
+        (1001, ("--steps", "10", "--compare"), "uda"),
+        # By the clock a processor learns 200 pictures a second, a GPU 5,000.
+        (1501, (), "supervised"),
+        (1501, ("--minutes", "5.1"), "uda"),
+        (1501, ("--minutes", "many"), "uda"),
+    ],
+)
+def test_many_labels_that_are_learned_a_few_times_are_learned_alone(
+    labels: int, words: tuple[str, ...], method: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "labeled" / "a"
+    folder.mkdir(parents=True)
+    for number in range(labels):
+        (folder / f"{number}.png").touch()
+    folders = ("--labeled", str(tmp_path / "labeled"), "--unlabeled", "others")
+    command = TrainImages.default_for([*folders, "--device", "cpu", *words])
+    # Where nothing was chosen, the command has the default of its field.
+    chosen = getattr(command, "method_name", TrainImages.method_name)
+    assert chosen == method
 
 
 # ------------------------------------------------------------------------------------------- resume
