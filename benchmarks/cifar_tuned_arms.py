@@ -29,6 +29,7 @@ the 4,000 labels to select by: -4.7, -4.0 and -11.9.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -175,6 +176,32 @@ def table_of_tests(rows: list[Row]) -> str:
     return grid(["test", "draws", "difference", "95 %", "p"], lines, 1)
 
 
+def table_of_power(rows: list[Row]) -> str:
+    """Return what differences the main question's test finds, by the spread on the tuning draws.
+
+    The spread of the paired differences is that within tries of one name, pooled over these.
+    """
+    squares = 0.0
+    freedom = 0
+    for name in tries_of("mpl", 1):
+        first, second = (
+            {row["draw"]: row["test_accuracy"] for row in rows if (row["arm"], row["try"]) == pair}
+            for pair in (("mpl", name), ("none", name))
+        )
+        draws = [draw for draw in TUNED_ON if draw in first and draw in second]
+        changes = [first[draw] - second[draw] for draw in draws]
+        if len(changes) > 1:
+            squares += statistics.variance(changes) * (len(changes) - 1)
+            freedom += len(changes) - 1
+    lines = []
+    for count in (3, len(DRAWS), 2 * len(DRAWS)):
+        points = NONE
+        if freedom:
+            points = f"{100 * few.power(math.sqrt(squares / freedom), count):.1f}"
+        lines.append([str(count), points])
+    return grid(["draws", "difference found four times in five, points"], lines, "r")
+
+
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--root", type=Path, help="folder of train/CLASS and test/CLASS")
@@ -188,6 +215,7 @@ def main() -> None:
     show(args.write, "cifar_tuned_arms", table_of_arms(rows))
     show(args.write, "cifar_tuned_arms-tries", table_of_tries(rows))
     show(args.write, "cifar_tuned_arms-tests", table_of_tests(rows))
+    show(args.write, "cifar_tuned_arms-power", table_of_power(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Is ``airbench_small`` by the command as fast and as good as by a script of sixty lines?
 
     python benchmarks/small_pictures.py --root FOLDERS     # half an hour of a core; goes on
+    python benchmarks/small_pictures.py --root FOLDERS --minutes 5    # by the clock
     python benchmarks/small_pictures.py --write docs/studies/picture-methods.md
 
 A step: 64 pictures of 24 x 24 and of 32 x 32 by ``metapl.LossTrainer`` on the batches of ``metapl
@@ -10,12 +11,17 @@ test, until so many pictures went forward and back, and is tested once. Both lea
 and the command takes all but the steps by default: mild changes of pictures in the shorter run. The
 rows were measured on 4,000 labels of CIFAR-10, 400 a class, drawn by NumPy's generator of seed
 --draw, and tested on all test pictures.
+
+By the clock, both programs train at the same time, each on one thread, from the start of the
+program to its end. The command has its defaults; the script plans its steps for nine tenths of the
+minutes by a few that it has timed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -23,6 +29,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -175,20 +183,81 @@ def accuracy_of_script(root: Path, steps: int, seed: int) -> Row:
     return {"test_accuracy": accuracy, "core_seconds": round(seconds, 1)}
 
 
+def command_of(root: Path, out: str, *words: str) -> list[str]:
+    """Return the words of the command on the folders of a draw."""
+    command = [sys.executable, "-m", "metapl", "train", "images", "--device", "cpu", *words]
+    for name in ("labeled", "unlabeled", "test"):
+        command += [f"--{name}", str(root / name)]
+    return [*command, "--out", out]
+
+
 def accuracy_of_command(root: Path, steps: int, seed: int) -> Row:
     """Train by the command, and return what it delivers; its seconds are those of all it does."""
     with tempfile.TemporaryDirectory() as folder:
-        words = ["train", "images", "--method", "supervised", "--device", "cpu"]
-        for name in ("labeled", "unlabeled", "test"):
-            words += [f"--{name}", str(root / name)]
-        words += ["--steps", str(steps), "--finetune-steps", "0", "--seed", str(seed)]
-        command = [sys.executable, "-m", "metapl", *words, "--out", f"{folder}/run"]
+        words = ["--method", "supervised", "--finetune-steps", "0"]
+        words += ["--steps", str(steps), "--seed", str(seed)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = command_of(root, f"{folder}/run", *words)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         result = json.loads(Path(folder, "run", "result.json").read_text())
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {"test_accuracy": result["test_accuracy"], "core_seconds": round(seconds, 1)}
+
+
+def by_the_clock(root: Path, minutes: float, seed: int) -> list[Row]:
+    """Train by both programs at the same time, and return what each reaches in its minutes."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ProcessPoolExecutor(1, get_context("spawn")) as pool,
+    ):
+        words = ["--minutes", str(minutes), "--seed", str(seed)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        begun = time.monotonic()
+        command = subprocess.Popen(
+            command_of(root, f"{folder}/run", *words), stdout=subprocess.DEVNULL, env=environment
+        )
+        of_script = pool.submit(script_by_the_clock, root, minutes, seed)
+        if command.wait():
+            raise RuntimeError(f"the command ended with {command.returncode}")
+        seconds = time.monotonic() - begun
+        result = json.loads(Path(folder, "run", "result.json").read_text())
+        row = {
+            "program": "metapl",
+            "test_accuracy": result["test_accuracy"],
+            "seconds": round(seconds, 1),
+            "steps": result["steps"] - result["skipped_steps"],
+            "method": result["method"],
+        }
+        return [row, {"program": "script", **of_script.result()}]
+
+
+def script_by_the_clock(root: Path, minutes: float, seed: int) -> Row:
+    """Train by the script for as many steps as it has time for, and return what it reaches."""
+    begun = time.monotonic()
+    torch.set_num_threads(1)
+    pictures, labels = labeled_folder(root / "labeled")
+    paths = sorted((root / "unlabeled").glob("*.png"))
+    unlabeled = read_pictures(paths[:: max(1, len(paths) // 1500)][:1500])
+
+    def seconds_of_step(side: int) -> float:
+        trial = Script(pictures, labels, unlabeled, steps=1000)
+        trial.step(0, side)
+        since = time.monotonic()
+        for number in range(8):
+            trial.step(number, side)
+        return (time.monotonic() - since) / 8
+
+    average = 0.6 * seconds_of_step(SMALL_SIDE) + 0.4 * seconds_of_step(SIDE)
+    left = 0.9 * 60 * minutes - (time.monotonic() - begun)
+    steps = max(1, int(left / average))
+    torch.manual_seed(seed)
+    script = Script(pictures, labels, unlabeled, steps)
+    for number in range(steps):
+        script.step(number, SMALL_SIDE if number < 0.6 * steps else SIDE)
+    accuracy = script.accuracy(*labeled_folder(root / "test"), unlabeled)
+    seconds = round(time.monotonic() - begun, 1)
+    return {"test_accuracy": accuracy, "seconds": seconds, "steps": steps}
 
 
 def step_seconds(side: int, calls: int) -> Row:
@@ -273,10 +342,24 @@ def table_of_accuracies(rows: list[Row]) -> str:
     return grid(["program", "pictures forward and back", "test, %", "core-seconds"], lines, 1)
 
 
+def table_by_the_clock(rows: list[Row]) -> str:
+    """Return the test accuracy of both programs in equal minutes, by draw."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["minutes"], row["draw"], row["program"])):
+        figures = [
+            f"{row['seconds']:.0f}",
+            f"{row['steps']:,}",
+            f"{100 * row['test_accuracy']:.1f}",
+        ]
+        lines.append([f"{row['minutes']:g}", str(row["draw"]), row["program"], *figures])
+    return grid(["minutes", "draw", "program", "seconds", "steps", "test, %"], lines, "rrlrrr")
+
+
 def main() -> None:
     parser = harness.arguments(__doc__, RAW)
     parser.add_argument("--root", type=Path, help="folder of labeled, unlabeled and test")
     parser.add_argument("--draw", type=int, default=12, help="seed by which the labels were drawn")
+    parser.add_argument("--minutes", type=float, help="train both by the clock, at the same time")
     args = harness.parsed(parser)
     if args.runs:
         torch.set_num_threads(1)
@@ -287,15 +370,19 @@ def main() -> None:
             for program in PROGRAMS:
                 job = {"program": program, "pictures": pictures, "draw": args.draw, "seed": 0}
                 jobs.append(job)
+        if args.minutes is not None:
+            jobs = [{"minutes": args.minutes, "draw": args.draw, "seed": 0}]
         with tempfile.TemporaryDirectory() as folder:
             root = args.root
             if args.miniature:
                 root = Path(folder)
                 write_noise(root)
 
-            def measure(**job: Any) -> Row:
+            def measure(**job: Any) -> Row | list[Row]:
                 if "side" in job:
                     return step_seconds(**job)
+                if "minutes" in job:
+                    return by_the_clock(root, job["minutes"], job["seed"])
                 steps = round(job["pictures"] / BATCH)
                 if job["program"] == "script":
                     return accuracy_of_script(root, steps, seed=job["seed"])
@@ -303,8 +390,9 @@ def main() -> None:
 
             harness.go_on(args.out, jobs, measure, environment=harness.environment())
     show(args.write, "small_pictures-step", table_of_steps(read(args.out, having="side")))
-    accuracies = read(args.out, having="program")
+    accuracies = read(args.out, having="pictures")
     show(args.write, "small_pictures", table_of_accuracies(accuracies))
+    show(args.write, "small_pictures-clock", table_by_the_clock(read(args.out, having="minutes")))
 
 
 if __name__ == "__main__":
