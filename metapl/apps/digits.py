@@ -19,7 +19,7 @@ from metapl.apps.methods.pseudo_labels import PseudoLabels
 from metapl.apps.methods.reduced_mpl import ReducedMpl
 from metapl.apps.methods.supervised import Supervised
 from metapl.apps.methods.uda import Consistency, Uda
-from metapl.apps.settings import Batch, Fitting, Role, Share, require
+from metapl.apps.settings import USUAL_FINETUNING, Batch, Fitting, Role, Share, require
 from metapl.data import StepSampler
 from metapl.errors import MetaplError
 from metapl.models import mlp
@@ -76,6 +76,7 @@ def fitting(**fields: Any) -> Fitting:
         "schedule": "cosine",
         "validate_every": 100,
         "warmup": 0,
+        "finetune_steps": USUAL_FINETUNING,
         "device": "cpu",
     }
     return Fitting(**{**usual, **fields})

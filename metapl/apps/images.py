@@ -167,6 +167,7 @@ class Recipe:
         changes: how labeled pictures change: as the unlabeled ones but for a quarter of them, or
             all of them less.
         mild_until: up to how many passes over the labeled pictures all changes are mild.
+        finetunes_alone: whether a network that learns labels alone is finetuned on them at the end.
         two_views: whether pictures that look like their mirror images are mirrored in training, and
             the network predicts by both.
     """
@@ -181,6 +182,7 @@ class Recipe:
     small_until: float = 0.0
     changes: Literal["strong", "medium"] = "strong"
     mild_until: float = 0.0
+    finetunes_alone: bool = True
     two_views: bool = False
 
 
@@ -198,6 +200,7 @@ RECIPES = {
         small_until=0.6,
         changes="medium",
         mild_until=MILD_UNTIL,
+        finetunes_alone=False,
         two_views=True,
     ),
     "pooled_cnn": Recipe(clip_norm=None),

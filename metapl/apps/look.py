@@ -23,7 +23,7 @@ from metapl.apps.images import Images, Pictures, share_set_aside
 from metapl.apps.labeling import ToLabel
 from metapl.apps.methods.base import Method, Training
 from metapl.apps.pace import FINETUNED, LEAST_SHARE, SHARE, Timetable, parts_of
-from metapl.apps.settings import with_flags, with_stored
+from metapl.apps.settings import USUAL_FINETUNING, with_flags, with_stored
 from metapl.apps.train import STATISTICS_OF, some_of
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
@@ -153,10 +153,14 @@ def choose_settings(
             f"--patience {config.fitting.patience} was given, and there are no validation examples "
             "to measure on; leave it out, or give them by --val-fraction 0.1."
         )
+    recipe = config.pictures.recipe
+    is_alone_by_recipe = method.learns_labels_alone and not recipe.finetunes_alone
+    finetuning = 0 if is_alone_by_recipe else USUAL_FINETUNING
+    config = with_stored(config, {"finetune_steps": finetuning})
     usual_settings = {
         "uda_prior": seen.shares,
         "student_lr": config.pictures.rate,
-        "label_smoothing": config.pictures.recipe.label_smoothing,
+        "label_smoothing": recipe.label_smoothing,
         "ratio": config.usual_ratio,
     }
     method = with_stored(method, usual_settings)
@@ -724,8 +728,8 @@ def steps_within(
             )
         else:
             say(
-                f"note: all {config.fitting.finetune_steps:,} steps of finetuning would take about "
-                f"{spoken_time(stopwatch.finetuning)}, which is too long for --minutes "
+                f"note: all {config.fitting.chosen_finetuning:,} steps of finetuning would take "
+                f"about {spoken_time(stopwatch.finetuning)}, which is too long for --minutes "
                 f"{minutes:g}: some of them may be skipped"
             )
     # Validations come between the steps.
@@ -790,11 +794,11 @@ def timed(config: Images, method: Method, timetable: Timetable) -> Stopwatch:
         )
         stopwatch.validate(student, data)
         trained = method.train(training)
-        if trained.finetunes and config.fitting.finetune_steps:
+        if trained.finetunes and config.fitting.chosen_finetuning:
             finetuner = config.finetuner(student)
             trainer = LossTrainer(student, optimizer=finetuner, **config.trainer_options())
             whole = stopwatch.beside
-            stopwatch.fit(trainer, data.finetuning, None, steps=config.fitting.finetune_steps)
+            stopwatch.fit(trainer, data.finetuning, None, steps=config.fitting.chosen_finetuning)
             stopwatch.finetuning = stopwatch.beside - whole
     return stopwatch
 

@@ -34,6 +34,10 @@ def require(value: object, condition: bool, field: str, expected: str) -> None:
         raise MetaplError(f"{type(value).__name__}({field}={refused!r}): expected {expected}.")
 
 
+# Steps of finetuning, where no flag and no method says otherwise.
+USUAL_FINETUNING = 200
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fitting:
     """How long, how fast and in what batches networks are trained.
@@ -53,7 +57,8 @@ class Fitting:
             is 5 % of the steps by default.
         ema_decay: decay of the running average of the weights, such as 0.99. If it is given, the
             average is the network that is kept.
-        finetune_steps: number of steps on labeled examples alone at the end.
+        finetune_steps: number of steps on labeled examples alone at the end. By default it is 200,
+            and 0 where airbench_small learns labels alone.
         validate_every: number of steps between two measurements on the validation examples. Of your
             own pictures there are 10 measurements by default.
         patience: stop after so many of these measurements in a row that were no better than the
@@ -73,7 +78,7 @@ class Fitting:
     schedule: Literal["cosine", "linear", "constant", "exponential"] | None = None
     warmup: SomeSteps | None = None
     ema_decay: Share | None = None
-    finetune_steps: SomeSteps = 200
+    finetune_steps: SomeSteps | None = None
     validate_every: Steps | None = None
     patience: AtLeastOne | None = None
     log_every: Steps = 20
@@ -100,6 +105,11 @@ class Fitting:
         assert self.labeled_batch is not None, "choose_settings gave it"
         return self.labeled_batch
 
+    @property
+    def chosen_finetuning(self) -> int:
+        """Return the number of steps of finetuning, the usual one where none was chosen."""
+        return USUAL_FINETUNING if self.finetune_steps is None else self.finetune_steps
+
     def options(self) -> dict[str, Any]:
         """Return the options of every fit; a phase adds its own."""
         names = (
@@ -119,10 +129,10 @@ class Fitting:
         """Return the options of the fit that finetunes."""
         return {
             **self.options(),
-            "steps": self.finetune_steps,
+            "steps": self.chosen_finetuning,
             "ema_decay": None,
             "warmup": 0,
-            "validate_every": max(1, self.finetune_steps // 10),
+            "validate_every": max(1, self.chosen_finetuning // 10),
             # It is short, and the better network is kept in any case.
             "patience": None,
             "schedule": schedule,

@@ -193,7 +193,7 @@ def train(
         accuracy = evaluated(network, data.validation).accuracy
         if accuracy - (result.validation_accuracy or 0.0) >= FAR_BEHIND:
             networks["teacher"] = measured(data, network, accuracy, weights)
-    if trained.finetunes and fitting.finetune_steps:
+    if trained.finetunes and fitting.chosen_finetuning:
         finetuned = finetune(trained, training, processes, selects=selects)
         network = inside(trained.trainer.as_given)
         networks["finetuned"] = measured(

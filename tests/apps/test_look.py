@@ -499,6 +499,23 @@ def test_changes_are_mild_where_each_picture_is_seen_a_few_times(
     assert found.pictures.augment == changes
 
 
+@pytest.mark.parametrize(
+    ("method", "network", "given_steps", "steps"),
+    [
+        ("supervised", "airbench_small", None, 0),
+        ("supervised", "airbench_small", 7, 7),
+        ("supervised", "pooled_cnn", None, 200),
+        ("uda", "airbench_small", None, 200),
+    ],
+)
+def test_the_network_of_small_pictures_is_not_finetuned_on_labels_that_it_learns_alone(
+    method: str, network: str, given_steps: int | None, steps: int, root: Path
+) -> None:
+    settings = given(root, network=network, finetune_steps=given_steps)
+    found, _ = choose_settings(settings, images.METHODS[method], print)
+    assert found.fitting.chosen_finetuning == steps
+
+
 def test_a_look_gives_every_setting_a_value_says_it_and_a_run_that_is_resumed_takes_it(
     root: Path,
 ) -> None:

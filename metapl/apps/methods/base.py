@@ -206,6 +206,9 @@ class Method:
     # Whether the network that is kept is the student of a teacher.
     has_teacher: ClassVar[bool] = True
 
+    # Whether no unlabeled example is learned.
+    learns_labels_alone: ClassVar[bool] = False
+
     # Whether the last network that was trained is delivered unless another one is far ahead of it.
     # Otherwise the best one by validation is.
     delivers_last: ClassVar[bool] = False
@@ -267,8 +270,8 @@ class Method:
         text = f"{fitting.chosen_steps:,} steps"
         if self.trainings > 1:
             text += f" of each of {self.trainings} networks"
-        if self.finetunes and fitting.finetune_steps:
-            text += f", then {fitting.finetune_steps:,} of finetuning"
+        if self.finetunes and fitting.chosen_finetuning:
+            text += f", then {fitting.chosen_finetuning:,} of finetuning"
         return text
 
     def train(self, t: Training) -> Trained:

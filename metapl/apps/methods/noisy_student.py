@@ -24,7 +24,7 @@ from metapl.apps.measured import evaluated
 from metapl.apps.methods.base import Method, Trained, Training, TrainingConfig
 from metapl.apps.printing import tell, wrapped
 from metapl.apps.settings import (
-    Fitting,
+    USUAL_FINETUNING,
     Share,
     Steps,
     require,
@@ -159,10 +159,10 @@ class NoisyStudent(Method):
     def check_chosen(self, config: TrainingConfig) -> None:
         """Refuse networks that do not go on from one another, and finetuning without steps."""
         configs_of(config, self)
-        steps = config.fitting.finetune_steps
+        steps = config.fitting.chosen_finetuning
         if self.finetunes and not steps:
             raise MetaplError("--finetune-steps 0: expected 1 or more, or --training pretrain.")
-        if not self.finetunes and steps not in (0, Fitting.finetune_steps):
+        if not self.finetunes and steps not in (0, USUAL_FINETUNING):
             text = (
                 f"note: --finetune-steps {steps:,} is not read: finetuning is of --training "
                 "pretrain_finetune"

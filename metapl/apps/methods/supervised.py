@@ -22,6 +22,7 @@ class Supervised(Method):
 
     name: ClassVar[str] = "supervised"
     has_teacher: ClassVar[bool] = False
+    learns_labels_alone: ClassVar[bool] = True
     title: ClassVar[str] = "supervised, labeled data only"
 
     def train(self, t: Training) -> Trained:
