@@ -21,10 +21,11 @@ from metapl.apps.backbone import Backbone, some_of_each_class
 from metapl.apps.data import Data
 from metapl.apps.images import Images, Pictures, share_set_aside
 from metapl.apps.labeling import ToLabel
-from metapl.apps.methods.base import Method, Training
+from metapl.apps.measured import LEARNED
+from metapl.apps.methods.base import Method, Trained, Training
 from metapl.apps.pace import FINETUNED, LEAST_SHARE, SHARE, Timetable, parts_of
 from metapl.apps.settings import USUAL_FINETUNING, with_flags, with_stored
-from metapl.apps.train import STATISTICS_OF, some_of
+from metapl.apps.train import COUNTED, STATISTICS_OF, some_of
 from metapl.data.feed import feed
 from metapl.errors import MetaplError
 from metapl.machine import device
@@ -692,6 +693,11 @@ WARM = 2
 TIMED = 20
 SECONDS = 4.0
 
+# The seconds of a report and its figures, and how many times as long a prediction takes as the
+# fastest of a few.
+REPORT = 12.0
+SLOWER = 1.5
+
 # The most pictures that steps are taken on, beside one of each class.
 PICTURES = 128
 
@@ -710,7 +716,7 @@ def steps_within(
     stopwatch = timed(config, method, timetable)
     minutes = timetable.minutes or MINUTES
     spent = timetable.clock() - timetable.begun
-    planned = SHARE * 60 * minutes
+    planned = timetable.seconds_of(SHARE)
     seconds = max(planned - spent, LEAST_SHARE * planned)
     if seconds > planned - spent:
         say(
@@ -721,7 +727,7 @@ def steps_within(
     seconds_of_steps = max(seconds - beside, LEAST_SHARE * seconds)
     if seconds - beside < seconds_of_steps:
         whole = beside - stopwatch.finetuning
-        if spent + seconds_of_steps + whole > FINETUNED * 60 * minutes:
+        if spent + seconds_of_steps + whole > timetable.seconds_of(FINETUNED):
             say(
                 f"note: labeling and validations take about {spoken_time(whole)} beside the steps, "
                 f"which is too long for --minutes {minutes:g}: it will take longer"
@@ -800,6 +806,7 @@ def timed(config: Images, method: Method, timetable: Timetable) -> Stopwatch:
             whole = stopwatch.beside
             stopwatch.fit(trainer, data.finetuning, None, steps=config.fitting.chosen_finetuning)
             stopwatch.finetuning = stopwatch.beside - whole
+        stopwatch.tell_rest(trained)
     return stopwatch
 
 
@@ -835,6 +842,9 @@ class Stopwatch:
         self.per_validation = 0.0
         self.validations = 0.0
         self.finetuning = 0.0
+        # Seconds in which the class of a picture is predicted.
+        self.per_picture = 0.0
+        self.phases = 0
 
     def fit(self, trainer: Trainer, labeled: Any, unlabeled: Any, **options: Any) -> FitResult:
         """Take some steps of each kind, and count them as often as the phase has them."""
@@ -862,10 +872,11 @@ class Stopwatch:
                 trainer.steps_done = first
                 for batches in feeds:
                     batches.restore(batches.state() | {"position": first})
-                seconds = self.least_seconds(trainer, step, feeds)
+                seconds = self.usual_seconds(trainer, step, feeds)
                 bounds.append(last)
                 times.append(seconds)
         parts = parts_of(bounds, times)
+        self.phases += 1
         if steps == fitting.chosen_steps:
             self.validations += VALIDATIONS * len(trainer.networks) * self.per_validation
             self.timetable.parts[options.get("phase", "fit")] = parts
@@ -891,24 +902,35 @@ class Stopwatch:
 
     def validate(self, network: nn.Module, data: Data) -> None:
         """Time a validation of a network, with the statistics of batch norm before it."""
-        pictures = len(self.config.scan("val")) if self.config.val else 0
-        pictures += round((self.config.val_fraction or 0.0) * len(self.config.scan("labeled")))
-        if not pictures:
-            return
         batches = [*some_of([data.labeled.images], PICTURES)]
-        # As steps are timed: without the first passes, by the fastest of the others.
+        # Without the first passes, by the fastest of the others.
         times = []
         for _ in range(2 * WARM):
             since = self.timetable.clock()
             logits_of(network, batches)
             times.append(self.timetable.clock() - since)
-        per_picture = min(times[WARM:]) / sum(map(len, batches))
-        self.per_validation = (pictures + STATISTICS_OF) * per_picture
+        self.per_picture = min(times[WARM:]) / sum(map(len, batches))
+        pictures = len(self.config.scan("val")) if self.config.val else 0
+        pictures += round((self.config.val_fraction or 0.0) * len(self.config.scan("labeled")))
+        if pictures:
+            self.per_validation = (pictures + STATISTICS_OF) * self.per_picture
 
-    def least_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
-        """Return the time of the fastest of some steps, after the first ones.
+    def tell_rest(self, trained: Trained) -> None:
+        """Tell the timetable what tests and the report take after the last step.
 
-        Another program may hold the others up, and steps that take longer are skipped.
+        Args:
+            trained: by a method, for as many networks as are tested.
+        """
+        networks = 1 + (trained.teacher is not None) + bool(self.finetuning)
+        tested = len(self.config.scan("test")) if "test" in self.config.parts else 0
+        pictures = networks * (tested + LEARNED) + self.phases * COUNTED
+        self.timetable.rest = REPORT + SLOWER * self.per_picture * pictures
+
+    def usual_seconds(self, trainer: Trainer, step: Any, feeds: Sequence[Any]) -> float:
+        """Return the median time of some steps, after the first ones.
+
+        By the fastest of them a third more steps were planned than there was time for, and what
+        follows from their number, as mild changes do, did not fit those that were taken.
 
         As in a fit, an inner batch that a step does not read is not made, but in step 0.
         """
@@ -923,4 +945,4 @@ class Stopwatch:
             # To read the report waits for the device.
             step(*(batches.next() for batches in read)).as_dict()
             times.append(self.timetable.clock() - since)
-        return min(times[WARM:])
+        return statistics.median(times[WARM:])

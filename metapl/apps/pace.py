@@ -10,8 +10,8 @@ from typing import Any
 
 from metapl.training.loop import Fit
 
-# The share of the time that steps, labeling and finetuning get, and the one after which finetuning
-# takes no further step. The rest is for reading, validation and the report.
+# The share of the time that steps, labeling and finetuning get at least, and the one after which
+# finetuning takes no further step. The rest is for tests and the report.
 SHARE = 0.85
 FINETUNED = 0.93
 
@@ -62,6 +62,7 @@ class Timetable:
         clock: gives seconds.
         begun: when the training began, by the clock.
         minutes: that it may take; None: as many as it takes.
+        rest: seconds that tests and the report take; None: they were not measured.
         parts: of each phase, by its name.
         reserved: seconds for labeling and finetuning.
         phases: how many phases there are.
@@ -72,6 +73,7 @@ class Timetable:
     clock: Callable[[], float] = time.monotonic
     begun: float = 0.0
     minutes: float | None = None
+    rest: float | None = None
     parts: dict[str, Sequence[Part]] = field(default_factory=dict)
     reserved: float = 0.0
     phases: int = 0
@@ -86,11 +88,20 @@ class Timetable:
         """Return how many steps were skipped."""
         return sum(count["skipped"] for count in self.counts.values())
 
+    def seconds_of(self, share: float) -> float:
+        """Return the seconds of a share of the minutes, and of more where the rest takes less."""
+        assert self.minutes is not None, "without minutes no phase ends by the clock"
+        rest = (1 - share) * 60 * self.minutes
+        if self.rest is not None:
+            rest = min(rest, self.rest)
+        return 60 * self.minutes - rest
+
     def state_dict(self) -> dict[str, Any]:
         parts = {phase: [*map(astuple, parts)] for phase, parts in self.parts.items()}
         return {
             "taken": self.clock() - self.begun,
             "parts": parts,
+            "rest": self.rest,
             "reserved": self.reserved,
             "phases": self.phases,
             "counts": self.counts,
@@ -99,6 +110,7 @@ class Timetable:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.begun = self.program_begun - state["taken"]
         self.parts = {phase: [Part(*p) for p in parts] for phase, parts in state["parts"].items()}
+        self.rest = state.get("rest")
         self.reserved = state["reserved"]
         self.phases = state["phases"]
         self.counts = state["counts"]
@@ -113,14 +125,14 @@ class Timetable:
         if phase == FINETUNING:
             # Its steps are alike, whatever they take.
             parts: Sequence[Part] = [Part(0.0, 1.0, 1.0)]
-            ends = self.begun + FINETUNED * 60 * self.minutes
+            ends = self.begun + self.seconds_of(FINETUNED)
             return [Pacer(self, phase, parts, steps=steps, ends=ends)]
         if phase not in self.parts:
             return [Pacer(self, phase, [], steps=steps, ends=self.begun)]
         # About as much of what is beside the steps has been done as of the phases.
         self.phases = max(self.phases, len(self.parts))
         reserved = self.reserved * len(self.parts) / self.phases
-        ends = self.begun + SHARE * 60 * self.minutes - reserved
+        ends = self.begun + self.seconds_of(SHARE) - reserved
         parts = self.parts.pop(phase)
         # What phases leave that come after this one.
         others = [part for parts in self.parts.values() for part in parts]

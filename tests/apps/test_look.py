@@ -28,9 +28,11 @@ from metapl.apps.look import (
     tell_choices,
     with_steps,
 )
-from metapl.apps.pace import Part, Timetable
+from metapl.apps.measured import LEARNED
+from metapl.apps.pace import SHARE, Part, Timetable
 from metapl.apps.rounds import METHODS
 from metapl.apps.settings import flag_values, with_flags
+from metapl.apps.train import COUNTED
 from metapl.data import draws
 from metapl.problems.losses import UDA
 
@@ -334,22 +336,22 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
     }
     settings = given(color_folders(tmp_path), classes=("blue", "red"), device="cpu", **own)
     settings, state = fitted(with_flags(settings, steps=1000), seen(), 0.0), torch.get_rng_state()
-    # The first has (0.85 · 6 - 0.45) / 0.01 steps: timing has taken 45 looks. The second has two
+    # The first has (0.85 · 6 - 0.53) / 0.01 steps: timing has taken 53 looks. The second has two
     # phases, and the third no time for a step.
     for name, seconds, minutes, steps in (
-        ("supervised", 0.01, 0.1, 470),
-        ("pseudo_labels", 0.3, 2.0, 130),
+        ("supervised", 0.01, 0.1, 460),
+        ("pseudo_labels", 0.3, 2.0, 120),
         ("mpl", 60.0, 0.1, 1),
     ):
         method, ticks = images.METHODS[name].scheduled(1000), itertools.count()
         timetable = Timetable(lambda s=seconds, t=ticks: s * next(t), minutes=minutes)
         assert steps_within(settings, method, timetable) == steps
         assert "fit" in timetable.parts
-    # Of 5.1 seconds, timing takes 0.89, and 200 steps of finetuning 2.
+    # Of 5.1 seconds, timing takes 0.97, and 200 steps of finetuning 2.
     finetuned, ticks = with_flags(settings, finetune_steps=200), itertools.count()
     supervised = images.METHODS["supervised"].scheduled(1000)
     timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.1)
-    assert steps_within(finetuned, supervised, timetable) == 220
+    assert steps_within(finetuned, supervised, timetable) == 210
     assert timetable.reserved == pytest.approx(2.0)
     # A look for 12 pictures; ten validations are of as many after the statistics of 256. The steps
     # are (5.1 - 0.53 - 2.23) / 0.01, and nothing is kept for what comes after them.
@@ -362,10 +364,32 @@ def test_steps_are_as_many_as_fit_into_the_minutes_by_the_clock(tmp_path: Path) 
     ticks = itertools.count()
     timetable = Timetable(lambda: 0.01 * next(ticks), minutes=0.05)
     said: list[str] = []
-    assert steps_within(finetuned, supervised, timetable, said.append) == 83
+    assert steps_within(finetuned, supervised, timetable, said.append) == 79
     (note,) = said
     assert note.endswith("too long for --minutes 0.05: some of them may be skipped")
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("_all_are_timed")
+@pytest.mark.parametrize(("finetuning", "networks"), [(0, 1), (1, 2)])
+def test_a_long_training_keeps_no_more_time_than_tests_and_the_report_take(
+    finetuning: int, networks: int, tmp_path: Path
+) -> None:
+    """A look is 12 labeled pictures long; each network is tested on 12 others, and labels some."""
+    root = color_folders(tmp_path)
+    settings = small_settings(root, steps=1000, finetune_steps=finetuning)
+    settings = with_flags(settings, test=str(root / "test"))
+    ticks = itertools.count()
+    timetable = Timetable(lambda: 0.12 * next(ticks), minutes=10.0)
+    steps_within(settings, images.METHODS["supervised"].scheduled(1000), timetable)
+    pictures = networks * (12 + LEARNED + COUNTED)
+    rest = look.REPORT + 1.5 * 0.01 * pictures
+    assert timetable.rest == pytest.approx(rest)
+    assert timetable.seconds_of(SHARE) == pytest.approx(600 - rest)
+    # Of a short training it is a share, as it is of a long one that was not measured.
+    timetable.minutes = 1.0
+    assert timetable.seconds_of(SHARE) == pytest.approx(60 * SHARE)
+    assert Timetable(minutes=10.0).seconds_of(SHARE) == pytest.approx(600 * SHARE)
 
 
 @pytest.mark.usefixtures("_all_are_timed")
@@ -431,7 +455,7 @@ def test_a_short_phase_has_the_kinds_of_its_own_steps(monkeypatch: pytest.Monkey
     def seconds(trainer: Any, step: Any, feeds: Any) -> float:
         return 1.0 if trainer.steps_done < 120 else 3.0
 
-    monkeypatch.setattr(stopwatch, "least_seconds", seconds)
+    monkeypatch.setattr(stopwatch, "usual_seconds", seconds)
     stopwatch.fit(trainer, None, None, steps=300)
     assert (stopwatch.per_step, stopwatch.beside) == (0.0, pytest.approx(120 * 1.0 + 180 * 3.0))
     assert stopwatch.timetable.parts == {}
