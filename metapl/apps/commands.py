@@ -430,6 +430,7 @@ def asked_among(words: Sequence[str]) -> argparse.Namespace:
     Nothing is refused here: tyro reads the same flags again.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--method")
     parser.add_argument("--config", type=Path)
     parser.add_argument("--out", type=Path)
@@ -630,7 +631,17 @@ class TrainImages(Train):
         is_stored = asked.config is not None or asked.resume or asked.compare
         if is_stored or asked.labeled is None:
             return None
-        return "supervised" if asked.unlabeled is None or learns_seldom(asked) else None
+        if asked.unlabeled is None:
+            return "supervised"
+        if not learns_seldom(asked):
+            return None
+        if not asked.help:
+            say(
+                f"note: labels alone are learned, for more than {MANY_LABELS:,} labeled pictures "
+                f"are learned fewer than {LEAST_TIMES} times; --method uda learns the unlabeled "
+                "ones too"
+            )
+        return "supervised"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -163,7 +163,11 @@ def test_labels_alone_are_learned_where_there_are_no_other_pictures(
     ],
 )
 def test_many_labels_that_are_learned_a_few_times_are_learned_alone(
-    labels: int, words: tuple[str, ...], method: str, tmp_path: Path
+    labels: int,
+    words: tuple[str, ...],
+    method: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "labeled" / "a"
     folder.mkdir(parents=True)
@@ -174,6 +178,11 @@ def test_many_labels_that_are_learned_a_few_times_are_learned_alone(
     # Where nothing was chosen, the command has the default of its field.
     chosen = getattr(command, "method_name", TrainImages.method_name)
     assert chosen == method
+    # It is said, but where help is asked for.
+    said = " ".join(capsys.readouterr().out.split())
+    assert ("--method uda learns the unlabeled ones too" in said) == (method == "supervised")
+    TrainImages.default_for([*folders, "--device", "cpu", *words, "--help"])
+    assert capsys.readouterr().out == ""
 
 
 # ------------------------------------------------------------------------------------------- resume
