@@ -43,7 +43,7 @@ def summary(content: Mapping[str, Any]) -> list[str]:
         value = content.get(f"{name}_{part}_accuracy")
         if value is not None:
             accuracies.append(f"{word} {100 * value:.1f} %")
-    if accuracies:
+    if len(accuracies) > 1:
         reason = reason_of_delivery(content)
         listed = ", ".join(accuracies)
         lines.append(f"On {part}: {listed}. The network to use is the {delivered}: {reason}.")
