@@ -156,10 +156,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             train = partial(run, root=root)
             if args.miniature:
-                write_noise(Path(folder))
-                train = partial(
-                    run, root=folder, more=("--labels-per-class", "2", "--validation", "10")
-                )
+                if args.cifar is None:
+                    write_noise(Path(folder))
+                    root = folder
+                few = ("--labels-per-class", "2", "--validation", "10")
+                train = partial(run, root=root, more=few)
             harness.go_on(args.out, jobs, train, environment=harness.environment())
     show(args.write, "protocol_rows", table(read(args.out, having="row")))
 
