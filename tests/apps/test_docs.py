@@ -149,6 +149,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             continue
         file, _, anchor = target.partition("#")
         other = (page.parent / file).resolve() if file else page
+        if other.parent == ROOT / "docs" / "notebooks":
+            # The site makes these pages of the notebooks.
+            other = ROOT / "examples" / f"{other.stem}.ipynb"
         assert other.is_file(), f"{target} is not there"
         if anchor:  # a class stands for its methods
             assert {anchor, anchor.rpartition(".")[0]} & anchors(other), (
