@@ -76,6 +76,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "cifar_tuned_arms",
         "cifar_tuned_arms-tries",
         "cifar_tuned_arms-tests",
+        "cifar_tuned_arms-power",
     ],
     "closed_loop": ["closed_loop", "closed_loop-chosen"],
     "data_rater": ["data_rater", "data_rater-scores", "data_rater-costs"],
@@ -107,7 +108,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "smoothing-agreement",
         "smoothing-area",
     ],
-    "small_pictures": ["small_pictures-step", "small_pictures"],
+    "small_pictures": ["small_pictures-step", "small_pictures", "small_pictures-clock"],
     "something_simpler": [
         "simpler-photographs",
         "simpler-wrong_labels",
