@@ -151,14 +151,14 @@ class MplByLetter(Mpl):
 
     def trainer(self, t: Training) -> BilevelTrainer:
         """Build the trainer of both networks; without feedback the labels are drawn too."""
-        learns = self.feedback.learns_from_student
+        learns_from_student = self.feedback.learns_from_student
         return t.bilevel(
             t.teacher,
-            Reinforce() if learns else "none",
+            Reinforce() if learns_from_student else "none",
             PseudoLabels(kind="hard", student_view="weak"),
             teacher_losses=self.uda.losses(),
             student_lr=self.feedback.student_lr,
-            **({"feedback_weight": 1.0} if learns else {}),
+            feedback_weight=1.0 if learns_from_student else None,
         )
 
 
@@ -635,9 +635,9 @@ def jobs_of_card() -> Iterator[Row]:
                 yield from with_cost({"arm": arm, **job, "draw": draw})
 
 
-def miniature_jobs(other: str) -> Iterator[Row]:
-    """Yield two draws of one arm and one of another, of two steps on random pictures."""
-    for arm, draws in (("labels", DRAWS[:2]), (other, DRAWS[:1])):
+def miniature_jobs(second_arm: str) -> Iterator[Row]:
+    """Yield two draws of labels alone and one of another arm, of two steps on random pictures."""
+    for arm, draws in (("labels", DRAWS[:2]), (second_arm, DRAWS[:1])):
         for draw in draws:
             few: Row = {"labels": NOISE_LABELS, "pictures": 2 * BATCH, "is_equal": False}
             yield from with_cost({"arm": arm, **few, "draw": draw})
@@ -852,8 +852,14 @@ def run_all(args: argparse.Namespace, pool: Executor, place: Path) -> None:
         if "cost_of" in job:
             return cost(pool, job["cost_of"], counted_steps)
         folder = place / f"{job['draw']}-{job['labels']}"
-        how_many: dict[str, Any] = {"unlabeled": None, "tested": None} if args.card else {}
-        write_pictures(root, folder, draw=job["draw"], labels=job["labels"], **how_many)
+        write_pictures(
+            root,
+            folder,
+            draw=job["draw"],
+            labels=job["labels"],
+            unlabeled=None if args.card else UNLABELED,
+            tested=None if args.card else TESTED_PER_CLASS,
+        )
         arm = ARMS[job["arm"]]
         steps, work = planned(
             read(args.out),

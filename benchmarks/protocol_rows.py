@@ -103,9 +103,9 @@ def write_noise(folder: Path, training: int = 80) -> None:
 def table(rows: list[Row]) -> str:
     """Return the accuracies of each row and of its control, and whether it trains."""
     lines = []
-    for data, name in [("fashion", name) for name in ROWS] + [
-        ("cifar10", name) for name in OF_CIFAR
-    ]:
+    named = [("fashion", name) for name in ROWS]
+    named += [("cifar10", name) for name in OF_CIFAR]
+    for data, name in named:
         arms = {row["method"]: row for row in rows if (row["data"], row["row"]) == (data, name)}
         if set(arms) != set(METHODS):
             continue
@@ -145,9 +145,13 @@ def main() -> None:
     if args.runs:
         torch.set_num_threads(1)
         steps = 6 if args.miniature else STEPS
-        data, root, rows_of_data = "fashion", args.root, ROWS
+        data = "fashion"
+        root = args.root
+        rows_of_data = ROWS
         if args.cifar is not None:
-            data, root, rows_of_data = "cifar10", args.cifar, OF_CIFAR
+            data = "cifar10"
+            root = args.cifar
+            rows_of_data = OF_CIFAR
         jobs = [
             {"row": row, "method": method, "seed": 0, "steps": steps, "data": data}
             for method in METHODS
@@ -159,8 +163,8 @@ def main() -> None:
                 if args.cifar is None:
                     write_noise(Path(folder))
                     root = folder
-                few = ("--labels-per-class", "2", "--validation", "10")
-                train = partial(run, root=root, more=few)
+                few_pictures = ("--labels-per-class", "2", "--validation", "10")
+                train = partial(run, root=root, more=few_pictures)
             harness.go_on(args.out, jobs, train, environment=harness.environment())
     show(args.write, "protocol_rows", table(read(args.out, having="row")))
 

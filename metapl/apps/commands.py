@@ -635,7 +635,7 @@ class TrainImages(Train):
             return "supervised"
         if not learns_seldom(asked):
             return None
-        if not asked.help:
+        if not asked.help and os.environ.get("RANK", "0") == "0":
             say(
                 f"note: labels alone are learned, for more than {MANY_LABELS:,} labeled pictures "
                 f"are learned fewer than {LEAST_TIMES} times; --method uda learns the unlabeled "

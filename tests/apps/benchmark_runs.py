@@ -52,6 +52,7 @@ SECOND = (
 )
 SECOND += (
     "cifar_few_labels",
+    "cifar_few_labels --card",
     "cifar_tuned_arms",
     "closed_loop",
     "digits_study --forms",
@@ -68,6 +69,11 @@ SCRIPTS = sorted(FIRST + SECOND)
 MARKS = {  # of the tables in a page, where they are not called as the script is
     "attribution": ["attribution", "attribution-settings", "attribution-smooth"],
     "cifar_few_labels": [
+        "cifar_few_labels",
+        "cifar_few_labels-tests",
+        "cifar_few_labels-power",
+    ],
+    "cifar_few_labels --card": [
         "cifar_few_labels",
         "cifar_few_labels-tests",
         "cifar_few_labels-power",
