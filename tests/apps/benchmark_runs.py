@@ -52,7 +52,6 @@ SECOND = (
 )
 SECOND += (
     "cifar_few_labels",
-    "cifar_few_labels --card",
     "cifar_tuned_arms",
     "closed_loop",
     "digits_study --forms",

@@ -46,6 +46,10 @@ def test_every_command_is_run_here() -> None:
     )
 
 
+def test_the_jobs_of_a_card_run_in_miniature(tmp_path: Path) -> None:
+    check_miniature("cifar_few_labels --card", tmp_path)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_page_has_the_tables_of_the_committed_rows(script: str, tmp_path: Path) -> None:
     marks, copy = MARKS.get(script, [script]), tmp_path / "page.md"
