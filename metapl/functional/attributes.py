@@ -7,7 +7,7 @@ import sys
 import types
 from array import array
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from functools import cached_property, partial
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution.state import hooks_of
+from metapl.functional.comparison import is_unchanged
 
 # Whose entries are read.
 COLLECTIONS = (list, tuple, deque, set, frozenset, bytearray, array)
@@ -113,15 +114,26 @@ class Attributes:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put back what passes in this block leave in attributes and in dicts.
+        """Put back what passes in this block leave in attributes, dicts, lists and buffers.
 
-        Where a function is recorded, they leave tensors without values.
+        Where a function is recorded, they leave tensors without values. And a function that was
+        refused has changed nothing.
         """
         tables = [table for table in self._tables if isinstance(table, dict)]
         tables_before = [dict(table) for table in tables]
+        lists = [entries for entries in self._collections if isinstance(entries, list)]
+        lists_before = [[*entries] for entries in lists]
+        buffers = [t for part in self._modules for t in part._buffers.values() if t is not None]
+        buffers_before = [t.clone() for t in buffers]
         try:
             yield
         finally:
+            for entries, first_entries in zip(lists, lists_before, strict=True):
+                if len(entries) != len(first_entries) or not all(map(is_, entries, first_entries)):
+                    entries[:] = first_entries
+            for t, values in zip(buffers, buffers_before, strict=True):
+                if not is_unchanged(t, values):
+                    t.copy_(values)
             for table, before in zip(tables, tables_before, strict=True):
                 if len(table) != len(before) or not all(map(is_, table.values(), before.values())):
                     table.clear()
@@ -291,6 +303,30 @@ def modes_of(module: nn.Module) -> list[Any]:
         if t is not None
     ]
     return [type(module), module.training, hooks, [*module._modules.values()], tensors]
+
+
+def cause_in_checkpoints(modules: Iterable[nn.Module]) -> str:
+    """Return what may be the cause where a graph comes out otherwise; "" without a checkpoint.
+
+    A checkpoint puts back the state of the generators before it runs again, which is no operation
+    of a graph. So what runs again there has other masks of dropout.
+    """
+    for part in modules:
+        names = {
+            name
+            for base in type(part).__mro__
+            for method in vars(base).values()
+            for function in functions_of(method)
+            if base is not nn.Module
+            for name in function.__code__.co_names
+        }
+        is_checkpoint = getattr(part, "gradient_checkpointing", False)
+        if is_checkpoint or names & {"checkpoint", "checkpoint_sequential"}:
+            return (
+                f" ({type(part).__name__} has a checkpoint, in which dropout draws other masks "
+                "when a graph runs it again)"
+            )
+    return ""
 
 
 def is_read_deeper(value: Any) -> bool:

@@ -24,7 +24,7 @@ from metapl.execution.checks import described, has_values
 from metapl.execution.compare import TRIES
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, replayed
-from metapl.functional.attributes import Attributes, modes_of
+from metapl.functional.attributes import Attributes, cause_in_checkpoints, modes_of
 from metapl.functional.comparison import (
     DROWNED,
     is_as_near,
@@ -298,11 +298,12 @@ class Captured(Generic[Result]):
 
     def text_of_difference(self, found: Any, wanted: Any) -> str:
         """Return what to say where a graph returns something else than the function."""
+        cause = cause_in_checkpoints(self.attributes.modules())
         return (
-            "the step comes out otherwise when it is recorded, as torch.func.vmap and derivatives "
-            "through it need it; expected a function of its arguments and of torch's default "
-            "generators, without NumPy's, and without numbers that it keeps; or a loop over the "
-            f"{self.mapped_over}."
+            f"the step comes out otherwise when it is recorded{cause}, as torch.func.vmap and "
+            "derivatives through it need it; expected a function of its arguments and of torch's "
+            "default generators, without NumPy's, and without numbers that it keeps; or a loop "
+            f"over the {self.mapped_over}."
         )
 
     def inputs_of_constants(self, graph: GraphModule) -> list[Tensor]:
@@ -347,7 +348,12 @@ class Captured(Generic[Result]):
         def on_tensors(*recorded: Tensor) -> list[Tensor]:
             returned = self.function(*put_together(arguments, iter(recorded)))
             numbers = count()
-            nested.append(pytree.tree_map_only(Tensor, lambda _: At(next(numbers)), returned))
+
+            def place_of(_: Tensor) -> At:
+                return At(next(numbers))
+
+            # PyTorch's trees make tuples of shapes.
+            nested.append(pytree.tree_map_only(Tensor, place_of, returned, is_leaf=is_shape))
             leaves = pytree.tree_leaves(returned)
             return [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -399,6 +405,11 @@ class Captured(Generic[Result]):
             "the last short batch by drop_last=True), and few values of numbers that it "
             f"reads{instead}.",
         )
+
+
+def is_shape(value: Any) -> bool:
+    """Return whether a value is the shape of a tensor."""
+    return isinstance(value, torch.Size)
 
 
 class Capturing:

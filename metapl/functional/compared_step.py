@@ -27,7 +27,7 @@ from metapl.execution.state import (
     swapped,
 )
 from metapl.feedback.report import StepReport
-from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES
+from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES, cause_in_checkpoints
 from metapl.functional.comparison import (
     DROWNED,
     NUDGES,
@@ -331,12 +331,14 @@ def refuse_other_than_eager(
     """
     try:
         refuse_gaps(found, eager, loss, is_reduced=is_reduced)
-    except MetaplError:
+    except MetaplError as error:
         again = take_again()
         with at_other_digits(student):
             by_rounding = take_again()
         if not all(map(is_equal, pytree.tree_leaves(again), pytree.tree_leaves(eager))):
             raise
+        if cause := cause_in_checkpoints(student.modules()):
+            raise MetaplError(f"{str(error).removesuffix('.')}{cause}.") from error
         refuse_gaps(found, eager, loss, by_rounding=by_rounding, is_reduced=is_reduced)
         return False
     return True

@@ -214,7 +214,7 @@ def at_places(value: Any, tensors: Sequence[Any]) -> Any:
         return type(value)([at_places(part, tensors) for part in value])
     if hasattr(value, "_fields"):
         return type(value)(*[at_places(part, tensors) for part in value])
-    if isinstance(value, PLAIN):
+    if isinstance(value, (*PLAIN, torch.Size)):
         return value
     if type(value) is HeldAt:
         return value.held(tensors)

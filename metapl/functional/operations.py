@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -290,12 +291,18 @@ def compiled_graph(graph: GraphModule, examples: Sequence[Tensor]) -> Callable[.
         warnings.simplefilter("ignore", DeprecationWarning)
         from torch import _inductor
 
-        compiled: Callable[..., Sequence[Any]] = _inductor.standalone_compile(
-            graph,
-            [t.detach() for t in examples],
-            dynamic_shapes="from_example_inputs",
-            options={"config_patches": backend_of(device)},
-        )
+        try:
+            compiled: Callable[..., Sequence[Any]] = _inductor.standalone_compile(
+                graph,
+                [t.detach() for t in examples],
+                dynamic_shapes="from_example_inputs",
+                options={"config_patches": backend_of(device)},
+            )
+        except ImportError as error:
+            raise MetaplError(
+                f"Inductor's cache has a file that cannot be loaded ({reason_of(error)}); "
+                "expected it whole, or removed: it is then compiled anew."
+            ) from error
     return compiled
 
 
@@ -364,10 +371,11 @@ def say_how_long(operations: int, device: torch.device) -> None:
     words = f"{60 * minutes:.0f} seconds" if minutes < 2 else f"{minutes:.0f} minutes"
     what = f"compile=True compiles a step of {operations:,} operations, some {words} on one core"
     if operations <= MANY_OPERATIONS:
-        LOG.info(
-            "%s; it pays in a training whose eager steps take more than twice as long together",
-            what,
-        )
+        pays = "it pays in a training whose eager steps take more than twice as long together"
+        if sys.stderr.isatty():
+            print(f"{what}; {pays}", file=sys.stderr)
+        else:
+            LOG.info("%s; %s", what, pays)
         return
     instead = "leave compile out"
     if device.type == "cuda":

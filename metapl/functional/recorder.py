@@ -44,7 +44,8 @@ def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded
     the function, once on other rows, where it is called outside of ``vmap``. A number of
     ``os.environ``, ``globals()``, a ``ContextVar``, an iterator, a cache, a collection of more than
     1,000 entries, an attribute of a tensor, or four attributes deep stays that of the recording,
-    and so does whether gradients are enabled: they are.
+    and so does whether gradients are enabled: they are. A replay writes to nothing but its results:
+    an entry that the function would append to a list is not there.
 
     Args:
         function: takes and returns tensors, in any nesting of tuples, lists and dicts; numbers and
@@ -108,10 +109,16 @@ class Recorded(Captured[Any]):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors:
             raise MetaplError(f"{self.what} was given no tensor; expected one at least.")
+        if any(t.layout != torch.strided for t in tensors):
+            raise MetaplError(f"{self.what} was given a sparse tensor; expected dense ones.")
         self.device = tensors[0].device
         constants = self._constants(leaves, structure)
         results = self.compared(constants, tensors)
         return without_derivative(results, of=tensors, text=self.text_of_derivative())
+
+    def __get__(self, owner: Any, _: type | None = None) -> Any:
+        """Return the function of a class as a method of an object."""
+        return self if owner is None else partial(self, owner)
 
     def graph(self) -> GraphModule:
         """Return the newest graph, to be read: ``print(step.graph().code)``."""
@@ -131,7 +138,12 @@ class Recorded(Captured[Any]):
                 t._is_param = True
         args, options = _arguments(constants, tensors)
         with torch.enable_grad():
-            return self._wrapped(*args, **options)
+            results = self._wrapped(*args, **options)
+        for leaf in pytree.tree_leaves(results):
+            if not isinstance(leaf, (Tensor, *PLAIN)):
+                expected = "tensors, numbers and words, in tuples, lists and dicts"
+                raise unexpected(f"{self.what} returns", leaf, expected)
+        return results
 
     def _constants(self, leaves: list[Any], structure: Any) -> Constants:
         """Return what of the arguments and of PyTorch's settings is a constant of a recording."""
@@ -164,11 +176,17 @@ class Recorded(Captured[Any]):
     def not_recorded(self, error: NotRecorded) -> BaseException:
         """Return the error that says why the function cannot be recorded."""
         cause = error.__cause__ or error
+        if "SparseTensorImpl" in str(cause):
+            return MetaplError(
+                f"{self.what} makes a sparse tensor, which no graph can; expected dense ones, such "
+                "as torch.nn.Embedding(sparse=False), or the function as it is."
+            )
         if not asks_for_value(cause):
             return cause
         return MetaplError(
             f"{self.what} reads a value of a tensor on the host ({reason_of(cause)}), which no "
-            "graph can; expected torch.where and the like, or the function as it is."
+            "graph can; expected torch.where and the like, validate_args=False of a distribution, "
+            "or the function as it is."
         )
 
     def text_of_derivative(self) -> str:
@@ -191,7 +209,7 @@ class Recorded(Captured[Any]):
         return (
             f"{self.what} returns {_beside(wanted, found)} by itself and recorded, on the same "
             "draws; expected a function of its arguments and of torch's default generators, "
-            "without NumPy's, and without numbers that it keeps."
+            "without NumPy's or a torch.Generator of its own, and without numbers that it keeps."
         )
 
 

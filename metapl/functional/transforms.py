@@ -41,9 +41,12 @@ def is_differentiated(values: Any) -> bool:
     tensors = [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]
     if torch.is_grad_enabled() and any(map(requires_grad, tensors)):
         return True
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    return any(map(has_tangent, tensors))
+
+
+def has_tangent(t: Tensor) -> bool:
+    """Return whether a tensor carries a tangent of forward-mode differentiation."""
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
 
 
 def requires_grad(t: Tensor) -> bool:
@@ -79,9 +82,13 @@ class WithoutDerivative(torch.autograd.Function):
 def without_derivative(results: Any, *, of: Any, text: str) -> Any:
     """Return nested results of a function, whose derivative in what it was given raises a text.
 
-    It would be 0 in silence where a loss reads what was given besides.
+    It would be 0 in silence where a loss reads what was given besides. In forward mode it is taken
+    with the results, so that this call raises.
     """
-    given = [t for t in pytree.tree_leaves(of) if isinstance(t, Tensor) and requires_grad(t)]
+    given = [t for t in pytree.tree_leaves(of) if isinstance(t, Tensor)]
+    if any(map(has_tangent, given)):
+        raise MetaplError(text)
+    given = [t for t in given if requires_grad(t)]
     if not given or not torch.is_grad_enabled():
         return results
     leaves, structure = pytree.tree_flatten(results)

@@ -232,6 +232,27 @@ class Reentrant(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=True)
 
 
+class DropoutInCheckpoint(nn.Module):
+    """A layer with dropout behind a checkpoint, as language models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_dropout_in_a_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint puts generators back before it runs again, which no graph does."""
+    without_inductor(monkeypatch)
+    case = toy("mlp")
+    case.student.append(DropoutInCheckpoint())
+    trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", compile=True)
+    with pytest.raises(MetaplError, match="DropoutInCheckpoint has a checkpoint, in which dropout"):
+        trainer.step(case.labeled, case.unlabeled)
+
+
 # By what is refused: the trainer's options.
 REFUSED: dict[str, dict[str, Any]] = {
     "a reentrant checkpoint": {},

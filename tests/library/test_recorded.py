@@ -6,6 +6,8 @@ import argparse
 import array
 import importlib
 import itertools
+import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import settings_of_a_user as settings
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_modules
@@ -698,14 +701,36 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
     "numpy's draws": (lambda x: x * DRAWS.random(), "returns tensors .* apart by itself"),
     "a count": (Counted(), "returns tensors .* apart by itself"),
     "no tensor": (lambda x: x, "was given no tensor"),
+    "a result of a class": (lambda x: SimpleNamespace(twice=2 * x), "returns of type Simple"),
+    "a sparse argument": (lambda x: 2 * x, "was given a sparse tensor; expected dense ones"),
+    "a sparse gradient": (
+        lambda x: torch.autograd.grad(F.embedding(TWO_ROWS, x, sparse=True).sum(), x),
+        "makes a sparse tensor, which no graph can",
+    ),
+    "a distribution": (
+        lambda x: torch.distributions.Normal(x, 1.0).rsample(),
+        "validate_args=False of a distribution",
+    ),
+    "a generator": (
+        lambda x: x + torch.rand(4, generator=GENERATOR),
+        "without NumPy's or a torch.Generator of its own",
+    ),
 }
+TWO_ROWS = torch.tensor([0, 2])
+GENERATOR = torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_no_graph_can_hold_is_refused_in_a_line(name: str) -> None:
     function, text = REFUSED[name]
     x = x4.clone()
-    argument: Any = 3 if name == "no tensor" else x
+    argument: Any = x
+    if name == "no tensor":
+        argument = 3
+    elif name == "a sparse argument":
+        argument = x.to_sparse()
+    elif name == "a sparse gradient":
+        argument = x.requires_grad_()
     with pytest.raises(metapl.MetaplError, match=text):
         recorded(function)(argument)
     assert torch.equal(x, x4)
@@ -736,6 +761,58 @@ def test_a_derivative_through_a_recording_raises() -> None:
         loss.backward()
     with pytest.raises(metapl.MetaplError, match="the derivative of a recorded function"):
         torch.func.grad(lambda x: step(params, x)[0])(x4)
+
+
+def test_a_tangent_through_a_recording_raises() -> None:
+    """The graph has no ``detach()``, so that its tangent would be another one, in silence."""
+    step = recorded(lambda x: x * x.detach())
+    step(x4)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x4, torch.ones_like(x4))
+        with pytest.raises(metapl.MetaplError, match="the derivative of a recorded function"):
+            step(dual)
+        assert torch.equal(step(x4), x4 * x4)
+
+
+def test_a_refused_recording_moves_no_buffer() -> None:
+    network = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).double()
+    before = {name: t.clone() for name, t in network.state_dict().items()}
+    step = recorded(lambda params, x: functional_call(network, params, (x,)))
+    with pytest.raises(metapl.MetaplError, match=r"reads network.1.num_batches_tracked"):
+        step(weights_of(network), x4)
+    for name, t in network.state_dict().items():
+        assert torch.equal(t, before[name]), name
+
+
+def test_a_recording_appends_to_no_list() -> None:
+    log: list[Tensor] = []
+
+    def doubled(x: Tensor) -> Tensor:
+        log.append(x.mean())
+        return 2 * x
+
+    step = recorded(doubled)
+    for x in (x4, x4 + 1, x4 + 2):
+        assert torch.equal(step(x), 2 * x)
+    assert step.recordings == 1
+    assert log == []
+
+
+class Scaling:
+    """An object with a recorded method."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    @recorded
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+def test_a_method_is_recorded_for_each_object() -> None:
+    two, three = Scaling(2.0), Scaling(3.0)
+    for scaling in (two, three, two):
+        assert torch.equal(scaling.scaled(x4), scaling.scale * x4)
 
 
 @pytest.mark.parametrize("is_called_before", [True, False])
@@ -779,8 +856,10 @@ def test_a_recording_under_autocast_has_its_casts() -> None:
 
 
 def test_a_function_that_returns_other_things_than_tensors() -> None:
-    step = recorded(lambda x: {"twice": 2 * x, "name": "x", "none": None})
+    step = recorded(lambda x: {"twice": 2 * x, "name": "x", "none": None, "shape": x.shape})
     found = step(x4)
+    assert found["shape"] == x4.shape
+    assert isinstance(found["shape"], torch.Size)
     assert found["name"] == "x"
     assert found["none"] is None
     assert torch.equal(found["twice"], 2 * x4)
@@ -813,6 +892,43 @@ class Reciprocal:
         is_recorded = isinstance(x, FakeTensor)
         total = x.cumsum(0)[-1] if is_recorded else x.sum()
         return (1 + self.growth * next(self.calls)) / (total.abs() + 1e-8)
+
+
+def doubled_sines(x: Tensor) -> Tensor:
+    return (2 * x.sin()).sum(0)
+
+
+@pytest.mark.long
+def test_a_damaged_file_of_inductor_is_named(tmp_path: Path) -> None:
+    """A full disk or a kill may cut it; the loader of shared libraries keeps them by their names.
+
+    So each call is a process of its own.
+    """
+    program = (
+        "import torch, test_recorded\n"
+        "from metapl.functional import recorded\n"
+        "step = recorded(test_recorded.doubled_sines, compile=True)\n"
+        "print(step(torch.ones(5, 3)).shape)\n"
+    )
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+
+    def called() -> str:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr
+
+    assert "torch.Size([3])" in called()
+    files = [*tmp_path.rglob("*.main.so")]
+    assert files, "Inductor keeps no library of this graph"
+    for file in files:
+        file.write_bytes(file.read_bytes()[:100])
+    message = called()
+    assert "MetaplError: Inductor's cache has a file that cannot be loaded" in message
+    assert str(files[0]) in message
+    for file in files:
+        file.unlink()
+    assert "torch.Size([3])" in called()
 
 
 def test_a_result_of_rounding_is_recorded_and_said_after_some_calls() -> None:
