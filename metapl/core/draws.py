@@ -9,9 +9,13 @@ holds the state holds them too.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+DrawnFor = Literal["rows", "weights"]
+"""What a tensor of draws is as: one with this process's rows, or with the student's weights."""
 
 BITS = 0xFFFFFFFF
 
@@ -22,31 +26,42 @@ class Draws:
     Args:
         key: (2,), int64: a seed, and the number of the step.
         rank: of the process, since each draws for rows of its own.
+        shard: the number of the part of the weights that this process holds, since processes that
+            hold the same weights draw the same for them.
     """
 
-    def __init__(self, key: Tensor, rank: int = 0) -> None:
-        self._stream = mixed(mixed(mixed(key[0]) + key[1]) + rank)
+    def __init__(self, key: Tensor, rank: int = 0, shard: int = 0) -> None:
+        stream = mixed(mixed(key[0]) + key[1])
+        self._streams = {"rows": mixed(stream + rank), "weights": mixed(stream + shard)}
         self._calls = 0
 
-    def uniform_like(self, t: Tensor) -> Tensor:
-        """Draw numbers between 0 and 1, and neither, in the shape and the type of ``t``."""
-        uniform = self._uniform(t).to(t.dtype)
+    def uniform_like(self, t: Tensor, *, of: DrawnFor = "rows") -> Tensor:
+        """Draw numbers between 0 and 1, and neither, in the shape and the type of ``t``.
+
+        Args:
+            of: what ``t`` is as: the rows of the batch, or the ``"weights"``, of which several
+                processes may hold the same.
+        """
+        uniform = self._uniform(t, of).to(t.dtype)
         if not t.is_floating_point():
             return uniform
         # A type of half precision would round the greatest to 1.
         return uniform.clamp(max=1 - torch.finfo(t.dtype).eps / 2)
 
-    def normal_like(self, t: Tensor) -> Tensor:
+    def normal_like(self, t: Tensor, *, of: DrawnFor = "rows") -> Tensor:
         """Draw numbers of mean 0 and variance 1, in the shape and the type of ``t``.
 
         Those of a compiled step are the same to rounding.
+
+        Args:
+            of: as of :meth:`uniform_like`.
         """
-        uniform = self._uniform(t)
+        uniform = self._uniform(t, of)
         return (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).to(t.dtype)
 
-    def _uniform(self, t: Tensor) -> Tensor:
+    def _uniform(self, t: Tensor, of: DrawnFor) -> Tensor:
         self._calls += 1
-        stream = mixed(self._stream + self._calls)
+        stream = mixed(self._streams[of] + self._calls)
         index = torch.arange(t.numel(), device=t.device)
         bits = mixed(mixed(index) ^ stream)
         # With 23 bits and a half no number is rounded to 0 or to 1 in float32.

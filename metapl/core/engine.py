@@ -140,6 +140,7 @@ class Engine(Protocol):
         module: the network.
         has_whole_weights: whether this process holds whole weights, which a loss of the problem may
             read.
+        shard: the number of the part of the weights that this process holds; 0 for all of them.
         returns_state: whether a step returns the optimizer's next state, and its own step does not
             make it.
         parameters: the weights that are learned, as the module holds them, by name.
@@ -164,6 +165,7 @@ class Engine(Protocol):
     parts: int
     capabilities: frozenset[Capability]
     has_whole_weights: bool
+    shard: int
     returns_state: bool
     has_half_precision: bool
     double_backward: bool

@@ -86,6 +86,7 @@ class EagerEngine:
 
     descent_type: type[EagerDescent]
     has_whole_weights = True
+    shard = 0
     returns_state = False
 
     def __init__(

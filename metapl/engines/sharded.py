@@ -43,6 +43,7 @@ from metapl.execution.shards import (
     is_sharded,
     local,
     mean_by_backward,
+    number_of_shard,
     whole,
     whole_together,
 )
@@ -89,6 +90,8 @@ class ShardedEngine(EagerEngine):
             compute_dtype = block._get_fsdp_state()._mp_policy.param_dtype
             if compute_dtype is not None:
                 self.dtypes.add(compute_dtype)
+
+        self.shard = number_of_shard(self.parameters.values())
 
     def begin(self) -> None:
         super().begin()

@@ -39,6 +39,22 @@ def local(t: Any) -> Any:
     return t.detach().to_local() if is_sharded(t) else t
 
 
+def number_of_shard(tensors: Iterable[Any]) -> int:
+    """Return the number of the part that this process holds of tensors that share a mesh.
+
+    Processes along a dimension of the mesh that nothing is sharded over hold the same part.
+    """
+    sharded = [t for t in tensors if is_sharded(t)]
+    if not sharded:
+        return 0
+    mesh = sharded[0].device_mesh
+    number = 0
+    for dimension, (size, place) in enumerate(zip(mesh.shape, mesh.get_coordinate(), strict=True)):
+        if any(t.placements[dimension].is_shard() for t in sharded if t.device_mesh == mesh):
+            number = number * size + place
+    return number
+
+
 def as_sharded(part: Tensor, like: Any) -> Tensor:
     """Return the DTensor of which this is this process's part, laid out like ``like``.
 

@@ -99,13 +99,16 @@ MODES: tuple[ModeName, ...] = tuple(_REGISTRY)
 def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[ModeName, ...]:
     """Return the names of the modes that take a kind of signal, or several student steps.
 
+    ``direct`` is not among them: it takes a problem that holds the teacher.
+
     >>> modes_for(looks_ahead=True)
-    ('unrolled', 'forward', 'direct', 'none')
+    ('unrolled', 'forward', 'none')
     """
     names: list[ModeName] = []
     for name, mode in _REGISTRY.items():
         takes_signal = kind is None or kind in mode.labels
-        if takes_signal and (mode.looks_ahead or not looks_ahead):
+        is_alone = mode.credits == "nothing" and mode.has_direct_term
+        if takes_signal and (mode.looks_ahead or not looks_ahead) and not is_alone:
             names.append(name)
     return tuple(names)
 

@@ -279,14 +279,14 @@ class Estimator(ABC):
         return {**self.init(), KEY: first_key(generator, device)}
 
     def drawn_feedback(
-        self, path: StudentPath, state: State, rank: int = 0
+        self, path: StudentPath, state: State, rank: int = 0, shard: int = 0
     ) -> tuple[list[Feedback], State]:
         """Return :meth:`feedback`, with draws by the key in the state, and the next state."""
         from metapl.core.draws import Draws, next_key
 
         rest = dict(state)
         key = rest.pop(KEY)
-        path.draws = Draws(key, rank)
+        path.draws = Draws(key, rank, shard)
         feedback, next_state = self.feedback(path, rest)
         return feedback, {**next_state, KEY: next_key(key)}
 
@@ -300,7 +300,10 @@ class Estimator(ABC):
         try:
             # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
             if self.draws:
-                feedback, state = self.drawn_feedback(path, state, path.student.ranks.rank)
+                student = path.student
+                feedback, state = self.drawn_feedback(
+                    path, state, student.ranks.rank, student.shard
+                )
             else:
                 feedback, state = self.feedback(path, state)
         except MetaplError as error:

@@ -6,7 +6,6 @@ trainings of the same architecture, losses and rule.
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import warn
+from metapl.errors import say, warn
 from metapl.execution.state import HOOKS_EVERYWHERE
 from metapl.functional.adjoint import TrainingRules, TrainingStep
 from metapl.functional.architecture import (
@@ -31,8 +30,6 @@ from metapl.functional.capture import Captured
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of, modules_in
 from metapl.updates import TorchUpdate, parts_of
-
-LOG = logging.getLogger("metapl")
 
 # What stands in a description, one after the other.
 PARTS_OF_KEY = ("the optimizer, or what is asked for,", "the problem", "a network")
@@ -260,7 +257,7 @@ def say_why_again(key: Hashable, asking: Asking, undescribed: str) -> int:
             )
         elif not undescribed and not subject.alive:
             difference = difference_between(key, other)
-            LOG.info("compiled again, which takes seconds: %s", difference)
+            say(f"compiled again, which takes seconds: {difference}")
             served = [None if reference is None else reference() for reference in kept.served]
             if not all(a is b for a, b in zip(served, asking, strict=True)):
                 return 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,13 +21,11 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from metapl.errors import MetaplError, reason_of, warn
+from metapl.errors import MetaplError, reason_of, say, warn
 from metapl.execution.checks import no_values
 from metapl.execution.numerics import HALF
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.transforms import no_transform
-
-LOG = logging.getLogger("metapl")
 
 # Operations of a graph from which on a compiler is advised against. It takes some 8 s and 37 ms an
 # operation (345 operations 19 s, 1,276 45 s, 2,718 53 s of processor time).
@@ -372,10 +369,7 @@ def say_how_long(operations: int, device: torch.device) -> None:
     what = f"compile=True compiles a step of {operations:,} operations, some {words} on one core"
     if operations <= MANY_OPERATIONS:
         pays = "it pays in a training whose eager steps take more than twice as long together"
-        if sys.stderr.isatty():
-            print(f"{what}; {pays}", file=sys.stderr)
-        else:
-            LOG.info("%s; %s", what, pays)
+        say(f"{what}; {pays}")
         return
     instead = "leave compile out"
     if device.type == "cuda":

@@ -34,11 +34,13 @@ CLASSES = page_classes()
 globals().update(CLASSES)
 
 
-def sharded(modes: list[Estimator]) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """Return of each mode the h of this rank's rows, on a student under FSDP2, and its key."""
+def sharded(
+    modes: list[Estimator], layout: str = "fsdp"
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Return of each mode the h of this rank's rows, on a student in a layout, and its key."""
     results = []
     for mode in modes:
-        trainer = sharded_cases.built(mode, "fsdp")
+        trainer = sharded_cases.built(mode, layout)
         key = trainer.mode_state.get("draws")
         (labeled, unlabeled), *_ = sharded_cases.batches(1)
         report = trainer.step(sharded_cases.share(labeled), sharded_cases.share(unlabeled))

@@ -7,7 +7,8 @@ their draws are those of the key in their state.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import sharded_cases
@@ -19,6 +20,7 @@ from test_direct_term import LR, ReadsModule, close
 from test_direct_term import networks as networks_of_direct_term
 from test_own_estimators import RATE, batches, by_hand, networks, traced
 from torch import Tensor, nn
+from torch.distributed.tensor import Replicate, Shard
 from torch.func import functional_call
 from torch.nn import functional as F
 
@@ -26,6 +28,7 @@ import metapl
 from metapl import MetaplError
 from metapl.ablation import ModeCost
 from metapl.core.draws import Draws
+from metapl.execution.shards import number_of_shard
 from metapl.feedback import Estimator
 
 __all__ = ["traced"]
@@ -279,6 +282,53 @@ def test_two_ranks_of_a_sharded_student_have_the_rows_of_one_process(two: Ranks)
     noise = torch.cat([Draws(key, rank).normal_like(exact[:rows]) for rank, key in enumerate(keys)])
     assert not torch.allclose(noise[:rows], noise[rows:])
     assert close({"h": antithetic}, {"h": noise * (noise * exact).sum()}, 1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("layout", ["ddp", "replicate"])
+def test_copies_of_the_weights_draw_the_same_for_them(two: Ranks, layout: str) -> None:
+    modes: list[Any] = [LastLayer("head"), SketchedW(), Antithetic(1e-4)]
+    by_rank = two.run("sharded", modes=modes, layout=layout)
+    last_layer, sketched, antithetic = (
+        torch.cat([h for h, _ in of_ranks]) for of_ranks in zip(*by_rank, strict=True)
+    )
+    (labeled, unlabeled), *_ = sharded_cases.batches(1)
+
+    def alone(mode: Any) -> Tensor:
+        return sharded_cases.built(mode, None).step(labeled, unlabeled).feedback
+
+    assert close({"h": last_layer}, {"h": alone(LastLayer("head"))}, 1e-9)
+    assert close({"h": sketched}, {"h": alone(SketchedW())}, 1e-9)
+    # The signal has rows of its own in each process, and noise of its own for them.
+    rows = len(antithetic) // 2
+    assert not torch.allclose(antithetic[:rows], antithetic[rows:])
+
+
+class Mesh(NamedTuple):
+    """What is asked of a mesh of processes."""
+
+    shape: tuple[int, ...]
+    coordinate: tuple[int, ...]
+
+    def get_coordinate(self) -> tuple[int, ...]:
+        return self.coordinate
+
+
+@pytest.mark.parametrize(
+    ("placements", "number"),
+    [
+        ((Shard(0), Shard(1)), 1 * 3 + 2),
+        ((Replicate(), Shard(0)), 2),
+        ((Shard(0), Replicate()), 1),
+        ((Replicate(), Replicate()), 0),
+    ],
+)
+def test_processes_along_a_replicated_dimension_hold_the_same_part(
+    placements: tuple[Any, ...], number: int
+) -> None:
+    mesh = Mesh((2, 3), (1, 2))
+    part = SimpleNamespace(device_mesh=mesh, placements=placements, to_local=None)
+    assert number_of_shard([nn.Parameter(torch.ones(2)), part]) == number
 
 
 # ------------------------------------------------------------------------------------------ draws

@@ -784,6 +784,9 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
     # What is missing is computed again.
     opened = Recording.open(folder, network(), train=(X, Y))
     assert torch.allclose(opened.attribute(OUTER, progress=False).scores, scores)
+    # The steps before a later state: the scores would be those of a shorter training.
+    (folder / "steps-00000004.ckpt").unlink()
+    refused(r"has files of step \d+, and no steps-00000004.ckpt; expected that file")
 
 
 @pytest.mark.parametrize(

@@ -171,10 +171,20 @@ class RecordingFolder:
         checkpoint.save(self._file("rows", first), contents)
 
     def read_steps(self) -> list[StepRow]:
-        """Return the steps up to the first one that is missing."""
+        """Return the steps, or refuse a folder that lacks some of them.
+
+        A file of later steps shows that, and so does a later state: it is written after the steps.
+        """
         rows: list[StepRow] = []
         while self._file("steps", len(rows)).is_file():
             rows += rows_of(checkpoint.load(self._file("steps", len(rows))))
+        last = max([*self._numbers("steps"), *self._numbers("end"), *self.states()], default=0)
+        if last > len(rows):
+            raise MetaplError(
+                f"the recording in {self.path} has files of step {last}, and no "
+                f"{self._file('steps', len(rows)).name}; expected that file, or the folder without "
+                "the later ones."
+            )
         return rows
 
     def read_examples(self) -> tuple[list[Batch], list[int]]:
@@ -189,12 +199,12 @@ class RecordingFolder:
 
     def states(self) -> list[int]:
         """Return before which steps there are states."""
-        numbers = []
-        for path in self.path.glob("state-*.ckpt"):
-            number = path.stem.partition("-")[2]
-            if number.isdecimal():
-                numbers.append(int(number))
-        return sorted(numbers)
+        return self._numbers("state")
+
+    def _numbers(self, kind: str) -> list[int]:
+        """Return the numbers of the files of a kind."""
+        stems = [path.stem.partition("-")[2] for path in self.path.glob(f"{kind}-*.ckpt")]
+        return sorted(int(number) for number in stems if number.isdecimal())
 
     def _file(self, kind: str, number: int) -> Path:
         return self.path / f"{kind}-{number:08d}.ckpt"
