@@ -18,6 +18,8 @@ CROSS_ENTROPIES = (Classification.outer_loss, NextToken.outer_loss)
 # So many times the loss before or after the training, whichever is greater, the sizes of all scores
 # may add up to. It is more than 1, since effects of removals do not add up exactly.
 MOST_CHANGES = 2.0
+# The same of a loss that is no cross-entropy, of which nothing is known but these two values.
+MOST_CHANGES_OF_OTHERS = 10.0
 # The rank correlation of two seeds' scores below which they say little of a third seed.
 LEAST_AGREEMENT = 0.3
 # Adam's eps in torch, at which it divides by second moments however small they are.
@@ -27,30 +29,33 @@ USUAL_EPS = 1e-8
 def reason_of_possible_loss(
     scores: Tensor, loss: float, loss_before: float | None, problem: BilevelProblem
 ) -> str:
-    """Return a clause where scores predict what no cross-entropy can do; "" elsewhere.
+    """Return a clause where scores predict what no outer loss can do; "" elsewhere.
 
-    It cannot be below 0 without a tenth of the examples. And it can fall by itself at most, and
-    hardly rise to more than it was before the training, so that the sizes of all scores do not add
-    up to far more than the greater of the two. Where they do, small changes grew on their way
-    through the training, and a removal is none.
+    A cross-entropy cannot be below 0 without a tenth of the examples. And it can fall by itself at
+    most, and hardly rise to more than it was before the training, so that the sizes of all scores
+    do not add up to far more than the greater of the two. Those of another loss, which may be of
+    either sign, do not add up to many times its size, or what the training has changed it by. Where
+    they do, small changes grew on their way through the training, and a removal is none.
 
     Args:
         scores: of the examples, (N,).
         loss: the outer loss after the training.
         loss_before: the same before it, where it is known.
     """
-    if type(problem).outer_loss not in CROSS_ENTROPIES:
-        return ""
+    is_cross_entropy = type(problem).outer_loss in CROSS_ENTROPIES
     count = max(1, round(HARMFUL_SHARE * len(scores)))
     harm = float(scores.sort().values[:count].sum())
-    if -harm > loss:
+    if is_cross_entropy and -harm > loss:
         return (
             f"by them the outer loss, {loss:.3g}, would be {loss + harm:.3g} without the "
             f"{count:,} most harmful examples, and it cannot be below 0 (a lower learning rate or "
             "momentum makes small changes grow less)"
         )
+    if loss_before is None:
+        return ""
     sizes = float(scores.abs().sum())
-    if loss_before is None or sizes <= MOST_CHANGES * max(loss_before, loss):
+    largest = max(abs(loss), abs(loss_before), abs(loss - loss_before))
+    if sizes <= (MOST_CHANGES if is_cross_entropy else MOST_CHANGES_OF_OTHERS) * largest:
         return ""
     return (
         f"their sizes add up to {sizes:.3g}, and the outer loss, {loss_before:.3g} before the "

@@ -340,7 +340,14 @@ def warned_by(call: Callable[[], Any]) -> list[str]:
     return [text for text in texts if text.startswith("scores may not say")]
 
 
-def words(rate: float) -> Attribution:
+class OwnLoss(metapl.problems.EqualWeights):
+    """A loss of a user's own, of which nothing is known."""
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return nn.functional.cross_entropy(outputs, batch[1]) - 0.5
+
+
+def words(rate: float, problem: Any = None) -> Attribution:
     """Return the scores of rare words in a training whose rate may be too high."""
     generator = torch.Generator().manual_seed(0)
     shares = 1 / (1 + torch.arange(500.0))
@@ -365,6 +372,7 @@ def words(rate: float) -> Attribution:
         optimizer=torch.optim.SGD(network.parameters(), lr=rate, momentum=0.9),
         steps=99,
         batch_size=20,
+        problem=problem,
         progress=False,
     )
 
@@ -374,6 +382,10 @@ def test_effects_that_add_up_to_more_than_a_loss_can_change_are_told() -> None:
     (warning,) = warned_by(lambda: words(0.3))
     assert re.search(r"their sizes add up to 3\.\d+, and the outer loss, 1\.\d+ before", warning)
     assert warned_by(lambda: words(0.1)) == []
+    # Effects of another loss may add up to more, and not to many times its size.
+    assert warned_by(lambda: words(0.3, OwnLoss())) == []
+    (warning,) = warned_by(lambda: words(1.0, OwnLoss()))
+    assert "their sizes add up to" in warning
 
 
 @pytest.mark.parametrize("road", ["attribute", "record"])
