@@ -213,13 +213,10 @@ class Describer:
         self._numbers: dict[int, int] = {}
         self._inside = tensors_inside(networks)
         self.outside: list[Tensor] = []
-        # What a problem may not hold.
-        self._of_networks = set[int]()
         self.networks = tuple(self.module(network) for network in networks)
 
     def problem(self, problem: Any) -> Hashable:
-        """Return the description of a problem, which may hold modules, but no part of a network."""
-        self._of_networks = {*self._numbers}
+        """Return the description of a problem, which may hold modules, also of the networks."""
         return description_of_object(problem, self)
 
     def module(self, part: nn.Module | None) -> Hashable:
@@ -273,8 +270,6 @@ class Describer:
         return self._number_of(t), type(t), tuple(t.shape), t.dtype, t.device, t.requires_grad
 
     def _number_of(self, part: nn.Module | FunctionType | Tensor) -> int:
-        if id(part) in self._of_networks:
-            raise Undescribed(f"a {type(part).__name__} of a network in the problem")
         return self._numbers.setdefault(id(part), len(self._numbers))
 
 

@@ -123,7 +123,9 @@ class Attributes:
         tables_before = [dict(table) for table in tables]
         lists = [entries for entries in self._collections if isinstance(entries, list)]
         lists_before = [[*entries] for entries in lists]
-        buffers = [t for part in self._modules for t in part._buffers.values() if t is not None]
+        in_tables = [t for part in self._modules for t in part._buffers.values()]
+        # Those of a bare copy have no values.
+        buffers = [t for t in in_tables if t is not None and not t.is_meta]
         buffers_before = [t.clone() for t in buffers]
         try:
             yield

@@ -79,6 +79,47 @@ def test_another_student_of_one_architecture_is_known(verified: list[str]) -> No
     assert len(verified) == 1
 
 
+class ByPartOfTeacher(metapl.BilevelProblem):
+    """Weights of examples, judged by an outer loss that reads a part of the teacher."""
+
+    def __init__(self, teacher: nn.Sequential) -> None:
+        self.part = teacher[0]
+
+    def signal(
+        self, teacher: Any, batch: Any, outputs: Any, *, generator: Any = None
+    ) -> metapl.Signal:
+        return metapl.Signal(teacher(batch[0]).softmax(1)[:, 0])
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Any:
+        losses = nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+        return signal.value * losses
+
+    def outer_loss(self, outputs: Any, batch: Any) -> Any:
+        scale = self.part.weight.sum().exp()
+        return nn.functional.cross_entropy(scale * outputs, batch[1])
+
+
+def test_a_problem_that_holds_a_part_of_the_teacher_is_known(verified: list[str]) -> None:
+    """It is told by its number among the parts, also with another teacher."""
+    gradients = []
+    for number in range(4):
+        networks = Networks()
+        with torch.no_grad():
+            networks.teacher[2].weight.mul_(1 + number // 2)
+        problem = ByPartOfTeacher(networks.teacher)
+        gradients.append(networks.call(inner=OUTER, problem=problem))
+    assert len(verified) == 1
+    for one, two in ((0, 1), (2, 3)):
+        assert torch.equal(gradients[one].grads["2.weight"], gradients[two].grads["2.weight"])
+    assert not torch.equal(gradients[0].grads["2.weight"], gradients[2].grads["2.weight"])
+    # The same with another part is another problem.
+    networks = Networks()
+    problem = ByPartOfTeacher(networks.teacher)
+    problem.part = networks.teacher[2]
+    networks.call(inner=OUTER, problem=problem)
+    assert len(verified) == 2
+
+
 def evaluate(networks: Networks) -> None:
     networks.student.eval()
 
