@@ -65,10 +65,9 @@ from harness import (
     read,
     show,
 )
-from step import BOTH, CPU, DECAY, MOMENTUM, NETWORKS, RATE, SEEDS, STACKED, Data, Pair, Step
+from step import DECAY, MOMENTUM, NETWORKS, RATE, Data, Pair, Step
 from step import by_hand as eager_by_hand
 from step import trainer as trainer_of
-from step import way_of as stacked_way
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from torch.func import functional_call, grad, vmap
@@ -745,6 +744,7 @@ def by_hand(
 
 # ------------------------------------------------------------------------------- stacked seeds
 
+SEEDS = 32
 STACKED_HAND = "`vmap` over the step by hand, compiled"
 STACKED_EAGER_HAND = "`vmap` over the step by hand"
 STACKED_OURS = "`recorded(vmap(trainer.functional()), compile=True)`"
@@ -758,8 +758,8 @@ def stacked(*, network: str, given: Given) -> list[Row]:
     ready = {
         STACKED_HAND: stacked_by_hand(network, compiled=True),
         STACKED_EAGER_HAND: stacked_by_hand(network, compiled=False),
-        STACKED_OURS: stacked_way(BOTH, "forward", network, CPU)[0],
-        STACKED_EAGER: stacked_way(STACKED, "forward", network, CPU)[0],
+        STACKED_OURS: stacked_by_us(network, compiled=True),
+        STACKED_EAGER: stacked_by_us(network, compiled=False),
     }
     calls, rounds = (1, 2) if given.miniature else (NETWORKS[network].steps // 2, ROUNDS)
     for step in ready.values():
@@ -774,6 +774,25 @@ def stacked(*, network: str, given: Given) -> list[Row]:
         quartiles = statistics.quantiles(ratios, n=4)[::2]
         rows.append({"arm": way, "ms": ms, "ratio": ratio, "quartiles": quartiles})
     return rows
+
+
+def stacked_by_us(network: str, *, compiled: bool) -> Step:
+    """Return a step of all seeds in one call, by the trainer's function."""
+    seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
+    functions = [trainer_of("forward", pair).functional() for pair, _ in seeds]
+    step: Any = vmap(functions[0][0], randomness="different")
+    if compiled:
+        step = metapl.functional.recorded(step, compile=True)
+    states = [metapl.functional.stack([state for _, state in functions])]  # type: ignore[attr-defined]
+    x, y, u = (
+        torch.stack(of_seeds)
+        for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in seeds), strict=True)
+    )
+
+    def all_seeds() -> None:
+        states[0], _ = step(states[0], (x, y), u)
+
+    return all_seeds
 
 
 def in_turns(ready: dict[str, Step], calls: int, rounds: int) -> dict[str, list[float]]:

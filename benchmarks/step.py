@@ -1,18 +1,16 @@
 """What a whole step of BilevelTrainer costs beside the same mode written by hand in plain torch.
 
-    python benchmarks/step.py                              # the step as it is, on five networks
-    python benchmarks/step.py --parts eager,compiled,stacked    # one graph; and 32 seeds at once
+    python benchmarks/step.py          # on five networks
     python benchmarks/step.py --write benchmarks/results/step.md
 
 A step is a student's and a teacher's, both by SGD with Nesterov momentum, and the teacher has its
 own loss. Times are of the processor, on one thread. Ways take turns: each takes some steps a round,
 and a ratio is the median over rounds of one way's time over that of the same mode by hand in the
-same round, beside the quartiles. A stacked step is ``torch.func.vmap`` of the trainer's function
-over 32 seeds with a batch each, and its time is that of one seed. Compiling is not in the times: it
-is given in seconds, with an empty cache, and as the number of steps after which it has paid,
-against the same that is not compiled. Apart is how far the teacher is from the one trained by hand,
-over how far it has gone, after three steps. Counted are the files and functions of metapl that the
-third step enters. ``gpu.py`` measures the same on a GPU, where times are those until it is done.
+same round, beside the quartiles. Apart is how far the teacher is from the one trained by hand, over
+how far it has gone, after three steps. Counted are the files and functions of metapl that the third
+step enters. Compiled steps are measured beside compiled ones by hand, by ``something_simpler.py
+--cases steps``. ``gpu.py`` measures both on a GPU, where times are those until it is done; a
+compiled one has the seconds of compiling, with an empty cache, beside it.
 """
 
 from __future__ import annotations
@@ -58,14 +56,10 @@ RESULT = RESULTS / "step.json"
 RATE = 0.01
 MOMENTUM = 0.9
 DECAY = 5e-4
-SEEDS = 32
 HAND = "by hand"
 EAGER = "as it is"
 COMPILED = "compiled"
-STACKED = f"{SEEDS} stacked"
-BOTH = f"{SEEDS} stacked, compiled"
-MODES, WAYS = ("forward", "reinforce", "unrolled"), (EAGER, COMPILED, STACKED, BOTH)
-PARTS = {"eager": (EAGER,), "compiled": (COMPILED,), "stacked": (STACKED, BOTH)}
+MODES = ("forward", "reinforce", "unrolled")
 COMPILE: dict[str, Any] = {EAGER: False, COMPILED: True}
 
 Step = Callable[[], Any]
@@ -202,23 +196,8 @@ def way_of(name: str, mode: str, network: str, place: Place) -> tuple[Step, nn.M
     data = (x.to(place.device), y.to(place.device)), u.to(place.device)
     if name == HAND:
         return by_hand(mode, pair, data), pair[0]
-    if name in COMPILE:
-        stepping = trainer(mode, pair, compile=COMPILE[name])
-        return lambda: stepping.step(*data), pair[0]
-    seeds = [NETWORKS[network].make() for _ in range(SEEDS)]
-    steps_of_seeds = [(trainer(mode, pair).functional(), data) for pair, data in seeds]
-    step = torch.func.vmap(steps_of_seeds[0][0][0], randomness="different")
-    step = metapl.functional.recorded(step, compile=True) if name == BOTH else step
-    state = [metapl.functional.stack([state for (_, state), _ in steps_of_seeds])]  # type: ignore[attr-defined]
-    x, y, u = (
-        torch.stack(of_seeds)
-        for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in steps_of_seeds), strict=True)
-    )
-
-    def all_seeds() -> None:
-        state[0], _ = step(state[0], (x, y), u)
-
-    return all_seeds, pair[0]
+    stepping = trainer(mode, pair, compile=COMPILE[name])
+    return lambda: stepping.step(*data), pair[0]
 
 
 def entered(step: Step) -> Row:
@@ -247,7 +226,7 @@ def warmed(name: str, mode: str, network: str, place: Place) -> tuple[Step, Tens
     """Return a way after three steps, where its teacher has gone to, and facts beside times."""
     facts: Row = {}
     # With nothing compiled before, in this process and on the disk.
-    if compiles := name in (COMPILED, BOTH):
+    if compiles := name == COMPILED:
         clear_caches()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
     step, teacher = way_of(name, mode, network, place)
@@ -276,8 +255,7 @@ def measure(
         for name, (step, _, _) in ready.items():
             clock = time.process_time if place.device == "cpu" else time.perf_counter
             seconds = place.seconds(lambda step=step: [step() for _ in range(calls)], clock)
-            milliseconds = 1e3 * seconds / calls
-            times[name].append(milliseconds / SEEDS if name in (STACKED, BOTH) else milliseconds)
+            times[name].append(1e3 * seconds / calls)
     rows = []
     for name in ways:
         ratios = [a / b for a, b in zip(times[name], times[HAND], strict=True)]
@@ -296,15 +274,9 @@ def measure(
             )
             row |= {f"ms{end}": statistics.median(times[way]), f"bytes{end}": bytes_of_way}
         # By hand labels are drawn otherwise.
-        if mode != "reinforce" and name in COMPILE:
+        if mode != "reinforce":
             gone = ready[HAND][1]
             row["apart"] = float((ready[name][1] - gone).norm() / gone.norm())
-        if "cold_seconds" in row:
-            plain, seeds = (
-                (STACKED, SEEDS) if name == BOTH else (EAGER if EAGER in times else HAND, 1)
-            )
-            saved = (statistics.median(times[plain]) - row["ms"]) * seeds / 1e3
-            row["pays_after"] = round(row["cold_seconds"] / saved) if saved > 0 else None
         rows.append(row | {"measured_on": environment()})
     return rows
 
@@ -313,53 +285,42 @@ def table(result: Row) -> str:
     """Return a row for each way and mode."""
     lines = []
     for row in result["rows"]:
-        (low, high), pays = row["quartiles"], row.get("pays_after")
+        low, high = row["quartiles"]
         cells = [
             row["label"],
             NETWORKS[row["network"]].title,
             f"`{row['mode']}`",
-            row["way"],
             f"{row['ms']:.3g}",
         ]
         cells += [f"{row['ratio']:.2f}", f"{low:.2f} to {high:.2f}"]
         cells.append(f"{row['files']}, {row['functions']}" if "files" in row else NONE)
-        cells.append(f"{row['cold_seconds']:.0f}" if "cold_seconds" in row else NONE)
-        cells.append(NONE if "cold_seconds" not in row else f"{pays:,} steps" if pays else "never")
         lines.append([*cells, f"{row['apart']:.0e}" if "apart" in row else NONE])
     head = [
         "metapl",
         "network",
         "mode",
-        "way",
         "ms",
         "times by hand",
         "quartiles",
         "files, functions",
     ]
-    return grid([*head, "compiling, s", "pays after", "apart"], lines, names=4)
+    return grid([*head, "apart"], lines, names=3)
 
 
 def main() -> None:
     parser = arguments(__doc__, RESULT)
-    parser.add_argument(
-        "--parts", default="eager", help=f"of {','.join(PARTS)}; the rows of the others stay"
-    )
     args = parsed(parser)
     torch.set_num_threads(1)
     if args.runs:
         names, rounds = (["tiny"], 1) if args.miniature else ([*NETWORKS], 15)
-        ways = [way for part in args.parts.split(",") for way in PARTS[part]]
         rows = [
-            row for name in names for mode in MODES for row in measure(name, mode, ways, rounds)
+            row for name in names for mode in MODES for row in measure(name, mode, (EAGER,), rounds)
         ]
         old = loaded(args.out)["rows"] if args.out.exists() else []
         rows_by_name = {
-            tuple(row[key] for key in ("label", "network", "mode", "way")): row
-            for row in [*old, *rows]
+            tuple(row[key] for key in ("label", "network", "mode")): row for row in [*old, *rows]
         }
-        order = sorted(
-            rows_by_name, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2], WAYS.index(k[3]))
-        )
+        order = sorted(rows_by_name, key=lambda k: (k[0], [*NETWORKS].index(k[1]), k[2]))
         write_json(args.out, {"rows": [rows_by_name[key] for key in order]})
     show(args.write, "step", table(loaded(args.out)))
 
