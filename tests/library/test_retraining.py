@@ -131,6 +131,30 @@ def test_trainings_in_stacks_are_those_alone(
     compare_with_alone(scored(student(kind), rule, settings=settings, clip_norm=clip))
 
 
+def test_a_bias_before_batch_norm_is_stacked_under_adam() -> None:
+    """Its gradient is rounding, by which Adam moves it as far as other weights."""
+    torch.manual_seed(1)
+    pictures = torch.randn(60, 1, 6, 6)
+    labels = torch.randint(3, (60,))
+    layers = (nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+    attribution = attribute(
+        network,
+        (pictures[:40], labels[:40]),
+        (pictures[40:], labels[40:]),
+        optimizer=torch.optim.AdamW(network.parameters(), lr=0.005),
+        steps=10,
+        batch_size=10,
+        generator=torch.Generator().manual_seed(1),
+        progress=False,
+    )
+    stacked = attribution.validate(SETS, progress=False)
+    alone = attribution.validate(SETS, at_once=1, progress=False)
+    assert stacked.execution == "in stacks of 6"
+    assert "one by one" in alone.execution
+    torch.testing.assert_close(stacked.retrained, alone.retrained, rtol=0.01, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["dropout", "batch_norm"])
 def test_each_outer_loss_is_that_of_the_training_alone(kind: str) -> None:
     compare_with_alone(scored(student(kind), each=True))
