@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError, Recording, record
+from metapl.attribution.recording.replay import Replay
 from metapl.problems import EqualWeights
 from metapl.runs import checkpoint
 
@@ -723,6 +724,22 @@ def test_what_a_loop_does_unseen_is_noticed_at_the_next_state(tmp_path: Path) ->
     with pytest.raises(MetaplError, match=r"the loss in step 6 is|the steps before step 8 were"):
         recording.attribute(OUTER, progress=False)
     assert recording.attribute(OUTER, progress=False, replay_tolerance=0.5).replay_error > 1e-4
+
+
+def test_steps_in_the_place_of_others_are_refused_before_the_replay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded(tmp_path, states_every=2)
+    folder = tmp_path / "recording"
+    files = [folder / f"steps-{number:08d}.ckpt" for number in (4, 6)]
+    steps, later_steps = (file.read_bytes() for file in files)
+    files[0].write_bytes(later_steps)
+    files[1].write_bytes(steps)
+    opened = Recording.open(folder, network(), train=(X, Y))
+    # No step is taken again.
+    monkeypatch.setattr(Replay, "last_state", None)
+    with pytest.raises(MetaplError, match=r"the loss in step 4 is .* was recorded"):
+        opened.attribute(OUTER, progress=False)
 
 
 def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:

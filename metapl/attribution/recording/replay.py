@@ -301,7 +301,9 @@ class Replay:
     # ---------------------------------------------------------------------------------------- walks
 
     def refuse_other_start(self, outer: Batch) -> None:
-        """Refuse a network or data whose loss in the first step is not the recorded one.
+        """Refuse a network or data whose loss in a step with a kept state is not the recorded one.
+
+        Cost: a forward and a backward pass for each kept state.
 
         Args:
             outer: an outer batch, which is refused where it does not fit the network's outputs.
@@ -312,6 +314,14 @@ class Replay:
         self._refuse_other_loss(0, factors, self._losses(state, calls, outer))
         derivatives = self.network.refuse_wrong_derivative(state.params, state.buffers, calls[0])
         self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
+        # Steps or states in the place of others are seen here, at the cost of a step each, and not
+        # after most of the replay.
+        for number in self.state_numbers[1:]:
+            if number < len(self.rows):
+                state = self.read_state(number)
+                calls = self.calls(number)
+                losses = self._losses(state, calls)
+                self._refuse_other_loss(number, self.factors(number, state, calls), losses)
 
     def _warn_of_moved_buffers(self, state: KeptState, buffers_after: Tree, call: Call) -> None:
         """Warn of buffers through which a step acts on later ones, in any modes of the recording.
