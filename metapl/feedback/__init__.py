@@ -99,18 +99,28 @@ MODES: tuple[ModeName, ...] = tuple(_REGISTRY)
 def modes_for(kind: Kind | None = None, *, looks_ahead: bool = False) -> tuple[ModeName, ...]:
     """Return the names of the modes that take a kind of signal, or several student steps.
 
-    ``direct`` is not among them: it takes a problem that holds the teacher.
-
     >>> modes_for(looks_ahead=True)
-    ('unrolled', 'forward', 'none')
+    ('unrolled', 'forward', 'direct', 'none')
     """
     names: list[ModeName] = []
     for name, mode in _REGISTRY.items():
         takes_signal = kind is None or kind in mode.labels
-        is_alone = mode.credits == "nothing" and mode.has_direct_term
-        if takes_signal and (mode.looks_ahead or not looks_ahead) and not is_alone:
+        if takes_signal and (mode.looks_ahead or not looks_ahead):
             names.append(name)
     return tuple(names)
+
+
+def proposed_modes(kind: Kind | None = None, *, looks_ahead: bool) -> str:
+    """Return the modes of :func:`modes_for` in words, but for ``direct``.
+
+    That one takes a problem that holds the teacher.
+    """
+    fitting = []
+    for name in modes_for(kind, looks_ahead=looks_ahead):
+        mode = _REGISTRY[name]
+        if mode.credits != "nothing" or not mode.has_direct_term:
+            fitting.append(name)
+    return ", ".join(fitting)
 
 
 def estimator(mode: str | Estimator) -> Estimator:
@@ -252,7 +262,7 @@ def conflict_of(mode: Estimator, steps: int, problem: BilevelProblem) -> str:
     if revises_signal and mode.normalization == "cosine":
         return 'whose gradient is zero, by the norm of which "cosine" divides; expected "gradient"'
     if steps > 1 and not mode.looks_ahead:
-        modes = ", ".join(modes_for(looks_ahead=True))
+        modes = proposed_modes(looks_ahead=True)
         return f"and with {steps} student steps, of which it takes one; expected one, or {modes}"
     if signal_enters_input and mode.credits == "signal" and moves_signal:
         return "which has student_input(batch, signal); expected mode 'forward' or 'unrolled'"
@@ -294,7 +304,7 @@ def check_signal(
     is_constant = kind == "soft" and mode.credits != "nothing" and not signal.differentiable()
     if (credits_labels and enters_input(problem)) or is_constant or kind not in mode.labels:
         with_or_without = "without" if log_prob is None else "with"
-        fitting_modes = ", ".join(modes_for(kind, looks_ahead=student_steps > 1))
+        fitting_modes = proposed_modes(kind, looks_ahead=student_steps > 1)
         expected = "a signal of floating point with its graph"
         if kind not in mode.labels:
             expected = "soft ones" if log_prob is not None else "drawn labels, with their log_prob"

@@ -152,6 +152,13 @@ def test_the_modes_of_a_type_checker_are_the_modes() -> None:
     assert all(estimator(name).name == name for name in metapl.MODES)
 
 
+def test_a_mode_of_the_direct_term_alone_is_not_proposed() -> None:
+    """It takes a problem that holds the teacher, and would be refused next."""
+    networks = [nn.Linear(4, 3), nn.Linear(4, 3)]
+    with pytest.raises(metapl.MetaplError, match="expected one, or unrolled, forward, none"):
+        metapl.BilevelTrainer(*networks, "difference", lookahead=2)
+
+
 def questions_about_estimators(source: str) -> list[int]:
     """Return the lines of a file that ask which estimator it is, by its class or by its name.
 
