@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
-import logging
 import sys
 import urllib.parse
 import warnings
@@ -54,14 +53,6 @@ def warn(text: str, kind: type[Warning] = UserWarning) -> None:
         frame = frame.f_back
         level += 1
     warnings.warn(text, kind, stacklevel=level)
-
-
-def say(text: str) -> None:
-    """Say something beside an answer: in a terminal, else to those who listen to this logger."""
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr)
-    else:
-        logging.getLogger("metapl").info(text)
 
 
 class MetaplError(ValueError):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metapl.errors import say, warn
+from metapl.errors import warn
 from metapl.execution.state import HOOKS_EVERYWHERE
 from metapl.functional.adjoint import TrainingRules, TrainingStep
 from metapl.functional.architecture import (
@@ -27,6 +27,7 @@ from metapl.functional.architecture import (
     description_of,
 )
 from metapl.functional.capture import Captured
+from metapl.functional.operations import say
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of, modules_in
 from metapl.updates import TorchUpdate, parts_of

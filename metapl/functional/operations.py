@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
-from metapl.errors import MetaplError, reason_of, say, warn
+from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.checks import no_values
 from metapl.execution.numerics import HALF
 from metapl.execution.state import RandomState, replayed
@@ -360,6 +361,14 @@ def why_not_captured(error: BaseException) -> str:
         where = "" if is_of_torch else f" ({reason_of(error)})"
         return f"a network, a loss or the mode reads the value of a tensor on the host{where}"
     return ""
+
+
+def say(text: str) -> None:
+    """Say something beside an answer: in a terminal, else to those who listen to this logger."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+    else:
+        logging.getLogger("metapl").info(text)
 
 
 def say_how_long(operations: int, device: torch.device) -> None:
