@@ -708,7 +708,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         "makes a sparse tensor, which no graph can",
     ),
     "a distribution": (
-        lambda x: torch.distributions.Normal(x, 1.0).rsample(),
+        lambda x: torch.distributions.Normal(x, 1.0, validate_args=True).rsample(),
         "validate_args=False of a distribution",
     ),
     "a generator": (
