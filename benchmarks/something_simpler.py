@@ -78,7 +78,7 @@ from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl.ablation.cost import peak_bytes
-from metapl.functional import graphs
+from metapl.functional import graphs, recorded, stack
 from metapl.pictures import load_digits_split
 from metapl.problems import ExampleWeights, MetaWeightNet, Table, WeightNet
 
@@ -782,8 +782,8 @@ def stacked_by_us(network: str, *, compiled: bool) -> Step:
     functions = [trainer_of("forward", pair).functional() for pair, _ in seeds]
     step: Any = vmap(functions[0][0], randomness="different")
     if compiled:
-        step = metapl.functional.recorded(step, compile=True)
-    states = [metapl.functional.stack([state for _, state in functions])]  # type: ignore[attr-defined]
+        step = recorded(step, compile=True)
+    states = [stack([state for _, state in functions])]
     x, y, u = (
         torch.stack(of_seeds)
         for of_seeds in zip(*((x, y, u) for _, ((x, y), u) in seeds), strict=True)

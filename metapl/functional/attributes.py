@@ -114,15 +114,15 @@ class Attributes:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put back what passes in this block leave in attributes, dicts, lists and buffers.
+        """Put back what passes in this block leave in attributes, collections and buffers.
 
         Where a function is recorded, they leave tensors without values. And a function that was
         refused has changed nothing.
         """
         tables = [table for table in self._tables if isinstance(table, dict)]
         tables_before = [dict(table) for table in tables]
-        lists = [entries for entries in self._collections if isinstance(entries, list)]
-        lists_before = [[*entries] for entries in lists]
+        growing: list[Any] = [c for c in self._collections if isinstance(c, list | deque | set)]
+        growing_before = [[*entries] for entries in growing]
         in_tables = [t for part in self._modules for t in part._buffers.values()]
         # Those of a bare copy have no values.
         buffers = [t for t in in_tables if t is not None and not t.is_meta]
@@ -130,9 +130,12 @@ class Attributes:
         try:
             yield
         finally:
-            for entries, first_entries in zip(lists, lists_before, strict=True):
-                if len(entries) != len(first_entries) or not all(map(is_, entries, first_entries)):
-                    entries[:] = first_entries
+            for entries, entries_before in zip(growing, growing_before, strict=True):
+                is_as_before = len(entries) == len(entries_before)
+                if not is_as_before or not all(map(is_, entries, entries_before)):
+                    entries.clear()
+                    add = entries.update if isinstance(entries, set) else entries.extend
+                    add(entries_before)
             for t, values in zip(buffers, buffers_before, strict=True):
                 if not is_unchanged(t, values):
                     t.copy_(values)
@@ -325,8 +328,8 @@ def cause_in_checkpoints(modules: Iterable[nn.Module]) -> str:
         is_checkpoint = getattr(part, "gradient_checkpointing", False)
         if is_checkpoint or names & {"checkpoint", "checkpoint_sequential"}:
             return (
-                f" ({type(part).__name__} has a checkpoint, in which dropout draws other masks "
-                "when a graph runs it again)"
+                f" ({type(part).__name__} has a checkpoint: dropout in it draws other masks when "
+                "a graph runs it again)"
             )
     return ""
 

@@ -331,15 +331,18 @@ def refuse_other_than_eager(
     """
     try:
         refuse_gaps(found, eager, loss, is_reduced=is_reduced)
-    except MetaplError as error:
+    except MetaplError:
         again = take_again()
         with at_other_digits(student):
             by_rounding = take_again()
         if not all(map(is_equal, pytree.tree_leaves(again), pytree.tree_leaves(eager))):
             raise
-        if cause := cause_in_checkpoints(student.modules()):
-            raise MetaplError(f"{str(error).removesuffix('.')}{cause}.") from error
-        refuse_gaps(found, eager, loss, by_rounding=by_rounding, is_reduced=is_reduced)
+        try:
+            refuse_gaps(found, eager, loss, by_rounding=by_rounding, is_reduced=is_reduced)
+        except MetaplError as error:
+            if cause := cause_in_checkpoints(student.modules()):
+                raise MetaplError(f"{str(error).removesuffix('.')}{cause}.") from error
+            raise
         return False
     return True
 

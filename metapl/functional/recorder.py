@@ -28,7 +28,14 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import named_leaves_of
 from metapl.execution.checks import described, unexpected
-from metapl.functional.attributes import PLAIN, Attributes, constant, constants_of, modes_of
+from metapl.functional.attributes import (
+    PLAIN,
+    Attributes,
+    cause_in_checkpoints,
+    constant,
+    constants_of,
+    modes_of,
+)
 from metapl.functional.capture import Captured
 from metapl.functional.kinds import Constants, Named
 from metapl.functional.operations import NotRecorded, asks_for_value, constants_in
@@ -206,10 +213,12 @@ class Recorded(Captured[Any]):
 
     def text_of_difference(self, found: Any, wanted: Any) -> str:
         """Return what to say where a recording returns something else than the function."""
+        cause = cause_in_checkpoints(self.attributes.modules())
         return (
             f"{self.what} returns {_beside(wanted, found)} by itself and recorded, on the same "
-            "draws; expected a function of its arguments and of torch's default generators, "
-            "without NumPy's or a torch.Generator of its own, and without numbers that it keeps."
+            f"draws{cause}; expected a function of its arguments and of torch's default "
+            "generators, without NumPy's or a torch.Generator of its own, and without numbers that "
+            "it keeps."
         )
 
 

@@ -425,6 +425,67 @@ class WithNetwork(EqualWeights):
         return super().inner_loss(outputs, signal, batch, params) + signal.value * of_network
 
 
+class WithPart(metapl.BilevelProblem):
+    """A problem that holds a layer: the teacher's for its outer loss, the student's for the inner.
+
+    Args:
+        part: the layer.
+        of_teacher: whose it is.
+    """
+
+    def __init__(self, part: nn.Module, *, of_teacher: bool) -> None:
+        self.part = part
+        self.of_teacher = of_teacher
+
+    def signal(self, teacher: Any, batch: Any, *outputs: Any, **options: Any) -> metapl.Signal:
+        return metapl.Signal(teacher(batch[0]).softmax(1)[:, 0])
+
+    def inner_loss(self, outputs: Tensor, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        losses = nn.functional.cross_entropy(outputs, batch[1], reduction="none")
+        if not self.of_teacher:
+            losses = losses + self.part.weight.square().mean()
+        return signal.value * losses
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        if self.of_teacher:
+            outputs = self.part.weight.mean().exp() * outputs
+        return nn.functional.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize("of_teacher", [True, False])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_part_of_a_network_that_a_problem_holds_compiles_once(
+    of_teacher: bool, steps: int, traced: list[GraphModule]
+) -> None:
+    """With other networks it is the part of these, at its own values."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        networks = [
+            nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double() for _ in range(2)
+        ]
+        teacher, learner = networks
+        problem = WithPart((teacher if of_teacher else learner)[0], of_teacher=of_teacher)
+        labeled = torch.randn(6, 4).double(), torch.arange(6) % 3
+        inner = metapl.Lookahead([labeled] * steps) if steps > 1 else labeled
+        optimizer = torch.optim.SGD(learner.parameters(), lr=0.1, momentum=0.9)
+        hypergradient = partial(
+            metapl.hypergradient,
+            teacher,
+            learner,
+            outer=labeled,
+            inner=inner,
+            problem=problem,
+            inner_optimizer=optimizer,
+        )
+        compiled = hypergradient(compile=True)
+        for name, g in hypergradient(mode="unrolled").grads.items():
+            torch.testing.assert_close(compiled.grads[name], g, rtol=1e-9, atol=1e-13)
+        if seed == 0:
+            made = len(traced)
+    assert made > 0
+    assert len(traced) == made
+
+
 class WithClosure(nn.Module):
     """A network whose forward is a closure over itself, a number and a frozen network."""
 

@@ -249,7 +249,7 @@ def test_dropout_in_a_checkpoint_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     case = toy("mlp")
     case.student.append(DropoutInCheckpoint())
     trainer = metapl.BilevelTrainer(**case.networks(), mode="forward", compile=True)
-    with pytest.raises(MetaplError, match="DropoutInCheckpoint has a checkpoint, in which dropout"):
+    with pytest.raises(MetaplError, match="DropoutInCheckpoint has a checkpoint: dropout in it"):
         trainer.step(case.labeled, case.unlabeled)
 
 

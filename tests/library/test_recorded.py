@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -784,18 +785,22 @@ def test_a_refused_recording_moves_no_buffer() -> None:
         assert torch.equal(t, before[name]), name
 
 
-def test_a_recording_appends_to_no_list() -> None:
-    log: list[Tensor] = []
+@pytest.mark.parametrize("kind", [list, deque, set])
+def test_a_recording_adds_to_no_collection(kind: type) -> None:
+    log: Any = kind()
 
     def doubled(x: Tensor) -> Tensor:
-        log.append(x.mean())
+        if isinstance(log, set):
+            log.add(x.mean())
+        else:
+            log.append(x.mean())
         return 2 * x
 
     step = recorded(doubled)
     for x in (x4, x4 + 1, x4 + 2):
         assert torch.equal(step(x), 2 * x)
     assert step.recordings == 1
-    assert log == []
+    assert not log
 
 
 class Scaling:

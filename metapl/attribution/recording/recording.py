@@ -298,6 +298,7 @@ class Recording:
             # What cannot be read is refused here, and not after the replay.
             try:
                 replay.refuse_other_start(batch)
+                replay.refuse_other_steps()
                 start = replay.read_state(replay.state_numbers[-1])
                 network.outer_losses(start.params, start.buffers, batch, judges[:1])
             except MetaplError:

@@ -301,9 +301,7 @@ class Replay:
     # ---------------------------------------------------------------------------------------- walks
 
     def refuse_other_start(self, outer: Batch) -> None:
-        """Refuse a network or data whose loss in a step with a kept state is not the recorded one.
-
-        Cost: a forward and a backward pass for each kept state.
+        """Refuse a network or data whose loss in the first step is not the recorded one.
 
         Args:
             outer: an outer batch, which is refused where it does not fit the network's outputs.
@@ -314,8 +312,13 @@ class Replay:
         self._refuse_other_loss(0, factors, self._losses(state, calls, outer))
         derivatives = self.network.refuse_wrong_derivative(state.params, state.buffers, calls[0])
         self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
-        # Steps or states in the place of others are seen here, at the cost of a step each, and not
-        # after most of the replay.
+
+    def refuse_other_steps(self) -> None:
+        """Refuse a network, steps or states by which a later loss is not the recorded one.
+
+        It is looked at from each kept state, so that steps in the place of others are seen before
+        the replay. Cost: a forward and a backward pass for each state.
+        """
         for number in self.state_numbers[1:]:
             if number < len(self.rows):
                 state = self.read_state(number)
