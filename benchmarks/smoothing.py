@@ -19,7 +19,9 @@ other seeds the same is asked of the mean of the four seeds' scores.
 The simpler ways, on the states that the plain loop had: the dot products of the gradients of an
 example and of the outer loss at the end; the sum of these over five states (TracIn); and the same
 with the gradient of an example divided by Adam's √n̂ + ε of its state, and the outer gradient at the
-end (an influence of first order through AdamW). The exact scores are MAGIC's.
+end (an influence of first order through AdamW). The exact scores are MAGIC's. *By step* divides
+what the exact scores have of each step by the median of its absolute values, so that no step rules
+the sum, as bergson's users look at them.
 """
 
 from __future__ import annotations
@@ -34,10 +36,25 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from harness import RESULTS, Row, arguments, environment, go_on, grid, parsed, read, show
+from harness import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    RESULTS,
+    Row,
+    arguments,
+    environment,
+    figure_of,
+    go_on,
+    grid,
+    parsed,
+    read,
+    show,
+)
 from ordinary import (
     DIGITS,
     OF_DIGITS,
@@ -56,7 +73,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import metapl
-from metapl.problems import NextToken
+from metapl.feedback import Forward
+from metapl.problems import EqualWeights, NextToken
 
 RAW = RESULTS / "smoothing.jsonl"
 SMOOTHINGS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -237,8 +255,36 @@ def scores_of(case: Case, seed: int) -> Scored:
                 progress=False,
             )
         ways[f"{smoothing:g}"] = found.scores
+    ways["by step"] = scores_by_step(case, seed, found.order)
     ways |= simpler_scores(case, seed, found.order)
     return Scored(ways, found.order)
+
+
+def scores_by_step(case: Case, seed: int, order: Tensor) -> Tensor:
+    """Return the exact scores with each step's part divided by its median size, (N,)."""
+    scores = torch.zeros(len(case.data().is_wrong))
+    for numbers, of_step in parts_of_steps(case, seed, order):
+        size = of_step.abs().median().clamp_min(torch.finfo(of_step.dtype).tiny)
+        scores.index_add_(0, numbers, of_step / size)
+    return scores
+
+
+def parts_of_steps(case: Case, seed: int, order: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return the examples of each step, (B,), and what the exact scores have of it, (B,)."""
+    data = case.data()
+    inputs, labels = data.train
+    network, optimizers = case.start(seed)
+    found = metapl.hypergradient(
+        None,
+        network,
+        outer=data.judging,
+        inner=metapl.Lookahead([(inputs[numbers], labels[numbers]) for numbers in order]),
+        problem=NextToken() if data.is_text else EqualWeights(),
+        inner_optimizer=optimizers[0] if len(optimizers) == 1 else optimizers,
+        mode=Forward(),
+        progress=False,
+    )
+    return list(zip(order, found.feedback, strict=True))
 
 
 def simpler_scores(case: Case, seed: int, order: Tensor) -> dict[str, Tensor]:
@@ -367,7 +413,7 @@ def values_of(rows: Sequence[Row], way: str, measure: str) -> list[float]:
 
 
 WAYS = [*(f"{smoothing:g}" for smoothing in SMOOTHINGS), "auto"]
-SIMPLER = ["dot at the end", "TracIn", "first order through Adam"]
+SIMPLER = ["by step", "dot at the end", "TracIn", "first order through Adam"]
 
 
 def table_of(rows: Sequence[Row], measure: str) -> str:
@@ -415,6 +461,39 @@ def table_of_rules(rows: Sequence[Row]) -> str:
     return grid(head, lines, 2)
 
 
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Draw the correlations over c, a thin line a training, their means, rivals and ceiling."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    # Exact scores, c = 0, stand left of the others.
+    places = range(len(SMOOTHINGS))
+    panels = {"own": "Removals from the training that was scored", "mean of seeds": "Other seeds"}
+    for axes, (measure, title) in zip(
+        figure.subplots(1, 2, sharey=True), panels.items(), strict=True
+    ):
+        curves = [values_of(rows, f"{smoothing:g}", measure) for smoothing in SMOOTHINGS]
+        for curve in zip(*curves, strict=True):
+            axes.plot(places, curve, color="0.8", linewidth=0.8)
+        means = [statistics.mean(values) for values in curves]
+        axes.plot(places, means, "o-", color=BLUE, linewidth=2, label="mean")
+        rival = statistics.mean(values_of(rows, "by step", measure))
+        axes.axhline(rival, color=ORANGE, linewidth=1.2, label="exact, by step over its median")
+        if measure == "mean of seeds":
+            ceiling = statistics.mean(statistics.mean(row["ceilings"]) for row in rows)
+            label = "what one seed's removals say"
+            axes.axhline(ceiling, color=GREEN, linewidth=1.2, linestyle="--", label=label)
+        axes.set_xticks(places, ["exact", *(f"{smoothing:g}" for smoothing in SMOOTHINGS[1:])])
+        axes.set_xlabel("c")
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.legend(fontsize=8, loc="lower left", frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("rank correlation with removals")
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     args = parsed(arguments(__doc__, RAW))
     torch.set_num_threads(1)
@@ -431,6 +510,8 @@ def main() -> None:
     show(args.write, "smoothing-mean", table_of(rows, "mean of seeds"))
     show(args.write, "smoothing-agreement", table_of(rows, "agreement"))
     show(args.write, "smoothing-area", table_of(rows, "area"))
+    if args.write:
+        draw(figure_of(args.write, "smoothing.png"), rows)
 
 
 if __name__ == "__main__":
