@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import weakref
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from enum import Enum
@@ -98,6 +99,10 @@ def description_of(value: Any, describer: Describer | None = None) -> Hashable:
         return kind, value
     if describer is not None and isinstance(value, nn.Module):
         return describer.module(value)
+    if describer is not None and describer.holds(value):
+        return describer.tensor(value)
+    if kind is weakref.ref:
+        return kind, of_part(value())
     if kind is FunctionType and not reads_a_module(value, by_closure=False):
         cells: Hashable = None
         if value.__closure__ is not None:
@@ -231,7 +236,7 @@ class Describer:
         if not isinstance(attributes, dict) or any(attributes.get(name) for name in PASS_HOOKS):
             raise Undescribed(f"a {type(part).__name__} with hooks, or a state of its own")
         named_tensors = (*part._parameters.items(), *part._buffers.items())
-        tensors = [(name, self._tensor(t)) for name, t in named_tensors]
+        tensors = [(name, self.tensor(t)) for name, t in named_tensors]
         modules = [(name, self.module(inner)) for name, inner in part._modules.items()]
         plain = []
         # Attributes may have been set in any order.
@@ -258,7 +263,12 @@ class Describer:
             raise Undescribed("a closure without a value yet") from None
         return tuple(description_of(value, self) for value in contents)
 
-    def _tensor(self, t: Tensor | None) -> Hashable:
+    def holds(self, value: Any) -> bool:
+        """Return whether a value is a tensor of the networks, as in the lists of an nn.GRU."""
+        return isinstance(value, Tensor) and id(value) in self._inside
+
+    def tensor(self, t: Tensor | None) -> Hashable:
+        """Return the description of a tensor."""
         if t is None:
             return None
         is_plain = type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided
@@ -320,6 +330,11 @@ class BareCopier:
         kind = type(value)
         if isinstance(value, nn.Module):
             return self.module(value)
+        if isinstance(value, Tensor):
+            return self.tensor(value)
+        if kind is weakref.ref:
+            referent = value()
+            return value if referent is None else weakref.ref(self.value(referent))
         if kind in (tuple, list, set, frozenset):
             return kind(map(self.value, value))
         if kind in (dict, OrderedDict):

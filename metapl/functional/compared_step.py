@@ -37,10 +37,12 @@ from metapl.functional.comparison import (
 )
 from metapl.functional.pure_step import networks_of, updates_of
 from metapl.functional.state import (
+    Network,
     State,
     leaves_of,
     norm,
     state_of,
+    tensors_of,
 )
 from metapl.problems.base import kind_of
 from metapl.protocols import TwoLevelTrainer
@@ -111,14 +113,21 @@ def refuse_written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -
 
 
 def step_of_copy(
-    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch, state: State | None = None
 ) -> tuple[TwoLevelTrainer, StepReport]:
-    """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
+    """Return a copy of a trainer that has taken a step on the eager road, and the step's report.
+
+    Args:
+        state: whose networks' tensors the step begins with; None: the trainer's own.
+    """
     memo: dict[int, Any] = {}
     if trainer.generator is not None:
         memo[id(trainer.generator)] = trainer.generator.clone_state()
     twin = copy.deepcopy(trainer, memo)
     vars(twin)["compiled_step"] = None
+    if state is not None:
+        put_tensors(twin.teacher, state.teacher)
+        put_tensors(twin.student, state.student)
     # A loss may read the networks by a closure, which no copy changes.
     pairs = (
         (twin.problem, trainer.problem),
@@ -127,6 +136,15 @@ def step_of_copy(
     )
     with all_with_contents_of(pairs):
         return twin, twin.step(outer_batch, inner)
+
+
+def put_tensors(module: nn.Module | None, network: Network) -> None:
+    """Copy the tensors of a state into a network."""
+    with torch.no_grad():
+        for tensors in tensors_of(module):
+            given = {**network.params, **network.state}
+            for name, t in tensors.items():
+                t.copy_(given[name])
 
 
 @contextmanager

@@ -48,12 +48,17 @@ from metapl.functional.live_state import (
     _is_training,
     constants_of_groups,
     groups_of,
-    hooks_of_optimizers,
     settings_of_step,
-    tensors_of_networks,
     weights_of_groups,
 )
-from metapl.functional.pure_step import Updates, networks_of, sources_of, step_of, updates_of
+from metapl.functional.pure_step import (
+    Updates,
+    hooks_of_optimizers,
+    networks_of,
+    sources_of,
+    step_of,
+    updates_of,
+)
 from metapl.functional.state import (
     Network,
     Optimizer,
@@ -398,11 +403,6 @@ class CompiledStep:
 
 def why_no_graph(trainer: TwoLevelTrainer) -> str:
     """Return what of a trainer no graph captures, though there is a pure step; "" for nothing."""
-    tensors = tensors_of_networks(trainer)
-    if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors):
-        return "a hook on a parameter of the networks"
-    if any(hooks_of_optimizers(trainer)):
-        return "a hook on an optimizer's step"
     if not isinstance(unclipped(trainer.update), TorchUpdate):
         return "a TorchOpt transform, in the place of torch.optim's"
     return ""

@@ -16,7 +16,11 @@ from metapl.execution.state import (
     RandomState,
 )
 from metapl.functional.kinds import Constants, Held, Named
-from metapl.functional.pure_step import Updates, networks_of
+from metapl.functional.pure_step import (
+    Updates,
+    hooks_of_optimizers,
+    tensors_of_networks,
+)
 from metapl.functional.state import (
     Report,
     State,
@@ -247,15 +251,6 @@ def settings_of_step(trainer: TwoLevelTrainer, steps: int) -> tuple[object, ...]
     return (steps, *_options_of_step(trainer))
 
 
-def hooks_of_optimizers(trainer: TwoLevelTrainer) -> list[dict[Any, Any]]:
-    """Return the tables of hooks on the steps of a trainer's optimizers."""
-    tables: list[dict[Any, Any]] = []
-    for optimizer in trainer.schedulable:
-        for part in parts_of(optimizer):
-            tables += [part._optimizer_step_pre_hooks, part._optimizer_step_post_hooks]
-    return tables
-
-
 def parts_of_step(trainer: TwoLevelTrainer) -> list[object]:
     """Return the objects that a trainer's step is made of.
 
@@ -363,11 +358,3 @@ def changed_settings(
         is_same = old.get(name) == number
         changed[name] = tensors[name] if is_same else settings_of(number, device)
     return changed
-
-
-def tensors_of_networks(trainer: TwoLevelTrainer) -> list[Tensor]:
-    """Return the parameters and buffers of a trainer's networks."""
-    networks = networks_of(trainer)
-    parameters = [p for network in networks for p in network.parameters()]
-    buffers = [b for network in networks for b in network.buffers()]
-    return [*parameters, *buffers]

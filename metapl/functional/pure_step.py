@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +14,7 @@ from torch.utils import _pytree as pytree
 from metapl.errors import MetaplError
 from metapl.execution.batch import Batch
 from metapl.execution.layout import refuse_compiled
-from metapl.execution.state import (
-    trainable,
-)
+from metapl.execution.state import trainable
 from metapl.functional.state import (
     State,
     clipped,
@@ -24,13 +22,14 @@ from metapl.functional.state import (
     state_of,
     unclipped,
 )
-from metapl.functional.step import StateStep, Step, StepRules
+from metapl.functional.step import StateStep, StepRules
 from metapl.problems.base import modules_in
 from metapl.problems.losses import TeacherLoss
 from metapl.protocols import TwoLevelTrainer
 from metapl.updates import (
     TorchUpdate,
     Update,
+    parts_of,
     rounded_options,
     update_of,
 )
@@ -60,7 +59,7 @@ def updates_of(trainer: TwoLevelTrainer) -> Updates:
     return Updates(inner, clipped(outer, trainer.clip_norm))
 
 
-def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> Step:
+def step_of(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> StateStep:
     """Return the step of a trainer that looks so many steps ahead, as a function of tensors.
 
     Raises: :class:`metapl.MetaplError` for what has no pure step.
@@ -119,6 +118,11 @@ def why_not_pure(trainer: TwoLevelTrainer, steps: int, inner: Update) -> str:
     if mode.takes_outer_losses and trainer.precision != "float32":
         # Its outer losses run as one vmapped pass, in which autocast leaves biases in float32.
         return f'{mode.name} with precision="{trainer.precision}"; expected "float32"'
+    tensors = tensors_of_networks(trainer)
+    if any(t._backward_hooks or t._post_accumulate_grad_hooks for t in tensors):
+        return "a hook on a parameter of the networks; expected none"
+    if any(hooks_of_optimizers(trainer)):
+        return "a hook on an optimizer's step; expected none"
     if trainer.accumulate > 1:
         return f"accumulate={trainer.accumulate}; expected 1"
     if not is_alone:
@@ -139,7 +143,7 @@ def has_hidden_state(update: Update) -> bool:
     return not all(torch.equal(t, second[name]) for name, t in first.items())
 
 
-def functional(trainer: TwoLevelTrainer) -> tuple[Step, State]:
+def functional(trainer: TwoLevelTrainer) -> tuple[StateStep, State]:
     """Return the pure step of a trainer, and a copy of its state."""
     updates = updates_of(trainer)
     step = step_of(trainer, trainer.lookahead, updates)
@@ -157,3 +161,20 @@ def sources_of(trainer: TwoLevelTrainer) -> list[object]:
     losses = trainer.teacher_losses or ()
     held = modules_in(trainer.problem)
     return [*modules, *held, trainer.problem, trainer.mode, *losses]
+
+
+def hooks_of_optimizers(trainer: TwoLevelTrainer) -> list[dict[Any, Any]]:
+    """Return the tables of hooks on the steps of a trainer's optimizers."""
+    tables: list[dict[Any, Any]] = []
+    for optimizer in trainer.schedulable:
+        for part in parts_of(optimizer):
+            tables += [part._optimizer_step_pre_hooks, part._optimizer_step_post_hooks]
+    return tables
+
+
+def tensors_of_networks(trainer: TwoLevelTrainer) -> list[Tensor]:
+    """Return the parameters and buffers of a trainer's networks."""
+    networks = networks_of(trainer)
+    parameters = [p for network in networks for p in network.parameters()]
+    buffers = [b for network in networks for b in network.buffers()]
+    return [*parameters, *buffers]

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from metapl.core.algorithm import Learned, learn
 from metapl.core.lookahead import InnerBatches, Lookahead
@@ -45,7 +46,12 @@ from metapl.functional.state import (
     rounded_step,
     with_fields,
 )
-from metapl.functional.transforms import is_differentiated, is_transformed
+from metapl.functional.transforms import (
+    first_of_mapped,
+    is_differentiated,
+    is_transformed,
+    no_transform,
+)
 from metapl.problems.base import BilevelProblem
 from metapl.problems.losses import TeacherLoss
 from metapl.updates import Options, Update
@@ -192,6 +198,10 @@ class StateStep:
     The modules' own tensors are not read, those of the state are. ``torch.func.vmap`` maps a
     recording of it, which is compared with the step itself on the first of the states. Where what
     is given has a graph, another recording is differentiated.
+
+    Attributes:
+        first_look: is given the state and the batches of the first call, of several the first of
+            them, and refuses a step that is not what it should be; None: nothing does.
     """
 
     def __init__(self, rules: StepRules, sources: Sequence[object]) -> None:
@@ -210,32 +220,22 @@ class StateStep:
         )
         self.recorded: Captured[tuple[State, Report]] = record()
         self.differentiated: Captured[tuple[State, Report]] = record(has_derivative=True)
-        self._looked_at_attributes = False
+        self.first_look: Callable[[State, Batch, Batch], None] | None = None
 
     def __call__(
         self, state: State, outer: Batch, inner: Batch, noise: Any = None
     ) -> tuple[State, Report]:
         arguments = (state, outer, inner, noise)
+        if self.first_look is not None and checks.has_values.get():
+            # In no mode either, such as that of a user's own recording.
+            with no_transform(), _disable_current_modes(), torch.enable_grad():
+                self.first_look(*pytree.tree_map_only(Tensor, first_of, (state, outer, inner)))
+            self.first_look = None
         if is_differentiated(arguments):
             return self.differentiated.compared(*arguments)
         if is_transformed():
             return self.recorded.compared(*arguments)
-        taken = self.taken(*arguments)
-        if not self._looked_at_attributes:
-            self._refuse_kept_tensors()
-        return taken
-
-    def _refuse_kept_tensors(self) -> None:
-        """Refuse, after a first step, networks that keep tensors of a pass for the next one."""
-        for name, value in self.recorded.attributes.named_values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:
-                raise MetaplError(
-                    f"a network keeps a tensor of a pass ({name}), with its graph, in an "
-                    "attribute, a list or a dict; expected a registered buffer for what passes "
-                    "carry on, detach() of what is only looked at, or the trainer's own steps in "
-                    "the place of functional()."
-                )
-        self._looked_at_attributes = True
+        return self.taken(*arguments)
 
     def taken(self, state: State, outer: Batch, inner: Batch, noise: Any) -> tuple[State, Report]:
         """Return the next state, and the report."""
@@ -266,6 +266,11 @@ class StateStep:
             Tensor, Tensor.detach, (moved, report)
         )
         return without_graph
+
+
+def first_of(t: Tensor) -> Tensor:
+    """Return the first of what a mapped tensor stands for, without its graph."""
+    return first_of_mapped(t).detach()
 
 
 def taken_step(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.core.algorithm import learn
-from metapl.core.lookahead import InnerBatches, require_batches
+from metapl.core.lookahead import InnerBatches, Lookahead, require_batches
 from metapl.core.order import Order, Orders
 from metapl.core.path import Path
 from metapl.core.size import DEFAULT_BOUND, FeedbackSize
@@ -685,8 +685,9 @@ class BilevelTrainer(Trainer):
 
         With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
         noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's
-        default generator, from which dropout draws too. The step is not verified: take an eager
-        step first, or :func:`metapl.check_gradient`.
+        default generator, from which dropout draws too. A copy of the trainer takes the first
+        call's step, of several states that of the first one, and verifies it as the trainer itself
+        would.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -703,7 +704,29 @@ class BilevelTrainer(Trainer):
         """
         from metapl.functional.pure_step import functional
 
-        return functional(self)
+        step, state = functional(self)
+        # A recording puts back what the step has in its attributes, so that this is noted here.
+        self._was_looked_at = False
+        step.first_look = self._look_at_functional
+        return step, state
+
+    def _look_at_functional(self, state: State, outer: Batch, inner: Batch) -> None:
+        """Refuse a pure step whose first call a trainer would refuse as its first step.
+
+        A copy of the trainer takes that step from the state, and verifies it.
+        """
+        if self._was_looked_at:
+            return
+        from metapl.functional.compared_step import step_of_copy
+
+        if self.lookahead > 1 and not isinstance(inner, Lookahead):
+            inner = Lookahead(inner)
+        inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
+        # Before the copy: a rate that is learned has none.
+        look_at_step(self, outer, inner_batches)
+        with replayed(RandomState.now(self.device)):
+            step_of_copy(self, outer, inner_batches.as_argument(), state)
+        self._was_looked_at = True
 
     def teacher_step(self, outer: Batch, inner: Batch = None) -> Report:
         """Take one step of the teacher alone, while the student waits.

@@ -60,12 +60,17 @@ def summary_of(optimizer: Any) -> str:
 def options_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return copies of the options of the param groups.
 
-    They are copied since a scheduler writes into a learning rate that is a tensor.
+    They are copied since a scheduler writes into a learning rate that is a tensor. One with a graph
+    is copied without it.
     """
     options: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
-        without_parameters = {name: value for name, value in group.items() if name != "params"}
-        options.append(copy.deepcopy(without_parameters))
+        copied: dict[str, Any] = {}
+        for name, value in group.items():
+            if name != "params":
+                has_graph = isinstance(value, Tensor) and not value.is_leaf
+                copied[name] = copy.deepcopy(value.detach() if has_graph else value)
+        options.append(copied)
     return options
 
 

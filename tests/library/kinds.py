@@ -371,14 +371,14 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # The eager road finds the leaf in the loss's graph and refuses. The pure road has no graph to
     # look at: verification says how far off the teacher is, and that it is read past the signal.
     "a parameter in a loss": (
-        "XXXXX AA",
+        "XXXXX XX",
         {
             "inner": lambda self, losses, z, x, params: losses * (z @ self.matrix).square().sum(1),
             **learned,
         },
         {},
     ),
-    "an inner loss of the teacher": ("XXXXX AA", with_teacher, {}),
+    "an inner loss of the teacher": ("XXXXX XX", with_teacher, {}),
     "an outer loss of the teacher": (
         "RRRRR XX",
         {"outer": lambda self, loss, z, b: loss + 0.1 * (z * self.teacher(b[0])).mean()},

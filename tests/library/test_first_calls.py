@@ -14,6 +14,7 @@ from torch import nn
 
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
+from metapl.functional import recorded, stack
 from metapl.guards.verification import VerificationWarning, check, first_calls, verdict
 
 X, U = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)).unbind()
@@ -270,3 +271,105 @@ def test_a_student_that_was_silently_wrong_is_refused() -> None:
     networks.call(inner=ahead, verify=False)
     with pytest.raises(MetaplError, match="writes to its weights"):
         networks.call(inner=ahead)
+
+
+def functional_step(student: nn.Module, **options: Any) -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    teacher = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.1), nn.Linear(5, C))
+    return metapl.BilevelTrainer(teacher, student, "forward", lookahead=2, **options).functional()
+
+
+def taken_alone(step: Any, state: Any) -> Any:
+    return step(state, OUTER, (U, X))
+
+
+def taken_in_a_stack(step: Any, state: Any) -> Any:
+    batches = stack([OUTER]), stack([(U, X)])
+    return torch.func.vmap(step, randomness="same")(stack([state]), *batches)
+
+
+def taken_recorded(step: Any, state: Any) -> Any:
+    return recorded(step)(state, OUTER, (U, X))
+
+
+def differentiated(step: Any, state: Any) -> Any:
+    return step(state, (X.clone().requires_grad_(), OUTER[1]), (U, X))
+
+
+WAYS_OF_A_STEP = [taken_alone, taken_in_a_stack, taken_recorded, differentiated]
+
+
+@pytest.mark.parametrize("taken", WAYS_OF_A_STEP)
+def test_the_first_call_of_a_function_is_verified(taken: Any, verified: list[str]) -> None:
+    step, state = functional_step(TwoLayers(plain), verify=False)
+    taken(step, state)
+    assert verified == []
+    step, state = functional_step(TwoLayers(plain))
+    taken(step, state)
+    assert set(verified) == {"forward"}
+    verified.clear()
+    taken_alone(step, state)
+    taken(step, state)
+    assert verified == []
+
+
+@pytest.mark.parametrize("taken", WAYS_OF_A_STEP)
+def test_a_wrong_second_derivative_is_refused_in_a_function(taken: Any) -> None:
+    step, state = functional_step(TwoLayers(lambda s, x: s.b(OfFirstOrder.apply(s.a(x)))))
+    for _ in range(2):
+        with pytest.raises(MetaplError, match="off the loss after real steps"):
+            taken(step, state)
+
+
+class OfFirstOrder(torch.autograd.Function):
+    """x³, whose backward counts x as a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.x = x.detach()
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        derivative: torch.Tensor = 3 * ctx.x**2 * g
+        return derivative
+
+
+def test_a_function_draws_as_without_verification_and_from_its_own_state() -> None:
+    def students_weights(**options: Any) -> torch.Tensor:
+        torch.manual_seed(3)
+        student = TwoLayers(plain)
+        step, state = functional_step(student, **options)
+        with torch.no_grad():
+            # What the modules hold by then is not the state's.
+            student.a.weight.fill_(torch.nan)
+        torch.manual_seed(2)
+        state, _ = taken_alone(step, state)
+        state, _ = taken_alone(step, state)
+        weights: torch.Tensor = state.student.params["a.weight"]
+        return weights
+
+    assert torch.equal(students_weights(), students_weights(verify=False))
+
+
+@pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM])
+def test_recurrent_students_of_one_architecture_are_known(kind: Any, verified: list[str]) -> None:
+    for _ in range(2):
+        networks = Networks()
+        networks.student = nn.Sequential(nn.Unflatten(1, (2, 2)), Last(kind), nn.Linear(5, C))
+        networks.optimizer = networks.sgd()
+        networks.call()
+    assert len(verified) == 1
+
+
+class Last(nn.Module):
+    """The last output of a recurrent network."""
+
+    def __init__(self, kind: Any) -> None:
+        super().__init__()
+        self.network = kind(2, 5, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs, _ = self.network(x)
+        last: torch.Tensor = outputs[:, -1]
+        return last

@@ -376,6 +376,9 @@ def test_a_label_out_of_range_is_refused_and_moves_nothing(
         compiled.step((x, wrong), inner)
     assert all(map(torch.equal, before, compiled.student.parameters()))
     step, state = compiled.functional()
+    with pytest.raises(MetaplError, match=f"the labels are .*{label}"):
+        step(state, (x, wrong), inner)
+    step(state, (x, y), inner)
     _, report = step(state, (x, wrong), inner)
     assert bool(report.flag.isnan())
 

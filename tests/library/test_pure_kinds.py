@@ -372,7 +372,10 @@ class Writing(nn.Linear):
 
 @pytest.mark.parametrize(
     ("build", "text"),
-    [(Caching, "a network keeps a tensor of a pass"), (Writing, "the student writes in a pass")],
+    [
+        (Caching, "the outer loss depends on the student's layer.weight as it was before"),
+        (Writing, "the student writes in a pass"),
+    ],
 )
 def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(
     build: Callable[[], nn.Module], text: str
@@ -383,7 +386,7 @@ def test_a_pass_that_keeps_tensors_or_writes_weights_is_named(
         next_state, _ = step(state, **batches())
         step(next_state, **batches())
 
-    with pytest.raises(MetaplError, match=f"^{text}.*; expected a registered buffer"):
+    with pytest.raises(MetaplError, match=f"^{text}"):
         two_steps()
 
 
