@@ -92,7 +92,7 @@ def learn(
     teacher_scalars = teaching.backward(
         feedback,
         has_feedback=mode.gives_gradient,
-        direct_loss=path.direct_loss if direct_term == "included" else None,
+        by_direct_loss=path.by_direct_loss if direct_term == "included" else None,
     )
     h = [of_step.of_batch(step) for step, of_step in zip(path.steps, feedback, strict=True)]
     # What the estimator says besides h.

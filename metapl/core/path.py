@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from metapl.core.draws import Draws
     from metapl.core.engine import Derivatives, Engine, MicroBatches, OuterLossOf
     from metapl.core.walk import Walk
+
+Taken = TypeVar("Taken")
 
 OTHER_BATCH = (
     "the batch for step {} was another one when it was read again; expected the same: examples "
@@ -372,13 +374,18 @@ class Path(Drawing):
         self.known_outer_losses["outer_loss_before"] = loss
         return gradient
 
-    def direct_loss(self) -> Tensor:
-        """Return L(θ′; φ) with θ′ as a constant, and a graph in what it reads of the teacher, φ.
+    def by_direct_loss(self, take: Callable[[Tensor], Taken]) -> Taken:
+        """Return what a function takes of L(θ′; φ), where θ′ is a constant and φ the teacher's.
 
-        It has no graph where it reads nothing. L is the mean over processes.
+        The loss has a graph in what it reads of the teacher, and none where it reads nothing. It is
+        the mean over processes. The student holds θ′ until it is taken, so that a checkpoint runs
+        again there.
 
-        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and its
-        backward pass.
+        Args:
+            take: such as a backward pass.
+
+        Cost: one forward pass on the outer batch, with the draws of the one that gave v, and what
+        is taken.
         """
         student = self.student
         start = self.steps[-1].descent.random_state_after.branch()
@@ -393,16 +400,16 @@ class Path(Drawing):
                 total, weight = sum_and_weight(self.problem.outer_loss(outputs, batch))
                 sums.append(total)
                 counts.append(weight)
-        total = torch.stack(sums).sum()
-        count: Tensor | float = sum(counts)
-        ranks = student.ranks
-        if not ranks.alone:
-            # The gradient is averaged over the ranks, each of which has its own rows.
-            count = ranks.mean(torch.as_tensor(count, dtype=total.dtype, device=total.device))
-        loss: Tensor = total / count
-        if "outer_loss" not in self.known_outer_losses:
-            self.known_outer_losses["outer_loss"] = ranks.mean(loss.detach())
-        return loss
+            total = torch.stack(sums).sum()
+            count: Tensor | float = sum(counts)
+            ranks = student.ranks
+            if not ranks.alone:
+                # The gradient is averaged over the ranks, each of which has its own rows.
+                count = ranks.mean(torch.as_tensor(count, dtype=total.dtype, device=total.device))
+            loss: Tensor = total / count
+            if "outer_loss" not in self.known_outer_losses:
+                self.known_outer_losses["outer_loss"] = ranks.mean(loss.detach())
+            return take(loss)
 
     def _outer_losses_at(self, points: Sequence[Tree]) -> list[Tensor]:
         """Return the outer loss of the path at several weights, with the same draws.

@@ -268,7 +268,7 @@ class Teaching:
         """
         teacher = self.teacher
         assert teacher.layout is not None, "a direct term is of a teacher"
-        gradient = teacher.with_zeros(teacher.reached(path.direct_loss(), retain=True))
+        gradient = teacher.with_zeros(path.by_direct_loss(teacher.reached))
         if teacher.is_sharded:
             # Its backward pass averages over the ranks.
             return gradient
@@ -315,7 +315,7 @@ class Teaching:
         feedback: Sequence[Feedback],
         *,
         has_feedback: bool = True,
-        direct_loss: Callable[[], Tensor] | None = None,
+        by_direct_loss: Callable[[Callable[[Tensor], None]], None] | None = None,
     ) -> dict[str, Tensor]:
         r"""Leave the teacher's gradient in ``.grad``: Algorithm 1, lines 5-7.
 
@@ -326,8 +326,9 @@ class Teaching:
         Args:
             feedback: h of each student step.
             has_feedback: whether any gradient of the outer loss is given.
-            direct_loss: L(θ′; φ) at fixed θ′, where the outer loss reads the teacher: G_h
-                is then the sum of both gradients.
+            by_direct_loss: gives a function L(θ′; φ) at fixed θ′, where the outer loss reads the
+                teacher (:meth:`metapl.core.path.Path.by_direct_loss`): G_h is then the sum of both
+                gradients.
 
         Returns: the report's scalars: the losses, and ``feedback_weight`` and ``feedback_ratio``
         where both gradients were found.
@@ -350,6 +351,20 @@ class Teaching:
         scalars: list[dict[str, Tensor]] = []
         feedback_gradient: dict[str, Tensor] = {}
         own_gradient: dict[str, Tensor] = {}
+
+        def take_direct(loss: Tensor) -> None:
+            if compares:
+                add_to(feedback_gradient, teacher.reached(loss))
+                return
+            loss = size.weight * loss
+            if measures:
+                add_to(feedback_gradient, teacher.reached(loss, retain=True))
+            # Without a graph it adds nothing.
+            if loss.requires_grad:
+                loss.backward()
+
+        if by_direct_loss is not None:
+            by_direct_loss(take_direct)
         for i, (teacher_pass, h) in enumerate(
             zip(self.passes, self._by_pass(feedback), strict=True)
         ):
@@ -360,9 +375,6 @@ class Teaching:
             if not teacher.ranks.alone:
                 # It is a sum over all rows, and its gradient is averaged over the ranks.
                 feedback_loss = teacher.ranks.size * feedback_loss
-            if direct_loss is not None and i == len(self.passes) - 1:
-                # Without a graph it adds nothing to a gradient.
-                feedback_loss = feedback_loss + direct_loss()
             own_loss = None
             if i >= first_of_last_batch:
                 part = i - first_of_last_batch

@@ -44,6 +44,7 @@ from metapl.execution.numerics import (
     is_layout_refused,
     no_fast_path,
     wide,
+    without_checkpoints,
 )
 from metapl.execution.ranks import NOTHING
 from metapl.execution.state import (
@@ -434,9 +435,13 @@ class EagerDescent:
 
     def _running(self) -> AbstractContextManager[None]:
         """Hold the weights of this pass in a block, as its forward did."""
-        if self._held_slots:
-            return swapped(self._held_slots)
-        return NOTHING
+        if not self._held_slots:
+            return NOTHING
+        student = self.student
+        if student.double_backward and self.params is not student.params:
+            # The graph of a path of several steps is differentiated at weights of one of them.
+            return without_checkpoints(swapped(self._held_slots))
+        return swapped(self._held_slots)
 
     # ------------------------------------------------------------------- the loss and its gradient
 

@@ -301,7 +301,7 @@ def way_to_labels(labels: Any) -> str:
             are_names = any(isinstance(label, str) for label in labels)
         if are_names:
             return f", such as torch.as_tensor({INDICES_OF_NAMES})"
-        return ", such as their torch.as_tensor(...).long()"
+        return ", such as torch.as_tensor(labels).long()"
     if not isinstance(labels, Tensor):
         return ""
     if labels.is_floating_point() and not waits(labels) and (labels != labels.round()).any():
@@ -312,7 +312,7 @@ def way_to_labels(labels: Any) -> str:
         calls = ".squeeze(1)" if labels.shape[1] == 1 else ".argmax(1)"
     if labels.dtype != torch.int64 and calls != ".argmax(1)":
         calls += ".long()"
-    return f", such as their {calls}" if calls else ""
+    return f", such as torch.as_tensor(labels){calls}" if calls else ""
 
 
 def safe_labels(labels: Tensor, classes: int) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from operator import attrgetter
@@ -409,6 +409,26 @@ class MissingDerivative(MetaplError):
     def __init__(self, what: str, expected: str = "another operation") -> None:
         super().__init__(f"{what}; expected {expected}.")
         self.what = what
+
+
+@contextmanager
+def without_checkpoints(block: AbstractContextManager[None]) -> Iterator[None]:
+    """Refuse checkpoints in a block, whose graph is differentiated at other weights.
+
+    Raises: :class:`metapl.MetaplError`, for other hooks on saved tensors too.
+    """
+    text = "a checkpoint runs again where a graph of several steps is differentiated"
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks(text), block:
+            yield
+    except RuntimeError as error:
+        if text not in str(error):
+            raise
+        raise MetaplError(
+            "the student has a checkpoint, or another hook on saved tensors, which a graph of "
+            "several steps runs again at the weights of another one; expected mode 'forward', "
+            "which differentiates each step by itself."
+        ) from error
 
 
 def asks_for_gradient(error: BaseException) -> bool:

@@ -386,7 +386,9 @@ class State:
             for name, t in contents.items():
                 # A buffer without a value yet has no copy either.
                 table[name] = copies.get(id(t))
-        frozen = [(table, name, stand_in(copies[id(p)], p)) for table, name, p in self._frozen]
+        # One for all places of a tensor, which is one of the network's parameters.
+        stand_ins = {id(p): stand_in(copies[id(p)], p) for _, _, p in self._frozen}
+        frozen = [(table, name, stand_ins[id(p)]) for table, name, p in self._frozen]
         return contents_before, frozen
 
     def restore(self) -> None:

@@ -26,6 +26,7 @@ from metapl.execution.batch import (
     rows,
     to_device,
 )
+from metapl.execution.checks import described, unexpected
 from metapl.execution.layout import reshard
 from metapl.execution.state import RandomState
 
@@ -116,6 +117,7 @@ def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
             inputs = to_device(inputs, device)
         random = RandomState.now(device)
         outputs = checks.logits(returned_by(model, inputs, "network"), "network")
+        refuse_one_example(inputs, outputs)
         if not RandomState.now(device).equals(random):
             warn(
                 f"{type(model).__name__} draws random numbers in eval() too, so that its "
@@ -130,6 +132,17 @@ def passes(model: nn.Module) -> Iterator[Callable[[Inputs], Tensor]]:
             yield outputs_of
     finally:
         reshard(model)
+
+
+def refuse_one_example(inputs: Inputs, outputs: Tensor) -> None:
+    """Refuse a vector as a batch, whose outputs are those of one example."""
+    if not isinstance(inputs, Tensor) or 1 not in (inputs.ndim, outputs.ndim):
+        return
+    if len(inputs) != len(outputs):
+        raise MetaplError(
+            f"the network was given {described(inputs)} as a batch, and returned "
+            f"{described(outputs)}; expected a row for each example, such as x[None] of one."
+        )
 
 
 def outer_batches(
@@ -177,6 +190,9 @@ def input_batches(
 def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:
     """Yield the batches of an iterable as they are, or one batch in pieces of ``ROWS`` examples."""
     if not is_one_batch:
+        # Python also iterates over the examples of a data set, which are no batches.
+        if not isinstance(data, Iterable):
+            raise unexpected("the data is", data, "a batch, a DataLoader, or a list of batches")
         yield from data
         return
     batch = plain(data)

@@ -526,10 +526,11 @@ class BilevelTrainer(Trainer):
         """
         mode = self.mode
         student = standing.student
-        # Both in the step that tries the order: the student switches the first off itself, after
-        # the first graph that it has looked at, and the second stays for the whole step.
-        student.inspects_graph = is_tried
-        student.chooses_order = is_tried
+        if is_tried:
+            # The student switches the first off itself, after the first graph that it has looked
+            # at, and the second stays for the whole step.
+            student.inspects_graph = True
+            student.chooses_order = True
         # The update is of the weights that are learned now: layers may have been thawed.
         self.update.follow(student.parameters)
         teaching = Teaching(
@@ -552,8 +553,7 @@ class BilevelTrainer(Trainer):
             teaching.compares_parts = bool(self.verification.setting) and condition.steps == 0
             teaching.calls = KeptBySignal(self.problem, standing.teacher.network)
         # Fused attention has no second derivative, which a kept graph of g needs.
-        needs_second_derivatives = mode.keep_graph or order == "graph"
-        kernels = no_fast_path(math=True) if needs_second_derivatives else NOTHING
+        kernels = no_fast_path(math=True) if mode.keep_graph or order == "graph" else NOTHING
         with restored(
             *self.slots, device=self.device, trained=standing.trained, generator=self.generator
         ) as fault:
@@ -589,11 +589,17 @@ class BilevelTrainer(Trainer):
                 self.teacher_layout.mean_gradients(self.clip_norm)
             # Nothing has moved so far. The teacher's optimizer may be any, and may fail in its own
             # step; the student moves last, so that it has not moved then.
+            commit = learned.path.commit
+            if condition.steps == 0 and self.verification.setting and mode.credits != "nothing":
+                # But for the first step by an optimizer with hooks, which may be refused.
+                from metapl.guards.step_hooks import committed_first
+
+                commit = committed_first(learned.path)
             if self.outer_optimizer is not None:
                 # Line 8: θ_T′.
                 self.outer_optimizer.step()
             # Line 3: θ_S′.
-            report.scalars.update(learned.path.commit())
+            report.scalars.update(commit())
             for layout in self.distributed:
                 layout.agree_on_buffers()
             self.mode_state = learned.mode_state

@@ -14,6 +14,7 @@ from captures import as_functions, without_inductor
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import metapl
 from metapl import Lookahead, MetaplError, Signal
@@ -637,3 +638,86 @@ def test_the_direct_term_of_an_input_that_reads_the_teacher_is_verified() -> Non
         mode="direct",
     )
     assert check.status == "right"
+
+
+class Checkpointed(nn.Module):
+    """Runs a part of a network again in each backward pass."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.part, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize(("steps", "parts"), [(1, 1), (3, 1), (1, 2)])
+def test_a_checkpointed_student_has_the_same_direct_term(steps: int, parts: int) -> None:
+    teacher, student, outer, batches = networks()
+    problem = Architecture(teacher)
+    options: Any = {"outer": outer, "problem": problem, "accumulate": parts}
+    options["inner"] = Lookahead(batches[:steps])
+    results = []
+    for network in (student, Checkpointed(student)):
+        optimizer = torch.optim.SGD(student.parameters(), lr=LR)
+        found = metapl.hypergradient(teacher, network, inner_optimizer=optimizer, **options)
+        results.append([*found.direct.values(), *found.grads.values()])
+    for expected, g in zip(*results, strict=True):
+        torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_trainer_moves_its_teacher_by_the_direct_term_of_a_checkpointed_student() -> None:
+    moved = []
+    for wrap in (lambda student: student, Checkpointed):
+        teacher, student, outer, batches = networks()
+        network = wrap(student)
+        trainer = metapl.BilevelTrainer(
+            teacher,
+            network,
+            "forward",
+            problem=Architecture(teacher),
+            teacher_losses=(),
+            inner_optimizer=torch.optim.SGD(network.parameters(), lr=LR),
+            outer_optimizer=torch.optim.SGD(teacher.parameters(), lr=1.0),
+        )
+        trainer.step(outer, batches[0])
+        moved.append(teacher.alpha.detach())
+    torch.testing.assert_close(moved[1], moved[0], rtol=1e-10, atol=1e-12)
+
+
+class Detached(Architecture):
+    def outer_input(self, batch: Any) -> Any:
+        return super().outer_input(batch).detach()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["forward", "unrolled", "direct"])
+def test_a_direct_term_that_is_detached_is_refused(mode: str, steps: int) -> None:
+    teacher, student, outer, batches = networks()
+    optimizer = torch.optim.SGD(student.parameters(), lr=LR)
+    with pytest.raises(MetaplError, match=r"the outer loss reads the teacher by \.detach\(\)"):
+        metapl.hypergradient(
+            teacher,
+            student,
+            outer=outer,
+            inner=Lookahead(batches[:steps]),
+            problem=Detached(teacher),
+            inner_optimizer=optimizer,
+            mode=mode,
+        )
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_checkpoint_in_a_graph_of_several_steps_is_refused(verify: bool) -> None:
+    """It would run again at the weights of another step: 5e-4 off at this rate."""
+    teacher, student, outer, batches = networks()
+    network = Checkpointed(student)
+    options: Any = {"outer": outer, "problem": Architecture(teacher), "verify": verify}
+    options["inner_optimizer"] = torch.optim.SGD(network.parameters(), lr=LR)
+    one = metapl.hypergradient(teacher, network, inner=batches[0], mode="unrolled", **options)
+    other = metapl.hypergradient(teacher, network, inner=batches[0], mode="forward", **options)
+    torch.testing.assert_close(one.grads, other.grads, rtol=1e-10, atol=1e-12)
+    with pytest.raises(MetaplError, match="has a checkpoint.*expected mode 'forward'"):
+        metapl.hypergradient(
+            teacher, network, inner=Lookahead(batches[:2]), mode="unrolled", **options
+        )

@@ -20,6 +20,7 @@ import torchopt
 from problems_zoo import same
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import metapl
 from metapl import MetaplError
@@ -521,7 +522,7 @@ REFUSED |= {
     ),
     "one-hot labels of whole numbers": (
         lambda: loss_of(F.one_hot(pair()[1], CLASSES)),
-        r"the labels are .*int64.*; expected int64, .*, such as their \.argmax\(1\)",
+        r"the labels are .*int64.*; expected int64, .*, .*as_tensor\(labels\)\.argmax\(1\)",
     ),
     "a scheduler beside that of a fit": (
         fit_beside_a_scheduler,
@@ -551,6 +552,22 @@ REFUSED |= {
         lambda: fit_of(np.ones((ROWS, WIDTH), dtype=int), pair()[1].numpy()),
         r"inputs are int64, .*astype\('float32'\) of NumPy arrays",
     ),
+    "one example of a plain network to predict": (
+        lambda: metapl.BilevelTrainer(network(), network()).predict(pair()[0][0]),
+        r"was given a tensor of shape \(4,\).*; expected a row for each example, such as x\[None\]",
+    ),
+    "a list of examples to predict": (
+        lambda: metapl.BilevelTrainer(network(), network()).predict([*pair()[0]]),
+        r"was given a tensor of shape \(4,\).*; expected a row for each example",
+    ),
+    "a data set to predict": (
+        lambda: metapl.BilevelTrainer(network(), network()).predict(TensorDataset(pair()[0])),
+        r"the data is of type TensorDataset; expected a batch, a DataLoader",
+    ),
+    "a data set to evaluate": (
+        lambda: metapl.BilevelTrainer(network(), network()).evaluate(TensorDataset(*pair())),
+        r"the data is of type TensorDataset; expected a batch, a DataLoader",
+    ),
     "an array of whole numbers to predict": (
         lambda: metapl.BilevelTrainer(network(), network()).predict(np.ones((3, WIDTH), dtype=int)),
         r"inputs are int64, .*astype\('float32'\) of NumPy arrays",
@@ -563,13 +580,22 @@ REFUSED |= {
         lambda: step(inner=pair()[0].numpy()),
         r"inner is of type ndarray, shape \(8, 4\), float32; .* fit makes tensors",
     ),
-    "float labels": (with_labels(Tensor.float), r"float32, on cpu; .* such as their \.long\(\)\."),
+    "float labels": (
+        with_labels(Tensor.float),
+        r"float32, on cpu; .*as_tensor\(labels\)\.long\(\)\.",
+    ),
     "labels of no class": (with_labels(lambda y: y + 0.5), r"index per example, \(batch,\)\.$"),
-    "int32 labels": (with_labels(Tensor.int), r"int32, .* such as their \.long\(\)\."),
-    "labels in a column": (with_labels(lambda y: y[:, None]), r"such as their \.squeeze\(1\)\."),
+    "int32 labels": (
+        with_labels(Tensor.int),
+        r"int32, .*as_tensor\(labels\)\.long\(\)\.",
+    ),
+    "labels in a column": (
+        with_labels(lambda y: y[:, None]),
+        r"as_tensor\(labels\)\.squeeze\(1\)\.",
+    ),
     "one-hot labels": (
         with_labels(lambda y: F.one_hot(y, CLASSES)),
-        r"such as their \.argmax\(1\)\.",
+        r"as_tensor\(labels\)\.argmax\(1\)\.",
     ),
     "names of classes": (
         with_labels(lambda y: NAMES),
@@ -586,11 +612,11 @@ REFUSED |= {
     ),
     "float labels to evaluate": (
         lambda: evaluation(pair()[1].float()),
-        r"the loss failed \(.*\), where the labels are a tensor .*such as their \.long\(\)\.",
+        r"the loss failed \(.*\), where the labels are a tensor .*as_tensor\(labels\)\.long\(\)\.",
     ),
     "one-hot labels to evaluate": (
         lambda: evaluation(F.one_hot(pair()[1], CLASSES)),
-        r"the loss failed .*such as their \.argmax\(1\)\.",
+        r"the loss failed .*as_tensor\(labels\)\.argmax\(1\)\.",
     ),
     "classes from 1 to evaluate": (
         lambda: evaluation(pair()[1] + 1),

@@ -95,3 +95,34 @@ def test_a_step_moves_what_is_learned_alone_and_weights_that_both_learn_are_refu
     shared.requires_grad_(requires_grad=True)
     with pytest.raises(metapl.MetaplError, match="share"):
         metapl.BilevelTrainer(**toy.networks(), mode="forward")
+
+
+class TiedAndFrozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.head = nn.Linear(6, CLASSES)
+        self.second.weight = self.first.weight.requires_grad_(requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.second(self.first(x).tanh()).tanh())
+        return logits
+
+
+def test_a_frozen_weight_of_two_layers_is_one_parameter_in_the_outer_loss() -> None:
+    torch.manual_seed(0)
+    student = TiedAndFrozen()
+
+    class Penalized(metapl.PseudoLabels):
+        def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+            penalty = sum(p.square().sum() for p in student.parameters())
+            return torch.nn.functional.cross_entropy(outputs, batch[1]) * (1 + penalty)
+
+    outer = torch.randn(8, 6), torch.arange(8) % CLASSES
+    still = torch.optim.SGD(student.parameters(), lr=0.0)
+    trainer = metapl.BilevelTrainer(
+        nn.Linear(6, CLASSES), student, problem=Penalized(), inner_optimizer=still
+    )
+    expected = Penalized().outer_loss(student(outer[0]), outer)
+    report = trainer.step(outer, torch.randn(8, 6))
+    torch.testing.assert_close(report.outer_loss, float(expected.detach()))

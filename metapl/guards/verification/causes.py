@@ -13,7 +13,7 @@ from metapl.errors import few
 from metapl.execution.graphs import nodes_of, types_in_graphs
 from metapl.execution.state import trainable
 from metapl.guards.verification.case import Case
-from metapl.guards.verification.real_step import STEP_HOOKS, Evaluation, RealStep
+from metapl.guards.verification.real_step import Evaluation, RealStep
 from metapl.problems.base import kind_of, sum_and_weight
 from metapl.updates import parameters_of, torch_parts_of
 
@@ -39,8 +39,6 @@ def likely_causes(case: Case) -> list[str]:
     if counting:
         causes.append(f"attributes that a pass changes ({few(counting, 3)})")
     for optimizer in torch_parts_of(vars(before.update).get("optimizer")):
-        if any(vars(optimizer)[name] for name in STEP_HOOKS):
-            causes.append(f"a hook on the step of the inner optimizer ({type(optimizer).__name__})")
         times_held = Counter(map(id, parameters_of(optimizer)))
         twice = [name for name, p in trainable(before.student).items() if times_held[id(p)] > 1]
         if twice:

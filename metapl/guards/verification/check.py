@@ -30,7 +30,7 @@ from metapl.guards.door import refuse_hooks, refuse_learned, request_of
 from metapl.guards.verification.result import GradientCheck, Setting
 from metapl.problems.base import BilevelProblem
 from metapl.protocols import TwoLevelTrainer
-from metapl.updates import Clipped, InnerOptimizer, Update, parts_of
+from metapl.updates import Clipped, InnerOptimizer, Update
 from metapl.updates.base import OptimizerState
 
 # Of both networks together; larger ones are verified by check_gradient, or verify=N.
@@ -137,7 +137,6 @@ def check_step(request: Request) -> GradientCheck:
     while isinstance(update, Clipped):
         update = update.inner
     update.follow(student_layout.parameters())
-    refuse_replaced_step(update)
     inner_batches = differentiation.inner_batches
     student = student_layout.network
     teacher = None if teacher_layout is None else teacher_layout.network
@@ -184,18 +183,6 @@ def copy_of_part(batch: Batch, parts: int, number: int, name: str = "inner") -> 
     """
     part = micro_batches(plain(batch), parts, name)[number]
     return map_tensors(lambda t: t.detach().clone(), part)
-
-
-def refuse_replaced_step(update: Update) -> None:
-    """Refuse an optimizer whose ``step()`` was replaced on the object, which no copy has."""
-    for optimizer in parts_of(vars(update).get("optimizer", update)):
-        replaced = vars(optimizer).get("step")
-        # A learning rate scheduler of torch wraps it, and counts its calls.
-        if replaced is not None and not hasattr(replaced, "_wrapped_by_lr_sched"):
-            raise MetaplError(
-                "step() of the inner optimizer was replaced on the object; expected that of its "
-                "class."
-            )
 
 
 class Verification:

@@ -19,25 +19,31 @@ from metapl.problems.base import Signal
 def errors_of(case: Case, states: list[Tree] | None = None) -> Errors:
     """Return how far the mode's gradient is off; ``states`` as for :class:`Evaluation`."""
     of_teacher = partial(compare, case, "teacher", states=states)
-    # F may not be the outer loss, so that the direct term is compared by itself.
-    of_direct_term = partial(
-        of_teacher,
-        value=lambda evaluation: evaluation.loss,
-        name="the direct term",
-        signals=case.signals,
-    )
     if case.mode.credits == "nothing":
-        return of_direct_term(case.whole_gradient)
+        return errors_of_direct_term(case, states)
     if case.implicit_w and case.by_mode.direct:
-        zeros = {name: torch.zeros_like(t) for name, t in case.teacher_gradient.items()}
-        errors = of_teacher(case.teacher_gradient)
-        return errors | of_direct_term(zeros | case.by_mode.direct)
+        # F is not the outer loss, so that the direct term is compared by itself.
+        return of_teacher(case.teacher_gradient) | errors_of_direct_term(case, states)
     if case.teacher_gradient and case.moved == "signal" and not case.takes_expectation:
         return of_teacher(case.whole_gradient)
     errors = errors_of_h(case, states)
     if case.teacher_gradient:
         errors = errors | errors_of_signal(case, states)
     return errors
+
+
+def errors_of_direct_term(case: Case, states: list[Tree] | None = None) -> Errors:
+    """Return how far the direct term alone is off, with the signals held."""
+    zeros = {name: torch.zeros_like(t) for name, t in case.teacher_gradient.items()}
+    return compare(
+        case,
+        "teacher",
+        zeros | case.by_mode.direct,
+        value=lambda evaluation: evaluation.loss,
+        name="the direct term",
+        signals=case.signals,
+        states=states,
+    )
 
 
 def errors_of_signal(case: Case, states: list[Tree] | None = None) -> Errors:

@@ -17,6 +17,7 @@ from metapl.guards.verification.causes import likely_causes, own_functions_in
 from metapl.guards.verification.differences import (
     compare,
     errors_of,
+    errors_of_direct_term,
     errors_of_h,
     errors_of_signal,
 )
@@ -113,6 +114,9 @@ def explain_signal(case: Case) -> Explanation:
             f"the outer loss reads the teacher, and mode {case.mode.name!r} leaves out that direct "
             "term (has_direct_term)."
         )
+    has_direct_term = case.outer_loss_reads_teacher and case.mode.has_direct_term
+    if has_direct_term and case.off(errors_of_direct_term(case)):
+        return "refused", OUTER_LOSS_READS_TEACHER
     if len(case.step.inner_batches) > 1:
         return "allowed", (
             "the signal is detached in part (detach, no_grad, argmax), or reads the student, "
@@ -123,8 +127,6 @@ def explain_signal(case: Case) -> Explanation:
             "allowed",
             "the signal is detached in part (detach, no_grad, argmax), which leaves out that part.",
         )
-    if case.outer_loss_reads_teacher:
-        return "refused", OUTER_LOSS_READS_TEACHER
     if case.mode.takes_differences and is_moved_by_adam(case):
         return "refused", f"likely {OF_ADAM}."
     return "refused", "the loss depends on the teacher in a way that neither h nor the signal has."

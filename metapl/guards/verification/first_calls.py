@@ -20,6 +20,7 @@ from torch import Tensor
 from metapl.core.order import Orders
 from metapl.execution.numerics import MissingDerivative
 from metapl.feedback.hypergradient import Differentiation
+from metapl.guards.step_hooks import tell_hooks_that_are_left_out
 from metapl.guards.verification.check import STEPS, check_step, tell_left_out
 from metapl.updates import options_of, parts_of
 from metapl.updates.groups import with_options_of_groups
@@ -187,6 +188,7 @@ def verify(differentiation: Differentiation, setting: bool | Literal["warn"]) ->
     of_networks = [differentiation.of_student]
     if differentiation.of_teacher is not None:
         of_networks.append(differentiation.of_teacher)
+    tell_hooks_that_are_left_out(differentiation.update)
     if tell_left_out(of_networks):
         return
     try:

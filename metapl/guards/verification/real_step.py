@@ -25,11 +25,9 @@ from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
 from metapl.guards.door import FirstLook
 from metapl.problems.base import BilevelProblem, Signal, enters_input, sum_and_weight
-from metapl.updates import TorchUpdate, Update, parts_of
+from metapl.updates import Update
 
 Tree = dict[Any, Tensor]
-
-STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 @dataclass(frozen=True)
@@ -123,12 +121,6 @@ class RealStep:
         # deepcopy keeps the originals that it copied under the memo's own id.
         originals = memo[id(memo)]
         self._copy_what_deepcopy_leaves_out(originals, memo)
-        if isinstance(self.update, TorchUpdate):
-            copied_optimizers = parts_of(vars(copied_step.update)["optimizer"])
-            optimizers = parts_of(vars(self.update)["optimizer"])
-            for copied_optimizer, optimizer in zip(copied_optimizers, optimizers, strict=True):
-                for name in STEP_HOOKS:
-                    vars(copied_optimizer)[name] = vars(optimizer)[name]
         copied_step.update.follow(trainable(copied_step.student))
         return copied_step
 

@@ -212,7 +212,7 @@ def give_rates_to_a_warm_up(copies: RealStep) -> None:
     groups = [] if optimizer is None else optimizer.param_groups
     for group in groups:
         # A scheduler notes the full rate in its groups.
-        if group["lr"] < group.get("initial_lr", 0):
+        if group["lr"] < group.get("initial_lr", group["lr"]):
             group["lr"] = group["initial_lr"]
     if all(group["lr"] == 0 for group in groups):
         for group in groups:
