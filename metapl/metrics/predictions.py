@@ -194,7 +194,7 @@ def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:
         # Python also iterates over the examples of a data set, which are no batches.
         if not isinstance(data, Iterable | StepBatches):
             raise unexpected("the data is", data, "a batch, a DataLoader, or a list of batches")
-        yield from iter(data)  # type: ignore[arg-type]
+        yield from iter(data)
         return
     batch = plain(data)
     count = length(batch)
