@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from metapl.execution.state import HOOKS_EVERYWHERE
+from metapl.functional.attributes import globals_read_by
 
 # Tables of hooks that run in a forward or a backward pass, and of those that run where a state is
 # saved or loaded.
@@ -190,9 +191,8 @@ def read_by(function: FunctionType, *, by_closure: bool) -> list[Any]:
             values.append(cell.cell_contents)
     codes = [function.__code__]
     for code in codes:
-        values += [
-            function.__globals__[name] for name in code.co_names if name in function.__globals__
-        ]
+        read = globals_read_by(code) & function.__globals__.keys()
+        values += map(function.__globals__.__getitem__, sorted(read))
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     for value in [*values]:
         if isinstance(value, list | tuple | dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dis
 import sys
 import types
 from array import array
@@ -10,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -240,7 +241,7 @@ class Attributes:
         self._look_into(defaults, depth=0)
         self._look_at_parts(function, names, met=set())
         package = function.__globals__.get("__package__") or ""
-        read = {name for code in codes for name in code.co_names}
+        read = frozenset().union(*map(globals_read_by, codes))
         for name in names:
             if name in read and name in function.__globals__:
                 self._look_at_variable(function.__globals__, name, names, met=set())
@@ -308,6 +309,19 @@ def modes_of(module: nn.Module) -> list[Any]:
         if t is not None
     ]
     return [type(module), module.training, hooks, [*module._modules.values()], tensors]
+
+
+@cache
+def globals_read_by(code: types.CodeType) -> frozenset[str]:
+    """Return the names of the global variables that a code reads, and not what stands after a dot.
+
+    Those of functions inside of it have a code of their own.
+    """
+    return frozenset(
+        str(instruction.argval)
+        for instruction in dis.get_instructions(code)
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+    )
 
 
 def cause_in_checkpoints(modules: Iterable[nn.Module]) -> str:

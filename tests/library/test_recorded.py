@@ -951,3 +951,21 @@ def test_a_result_of_rounding_is_recorded_and_said_after_some_calls() -> None:
     for _ in range(4):
         with pytest.raises(metapl.MetaplError, match="by itself and recorded"):
             captured(x)
+
+
+def reading(network: Any, x: Tensor) -> Tensor:
+    y: Tensor = network.leftover(x) * FACTOR_OF_READING
+    return y
+
+
+FACTOR_OF_READING = 2.0
+
+
+def test_a_variable_that_has_the_name_of_an_attribute_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a result that each turn of a loop writes into ``net`` or ``loss``."""
+    monkeypatch.setitem(globals(), "leftover", "a result")
+    named = dict(attributes.Attributes([reading]).named_values())
+    assert "leftover" not in named
+    assert named["FACTOR_OF_READING"] == 2.0
