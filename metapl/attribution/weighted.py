@@ -32,7 +32,7 @@ from metapl.execution.layout import layouts
 from metapl.execution.numerics import Tree, deterministic, wide
 from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
-from metapl.execution.state import RandomState, replayed, with_contents_of
+from metapl.execution.state import RandomState, copies_of_results, replayed, with_contents_of
 from metapl.problems.base import BilevelProblem, Params, Random, Signal, sum_and_weight
 from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import NextToken
@@ -398,11 +398,7 @@ def copied_without_graphs(
     What a hook or a forward has left in a module, such as an auxiliary loss, may have a graph,
     which the copy has not.
     """
-    with_graphs: list[Tensor] = []
-    for part in network.modules():
-        attributes = vars(part).values()
-        with_graphs += [t for t in attributes if isinstance(t, Tensor) and not t.is_leaf]
-    return copy.deepcopy((network, optimizer), {id(t): t.detach() for t in with_graphs})
+    return copy.deepcopy((network, optimizer), dict(copies_of_results(network)))
 
 
 def judged_by_example(problem: BilevelProblem, number: int, ranks: Ranks) -> BilevelProblem:

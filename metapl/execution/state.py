@@ -500,6 +500,19 @@ def put_contents(tables: Iterable[tuple[Table, Table]]) -> None:
         table.update(contents)
 
 
+def copies_of_results(network: nn.Module) -> dict[int, Tensor]:
+    """Return copies of tensors with a graph that lie in attributes, by the id of each.
+
+    A forward may leave such, as an auxiliary loss; deepcopy refuses them.
+    """
+    copies = {}
+    for part in network.modules():
+        for t in vars(part).values():
+            if isinstance(t, Tensor) and t.grad_fn is not None:
+                copies[id(t)] = t.detach().clone()
+    return copies
+
+
 @contextmanager
 def with_contents_of(twin: Any, original: Any) -> Iterator[None]:
     """Let a module, or another object, hold what a copy of it, its ``twin``, holds, in this block.

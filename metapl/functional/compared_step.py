@@ -23,6 +23,7 @@ from metapl.execution.state import (
     Slot,
     all_with_contents_of,
     branching_to,
+    copies_of_results,
     replayed,
     swapped,
 )
@@ -37,22 +38,26 @@ from metapl.functional.comparison import (
 )
 from metapl.functional.pure_step import networks_of, updates_of
 from metapl.functional.state import (
-    Network,
     State,
     leaves_of,
     norm,
     state_of,
-    tensors_of,
+    unclipped,
 )
+from metapl.functional.step import StateStep
 from metapl.problems.base import kind_of
 from metapl.protocols import TwoLevelTrainer
+from metapl.updates import TorchUpdate
+
+# What an error proposes, about a compiled step and about one as a function.
+OWN_STEPS = "take the trainer's own steps, and leave compile out"
 
 
 class Outcome(NamedTuple):
-    """The state after a step, and the trainer's report of it."""
+    """The state after a step, and the report of it, with its feedback and its scalars."""
 
     state: State
-    report: StepReport
+    report: Any
 
 
 def eager_step(
@@ -107,27 +112,22 @@ def refuse_written_by_problem(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -
     written = names_written(before, after)
     if written:
         raise MetaplError(
-            f"compile= cannot take this step: {kind_of(trainer.problem)} writes state "
-            f"({few(written, 3)}), no buffer of the teacher; leave compile out."
+            f"compile= or functional() cannot take this step: {kind_of(trainer.problem)} writes "
+            f"state ({few(written, 3)}), no buffer of the teacher; {OWN_STEPS}."
         )
 
 
 def step_of_copy(
-    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch, state: State | None = None
+    trainer: TwoLevelTrainer, outer_batch: Batch, inner: Batch
 ) -> tuple[TwoLevelTrainer, StepReport]:
-    """Return a copy of a trainer that has taken a step on the eager road, and the step's report.
-
-    Args:
-        state: whose networks' tensors the step begins with; None: the trainer's own.
-    """
+    """Return a copy of a trainer that has taken a step on the eager road, and the step's report."""
     memo: dict[int, Any] = {}
+    for network in networks_of(trainer):
+        memo |= copies_of_results(network)
     if trainer.generator is not None:
         memo[id(trainer.generator)] = trainer.generator.clone_state()
     twin = copy.deepcopy(trainer, memo)
     vars(twin)["compiled_step"] = None
-    if state is not None:
-        put_tensors(twin.teacher, state.teacher)
-        put_tensors(twin.student, state.student)
     # A loss may read the networks by a closure, which no copy changes.
     pairs = (
         (twin.problem, trainer.problem),
@@ -138,13 +138,67 @@ def step_of_copy(
         return twin, twin.step(outer_batch, inner)
 
 
-def put_tensors(module: nn.Module | None, network: Network) -> None:
-    """Copy the tensors of a state into a network."""
-    with torch.no_grad():
-        for tensors in tensors_of(module):
-            given = {**network.params, **network.state}
-            for name, t in tensors.items():
-                t.copy_(given[name])
+@contextmanager
+def at_values(trainer: TwoLevelTrainer, state: State) -> Iterator[None]:
+    """Let the networks of a trainer have the values of a state in this block."""
+    own: list[tuple[Tensor, Tensor]] = []
+    for module, network in ((trainer.teacher, state.teacher), (trainer.student, state.student)):
+        given = {**network.params, **network.state}
+        named = () if module is None else (*module.named_parameters(), *module.named_buffers())
+        for name, t in named:
+            # A buffer may have been made since.
+            if name in given:
+                own.append((t, t.data))
+                # No graph that has saved the tensor sees another version.
+                t.data = given[name].detach().clone()
+    try:
+        yield
+    finally:
+        for t, values in own:
+            t.data = values
+
+
+def refuse_first_call(
+    trainer: TwoLevelTrainer,
+    step: StateStep,
+    outer: Batch,
+    inner_batches: InnerBatches,
+    *,
+    has_noise: bool,
+) -> None:
+    """Refuse a step as a function that is not the trainer's own, which a copy of it takes.
+
+    The networks have the values of a state, and optimizers and estimator are the trainer's. No
+    generator moves.
+
+    Args:
+        has_noise: whether labels are drawn by noise that was given, which no trainer takes.
+    """
+    updates = updates_of(trainer)
+    has_states = all(isinstance(unclipped(rule), TorchUpdate | None) for rule in updates)
+    if has_noise or trainer.generator is not None or not has_states:
+        with replayed(RandomState.now(trainer.device)):
+            step_of_copy(trainer, outer, inner_batches.as_argument())
+        return
+    before = state_of(trainer, updates)
+    start = RandomState.now(trainer.device)
+    eager = eager_step(trainer, outer, inner_batches)
+
+    def take_again() -> Trees:
+        with replayed(start):
+            return compared_trees(before, eager_step(trainer, outer, inner_batches))
+
+    with replayed(start):
+        moved, report = step.taken(before, outer, inner_batches.as_argument(), None)
+    loss = {"inner_loss": report.inner_loss}
+    taken = SimpleNamespace(feedback=report.feedback, scalars=loss)
+    refuse_other_than_eager(
+        compared_trees(before, Outcome(moved, taken)),
+        compared_trees(before, eager),
+        eager.report.scalars["inner_loss"],
+        take_again=take_again,
+        student=trainer.student,
+    )
 
 
 @contextmanager
@@ -188,8 +242,10 @@ def attributes_made(trainer: TwoLevelTrainer, twin: TwoLevelTrainer) -> list[tup
         ]
         if written or texts:
             place = f"{path}.{[*written, *texts][0]}".lstrip(".")
-            expected = "expected a registered buffer, or compile left out"
-            raise MetaplError(f"a network's {place} changes in a step; {expected}.")
+            raise MetaplError(
+                f"a network's {place} changes in a step; expected a registered buffer, or "
+                f"{OWN_STEPS}."
+            )
         for name, value in vars(held_by(part_moved)).items():
             if numbers_of(SimpleNamespace(**{name: value}), moved).keys() - before.keys():
                 detached = pytree.tree_map_only(Tensor, Tensor.detach, value)
@@ -221,8 +277,8 @@ def refuse_made_that_are_read(
     if not all(map(is_equal, with_made, without)):
         place, _ = made[0]
         raise MetaplError(
-            f"a network's {place} is made by its first step and read by later ones; "
-            "expected a registered buffer, or compile left out."
+            f"a network's {place} is made by its first step and read by later ones; expected a "
+            f"registered buffer, or {OWN_STEPS}."
         )
 
 
@@ -317,12 +373,12 @@ def refuse_gaps(
         if name == "h":
             allowed = allowed + 1e3 * torch.finfo(loss.dtype).eps * loss.abs()
         if not bool(gap <= allowed):
-            advice = "leave compile out"
+            advice = OWN_STEPS
             if torch.__version__ < TorchVersion(DRAWS_ALIKE):
                 # Measured on a network with dropout behind a batch norm.
                 advice += f" (below torch {DRAWS_ALIKE}, graphs draw other masks of dropout)"
             off = f"{float(gap / size):.2g} off its eager value"
-            raise MetaplError(f"compiled, {name} is {off}; {advice}.")
+            raise MetaplError(f"as one function, {name} is {off}; {advice}.")
 
 
 def refuse_other_than_eager(

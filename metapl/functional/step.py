@@ -201,7 +201,8 @@ class StateStep:
 
     Attributes:
         first_look: is given the state and the batches of the first call, of several the first of
-            them, and refuses a step that is not what it should be; None: nothing does.
+            them, and whether there is noise, and refuses a step that is not what it should be;
+            None: nothing does.
     """
 
     def __init__(self, rules: StepRules, sources: Sequence[object]) -> None:
@@ -220,7 +221,7 @@ class StateStep:
         )
         self.recorded: Captured[tuple[State, Report]] = record()
         self.differentiated: Captured[tuple[State, Report]] = record(has_derivative=True)
-        self.first_look: Callable[[State, Batch, Batch], None] | None = None
+        self.first_look: Callable[[StateStep, Any, bool], None] | None = None
 
     def __call__(
         self, state: State, outer: Batch, inner: Batch, noise: Any = None
@@ -229,7 +230,8 @@ class StateStep:
         if self.first_look is not None and checks.has_values.get():
             # In no mode either, such as that of a user's own recording.
             with no_transform(), _disable_current_modes(), torch.enable_grad():
-                self.first_look(*pytree.tree_map_only(Tensor, first_of, (state, outer, inner)))
+                first = pytree.tree_map_only(Tensor, first_of, (state, outer, inner))
+                self.first_look(self, first, noise is not None)
             self.first_look = None
         if is_differentiated(arguments):
             return self.differentiated.compared(*arguments)

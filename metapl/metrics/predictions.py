@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metapl.data import StepBatches
 from metapl.errors import MetaplError, few, warn
 from metapl.execution import checks
 from metapl.execution.batch import (
@@ -191,10 +190,14 @@ def input_batches(
 def _batches(data: Any, *, is_one_batch: bool) -> Iterator[Any]:
     """Yield the batches of an iterable as they are, or one batch in pieces of ``ROWS`` examples."""
     if not is_one_batch:
-        # Python also iterates over the examples of a data set, which are no batches.
-        if not isinstance(data, Iterable | StepBatches):
-            raise unexpected("the data is", data, "a batch, a DataLoader, or a list of batches")
-        yield from iter(data)
+        if not isinstance(data, Iterable):
+            # It is loaded where it is used.
+            from metapl.data import StepBatches
+
+            # Python also iterates over the examples of a data set, which are no batches.
+            if not isinstance(data, StepBatches):
+                raise unexpected("the data is", data, "a batch, a DataLoader, or a list of batches")
+        yield from data
         return
     batch = plain(data)
     count = length(batch)

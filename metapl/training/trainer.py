@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from metapl.data.feed import Source
     from metapl.functional.compiled import CompiledStep
     from metapl.functional.state import State
-    from metapl.functional.step import Step
+    from metapl.functional.step import StateStep, Step
     from metapl.metrics.metric import Term
     from metapl.training.loop import FinetuneKeywords, FitResult
     from metapl.training.options import FitOptions
@@ -691,9 +691,9 @@ class BilevelTrainer(Trainer):
 
         With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
         noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's
-        default generator, from which dropout draws too. A copy of the trainer takes the first
-        call's step, of several states that of the first one, and verifies it as the trainer itself
-        would.
+        default generator, from which dropout draws too. The first call, of
+        several states that of the first one, is verified as the trainer's own first step and
+        compared with it.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
@@ -716,22 +716,21 @@ class BilevelTrainer(Trainer):
         step.first_look = self._look_at_functional
         return step, state
 
-    def _look_at_functional(self, state: State, outer: Batch, inner: Batch) -> None:
-        """Refuse a pure step whose first call a trainer would refuse as its first step.
-
-        A copy of the trainer takes that step from the state, and verifies it.
-        """
+    def _look_at_functional(
+        self, step: StateStep, given: tuple[State, Batch, Batch], has_noise: bool
+    ) -> None:
+        """Refuse a pure step whose first call is not a step that the trainer would take itself."""
         if self._was_looked_at:
             return
-        from metapl.functional.compared_step import step_of_copy
+        from metapl.functional.compared_step import at_values, refuse_first_call
 
+        state, outer, inner = given
         if self.lookahead > 1 and not isinstance(inner, Lookahead):
             inner = Lookahead(inner)
         inner_batches = InnerBatches.of_trainer(inner, self.lookahead)
-        # Before the copy: a rate that is learned has none.
-        look_at_step(self, outer, inner_batches)
-        with replayed(RandomState.now(self.device)):
-            step_of_copy(self, outer, inner_batches.as_argument(), state)
+        with at_values(self, state):
+            self._open_step(outer, inner_batches)
+            refuse_first_call(self, step, outer, inner_batches, has_noise=has_noise)
         self._was_looked_at = True
 
     def teacher_step(self, outer: Batch, inner: Batch = None) -> Report:

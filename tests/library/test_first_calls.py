@@ -373,3 +373,40 @@ class Last(nn.Module):
         outputs, _ = self.network(x)
         last: torch.Tensor = outputs[:, -1]
         return last
+
+
+class DrawsOuter(PseudoLabels):
+    def outer_loss(self, outputs: torch.Tensor, batch: Any) -> torch.Tensor:
+        return super().outer_loss(outputs * torch.rand(len(outputs), 1), batch)
+
+
+def test_a_function_that_is_not_the_eager_step_is_refused() -> None:
+    """The outer loss draws from another place of the stream there."""
+    step, state = functional_step(TwoLayers(plain), problem=DrawsOuter())
+    for _ in range(2):
+        with pytest.raises(MetaplError, match=r"as one function, .* off its eager value"):
+            taken_alone(step, state)
+
+
+class LeavesItsFeatures(TwoLayers):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = super().forward(x)
+        self.auxiliary = outputs.square().mean(1)
+        return outputs
+
+
+def test_a_loss_reads_what_a_pass_has_left_in_a_student_that_it_knows_by_a_name() -> None:
+    student = LeavesItsFeatures(plain)
+
+    class Auxiliary(PseudoLabels):
+        def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Any:
+            losses = super().inner_loss(outputs, signal, batch, params)
+            return losses + student.auxiliary
+
+    step, state = functional_step(student, problem=Auxiliary(), teacher_losses=())
+    with torch.no_grad():
+        expected = student(U).square().mean()
+    _, report = taken_alone(step, state)
+    step, state = functional_step(student, teacher_losses=())
+    _, without = taken_alone(step, state)
+    assert float(report.inner_loss - without.inner_loss) > 0.5 * float(expected)

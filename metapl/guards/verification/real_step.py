@@ -20,7 +20,14 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import explain
-from metapl.execution.state import RandomState, Slots, all_with_contents_of, swapped, trainable
+from metapl.execution.state import (
+    RandomState,
+    Slots,
+    all_with_contents_of,
+    copies_of_results,
+    swapped,
+    trainable,
+)
 from metapl.feedback import Estimator, Lookahead
 from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
 from metapl.guards.door import FirstLook
@@ -393,19 +400,6 @@ class Evaluation:
             as_before = p.dtype == before[name].dtype and p.shape == before[name].shape
             if not as_before or not torch.allclose(p, before[name], 0, 0, equal_nan=True):
                 self.written.add(name)
-
-
-def copies_of_results(network: nn.Module) -> dict[int, Tensor]:
-    """Return copies of tensors with a graph that lie in attributes, by the id of each.
-
-    A forward may leave such, as an auxiliary loss; deepcopy refuses them.
-    """
-    copies = {}
-    for part in network.modules():
-        for t in vars(part).values():
-            if isinstance(t, Tensor) and t.grad_fn is not None:
-                copies[id(t)] = t.detach().clone()
-    return copies
 
 
 def size_of(t: Tensor) -> float:
