@@ -70,12 +70,13 @@ def eager_step(
     """
     inner = inner_batches.as_argument()
     start = RandomState.now(trainer.device)
-    twin, report = step_of_copy(trainer, outer_batch, inner)
+    # As one function, L(θ′) draws from where the teacher's passes end; in an eager step, from a
+    # stream of its own. So a step that draws is taken again, with that stream begun where this one
+    # ended.
+    with branching_to(start):
+        twin, report = step_of_copy(trainer, outer_batch, inner)
     end = RandomState.now(trainer.device)
     start.restore()
-    # Recorded, L(θ′) draws from where the teacher's passes end; in an eager step, from a stream of
-    # its own. So a step that draws is taken again, with that stream begun where this one
-    # ended.
     if not end.equals(start):
         with branching_to(end):
             twin, report = step_of_copy(trainer, outer_batch, inner)

@@ -380,11 +380,19 @@ class DrawsOuter(PseudoLabels):
         return super().outer_loss(outputs * torch.rand(len(outputs), 1), batch)
 
 
-def test_a_function_that_is_not_the_eager_step_is_refused() -> None:
-    """The outer loss draws from another place of the stream there."""
+def test_a_function_that_is_not_the_eager_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     step, state = functional_step(TwoLayers(plain), problem=DrawsOuter())
+    taken_alone(step, state)
+    step, state = functional_step(TwoLayers(plain))
+    taken = step.taken
+
+    def with_another_feedback(*arguments: Any) -> Any:
+        moved, report = taken(*arguments)
+        return moved, report._replace(feedback=[1.1 * h for h in report.feedback])
+
+    monkeypatch.setattr(step, "taken", with_another_feedback)
     for _ in range(2):
-        with pytest.raises(MetaplError, match=r"as one function, .* off its eager value"):
+        with pytest.raises(MetaplError, match=r"as one function, h is 0\.1 off its eager value"):
             taken_alone(step, state)
 
 
