@@ -99,12 +99,6 @@ class Attributes:
         """Return the modules among the objects, and those that these hold or read."""
         return self._modules
 
-    def named_values(self) -> list[tuple[str, Any]]:
-        """Return the values of attributes and entries of dicts and lists, as they are now."""
-        values = self.values()
-        names = [str(name) for _, name in self._places]
-        return [*zip(names + ["an entry"] * (len(values) - len(names)), values, strict=True)]
-
     def difference_from(self, values: list[Any]) -> str:
         """Return which value is another one than among these, in words."""
         names = [name for _, name in self._places]
