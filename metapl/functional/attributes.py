@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -305,7 +305,6 @@ def modes_of(module: nn.Module) -> list[Any]:
     return [type(module), module.training, hooks, [*module._modules.values()], tensors]
 
 
-@cache
 def globals_read_by(code: types.CodeType) -> frozenset[str]:
     """Return the names of the global variables that a code reads, and not what stands after a dot.
 

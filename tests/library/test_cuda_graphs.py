@@ -496,7 +496,7 @@ def test_the_first_step_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     random_before = torch.get_rng_state()
     batches = batch(0)
     torch.set_rng_state(random_before)
-    with pytest.raises(MetaplError, match="compiled, h is"):
+    with pytest.raises(MetaplError, match="as one function, h is"):
         trainer.step(*batches)
     for t, expected in zip(tensors_of(trainer), tensors_before, strict=False):
         assert torch.equal(t, expected)
