@@ -142,21 +142,23 @@ def step_of_copy(
 @contextmanager
 def at_values(trainer: TwoLevelTrainer, state: State) -> Iterator[None]:
     """Let the networks of a trainer have the values of a state in this block."""
-    own: list[tuple[Tensor, Tensor]] = []
+    own: list[tuple[Tensor, Tensor, Tensor]] = []
     for module, network in ((trainer.teacher, state.teacher), (trainer.student, state.student)):
         given = {**network.params, **network.state}
         named = () if module is None else (*module.named_parameters(), *module.named_buffers())
         for name, t in named:
             # A buffer may have been made since.
             if name in given:
-                own.append((t, t.data))
-                # No graph that has saved the tensor sees another version.
-                t.data = given[name].detach().clone()
+                own.append((t, t.detach().clone(), given[name].detach()))
     try:
+        for t, _, value in own:
+            # Past the version counter, for graphs that have saved the tensor. What shares its
+            # memory has the value too.
+            t.data.copy_(value)
         yield
     finally:
-        for t, values in own:
-            t.data = values
+        for t, values, _ in own:
+            t.data.copy_(values)
 
 
 def refuse_first_call(

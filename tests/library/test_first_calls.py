@@ -418,3 +418,9 @@ def test_a_loss_reads_what_a_pass_has_left_in_a_student_that_it_knows_by_a_name(
     step, state = functional_step(student, teacher_losses=())
     _, without = taken_alone(step, state)
     assert float(report.inner_loss - without.inner_loss) > 0.5 * float(expected)
+
+
+def test_a_tensor_in_a_weights_memory_is_refused_in_a_function() -> None:
+    step, state = functional_step(TwoLayers(*KINDS["a tensor in a weight's memory"][1:]))
+    with pytest.raises(MetaplError, match="a shared memory"):
+        taken_alone(step, state)
