@@ -251,11 +251,11 @@ KINDS: dict[str, tuple[Any, ...]] = {
     ),
     "another jvp than backward": ("XRRRR RR", lambda s, x: Function.apply(s.plain(x), 1.0, 0.5)),
     # These are refused by the modes, and in the steps, that repeat a pass.
-    "an attribute that counts": ("XRRRR RR", counts, put("n", lambda s: 0)),
-    "a hook that counts": ("XRRRR RR", plain, lambda s: s.a.register_forward_hook(Counting())),
+    "an attribute that counts": ("XRRRR XX", counts, put("n", lambda s: 0)),
+    "a hook that counts": ("XRRRR XX", plain, lambda s: s.a.register_forward_hook(Counting())),
     "an input in place": ("XXXXX XX", lambda s, x: s.plain(x.mul_(1.1))),
     "a generator of its own": (
-        "XRRRR RR",
+        "XRRRR XX",
         lambda s, x: s.plain(x) + torch.rand(C, generator=s.g).to(x),
         put("g", lambda s: torch.Generator()),
     ),
