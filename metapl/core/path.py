@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from metapl.core.engine import Derivatives, Engine, MicroBatches, OuterLossOf
     from metapl.core.walk import Walk
 
-Taken = TypeVar("Taken")
+Result = TypeVar("Result")
 
 OTHER_BATCH = (
     "the batch for step {} was another one when it was read again; expected the same: examples "
@@ -374,7 +374,7 @@ class Path(Drawing):
         self.known_outer_losses["outer_loss_before"] = loss
         return gradient
 
-    def by_direct_loss(self, take: Callable[[Tensor], Taken]) -> Taken:
+    def by_direct_loss(self, take: Callable[[Tensor], Result]) -> Result:
         """Return what a function takes of L(θ′; φ), where θ′ is a constant and φ the teacher's.
 
         The loss has a graph in what it reads of the teacher, and none where it reads nothing. It is

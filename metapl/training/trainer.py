@@ -591,7 +591,8 @@ class BilevelTrainer(Trainer):
             # step; the student moves last, so that it has not moved then.
             commit = learned.path.commit
             if condition.steps == 0 and self.verification.setting and mode.credits != "nothing":
-                # But for the first step by an optimizer with hooks, which may be refused.
+                # Where its optimizer has hooks the student moves first here: that may be refused,
+                # and the teacher has not moved then.
                 from metapl.guards.step_hooks import committed_first
 
                 commit = committed_first(learned.path)
@@ -691,9 +692,8 @@ class BilevelTrainer(Trainer):
 
         With ``lookahead=K`` (at most 3) ``inner`` is a tuple of K batches. ``noise`` is Gumbel
         noise of the shape of the class probabilities, a tuple of K; None: drawn from torch's
-        default generator, from which dropout draws too. The first call, of
-        several states that of the first one, is verified as the trainer's own first step and
-        compared with it.
+        default generator, from which dropout draws too. The first call is verified as the
+        trainer's own first step and compared with it; of several states the first one is.
 
         >>> import torch, metapl
         >>> teacher, student = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

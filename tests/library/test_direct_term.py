@@ -6,6 +6,7 @@ The feedback's term, plus ∂L(θ′; φ)/∂φ at fixed θ′, against double b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
@@ -655,12 +656,18 @@ class Checkpointed(nn.Module):
 def test_a_checkpointed_student_has_the_same_direct_term(steps: int, parts: int) -> None:
     teacher, student, outer, batches = networks()
     problem = Architecture(teacher)
-    options: Any = {"outer": outer, "problem": problem, "accumulate": parts}
-    options["inner"] = Lookahead(batches[:steps])
     results = []
     for network in (student, Checkpointed(student)):
         optimizer = torch.optim.SGD(student.parameters(), lr=LR)
-        found = metapl.hypergradient(teacher, network, inner_optimizer=optimizer, **options)
+        found = metapl.hypergradient(
+            teacher,
+            network,
+            outer=outer,
+            inner=Lookahead(batches[:steps]),
+            problem=problem,
+            inner_optimizer=optimizer,
+            accumulate=parts,
+        )
         results.append([*found.direct.values(), *found.grads.values()])
     for expected, g in zip(*results, strict=True):
         torch.testing.assert_close(g, expected, rtol=1e-10, atol=1e-12)
@@ -712,12 +719,17 @@ def test_a_checkpoint_in_a_graph_of_several_steps_is_refused(verify: bool) -> No
     """It would run again at the weights of another step: 5e-4 off at this rate."""
     teacher, student, outer, batches = networks()
     network = Checkpointed(student)
-    options: Any = {"outer": outer, "problem": Architecture(teacher), "verify": verify}
-    options["inner_optimizer"] = torch.optim.SGD(network.parameters(), lr=LR)
-    one = metapl.hypergradient(teacher, network, inner=batches[0], mode="unrolled", **options)
-    other = metapl.hypergradient(teacher, network, inner=batches[0], mode="forward", **options)
-    torch.testing.assert_close(one.grads, other.grads, rtol=1e-10, atol=1e-12)
+    gradient = partial(
+        metapl.hypergradient,
+        teacher,
+        network,
+        outer=outer,
+        problem=Architecture(teacher),
+        inner_optimizer=torch.optim.SGD(network.parameters(), lr=LR),
+        verify=verify,
+    )
+    unrolled = gradient(inner=batches[0], mode="unrolled")
+    forward = gradient(inner=batches[0], mode="forward")
+    torch.testing.assert_close(unrolled.grads, forward.grads, rtol=1e-10, atol=1e-12)
     with pytest.raises(MetaplError, match="has a checkpoint.*expected mode 'forward'"):
-        metapl.hypergradient(
-            teacher, network, inner=Lookahead(batches[:2]), mode="unrolled", **options
-        )
+        gradient(inner=Lookahead(batches[:2]), mode="unrolled")
