@@ -59,6 +59,8 @@ BUFFER_MARKS = {"persistent", "_is_buffer"}
 MARKS_OF_DYNAMO = ("_dynamo_", "_is_torch_compile")
 NUMBERS = (type(None), bool, int, float, complex, str, bytes)
 OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+# What may be a module, or lead to one.
+READABLE = (nn.Module, FunctionType, list, tuple, dict)
 
 
 class Undescribed(Exception):
@@ -183,16 +185,23 @@ def is_of_libraries(module: str | None) -> bool:
 
 
 def read_by(function: FunctionType, *, by_closure: bool) -> list[Any]:
-    """Return what a function, and code inside of it, reads from its closure and from globals."""
+    """Return what a function, and code inside of it, reads from its closure and from globals.
+
+    Of globals what may be a module, or lead to one (``READABLE``).
+    """
     values: list[Any] = []
     for cell in (by_closure and function.__closure__) or ():
         # A cell is empty until its name is bound.
         with contextlib.suppress(ValueError):
             values.append(cell.cell_contents)
+    variables = function.__globals__
     codes = [function.__code__]
     for code in codes:
-        read = globals_read_by(code) & function.__globals__.keys()
-        values += map(function.__globals__.__getitem__, sorted(read))
+        named = [name for name in code.co_names if isinstance(variables.get(name), READABLE)]
+        if named:
+            # Some may stand after a dot alone, which takes longer to tell.
+            read = globals_read_by(code)
+            values += [variables[name] for name in named if name in read]
         codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     for value in [*values]:
         if isinstance(value, list | tuple | dict):

@@ -64,6 +64,14 @@ class TransformUpdate(Update):
         self.is_learned = any(t.requires_grad for t in tensors)
         self.state = initial_state if state is None else state
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TransformUpdate:
+        # A chain of TorchOpt is a tuple of two functions, whose copy is a chain of these two.
+        memo[id(self.transform)] = self.transform
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        vars(copied).update(copy.deepcopy(vars(self), memo))
+        return copied
+
     def follow(self, parameters: Parameters) -> None:
         changed: list[str] = []
         for name in {**self.parameters, **parameters}:

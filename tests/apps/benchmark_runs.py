@@ -54,6 +54,7 @@ SECOND += (
     "cifar_few_labels",
     "cifar_tuned_arms",
     "closed_loop",
+    "compile_cost",
     "digits_study --forms",
     "people_labels",
     "rival_attribution",
@@ -147,6 +148,7 @@ MINUTES = (
 MINUTES += (
     "cifar_few_labels",
     "cifar_tuned_arms",
+    "compile_cost",
     "people_labels",
     "small_pictures",
     "smoothing",

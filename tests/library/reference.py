@@ -197,6 +197,7 @@ def pseudo_labels(
     temperature: float = 1.0,
     smoothing: float = 0.0,
     labels: Tensor | None = None,
+    one_stream: bool = False,
 ) -> Found:
     """Take one step of Meta Pseudo Labels.
 
@@ -207,6 +208,7 @@ def pseudo_labels(
             of example i in the inner loss; ``"batch_score"``: the same with one weight u for the
             whole batch; ``"batch_mean"``: 1/B of it, Algorithm 1 as it is written.
         labels: ŷ, where it is not to be drawn.
+        one_stream: whether L(θ′) draws on from the default generator, as in a graph.
     """
     weak, strong = views(inner)
     theta = weights(student)
@@ -230,7 +232,8 @@ def pseudo_labels(
     target = (1 - smoothing) * leaf + smoothing / classes
     inner_loss = (u * cross_entropy(target, z)).mean()
     moved, new_state = stepped(inner_loss, theta, rule, state)
-    torch.set_rng_state(own_stream(after_inner))
+    if not one_stream:
+        torch.set_rng_state(own_stream(after_inner))
     outer_loss = F.cross_entropy(outputs_at(student, moved, outer[0]), outer[1])
     torch.set_rng_state(end)
 

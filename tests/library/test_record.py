@@ -64,11 +64,21 @@ def train(
     divide: bool = True,
     clip: bool = True,
     after: Callable[[int], None] = lambda step: None,
+    begin: int = 0,
 ) -> None:
-    """Train as somebody else would: accumulation, clipping, a schedule, and draws in between."""
-    torch.manual_seed(7)
-    falling = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / (2 * STEPS))
+    """Train as somebody else would: accumulation, clipping, a schedule, and draws in between.
+
+    Args:
+        begin: the first step; that of a loop that goes on comes with the generator as it was.
+    """
+    if begin == 0:
+        torch.manual_seed(7)
+    falling = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1 - step / (2 * STEPS), last_epoch=begin - 1
+    )
     for step, parts in enumerate(batches(steps)):
+        if step < begin:
+            continue
         optimizer.zero_grad()
         for rows in parts:
             loss = F.cross_entropy(model(X[rows].to(dtype_of(model))), Y[rows])
@@ -667,6 +677,133 @@ def test_a_killed_training_leaves_what_was_saved(at_step: int, tmp_path: Path) -
     assert (attribution.scores - scores).abs().max() < 1e-9 * scores.abs().max()
 
 
+class Saved:
+    """What a loop saves after each step, to go on from there."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.by_step: dict[int, tuple[Any, Any, Tensor]] = {}
+
+    def __call__(self, step: int) -> None:
+        states = self.model.state_dict(), self.optimizer.state_dict()
+        self.by_step[step + 1] = (*copy.deepcopy(states), torch.get_rng_state())
+
+    def restored(self, step: int, name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Return a fresh network and its optimizer as they were before a step."""
+        # An optimizer trains on in the tensors that it loads.
+        of_model, of_optimizer, random_state = copy.deepcopy(self.by_step[step])
+        model = network()
+        model.load_state_dict(of_model)
+        optimizer = OPTIMIZERS[name](model)
+        optimizer.load_state_dict(of_optimizer)
+        torch.set_rng_state(random_state)
+        return model, optimizer
+
+
+@pytest.mark.parametrize("begin", [4, 8, 10])
+@pytest.mark.parametrize("name", [*OPTIMIZERS])
+def test_a_recording_goes_on_where_the_loop_does(name: str, begin: int, tmp_path: Path) -> None:
+    """From a kept state, or from the end of what was recorded; twice."""
+    model = network()
+    optimizer = OPTIMIZERS[name](model)
+    saved = Saved(model, optimizer)
+    options: dict[str, Any] = {"out": tmp_path / "r", "train": (X, Y), "states_every": 4}
+    with record(model, optimizer, **options, resume=True):
+        train(model, optimizer, steps=10, after=saved)
+    for _ in range(2):
+        model, optimizer = saved.restored(begin, name)
+        with record(model, optimizer, **options, resume=True) as recording:
+            train(model, optimizer, begin=begin)
+    assert recording.steps == STEPS
+    opened = Recording.open(tmp_path / "r", network(), train=(X, Y))
+    scores, _ = by_hand(name)
+    attribution = opened.attribute(OUTER, smoothing=0.0, progress=False)
+    assert opened.steps == STEPS
+    assert (attribution.scores - scores).abs().max() < 1e-9 * scores.abs().max()
+    for parameter_name, p in model.named_parameters():
+        assert (attribution.student_params[parameter_name] - p).abs().max() < 1e-13
+
+
+class WithLabels(nn.Module):
+    """A network that is called with labels, and with a mask, as those of transformers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network(dropout=0.0)
+
+    def forward(
+        self, x: Tensor, attention_mask: Tensor, labels: Tensor | None = None, scale: float = 2.0
+    ) -> Any:
+        logits = self.inner(scale * x * attention_mask)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_examples_that_were_seen_by_the_first_process_have_their_numbers(tmp_path: Path) -> None:
+    """Without a data set, some are seen first after the recording has gone on."""
+
+    def trained(out: Path, parts: list[range]) -> Recording:
+        model = WithLabels()
+        optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+        for steps in parts:
+            state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+            model = WithLabels()
+            optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+            model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+            options: dict[str, Any] = {"out": out, "states_every": 2, "resume": True}
+            with record(model, optimizer, **options) as recording:
+                for step in steps:
+                    rows = torch.arange(4 * step, 4 * step + 6) % 21
+                    inputs = {"x": X[rows], "attention_mask": torch.ones_like(X[rows])}
+                    optimizer.zero_grad()
+                    model(**inputs, labels=Y[rows], scale=2.0)["loss"].backward()
+                    optimizer.step()
+        return recording
+
+    whole = trained(tmp_path / "whole", [range(9)])
+    in_parts = trained(tmp_path / "parts", [range(4), range(4, 6), range(6, 9)])
+    assert in_parts.order.equal(whole.order)
+    outer = {"x": OUTER[0], "labels": OUTER[1], "attention_mask": torch.ones_like(OUTER[0])}
+    scores = [r.attribute(outer, progress=False).scores for r in (whole, in_parts)]
+    assert scores[0].equal(scores[1])
+
+
+def test_a_recording_does_not_go_on_from_elsewhere(tmp_path: Path) -> None:
+    """What was recorded stays as it was."""
+    model = network()
+    optimizer = OPTIMIZERS["AdamW"](model)
+    saved = Saved(model, optimizer)
+    options: dict[str, Any] = {"out": tmp_path / "r", "train": (X, Y), "states_every": 4}
+    with record(model, optimizer, **options):
+        train(model, optimizer, steps=10, after=saved)
+    files = {path.name: path.read_bytes() for path in sorted((tmp_path / "r").iterdir())}
+
+    def begun(step: int, **others: Any) -> None:
+        model, optimizer = saved.restored(step, "AdamW")
+        with record(model, optimizer, **{**options, "resume": True, **others}):
+            train(model, optimizer, begin=step)
+
+    with pytest.raises(MetaplError, match=r"in no state .* before step 0, 4, 8, 10; expected"):
+        begun(5)
+    with pytest.raises(MetaplError, match="with states_every 4, and this is 2; expected"):
+        begun(8, states_every=2)
+    with pytest.raises(MetaplError, match="with another data set; expected"):
+        begun(8, train=(X.flip(0), Y.flip(0)))
+    with pytest.raises(MetaplError, match=r"resume=True to go on with it\."):
+        begun(8, resume=False)
+    model, optimizer = saved.restored(8, "AdamW")
+    optimizer.state.clear()
+    with (
+        pytest.raises(MetaplError, match="in no state"),
+        record(model, optimizer, **options, resume=True),
+    ):
+        train(model, optimizer, begin=8)
+    assert files == {path.name: path.read_bytes() for path in sorted((tmp_path / "r").iterdir())}
+
+
 def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:
     model = network()
     optimizer = OPTIMIZERS["SGD"](model)
@@ -768,7 +905,7 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
     other_labels = torch.cat([Y[:4], (Y[4:5] + 1) % CLASSES, Y[5:]])
     refused("example 4 is the first that differs", train=(X, other_labels))
     refused("made with problem EqualWeights, and this", problem=metapl.problems.NextToken())
-    with pytest.raises(MetaplError, match="expected another folder for out, or metapl.Recording"):
+    with pytest.raises(MetaplError, match="expected another folder for out, metapl.Recording"):
         record(network(), out=folder, train=(X, Y))
     with pytest.raises(MetaplError, match="outer is"):
         recording.attribute(3, progress=False)

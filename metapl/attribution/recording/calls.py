@@ -285,6 +285,15 @@ class NumbersBySight:
         self._unkept: set[Hashable] = set()
         self.bytes = 0
 
+    @classmethod
+    def of(cls, parts: Sequence[Batch]) -> NumbersBySight:
+        """Return the numbers that rows and examples have got which are in these parts."""
+        numbers = cls()
+        for part in parts:
+            numbers.number(numbers.look_at(part))
+        numbers.take_new_rows()
+        return numbers
+
     def look_at(self, batch: Batch) -> SeenRows:
         """Return the rows of a call, with copies of those that have no number yet."""
         shapes = tuple(t.shape[1:] for t in leaves_of(batch) if isinstance(t, Tensor))

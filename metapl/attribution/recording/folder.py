@@ -12,6 +12,7 @@ checksum, and none can run code (:mod:`metapl.runs.checkpoint`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,8 @@ class RecordingFolder:
         """Refuse a folder that has a recording already."""
         if (self.path / DESCRIPTION).exists():
             raise MetaplError(
-                f"{self.path} has a recording already; expected another folder for out, or "
-                "metapl.Recording.open to read it."
+                f"{self.path} has a recording already; expected another folder for out, "
+                "metapl.Recording.open to read it, or resume=True to go on with it."
             )
 
     def write_description(self, description: Mapping[str, Any]) -> None:
@@ -187,12 +188,33 @@ class RecordingFolder:
             )
         return rows
 
-    def read_examples(self) -> tuple[list[Batch], list[int]]:
-        """Return the rows that the recording has itself, and the number of each one's example."""
+    def cut(self, step: int) -> None:
+        """Drop what is known of a step and of those after it, but for the state before it.
+
+        The latest goes first, so that what is left when this is killed is a recording too.
+        """
+        numbers = {n for kind in ("end", "state", "steps", "rows") for n in self._numbers(kind)}
+        for number in sorted(numbers, reverse=True):
+            if number < step:
+                return
+            self._file("end", number).unlink(missing_ok=True)
+            if number > step:
+                self._file("state", number).unlink(missing_ok=True)
+            self._file("steps", number).unlink(missing_ok=True)
+            self._file("rows", number).unlink(missing_ok=True)
+
+    def read_examples(self, before: float = math.inf) -> tuple[list[Batch], list[int]]:
+        """Return the rows that the recording has itself, and the number of each one's example.
+
+        Args:
+            before: those alone that were first seen before this step.
+        """
         parts: list[Batch] = []
         examples: list[int] = []
-        for path in sorted(self.path.glob("rows-*.ckpt")):
-            contents = checkpoint.load(path)
+        for number in self._numbers("rows"):
+            if number >= before:
+                break
+            contents = checkpoint.load(self._file("rows", number))
             parts += contents["parts"]
             examples += contents["examples"]
         return parts, examples

@@ -153,9 +153,11 @@ class Recorder:
         states_every: steps from one state that is kept to the next.
         max_bytes: of recorded examples.
         clip_norm: of a clipping that is not PyTorch's; None: what is seen.
+        resumes: whether it goes on with the recording in the folder, from the kept state in which
+            the loop begins.
 
     Attributes:
-        steps: how many steps were followed.
+        steps: how many steps of the training were followed.
         ended_by: why the recording ended before the training did; "" where it did not.
         is_following: whether the context is open.
     """
@@ -171,6 +173,7 @@ class Recorder:
         states_every: int,
         max_bytes: int,
         clip_norm: float | None,
+        resumes: bool,
     ) -> None:
         self.model = model
         # That of accelerate has PyTorch's own inside.
@@ -181,9 +184,11 @@ class Recorder:
         self.states_every = states_every
         self.max_bytes = max_bytes
         self.clip_norm = clip_norm
+        self.resumes = resumes
         self.steps = 0
         self.ended_by = ""
         self.is_following = False
+        self._is_first_step = True
         self._device = next(model.parameters()).device
         self._watch = StepWatch(model.parameters())
         self._hooks = ExitStack()
@@ -230,10 +235,6 @@ class Recorder:
         self._optimizer_state: dict[str, dict[str, Any]] | None = None
         self._options: list[dict[str, Any]] = []
         self._watch.begin()
-
-    @property
-    def _is_first_step(self) -> bool:
-        return self.steps == 0
 
     @property
     def _keeps_state(self) -> bool:
@@ -390,6 +391,12 @@ class Recorder:
                 self._optimizer_state = map_tensors(
                     lambda t: t.detach().clone(), self._update.read_state()
                 )
+            if self._is_first_step and self.resumes:
+                # Loaded where it is used.
+                from metapl.attribution.recording.resumed import step_of_kept_state
+
+                state = self._params, self._optimizer_state or {}, self._buffers
+                self.steps = step_of_kept_state(self.folder, KeptState(*state), self._device)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_active:
@@ -400,12 +407,16 @@ class Recorder:
             return
         with self._guarded():
             self._calls = [call for call in self._calls if call.is_reached]
+            if self._is_first_step and self.resumes and self._by_sight is not None:
+                parts, _ = self.folder.read_examples(before=self.steps)
+                self._by_sight = NumbersBySight.of(parts)
             for call in self._calls:
                 if self._by_sight is not None and isinstance(call.examples, SeenRows):
                     call.examples = self._by_sight.number(call.examples)
             if self._is_first_step:
                 self._finish_first_step(optimizer)
             self._note_step(optimizer)
+            self._is_first_step = False
             self.steps += 1
             self._versions = self._weight_versions()
             if self._smallest is None:
@@ -550,7 +561,17 @@ class Recorder:
             "counts_examples": counts_examples,
             "first_sizes": [*step.sizes],
         }
-        self.folder.write_description(description)
+        if not self.resumes:
+            self.folder.write_description(description)
+            return
+        from metapl.attribution.recording.resumed import refuse_other_loop
+
+        recorded = self.folder.read_description()
+        refuse_other_loop(recorded, description, self.folder)
+        # The rows say of a call where it differs from the first one of all.
+        self._training_parts = recorded["training_parts"]
+        self.folder.cut(self.steps)
+        self._first_row = self.steps
 
     def _first_calls(self) -> list[Call]:
         """Return the calls of the first step, with the examples as the problem reads them."""

@@ -61,6 +61,7 @@ def record(
     states_every: AtLeastOne = STATES_EVERY,
     max_bytes: AtLeastOne = MAX_BYTES,
     clip_norm: AboveZero | None = None,
+    resume: bool = False,
 ) -> Recording:
     r"""Follow the training of a network by a loop that is not metapl's, for its attribution.
 
@@ -91,7 +92,8 @@ def record(
             ``DistributedDataParallel``; of a Lightning module the network in it.
         optimizer: ``torch.optim`` SGD, Adam or AdamW over the network's weights. None: the first
             optimizer that steps over them, since Trainers make theirs late.
-        out: a folder for the recording; it is made if need be, and may have no recording.
+        out: a folder for the recording; it is made if need be, and may have no recording, unless
+            ``resume`` is given.
         problem: gives the losses ℓ_i, as for :func:`metapl.attribute`. Default
             :class:`metapl.problems.EqualWeights`, cross-entropy;
             :class:`metapl.problems.NextToken` for causal language models.
@@ -106,6 +108,11 @@ def record(
             training goes on.
         clip_norm: the greatest norm of the gradient, for a loop that clips by a function of its
             own; that of ``torch.nn.utils.clip_grad_norm_`` is seen.
+        resume: go on with the recording in ``out``, if there is one, where the loop goes on from a
+            checkpoint of its own. The weights, buffers and optimizer have to be, bit for bit, those
+            of a kept state, so that the loop's checkpoints are of multiples of ``states_every``
+            steps, or of the end of what was recorded. What was recorded of later steps is dropped,
+            as soon as the first step of the loop was compared.
 
     Returns: a :class:`Recording`, a context around the training. Cost: a forward and a backward
     pass in the first step, and in each call two reads of the generators and four operations on the
@@ -139,7 +146,9 @@ def record(
         raise MetaplError(f"record: model is of type {type(model).__name__}; expected a module.")
     model = network_in(model)
     folder = RecordingFolder(out)
-    folder.refuse_existing()
+    resumes = resume and bool(folder.states())
+    if not resumes:
+        folder.refuse_existing()
     problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
     recorder = Recorder(
         model,
@@ -150,6 +159,7 @@ def record(
         states_every=states_every,
         max_bytes=max_bytes,
         clip_norm=clip_norm,
+        resumes=resumes,
     )
     return Recording(folder, model, problem=problem, train=train, recorder=recorder)
 
