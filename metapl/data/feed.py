@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, default_convert
+from torch.utils.data import DataLoader, Dataset, Sampler, default_convert
 
 from metapl.data import draws
 from metapl.data.steps import StepBatches, loader
@@ -39,6 +40,7 @@ _END: Any = object()
 _PART_NAMES = (
     "loader",
     "base_dataloader",
+    "collate_fn",
     "batch_sampler",
     "sampler",
     "dataset",
@@ -49,6 +51,12 @@ _PART_NAMES = (
 
 # Attributes that may be a list or tuple of parts; each entry is then a part.
 _LIST_NAMES = ("datasets", "transforms")
+
+# Objects of classes in these modules are a user's own, wherever their files are.
+USERS_OWN = ("__main__", "__mp_main__")
+# The most entries of a list that are looked at, and the most parts of a source.
+MOST_ENTRIES = 100
+MOST_PARTS = 1000
 
 # What the draws of the sources of a fit depend on, in the place of their names. The sources were
 # called so when the committed rows of benchmarks were measured.
@@ -72,6 +80,9 @@ class Feed(ABC):
     """
 
     kind: str
+
+    without_position = ""
+    """What the source is, where it cannot be put where it was; "" elsewhere."""
 
     # The number of batches so far; of a source with epochs, of those in this epoch.
     _position = 0
@@ -321,6 +332,11 @@ class _EpochFeed(Feed):
     def _prepare(self) -> None:
         source = self._source
         self.kind = "iterator" if isinstance(source, Iterator) else "epochs"
+        is_in_order = getattr(source, "in_order", True) or source.num_workers < 2
+        if self.kind == "iterator":
+            self.without_position = "an iterator"
+        elif not is_in_order:
+            self.without_position = "a loader with in_order=False"
         self._parts = parts_of(source)
         self._generators = Generators(self._seed, self._name, self._parts)
         # The states of the generators at the start of the epoch.
@@ -344,6 +360,11 @@ class _EpochFeed(Feed):
                 # An iterator that is used up, an empty data set, or one smaller than a batch with
                 # drop_last.
                 if self.kind == "iterator" or self._position == 0:
+                    if self.kind == "epochs" and self._epoch == 0:
+                        raise MetaplError(
+                            f"{self._name} has no batch; expected some: it is empty, or smaller "
+                            "than a batch with drop_last=True"
+                        )
                     lacks = f"no batch {self._position} in epoch {self._epoch} of {self._name}"
                     raise MetaplError(f"{lacks}; expected a source that begins anew")
                 self._epoch += 1
@@ -382,11 +403,11 @@ class _EpochFeed(Feed):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Draw the epoch again up to the position."""
-        if self.kind == "iterator":
-            raise self._has_no_position("an iterator")
-        is_in_order = getattr(self._source, "in_order", True) or self._source.num_workers < 2
-        if state["position"] and not is_in_order:
-            raise self._has_no_position("a loader with in_order=False")
+        if self.without_position and (state["position"] or self.kind == "iterator"):
+            raise MetaplError(
+                f"{self._name} is {self.without_position}, which has no position; expected a "
+                "DataLoader or a list, or resume='anyway', which goes on where it is"
+            )
         super().restore(state)
         self._epoch = state["epoch"]
         self._start = state["stream"]
@@ -396,11 +417,6 @@ class _EpochFeed(Feed):
         except BaseException:
             self.close()
             raise
-
-    def _has_no_position(self, description: str) -> MetaplError:
-        return MetaplError(
-            f"{self._name} is {description}, which has no position; expected a DataLoader or a list"
-        )
 
 
 class Generators:
@@ -417,7 +433,7 @@ class Generators:
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
         held_by_parts: dict[int, Any] = {}
         for part in parts:
-            for value in getattr(part, "__dict__", {}).values():
+            for value in held_by(part):
                 if isinstance(value, _GENERATOR_KINDS) and value is not torch.default_generator:
                     held_by_parts[id(value)] = value
         self._generators = [torch.default_generator, random, np.random, *held_by_parts.values()]
@@ -484,8 +500,42 @@ def write_state(generator: Any, state: Any) -> None:
         generator.set_state(state)
 
 
+def held_by(part: Any) -> list[Any]:
+    """Return the values of a part's attributes, and the entries of short lists and dicts there."""
+    values = [*getattr(part, "__dict__", {}).values()]
+    for value in [*values]:
+        if isinstance(value, list | tuple | dict) and len(value) <= MOST_ENTRIES:
+            values += value.values() if isinstance(value, dict) else value
+    return values
+
+
+def may_hold_generators(value: Any) -> bool:
+    """Return whether a value may hold a generator.
+
+    That is an object of a user's own class, or a loader, a sampler or a data set of PyTorch.
+    """
+    if isinstance(value, DataLoader | Sampler | Dataset):
+        return True
+    if isinstance(value, (type, nn.Module, Tensor)) or not hasattr(value, "__dict__"):
+        return False
+    module = type(value).__module__.partition(".")[0]
+    return module in USERS_OWN or not is_installed(module)
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module of Python is one of its own, or of a library."""
+    if module in sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(module), "__file__", None) or ""
+    return "site-packages" in file or "dist-packages" in file
+
+
 def parts_of(source: Source) -> list[Any]:
-    """Return a source and its parts: loaders, samplers, data sets and transforms, each once."""
+    """Return a source and its parts, each once.
+
+    These are loaders, samplers, data sets, transforms, what makes batches of rows, and what else of
+    a user's own classes they hold in attributes.
+    """
     parts: dict[int, Any] = {}
     waiting = [source]
     while waiting:
@@ -499,5 +549,12 @@ def parts_of(source: Source) -> list[Any]:
             if name in _LIST_NAMES and isinstance(value, list | tuple):
                 waiting.extend(value)
             else:
+                waiting.append(value)
+    # In their order behind those that have these names, by which older checkpoints know theirs.
+    waiting = [*parts.values()]
+    while waiting and len(parts) < MOST_PARTS:
+        for value in held_by(waiting.pop(0)):
+            if id(value) not in parts and may_hold_generators(value):
+                parts[id(value)] = value
                 waiting.append(value)
     return list(parts.values())

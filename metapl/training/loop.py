@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -278,6 +278,12 @@ class Fit:
         trainer = self.trainer
         self.checkpoints.open(self.out, stack, saves=self.saves, resumes=self.resumes)
         self.sources.open(stack, trainer, self.options)
+        without_position = self.sources.without_position()
+        if self.saves and without_position and not self.resumes:
+            self.outcomes.warn(
+                f"{few(without_position)} cannot be resumed from a checkpoint, but by "
+                "resume='anyway', which goes on where they are; expected a DataLoader or a list"
+            )
         # The optimizers are left with their base rates.
         stack.callback(self.rates.move, None)
         if is_two_level(trainer):
@@ -313,8 +319,9 @@ class Fit:
         if state["step"] > self.options.steps:
             raise MetaplError(f"{path} has done {state['step']} steps; expected steps= of as many.")
         # The first batch, by which other data are known.
+        goes_on_anyway = self.request.resume == "anyway"
         positions = self.sources.draw_facts()
-        if self.request.resume != "anyway":
+        if not goes_on_anyway:
             refuse_other_settings(process_state["compared"], self.settings(), path)
         for callback, callback_state in zip(
             self.callbacks_with_state, state["callbacks"], strict=False
@@ -345,7 +352,11 @@ class Fit:
         self.step = state["step"]
         self.is_ended = state["ended"]
         self.checkpoints.go_on_from(path)
-        self.sources.load_state_dict({**positions, **process_state["feeds"]})
+        positions.update(process_state["feeds"])
+        if goes_on_anyway:
+            for description in self.sources.without_position():
+                self.outcomes.warn(f"{description} goes on where it is, not where it was saved")
+        self.sources.load_state_dict(positions, leaves_others=goes_on_anyway)
         # Last, for what comes before may draw.
         set_rng_state(process_state["rng"])
 
@@ -484,7 +495,7 @@ class Fit:
                     reasons.append(str(stop))
                     continue
             if isinstance(numbers, Mapping):
-                row.update(numbers)
+                row.update(numbers_of_callback(callback, numbers, row))
         return reasons
 
     def end_early(self, cause: str, reasons: Sequence[str], *, student_waits: bool) -> None:
@@ -513,9 +524,13 @@ class Fit:
             for key, value in facts.items():
                 # A digest waits on its device until here.
                 settings[f"{name}.{key}"] = int(value) if torch.is_tensor(value) else value
+        settings.update(self.selection.facts)
         for name, value in vars(options).items():
             if name not in FREE_OPTIONS:
                 settings[name] = value
+        if options.patience is not None:
+            # It counts validations.
+            settings["validate_every"] = options.validate_every
         # The steps of the student alone that are taken, which the problem may have chosen.
         settings["first_steps"] = self.teacher_begins - options.wait
         if options.schedule == "constant" or options.decay_every is not None:
@@ -577,3 +592,33 @@ class Fit:
             metric=None if self.metric is None else self.metric.name,
             warnings=tuple(self.outcomes.warnings),
         )
+
+
+def numbers_of_callback(
+    callback: Any, numbers: Mapping[Any, Any], row: Mapping[str, float]
+) -> dict[str, float]:
+    """Return what a callback has returned as numbers of Python, or refuse it.
+
+    Args:
+        row: what the fit has recorded of the step, whose names are no callback's.
+    """
+    name_of_callback = getattr(callback, "__name__", type(callback).__name__)
+    returned: dict[str, float] = {}
+    for name, value in numbers.items():
+        if name in row:
+            raise MetaplError(
+                f"the callback {name_of_callback} returned {name!r}, which the row of the step has "
+                "already; expected another name."
+            )
+        number = value
+        if hasattr(value, "item"):
+            # Of NumPy, or a tensor; one of several entries is none.
+            with suppress(ValueError, RuntimeError):
+                number = value.item()
+        if not isinstance(name, str) or not isinstance(number, int | float):
+            raise MetaplError(
+                f"the callback {name_of_callback} returned {name!r}: {value!r:.60}; expected "
+                "numbers by their names."
+            )
+        returned[name] = number
+    return returned

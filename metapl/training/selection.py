@@ -9,12 +9,13 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from metapl.data.columns import advice_on_columns
+from metapl.execution.batch import digest
 from metapl.execution.shards import load_whole, weights_of
 from metapl.execution.state import RandomState, replayed
 from metapl.feedback.report import Say
@@ -62,6 +63,16 @@ class Best:
         put_buffers_beside(network, self.buffers)
 
 
+def facts_of(name: str, data: Any) -> dict[str, Any]:
+    """Return the digest of data in memory, or how many examples others have; nothing for None."""
+    if data is None:
+        return {}
+    if isinstance(data, Tensor | tuple | list | dict):
+        return {f"{name}.digest": int(digest(data))}
+    dataset = getattr(data, "dataset", data)
+    return {f"{name}.examples": len(dataset) if hasattr(dataset, "__len__") else None}
+
+
 class Selection:
     """The averages of a trainer's networks, what these reach on validation data, and the best.
 
@@ -100,6 +111,18 @@ class Selection:
             self.averages = {
                 role: Average(net, options.ema_decay) for role, net in trainer.networks.items()
             }
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """By what a fit that is resumed knows its validation data again.
+
+        Of data in memory and of lists of batches that is the digest of all of it, of others the
+        number of examples.
+        """
+        return {
+            **facts_of("validation", self.validation),
+            **facts_of("batch_norm", self.batch_norm),
+        }
 
     @property
     def student_column(self) -> str:

@@ -105,10 +105,23 @@ class Sources:
         """Return where each feed is."""
         return {name: opened.state() for name, opened in self._feeds.items()}
 
-    def load_state_dict(self, positions: Mapping[str, Any]) -> None:
-        """Go on from the positions of :meth:`state_dict`."""
+    def without_position(self) -> list[str]:
+        """Return the sources that cannot be put where they were, in words."""
+        words: list[str] = []
         for name, opened in self._feeds.items():
-            opened.restore(positions[name])
+            if opened.without_position:
+                words.append(f"{name}, {opened.without_position},")
+        return words
+
+    def load_state_dict(self, positions: Mapping[str, Any], *, leaves_others: bool = False) -> None:
+        """Go on from the positions of :meth:`state_dict`.
+
+        Args:
+            leaves_others: leave sources without a position where they are, and do not refuse them.
+        """
+        for name, opened in self._feeds.items():
+            if not (leaves_others and opened.without_position):
+                opened.restore(positions[name])
 
 
 def facts_of(source: Any, batch: Batch) -> dict[str, Any]:

@@ -142,3 +142,30 @@ def same(a: Any, b: Any) -> bool:
         for x, y in zip(leaves_a, leaves_b, strict=True)
     )
     return tree_a == tree_b and all(equal)
+
+
+class Augmenting:
+    """Makes batches of rows with noise from generators that it holds in a list and in an object."""
+
+    def __init__(self) -> None:
+        self.generators = [seeded(1), np.random.default_rng(2)]
+        self.inner = OwnGenerators()
+
+    def __call__(self, rows: list[Any]) -> Any:
+        noise = torch.rand(len(rows), generator=self.generators[0])
+        more = torch.from_numpy(self.generators[1].random(len(rows)))
+        return torch.stack([torch.as_tensor(row) for row in rows]), noise, more, self.inner[0]
+
+
+class Around:
+    """A loader under a name of the user's."""
+
+    def __init__(self, batches: Any) -> None:
+        self.my_loader = batches
+
+    def __iter__(self) -> Any:
+        return iter(self.my_loader)
+
+
+SOURCES["collate_fn"] = lambda: DataLoader(Noisy(), batch_size=3, collate_fn=Augmenting())
+SOURCES["around"] = lambda: Around(DataLoader(OwnGenerators(), batch_size=3, generator=seeded(4)))

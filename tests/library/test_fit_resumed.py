@@ -306,6 +306,9 @@ def changed(**changes: Any) -> Callable[..., Any]:
             "steps": 6,
             "warmup": 0,
             "validation": OPTIONS["validation"],
+            "validate_every": 2,
+            "batch_norm": None,
+            "patience": 5,
             "trainer": "one",
             **changes,
         }
@@ -317,6 +320,9 @@ def changed(**changes: Any) -> Callable[..., Any]:
             "steps": options["steps"],
             "warmup": options["warmup"],
             "validation": options["validation"],
+            "validate_every": options["validate_every"],
+            "patience": options["patience"],
+            "batch_norm": options["batch_norm"],
             "out": str(out),
             "resume": resume,
             "progress": False,
@@ -348,9 +354,13 @@ def changed(**changes: Any) -> Callable[..., Any]:
         {"rows": 32},
         {"seed": 5},
         {"shuffle": False},
-        {"validation": None},
+        {"validation": None, "patience": None},
+        {"validation": (OPTIONS["validation"][0], 1 - OPTIONS["validation"][1].clamp(max=1))},
+        {"validation": tuple(t[:20] for t in OPTIONS["validation"])},
+        {"validate_every": 3},
+        {"batch_norm": [torch.randn(8, 5)]},
     ],
-    ids=str,
+    ids=lambda options: str(options)[:40],
 )
 def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
     options: dict[str, Any], tmp_path: Path
@@ -362,7 +372,7 @@ def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
 
     changed()(tmp_path, resume=False)
     files_before = files()
-    [name] = options
+    name = next(iter(options))
     # The error names some options otherwise than this table.
     texts = {
         "rows": "examples",
@@ -376,6 +386,60 @@ def test_what_was_begun_otherwise_is_refused_by_name_and_goes_on_anyway(
         changed(**options)(tmp_path, resume=True)
     assert files() == files_before
     changed(**options)(tmp_path, "anyway")
+
+
+def test_an_iterator_is_said_to_have_no_position_and_goes_on_anyway(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"out": tmp_path, "save_every": 2, "progress": False}
+    labeled, unlabeled = batches(20)
+    ends: list[int] = []
+
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        ends.append(step)
+        if len(ends) == 1 and step == 4:
+            raise ValueError("stopped")
+
+    options |= {"log_every": 4, "callbacks": [stop], "steps": 8}
+    with pytest.raises(ValueError, match="stopped"):
+        bilevel().fit(labeled, iter(unlabeled), **options)
+    with pytest.raises(MetaplError, match="an iterator, which has no position; .*='anyway'"):
+        bilevel().fit(labeled, iter(unlabeled), **options, resume=True)
+    result = bilevel().fit(labeled, iter(unlabeled), **options, resume="anyway")
+    assert result.step == 8
+    assert any("cannot be resumed" in text for text in result.warnings)
+    assert any("goes on where it is" in text for text in result.warnings)
+
+
+@pytest.mark.parametrize(
+    ("returned", "text"),
+    [
+        ({"step": 0}, "'step', which the row"),
+        ({"inner_loss": 1.0}, "'inner_loss', which the row"),
+        ({"f1": "abc"}, "'f1': 'abc'; expected numbers"),
+        ({"f1": None}, "'f1': None; expected numbers"),
+        ({"f1": torch.ones(2)}, r"'f1': tensor\(\[1., 1.\]\); expected numbers"),
+        ({3: 1.0}, "3: 1.0; expected numbers by their names"),
+    ],
+)
+def test_what_a_callback_returns_is_a_number_of_its_own_name(
+    returned: dict[Any, Any], text: str, tmp_path: Path
+) -> None:
+    def numbers(step: int, row: Any, trainer: Any) -> dict[Any, Any]:
+        return returned
+
+    labeled, unlabeled = batches(7)
+    options: dict[str, Any] = {"out": tmp_path, "steps": 2, "log_every": 1, "progress": False}
+    with pytest.raises(MetaplError, match="the callback numbers returned " + text):
+        bilevel().fit(labeled, unlabeled, **options, callbacks=[numbers])
+
+
+def test_numbers_of_numpy_and_of_tensors_join_the_row(tmp_path: Path) -> None:
+    def numbers(step: int, row: Any, trainer: Any) -> dict[str, Any]:
+        return {"a": np.float32(0.5), "b": torch.tensor(2), "c": np.ones(1), "d": True}
+
+    labeled, unlabeled = batches(7)
+    options: dict[str, Any] = {"out": tmp_path, "steps": 2, "log_every": 1, "progress": False}
+    result = bilevel().fit(labeled, unlabeled, **options, callbacks=[numbers])
+    assert [result.history[-1][name] for name in "abcd"] == [0.5, 2, 1.0, True]
 
 
 def test_a_trainer_that_is_saved_goes_on_in_another(tmp_path: Path) -> None:
