@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -821,6 +822,60 @@ def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:
     scores, _ = by_hand("SGD", steps=6)
     found = recording.attribute(OUTER, progress=False).scores
     assert (found - scores).abs().max() < 1e-9 * scores.abs().max()
+
+
+@pytest.mark.filterwarnings("ignore:the network holds other weights")
+@pytest.mark.parametrize("unseen", ["a batch is dropped", "an evaluation forgets eval()"])
+def test_statistics_that_no_step_has_moved_are_those_of_the_end(
+    unseen: str, tmp_path: Path
+) -> None:
+    """Also where the network holds other weights, with other statistics, after the training."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for is_replaced in (False, True):
+        torch.manual_seed(2)
+        layers = [nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, CLASSES)]
+        model = nn.Sequential(*layers).double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        folder = tmp_path / str(is_replaced)
+        with record(model, optimizer, out=folder, train=(X, Y)) as recording:
+            for step in range(7):
+                rows = torch.arange(6) + 3 * step
+                optimizer.zero_grad()
+                F.cross_entropy(model(X[rows]), Y[rows]).backward()
+                if unseen == "a batch is dropped" and step in (2, 4):
+                    continue
+                optimizer.step()
+                last = copy.deepcopy(model).eval()
+                if unseen != "a batch is dropped" and step < 6:
+                    with torch.no_grad():
+                        model(X[:9])
+            if is_replaced:
+                for t in (*model.parameters(), *model.buffers()):
+                    t.data.mul_(2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            attribution = recording.attribute(OUTER, progress=False)
+        assert abs(attribution.outer_loss - F.cross_entropy(last(OUTER[0]), OUTER[1])) < 1e-12
+        found.append((attribution.scores, attribution.outer_loss))
+    assert (found[0][0] - found[1][0]).abs().max() < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore:the network holds other weights")
+def test_a_last_step_that_spares_the_smallest_weight_is_seen_too(tmp_path: Path) -> None:
+    model = network(dropout=0.0)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    with record(model, optimizer, out=tmp_path / "r", train=(X, Y)) as recording:
+        for step in range(2):
+            optimizer.zero_grad()
+            F.cross_entropy(model(X[:6]), Y[:6]).backward()
+            if step == 1:
+                model[0].weight.grad.mul_(-20.0)
+            optimizer.step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(0.9)
+    with pytest.raises(MetaplError, match="lead to a state that differs"):
+        recording.attribute(OUTER, progress=False)
 
 
 @pytest.mark.parametrize("way", ["best weights", "average by .data"])

@@ -4,7 +4,7 @@
     state-00000000.ckpt  weights, optimizer state and moving buffers before step 0, and so on
     steps-00000000.ckpt  what is known of the steps from 0 on to the next state
     rows-00000000.ckpt   examples that were first seen in these steps, where no data set was given
-    end-00000000.ckpt    one weight after the last step, where no state could be written any more
+    end-00000000.ckpt    what is known of the end, where no state could be written any more
 
 A training that is killed leaves a recording of the steps up to its last state. Every file has a
 checksum, and none can run code (:mod:`metapl.runs.checkpoint`).
@@ -76,6 +76,20 @@ class KeptState(NamedTuple):
         return state_digest(self.params, self.optimizer)
 
 
+class EndOfTraining(NamedTuple):
+    """What is known of the network after the last step, where it holds other weights by now.
+
+    Attributes:
+        weights: the smallest of them, by its name.
+        norms: of all weights by name, scalars.
+        buffers: those that a step moves, by name.
+    """
+
+    weights: Tree
+    norms: Tree
+    buffers: Tree
+
+
 class RecordingFolder:
     """Reads and writes the files of a recording.
 
@@ -129,16 +143,16 @@ class RecordingFolder:
             )
         return state, digest
 
-    def write_end(self, number: int, name: str, weight: Tensor) -> None:
-        """Write one weight as it was before a step that did not come."""
-        checkpoint.save(self._file("end", number), {"name": name, "weight": weight})
+    def write_end(self, number: int, end: EndOfTraining) -> None:
+        """Write what is known of the network before a step that did not come."""
+        checkpoint.save(self._file("end", number), end._asdict())
 
-    def read_end(self, number: int) -> tuple[str, Tensor] | None:
-        """Return the name and the values that :meth:`write_end` has written; None for none."""
+    def read_end(self, number: int, device: torch.device) -> EndOfTraining | None:
+        """Return what :meth:`write_end` has written; None for none."""
         if not self._file("end", number).is_file():
             return None
         contents = checkpoint.load(self._file("end", number))
-        return contents["name"], contents["weight"]
+        return EndOfTraining(**map_tensors(lambda t: t.to(device), contents))
 
     def write_steps(self, first: int, rows: Sequence[StepRow]) -> None:
         """Write what is known of the steps from ``first`` on.

@@ -20,7 +20,7 @@ The loop's bits are what they are without a recording: nothing is drawn, and not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,12 @@ from metapl.attribution.recording.first_step import (
     compared_factor,
     followed_update,
 )
-from metapl.attribution.recording.folder import KeptState, RecordingFolder, StepRow
+from metapl.attribution.recording.folder import (
+    EndOfTraining,
+    KeptState,
+    RecordingFolder,
+    StepRow,
+)
 from metapl.attribution.recording.network import Call, RecordedNetwork, parts_in_training
 from metapl.attribution.recording.watching import StepWatch, refuse_clipping, watching
 from metapl.errors import MetaplError, reason_of, warn
@@ -215,8 +220,11 @@ class Recorder:
         self._versions: list[int] = []
         # The smallest weight, and its values after the last step: what writes past the versions, as
         # an average of weights does by ``.data``, writes to all weights.
-        self._smallest: nn.Parameter | None = None
+        self._smallest: Tensor | None = None
         self._smallest_after_step = torch.empty(0)
+        self._learned: list[Tensor] = []
+        self._norms_after_step: Sequence[Tensor] = ()
+        self._buffers_after_step: Tree = {}
         # The steps since the last state that was kept, and the number of the first of them.
         self._rows: list[SeenRow] = []
         self._first_row = 0
@@ -275,9 +283,7 @@ class Recorder:
                 )
                 self.folder.write_state(self.steps, state)
             elif self._smallest is not None:
-                names = {id(p): name for name, p in self.model.named_parameters()}
-                name = names.get(id(self._smallest), "")
-                self.folder.write_end(self.steps, name, self._smallest_after_step)
+                self.folder.write_end(self.steps, self._end())
                 if not torch.equal(self._smallest, self._smallest_after_step):
                     warn(
                         "the network holds other weights than after the last step of the training, "
@@ -286,6 +292,18 @@ class Recorder:
                     )
         except MetaplError as error:
             self._stop(str(error))
+
+    def _end(self) -> EndOfTraining:
+        """Return what is known of the network after the last step."""
+        names = {id(p): name for name, p in trainable(self.model).items()}
+        weights: Tree = {}
+        if id(self._smallest) in names:
+            weights[names[id(self._smallest)]] = self._smallest_after_step
+        norms: Tree = {}
+        for p, norm in zip(self._learned, self._norms_after_step, strict=True):
+            if id(p) in names:
+                norms[names[id(p)]] = norm
+        return EndOfTraining(weights, norms, self._buffers_after_step)
 
     def _has_weights_of_last_step(self) -> bool:
         """Return whether the network holds the weights that the last step has led to."""
@@ -419,10 +437,24 @@ class Recorder:
             self._is_first_step = False
             self.steps += 1
             self._versions = self._weight_versions()
-            if self._smallest is None:
-                self._smallest = min(trainable(self.model).values(), key=Tensor.numel)
-            self._smallest_after_step = self._smallest.detach().clone()
+            self._note_end()
             self._begin_step()
+
+    def _note_end(self) -> None:
+        """Note of the network after a step what tells whether a replay comes to it.
+
+        The loop may put other weights into it, and estimate other statistics of batch norm.
+        """
+        if self._smallest is None:
+            self._learned = [*trainable(self.model).values()]
+            self._smallest = min(self._learned, key=Tensor.numel)
+        self._smallest_after_step = self._smallest.detach().clone()
+        with torch.no_grad():
+            self._norms_after_step = torch._foreach_norm(self._learned)
+        buffers = dict(self.model.named_buffers())
+        self._buffers_after_step = {
+            name: buffers[name].detach().clone() for name in self._moving_buffers if name in buffers
+        }
 
     @property
     def _is_active(self) -> bool:

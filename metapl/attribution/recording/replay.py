@@ -49,6 +49,9 @@ from metapl.updates import Clipped, Update
 from metapl.updates.base import OptimizerState
 from metapl.updates.smoothing import smoothed_groups
 
+# By how many roundings two norms of the same tensor may differ.
+ROUNDINGS_OF_NORM = 8
+
 
 @dataclass
 class Cotangents:
@@ -360,8 +363,7 @@ class Replay:
             for step in steps:
                 state = self.step(step, state)
                 advance()
-        self._compare_end(state, kept_state)
-        return state
+        return self._compared_end(state, kept_state)
 
     def trained(self, weights: Tensor, steps: int | None = None) -> KeptState:
         """Return the state after some steps with other weights of the examples; None: after all."""
@@ -410,21 +412,36 @@ class Replay:
         self.check.digests[number] = digest
         return state
 
-    def _compare_end(self, state: KeptState, state_before: KeptState) -> None:
-        """Compare the end of the training with the one weight that is known of it, if one is.
+    def _compared_end(self, state: KeptState, state_before: KeptState) -> KeptState:
+        """Compare the end of the training with what is known of it where it was not kept.
 
         Args:
             state_before: the last kept state.
+
+        Returns: the state, with the buffers of the end: passes that led to no step move some too.
         """
-        end = self.recording.folder.read_end(len(self.rows))
-        if end is None or end[0] not in state.params:
-            return
-        name, recorded = end
-        weight = recorded.to(state.params[name])
-        difference = torch.linalg.vector_norm(state.params[name] - weight)
-        length = torch.linalg.vector_norm(weight - state_before.params[name])
-        relative = torch.where(length > 0, difference / length, difference)
-        self.check.refuse(len(self.rows), float(relative))
+        end = self.recording.folder.read_end(len(self.rows), self.network.device)
+        if end is None:
+            return state
+        params = state.params
+        differences: list[Tensor] = []
+        for name, weight in end.weights.items():
+            way = torch.linalg.vector_norm(weight - state_before.params[name])
+            differences.append(share_of(torch.linalg.vector_norm(params[name] - weight), way))
+        for name, norm in end.norms.items():
+            way = torch.linalg.vector_norm(params[name] - state_before.params[name])
+            # A norm is rounded in its own size, which may be far larger than the way.
+            rounding = ROUNDINGS_OF_NORM * torch.finfo(norm.dtype).eps * norm
+            gap = (torch.linalg.vector_norm(params[name]) - norm).abs() - rounding
+            differences.append(share_of(gap.clamp(min=0), way))
+        if differences:
+            self.check.refuse(len(self.rows), float(torch.stack(differences).max()))
+        return state._replace(buffers={**state.buffers, **end.buffers})
+
+
+def share_of(difference: Tensor, way: Tensor) -> Tensor:
+    """Return a difference as a share of the way, or as it is where there is none."""
+    return torch.where(way > 0, difference / way, difference).double()
 
 
 def feedback_of(
