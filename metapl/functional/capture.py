@@ -24,7 +24,12 @@ from metapl.execution.checks import described, has_values
 from metapl.execution.compare import TRIES
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, replayed
-from metapl.functional.attributes import Attributes, cause_in_checkpoints, modes_of
+from metapl.functional.attributes import (
+    Attributes,
+    cause_in_checkpoints,
+    constants_of,
+    modes_of,
+)
 from metapl.functional.comparison import (
     DROWNED,
     is_as_near,
@@ -116,6 +121,8 @@ class Captured(Generic[Result]):
         holds_first: return the first result as it is held for the next call (:class:`HeldAt`).
         takes_differences: whether the function divides a difference of two results by a small move,
             and so its rounding.
+        shared: graphs of functions that are told to be the same, which serve this one too where
+            they hold for what it is given and hold no tensor; new ones join them.
     """
 
     what = "a step"
@@ -134,6 +141,7 @@ class Captured(Generic[Result]):
         has_derivative: bool = False,
         holds_first: bool = False,
         takes_differences: bool = False,
+        shared: list[Capture] | None = None,
     ) -> None:
         self.function = function
         self.device = device
@@ -142,6 +150,7 @@ class Captured(Generic[Result]):
         self.has_derivative = has_derivative
         self.holds_first = holds_first
         self.takes_differences = takes_differences
+        self.shared = [] if shared is None else shared
         self.attributes = Attributes(sources)
         # The latest last.
         self.kept: list[Capture] = []
@@ -330,8 +339,23 @@ class Captured(Generic[Result]):
             if self.kept[index].kind.is_of(kind, values):
                 self.kept.append(self.kept.pop(index))
                 return self.kept[-1], tensors
+        for capture in self.shared:
+            known = capture.kind
+            if known.arguments == kind and constants_of(known.attributes) == constants_of(values):
+                return self._kept(capture._replace(kind=Kind(kind, values))), tensors
         self.before_capture(*arguments)
-        return self._capture(arguments, tensors, kind), tensors
+        capture = self._capture(arguments, tensors, kind)
+        if not capture.held:
+            self.shared.append(capture)
+            del self.shared[:-MOST_KEPT]
+        return capture, tensors
+
+    def _kept(self, capture: Capture) -> Capture:
+        """Keep a graph, and return it."""
+        self.kept.append(capture)
+        del self.kept[:-MOST_KEPT]
+        self.captures += 1
+        return capture
 
     def replay(self, capture: Capture, tensors: list[Tensor]) -> Sequence[Any]:
         """Return the tensors of the results of a graph."""
@@ -377,11 +401,9 @@ class Captured(Generic[Result]):
         whole_kind = Kind(kind, self.attributes.values())
         given = len(tensors) + len(held)
         results = self.with_held(nested[0])
-        capture = Capture(whole_kind, compiled, held, given, places, results, operations=graph)
-        self.kept.append(capture)
-        del self.kept[:-MOST_KEPT]
-        self.captures += 1
-        return capture
+        return self._kept(
+            Capture(whole_kind, compiled, held, given, places, results, operations=graph)
+        )
 
     def with_held(self, results: Any) -> Any:
         """Return nested places of results; those of one that is held as :class:`HeldAt`."""

@@ -41,6 +41,7 @@ from metapl.functional.compared_step import (
 )
 from metapl.functional.comparison import copy_with_strides
 from metapl.functional.cuda_graphs import StepByGraphs
+from metapl.functional.graphs import rule_of, shared_captures
 from metapl.functional.kinds import Constants, HeldAt, at_places
 from metapl.functional.live_state import (
     LiveState,
@@ -85,11 +86,18 @@ class CapturedStep:
 
     Args:
         sources: objects whose attributes the step reads: modules, the problem, losses and the mode.
+        shared: as of :class:`metapl.functional.capture.Captured`.
     """
 
-    def __init__(self, step: Step, device: torch.device, sources: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        step: Step,
+        device: torch.device,
+        sources: Sequence[Any],
+        shared: list[Capture] | None = None,
+    ) -> None:
         self.step = step
-        self.captured = Captured(self._on_parts, device, sources)
+        self.captured = Captured(self._on_parts, device, sources, shared=shared)
         # Of the last graph, where its results have the parts of what a step leaves.
         self._capture: Capture | None = None
         self._leaves: list[Any] = []
@@ -420,14 +428,27 @@ def compile_step(
     trainer.update.follow(trainable(trainer.student))
     updates = updates_of(trainer)
     step = step_of(trainer, steps, updates)
-    kind = StepByGraphs if trainer.compile == "cudagraphs" else CapturedStep
+    run: Callable[..., Moved]
+    if trainer.compile == "cudagraphs":
+        run = StepByGraphs(step, trainer.device, sources_of(trainer))
+    else:
+        shared = shared_by_description(trainer, steps, updates)
+        run = CapturedStep(step, trainer.device, sources_of(trainer), shared)
     return Compiled(
         key=key,
         alive=alive,
         updates=updates,
-        run=kind(step, trainer.device, sources_of(trainer)),
+        run=run,
         direct_term=trainer.direct_term,
     )
+
+
+def shared_by_description(trainer: TwoLevelTrainer, steps: int, updates: Updates) -> list[Capture]:
+    """Return the graphs of trainers with networks, losses and rules of the same description."""
+    rules = [rule_of(unclipped(update), trainer.device) for update in updates if update is not None]
+    step = (settings_of_step(trainer, steps), trainer.direct_term, trainer.generator is None)
+    rule = ("step", step, trainer.mode, trainer.teacher_losses, rules)
+    return shared_captures(trainer.teacher, trainer.student, trainer.problem, rule)
 
 
 def inner_arguments(

@@ -26,7 +26,7 @@ from metapl.functional.architecture import (
     Undescribed,
     description_of,
 )
-from metapl.functional.capture import Captured
+from metapl.functional.capture import Capture, Captured
 from metapl.functional.operations import say
 from metapl.functional.state import clipped, constants_of
 from metapl.problems.base import BilevelProblem, kind_of, modules_in
@@ -205,9 +205,7 @@ def kept_graphs(
     alive: tuple[object, ...] = ()
     undescribed = ""
     try:
-        describer = Describer([teacher, student])
-        key: Hashable = (description_of(rule), describer.problem(problem), describer.networks)
-        outside = describer.outside
+        key, outside = described(asking, rule)
     except Undescribed as error:
         alive = parts_of_call(asking)
         key = by_identity(alive, rule)
@@ -229,6 +227,54 @@ def kept_graphs(
         for ours, theirs in zip(graphs.subject.outside, outside, strict=True):
             ours.copy_(theirs)
     return graphs
+
+
+def described(asking: Asking, rule: tuple[object, ...]) -> tuple[Hashable, Sequence[Tensor]]:
+    """Return the description of a call, and the tensors of modules that are no networks.
+
+    Raises: :class:`Undescribed`.
+    """
+    teacher, student, problem = asking
+    describer = Describer([teacher, student])
+    key = (description_of(rule), describer.problem(problem), describer.networks)
+    return key, describer.outside
+
+
+@dataclass(eq=False)
+class SharedCaptures:
+    """Graphs of steps with one description."""
+
+    subject: Subject
+    captures: list[Capture] = field(default_factory=list)
+
+    def doubt(self) -> None:
+        """Do nothing: whoever takes one of the graphs compares it."""
+
+
+def shared_captures(
+    teacher: nn.Module | None,
+    student: nn.Module,
+    problem: BilevelProblem,
+    rule: tuple[object, ...],
+) -> list[Capture]:
+    """Return the list of the graphs of all steps with this description, which new ones join.
+
+    A step without a description has a list of its own.
+    """
+    try:
+        key, _ = described((teacher, student, problem), rule)
+    except Undescribed:
+        return []
+    kept = _CACHE.pop(key, None)
+    if kept is None:
+        make_room(student)
+        # The graphs are made of the networks of each step, and hold none.
+        none: Any = None
+        subject = Subject(none, none, none)
+        kept = Kept(SharedCaptures(subject), [], 1)
+    _CACHE[key] = kept
+    captures: list[Capture] = kept.graphs.captures
+    return captures
 
 
 def say_why_again(key: Hashable, asking: Asking, undescribed: str) -> int:

@@ -43,7 +43,7 @@ import metapl
 from metapl import MetaplError
 from metapl.execution.compare import TRIES
 from metapl.feedback import Reinforce
-from metapl.functional import compared_step, compiled, operations, training
+from metapl.functional import compared_step, compiled, graphs, operations, training
 from metapl.guards.verification import VerificationWarning
 
 
@@ -328,6 +328,7 @@ def test_compiling_many_operations_is_advised_against(
 ) -> None:
     """Before the compiler begins; the step is taken."""
     monkeypatch.setattr(operations, "MANY_OPERATIONS", most)
+    monkeypatch.setattr(graphs, "_CACHE", {})
     networks = [nn.Sequential(*(nn.Linear(4, 4) for _ in range(2))) for _ in range(2)]
     trainer = metapl.BilevelTrainer(*networks, "forward", compile=True)
     batches = (torch.randn(4, 4), torch.arange(4)), torch.randn(4, 4)
