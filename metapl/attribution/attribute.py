@@ -309,7 +309,7 @@ class Attribution:
             return is_removed
         try:
             is_removed[torch.as_tensor(removed, device=is_removed.device)] = True
-        except (TypeError, ValueError, IndexError) as error:
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
             raise MetaplError(
                 f"the examples to remove are {described(removed)} ({error}); expected numbers from "
                 f"0 to {len(is_removed) - 1}, or booleans of shape {tuple(shape)}."
