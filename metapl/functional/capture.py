@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain, count
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,7 +22,6 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.checks import described, has_values
-from metapl.execution.compare import TRIES
 from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.attributes import (
@@ -31,8 +31,9 @@ from metapl.functional.attributes import (
     modes_of,
 )
 from metapl.functional.comparison import (
-    DROWNED,
+    Comparisons,
     is_as_near,
+    is_decided,
     is_equal,
     is_unchanged,
     rows_repeated,
@@ -157,8 +158,7 @@ class Captured(Generic[Result]):
         self.captures = 0
         # Whether the next graph is compared with the function, also where it is not new.
         self.is_doubted = False
-        # How many further calls are compared where rounding drowns the difference.
-        self.tries_left = TRIES
+        self.comparisons = Comparisons()
 
     def __call__(self, *arguments: Any) -> Result:
         capture, tensors = self.find(*arguments)
@@ -192,7 +192,11 @@ class Captured(Generic[Result]):
                         self._compare(capture, values) for values in (first, rows_repeated(first))
                     ]
                 if not all(decided):
-                    self._compare_again()
+                    self.is_doubted = not self.comparisons.is_last(
+                        f"{self.what} comes out the same recorded, for rounding drowns the "
+                        "difference",
+                        " Expected float64, or no graph",
+                    )
             except BaseException:
                 self.kept = [kept for kept in self.kept if kept is not capture]
                 raise
@@ -200,22 +204,8 @@ class Captured(Generic[Result]):
             result: Result = at_places(capture.results, self.replay(capture, tensors))
         return result
 
-    def _compare_again(self) -> None:
-        """Let the next call compare its results too, for some calls; then warn."""
-        self.is_doubted = self.tries_left > 0
-        self.tries_left -= 1
-        if not self.is_doubted:
-            warn(
-                f"cannot tell whether {self.what} comes out the same recorded, for rounding "
-                f"drowns the difference. {DROWNED} Expected float64, or no graph",
-            )
-
     def _compare(self, capture: Capture, arguments: Any) -> bool:
         """Refuse a graph that returns something else than the function, or a function that writes.
-
-        A function may come out otherwise by rounding alone, such as a first step of Adam where a
-        gradient is about as small as its ε. It does so without a graph too, at arguments that
-        differ in their last digit, and repeats its bits at the same ones.
 
         No generator moves.
 
@@ -253,21 +243,21 @@ class Captured(Generic[Result]):
             if two.is_floating_point() and one.shape == two.shape
         ]
         scale = max(sizes, default=0.0)
-        others = [
-            place
-            for place, (one, two) in enumerate(zip(found, wanted, strict=True))
-            if not is_equal(one, two, factor=factor, scale=scale)
-        ]
-        if not others:
-            return True
-        again = self._results(arguments, tensors, change=torch.clone)
-        wanted_there = self._results(arguments, tensors, change=with_other_digits)
-        repeats = all(map(is_equal, again, wanted))
-        for place in others:
-            one, two = found[place], wanted[place]
-            if not repeats or not is_as_near(one, two, wanted_there[place]):
-                raise MetaplError(self.text_of_difference(one, two))
-        return False
+
+        def refuse(wanted_there: list[Any] | None) -> None:
+            for place, (one, two) in enumerate(zip(found, wanted, strict=True)):
+                if is_equal(one, two, factor=factor, scale=scale):
+                    continue
+                if wanted_there is None or not is_as_near(one, two, wanted_there[place]):
+                    raise MetaplError(self.text_of_difference(one, two))
+
+        take = partial(self._results, arguments, tensors)
+        return is_decided(
+            refuse,
+            wanted,
+            take_again=partial(take, change=torch.clone),
+            take_at_other_digits=partial(take, change=with_other_digits),
+        )
 
     def _results(
         self, arguments: Any, tensors: Sequence[Tensor], *, change: Callable[[Tensor], Tensor]

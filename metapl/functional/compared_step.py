@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches, Lookahead
 from metapl.data.held_values import names_written, numbers_of
-from metapl.errors import MetaplError, few, warn
+from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
 from metapl.execution.numerics import as_real
 from metapl.execution.state import (
@@ -30,8 +30,8 @@ from metapl.execution.state import (
 from metapl.feedback.report import StepReport
 from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES, cause_in_checkpoints
 from metapl.functional.comparison import (
-    DROWNED,
     NUDGES,
+    is_decided,
     is_equal,
     rows_repeated,
     with_other_digits,
@@ -395,38 +395,28 @@ def refuse_other_than_eager(
 ) -> bool:
     """Refuse what graphs have found where it is not what the eager step finds, but for rounding.
 
-    A fresh Adam divides each gradient by its own size and ε. Where one is about as small as ε,
-    which is rounding, it may decide h, and a step at weights that differ in their last digit has
-    another h as well. From such a step nothing can be told. An eager step that does not repeat
-    itself has a memory, which is no rounding.
-
     Args:
         found, eager, loss, is_reduced: as of :func:`refuse_gaps`.
         take_again: finds what ``eager`` is once more, with the same draws.
 
     Returns: whether it can be told.
     """
-    try:
-        refuse_gaps(found, eager, loss, is_reduced=is_reduced)
-    except MetaplError:
-        again = take_again()
+
+    def refuse(by_rounding: Trees | None) -> None:
+        refuse_gaps(found, eager, loss, by_rounding=by_rounding, is_reduced=is_reduced)
+
+    def take_at_other_digits() -> Trees:
         with at_other_digits(student):
-            by_rounding = take_again()
-        if not all(map(is_equal, pytree.tree_leaves(again), pytree.tree_leaves(eager))):
-            raise
-        try:
-            refuse_gaps(found, eager, loss, by_rounding=by_rounding, is_reduced=is_reduced)
-        except MetaplError as error:
-            if cause := cause_in_checkpoints(student.modules()):
-                raise MetaplError(f"{str(error).removesuffix('.')}{cause}.") from error
-            raise
-        return False
-    return True
+            return take_again()
 
-
-def warn_of_rounding() -> None:
-    """Warn that rounding has drowned each comparison of compiled steps."""
-    warn(f"cannot tell whether compiled steps are right. {DROWNED}")
+    try:
+        return is_decided(
+            refuse, eager, take_again=take_again, take_at_other_digits=take_at_other_digits
+        )
+    except MetaplError as error:
+        if cause := cause_in_checkpoints(student.modules()):
+            raise MetaplError(f"{str(error).removesuffix('.')}{cause}.") from error
+        raise
 
 
 def distance(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from metapl.errors import MetaplError, warn
+from metapl.execution.compare import TRIES
 
 
 def copy_with_strides(t: Tensor) -> Tensor:
@@ -48,6 +52,57 @@ ROUNDINGS_OF_SCALE = 10
 NUDGES = 10.0
 
 DROWNED = "At numbers that differ in their last digit it comes out as far off without a graph."
+
+
+class Comparisons:
+    """How many more steps are compared of which rounding drowns the difference."""
+
+    def __init__(self) -> None:
+        self.left = TRIES
+
+    def is_last(self, what: str, expected: str = "") -> bool:
+        """Count one that was drowned; warn and return True where no other step is compared.
+
+        Args:
+            what: of which it cannot be told whether it is right.
+        """
+        self.left -= 1
+        if self.left < 0:
+            warn(f"cannot tell whether {what}. {DROWNED}{expected}")
+        return self.left < 0
+
+
+def is_decided(
+    refuse: Callable[[Any], None],
+    wanted: Any,
+    *,
+    take_again: Callable[[], Any],
+    take_at_other_digits: Callable[[], Any],
+) -> bool:
+    """Refuse what a graph has found where it is not what is wanted, but for rounding.
+
+    A fresh Adam divides each gradient by its own size and ε. Where one is about as small as ε,
+    which is rounding, it may decide what comes out, and a step at numbers that differ in their last
+    digit comes out otherwise as well. From such a step nothing can be told. What does not repeat
+    itself has a memory, which is no rounding.
+
+    Args:
+        refuse: raises where what was found is too far from what is wanted. It is given None, or
+            what is wanted at numbers that differ in their last digit, as far from which it may be.
+        take_again: finds what is wanted once more, with the same draws.
+        take_at_other_digits: finds it at numbers that differ in their last digit.
+
+    Returns: whether it can be told.
+    """
+    try:
+        refuse(None)
+    except MetaplError:
+        again = take_again()
+        if not all(map(is_equal, pytree.tree_leaves(again), pytree.tree_leaves(wanted))):
+            raise
+        refuse(take_at_other_digits())
+        return False
+    return True
 
 
 def is_unchanged(before: Tensor | None, now: Tensor | None) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -27,7 +27,6 @@ from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, length
 from metapl.execution.checks import Fault
-from metapl.execution.compare import TRIES
 from metapl.execution.state import RandomState, replayed, trainable
 from metapl.feedback.report import StepReport
 from metapl.functional.capture import Capture, Captured, Capturing
@@ -37,9 +36,8 @@ from metapl.functional.compared_step import (
     eager_step,
     is_recorded_in_half_precision,
     refuse_other_than_eager,
-    warn_of_rounding,
 )
-from metapl.functional.comparison import copy_with_strides
+from metapl.functional.comparison import Comparisons, copy_with_strides
 from metapl.functional.cuda_graphs import StepByGraphs
 from metapl.functional.graphs import rule_of, shared_captures
 from metapl.functional.kinds import Constants, HeldAt, at_places
@@ -203,7 +201,6 @@ class Compiled:
         probs: class probabilities of the eager step, (B, C), which tell the type and the number of
             classes of noise for drawn labels; None where the signal has none.
         is_compared: whether a step that moves the student was compared with the eager one.
-        tries_left: how many further steps are compared again whose difference rounding drowns.
         draws: whether a graph draws from the default generators.
         direct_term: that of the trainer, which looks through all parameters of the teacher.
     """
@@ -216,7 +213,7 @@ class Compiled:
     probs: Tensor | None = None
     takes_outer_loss: bool = False
     is_compared: bool = False
-    tries_left: int = TRIES
+    comparisons: Comparisons = field(default_factory=Comparisons)
     draws: bool = False
 
 
@@ -366,10 +363,7 @@ class CompiledStep:
             is_reduced=is_recorded_in_half_precision(trainer),
         ):
             return True
-        compiled.tries_left -= 1
-        if compiled.tries_left < 0:
-            warn_of_rounding()
-        return compiled.tries_left < 0
+        return compiled.comparisons.is_last("compiled steps are right")
 
     def _find_or_compile(self, trainer: TwoLevelTrainer, steps: int) -> Compiled:
         """Return the graph for the trainer's step as it is now.

@@ -13,7 +13,7 @@ Source: Metagradient descent (Engstrom et al., 2025), REPLAY; MAGIC (Ilyas and E
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -32,7 +32,6 @@ from metapl.core.walk import States, Walk
 from metapl.errors import MetaplError
 from metapl.execution import checks
 from metapl.execution.batch import Batch, digest, returned_by
-from metapl.execution.compare import TRIES
 from metapl.execution.layout import Layout, layouts
 from metapl.execution.numerics import (
     HALF,
@@ -55,7 +54,8 @@ from metapl.feedback.hypergradient import (
 from metapl.feedback.setting_gradients import stacked_settings
 from metapl.functional.adjoint import Carry, Cotangents, Settings, StepInputs, gradients
 from metapl.functional.capture import Capturing
-from metapl.functional.compared_step import refuse_other_than_eager, warn_of_rounding
+from metapl.functional.compared_step import refuse_other_than_eager
+from metapl.functional.comparison import Comparisons
 from metapl.functional.graphs import BatchKind, Graphs, graphs_of
 from metapl.functional.kinds import Held
 from metapl.functional.state import (
@@ -225,8 +225,7 @@ class PathPlan:
             of 0. The graphs are compared with the eager road in it.
         compared_settings: the settings in that step, as those of one step; None where they are the
             same in all steps.
-        drowned: how often rounding drowned the comparison on a kind of batches; it is made on some
-            more of them.
+        comparisons: how many more are made on a kind of batches, where rounding drowned some.
     """
 
     steps: int
@@ -239,7 +238,9 @@ class PathPlan:
     keeping: Keeping
     compared_step: int
     compared_settings: dict[str, Any] | None
-    drowned: Counter[object] = field(default_factory=Counter)
+    comparisons: defaultdict[object, Comparisons] = field(
+        default_factory=partial(defaultdict, Comparisons)
+    )
 
 
 def plan_of(request: PathRequest, update: TorchUpdate, device: torch.device) -> PathPlan:
@@ -772,7 +773,7 @@ def refuse_other_gradient(
     # Where one was made since, such as for another number that a loss reads, it is compared too.
     if graphs.compared.get(kind) in (BEING_COMPARED, graphs.captures):
         return
-    if plan.drowned[kind] > TRIES:
+    if plan.comparisons[kind].left < 0:
         return
     one_step = Lookahead([batch.value], settings=plan.compared_settings)
     weights = None
@@ -809,9 +810,7 @@ def refuse_other_gradient(
             student=request.student,
         )
         if not is_decided:
-            plan.drowned[kind] += 1
-            if plan.drowned[kind] > TRIES:
-                warn_of_rounding()
+            plan.comparisons[kind].is_last("compiled steps are right")
     finally:
         del graphs.compared[kind]
     if is_decided:
