@@ -98,7 +98,13 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
     "noisy_student": ["noisy-student-studies"],
     "noisy_student_fashion": ["noisy-student-fashion"],
     "ordinary": ["ordinary", "ordinary-unseen", "ordinary-declared", "ordinary-smoothed"],
-    "people_labels": ["people_labels", "people_labels-tests", "people_labels-longer"],
+    "people_labels": [
+        "people_labels",
+        "people_labels-tests",
+        "people_labels-longer",
+        "people_labels-majority",
+        "people_labels-majority-tests",
+    ],
     "reliability": [
         "reliability",
         "reliability-errors",
