@@ -29,6 +29,20 @@ COLLECTIONS = (list, tuple, deque, set, frozenset, bytearray, array)
 # The types of attributes and of parts of a batch that are constants of a graph.
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
+# What outlives a trainer: constants, and what stands in files and in classes.
+FOR_ALL = (
+    *PLAIN,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.CodeType,
+    types.GetSetDescriptorType,
+    types.MemberDescriptorType,
+    property,
+    staticmethod,
+    classmethod,
+)
+
 
 class Attributes:
     """What a function reads of objects and of variables, besides its arguments.
@@ -354,7 +368,8 @@ DEPTH = 3
 
 MOST_ENTRIES = 1_000
 
-ATTRIBUTES_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+# Those that nn.Module has, and the weights as a recurrent network holds them a second time.
+ATTRIBUTES_OF_ALL_MODULES = frozenset([*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"])
 
 STANDARD_LIBRARY = types.__file__.rpartition("types.py")[0]
 
@@ -381,17 +396,31 @@ def constant(value: Any) -> tuple[type, Any]:
     return type(value), repr(value) if isinstance(value, float | complex) else value
 
 
+def are_for_all(attributes: Sequence[Any]) -> bool:
+    """Return whether the values of attributes are such as outlive a trainer.
+
+    A graph that trainers share would keep another object alive, and no other trainer has it.
+    """
+    for value in attributes:
+        if isinstance(value, tuple | list):
+            if not are_for_all(value):
+                return False
+        elif not isinstance(value, FOR_ALL):
+            return False
+    return True
+
+
 def constants_of(attributes: Sequence[Any]) -> list[Any]:
     """Return what of the values of attributes is a constant of a graph.
 
-    That is numbers and texts, also in tuples, and which objects the others are.
+    That is numbers and texts, also in tuples and lists, and which objects the others are.
     """
     constants: list[Any] = []
     for value in attributes:
         if isinstance(value, PLAIN):
             constants.append(constant(value))
-        elif isinstance(value, tuple):
-            constants.append(constants_of(value))
+        elif isinstance(value, tuple | list) and len(value) <= MOST_ENTRIES:
+            constants.append((type(value), constants_of(value)))
         else:
             constants.append(id(value))
     return constants

@@ -26,6 +26,7 @@ from metapl.execution.numerics import explain
 from metapl.execution.state import RandomState, replayed
 from metapl.functional.attributes import (
     Attributes,
+    are_for_all,
     cause_in_checkpoints,
     constants_of,
     modes_of,
@@ -335,7 +336,7 @@ class Captured(Generic[Result]):
                 return self._kept(capture._replace(kind=Kind(kind, values))), tensors
         self.before_capture(*arguments)
         capture = self._capture(arguments, tensors, kind)
-        if not capture.held:
+        if not capture.held and are_for_all(values):
             self.shared.append(capture)
             del self.shared[:-MOST_KEPT]
         return capture, tensors

@@ -2,9 +2,9 @@
 
 They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
 from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
-is looked for once: in what is given (:func:`refuse_learned`, :func:`refuse_hooks`), and in the
-graphs of both losses of the first step (:class:`FirstLook`). Nothing is copied, so that networks of
-any size, and sharded ones, are looked at. Later steps are not.
+is looked for once: in what is given, and in the graphs of both losses of the first step
+(:class:`FirstLook`). Nothing is copied, so that networks of any size are looked at. Later steps are
+not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from metapl.execution.batch import leaves_of as leaves_of_batch
 from metapl.execution.checks import described
 from metapl.execution.compare import same_to_rounding, same_values
 from metapl.execution.graphs import leaves_in_graph
-from metapl.execution.shards import is_sharded
+from metapl.execution.shards import is_sharded, local
 from metapl.execution.state import Slots, State
 from metapl.feedback import Mode
 from metapl.feedback.hypergradient import Differentiation, Request
@@ -62,7 +62,7 @@ KEPT = (
 
 
 def refuse_learned(request: Request, update: Update) -> None:
-    """Refuse tensors that require a gradient where a feedback would leave it out.
+    """Refuse weights of one memory, and tensors whose gradient a feedback would leave out.
 
     Batches that a function returns as they are taken are looked at by the first look alone.
 
@@ -70,6 +70,7 @@ def refuse_learned(request: Request, update: Update) -> None:
         request: with the batches.
         update: the inner optimizer, whose settings are numbers.
     """
+    refuse_shared_memory(request.student, request.teacher)
     inner_batches = InnerBatches.of_hypergradient(request.inner)
     batches_by_name: dict[str, Any] = {"outer": request.outer}
     for k, batch in enumerate(inner_batches.in_memory()):
@@ -131,6 +132,19 @@ def refuse_hooks(student: nn.Module, teacher: nn.Module | None) -> None:
         raise MetaplError(
             f"the parameters {few(hooked, 3)} have hooks; expected none (see clip_norm)."
         )
+
+
+def refuse_shared_memory(student: nn.Module, teacher: nn.Module | None) -> None:
+    """Refuse two parameters with one memory, which are two at other weights, and in a copy."""
+    owners: dict[int, tuple[str, nn.Parameter]] = {}
+    networks: Any = {"student": student, "teacher": teacher}
+    for name, p in nn.ModuleDict(networks).named_parameters():
+        address = local(p).data_ptr()
+        other_name, other = owners.setdefault(address, (name, p))
+        if address and other is not p and (p.requires_grad or other.requires_grad):
+            raise MetaplError(
+                f"{other_name} and {name} have one memory; expected one nn.Parameter, or a copy."
+            )
 
 
 def look_at_step(

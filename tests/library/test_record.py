@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -803,6 +803,112 @@ def test_a_recording_does_not_go_on_from_elsewhere(tmp_path: Path) -> None:
     ):
         train(model, optimizer, begin=8)
     assert files == {path.name: path.read_bytes() for path in sorted((tmp_path / "r").iterdir())}
+
+
+class NormedLoop:
+    """A loop over a network with batch norm, whose checkpoints are kept after each step."""
+
+    def __init__(self, *, rates: Sequence[float] = (0.3,) * 12, begin: int = 0) -> None:
+        self.rates = rates
+        self.checkpoints: dict[int, Any] = {}
+        self.restart()
+
+    def restart(self, step: int | None = None) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.3)
+        if step is not None:
+            for part, state in zip(
+                (self.model, self.optimizer), self.checkpoints[step], strict=True
+            ):
+                part.load_state_dict(copy.deepcopy(state))
+
+    def run(
+        self,
+        out: Path,
+        steps: Iterable[int],
+        *,
+        evaluates: Sequence[int] = (),
+        raises_in: int | None = None,
+    ) -> Recording:
+        """Train, and record it.
+
+        Args:
+            evaluates: the steps in which batch norm is in evaluation.
+            raises_in: a step that ends between its passes.
+        """
+        options: dict[str, Any] = {"out": out, "train": (X, Y), "states_every": 4}
+        with record(self.model, self.optimizer, **options, resume=True) as recording:
+            for step in steps:
+                self.model[1].train(step not in evaluates)
+                rows = torch.arange(4 * step, 4 * step + 6) % 21
+                self.optimizer.param_groups[0]["lr"] = self.rates[step]
+                self.optimizer.zero_grad()
+                loss = F.cross_entropy(self.model(X[rows]), Y[rows])
+                if step == raises_in:
+                    raise KeyboardInterrupt
+                loss.backward()
+                self.optimizer.step()
+                self.checkpoints[step + 1] = copy.deepcopy(
+                    (self.model.state_dict(), self.optimizer.state_dict())
+                )
+        return recording
+
+    def scores(self, out: Path) -> Tensor:
+        opened = Recording.open(out, self.model, train=(X, Y))
+        assert opened.steps == 12
+        return opened.attribute(OUTER, progress=False).scores
+
+
+def test_the_passes_of_a_step_that_was_interrupted_are_none_of_the_recording(
+    tmp_path: Path,
+) -> None:
+    """Batch norm has moved its statistics in them."""
+    whole = NormedLoop()
+    whole.run(tmp_path / "whole", range(12))
+    parts = NormedLoop()
+    with pytest.raises(KeyboardInterrupt):
+        parts.run(tmp_path / "parts", range(12), raises_in=7)
+    parts.restart(7)
+    parts.run(tmp_path / "parts", range(7, 12))
+    assert parts.scores(tmp_path / "parts").equal(whole.scores(tmp_path / "whole"))
+
+
+@pytest.mark.filterwarnings("ignore:the losses read")
+@pytest.mark.parametrize("evaluates", [range(4), range(8, 12)], ids=["first", "last"])
+def test_batch_norm_may_be_in_evaluation_for_a_part_of_a_training(
+    evaluates: range, tmp_path: Path
+) -> None:
+    loop = NormedLoop()
+    loop.run(tmp_path / "whole", range(12), evaluates=evaluates)
+    scores = loop.scores(tmp_path / "whole")
+    loop.restart()
+    loop.run(tmp_path / "parts", range(8), evaluates=evaluates)
+    loop.restart(8)
+    loop.run(tmp_path / "parts", range(8, 12), evaluates=evaluates)
+    assert loop.scores(tmp_path / "parts").equal(scores)
+
+
+def test_a_recording_without_a_state_begins_anew(tmp_path: Path) -> None:
+    """One that was killed before it had written its first one."""
+    loop = NormedLoop()
+    loop.run(tmp_path, range(12))
+    scores = loop.scores(tmp_path)
+    for file in tmp_path.glob("state-*"):
+        file.unlink()
+    loop.restart()
+    loop.run(tmp_path, range(12))
+    assert loop.scores(tmp_path).equal(scores)
+
+
+def test_two_kept_states_that_are_the_same_are_told_from_none(tmp_path: Path) -> None:
+    loop = NormedLoop(rates=(0.0,) * 5 + (0.3,) * 7)
+    loop.model[1].eval().requires_grad_(requires_grad=False)
+    loop.run(tmp_path, range(8), evaluates=range(12))
+    loop.restart(4)
+    loop.model[1].requires_grad_(requires_grad=False)
+    with pytest.raises(MetaplError, match="the states before steps 0 and 4 in .* are the same"):
+        loop.run(tmp_path, range(4, 12), evaluates=range(12))
 
 
 def test_a_training_that_raises_is_recorded_up_to_there(tmp_path: Path) -> None:

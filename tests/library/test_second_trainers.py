@@ -121,3 +121,46 @@ def test_the_graph_of_a_trainer_holds_none_of_its_networks(monkeypatch: pytest.M
     del trainer
     gc.collect()
     assert [network() for network in networks] == [None, None]
+
+
+class Recurrent(nn.Module):
+    """A network whose recurrent part holds its weights a second time, in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(1, 3, batch_first=True)
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.gru(x[..., None])
+        return self.head(states[:, -1])
+
+
+class Listed(nn.Module):
+    """A network that holds its layers a second time, in a plain list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.layers = [self.layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers[0](x)
+
+
+@pytest.mark.parametrize(("network", "graphs_made"), [(Recurrent, 1), (Listed, 3)])
+def test_no_graph_holds_the_weights_of_trainers_that_are_gone(
+    network: type[nn.Module], graphs_made: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs_kept, "_CACHE", {})
+    graphs = without_inductor(monkeypatch)
+    weights: list[weakref.ref[Tensor]] = []
+    batches = (torch.randn(6, 4), torch.arange(6) % 3), torch.randn(6, 4)
+    for _ in range(3):
+        trainer = metapl.BilevelTrainer(nn.Linear(4, 3), network(), compile=True)
+        trainer.step(*batches)
+        weights += map(weakref.ref, trainer.student.parameters())
+        del trainer
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+    assert len(graphs) == graphs_made

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from metapl.attribution.weighted import WithWeights
 from metapl.core.engine import Descent
@@ -336,6 +337,15 @@ class RecordedNetwork:
             if name not in moving:
                 fixed.append(table[key])
         return sketch(fixed, self.device)
+
+
+def names_of_statistics(network: nn.Module) -> set[str]:
+    """Return the names of the buffers in which batch norms keep running statistics."""
+    names: set[str] = set()
+    for place, part in network.named_modules():
+        if isinstance(part, _NormBase):
+            names |= {f"{place}.{name}".lstrip(".") for name in part._buffers}
+    return names
 
 
 def network_in(model: nn.Module) -> nn.Module:

@@ -56,7 +56,12 @@ from metapl.attribution.recording.folder import (
     RecordingFolder,
     StepRow,
 )
-from metapl.attribution.recording.network import Call, RecordedNetwork, parts_in_training
+from metapl.attribution.recording.network import (
+    Call,
+    RecordedNetwork,
+    names_of_statistics,
+    parts_in_training,
+)
 from metapl.attribution.recording.watching import StepWatch, refuse_clipping, watching
 from metapl.errors import MetaplError, reason_of, warn
 from metapl.execution.batch import Batch, leaves_of, map_tensors, row_digests
@@ -266,8 +271,12 @@ class Recorder:
         self._hooks.enter_context(watching(self._watch))
         self.is_following = True
 
-    def end(self) -> None:
-        """Remove the hooks, and write what was followed since the last state."""
+    def end(self, *, is_broken: bool) -> None:
+        """Remove the hooks, and write what was followed since the last state.
+
+        Args:
+            is_broken: whether an error ends the loop, in a step whose passes count for nothing.
+        """
         is_whole = self.ended_by == ""
         self._hooks.close()
         self.is_following = False
@@ -278,9 +287,8 @@ class Recorder:
             # A loop may have put other weights into the network, such as its best ones. The last
             # state is then found by a replay, and compared with one weight of it.
             if self._update is not None and self._has_weights_of_last_step():
-                state = self._state(
-                    self._current_params(), self._update.read_state(), self._current_buffers()
-                )
+                buffers = self._buffers_after_step if is_broken else self._current_buffers()
+                state = self._state(self._current_params(), self._update.read_state(), buffers)
                 self.folder.write_state(self.steps, state)
             elif self._smallest is not None:
                 self.folder.write_end(self.steps, self._end())
@@ -567,8 +575,12 @@ class Recorder:
         refuse_clipping(self._watch, optimizer)
         network = RecordedNetwork(self.model, self.problem, self._autocast)
         buffers_after = self._current_buffers()
+        # Batch norm may be in evaluation in this step, and not in later ones.
+        statistics = names_of_statistics(self.model)
         self._moving_buffers = tuple(
-            name for name, b in self._buffers.items() if not torch.equal(b, buffers_after[name])
+            name
+            for name, b in self._buffers.items()
+            if name in statistics or not torch.equal(b, buffers_after[name])
         )
         calls = self._first_calls()
         step = SeenStep(
@@ -595,6 +607,7 @@ class Recorder:
         }
         if not self.resumes:
             self.folder.write_description(description)
+            self.folder.cut(self.steps)
             return
         from metapl.attribution.recording.resumed import refuse_other_loop
 

@@ -146,8 +146,9 @@ def record(
         raise MetaplError(f"record: model is of type {type(model).__name__}; expected a module.")
     model = network_in(model)
     folder = RecordingFolder(out)
+    # Where no state was kept yet, the recording begins anew.
     resumes = resume and bool(folder.states())
-    if not resumes:
+    if not resume:
         folder.refuse_existing()
     problem = with_weights_of_one(problem or EQUAL_WEIGHTS)
     recorder = Recorder(
@@ -228,7 +229,7 @@ class Recording:
         traceback: TracebackType | None,
     ) -> None:
         assert self._recorder is not None, "the context was entered with one"
-        self._recorder.end()
+        self._recorder.end(is_broken=error is not None)
 
     def __repr__(self) -> str:
         return summary("Recording", out=str(self._folder.path), steps=self.steps)

@@ -50,11 +50,23 @@ def step_of_kept_state(folder: RecordingFolder, current: KeptState, device: torc
     """
     numbers = folder.states()
     current_digest = current.digest()
+    found: int | None = None
     for number in reversed(numbers):
         state, digest = folder.read_state(number, device)
         has_buffers = all(torch.equal(b, current.buffers[n]) for n, b in state.buffers.items())
-        if has_buffers and torch.equal(current_digest, digest):
-            return number
+        is_found = has_buffers and torch.equal(current_digest, digest)
+        if is_found and found is not None:
+            raise MetaplError(
+                f"record: resume=True was given, and the states before steps {number} and {found} "
+                f"in {folder.path} are the same, as by a learning rate of 0; expected a loop that "
+                "goes on from another state, or another folder for out."
+            )
+        if found is not None:
+            return found
+        if is_found:
+            found = number
+    if found is not None:
+        return found
     raise MetaplError(
         "record: resume=True was given, and the network with its optimizer is in no state that "
         f"{folder.path} keeps, those before step {few(map(str, numbers))}; expected a loop that "
