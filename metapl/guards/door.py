@@ -3,8 +3,7 @@
 They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
 from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
 is looked for once: in what is given, and in the graphs of both losses of the first step
-(:class:`FirstLook`). Nothing is copied, so that networks of any size are looked at. Later steps are
-not.
+(:class:`FirstLook`), without a copy, of networks of any size. Later steps are not looked at.
 """
 
 from __future__ import annotations
