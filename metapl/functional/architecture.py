@@ -132,15 +132,17 @@ def description_of_object(value: Any, describer: Describer | None = None) -> Has
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
-    """Return a class, and what it and its bases outside of torch hold now.
+    """Return a class, and what it and its bases hold now; of those of torch the forward alone.
 
-    Methods and values may have been replaced.
+    Methods and values may have been replaced. Functions are in it themselves, so that no other one
+    gets the address of one that is gone.
 
     Raises: :class:`Undescribed`.
     """
     contents: list[Hashable] = [kind]
     for base in kind.__mro__:
         if base.__module__.startswith("torch.") or base.__module__ in ("builtins", "abc"):
+            contents.append(vars(base).get("forward"))
             continue
         for name, value in vars(base).items():
             # What a property or a static method calls.
@@ -151,7 +153,9 @@ def description_of_class(kind: type) -> tuple[Hashable, ...]:
             if isinstance(value, NUMBERS) and not name.startswith("__"):
                 contents.append((name, description_of(value)))
             # Python writes notes such as __slotnames__ into a class when an instance is copied.
-            elif isinstance(value, FunctionType) or not name.startswith("__"):
+            elif isinstance(value, FunctionType):
+                contents.append((name, value))
+            elif not name.startswith("__"):
                 contents.append((name, id(value)))
     return tuple(contents)
 

@@ -148,6 +148,18 @@ class Listed(nn.Module):
         return self.layers[0](x)
 
 
+def test_a_forward_of_torch_that_was_replaced_has_a_graph_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(graphs_kept, "_CACHE", {})
+    graphs = without_inductor(monkeypatch)
+    trained_second(0)
+    monkeypatch.setattr(nn.Tanh, "forward", lambda self, x: x.clamp(-0.1, 0.1))
+    found = trained_second(1)
+    assert len(graphs) == 2
+    assert (found - trained_second(1, compile=False)).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize(("network", "graphs_made"), [(Recurrent, 1), (Listed, 3)])
 def test_no_graph_holds_the_weights_of_trainers_that_are_gone(
     network: type[nn.Module], graphs_made: int, monkeypatch: pytest.MonkeyPatch
