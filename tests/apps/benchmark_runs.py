@@ -93,6 +93,7 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "fashion_feedback-arms",
         "fashion_feedback-signs",
     ],
+    "feedback_share": ["feedback_share", "feedback_share-noise"],
     "hyperparameters": ["hyperparameters", "schedule"],
     "modes": ["modes", "ablation"],
     "noisy_student": ["noisy-student-studies"],
