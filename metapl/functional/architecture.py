@@ -132,10 +132,10 @@ def description_of_object(value: Any, describer: Describer | None = None) -> Has
 
 
 def description_of_class(kind: type) -> tuple[Hashable, ...]:
-    """Return a class, and what it and its bases hold now; of those of torch the forward alone.
+    """Return a class, and what it and its bases hold now.
 
-    Methods and values may have been replaced. Functions are in it themselves, so that no other one
-    gets the address of one that is gone.
+    Methods and values may have been replaced. A base in torch counts by its forward alone.
+    Functions are held, so that no later one has the address of one that was replaced.
 
     Raises: :class:`Undescribed`.
     """

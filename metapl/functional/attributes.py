@@ -91,7 +91,7 @@ class Attributes:
                 (table, name)
                 for table in self._tables
                 for name in table
-                if name not in ATTRIBUTES_OF_ALL_MODULES
+                if name not in ATTRIBUTES_LEFT_OUT
             ]
             self._places += self._globals
         try:
@@ -223,7 +223,7 @@ class Attributes:
         self._tables.append(table)
         if depth < DEPTH:
             for name, part in table.items():
-                if name not in ATTRIBUTES_OF_ALL_MODULES:
+                if name not in ATTRIBUTES_LEFT_OUT:
                     self._look_into(part, depth=depth + 1)
 
     def _look_around(self, function: types.FunctionType, *, depth: int) -> None:
@@ -289,7 +289,7 @@ class Attributes:
         tables += [vars(base) for base in type(value).__mro__ if is_of_user(base)]
         for name in names:
             for table in tables:
-                if name in table and name not in ATTRIBUTES_OF_ALL_MODULES:
+                if name in table and name not in ATTRIBUTES_LEFT_OUT:
                     self._look_at_variable(table, name, names, met=met)
 
 
@@ -368,8 +368,8 @@ DEPTH = 3
 
 MOST_ENTRIES = 1_000
 
-# Those that nn.Module has, and the weights as a recurrent network holds them a second time.
-ATTRIBUTES_OF_ALL_MODULES = frozenset([*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"])
+# Those of every module, and the weights as a recurrent network holds them a second time.
+ATTRIBUTES_LEFT_OUT = frozenset([*vars(nn.Module()), "_flat_weights", "_flat_weight_refs"])
 
 STANDARD_LIBRARY = types.__file__.rpartition("types.py")[0]
 

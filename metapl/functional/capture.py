@@ -34,9 +34,9 @@ from metapl.functional.attributes import (
 from metapl.functional.comparison import (
     Comparisons,
     is_as_near,
-    is_decided,
     is_equal,
     is_unchanged,
+    refuse_other_results,
     rows_repeated,
     size_of,
     with_other_digits,
@@ -193,11 +193,12 @@ class Captured(Generic[Result]):
                         self._compare(capture, values) for values in (first, rows_repeated(first))
                     ]
                 if not all(decided):
-                    self.is_doubted = not self.comparisons.is_last(
+                    self.comparisons.count_drowned(
                         f"{self.what} comes out the same recorded, for rounding drowns the "
                         "difference",
                         " Expected float64, or no graph",
                     )
+                    self.is_doubted = not self.comparisons.have_ended
             except BaseException:
                 self.kept = [kept for kept in self.kept if kept is not capture]
                 raise
@@ -252,12 +253,12 @@ class Captured(Generic[Result]):
                 if wanted_there is None or not is_as_near(one, two, wanted_there[place]):
                     raise MetaplError(self.text_of_difference(one, two))
 
-        take = partial(self._results, arguments, tensors)
-        return is_decided(
+        results_of = partial(self._results, arguments, tensors)
+        return refuse_other_results(
             refuse,
             wanted,
-            take_again=partial(take, change=torch.clone),
-            take_at_other_digits=partial(take, change=with_other_digits),
+            take_again=partial(results_of, change=torch.clone),
+            take_at_other_digits=partial(results_of, change=with_other_digits),
         )
 
     def _results(

@@ -28,11 +28,11 @@ from metapl.execution.state import (
     swapped,
 )
 from metapl.feedback.report import StepReport
-from metapl.functional.attributes import ATTRIBUTES_OF_ALL_MODULES, cause_in_checkpoints
+from metapl.functional.attributes import ATTRIBUTES_LEFT_OUT, cause_in_checkpoints
 from metapl.functional.comparison import (
     NUDGES,
-    is_decided,
     is_equal,
+    refuse_other_results,
     rows_repeated,
     with_other_digits,
 )
@@ -291,7 +291,7 @@ def held_by(part: nn.Module) -> SimpleNamespace:
         **{
             name: value
             for name, value in vars(part).items()
-            if name not in ATTRIBUTES_OF_ALL_MODULES and not isinstance(value, nn.Module)
+            if name not in ATTRIBUTES_LEFT_OUT and not isinstance(value, nn.Module)
         }
     )
 
@@ -410,7 +410,7 @@ def refuse_other_than_eager(
             return take_again()
 
     try:
-        return is_decided(
+        return refuse_other_results(
             refuse, eager, take_again=take_again, take_at_other_digits=take_at_other_digits
         )
     except MetaplError as error:

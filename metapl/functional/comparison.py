@@ -55,24 +55,29 @@ DROWNED = "At numbers that differ in their last digit it comes out as far off wi
 
 
 class Comparisons:
-    """How many more steps are compared of which rounding drowns the difference."""
+    """Comparisons of one function with its graph, which end when rounding has drowned several."""
 
     def __init__(self) -> None:
-        self.left = TRIES
+        self.tries_left = TRIES
 
-    def is_last(self, what: str, expected: str = "") -> bool:
-        """Count one that was drowned; warn and return True where no other step is compared.
+    @property
+    def have_ended(self) -> bool:
+        """Whether nothing is compared any more."""
+        return self.tries_left < 0
+
+    def count_drowned(self, claim: str, expected: str = "") -> None:
+        """Count one that rounding has drowned, and warn where it was the last.
 
         Args:
-            what: of which it cannot be told whether it is right.
+            claim: that was to be compared, such as that a step is right.
+            expected: what to do about it.
         """
-        self.left -= 1
-        if self.left < 0:
-            warn(f"cannot tell whether {what}. {DROWNED}{expected}")
-        return self.left < 0
+        self.tries_left -= 1
+        if self.have_ended:
+            warn(f"cannot tell whether {claim}. {DROWNED}{expected}")
 
 
-def is_decided(
+def refuse_other_results(
     refuse: Callable[[Any], None],
     wanted: Any,
     *,
@@ -88,7 +93,7 @@ def is_decided(
 
     Args:
         refuse: raises where what was found is too far from what is wanted. It is given None, or
-            what is wanted at numbers that differ in their last digit, as far from which it may be.
+            what is wanted at other last digits, whose distance is then allowed too.
         take_again: finds what is wanted once more, with the same draws.
         take_at_other_digits: finds it at numbers that differ in their last digit.
 

@@ -225,7 +225,7 @@ class PathPlan:
             of 0. The graphs are compared with the eager road in it.
         compared_settings: the settings in that step, as those of one step; None where they are the
             same in all steps.
-        comparisons: how many more are made on a kind of batches, where rounding drowned some.
+        comparisons: those that are made on each kind of batches.
     """
 
     steps: int
@@ -773,7 +773,7 @@ def refuse_other_gradient(
     # Where one was made since, such as for another number that a loss reads, it is compared too.
     if graphs.compared.get(kind) in (BEING_COMPARED, graphs.captures):
         return
-    if plan.comparisons[kind].left < 0:
+    if plan.comparisons[kind].have_ended:
         return
     one_step = Lookahead([batch.value], settings=plan.compared_settings)
     weights = None
@@ -810,7 +810,7 @@ def refuse_other_gradient(
             student=request.student,
         )
         if not is_decided:
-            plan.comparisons[kind].is_last("compiled steps are right")
+            plan.comparisons[kind].count_drowned("compiled steps are right")
     finally:
         del graphs.compared[kind]
     if is_decided:

@@ -1,9 +1,8 @@
 """Refusals, by name, of what can carry a gradient past the signal.
 
-They stand at the door of the first step: nothing has moved by then. The feedback knows of one way
-from the teacher to the inner loss, the signal. Another way would be left out without a word, so it
-is looked for once: in what is given, and in the graphs of both losses of the first step
-(:class:`FirstLook`), without a copy, of networks of any size. Later steps are not looked at.
+They stand at the door of the first step, before anything moves; later steps are not looked at. The
+feedback knows of one way from the teacher to the inner loss, the signal. Another one is looked for
+in what is given and, without a copy, in the graphs of both losses (:class:`FirstLook`).
 """
 
 from __future__ import annotations
@@ -61,7 +60,7 @@ KEPT = (
 
 
 def refuse_learned(request: Request, update: Update) -> None:
-    """Refuse weights of one memory, and tensors whose gradient a feedback would leave out.
+    """Refuse tensors that require a gradient where a feedback would leave it out.
 
     Batches that a function returns as they are taken are looked at by the first look alone.
 
@@ -69,7 +68,6 @@ def refuse_learned(request: Request, update: Update) -> None:
         request: with the batches.
         update: the inner optimizer, whose settings are numbers.
     """
-    refuse_shared_memory(request.student, request.teacher)
     inner_batches = InnerBatches.of_hypergradient(request.inner)
     batches_by_name: dict[str, Any] = {"outer": request.outer}
     for k, batch in enumerate(inner_batches.in_memory()):
@@ -134,10 +132,10 @@ def refuse_hooks(student: nn.Module, teacher: nn.Module | None) -> None:
 
 
 def refuse_shared_memory(student: nn.Module, teacher: nn.Module | None) -> None:
-    """Refuse two parameters with one memory, which are two at other weights, and in a copy."""
+    """Refuse two parameters that begin at one address, which a copy of a network tells apart."""
     owners: dict[int, tuple[str, nn.Parameter]] = {}
-    networks: Any = {"student": student, "teacher": teacher}
-    for name, p in nn.ModuleDict(networks).named_parameters():
+    taught = nn.Module() if teacher is None else teacher
+    for name, p in nn.ModuleDict({"student": student, "teacher": taught}).named_parameters():
         address = local(p).data_ptr()
         other_name, other = owners.setdefault(address, (name, p))
         if address and other is not p and (p.requires_grad or other.requires_grad):
@@ -158,6 +156,7 @@ def look_at_step(
     refuse_pair_of_inputs(trainer.problem, outer_batch, inner_batches)
     refuse_hooks(trainer.student, trainer.teacher)
     if gives_feedback:
+        refuse_shared_memory(trainer.student, trainer.teacher)
         refuse_learned(request, trainer.update)
     elif trainer.accumulate == 1:
         return None
@@ -191,6 +190,7 @@ def look_at_call(differentiation: Differentiation) -> None:
     request = replace(differentiation.request, problem=differentiation.problem)
     gives_feedback = differentiation.estimate.credits != "nothing"
     if gives_feedback:
+        refuse_shared_memory(request.student, request.teacher)
         refuse_learned(request, differentiation.update)
     look = request.look
     if request.accumulate > 1:

@@ -298,12 +298,14 @@ def test_two_parameters_with_one_memory() -> None:
     """A step moves both by the gradients of both, and a copy of the network each by its own."""
     student, teacher = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)) for _ in range(2))
     student[1].weight.data = student[0].weight.data[:3]
-    batches: Any = {"outer": (torch.randn(8, 4), torch.arange(8) % 3), "inner": torch.randn(8, 4)}
+    outer, inner = (torch.randn(8, 4), torch.arange(8) % 3), torch.randn(8, 4)
     trainer = metapl.BilevelTrainer(teacher, student)
-    refused(lambda: trainer.step(**batches), naming="student.0.weight and student.1.weight")
+    refused(lambda: trainer.step(outer, inner), naming="student.0.weight and student.1.weight")
     sgd = torch.optim.SGD(student.parameters(), lr=0.1)
     refused(
-        lambda: metapl.hypergradient(teacher, student, **batches, inner_optimizer=sgd),
+        lambda: metapl.hypergradient(
+            teacher, student, outer=outer, inner=inner, inner_optimizer=sgd
+        ),
         naming="have one memory",
     )
 

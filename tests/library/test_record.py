@@ -808,7 +808,7 @@ def test_a_recording_does_not_go_on_from_elsewhere(tmp_path: Path) -> None:
 class NormedLoop:
     """A loop over a network with batch norm, whose checkpoints are kept after each step."""
 
-    def __init__(self, *, rates: Sequence[float] = (0.3,) * 12, begin: int = 0) -> None:
+    def __init__(self, *, rates: Sequence[float] = (0.3,) * 12) -> None:
         self.rates = rates
         self.checkpoints: dict[int, Any] = {}
         self.restart()
@@ -818,10 +818,9 @@ class NormedLoop:
         self.model = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
         self.optimizer = torch.optim.SGD(self.model.parameters(), 0.3)
         if step is not None:
-            for part, state in zip(
-                (self.model, self.optimizer), self.checkpoints[step], strict=True
-            ):
-                part.load_state_dict(copy.deepcopy(state))
+            of_model, of_optimizer = copy.deepcopy(self.checkpoints[step])
+            self.model.load_state_dict(of_model)
+            self.optimizer.load_state_dict(of_optimizer)
 
     def run(
         self,
@@ -837,8 +836,9 @@ class NormedLoop:
             evaluates: the steps in which batch norm is in evaluation.
             raises_in: a step that ends between its passes.
         """
-        options: dict[str, Any] = {"out": out, "train": (X, Y), "states_every": 4}
-        with record(self.model, self.optimizer, **options, resume=True) as recording:
+        with record(
+            self.model, self.optimizer, out=out, train=(X, Y), states_every=4, resume=True
+        ) as recording:
             for step in steps:
                 self.model[1].train(step not in evaluates)
                 rows = torch.arange(4 * step, 4 * step + 6) % 21

@@ -607,6 +607,7 @@ class Recorder:
         }
         if not self.resumes:
             self.folder.write_description(description)
+            # One that has lost its states may have left other files.
             self.folder.cut(self.steps)
             return
         from metapl.attribution.recording.resumed import refuse_other_loop

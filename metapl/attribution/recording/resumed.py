@@ -48,25 +48,24 @@ def step_of_kept_state(folder: RecordingFolder, current: KeptState, device: torc
     Args:
         current: the weights, the optimizer's state and all buffers now.
     """
-    numbers = folder.states()
     current_digest = current.digest()
-    found: int | None = None
-    for number in reversed(numbers):
+
+    def is_current(number: int) -> bool:
         state, digest = folder.read_state(number, device)
         has_buffers = all(torch.equal(b, current.buffers[n]) for n, b in state.buffers.items())
-        is_found = has_buffers and torch.equal(current_digest, digest)
-        if is_found and found is not None:
+        return has_buffers and torch.equal(current_digest, digest)
+
+    numbers = folder.states()
+    for place, number in reversed([*enumerate(numbers)]):
+        if not is_current(number):
+            continue
+        if place > 0 and is_current(numbers[place - 1]):
             raise MetaplError(
-                f"record: resume=True was given, and the states before steps {number} and {found} "
-                f"in {folder.path} are the same, as by a learning rate of 0; expected a loop that "
-                "goes on from another state, or another folder for out."
+                f"record: resume=True was given, and the states before steps {numbers[place - 1]} "
+                f"and {number} in {folder.path} are the same, as by a learning rate of 0; expected "
+                "a loop that goes on from another state, or another folder for out."
             )
-        if found is not None:
-            return found
-        if is_found:
-            found = number
-    if found is not None:
-        return found
+        return number
     raise MetaplError(
         "record: resume=True was given, and the network with its optimizer is in no state that "
         f"{folder.path} keeps, those before step {few(map(str, numbers))}; expected a loop that "
