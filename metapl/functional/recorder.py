@@ -188,6 +188,11 @@ class Recorded(Captured[Any]):
                 f"{self.what} makes a sparse tensor, which no graph can; expected dense ones, such "
                 "as torch.nn.Embedding(sparse=False), or the function as it is."
             )
+        if "torch._C.Generator" in str(cause):
+            return MetaplError(
+                f"{self.what} draws from a generator, which graphs of this version of torch cannot "
+                "hold; expected the default ones, without NumPy's or a torch.Generator of its own."
+            )
         if not asks_for_value(cause):
             return cause
         return MetaplError(
