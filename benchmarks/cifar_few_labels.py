@@ -624,6 +624,10 @@ def jobs() -> Iterator[Row]:
             for arm in arms:
                 longest = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
                 yield from with_cost({"arm": arm, **longest, "draw": draw})
+    for draw in DRAWS:
+        for arm in (*FEW_ARMS, "restart"):
+            longer = {**usual, "pictures": LONGER_BUDGET, "draw": draw}
+            yield from with_cost({"arm": arm, **longer})
 
 
 def jobs_of_card() -> Iterator[Row]:

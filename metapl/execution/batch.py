@@ -150,17 +150,21 @@ def _opened(batch: Batch, *, only_fields: bool) -> Any:
     return pytree.tree_map(open_leaf, batch)
 
 
-def flatten(batch: Batch, *, only_fields: bool = False) -> tuple[list[Any], Any]:
+def flatten(
+    batch: Batch, *, only_fields: bool = False, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[list[Any], Any]:
     """Return the leaves of a batch and its structure, for ``pytree.tree_unflatten``.
 
     Objects of dataclasses are nodes too.
 
     Args:
         only_fields: whether what such an object holds besides its fields is no part of it.
+        is_leaf: says of a part whether it is a leaf as a whole.
     """
-    leaves, structure = pytree.tree_flatten(batch)
+    leaves, structure = pytree.tree_flatten(batch, is_leaf)
     if any(map(is_record, leaves)):
-        leaves, structure = pytree.tree_flatten(_opened(batch, only_fields=only_fields))
+        opened = _opened(batch, only_fields=only_fields)
+        leaves, structure = pytree.tree_flatten(opened, is_leaf)
     return leaves, structure
 
 
@@ -369,14 +373,34 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
 
 
 def rows(batch: Batch, start: int, stop: int) -> Any:
-    """Return the rows from ``start`` to before ``stop`` of every tensor of a batch."""
-    return map_tensors(lambda t: t[start:stop] if t.ndim else t, batch)
+    """Return the rows from ``start`` to before ``stop`` of a batch."""
+    leaves, structure = flatten_to_rows(batch)
+    cut = [leaf[start:stop] if has_rows(leaf) else leaf for leaf in leaves]
+    return pytree.tree_unflatten(cut, structure)
+
+
+def flatten_to_rows(batch: Batch) -> tuple[list[Any], Any]:
+    """Return the leaves of a batch and its structure; a column of numbers or texts is one leaf."""
+    return flatten(batch, is_leaf=functools.partial(is_column, count=length(batch)))
+
+
+def is_column(part: Any, count: int) -> bool:
+    """Return whether a part of a batch is a list or a tuple with an entry for each of its rows.
+
+    A loader makes such of texts.
+    """
+    is_list = type(part) in (list, tuple) and len(part) == count
+    return is_list and not any(map(has_rows, leaves_of(part)))
+
+
+def has_rows(leaf: Any) -> bool:
+    """Return whether a leaf is cut with the rows of a batch: a tensor, an array or a column."""
+    return isinstance(leaf, list | tuple) or (is_array(leaf) and getattr(leaf, "ndim", 0) > 0)
 
 
 def length(batch: Batch) -> int:
-    """Return the number of rows of a batch, which is that of its longest tensor."""
-    lengths = [len(t) for t in leaves_of(batch) if isinstance(t, Tensor) and t.ndim]
-    return max(lengths, default=0)
+    """Return the number of rows of a batch, which is that of its longest tensor or array."""
+    return max((len(leaf) for leaf in leaves_of(batch) if has_rows(leaf)), default=0)
 
 
 # Whole numbers as wide as the entries of a tensor, by their bytes.
@@ -500,7 +524,8 @@ def _mixed(bits: Tensor, number: int) -> Tensor:
 def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
     """Return a batch (any nesting of tensors with a row per example) in parts of equal size.
 
-    What is no tensor, or one number, is in each of them.
+    Arrays are cut as tensors are, and so are lists and tuples of as many numbers or texts as there
+    are rows. What else is no tensor, or one number, is in each of the parts.
 
     Args:
         parts: how many.
@@ -508,15 +533,15 @@ def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
     """
     if parts == 1:
         return [batch]
-    leaves, structure = flatten(plain(batch))
+    leaves, structure = flatten_to_rows(plain(batch))
     refuse_hidden_tensors(leaves, name)
     pieces_of_leaves: list[Sequence[Any]] = []
     for leaf in leaves:
-        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+        if not has_rows(leaf):
             pieces_of_leaves.append([leaf] * parts)
             continue
         if len(leaf) % parts:
-            numbers = {len(t) for t in leaves if isinstance(t, Tensor) and t.ndim}
+            numbers = {len(other) for other in leaves if has_rows(other)}
             if len(numbers) > 1:
                 rows = " and ".join(map(str, sorted(numbers, reverse=True)))
                 raise MetaplError(
@@ -524,7 +549,8 @@ def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
                 )
             examples = f"the {name} batch has {len(leaf)} examples"
             raise MetaplError(f"{examples}; expected a multiple of accumulate={parts}.")
-        pieces_of_leaves.append(leaf.chunk(parts))
+        size = len(leaf) // parts
+        pieces_of_leaves.append([leaf[k * size : (k + 1) * size] for k in range(parts)])
     return [
         pytree.tree_unflatten(list(pieces), structure)
         for pieces in zip(*pieces_of_leaves, strict=True)

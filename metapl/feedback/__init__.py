@@ -292,12 +292,15 @@ def check_signal(
     value = getattr(signal, "value", None)
     log_prob = getattr(signal, "log_prob", None)
     values = [*value.values()] if isinstance(value, dict) else [value]
-    fits = bool(values) and all(isinstance(t, Tensor) for t in values)
+    fits = bool(values) and all(isinstance(t, Tensor) and not t.is_complex() for t in values)
     if fits and log_prob is not None:
         fits = isinstance(value, Tensor) and log_prob.shape == value.shape[:1]
     if not fits or not isinstance(signal, Signal):
         value = value if isinstance(signal, Signal) else signal
-        expected = "metapl.Signal(value) of tensors, or Signal(value, log_prob=...) of drawn labels"
+        expected = (
+            "metapl.Signal(value) of tensors of real numbers (of complex ones torch.view_as_real), "
+            "or Signal(value, log_prob=...) of drawn labels"
+        )
         raise checks.unexpected(f"{kind_of(problem)}.signal returned", value, expected)
     kind: Kind = "soft" if log_prob is None else "hard"
     credits_labels = kind == "hard" and mode.credits in ("signal", "example")

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, flatten, leaves_of, length
+from metapl.execution.batch import Batch, flatten_to_rows, has_rows, length
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
@@ -172,11 +174,19 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
 
 def joined_batches(parts: Sequence[Any]) -> Any:
     """Return the rows of micro-batches as one batch; what has no rows is that of the first."""
-    leaves_of_parts = [leaves_of(part) for part in parts]
-    _, structure = flatten(parts[0])
-    joined_leaves = []
+    leaves_of_parts = []
+    for part in parts:
+        leaves, structure = flatten_to_rows(part)
+        leaves_of_parts.append(leaves)
+    joined_leaves: list[Any] = []
     for same_leaf in zip(*leaves_of_parts, strict=True):
         first = same_leaf[0]
-        has_rows = isinstance(first, Tensor) and first.ndim > 0
-        joined_leaves.append(torch.cat(same_leaf) if has_rows else first)
+        if not has_rows(first):
+            joined_leaves.append(first)
+        elif isinstance(first, Tensor):
+            joined_leaves.append(torch.cat(same_leaf))
+        elif isinstance(first, list | tuple):
+            joined_leaves.append(type(first)(chain(*same_leaf)))
+        else:
+            joined_leaves.append(np.concatenate(same_leaf))
     return pytree.tree_unflatten(joined_leaves, structure)

@@ -1163,3 +1163,74 @@ def test_the_batch_that_does_not_divide_is_named() -> None:
     arguments["inner"] = tuple(t.repeat_interleave(3, 0) for t in arguments["inner"])
     with pytest.raises(MetaplError, match="the outer batch has 8 .* multiple of accumulate=3"):
         metapl.check_gradient(**arguments)
+
+
+COSTS = {"cheap": 0.1, "dear": 3.0}
+KINDS = ["cheap"] * 4 + ["dear"] * 4
+
+
+class CostOfKind(BilevelProblem):
+    """The inner loss counts by a cost of each row, which is no tensor in the batch."""
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Signal:
+        return Signal(teacher(batch[0]).sigmoid().squeeze(-1))
+
+    def inner_loss(self, outputs: Any, signal: Any, batch: Any, params: Any = None) -> Tensor:
+        costs = [COSTS.get(kind, kind) for kind in batch[2]]
+        losses = F.cross_entropy(outputs, batch[1], reduction="none")
+        return signal.value * losses * torch.tensor(costs, dtype=losses.dtype)
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch[1])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        KINDS,
+        tuple(KINDS),
+        [COSTS[kind] for kind in KINDS],
+        tuple(COSTS[kind] for kind in KINDS),
+        numpy.array([COSTS[kind] for kind in KINDS]),
+        numpy.array(KINDS),
+    ],
+    ids=["texts", "tuple of texts", "numbers", "tuple of numbers", "array", "array of texts"],
+)
+def test_a_column_that_is_no_tensor_is_cut_with_the_rows(column: Any) -> None:
+    feedback, weights = [], []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        x, y = torch.randn(8, 4), torch.arange(8) % 3
+        teacher, student = nn.Linear(4, 1), nn.Linear(4, 3)
+        trainer = metapl.BilevelTrainer(
+            teacher, student, problem=CostOfKind(), accumulate=accumulate, teacher_losses=()
+        )
+        feedback.append(trainer.step((x, y), (x, y, column)).feedback)
+        weights.append(teacher.weight.detach())
+    torch.testing.assert_close(feedback[1], feedback[0])
+    torch.testing.assert_close(weights[1], weights[0])
+
+
+@pytest.mark.parametrize(
+    "column", [[1.0] * 4 + [0.0] * 4, numpy.arange(8.0)], ids=["list", "array"]
+)
+def test_own_losses_read_columns_of_their_micro_batch(column: Any) -> None:
+    class ByColumn(TeacherLoss):
+        name = "by_column"
+
+        def __call__(
+            self, teacher: Any, *, outer: Any, inner: Any, signal: Any, step: Any
+        ) -> Tensor:
+            weights = torch.as_tensor(outer[2], dtype=torch.float32)
+            losses = F.cross_entropy(teacher(outer[0]), outer[1], reduction="none")
+            return (weights * losses).mean()
+
+    losses = []
+    for accumulate in (1, 2):
+        torch.manual_seed(0)
+        network = nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        trainer = LossTrainer(network, (ByColumn(),), optimizer=optimizer, accumulate=accumulate)
+        outer = (torch.randn(8, 4), torch.arange(8) % 3, column)
+        losses.append(trainer.step(outer).loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from metapl.execution.numerics import as_real
 from metapl.execution.state import trainable
 from metapl.feedback import Estimator
 from metapl.guards.verification.case import APPROXIMATE, EPS, EPS32, Case, Errors, flat
@@ -122,7 +123,7 @@ def compare(
 
     errors: Errors = {}
     for along, direction in directions(case, moved, gradient).items():
-        terms = flat([gradient[key] * t for key, t in direction.items()])
+        terms = flat(gradient) * flat(direction)
         errors[f"{name or f'the {moved}'}, {along}"] = error_of_slope(
             partial(value_at, direction=direction),
             terms,
@@ -136,7 +137,8 @@ def compare(
 def directions(case: Case, moved: str, gradient: Tree) -> dict[str, Tree]:
     """Return the directions to move in.
 
-    Along the gradient, and random signs times the size of each weight.
+    Along the gradient, and random signs times the size of each weight, of complex weights for both
+    parts.
     """
     weights = case.step.learned()
     if moved in ("inner", "outer"):
@@ -144,7 +146,8 @@ def directions(case: Case, moved: str, gradient: Tree) -> dict[str, Tree]:
     draw = torch.Generator().manual_seed(0)
     random_direction = {}
     for name, g in gradient.items():
-        signs = torch.randint(0, 2, g.shape, generator=draw).to(g) * 2 - 1
+        signs = torch.zeros(g.shape, dtype=g.dtype, device=g.device)
+        as_real(signs).copy_(torch.randint(0, 2, as_real(signs).shape, generator=draw) * 2 - 1)
         random_direction[name] = signs * (size_of(weights[name]) if name in weights else 1.0)
     entries = flat(gradient)
     length = float(entries.norm())

@@ -404,4 +404,4 @@ class Evaluation:
 
 def size_of(t: Tensor) -> float:
     """Return the root mean square of a tensor, and 1e-2 where it is smaller."""
-    return max(float(t.detach().double().square().mean().sqrt()), 1e-2)
+    return max(float(t.detach().abs().double().square().mean().sqrt()), 1e-2)
