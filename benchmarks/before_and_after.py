@@ -142,8 +142,7 @@ def main() -> None:
         return row
 
     if args.runs:
-        if args.before is None:
-            parser.error("--before FOLDER is missing: a checkout of the commit to compare with")
+        commits = (BEFORE, NOW) if args.before else (NOW,)
         networks = ["mlp"] if args.miniature else [*NETWORKS]
         jobs = [
             {
@@ -154,7 +153,7 @@ def main() -> None:
                 "round": round,
             }
             for round, network, (lookahead, mode), commit in product(
-                range(1 if args.miniature else ROUNDS), networks, CASES, (BEFORE, NOW)
+                range(1 if args.miniature else ROUNDS), networks, CASES, commits
             )
         ]
         harness.go_on(args.out, jobs, run, environment=harness.environment())

@@ -51,6 +51,7 @@ SECOND = (
     "when",
 )
 SECOND += (
+    "before_and_after",
     "cifar_few_labels",
     "cifar_tuned_arms",
     "closed_loop",
@@ -153,6 +154,7 @@ MINUTES = (
     "silent",
 )
 MINUTES += (
+    "before_and_after",
     "cifar_few_labels",
     "cifar_tuned_arms",
     "compile_cost",
