@@ -142,7 +142,10 @@ def main() -> None:
         return row
 
     if args.runs:
-        commits = (BEFORE, NOW) if args.before else (NOW,)
+        if args.miniature:
+            args.before = args.before or ROOT
+        if args.before is None:
+            parser.error("--before FOLDER is missing: a checkout of the commit to compare with")
         networks = ["mlp"] if args.miniature else [*NETWORKS]
         jobs = [
             {
@@ -153,7 +156,7 @@ def main() -> None:
                 "round": round,
             }
             for round, network, (lookahead, mode), commit in product(
-                range(1 if args.miniature else ROUNDS), networks, CASES, commits
+                range(1 if args.miniature else ROUNDS), networks, CASES, (BEFORE, NOW)
             )
         ]
         harness.go_on(args.out, jobs, run, environment=harness.environment())
