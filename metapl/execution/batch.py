@@ -395,7 +395,9 @@ def is_column(part: Any, count: int) -> bool:
 
 def has_rows(leaf: Any) -> bool:
     """Return whether a leaf is cut with the rows of a batch: a tensor, an array or a column."""
-    return isinstance(leaf, list | tuple) or (is_array(leaf) and getattr(leaf, "ndim", 0) > 0)
+    if isinstance(leaf, Tensor | np.ndarray):
+        return leaf.ndim > 0
+    return isinstance(leaf, list | tuple)
 
 
 def length(batch: Batch) -> int:

@@ -216,9 +216,9 @@ def test_another_optimizer_ends_the_recording(tmp_path: Path) -> None:
             loss_of(model, rows, weights).backward()
             optimizer.step()
 
-    with pytest.warns(UserWarning, match="ended before step 4: another optimizer, of type Adam"):
+    with pytest.warns(UserWarning, match="ended before step 5: another optimizer, of type Adam"):
         recording = recorded(loop, tmp_path)
-    assert recording.attribute(OUTER, progress=False).order.shape == (STATES_EVERY, 8)
+    assert recording.attribute(OUTER, progress=False).order.shape == (5, 8)
 
 
 def test_an_optimizer_in_another_one_is_followed(tmp_path: Path) -> None:
@@ -413,9 +413,9 @@ def test_weights_that_are_frozen_later_end_the_recording(tmp_path: Path) -> None
     def freeze(model: nn.Module, step: int) -> None:
         model[0].requires_grad_(step != 5)
 
-    with pytest.warns(UserWarning, match="ended before step 4: the loop learns other weights"):
+    with pytest.warns(UserWarning, match="ended before step 5: the loop learns other weights"):
         recording = recorded(loop_with(before=freeze), tmp_path)
-    assert recording.attribute(OUTER, progress=False).order.shape == (STATES_EVERY, 8)
+    assert recording.attribute(OUTER, progress=False).order.shape == (5, 8)
 
 
 class Padded(Words):
@@ -831,3 +831,36 @@ def test_the_factor_under_autocast_is_that_of_the_loop(factor: float, tmp_path: 
 
     recording = recorded(loop, tmp_path, lambda: network(0.0).float(), train=(X.float(), Y))
     assert abs(recording.loss_factor / factor - 1) < 1e-5
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_what_is_learned_may_change_after_the_steps_that_are_recorded(
+    has_norm: bool, tmp_path: Path
+) -> None:
+    x, y = torch.randn(12, 4).double(), torch.arange(12) % 3
+
+    def recorded(steps: int, thawed_at: int | None, out: str) -> tuple[int, Tensor]:
+        """Return the steps of a recording, and the scores of the examples in it."""
+        torch.manual_seed(0)
+        norm = nn.BatchNorm1d(4) if has_norm else nn.Tanh()
+        model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 3)).double()
+        model[0].requires_grad_(requires_grad=False)
+        frozen = copy.deepcopy(model[0].state_dict())
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        with record(model, optimizer, out=tmp_path / out, train=(x, y)) as recording:
+            for step in range(steps):
+                if step == thawed_at:
+                    model[0].requires_grad_(requires_grad=True)
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        # The recording is of a network with the frozen weights of its steps.
+        model[0].requires_grad_(requires_grad=False)
+        model[0].load_state_dict(frozen)
+        return recording.steps, recording.attribute((x, y), progress=False).scores
+
+    with pytest.warns(UserWarning, match="ended before step 13: the loop learns other weights"):
+        steps, scores = recorded(20, 13, "thawed")
+    expected_steps, expected = recorded(13, None, "frozen")
+    assert steps == expected_steps == 13
+    torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)

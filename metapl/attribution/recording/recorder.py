@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -327,10 +327,19 @@ class Recorder:
         return KeptState(params, optimizer_state, buffers=moving)
 
     def _stop(self, reason: str) -> None:
-        """End the recording, and let the training go on; what was saved stays."""
+        """End the recording with the last step that was followed, and let the training go on.
+
+        Where its rows cannot be written, it ends with the last state that was kept.
+        """
         self.ended_by = reason.removeprefix("record: ").rstrip(".")
+        last = self._first_row
+        if len(self._rows) == self.steps - self._first_row > 0:
+            with suppress(MetaplError):
+                self._write_rows()
+                self.folder.write_end(self.steps, self._end())
+                last = self.steps
         warn(
-            f"the recording in {self.folder.path} ended before step {self._first_row:,}: "
+            f"the recording in {self.folder.path} ended before step {last:,}: "
             f"{self.ended_by}. The training goes on without it.",
         )
 
