@@ -260,7 +260,8 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> tuple[float, bo
         f"record: the gradient of the mean of {kind_of(network.problem)}'s losses in the first "
         f"step differs from p.grad by {gap:.2g} of its size, {tolerance:.1g} at most is rounding"
         f"{in_losses}, in {len(step.calls)} calls of the network; expected problem= with the "
-        "loop's loss, no gradients from before, and torch.nn.utils.clip_grad_norm_ or clip_norm=."
+        "loop's loss, no gradients from before, no GradScaler, and torch.nn.utils.clip_grad_norm_ "
+        "or clip_norm=, which scales by clip_norm / (norm + 1e-6)."
     )
 
 

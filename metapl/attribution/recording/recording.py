@@ -107,7 +107,8 @@ def record(
         max_bytes: of recorded examples. Beyond them the recording ends with a warning, and the
             training goes on.
         clip_norm: the greatest norm of the gradient, for a loop that clips by a function of its
-            own; that of ``torch.nn.utils.clip_grad_norm_`` is seen.
+            own, which scales by c / (norm + 1e-6) as ``torch.nn.utils.clip_grad_norm_`` does; that
+            one is seen.
         resume: go on with the recording in ``out``, if there is one, where the loop goes on from a
             checkpoint of its own. The weights, buffers and optimizer have to be, bit for bit, those
             of a kept state, so that the loop's checkpoints are of multiples of ``states_every``
