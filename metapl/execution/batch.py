@@ -375,7 +375,7 @@ def as_tensors(data: Any, dtype: torch.dtype, subject: str = "") -> Any:
 def rows(batch: Batch, start: int, stop: int) -> Any:
     """Return the rows from ``start`` to before ``stop`` of a batch."""
     leaves, structure = flatten_to_rows(batch)
-    cut = [leaf[start:stop] if has_rows(leaf) else leaf for leaf in leaves]
+    cut = [leaf[start:stop] if is_by_row(leaf) else leaf for leaf in leaves]
     return pytree.tree_unflatten(cut, structure)
 
 
@@ -390,10 +390,10 @@ def is_column(part: Any, count: int) -> bool:
     A loader makes such of texts.
     """
     is_list = type(part) in (list, tuple) and len(part) == count
-    return is_list and not any(map(has_rows, leaves_of(part)))
+    return is_list and not any(map(is_by_row, leaves_of(part)))
 
 
-def has_rows(leaf: Any) -> bool:
+def is_by_row(leaf: Any) -> bool:
     """Return whether a leaf is cut with the rows of a batch: a tensor, an array or a column."""
     if isinstance(leaf, Tensor | np.ndarray):
         return leaf.ndim > 0
@@ -402,7 +402,7 @@ def has_rows(leaf: Any) -> bool:
 
 def length(batch: Batch) -> int:
     """Return the number of rows of a batch, which is that of its longest tensor or array."""
-    return max((len(leaf) for leaf in leaves_of(batch) if has_rows(leaf)), default=0)
+    return max((len(leaf) for leaf in leaves_of(batch) if is_by_row(leaf)), default=0)
 
 
 # Whole numbers as wide as the entries of a tensor, by their bytes.
@@ -535,44 +535,15 @@ def micro_batches(batch: Batch, parts: int, name: str) -> list[Any]:
     """
     if parts == 1:
         return [batch]
+    # Loaded where it is used.
+    from metapl.execution.micro_batches import pieces_of
+
     leaves, structure = flatten_to_rows(plain(batch))
-    refuse_hidden_tensors(leaves, name)
-    pieces_of_leaves: list[Sequence[Any]] = []
-    for leaf in leaves:
-        if not has_rows(leaf):
-            pieces_of_leaves.append([leaf] * parts)
-            continue
-        if len(leaf) % parts:
-            numbers = {len(other) for other in leaves if has_rows(other)}
-            if len(numbers) > 1:
-                rows = " and ".join(map(str, sorted(numbers, reverse=True)))
-                raise MetaplError(
-                    f"the {name} batch has tensors of {rows} rows; expected as many in each."
-                )
-            examples = f"the {name} batch has {len(leaf)} examples"
-            raise MetaplError(f"{examples}; expected a multiple of accumulate={parts}.")
-        size = len(leaf) // parts
-        pieces_of_leaves.append([leaf[k * size : (k + 1) * size] for k in range(parts)])
+    pieces_of_leaves = pieces_of(leaves, [*map(is_by_row, leaves)], parts, name)
     return [
         pytree.tree_unflatten(list(pieces), structure)
         for pieces in zip(*pieces_of_leaves, strict=True)
     ]
-
-
-def refuse_hidden_tensors(leaves: Sequence[Any], name: str) -> None:
-    """Refuse tensors in the attributes of an object that is no dataclass.
-
-    The object would be in each micro-batch whole.
-
-    Args:
-        leaves: of a batch.
-        name: of the batch, for the error.
-    """
-    for leaf in leaves:
-        attributes = {} if isinstance(leaf, Tensor | nn.Module) else getattr(leaf, "__dict__", {})
-        if any(isinstance(value, Tensor) for value in attributes.values()):
-            expected = "a tuple, dict or dataclass of its tensors, or accumulate=1"
-            raise unexpected(f"in the {name} batch is an object", leaf, expected)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -15,16 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metapl.errors import MetaplError
-from metapl.execution.batch import Batch, flatten_to_rows, has_rows, length
+from metapl.execution.batch import Batch, length
 from metapl.execution.compare import coarsest_dtype
 from metapl.execution.numerics import no_fast_path
 from metapl.execution.ranks import Ranks
@@ -112,6 +109,9 @@ def refuse_other_than_means(
     """
     if has_norms_without_statistics(network):
         return
+    # Loaded where it is used.
+    from metapl.execution.joined_batches import joined_batches
+
     signal = joined_signals([signal.detached() for signal in signals[:2]])
     whole = joined_batches(outer[:2]), joined_batches(inner[:2]), signal
     pair = list(zip(outer[:2], inner[:2], signals[:2], strict=True))
@@ -170,23 +170,3 @@ def has_norms_without_statistics(network: nn.Module) -> bool:
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
             return True
     return False
-
-
-def joined_batches(parts: Sequence[Any]) -> Any:
-    """Return the rows of micro-batches as one batch; what has no rows is that of the first."""
-    leaves_of_parts = []
-    for part in parts:
-        leaves, structure = flatten_to_rows(part)
-        leaves_of_parts.append(leaves)
-    joined_leaves: list[Any] = []
-    for same_leaf in zip(*leaves_of_parts, strict=True):
-        first = same_leaf[0]
-        if not has_rows(first):
-            joined_leaves.append(first)
-        elif isinstance(first, Tensor):
-            joined_leaves.append(torch.cat(same_leaf))
-        elif isinstance(first, list | tuple):
-            joined_leaves.append(type(first)(chain(*same_leaf)))
-        else:
-            joined_leaves.append(np.concatenate(same_leaf))
-    return pytree.tree_unflatten(joined_leaves, structure)

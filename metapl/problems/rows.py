@@ -11,7 +11,7 @@ from metapl.execution.batch import Batch, joined
 from metapl.execution.numerics import as_real
 from metapl.execution.state import RandomState, trainable
 from metapl.problems.base import BilevelProblem, Signal, enters_input, modules_in
-from metapl.problems.means import has_norms_without_statistics, joined_batches
+from metapl.problems.means import has_norms_without_statistics
 
 # Numbers of a relative difference up to this are the same number, rounded.
 ROUNDING = 1e-5
@@ -83,6 +83,9 @@ def signal_reads_other_rows(
         outputs = joined(of_parts)
     device = next(student.parameters()).device
     random = RandomState.now(device, generator)
+    # Loaded where it is used.
+    from metapl.execution.joined_batches import joined_batches
+
     whole = signal_of(joined_batches(parts), outputs)
     draws = not RandomState.now(device, generator).equals(random)
     again = signal_of(joined_batches(parts), outputs)

@@ -1335,7 +1335,8 @@ def test_more_bytes_than_allowed_end_the_recording_and_not_the_training(tmp_path
     assert found.scores.abs().max() > 0
 
 
-# What is called with is looked up where rows are written, so that the rows before are lost there.
+# Inputs are looked up in the data where rows are written, so that other inputs take the rows before
+# them along.
 @pytest.mark.parametrize(
     ("kind", "kept"), [("clipped values", 3), ("other inputs", 2), ("no call", 3)]
 )

@@ -36,7 +36,7 @@ BOUNDS = {
     "compiled": Way(files=13, functions=42, lines=208),
 }
 
-IMPORTED_LINES = 17_465
+IMPORTED_LINES = 17_420
 """Lines of the files of the package that ``import metapl`` loads."""
 
 GUARDS = 0.164
