@@ -29,9 +29,7 @@ def pieces_of(
             pieces_of_leaves.append([leaf] * parts)
             continue
         if len(leaf) % parts:
-            numbers = {
-                len(other) for other, is_cut in zip(leaves, are_by_row, strict=True) if is_cut
-            }
+            numbers = {len(other) for other in compress(leaves, are_by_row)}
             if len(numbers) > 1:
                 rows = " and ".join(map(str, sorted(numbers, reverse=True)))
                 raise MetaplError(
