@@ -141,7 +141,11 @@ class EqualWeights(Weighted):
         tokens = inputs.get("input_ids") if isinstance(inputs, dict) else inputs
         if isinstance(tokens, Tensor) and not tokens.is_floating_point() and tokens.ndim == 2:
             mend = "Of token ids alone, give problem=metapl.problems.NextToken()."
-        return labeled_pair(batch, name, f" {mend}")
+        pair = labeled_pair(batch, name, f" {mend}")
+        if len(pair) != len(self.inner_batch):
+            expected = f"({', '.join(self.inner_batch)}). {mend}".rstrip(".")
+            raise checks.unexpected(f"{name} is", pair, expected)
+        return pair
 
     def weight_shape(self, outputs: Tensor) -> tuple[int, ...]:
         """Return the shape of the weights that the inner loss multiplies by.

@@ -1208,7 +1208,7 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
         ),
         (
             {"optimizer": lambda model: torch.optim.SGD(model[3].parameters(), 0.1)},
-            r"is not over 0.weight, 0.bias, .* requires_grad=False",
+            r"loop is not over 0.weight, 0.bias; .* requires_grad=False",
         ),
         (
             {
@@ -1216,7 +1216,11 @@ def smoothed(outputs: Tensor, labels: Tensor) -> Tensor:
                     [*model.parameters(), nn.Parameter(torch.ones(2))], 0.1
                 )
             },
-            "over 1 tensors that the network does not have; expected model= with all",
+            "loop is over 1 tensors that the network does not have; expected model= with all",
+        ),
+        (
+            {"train": torch.utils.data.TensorDataset(X, Y, torch.arange(len(X)))},
+            r"train is a tuple of 3 \(Tensor\); expected \(inputs, labels\). For other batches",
         ),
         (
             {"problem": metapl.problems.NextToken()},

@@ -161,6 +161,35 @@ def test_a_call_that_is_not_backpropagated_is_no_micro_batch(
     assert_right(loop, tmp_path)
 
 
+@pytest.mark.parametrize("first_step", [0, 3])
+@pytest.mark.parametrize("data", ["training", "validation"])
+def test_a_picture_of_what_the_network_looks_at_is_no_micro_batch(
+    data: str, first_step: int, tmp_path: Path
+) -> None:
+    rows = X[:7] if data == "training" else OUTER[0]
+
+    def look(model: nn.Module, step: int) -> None:
+        if step >= first_step:
+            inputs = rows.clone().requires_grad_()
+            torch.autograd.grad(model(inputs).sum(), inputs)
+
+    assert_right(loop_with(before=look), tmp_path)
+
+
+def test_a_loop_without_backward_is_followed(tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        torch.manual_seed(3)
+        optimizer = optimizer_of(model)
+        parameters = [*model.parameters()]
+        for rows in batches():
+            gradients = torch.autograd.grad(loss_of(model, rows, weights), parameters)
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+            optimizer.step()
+
+    assert_right(loop, tmp_path)
+
+
 @pytest.mark.parametrize("sets_to_none", [True, False])
 @pytest.mark.parametrize("is_backpropagated", [True, False])
 def test_a_batch_that_is_skipped_is_no_micro_batch(

@@ -188,12 +188,16 @@ def refuse_other_parameters(
     optimized = {id(p) for p in parameters_of(optimizer) if p.requires_grad}
     missing = [name for name, p in parameters.items() if id(p) not in optimized]
     others = len(optimized) - (len(parameters) - len(missing))
-    if missing or others:
+    faults: list[str] = []
+    if missing:
+        faults.append(f"is not over {few(missing, 3)}")
+    if others:
+        faults.append(f"is over {others} tensors that the network does not have")
+    if faults:
         raise MetaplError(
-            f"record: the {type(optimizer).__name__} of the loop is not over "
-            f"{few(missing, 3) or 'the weights of the network alone'}, and over {others} tensors "
-            "that the network does not have; expected model= with all that it trains, and "
-            "requires_grad=False for those that stay as they are."
+            f"record: the {type(optimizer).__name__} of the loop {' and '.join(faults)}; expected "
+            "model= with all that it trains, and requires_grad=False for those that stay as they "
+            "are."
         )
 
 

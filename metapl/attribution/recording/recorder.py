@@ -11,8 +11,9 @@ four places:
 - after it: the settings, the losses and the clipping that were seen, and, in the first step, the
   gradient.
 
-A call counts where a backward pass has come to its outputs. A loop may look at the network with a
-gradient and leave it at that, as an evaluation without ``torch.no_grad()`` does.
+A call counts where a backward pass has come to its outputs (:func:`calls_that_count`). A loop may
+look at the network with a gradient and leave it at that, as an evaluation without
+``torch.no_grad()`` does.
 
 The loop's bits are what they are without a recording: nothing is drawn, and nothing is written to.
 """
@@ -93,8 +94,9 @@ class SeenCall:
         training_parts: the names of the parts that were in training mode.
         batch: what the network was called with, in the first step.
         autocast: in what type products were taken, in the first step; None: there was no autocast.
-        is_reached: whether a backward pass has come to its outputs. True too of outputs in which no
-            tensor is seen.
+        is_reached: whether derivatives were taken that come to its outputs. True too of outputs in
+            which no tensor is seen.
+        is_backpropagated: whether ``backward`` took them, and not ``torch.autograd.grad`` alone.
     """
 
     examples: Tensor | SeenRows
@@ -103,6 +105,7 @@ class SeenCall:
     batch: Batch = None
     autocast: torch.dtype | None = None
     is_reached: bool = True
+    is_backpropagated: bool = True
 
     def numbers(self) -> Tensor:
         """Return the numbers of the examples, or digests of the rows, (B,)."""
@@ -402,6 +405,7 @@ class Recorder:
         if not nodes:
             return
         call.is_reached = False
+        call.is_backpropagated = False
         for node in nodes:
             node.register_prehook(partial(note_reached, self._watch, call))
 
@@ -441,7 +445,7 @@ class Recorder:
                 self._refuse_step_of_another(optimizer)
             return
         with self._guarded():
-            self._calls = [call for call in self._calls if call.is_reached]
+            self._calls = calls_that_count(self._calls)
             if self._is_first_step and self.resumes and self._by_sight is not None:
                 parts, _ = self.folder.read_examples(before=self.steps)
                 self._by_sight = NumbersBySight.of(parts)
@@ -790,6 +794,17 @@ def note_reached(watch: StepWatch, call: SeenCall, gradients: Any) -> None:
     """Note that a backward pass has come to the outputs of a call, as a hook of their node."""
     watch.has_reached_call = True
     call.is_reached = True
+    call.is_backpropagated |= watch.is_in_backward
+
+
+def calls_that_count(calls: Sequence[SeenCall]) -> list[SeenCall]:
+    """Return the calls of a step that its gradient comes from.
+
+    Derivatives in the inputs, for a picture of what the network looks at, are taken by
+    ``torch.autograd.grad`` beside ``backward``. A loop without ``backward`` takes all of them so.
+    """
+    backpropagated = [call for call in calls if call.is_backpropagated]
+    return backpropagated or [call for call in calls if call.is_reached]
 
 
 def sum_of(losses: list[Tensor]) -> float:

@@ -40,6 +40,7 @@ class StepWatch:
         losses: scalars that were backpropagated to the network, without their graphs.
         has_reached_call: whether a backward pass has come to a call of the network since this was
             last set to False; the recorder sets it.
+        is_in_backward: whether ``torch.autograd.backward`` is running.
         clip_norm: the greatest norm that gradients were clipped to; None: they were not.
         clipped: the parameters whose gradients were clipped, by identity.
         gradient_versions: those of the weights' gradients when the last backward pass had ended.
@@ -50,6 +51,7 @@ class StepWatch:
         self._parameters = [*weights]
         self._weights = {id(p) for p in self._parameters}
         self.has_reached_call = False
+        self.is_in_backward = False
         self.begin()
 
     def begin(self) -> None:
@@ -133,7 +135,13 @@ def watching(watch: StepWatch) -> Iterator[None]:
         if not isinstance(tensors, Tensor):
             # They may come one by one.
             tensors = [*tensors]
-        result = backward(tensors, *args, **options)
+        # A checkpoint calls it within another.
+        was_in_backward = watch.is_in_backward
+        watch.is_in_backward = True
+        try:
+            result = backward(tensors, *args, **options)
+        finally:
+            watch.is_in_backward = was_in_backward
         watch.note_losses(tensors)
         return result
 
