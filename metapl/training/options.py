@@ -238,7 +238,8 @@ class Rates:
         rates = {}
         for name, optimizer in self.optimizers.items():
             column = name.removesuffix("optimizer") + "lr"
-            rates[column] = optimizer.param_groups[0]["lr"]
+            # It may be a tensor.
+            rates[column] = float(optimizer.param_groups[0]["lr"])
         return rates
 
 

@@ -552,3 +552,13 @@ def test_the_keywords_that_an_editor_shows_are_the_options() -> None:
     assert get_type_hints(FinetuneKeywords) == keywords | of_fit
     with pytest.raises(TypeError, match="steps"):
         single().fit(batches(1)[0])  # type: ignore[call-arg]
+
+
+def test_a_rate_that_is_a_tensor_is_a_number_in_the_rows(tmp_path: Path) -> None:
+    network = nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(network.parameters(), lr=torch.tensor(0.01))
+    trainer = metapl.LossTrainer(network, optimizer=optimizer)
+    labeled = torch.randn(8, 4), torch.arange(8) % 3
+    result = trainer.fit(labeled, batch_size=4, steps=4, log_every=2, out=tmp_path, progress=False)
+    rates = [row["lr"] for row in result.history if "lr" in row]
+    assert [*map(type, rates)] == [float] * 2

@@ -1054,7 +1054,7 @@ def test_wrong_recordings_are_refused_before_the_replay(tmp_path: Path) -> None:
 
     refused("has no recording.ckpt; expected a folder", out=tmp_path)
     wider = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, CLASSES)).double()
-    refused("made with a Sequential with other weights, such as", model=wider)
+    refused("made with a Sequential with other weights that are trained, such as", model=wider)
     refused("with other weights", model=network().float())
     refused("numbers of examples alone; expected train=", train=None)
     refused("has 29 examples, the recording was of 30, and example 0", train=(X[1:], Y[1:]))

@@ -152,7 +152,8 @@ def refuse_other_network(
         differ = f"{name} {recorded}, and this is {value}"
         if name == "weights":
             names = [key for key in {**recorded, **value} if value.get(key) != recorded.get(key)]
-            differ = f"a {description['network']} with other weights, such as {few(names, 3)}"
+            differ = f"a {description['network']} with other weights that are trained, such as "
+            differ += few(names, 3)
         raise MetaplError(f"the recording was made with {differ}; expected the same.")
 
 

@@ -1,9 +1,10 @@
-"""The first step of a recording: whether the problem's loss and gradient are those of the loop.
+"""Whether the problem's loss and gradient are those of the loop, in the first step of a recording.
 
 A recording is differentiated through the losses ℓ_i that the problem gives. In the first step their
 mean is compared with the loss that the loop has backpropagated, which may be a multiple of it, and
 the gradient of that multiple with ``p.grad``. What differs is refused there, and not after a night
-of training.
+of training. Some later steps are looked at too (:func:`gap_of_later_step`): a loop may divide its
+loss by another number in each.
 """
 
 from __future__ import annotations
@@ -207,12 +208,70 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> tuple[float, bo
     Raises: :class:`metapl.MetaplError` for a problem whose gradient is not the loop's.
     Cost: a forward and a backward pass on the step's batch.
     """
+    means, gradients = passes_of(step, network, notes_types=True)
+    network.types |= step.loss_types
+    tolerance = tolerance_of(network)
+    # Each may be the loop's up to a factor, and the gradient decides.
+    gaps: list[tuple[float, float, float, bool]] = []
+    for factors, counts_examples in weightings(step.sizes, step.sizes):
+        mean = weighted_sum(factors, means)
+        factor = factor_of_loop(step.loss, mean, precision_of(network))
+        gap = gap_of(step, [factor * f for f in factors], gradients, network)
+        gaps.append((gap, factor, mean, counts_examples))
+    gap, factor, mean, counts_examples = min(gaps)
+    if gap <= tolerance:
+        refuse_counted_labels(network.problem, step, factor)
+        return factor, counts_examples
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # A wrapper around the network has averaged its gradients.
+        if torch.distributed.get_world_size() > 1:
+            raise MetaplError(IN_SEVERAL_PROCESSES)
+    in_losses = ""
+    if not math.isnan(step.loss):
+        in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"
+    raise MetaplError(
+        f"record: the gradient of the mean of {kind_of(network.problem)}'s losses in the first "
+        f"step differs from p.grad by {gap:.2g} of its size, {tolerance:.1g} at most is rounding"
+        f"{in_losses}, in {len(step.calls)} calls of the network; expected problem= with the "
+        "loop's loss, no gradients from before, no GradScaler, and torch.nn.utils.clip_grad_norm_ "
+        "or clip_norm=, which scales by clip_norm / (norm + 1e-6)."
+    )
+
+
+def gap_of_later_step(
+    step: SeenStep, network: RecordedNetwork, *, factor: float, first_sizes: Sequence[float]
+) -> float:
+    """Return how far the gradient of a later step is from that of the problem's losses.
+
+    Args:
+        factor: of the loop's loss in the first step.
+        first_sizes: how many examples, or tokens, each call of the first step had.
+
+    Cost: a forward and a backward pass on the step's batch.
+    """
+    _, gradients = passes_of(step, network)
+    return min(
+        gap_of(step, [factor * f for f in factors], gradients, network)
+        for factors, _ in weightings(step.sizes, first_sizes)
+    )
+
+
+def passes_of(
+    step: SeenStep, network: RecordedNetwork, *, notes_types: bool = False
+) -> tuple[Tensor, list[Tree]]:
+    """Return the mean loss of each call of a step, (J,), and their gradients.
+
+    Args:
+        notes_types: as of :meth:`RecordedNetwork.gradient`.
+
+    Raises: :class:`metapl.MetaplError` for losses that the problem cannot take.
+    """
     means: list[Tensor] = []
     gradients: list[Tree] = []
     buffers = step.state.buffers
     for call in step.calls:
         try:
-            result = network.gradient(step.state.params, buffers, call, notes_types=True)
+            result = network.gradient(step.state.params, buffers, call, notes_types=notes_types)
         except MetaplError:
             raise
         except Exception as error:
@@ -234,39 +293,19 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> tuple[float, bo
         buffers = {**buffers, **result.buffers}
         means.append(result.loss)
         gradients.append(result.gradient)
-    network.types |= step.loss_types
-    tolerance = tolerance_of(network)
-    mean_losses = torch.stack(means)
-    # Each may be the loop's up to a factor, and the gradient decides.
-    gaps: list[tuple[float, float, float, bool]] = []
-    for factors, counts_examples in weightings(step.sizes, step.sizes):
-        mean = weighted_sum(factors, mean_losses)
-        factor = factor_of_loop(step.loss, mean, precision_of(network))
-        gradient = weighted_trees([factor * f for f in factors], gradients)
-        if step.clip_norm is not None:
-            scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
-            gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
-        refuse_other_weights(gradient, step.gradients, kind_of(network.problem))
-        gap = relative_gap(gradient, step.gradients)
-        gaps.append((gap, factor, mean, counts_examples))
-    gap, factor, mean, counts_examples = min(gaps)
-    if gap <= tolerance:
-        refuse_counted_labels(network.problem, step, factor)
-        return factor, counts_examples
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # A wrapper around the network has averaged its gradients.
-        if torch.distributed.get_world_size() > 1:
-            raise MetaplError(IN_SEVERAL_PROCESSES)
-    in_losses = ""
-    if not math.isnan(step.loss):
-        in_losses = f", and their mean is {mean:.6g} where {step.loss:.6g} was backpropagated"
-    raise MetaplError(
-        f"record: the gradient of the mean of {kind_of(network.problem)}'s losses in the first "
-        f"step differs from p.grad by {gap:.2g} of its size, {tolerance:.1g} at most is rounding"
-        f"{in_losses}, in {len(step.calls)} calls of the network; expected problem= with the "
-        "loop's loss, no gradients from before, no GradScaler, and torch.nn.utils.clip_grad_norm_ "
-        "or clip_norm=, which scales by clip_norm / (norm + 1e-6)."
-    )
+    return torch.stack(means), gradients
+
+
+def gap_of(
+    step: SeenStep, factors: Sequence[float], gradients: Sequence[Tree], network: RecordedNetwork
+) -> float:
+    """Return how far the sum of factors times gradients, clipped, is from the loop's gradient."""
+    gradient = weighted_trees(factors, gradients)
+    if step.clip_norm is not None:
+        scale = (step.clip_norm / (WHOLE.norm(gradient) + 1e-6)).clamp(max=1.0)
+        gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
+    refuse_other_weights(gradient, step.gradients, kind_of(network.problem))
+    return relative_gap(gradient, step.gradients)
 
 
 def refuse_counted_labels(problem: EqualWeights, step: SeenStep, factor: float) -> None:

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ from metapl.attribution.recording.first_step import (
     SeenStep,
     compared_factor,
     followed_update,
+    gap_of_later_step,
+    tolerance_of_replay,
 )
 from metapl.attribution.recording.folder import (
     EndOfTraining,
@@ -77,6 +79,8 @@ from metapl.updates.optimizers import parameters_of
 # Entries of a param group that no rule reads.
 NO_SETTINGS = ("params", "param_names", "initial_lr")
 
+Compared = TypeVar("Compared")
+
 NO_CALL = (
     "record: the optimizer took a step, and the network was not called with a gradient before it; "
     "expected the network that the loop calls."
@@ -92,7 +96,7 @@ class SeenCall:
             once the call counts.
         random_state: the generators before it; None where it drew nothing.
         training_parts: the names of the parts that were in training mode.
-        batch: what the network was called with, in the first step.
+        batch: what the network was called with, in a step that is compared.
         autocast: in what type products were taken, in the first step; None: there was no autocast.
         is_reached: whether derivatives were taken that come to its outputs. True too of outputs in
             which no tensor is seen.
@@ -203,7 +207,7 @@ class Recorder:
         self.is_following = False
         self._is_first_step = True
         self._device = next(model.parameters()).device
-        self._watch = StepWatch(model.parameters())
+        self._watch = StepWatch(model.parameters(), self._before_backward)
         self._hooks = ExitStack()
         # Hooks on parts of the network, in the calls of the first step alone.
         self._looks = ExitStack()
@@ -220,6 +224,12 @@ class Recorder:
         self._in_data: NumbersInData | None = None
         self._by_sight: NumbersBySight | None = None
         self._update: TorchUpdate | None = None
+        self._network: RecordedNetwork | None = None
+        # The last step whose gradient was compared with the loop's, the factor of its loss, and the
+        # sizes of the first step's calls.
+        self._compared_step = 0
+        self._factor = 1.0
+        self._first_sizes: Sequence[float] = ()
         # Python's and NumPy's generators before a call in the first step.
         self._outside_torch: tuple[Any, Any] = (None, None)
         # A comparison calls the network too, and that call is none of the loop's.
@@ -256,6 +266,17 @@ class Recorder:
     def _keeps_state(self) -> bool:
         """Whether the state before the step under way is kept."""
         return self.steps % self.states_every == 0
+
+    @property
+    def _is_compared(self) -> bool:
+        """Whether the gradient of the step under way is compared with the loop's.
+
+        That is done in the first step, and in one that keeps its state after twice as many steps as
+        the last one.
+        """
+        if self._is_first_step:
+            return True
+        return self._keeps_state and self.steps >= 2 * self._compared_step
 
     # ---------------------------------------------------------------------------- beginning and end
 
@@ -352,10 +373,7 @@ class Recorder:
         if not self._is_active or not torch.is_grad_enabled():
             return
         with self._guarded():
-            if self._watch.losses and self._watch.are_gradients_gone():
-                # As of a loss that is no number.
-                self._calls = []
-                self._watch.begin()
+            self._forget_gone()
             self._has_values_before_call = self._keeps_state and not self._params
             if self._has_values_before_call:
                 self._params = self._current_params()
@@ -368,14 +386,26 @@ class Recorder:
                 random_state=RandomState.now(self._device),
                 training_parts=self._parts_in_training(),
             )
+            if self._is_compared:
+                # The loop may write into its batch after the call.
+                call.batch = map_tensors(lambda t: t.detach().clone(), batch)
             if self._is_first_step:
                 self._device = next(self.model.parameters()).device
                 self._outside_torch = generators_outside_torch()
-                # The loop may write into its batch after the call.
-                call.batch = map_tensors(lambda t: t.detach().clone(), batch)
                 self._look_at_autocast(call)
                 self._versions = self._weight_versions()
             self._open_call = call
+
+    def _before_backward(self) -> None:
+        if self._is_active:
+            with self._guarded():
+                self._forget_gone()
+
+    def _forget_gone(self) -> None:
+        """Forget what was backpropagated and then thrown away, as of a loss that is no number."""
+        if self._watch.losses and self._watch.are_gradients_gone():
+            self._calls = [call for call in self._calls if not call.is_backpropagated]
+            self._watch.begin()
 
     def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
         call = self._open_call
@@ -595,21 +625,12 @@ class Recorder:
             for name, b in self._buffers.items()
             if name in statistics or not torch.equal(b, buffers_after[name])
         )
-        calls = self._first_calls()
-        step = SeenStep(
-            state=self._state(self._params, self._optimizer_state or {}, self._buffers),
-            calls=calls,
-            loss=sum_of(self._watch.losses),
-            loss_types={loss.dtype for loss in self._watch.losses},
-            clip_norm=self._norm(),
-            gradients={
-                name: p.grad.detach().clone()
-                for name, p in trainable(self.model).items()
-                if p.grad is not None
-            },
-            sizes=[self.problem.batch_weight(call.batch) for call in calls],
-        )
-        factor, counts_examples = self._compare(step, network)
+        step = self._seen_step()
+        factor, counts_examples = self._compare(partial(compared_factor, step, network))
+        self._network = network
+        self._compared_step = self.steps
+        self._factor = factor
+        self._first_sizes = step.sizes
         description = {
             **self._description(optimizer, network),
             # Those that the comparison has seen, too.
@@ -629,11 +650,30 @@ class Recorder:
         refuse_other_loop(recorded, description, self.folder)
         # The rows say of a call where it differs from the first one of all.
         self._training_parts = recorded["training_parts"]
+        self._factor = recorded["factor"]
+        self._first_sizes = recorded["first_sizes"]
         self.folder.cut(self.steps)
         self._first_row = self.steps
 
-    def _first_calls(self) -> list[Call]:
-        """Return the calls of the first step, with the examples as the problem reads them."""
+    def _seen_step(self) -> SeenStep:
+        """Return what was seen of the step under way, which has just been taken."""
+        calls = self._seen_calls()
+        return SeenStep(
+            state=self._state(self._params, self._optimizer_state or {}, self._buffers),
+            calls=calls,
+            loss=sum_of(self._watch.losses),
+            loss_types={loss.dtype for loss in self._watch.losses},
+            clip_norm=self._norm(),
+            gradients={
+                name: p.grad.detach().clone()
+                for name, p in trainable(self.model).items()
+                if p.grad is not None
+            },
+            sizes=[self.problem.batch_weight(call.batch) for call in calls],
+        )
+
+    def _seen_calls(self) -> list[Call]:
+        """Return the calls of the step under way, with the examples as the problem reads them."""
         calls: list[Call] = []
         for seen_call in self._calls:
             if self._data is not None:
@@ -648,14 +688,40 @@ class Recorder:
         return calls
 
     @one_at_a_time
-    def _compare(self, step: SeenStep, network: RecordedNetwork) -> tuple[float, bool]:
-        """Compare the problem's loss with the loop's; see :func:`compared_factor`."""
+    def _compare(self, compare: Callable[[], Compared]) -> Compared:
+        """Return what a function returns whose calls of the network are none of the loop's."""
         self._is_comparing = True
         try:
             with torch.enable_grad():
-                return compared_factor(step, network)
+                return compare()
         finally:
             self._is_comparing = False
+
+    def _compare_again(self) -> None:
+        """End the recording where the gradient is no longer that of the problem's losses.
+
+        What was noted since the last kept state is dropped: it was not compared.
+        """
+        assert self._network is not None, "it was compared in the first step"
+        self._compared_step = self.steps
+        step = self._seen_step()
+        gap = self._compare(
+            partial(
+                gap_of_later_step,
+                step,
+                self._network,
+                factor=self._factor,
+                first_sizes=self._first_sizes,
+            )
+        )
+        if gap > tolerance_of_replay(self._network):
+            self._rows.clear()
+            raise MetaplError(
+                f"the mean of {kind_of(self.problem)}'s losses in step {self.steps} has a gradient "
+                f"that differs from p.grad by {gap:.2g} of its size; expected, as in the first "
+                "step, the same multiple of that mean (what a sum of class weights divides, in "
+                "inner_loss), and gradients that begin at zero"
+            )
 
     def _description(
         self, optimizer: torch.optim.Optimizer, network: RecordedNetwork
@@ -693,6 +759,8 @@ class Recorder:
         refuse_clipping(self._watch, optimizer)
         if not self._calls:
             raise MetaplError(NO_CALL)
+        if self._is_compared and not self._is_first_step:
+            self._compare_again()
         if self._keeps_state:
             self._write_rows()
             assert self._optimizer_state is not None, "it was read before the step"

@@ -84,8 +84,11 @@ def record(
 
     is compared with the loss that the loop has backpropagated, which gives the factor c, usually 1,
     and its gradient with ``p.grad``. A difference beyond rounding, the root of the type's
-    precision, is refused there. (transformers divides the loss of a GPT-2 by the number of tokens
-    and not of predictions, so that c = (T − 1)/T; :attr:`Recording.loss_factor`.)
+    precision, is refused there. Of later steps those that keep a state, after twice as many steps
+    as the last one, are compared too, and end the recording with a warning where they differ, as of
+    a loss that divides by the sum of its batch's class weights. (transformers divides the loss of a
+    GPT-2 by the number of tokens and not of predictions, so that c = (T − 1)/T;
+    :attr:`Recording.loss_factor`.)
 
     Args:
         model: the network that the loop calls, in one process on one device, or that network in
@@ -116,11 +119,11 @@ def record(
             as soon as the first step of the loop was compared.
 
     Returns: a :class:`Recording`, a context around the training. Cost: a forward and a backward
-    pass in the first step, and in each call two reads of the generators and four operations on the
-    batch; docs/whole-trainings.md has what was measured. Not followed, and said at the first step
-    by name: other optimizers, GradScaler and float16, weights in half precision, several processes,
-    networks under ``torch.compile`` or whose forward writes to weights, random augmentation with
-    ``train=``. Of examples that are equal the first has the score of all, which a warning says.
+    pass in the steps that are compared, and in each call two reads of the generators and four
+    operations on the batch; docs/whole-trainings.md has what was measured. Not followed, and said
+    at the first step by name: other optimizers, GradScaler and float16, weights in half precision,
+    several processes, networks under ``torch.compile`` or whose forward writes to weights, random
+    augmentation with ``train=``. Of examples that are equal the first has the score of all, which a warning says.
     What a later step does that cannot be followed ends the recording with a ``UserWarning``, and
     the training goes on. Hooks that the loop has on the network run in the comparison too. Raises:
     :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for

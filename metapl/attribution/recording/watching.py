@@ -35,6 +35,7 @@ class StepWatch:
 
     Args:
         weights: those of the network that is followed.
+        before_backward: is called before each backward pass that is not within another.
 
     Attributes:
         losses: scalars that were backpropagated to the network, without their graphs.
@@ -47,7 +48,8 @@ class StepWatch:
         refusal: why the clipping cannot be followed; "" where it can.
     """
 
-    def __init__(self, weights: Iterable[Tensor]) -> None:
+    def __init__(self, weights: Iterable[Tensor], before_backward: Callable[[], object]) -> None:
+        self.before_backward = before_backward
         self._parameters = [*weights]
         self._weights = {id(p) for p in self._parameters}
         self.has_reached_call = False
@@ -137,6 +139,8 @@ def watching(watch: StepWatch) -> Iterator[None]:
             tensors = [*tensors]
         # A checkpoint calls it within another.
         was_in_backward = watch.is_in_backward
+        if not was_in_backward:
+            watch.before_backward()
         watch.is_in_backward = True
         try:
             result = backward(tensors, *args, **options)
