@@ -123,9 +123,10 @@ def record(
     operations on the batch; docs/whole-trainings.md has what was measured. Not followed, and said
     at the first step by name: other optimizers, GradScaler and float16, weights in half precision,
     several processes, networks under ``torch.compile`` or whose forward writes to weights, random
-    augmentation with ``train=``. Of examples that are equal the first has the score of all, which a warning says.
-    What a later step does that cannot be followed ends the recording with a ``UserWarning``, and
-    the training goes on. Hooks that the loop has on the network run in the comparison too. Raises:
+    augmentation with ``train=``. Of examples that are equal the first has the score of all, which a
+    warning says. What a later step does that cannot be followed ends the recording with a
+    ``UserWarning``, and the training goes on. Hooks that the loop has on the network run in the
+    comparison too. Raises:
     :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
     what cannot be followed or whose loss is another one.
 
