@@ -82,19 +82,33 @@ def outer_loss(model: nn.Module) -> float:
 
 
 def recorded(
-    loop: Loop, out: Path, build: Callable[[], nn.Module] = network, train: Any = (X, Y)
+    loop: Loop,
+    out: Path,
+    build: Callable[[], nn.Module] = network,
+    *,
+    train: Any = (X, Y),
+    problem: EqualWeights | None = None,
+    states_every: int = STATES_EVERY,
 ) -> Recording:
     model = build()
-    with record(model, out=out / "r", train=train, states_every=STATES_EVERY) as recording:
+    with record(
+        model, out=out / "r", problem=problem, train=train, states_every=states_every
+    ) as recording:
         loop(model, None)
     return recording
 
 
-def assert_right(loop: Loop, out: Path, build: Callable[[], nn.Module] = network) -> None:
+def assert_right(
+    loop: Loop,
+    out: Path,
+    build: Callable[[], nn.Module] = network,
+    *,
+    problem: EqualWeights | None = None,
+) -> None:
     """Compare the scores with differences of the loop, and the loop's bits with those without."""
     plain = build()
     loop(plain, None)
-    recording = recorded(loop, out, build)
+    recording = recorded(loop, out, build, problem=problem)
     attribution = recording.attribute(OUTER, progress=False)
     for name, p in plain.named_parameters():
         assert attribution.student_params[name].equal(p)
@@ -245,28 +259,42 @@ class OverTheirSum(OfClasses):
         return losses * len(losses) / OF_CLASSES[batch[1]].sum()
 
 
-def with_weights_of_classes(model: nn.Module) -> None:
+def with_weights_of_classes(model: nn.Module, weights: Tensor | None) -> None:
     optimizer = optimizer_of(model)
     for rows in batches():
         optimizer.zero_grad()
-        F.cross_entropy(model(X[rows]), Y[rows], OF_CLASSES).backward()
+        losses = F.cross_entropy(model(X[rows]), Y[rows], OF_CLASSES, reduction="none")
+        if weights is not None:
+            losses = weights[rows] * losses
+        (losses.sum() / OF_CLASSES[Y[rows]].sum()).backward()
         optimizer.step()
 
 
 def test_a_loss_that_divides_by_another_number_ends_the_recording(tmp_path: Path) -> None:
-    model = network(0.0)
-    kept = {"train": (X, Y), "states_every": 2}
-    with (
-        pytest.warns(UserWarning, match=r"OfClasses's losses in step 2 .* class weights"),
-        record(model, out=tmp_path / "r", problem=OfClasses(), **kept),
-    ):
-        with_weights_of_classes(model)
-    model = network(0.0)
-    with record(model, out=tmp_path / "right", problem=OverTheirSum(), **kept) as recording:
-        with_weights_of_classes(model)
-    attribution = recording.attribute(OUTER, progress=False)
-    assert attribution.order.shape == (STEPS, 8)
-    assert abs(float(attribution.outer_loss) - outer_loss(model)) < 1e-12
+    # The weights in step 4 happen to have the sum of those in the first step.
+    with pytest.warns(UserWarning, match=r"in step 8 p.grad differs .* OfClasses's .* inner_loss"):
+        recording = recorded(with_weights_of_classes, tmp_path, problem=OfClasses())
+    with pytest.raises(MetaplError, match=r"the loss in step \d is .* was recorded"):
+        recording.attribute(OUTER, progress=False)
+
+
+def test_a_loss_that_divides_by_another_number_is_followed_by_its_problem(tmp_path: Path) -> None:
+    assert_right(with_weights_of_classes, tmp_path, problem=OverTheirSum())
+
+
+def test_a_loop_that_looks_at_its_gradient_first_is_followed(tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        torch.manual_seed(3)
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            loss = loss_of(model, rows, weights)
+            optimizer.zero_grad()
+            loss.backward(retain_graph=True)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    assert_right(loop, tmp_path)
 
 
 def test_a_penalty_that_begins_at_zero_ends_the_recording(tmp_path: Path) -> None:
@@ -281,7 +309,7 @@ def test_a_penalty_that_begins_at_zero_ends_the_recording(tmp_path: Path) -> Non
             (loss_of(model, rows, weights) + 0.05 * far).backward()
             optimizer.step()
 
-    with pytest.warns(UserWarning, match=r"in step 4 .* differs from p.grad by 0\.\d+ of its size"):
+    with pytest.warns(UserWarning, match=r"in step 4 p.grad differs .* by 0\.\d+ of its size"):
         recorded(loop, tmp_path)
 
 
@@ -430,12 +458,8 @@ def test_the_last_steps_are_compared_where_their_state_was_not_there_any_more(
         # As load_best_model_at_end.
         model.load_state_dict(network().state_dict())
 
-    model = network()
-    with (
-        pytest.warns(UserWarning, match="the recording ends with those of the last step"),
-        record(model, out=tmp_path / "r", train=(X, Y), states_every=5) as recording,
-    ):
-        loop(model, None)
+    with pytest.warns(UserWarning, match="the recording ends with those of the last step"):
+        recording = recorded(loop, tmp_path, states_every=5)
     with pytest.raises(MetaplError, match="the steps before step 9 were taken again, and lead to"):
         recording.attribute(OUTER, progress=False)
 
@@ -916,7 +940,7 @@ def test_under_autocast_what_is_more_than_rounding_is_refused(tmp_path: Path) ->
     for smoothing in (0.05, 0.1):
         with pytest.raises(MetaplError, match="differs from p.grad by 0.0"):
             recorded(autocast_loop(smoothing), tmp_path / str(smoothing), build, train=data)
-    with pytest.warns(UserWarning, match=r"losses in step 4 has a gradient that differs"):
+    with pytest.warns(UserWarning, match="in step 4 p.grad differs"):
         recorded(autocast_loop(before_step=halve), tmp_path / "halved", build, train=data)
     shrunk = recorded(autocast_loop(after_step=shrink), tmp_path / "shrunk", build, train=data)
     with pytest.raises(MetaplError, match="differs from the recorded one|was recorded"):

@@ -3,8 +3,8 @@
 A recording is differentiated through the losses ℓ_i that the problem gives. In the first step their
 mean is compared with the loss that the loop has backpropagated, which may be a multiple of it, and
 the gradient of that multiple with ``p.grad``. What differs is refused there, and not after a night
-of training. Some later steps are looked at too (:func:`gap_of_later_step`): a loop may divide its
-loss by another number in each.
+of training. A loop may divide its loss by another number in each step, so that some later gradients
+are compared too (:func:`gap_of_later_step`).
 """
 
 from __future__ import annotations

@@ -271,8 +271,8 @@ class Recorder:
     def _is_compared(self) -> bool:
         """Whether the gradient of the step under way is compared with the loop's.
 
-        That is done in the first step, and in one that keeps its state after twice as many steps as
-        the last one.
+        The first step is. With m steps between kept states, steps m, 2m, 4m and so on are too, each
+        for a pass forward and one back.
         """
         if self._is_first_step:
             return True
@@ -402,9 +402,15 @@ class Recorder:
                 self._forget_gone()
 
     def _forget_gone(self) -> None:
-        """Forget what was backpropagated and then thrown away, as of a loss that is no number."""
+        """Forget what was backpropagated and then thrown away, as of a loss that is no number.
+
+        A call counts again where another backward pass comes to it: a loop may look at the gradient
+        of its loss first.
+        """
         if self._watch.losses and self._watch.are_gradients_gone():
-            self._calls = [call for call in self._calls if not call.is_backpropagated]
+            for call in self._calls:
+                call.is_reached = False
+                call.is_backpropagated = False
             self._watch.begin()
 
     def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
@@ -689,7 +695,7 @@ class Recorder:
 
     @one_at_a_time
     def _compare(self, compare: Callable[[], Compared]) -> Compared:
-        """Return what a function returns whose calls of the network are none of the loop's."""
+        """Return what ``compare()`` returns, and follow none of its calls of the network."""
         self._is_comparing = True
         try:
             with torch.enable_grad():
@@ -698,9 +704,9 @@ class Recorder:
             self._is_comparing = False
 
     def _compare_again(self) -> None:
-        """End the recording where the gradient is no longer that of the problem's losses.
+        """Refuse the step under way where its gradient is not that of the problem's losses.
 
-        What was noted since the last kept state is dropped: it was not compared.
+        The recording then ends with the last kept state: the steps since may differ too.
         """
         assert self._network is not None, "it was compared in the first step"
         self._compared_step = self.steps
@@ -717,10 +723,10 @@ class Recorder:
         if gap > tolerance_of_replay(self._network):
             self._rows.clear()
             raise MetaplError(
-                f"the mean of {kind_of(self.problem)}'s losses in step {self.steps} has a gradient "
-                f"that differs from p.grad by {gap:.2g} of its size; expected, as in the first "
-                "step, the same multiple of that mean (what a sum of class weights divides, in "
-                "inner_loss), and gradients that begin at zero"
+                f"in step {self.steps} p.grad differs from the gradient of the mean of "
+                f"{kind_of(self.problem)}'s losses by {gap:.2g} of its size; expected gradients "
+                "that begin at zero, and the factor of the first step (a sum of class weights that "
+                "a loss divides by belongs into inner_loss)"
             )
 
     def _description(

@@ -84,11 +84,10 @@ def record(
 
     is compared with the loss that the loop has backpropagated, which gives the factor c, usually 1,
     and its gradient with ``p.grad``. A difference beyond rounding, the root of the type's
-    precision, is refused there. Of later steps those that keep a state, after twice as many steps
-    as the last one, are compared too, and end the recording with a warning where they differ, as of
-    a loss that divides by the sum of its batch's class weights. (transformers divides the loss of a
-    GPT-2 by the number of tokens and not of predictions, so that c = (T − 1)/T;
-    :attr:`Recording.loss_factor`.)
+    precision, is refused there. (transformers divides the loss of a GPT-2 by the number of tokens
+    and not of predictions, so that c = (T − 1)/T; :attr:`Recording.loss_factor`.) The gradients of
+    steps m, 2m, 4m and so on are compared too. One that differs ends the recording with a warning:
+    the loop divides its loss by the sum of its batch's class weights, say, so that c changes.
 
     Args:
         model: the network that the loop calls, in one process on one device, or that network in
@@ -126,9 +125,8 @@ def record(
     augmentation with ``train=``. Of examples that are equal the first has the score of all, which a
     warning says. What a later step does that cannot be followed ends the recording with a
     ``UserWarning``, and the training goes on. Hooks that the loop has on the network run in the
-    comparison too. Raises:
-    :class:`metapl.MetaplError`, at once for wrong arguments, and from the loop's first step for
-    what cannot be followed or whose loss is another one.
+    comparison too. Raises: :class:`metapl.MetaplError`, at once for wrong arguments, and from the
+    loop's first step for what cannot be followed or whose loss is another one.
 
     >>> import tempfile
     >>> x, y = torch.randn(12, 4), torch.arange(12) % 3
