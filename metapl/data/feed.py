@@ -431,12 +431,8 @@ class Generators:
     """
 
     def __init__(self, seed: int, name: str, parts: Sequence[Any]) -> None:
-        held_by_parts: dict[int, Any] = {}
-        for part in parts:
-            for value in held_by(part):
-                if isinstance(value, _GENERATOR_KINDS) and value is not torch.default_generator:
-                    held_by_parts[id(value)] = value
-        self._generators = [torch.default_generator, random, np.random, *held_by_parts.values()]
+        held_by_parts = generators_held_by(parts)
+        self._generators = [torch.default_generator, random, np.random, *held_by_parts]
         name_digest = hashlib.sha256(_STREAMS.get(name, name).encode()).digest()
         key = draws.fold_in(seed, int.from_bytes(name_digest[:8], "big"))
         # Generators that serve here alone, for the states that the seed gives. They stand in the
@@ -447,9 +443,7 @@ class Generators:
             random.Random(key),
             np.random.RandomState(np.random.MT19937(key)),
         ]
-        self.states = [
-            read_state(generator) for generator in [*seeded_generators, *held_by_parts.values()]
-        ]
+        self.states = [read_state(generator) for generator in [*seeded_generators, *held_by_parts]]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -498,6 +492,28 @@ def write_state(generator: Any, state: Any) -> None:
         generator.set_state(state.cpu())
     else:
         generator.set_state(state)
+
+
+def generators_held_by(parts: Sequence[Any]) -> list[Any]:
+    """Return the generators that parts of a source hold as attributes, each once."""
+    generators: dict[int, Any] = {}
+    for part in parts:
+        for value in held_by(part):
+            if isinstance(value, _GENERATOR_KINDS) and value is not torch.default_generator:
+                generators[id(value)] = value
+    return [*generators.values()]
+
+
+@contextmanager
+def generators_put_back(source: Source) -> Iterator[None]:
+    """Put the generators that a source and its parts hold back to where they are now."""
+    generators = generators_held_by(parts_of(source))
+    states = [read_state(generator) for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            write_state(generator, state)
 
 
 def held_by(part: Any) -> list[Any]:

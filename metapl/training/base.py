@@ -471,7 +471,8 @@ class Trainer(ABC):
 
         The file is in the format of safetensors: ``safetensors.torch.load_file`` reads its tensors,
         such as "trainer/student/0.weight", and :meth:`load` all of it. A state of sharded networks
-        is not written so.
+        is not written so. In a callback of a fit its rates are those of the step under way: set
+        ``lr`` before another fit.
 
         Args:
             path: of a file that ends in ``.safetensors``.

@@ -321,8 +321,15 @@ class Fit:
         # The first batch, by which other data are known.
         goes_on_anyway = self.request.resume == "anyway"
         positions = self.sources.draw_facts()
+        settings_of_fit = self.settings()
         if not goes_on_anyway:
-            refuse_other_settings(process_state["compared"], self.settings(), path)
+            refuse_other_settings(process_state["compared"], settings_of_fit, path)
+        # Of resume="anyway": what is given now.
+        given_otherwise = {
+            name
+            for name, text in settings_of_fit.items()
+            if process_state["compared"].get(name) != text
+        }
         for callback, callback_state in zip(
             self.callbacks_with_state, state["callbacks"], strict=False
         ):
@@ -331,12 +338,12 @@ class Fit:
         trainer_state = {**state["trainer"], "generator": process_state["generator"]}
         # A checkpoint of an older version may have none, and is refused as it is loaded.
         for role in [*trainer_state.get("held", ())]:
-            name = role.partition("[")[0]
-            if process_state["compared"].get(name) != self.settings().get(name):
-                # Of resume="anyway": numbers of the problem and the losses that are given now.
+            if role.partition("[")[0] in given_otherwise:
+                # Numbers of the problem and the losses.
                 held = trainer_state["held"]
                 trainer_state["held"] = {k: values for k, values in held.items() if k != role}
         self.trainer.load_state_dict(trainer_state)
+        self.rates.take_given(given_otherwise)
         for role, settings in self.trainer.network_settings().items():
             changes = restored_in_words(settings_before[role], settings)
             if changes:
@@ -542,10 +549,18 @@ class Fit:
         settings["callbacks"] = [
             type(c).__name__ for c in self.callbacks_with_state if not hasattr(c, "skips")
         ]
+        names = {
+            id(p): f"{role}.{name}"
+            for role, network in self.trainer.networks.items()
+            for name, p in network.named_parameters()
+        }
         for name, optimizer in self.rates.optimizers.items():
             for number, group in enumerate(self.rates.begun_groups[name]):
                 group_settings = {**group, "optimizer": type(optimizer).__name__}
                 group_settings["lr"] = float(group["lr"])
+                # Of a state torch knows their places alone.
+                parameters = optimizer.param_groups[number]["params"]
+                group_settings["parameters"] = [names.get(id(p), "") for p in parameters]
                 for key, value in group_settings.items():
                     if key not in SPEED_SETTINGS:
                         settings[f"{name}.{number}.{key}"] = value

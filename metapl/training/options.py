@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
@@ -232,6 +232,19 @@ class Rates:
             for group, begun in zip(groups, begun_groups, strict=True):
                 group["lr"] = begun["lr"] * factor
             self._moved[name] = [group["lr"] for group in groups]
+
+    def take_given(self, names: Container[str]) -> None:
+        """Set the groups to settings that the fit began with, where a state has brought others.
+
+        Args:
+            names: of these settings, such as ``inner_optimizer.0.momentum``.
+        """
+        for name, optimizer in self.optimizers.items():
+            groups = zip(optimizer.param_groups, self.begun_groups[name], strict=True)
+            for number, (group, begun) in enumerate(groups):
+                for key, value in begun.items():
+                    if key in group and f"{name}.{number}.{key}" in names:
+                        group[key] = value
 
     def now(self) -> dict[str, float]:
         """Return the rates of the first param groups, by column of a row."""

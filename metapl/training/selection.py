@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from metapl.data.columns import advice_on_columns
+from metapl.data.feed import generators_put_back
 from metapl.execution.batch import digest
 from metapl.execution.shards import load_whole, weights_of
 from metapl.execution.state import RandomState, replayed
@@ -173,10 +174,12 @@ class Selection:
         for role in roles:
             if self.metric is None:
                 continue
-            # A DataLoader draws from the default generator; looking must not change the training.
+            # Looking must not change the training, nor the next look: a DataLoader draws from the
+            # default generator, and data may have generators of their own, which no checkpoint has.
             with (
                 self.network_to_keep(role) as network,
                 replayed(RandomState.now(self.trainer.device)),
+                generators_put_back(self.validation),
             ):
                 batches = self.validation_batches()
                 name = f"the {role} on validation data after step {step}"

@@ -30,13 +30,14 @@ from fits import (
     end_of,
     single,
 )
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from metapl import UDA, CrossEntropy, MetaplError
+from metapl import UDA, CrossEntropy, LossTrainer, MetaplError
 from metapl.data import StepBatches, without_labels
 from metapl.feedback import LossDifference, Reinforce
 from metapl.runs.checkpoint import CheckpointFolder
-from metapl.training import Interrupted
+from metapl.training import FitResult, Interrupted
 
 STEPS = 24
 LOSSES = (CrossEntropy(label_smoothing=0.1), UDA(weight=2.0, ramp=5))
@@ -479,3 +480,50 @@ def test_the_checkpoint_of_a_fit_is_no_file_of_a_trainer(tmp_path: Path) -> None
     ):
         trainer.load(newest)
     assert same(trainer.state_dict(), before)
+
+
+class NoisyRows(Dataset[tuple[Tensor, Tensor]]):
+    """Rows with noise of a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return 60
+
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.generator.standard_normal(4)).float(), torch.tensor(row % 3)
+
+
+def test_validation_data_with_a_generator_of_their_own_are_the_same_in_each_look(
+    tmp_path: Path,
+) -> None:
+    """A fit that is resumed begins with a new generator."""
+
+    def fitted(out: Path, **options: Any) -> FitResult:
+        torch.manual_seed(1)
+        student = nn.Linear(4, 3)
+        trainer = LossTrainer(student, optimizer=torch.optim.SGD(student.parameters(), lr=0.1))
+        return trainer.fit(
+            (torch.randn(60, 4), torch.arange(60) % 3),
+            batch_size=8,
+            steps=20,
+            log_every=5,
+            save_every=5,
+            validate_every=5,
+            validation=DataLoader(NoisyRows(), batch_size=20),
+            out=out,
+            progress=False,
+            **options,
+        )
+
+    def stop(step: int, row: Any, trainer: Any) -> None:
+        if step >= 10:
+            raise KeyboardInterrupt
+
+    whole = fitted(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path / "killed", callbacks=[stop])
+    resumed = fitted(tmp_path / "killed", resume=True)
+    assert resumed.step == whole.step
+    assert resumed.history[-1] == whole.history[-1]

@@ -657,6 +657,40 @@ def test_a_loss_that_is_given_otherwise_stays_so_where_a_fit_goes_on_anyway(tmp_
     assert fit_with(0.3, resume="anyway").losses[0].label_smoothing == 0.3
 
 
+def adam_over(
+    order: tuple[int, ...], tmp_path: Path, decay: float = 0.0, **options: Any
+) -> torch.optim.Optimizer:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    parameters = [*student.parameters()]
+    ordered = [parameters[place] for place in order]
+    optimizer = torch.optim.AdamW(ordered, lr=0.1, betas=(0.8, 0.9), weight_decay=decay)
+    fit_and_stop(metapl.LossTrainer(student, optimizer=optimizer), tmp_path, **options)
+    return optimizer
+
+
+def test_parameters_in_another_order_are_refused_where_a_fit_is_resumed(tmp_path: Path) -> None:
+    """An optimizer's state has their places alone."""
+    with pytest.raises(KeyboardInterrupt):
+        adam_over((0, 1, 2, 3), tmp_path, stops=True)
+    with pytest.raises(
+        metapl.MetaplError, match=r"optimizer.0.parameters was \['student.0.weight'"
+    ):
+        adam_over((1, 0, 2, 3), tmp_path, resume=True)
+    adam_over((0, 1, 2, 3), tmp_path, resume=True)
+
+
+def test_settings_that_are_given_otherwise_stay_so_where_a_fit_goes_on_anyway(
+    tmp_path: Path,
+) -> None:
+    order = (0, 1, 2, 3)
+    with pytest.raises(KeyboardInterrupt):
+        adam_over(order, tmp_path, stops=True)
+    optimizer = adam_over(order, tmp_path, decay=0.3, resume="anyway")
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
 class Way(Enum):
     UP = 1
     DOWN = 2
