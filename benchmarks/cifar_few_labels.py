@@ -322,6 +322,21 @@ ARMS = {
         unlabeled=80,
         learns_all=True,
     ),
+    "labels_few": Arm("labels alone, 16 a step", method("supervised"), batch=16),
+    "none_few": Arm(
+        "the loop without feedback, 16 labeled and 80 unlabeled a step",
+        method("none"),
+        is_finetuned=True,
+        batch=16,
+        unlabeled=80,
+    ),
+    "mpl_few": Arm(
+        "MPL, 16 labeled and 80 unlabeled a step",
+        method("mpl"),
+        is_finetuned=True,
+        batch=16,
+        unlabeled=80,
+    ),
     "letter": Arm(
         "MPL with drawn labels, none set aside",
         method("mpl", *DRAWN),
