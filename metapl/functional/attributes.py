@@ -273,12 +273,12 @@ class Attributes:
         if isinstance(value, types.ModuleType):
             if is_of_user(value):
                 self._look_at_parts(value, names, met=met)
-        elif not isinstance(value, types.BuiltinFunctionType):
-            if (id(table), name) not in self._met_globals:
-                self._met_globals.add((id(table), name))
-                self._globals.append((table, name))
-            self._look_into(value, depth=1)
-            self._look_at_parts(value, names, met=met)
+            return
+        if (id(table), name) not in self._met_globals:
+            self._met_globals.add((id(table), name))
+            self._globals.append((table, name))
+        self._look_into(value, depth=1)
+        self._look_at_parts(value, names, met=met)
 
     def _look_at_parts(self, value: Any, names: list[str], *, met: set[int]) -> None:
         """Note what of a file, a class, an object or a dict has one of these names."""

@@ -33,6 +33,7 @@ from metapl.functional.attributes import (
 )
 from metapl.functional.comparison import (
     Comparisons,
+    halved,
     is_as_near,
     is_equal,
     is_unchanged,
@@ -188,9 +189,10 @@ class Captured(Generic[Result]):
                 # In no mode either, such as that of a user's own recording.
                 with no_transform(), _disable_current_modes(), self.attributes.restored():
                     first = pytree.tree_map_only(Tensor, first_of_mapped, arguments)
-                    # All of these are compared, also behind one of which nothing can be told.
+                    # Both are compared, also behind one of which nothing can be told.
                     decided = [
-                        self._compare(capture, values) for values in (first, rows_repeated(first))
+                        self._compare(capture, first),
+                        self._compare_on_others(capture, first),
                     ]
                 if not all(decided):
                     self.comparisons.count_drowned(
@@ -205,6 +207,20 @@ class Captured(Generic[Result]):
         with torch.set_grad_enabled(self.has_derivative and torch.is_grad_enabled()):
             result: Result = at_places(capture.results, self.replay(capture, tensors))
         return result
+
+    def _compare_on_others(self, capture: Capture, arguments: Any) -> bool:
+        """Compare a graph with the function on other numbers than these arguments.
+
+        A function that inverts a matrix raises where its rows are repeated, and on no halves.
+        """
+        for change in (rows_repeated, halved):
+            try:
+                return self._compare(capture, change(arguments))
+            except MetaplError:
+                raise
+            except Exception as error:
+                raised = error
+        raise raised
 
     def _compare(self, capture: Capture, arguments: Any) -> bool:
         """Refuse a graph that returns something else than the function, or a function that writes.

@@ -41,6 +41,17 @@ def rows_repeated(values: Any) -> Any:
     return pytree.tree_map_only(Tensor, repeated, values)
 
 
+def halved(values: Any) -> Any:
+    """Return nested tensors with half of each number that is none of integers."""
+
+    def half(t: Tensor) -> Tensor:
+        if not t.is_floating_point() and not t.is_complex():
+            return t
+        return (0.5 * copy_with_strides(t)).requires_grad_(t.requires_grad)
+
+    return pytree.tree_map_only(Tensor, half, values)
+
+
 # Two results that differ by less than this many roundings, relative to their size, are equal: a
 # replay has the function's own bits, but for kernels that do not repeat theirs.
 ROUNDINGS = 1e3
@@ -114,7 +125,8 @@ def is_unchanged(before: Tensor | None, now: Tensor | None) -> bool:
     """Return whether a tensor, or none, has the numbers that it had before."""
     if before is None or now is None:
         return before is now
-    return torch.equal(before.detach().nan_to_num(), now.detach().nan_to_num())
+    before, now = (t.detach().resolve_conj().nan_to_num() for t in (before, now))
+    return torch.equal(before, now)
 
 
 def is_equal(found: Any, wanted: Any, *, factor: float = 1.0, scale: float = 0.0) -> bool:

@@ -298,19 +298,19 @@ def say_why_again(key: Hashable, asking: Asking, undescribed: str) -> int:
         are_same = all(a is b for a, b in zip(others, asking, strict=True))
         if undescribed and subject.alive and not are_same:
             warn(
-                f"compiled again, which takes seconds: {kind_of(asking[2])} or a network holds "
+                f"recorded again, which takes seconds: {kind_of(asking[2])} or a network holds "
                 f"{undescribed}, so that its graphs serve the same objects alone; give the same "
                 "problem and networks in each call",
             )
         elif not undescribed and not subject.alive:
             difference = difference_between(key, other)
-            say(f"compiled again, which takes seconds: {difference}")
+            say(f"recorded again, which takes seconds: {difference}")
             served = [None if reference is None else reference() for reference in kept.served]
             if not all(a is b for a, b in zip(served, asking, strict=True)):
                 return 1
             if kept.times + 1 == 3:
                 warn(
-                    f"compiled again, which takes seconds, for the third time: {difference}",
+                    f"recorded again, which takes seconds, for the third time: {difference}",
                 )
         return kept.times + 1
     return 1

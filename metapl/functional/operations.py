@@ -46,6 +46,7 @@ _ASKS_FOR_VALUE = (
     "DataDependent",
     "data-dependent",
     "tracing tensor",
+    "DynamicOutputShape",
     "fake",
     "Fake",
     "item()",
@@ -117,7 +118,13 @@ class ReadsValue(RuntimeError):
 
 
 class ReadNoValues(TorchFunctionMode):
-    """Refuse to read on the host what a tensor holds that was no argument, and so has values."""
+    """Refuse to read on the host what a tensor holds that was no argument, and so has values.
+
+    Attributes:
+        asked: the error where a value was asked for, which a function may have caught.
+    """
+
+    asked: Exception | None = None
 
     READERS = frozenset(
         [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__]
@@ -127,17 +134,25 @@ class ReadNoValues(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, arguments: Any = (), options: Any = None
     ) -> Any:
-        if function in self.READERS and type(arguments[0]) in (Tensor, torch.nn.Parameter):
-            raise ReadsValue("item() of a tensor that is no argument")
-        return function(*arguments, **(options or {}))
+        try:
+            if function in self.READERS and type(arguments[0]) in (Tensor, torch.nn.Parameter):
+                raise ReadsValue("item() of a tensor that is no argument")
+            return function(*arguments, **(options or {}))
+        except Exception as error:
+            if asks_for_value(error):
+                self.asked = error
+            raise
 
 
 def reading_no_values(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """Return a function that refuses to read values of tensors on the host."""
 
     def on_tensors(*tensors: Tensor) -> list[Tensor]:
-        with ReadNoValues():
-            return function(*tensors)
+        with ReadNoValues() as mode:
+            returned = function(*tensors)
+        if mode.asked is not None:
+            raise mode.asked
+        return returned
 
     return on_tensors
 

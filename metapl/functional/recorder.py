@@ -113,6 +113,8 @@ class Recorded(Captured[Any]):
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         leaves, structure = pytree.tree_flatten((args, options))
+        # A recording has no views of conjugates.
+        leaves = [leaf.resolve_conj() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not tensors:
             raise MetaplError(f"{self.what} was given no tensor; expected one at least.")

@@ -107,9 +107,12 @@ def without_first(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
 def first_of_mapped(t: Tensor) -> Tensor:
     """Return the first of the tensors that a mapped one stands for; any other as it is."""
     functorch = torch._C._functorch
+    dimensions = []
     while functorch.is_functorch_wrapped_tensor(t):
-        dimension = functorch.maybe_get_bdim(t)
+        dimensions.append(functorch.maybe_get_bdim(t))
         t = functorch.get_unwrapped(t)
+    # Of several maps the inner one's dimension is among those that the outer one leaves.
+    for dimension in reversed(dimensions):
         if dimension >= 0:
             t = t.select(dimension, 0)
     return t

@@ -221,7 +221,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:compiled again")
+@pytest.mark.filterwarnings("ignore:recorded again")
 def test_what_computes_something_else_is_never_taken_for_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -558,5 +558,5 @@ def test_a_second_compiling_says_what_differs(caplog: pytest.LogCaptureFixture) 
         problem = EqualWeights()
         problem.temperature = temperature
         gradient(student(), problem)
-    assert "compiled again, which takes seconds: the problem differs" in caplog.text
+    assert "recorded again, which takes seconds: the problem differs" in caplog.text
     assert "'temperature'" in caplog.text

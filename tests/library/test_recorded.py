@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import array
+import contextlib
 import importlib
 import itertools
 import os
@@ -356,6 +357,19 @@ def test_a_number_that_is_read_by_name_records_anew(name: str) -> None:
         set_all(1.0)
 
 
+ACTIVATION: Callable[[Tensor], Tensor] = torch.tanh
+
+
+def test_an_operation_of_torch_that_is_read_by_name_records_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = recorded(lambda x: ACTIVATION(x))
+    for activation in (torch.tanh, F.gelu):
+        monkeypatch.setitem(globals(), "ACTIVATION", activation)
+        assert torch.equal(step(x4), activation(x4))
+    assert step.recordings == 2
+
+
 def test_entries_that_move_between_lists_record_anew() -> None:
     def function(x: Tensor) -> Tensor:
         return x * len(PARTS[0])
@@ -670,6 +684,15 @@ class Counted:
         return x * self.calls
 
 
+def falling_back(x: Tensor) -> Tensor:
+    """Scale large numbers, and take any error of that for small ones."""
+    scale = 1.0
+    with contextlib.suppress(Exception):
+        if x.abs().max() > 10.0:
+            scale = 0.1
+    return scale * x
+
+
 weight = nn.Linear(4, 3).double()
 DRAWS = numpy.random.default_rng(0)
 TEMPERATURE = torch.tensor(2.0)
@@ -689,6 +712,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], str]] = {
         lambda x: x if TEMPERATURE > 1 else -x,
         "reads a value of a tensor on the host",
     ),
+    "a branch that falls back": (falling_back, "reads a value of a tensor on the host"),
     "in place": (lambda x: x.mul_(2), r"writes to its argument\[0\] in place"),
     "by data": (lambda x: x.data.mul_(2), r"writes to its argument\[0\] in place"),
     "draws beside a mask": (
@@ -837,6 +861,37 @@ def test_vmap_maps_a_recording(is_called_before: bool) -> None:
             torch.testing.assert_close(grads[name][number], g, rtol=1e-10, atol=1e-14)
     step(params, batches[0])
     assert step.recordings == 1
+
+
+@pytest.mark.parametrize("is_called_before", [True, False])
+def test_vmap_over_vmap_maps_a_recording(is_called_before: bool) -> None:
+    def function(x: Tensor) -> Tensor:
+        return 2 * x + x.sum()
+
+    step = recorded(function)
+    x = torch.randn(2, 5, 3)
+    if is_called_before:
+        step(x[0, :, 0])
+    vmap = torch.func.vmap
+    assert torch.equal(vmap(vmap(step, 1), 0)(x), vmap(vmap(function, 1), 0)(x))
+
+
+POSITIVE = 4.0 * torch.eye(4) + torch.ones(4, 4)
+
+
+@pytest.mark.parametrize("solve", [torch.linalg.inv, torch.linalg.cholesky])
+def test_a_function_that_raises_at_repeated_rows_is_recorded(
+    solve: Callable[[Tensor], Tensor],
+) -> None:
+    assert torch.equal(recorded(solve)(POSITIVE), solve(POSITIVE))
+    count = Counted()
+    with pytest.raises(metapl.MetaplError, match="returns tensors .* apart by itself"):
+        recorded(lambda x: count(solve(x)))(POSITIVE)
+
+
+def test_a_conjugate_is_an_argument() -> None:
+    x = torch.tensor([1.0 + 2.0j, 3.0 - 4.0j]).conj()
+    assert torch.equal(recorded(lambda x: x.imag)(x), torch.tensor([-2.0, 4.0]))
 
 
 def test_a_function_that_keeps_a_number_is_refused_under_vmap_too() -> None:
