@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import random
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -726,6 +727,50 @@ def test_a_recording_goes_on_where_the_loop_does(name: str, begin: int, tmp_path
         assert (attribution.student_params[parameter_name] - p).abs().max() < 1e-13
 
 
+def test_a_kill_right_after_a_kept_state_loses_nothing(tmp_path: Path) -> None:
+    """The loop saves its checkpoint behind step 7, and step 8 does not end."""
+    model = network()
+    optimizer = OPTIMIZERS["AdamW"](model)
+    saved = Saved(model, optimizer)
+    options: dict[str, Any] = {"train": (X, Y), "states_every": 4}
+
+    def after(step: int) -> None:
+        saved(step)
+        if step == 7:
+            shutil.copytree(tmp_path / "r", tmp_path / "killed")
+
+    with record(model, optimizer, out=tmp_path / "r", **options):
+        train(model, optimizer, after=after)
+    model, optimizer = saved.restored(8, "AdamW")
+    with record(model, optimizer, out=tmp_path / "killed", **options, resume=True) as resumed:
+        train(model, optimizer, begin=8)
+    whole = Recording.open(tmp_path / "r", network(), train=(X, Y))
+    scores = [found.attribute(OUTER, progress=False).scores for found in (whole, resumed)]
+    assert torch.equal(*scores)
+
+
+def test_a_recording_without_a_step_is_said_at_its_end(tmp_path: Path) -> None:
+    model = network()
+    copied = copy.deepcopy(model)
+    with (
+        pytest.warns(UserWarning, match="has no step: no optimizer has stepped over"),
+        record(model, out=tmp_path / "r", train=(X, Y)),
+    ):
+        train(copied, OPTIMIZERS["SGD"](copied))
+
+
+def test_the_scale_of_a_scaler_is_refused_behind_a_clip_too(tmp_path: Path) -> None:
+    model, x = network().float(), X.float()
+    optimizer = OPTIMIZERS["SGD"](model)
+    scaler = torch.amp.GradScaler("cpu")
+    with record(model, optimizer, out=tmp_path / "r", train=(x, Y)):
+        scaler.scale(F.cross_entropy(model(x), Y)).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        with pytest.raises(MetaplError, match="is 65536 times the mean .* by a GradScaler"):
+            scaler.step(optimizer)
+
+
 class WithLabels(nn.Module):
     """A network that is called with labels, and with a mask, as those of transformers are."""
 
@@ -1329,7 +1374,7 @@ def test_more_bytes_than_allowed_end_the_recording_and_not_the_training(tmp_path
             F.cross_entropy(model(X[rows], Y[rows]), Y[rows]).backward()
             optimizer.step()
 
-    expected = r"ended before step 1: .* bytes; expected max_bytes="
+    expected = r"ended before step 2: .* bytes; expected max_bytes="
     with record(model, optimizer, out=tmp_path / "r", max_bytes=700, states_every=1) as recording:
         with pytest.warns(UserWarning, match=expected):
             loop()

@@ -34,6 +34,9 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import IGNORED, NextToken
 from metapl.updates import TorchUpdate, parameters_of, update_of
 
+# The least scale of a GradScaler that is seen behind a clip, as a power of two; it begins with 16.
+LEAST_EXPONENT = 8
+
 # What they do has a rule that gives their own bits.
 FOLLOWED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
@@ -220,6 +223,7 @@ def compared_factor(step: SeenStep, network: RecordedNetwork) -> tuple[float, bo
         gaps.append((gap, factor, mean, counts_examples))
     gap, factor, mean, counts_examples = min(gaps)
     if gap <= tolerance:
+        refuse_scale_of_scaler(step, factor)
         refuse_counted_labels(network.problem, step, factor)
         return factor, counts_examples
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -306,6 +310,22 @@ def gap_of(
         gradient = {name: g * scale.to(g.dtype) for name, g in gradient.items()}
     refuse_other_weights(gradient, step.gradients, kind_of(network.problem))
     return relative_gap(gradient, step.gradients)
+
+
+def refuse_scale_of_scaler(step: SeenStep, factor: float) -> None:
+    """Refuse a loss that a GradScaler scales, by a power of two that it may change in any step.
+
+    A clip of the gradient that acts hides the scale.
+    """
+    exponent = math.log2(factor) if factor > 0 else 0.0
+    is_power = exponent >= LEAST_EXPONENT and abs(exponent - round(exponent)) <= 1e-4
+    if step.clip_norm is None or not is_power:
+        return
+    raise MetaplError(
+        f"record: the loop's loss is {factor:.0f} times the mean of its examples', as by a "
+        "GradScaler, whose scale and skipped steps have no derivative; expected bfloat16, which "
+        "needs none, or a loss without that factor."
+    )
 
 
 def refuse_counted_labels(problem: EqualWeights, step: SeenStep, factor: float) -> None:

@@ -246,6 +246,8 @@ class Recorder:
         # The steps since the last state that was kept, and the number of the first of them.
         self._rows: list[SeenRow] = []
         self._first_row = 0
+        # The digest and buffers of a state that was written after the last step; None: none was.
+        self._written: tuple[Tensor, Tree] | None = None
         self._moving_buffers: tuple[str, ...] = ()
         self._begin_step()
 
@@ -304,18 +306,28 @@ class Recorder:
         is_whole = self.ended_by == ""
         self._hooks.close()
         self.is_following = False
-        if not is_whole or not self._rows:
+        if self._is_first_step:
+            if is_whole and not is_broken and not self.resumes:
+                warn(
+                    "the recording has no step: no optimizer has stepped over the network's "
+                    "weights. Expected model= with the network itself that the loop trains, and no "
+                    "copy (transformers.Trainer makes one by model_init=).",
+                )
+            return
+        if not is_whole:
             return
         try:
             self._write_rows()
             # A loop may have put other weights into the network, such as its best ones. The last
             # state is then found by a replay, and compared with one weight of it.
-            if self._update is not None and self._has_weights_of_last_step():
-                buffers = self._buffers_after_step if is_broken else self._current_buffers()
-                state = self._state(self._current_params(), self._update.read_state(), buffers)
+            if self._has_weights_of_last_step():
+                state = self._present_state()
+                if is_broken:
+                    state = state._replace(buffers=self._buffers_after_step)
                 self.folder.write_state(self.steps, state)
             elif self._smallest is not None:
-                self.folder.write_end(self.steps, self._end())
+                if self._written is None:
+                    self.folder.write_end(self.steps, self._end())
                 if not torch.equal(self._smallest, self._smallest_after_step):
                     warn(
                         "the network holds other weights than after the last step of the training, "
@@ -349,6 +361,13 @@ class Recorder:
         """Return a state with those buffers alone that a step moves."""
         moving = {name: buffers[name] for name in self._moving_buffers}
         return KeptState(params, optimizer_state, buffers=moving)
+
+    def _present_state(self) -> KeptState:
+        """Return the state that network and optimizer are in."""
+        assert self._update is not None, "a step was taken"
+        # The loop's next step writes to the optimizer's.
+        optimizer_state: Any = map_tensors(lambda t: t.detach().clone(), self._update.read_state())
+        return self._state(self._current_params(), optimizer_state, self._current_buffers())
 
     def _stop(self, reason: str) -> None:
         """End the recording with the last step that was followed, and let the training go on.
@@ -496,6 +515,13 @@ class Recorder:
             self._versions = self._weight_versions()
             self._note_end()
             self._begin_step()
+            self._written = None
+            if self._keeps_state:
+                # A loop that saves a checkpoint now, and is killed in its next step, goes on here.
+                self._write_rows()
+                state = self._present_state()
+                self.folder.write_state(self.steps, state)
+                self._written = state.digest(), state.buffers
 
     def _note_end(self) -> None:
         """Note of the network after a step what tells whether a replay comes to it.
@@ -721,7 +747,8 @@ class Recorder:
             )
         )
         if gap > tolerance_of_replay(self._network):
-            self._rows.clear()
+            self._first_row = self.steps - self.states_every
+            self.folder.cut(self._first_row)
             raise MetaplError(
                 f"in step {self.steps} p.grad differs from the gradient of the mean of "
                 f"{kind_of(self.problem)}'s losses by {gap:.2g} of its size; expected gradients "
@@ -768,10 +795,11 @@ class Recorder:
         if self._is_compared and not self._is_first_step:
             self._compare_again()
         if self._keeps_state:
-            self._write_rows()
             assert self._optimizer_state is not None, "it was read before the step"
             state = self._state(self._params, self._optimizer_state, self._buffers)
-            self.folder.write_state(self.steps, state)
+            # The loop may have changed something between two steps.
+            if self._written is None or not is_same_state(state, *self._written):
+                self.folder.write_state(self.steps, state)
         self._rows.append(
             SeenRow(
                 calls=self._calls,
@@ -856,6 +884,12 @@ class Recorder:
     def _weight_versions(self) -> list[int]:
         """Return a number of each weight that changes when it is written to."""
         return [p._version for p in self._weights]
+
+
+def is_same_state(state: KeptState, digest: Tensor, buffers: Tree) -> bool:
+    """Return whether a state has this digest and these buffers."""
+    has_buffers = all(torch.equal(b, buffers[name]) for name, b in state.buffers.items())
+    return has_buffers and torch.equal(state.digest(), digest)
 
 
 def note_autocast(call: SeenCall, device_type: str, part: nn.Module, args: Any) -> None:
