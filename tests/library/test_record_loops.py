@@ -20,6 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError, Recording, record
+from metapl.guards.verification import VerificationWarning
 from metapl.problems import EqualWeights
 
 EXAMPLES = 24
@@ -779,6 +780,30 @@ def test_moved_buffers_that_the_losses_read_are_named(
 ) -> None:
     recording = recorded(loop, tmp_path, build)
     with pytest.warns(UserWarning, match=f"the losses read {name}.*counts them as constants"):
+        recording.attribute(OUTER, progress=False, verify=False)
+
+
+class Detached(nn.Module):
+    """A layer on rows of a length that its gradient takes for a constant, as DoRA's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Linear(5, 8)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = self.rows.weight.norm(dim=1, keepdim=True).detach()
+        logits: Tensor = self.head(torch.tanh(F.linear(x, self.rows.weight / lengths)))
+        return logits
+
+
+def test_a_gradient_that_is_not_the_derivative_of_the_loss_is_said(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(1)
+        return Detached().double()
+
+    recording = recorded(loop_with(), tmp_path, build)
+    with pytest.warns(VerificationWarning, match=r"is not its derivative \(straight-through, det"):
         recording.attribute(OUTER, progress=False)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -262,6 +262,7 @@ class Recording:
         *,
         each: bool = False,
         smoothing: Smoothing | None = None,
+        verify: bool | Literal["warn"] = True,
         progress: bool = True,
         replay_tolerance: Tolerance | None = None,
     ) -> RecordedAttribution:
@@ -279,6 +280,7 @@ class Recording:
                 statistics of batch norm, which count as constants.
             each: the scores of each outer example's loss, (M, N).
             smoothing: of the derivative of Adam's steps, as for :func:`metapl.attribute`.
+            verify: compare two steps with real ones, as there, from the state before the first.
             progress: show on a terminal how far it is.
             replay_tolerance: the most by which a state may differ from the recorded one, as a share
                 of the way from the kept state before it; None: ten roots of the type's precision,
@@ -325,7 +327,11 @@ class Recording:
                     f"({reason_of(error)}); expected examples in the form, the shape and the type "
                     "of those of the training."
                 ) from error
+            if verify:
+                # Loaded where it is used.
+                from metapl.attribution.recording.verified import verify_recorded_steps
 
+                verify_recorded_steps(replay, batch, verify)
             end = replay.last_state(progress=progress)
             first_state = replay.read_state(0)
             loss_before, _ = network.outer_losses(
