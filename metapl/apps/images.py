@@ -46,7 +46,7 @@ from metapl.pictures.batches import (
     LabeledBatches,
     UnlabeledBatches,
 )
-from metapl.pictures.folders import Files, LabeledFiles, hash_files, without_copies
+from metapl.pictures.folders import Files, FilesT, LabeledFiles, hash_files, without_copies
 from metapl.pictures.reader import Levels
 from metapl.pictures.splits import stratified_split
 from metapl.pictures.views.base import Chain, Identity, Until, View
@@ -584,6 +584,7 @@ class Images:
         test = files_by_place.get("test")
         if test is not None and self.test_fraction:
             with count_bar("comparing files", progress):
+                few = apart(few, test, say, what="labeled", aside="testing", way_out="--test")
                 many = apart(many, test, say_of_many, aside="testing", way_out="--test")
         compare_files(few, many, val, test, say=say, progress=progress)
         hashes = {name: hash_files(files) for name, files in files_by_place.items()}
@@ -595,6 +596,7 @@ class Images:
             say(set_aside(few, val, self.val_fraction))
             few = few.keep(train.tolist())
             with count_bar("comparing files", progress):
+                few = apart(few, val, say, what="labeled", aside="validation", way_out="--val")
                 many = apart(many, val, say_of_many, aside="validation", way_out="--val")
         elif val is None:
             say(
@@ -763,25 +765,37 @@ def compare_files(few: Any, many: Any, val: Any, test: Any, *, say: Say, progres
         say(f"note: {finding.message}")
 
 
-def apart(unlabeled: Files, labeled: Files, say: Say, *, aside: str, way_out: str) -> Files:
-    """Return the unlabeled pictures without copies of those that are set aside.
-
-    Nothing may be learned from these.
+def apart(
+    learned: FilesT,
+    held_out: LabeledFiles,
+    say: Say,
+    *,
+    what: Literal["labeled", "unlabeled"] = "unlabeled",
+    aside: str,
+    way_out: str,
+) -> FilesT:
+    """Return the pictures to learn from without copies of those that are set aside.
 
     Args:
+        what: those to learn from are.
         aside: what the labeled ones are set aside for.
         way_out: the flag that names others.
     """
-    others = without_copies(unlabeled, labeled)
-    if not others:
+    others = without_copies(learned, held_out)
+    of_class = ""
+    if isinstance(learned, LabeledFiles) and isinstance(others, LabeledFiles):
+        lost = sorted({*learned.labels} - {*others.labels})
+        of_class = f" of {shown(learned.classes[lost[0]])}" if lost else ""
+    if not others or of_class:
+        number = "" if of_class else f"{len(learned):,} "
         raise MetaplError(
-            f"all {len(unlabeled):,} unlabeled pictures in {unlabeled.root} are copies of labeled "
+            f"all {number}{what} pictures{of_class} in {learned.root} are copies of labeled "
             f"ones that are set aside for {aside}; expected others, or pictures for {aside} by "
             f"{way_out} DIR."
         )
-    if len(others) < len(unlabeled):
+    if len(others) < len(learned):
         say(
-            f"note: {len(unlabeled) - len(others):,} unlabeled pictures are left out: they are "
+            f"note: {len(learned) - len(others):,} {what} pictures are left out: they are "
             f"copies of labeled ones that are set aside for {aside}"
         )
     return others

@@ -300,7 +300,7 @@ class HeldOut:
             notes.append(f"{folder} has no picture of {few(missing)}.")
         fields = run.folder.recipe().get("fields", {})
         if fields.get("labeled"):
-            notes += copies_of_training(fields, files)
+            notes += copies_of_training(run, files)
         for note in notes:
             tell_wrong(f"note: {note}")
         return files
@@ -355,17 +355,20 @@ class HeldOut:
         return f", but {self.recorded:.2%} in result.json:\n  {changed}{self.note}"
 
 
-def copies_of_training(fields: Mapping[str, Any], files: LabeledFiles) -> list[str]:
+def copies_of_training(run: EndedRun, files: LabeledFiles) -> list[str]:
     """Return notes on files that are copies of pictures that a run was trained on.
 
     An accuracy on pictures that were trained on says nothing of others.
     """
+    fields = run.folder.recipe()["fields"]
     try:
-        sides = {
-            "labeled": scan_labeled(fields["labeled"]),
-            "unlabeled": scan_unlabeled(fields["unlabeled"]),
-            "test": files,
-        }
+        labeled = scan_labeled(fields["labeled"])
+        learned = {*stored_data(run.folder).get("labeled", labeled.names)}
+        labeled = labeled.keep([i for i, name in enumerate(labeled.names) if name in learned])
+        sides: dict[str, Any] = {"labeled": labeled, "test": files}
+        # Without others the unlabeled ones are the labeled ones.
+        if fields["unlabeled"] not in (None, fields["labeled"]):
+            sides["unlabeled"] = scan_unlabeled(fields["unlabeled"])
         findings = find_copies(sides, trained=True)
     except MetaplError as error:
         return [f"it is not known which of these pictures were trained on: {error}"]

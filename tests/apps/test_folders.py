@@ -539,6 +539,28 @@ def test_pictures_set_aside_for_validation_are_not_learned_from_as_unlabeled_one
         )
 
 
+@pytest.mark.parametrize("flag", ["val_fraction", "test_fraction"])
+def test_copies_of_pictures_set_aside_are_not_learned_from(tmp_path: Path, flag: str) -> None:
+    """Every picture of a folder is there twice."""
+    twice = pictures(tmp_path, cat=[*range(10), *range(10)], dog=[*range(10, 20), *range(10, 20)])
+    given = Images(labeled=str(twice), **{flag: 0.2}, **SMALL)
+    config, said = choose_settings(given, METHODS["uda"], lambda text: None)[0], list[str]()
+    record = config.data(said.append, progress=False, log=None).record
+    held_out = record["validation"] + record["test"]
+    assert len(held_out) == 8
+    contents = [
+        {(twice / name).read_bytes() for name in names} for names in (held_out, record["labeled"])
+    ]
+    assert contents[0].isdisjoint(contents[1])
+    assert len(contents[0] | contents[1]) == 20
+    assert any("labeled pictures are left out: they are copies" in line for line in said)
+    pictures(tmp_path, dog=[11] * 20)
+    with pytest.raises(
+        MetaplError, match="all labeled pictures of dog in .* are copies of labeled"
+    ):
+        config.data(said.append, progress=False, log=None)
+
+
 def test_one_folder_is_split_into_what_is_learned_from_validated_on_and_tested_on(
     tmp_path: Path,
 ) -> None:
@@ -578,6 +600,16 @@ def test_a_run_on_one_folder_is_evaluated_on_what_it_held_out(tmp_path: Path) ->
     metapl(*words, "--labeled", one, "--test-fraction", "0.34", *flags, "--out", out)
     assert result(out)["evaluation"]["n"] == 4
     assert "of 4, as in result.json" in metapl("evaluate", out).stdout
+    # A folder of these alone has none that was trained on.
+    held_out = tmp_path / "held_out"
+    for name in json.loads((out / "data.json").read_text())["test"]:
+        (held_out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(one / name, held_out / name)
+    evaluated = metapl("evaluate", out, "--test", held_out)
+    assert "among the" not in evaluated.stdout + evaluated.stderr
+    again = metapl("evaluate", out, "--test", one)
+    learned = len(json.loads((out / "data.json").read_text())["labeled"])
+    assert f"{learned} test pictures are among the labeled ones too" in again.stderr
 
 
 def test_how_far_files_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
