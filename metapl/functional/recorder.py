@@ -41,6 +41,11 @@ from metapl.functional.kinds import Constants, Named
 from metapl.functional.operations import NotRecorded, asks_for_value, constants_in
 from metapl.functional.transforms import without_derivative
 
+MAKES_SPARSE = (
+    "makes a sparse tensor, which no graph can; expected dense ones, such as "
+    "torch.nn.Embedding(sparse=False), or the function as it is."
+)
+
 
 def recorded(function: Callable[..., Any], *, compile: bool = False) -> Recorded:
     """Return a function of tensors as one graph, with the gradients that it takes inside.
@@ -152,6 +157,9 @@ class Recorded(Captured[Any]):
             if not isinstance(leaf, (Tensor, *PLAIN)):
                 expected = "tensors, numbers and words, in tuples, lists and dicts"
                 raise unexpected(f"{self.what} returns", leaf, expected)
+            if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+                # Not every version of torch refuses to record it.
+                raise MetaplError(f"{self.what} {MAKES_SPARSE}")
         return results
 
     def _constants(self, leaves: list[Any], structure: Any) -> Constants:
@@ -186,10 +194,7 @@ class Recorded(Captured[Any]):
         """Return the error that says why the function cannot be recorded."""
         cause = error.__cause__ or error
         if "SparseTensorImpl" in str(cause):
-            return MetaplError(
-                f"{self.what} makes a sparse tensor, which no graph can; expected dense ones, such "
-                "as torch.nn.Embedding(sparse=False), or the function as it is."
-            )
+            return MetaplError(f"{self.what} {MAKES_SPARSE}")
         if "torch._C.Generator" in str(cause):
             return MetaplError(
                 f"{self.what} draws from a generator, which graphs of this version of torch cannot "
