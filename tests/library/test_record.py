@@ -838,6 +838,10 @@ def test_a_recording_does_not_go_on_from_elsewhere(tmp_path: Path) -> None:
         begun(8, states_every=2)
     with pytest.raises(MetaplError, match="with another data set; expected"):
         begun(8, train=(X.flip(0), Y.flip(0)))
+    other = EqualWeights()
+    other.smoothing = 0.1  # type: ignore[attr-defined]
+    with pytest.raises(MetaplError, match=r"fields of the problem {}, and this is {'smoothing"):
+        begun(8, problem=other)
     with pytest.raises(MetaplError, match=r"resume=True to go on with it\."):
         begun(8, resume=False)
     model, optimizer = saved.restored(8, "AdamW")

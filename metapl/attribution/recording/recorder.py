@@ -778,6 +778,11 @@ class Recorder:
             "optimizer": type(optimizer).__name__,
             "groups": groups,
             "problem": kind_of(self.problem),
+            "fields of the problem": {
+                name: value
+                for name, value in vars(self.problem).items()
+                if isinstance(value, bool | int | float | str)
+            },
             "keys": keys,
             "has_labels": self._form.has_labels,
             "constants": dict(self._form.constants),

@@ -23,6 +23,7 @@ OF_ONE_LOOP = (
     "optimizer",
     "groups",
     "problem",
+    "fields of the problem",
     "keys",
     "has_labels",
     "constants",
@@ -82,7 +83,12 @@ def refuse_other_loop(
     Args:
         recorded, current: the descriptions of the recording and of the loop now.
     """
-    differing = [name for name in OF_ONE_LOOP if not is_equal(recorded[name], current[name])]
+    differing = [
+        name
+        for name in OF_ONE_LOOP
+        # Recordings of earlier versions have no fields of the problem.
+        if name in recorded and not is_equal(recorded[name], current[name])
+    ]
     if not math.isclose(recorded["factor"], current["factor"], rel_tol=FACTORS_DIFFER):
         differing.append("factor")
     if not differing:
