@@ -783,6 +783,19 @@ def test_moved_buffers_that_the_losses_read_are_named(
         recording.attribute(OUTER, progress=False, verify=False)
 
 
+def test_a_norm_that_a_loop_looks_at_by_a_clip_to_infinity_is_none(tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            optimizer.zero_grad()
+            loss_of(model, rows, weights).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), float("inf"), norm_type=1.0)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+
+    assert_right(loop, tmp_path)
+
+
 class Detached(nn.Module):
     """A layer on rows of a length that its gradient takes for a constant, as DoRA's."""
 

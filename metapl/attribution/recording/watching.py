@@ -12,6 +12,7 @@ beside it, whose losses are not its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,7 +107,9 @@ class StepWatch:
         self._norm_type = float(norm_type)
 
     def note_clipping(self, parameters: Any, max_norm: Any) -> None:
-        """Note that gradients are clipped to a norm."""
+        """Note that gradients are clipped to a norm; to infinity, as a look at it, is none."""
+        if float(max_norm) == math.inf:
+            return
         if self.clip_norm is not None:
             self.refusal = (
                 "gradients that are clipped twice in a step; expected once, after the last of its "
