@@ -323,6 +323,13 @@ ARMS = {
         learns_all=True,
     ),
     "labels_few": Arm("labels alone, 16 a step", method("supervised"), batch=16),
+    "labels_few_all": Arm(
+        "labels alone, none set aside, 16 a step",
+        method("supervised"),
+        cost_of="labels_few",
+        batch=16,
+        learns_all=True,
+    ),
     "none_few": Arm(
         "the loop without feedback, 16 labeled and 80 unlabeled a step",
         method("none"),
@@ -583,7 +590,8 @@ ALL_LEARNED = {
 }
 LATER = {
     4000: ("by_letter", "none_by_letter", "uda_all", "restart", "restart_2"),
-    250: ("restart", "restart_2"),
+    250: ("restart", "restart_2", "labels_few_all"),
+    1000: ("labels_few_all",),
 }
 CARD_BUDGETS = (600_000, 2_000_000, 6_000_000)
 

@@ -54,6 +54,7 @@ SECOND += (
     "before_and_after",
     "cifar_few_labels",
     "cifar_tuned_arms",
+    "cifar_tuned_arms --few",
     "closed_loop",
     "compile_cost",
     "digits_study --forms",
@@ -80,6 +81,12 @@ MARKS = {  # of the tables in a page, where they are not called as the script is
         "cifar_few_labels-power",
     ],
     "cifar_tuned_arms": [
+        "cifar_tuned_arms",
+        "cifar_tuned_arms-tries",
+        "cifar_tuned_arms-tests",
+        "cifar_tuned_arms-power",
+    ],
+    "cifar_tuned_arms --few": [
         "cifar_tuned_arms",
         "cifar_tuned_arms-tries",
         "cifar_tuned_arms-tests",
@@ -157,6 +164,7 @@ MINUTES += (
     "before_and_after",
     "cifar_few_labels",
     "cifar_tuned_arms",
+    "cifar_tuned_arms --few",
     "compile_cost",
     "people_labels",
     "small_pictures",
