@@ -296,10 +296,11 @@ def main() -> None:
         with one as pool, tempfile.TemporaryDirectory() as place:
             run_all(args, study, pool, Path(place))
     rows = read(args.out, having="arm")
-    show(args.write, "cifar_tuned_arms", table_of_arms(rows))
-    show(args.write, "cifar_tuned_arms-tries", table_of_tries(rows))
-    show(args.write, "cifar_tuned_arms-tests", table_of_tests(rows))
-    show(args.write, "cifar_tuned_arms-power", table_of_power(study, rows))
+    mark = "cifar_tuned_arms_250" if args.few else "cifar_tuned_arms"
+    show(args.write, mark, table_of_arms(rows))
+    show(args.write, f"{mark}-tries", table_of_tries(rows))
+    show(args.write, f"{mark}-tests", table_of_tests(rows))
+    show(args.write, f"{mark}-power", table_of_power(study, rows))
 
 
 if __name__ == "__main__":
