@@ -121,10 +121,10 @@ class ReadNoValues(TorchFunctionMode):
     """Refuse to read on the host what a tensor holds that was no argument, and so has values.
 
     Attributes:
-        asked: the error where a value was asked for, which a function may have caught.
+        error_at_read: the error where a value was asked for, which a function may have caught.
     """
 
-    asked: Exception | None = None
+    error_at_read: Exception | None = None
 
     READERS = frozenset(
         [Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__float__, Tensor.__int__]
@@ -140,7 +140,7 @@ class ReadNoValues(TorchFunctionMode):
             return function(*arguments, **(options or {}))
         except Exception as error:
             if asks_for_value(error):
-                self.asked = error
+                self.error_at_read = error
             raise
 
 
@@ -150,8 +150,8 @@ def reading_no_values(function: Callable[..., list[Tensor]]) -> Callable[..., li
     def on_tensors(*tensors: Tensor) -> list[Tensor]:
         with ReadNoValues() as mode:
             returned = function(*tensors)
-        if mode.asked is not None:
-            raise mode.asked
+        if mode.error_at_read is not None:
+            raise mode.error_at_read
         return returned
 
     return on_tensors

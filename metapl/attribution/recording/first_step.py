@@ -34,7 +34,7 @@ from metapl.problems.doubtful import EqualWeights
 from metapl.problems.sequences import IGNORED, NextToken
 from metapl.updates import TorchUpdate, parameters_of, update_of
 
-# The least scale of a GradScaler that is seen behind a clip, as a power of two; it begins with 16.
+# A GradScaler begins at a scale of 2 to the 16; less than 2 to this number is not taken for one.
 LEAST_EXPONENT = 8
 
 # What they do has a rule that gives their own bits.
