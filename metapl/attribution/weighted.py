@@ -54,9 +54,15 @@ EQUAL_WEIGHTS = EqualWeights()
 
 @dataclass(frozen=True)
 class WithWeights(BilevelProblem):
-    """A problem whose batches come as (weights, batch), and whose signal these weights are."""
+    """A problem whose batches come as (weights, batch), and whose signal these weights are.
+
+    Args:
+        problem: whose losses are weighted.
+        factor: that multiplies the loss.
+    """
 
     problem: EqualWeights
+    factor: float = 1.0
 
     def student_input(self, batch: Batch) -> Any:
         return self.problem.student_input(batch[1])
@@ -94,7 +100,8 @@ class WithWeights(BilevelProblem):
     def inner_loss(
         self, outputs: Tensor, signal: Signal, batch: Batch, params: Params | None = None
     ) -> Tensor:
-        return self.problem.inner_loss(outputs, signal, batch[1], params)
+        losses = self.problem.inner_loss(outputs, signal, batch[1], params)
+        return losses if self.factor == 1.0 else self.factor * losses
 
     def outer_loss(self, outputs: Tensor, batch: Batch) -> Any:
         return self.problem.outer_loss(outputs, batch)

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
@@ -998,6 +999,29 @@ def test_the_factor_under_autocast_is_that_of_the_loop(factor: float, tmp_path: 
 
     recording = recorded(loop, tmp_path, lambda: network(0.0).float(), train=(X.float(), Y))
     assert abs(recording.loss_factor / factor - 1) < 1e-5
+
+
+# At this rate the scores of 150 batches are larger than the loss.
+@pytest.mark.filterwarnings("ignore:scores may not say")
+def test_thirds_of_losses_under_autocast_are_replayed_as_the_loop_rounded_them(
+    tmp_path: Path,
+) -> None:
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x / 16).float()[:600], torch.tensor(y)[:600]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    # Adam turns the rounding of a small gradient into a step of the full rate.
+    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+    with record(model, optimizer, out=tmp_path / "thirds", train=(x, y)) as recording:
+        for _ in range(50):
+            optimizer.zero_grad()
+            for rows in torch.randint(0, len(x), (3, 20)):
+                with torch.autocast("cpu", torch.bfloat16):
+                    outputs = model(x[rows])
+                (F.cross_entropy(outputs.float(), y[rows]) / 3).backward()
+            optimizer.step()
+    attribution = recording.attribute((x, y), verify=False, progress=False)
+    assert attribution.replay_error < 1e-2
 
 
 @pytest.mark.parametrize("has_norm", [False, True])

@@ -141,19 +141,22 @@ class RecordedNetwork:
         call: Call,
         weights: Tensor | None = None,
         *,
+        factor: float = 1.0,
         outer: Batch = None,
         notes_types: bool = False,
     ) -> Gradient:
-        """Return the mean loss of a call, its gradient, and the buffers after it.
+        """Return the mean loss of a call, the gradient of its multiple, and the buffers after it.
 
         Args:
             weights: of its examples, (B,) or as the problem's; None: 1 each.
+            factor: by which the loss is multiplied before the backward pass, as the loop does: in
+                half precision a gradient that is multiplied afterwards is rounded otherwise.
             outer: an outer batch that is compared with the network's outputs, and refused where its
                 labels do not fit; None: there is nothing to compare.
             notes_types: whether the types of the loss's graph are added to :attr:`types`.
         """
         lesson = Lesson(
-            self._problem,
+            WithWeights(self.problem, factor),
             (weights, call.batch),
             outer,
             look=self._note_types if notes_types else None,
@@ -161,7 +164,9 @@ class RecordedNetwork:
         with self.at(params, buffers, call.draws, call.training_parts) as (leaves, places):
             descent = self._descend(leaves, lesson)
             buffers_after = {name: table[key] for table, key, name in places if name in buffers}
-        return Gradient(descent.inner_loss, descent.gradient, buffers_after)
+        # A batch without a labeled part has the factor 0, and the loss 0.
+        loss = descent.inner_loss / (factor or 1.0)
+        return Gradient(loss, descent.gradient, buffers_after)
 
     def derivatives(
         self, params: Tree, buffers: Tree, call: Call, w: Tree, *, inspects_graph: bool = False

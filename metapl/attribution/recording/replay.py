@@ -220,12 +220,11 @@ class Replay:
         losses: list[Tensor] = []
         for call, factor, numbers in zip(calls, factors, self.rows[number].numbers, strict=True):
             call_weights = None if weights is None else weights[numbers]
-            result = self.network.gradient(state.params, buffers, call, call_weights)
+            result = self.network.gradient(state.params, buffers, call, call_weights, factor=factor)
             buffers = {**buffers, **result.buffers}
             losses.append(result.loss)
             for name, g in result.gradient.items():
-                term = g if factor == 1.0 else factor * g
-                gradient[name] = gradient[name] + term if name in gradient else term
+                gradient[name] = gradient[name] + g if name in gradient else g
         means = torch.stack(losses)
         if weights is None:
             self._refuse_other_loss(number, factors, means)
