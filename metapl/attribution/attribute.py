@@ -486,13 +486,11 @@ def attribute(
 
 def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> None:
     """Refuse a student whose derivative through two steps is wrong, or warn; nothing moves."""
-    # Those with the greatest rates: a warm-up's first ones may hide everything by rounding.
-    rates = [max(group["lr"] for group in groups) for groups in training.options_of_steps]
-    begin = max(0, min(rates.index(max(rates)), len(rates) - 2))
+    steps = verified_steps(training.options_of_steps)
     settings = training.settings
     if settings is not None:
-        settings = {name: values[begin : begin + 2] for name, values in settings.items()}
-    batches = [training.batch(numbers) for numbers in training.order[begin : begin + 2]]
+        settings = {name: values[steps] for name, values in settings.items()}
+    batches = [training.batch(numbers) for numbers in training.order[steps]]
     outer = map_tensors(lambda t: t[:VERIFIED_ROWS], training.outer_batch)
     # One step needs no second derivative of the network.
     ahead = Lookahead(batches, settings=settings)
@@ -506,6 +504,19 @@ def verify_steps(training: WeightedTraining, verify: bool | Literal["warn"]) -> 
             clip_norm=training.clip_norm,
             verify=verify,
         )
+
+
+def verified_steps(options_of_steps: Sequence[Sequence[Mapping[str, Any]]]) -> slice:
+    """Return which steps the derivative is verified through: two with the greatest rates.
+
+    The first ones of a warm-up may hide everything by rounding.
+
+    Args:
+        options_of_steps: the optimizer's, by group.
+    """
+    rates = [max(options["lr"] for options in groups) for groups in options_of_steps]
+    begin = max(0, min(rates.index(max(rates)), len(rates) - 2))
+    return slice(begin, begin + 2)
 
 
 @contextmanager

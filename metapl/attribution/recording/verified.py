@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from metapl.attribution.attribute import VERIFIED_ROWS, explained
+from metapl.attribution.attribute import VERIFIED_ROWS, explained, verified_steps
 from metapl.attribution.recording.replay import Replay
 from metapl.core.lookahead import Lookahead
 from metapl.execution.batch import Batch, map_tensors
@@ -25,9 +25,9 @@ def verify_recorded_steps(replay: Replay, outer: Batch, verify: bool | Literal["
     """
     contents = replay.recording
     rows = replay.rows
-    rates = [max(group["lr"] for group in row.options) for row in rows]
-    begin = max(0, min(rates.index(max(rates)), len(rates) - 2))
-    calls = [replay.calls(number)[0] for number in range(begin, min(begin + 2, len(rows)))]
+    steps = verified_steps([row.options for row in rows])
+    calls = [replay.calls(number)[0] for number in range(len(rows))[steps]]
+    options_of_groups = rows[steps.start].options
     state = replay.read_state(0)
     network = contents.network
     names = {id(p): name for name, p in network.parameters.items()}
@@ -40,7 +40,7 @@ def verify_recorded_steps(replay: Replay, outer: Batch, verify: bool | Literal["
         torch.autocast(network.device.type, enabled=False),
     ):
         groups: list[dict[str, Any]] = []
-        for group, options in zip(recorded.param_groups, rows[begin].options, strict=True):
+        for group, options in zip(recorded.param_groups, options_of_groups, strict=True):
             params = [leaves[names[id(p)]] for p in group["params"]]
             groups.append({**options, "params": params})
         ahead = Lookahead([call.batch for call in calls])
@@ -52,6 +52,6 @@ def verify_recorded_steps(replay: Replay, outer: Batch, verify: bool | Literal["
                 inner=ahead,
                 problem=network.problem,
                 inner_optimizer=type(recorded)(groups),
-                clip_norm=rows[begin].clip_norm,
+                clip_norm=rows[steps.start].clip_norm,
                 verify=verify,
             )
