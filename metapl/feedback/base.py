@@ -278,17 +278,18 @@ class Estimator(ABC):
 
         return {**self.init(), KEY: first_key(generator, device)}
 
-    def drawn_feedback(
-        self, path: StudentPath, state: State, rank: int = 0, shard: int = 0
-    ) -> tuple[list[Feedback], State]:
+    def drawn_feedback(self, path: Path, state: State) -> Any:
         """Return :meth:`feedback`, with draws by the key in the state, and the next state."""
         from metapl.core.draws import Draws, next_key
 
         rest = dict(state)
         key = rest.pop(KEY)
-        path.draws = Draws(key, rank, shard)
-        feedback, next_state = self.feedback(path, rest)
-        return feedback, {**next_state, KEY: next_key(key)}
+        path.draws = Draws(key, path.student.ranks.rank, path.student.shard)
+        given: Any = self.feedback(path, rest)
+        match given:
+            case [feedback, dict(next_state)]:
+                return feedback, {**next_state, KEY: next_key(key)}
+        return given
 
     def checked_feedback(self, path: Path, state: State) -> tuple[list[Feedback], State]:
         """Return :meth:`feedback`, or refuse one that the teacher cannot learn from, on all ranks.
@@ -299,13 +300,7 @@ class Estimator(ABC):
         """
         try:
             # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
-            if self.draws:
-                student = path.student
-                feedback, state = self.drawn_feedback(
-                    path, state, student.ranks.rank, student.shard
-                )
-            else:
-                feedback, state = self.feedback(path, state)
+            given = self.drawn_feedback(path, state) if self.draws else self.feedback(path, state)
         except MetaplError as error:
             # What is computed from a NaN is NaN, and the checks on the way would name causes of
             # their own.
@@ -313,12 +308,12 @@ class Estimator(ABC):
                 raise MetaplError(OUTER_NOT_FINITE) from error
             # The outer loss is not the cause, and the error says what is.
             raise
-        if path.look is not None and (unfit := what_is_unfit(feedback, state)):
+        if path.look is not None and (unfit := what_is_unfit(given)):
             raise MetaplError(f"{type(self).__name__}.feedback returned {unfit}.")
+        feedback, state = given
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)
-        ranks = path.student.ranks
-        with NOTHING if ranks.alone else ranks.agreed():
+        with NOTHING if path.student.ranks.alone else path.student.ranks.agreed():
             numbers = [path.inner_loss, *path.known_outer_losses.values()]
             for of_step in feedback:
                 for h in (of_step.h, *of_step.others.values()):
@@ -340,11 +335,18 @@ class Estimator(ABC):
         return feedback, state
 
 
-def what_is_unfit(feedback: Any, state: Any) -> str:
+def what_is_unfit(given: Any) -> str:
     """Return what of a first feedback is not what was expected, in words; "" for nothing."""
-    if not isinstance(feedback, list) or not isinstance(state, dict):
-        given = f"{checks.described(feedback)} and {checks.described(state)}"
-        return f"{given}; expected a list of a Feedback for each student step, and the next state"
+    match given:
+        case [list(feedback), dict()]:
+            pass
+        case _:
+            parts = given if isinstance(given, tuple) else (given,)
+            described = " and ".join(checks.described(part) for part in parts)
+            return (
+                f"{described}; expected a list of a Feedback for each student step, and the next "
+                "state"
+            )
     for of_step in feedback:
         if not isinstance(of_step, Feedback):
             return f"{checks.described(of_step)} in its list; expected a Feedback"

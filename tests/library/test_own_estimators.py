@@ -424,6 +424,16 @@ class ReturnsFeedback(LastLayer):
         return feedback[0], state
 
 
+class ReturnsOneThing(LastLayer):
+    def feedback(self, path: Any, state: State) -> Any:
+        feedback, state = super().feedback(path, state)
+        return feedback
+
+
+class DrawsAndReturnsOneThing(ReturnsOneThing):
+    draws: ClassVar[bool] = True
+
+
 class ReturnsTensors(LastLayer):
     def feedback(self, path: Any, state: State) -> Any:
         feedback, state = super().feedback(path, state)
@@ -443,6 +453,8 @@ class TakesNames(LastLayer):
         (WithoutName, "lacks a name"),
         (WithText, "lacks its kinds of labels"),
         (ReturnsFeedback, "expected a list of a Feedback for each student step"),
+        (ReturnsOneThing, "; expected a list of a Feedback"),
+        (DrawsAndReturnsOneThing, "; expected a list of a Feedback"),
         (ReturnsTensors, "in its list; expected a Feedback"),
         (TakesNames, "numbers inner_loss, which a report has already"),
     ],
