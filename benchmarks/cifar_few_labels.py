@@ -588,11 +588,13 @@ ALL_LEARNED = {
     1000: ("labels_all", "uda_all"),
     250: ("labels_all", "uda_all", "none_all", "uda_few", "uda_surer"),
 }
-LATER = {
-    4000: ("by_letter", "none_by_letter", "uda_all", "restart", "restart_2"),
-    250: ("restart", "restart_2", "labels_few_all"),
-    1000: ("labels_few_all",),
-}
+LATER = (
+    (4000, ("by_letter", "none_by_letter", "uda_all", "restart", "restart_2")),
+    (250, ("restart", "restart_2", "labels_few_all")),
+    (1000, ("labels_few_all",)),
+    (1000, ("uda_surer", "uda_few")),
+    (4000, ("labels_few_all",)),
+)
 CARD_BUDGETS = (600_000, 2_000_000, 6_000_000)
 
 
@@ -642,7 +644,7 @@ def jobs() -> Iterator[Row]:
             for arm in arms:
                 longest = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
                 yield from with_cost({"arm": arm, **longest, "draw": draw})
-    for labels, arms in LATER.items():
+    for labels, arms in LATER:
         for draw in DRAWS:
             for arm in arms:
                 longest = {"labels": labels, "pictures": LONGEST_BUDGET, "is_equal": True}
