@@ -169,6 +169,7 @@ class Differentiation:
         ahead: the same as a look-ahead, with its settings, also where one batch was given.
         wrt: the names of what the gradient is in.
         fault: of the checks in the last path; those that have no values yet.
+        feedback: on the signal of each step of the last path.
 
     Raises: :class:`metapl.MetaplError` before anything moves.
     """
@@ -393,6 +394,7 @@ class Differentiation:
             with bar_of(is_shown, steps, "steps back") as show_step_back:
                 path.progress = show_step_back
                 feedback, _ = estimate.checked_feedback(path, mode_state)
+            self.feedback = feedback
             if not RandomState.now(self.device).equals(before):
                 raise MetaplError(
                     f"mode {estimate.name!r} draws from torch's default generator; expected draws "

@@ -363,8 +363,9 @@ PROBLEMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "a loss of the batch": ("RRRRR RR", batchwise, {}),
     "a loss of the batch in micro-batches": ("XXXXX XX", batchwise, {"accumulate": 2}),
     "a penalty on weights": ("RRRRR RR", penalty, {}),
+    # No teacher has it, so that nothing would learn it.
     "a parameter in the signal": (
-        "RRRRR RR",
+        "XXXXX XX",
         {"soft": lambda self, t, x: (t(x) @ self.matrix).softmax(-1), **learned},
         {},
     ),

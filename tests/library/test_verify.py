@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import Lookahead, MetaplError, PseudoLabels
-from metapl.feedback import Forward, Implicit, Reinforce
+from metapl.feedback import Forward, Implicit, Reinforce, estimator
 from metapl.feedback.hypergradient import Request, through_steps
 from metapl.guards.verification import (
     GradientCheck,
@@ -35,6 +35,7 @@ from metapl.guards.verification import (
     verdict,
 )
 from metapl.guards.verification.contract import CONTRACT
+from metapl.problems.base import field_name
 
 COLUMNS: dict[str, tuple[Any, int]] = {
     "tangent": (Forward(by="tangent"), 1),
@@ -80,7 +81,7 @@ def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
     """
 
     def through(request: Request) -> Any:
-        return gradient(
+        found = gradient(
             request.teacher,
             request.student,
             outer=request.outer,
@@ -91,8 +92,18 @@ def verify_by(patch: pytest.MonkeyPatch, gradient: Callable[..., Any]) -> None:
             generator=request.generator,
             clip_norm=request.clip_norm,
         )
+        is_lookahead = isinstance(found.feedback, tuple)
+        of_steps = found.feedback if is_lookahead else (found.feedback,)
+        field = "value" if estimator(request.mode).credits == "signal" else "log_prob"
+        h_of_steps = []
+        for h in of_steps:
+            is_dict = isinstance(h, dict)
+            h_of_steps.append(
+                {field_name(key): t for key, t in h.items()} if is_dict else {field: h}
+            )
+        return found, h_of_steps
 
-    patch.setattr(real_step, "through_steps", through)
+    patch.setattr(real_step, "with_feedback", through)
 
 
 def by_the_eager_road(teacher: Any, student: Any, *, outer: Any, inner: Any, **options: Any) -> Any:

@@ -19,7 +19,7 @@ from metapl.execution.state import trainable
 from metapl.feedback import Estimator
 from metapl.feedback.hypergradient import Hypergradient
 from metapl.guards.verification.real_step import Evaluation, RealStep, Tree
-from metapl.problems.base import Signal, field_name, outer_variables
+from metapl.problems.base import Signal, outer_variables
 
 # The relative error that is allowed to an exact gradient, where the verification runs in float64.
 EXACT = 1e-5
@@ -55,7 +55,8 @@ class Case:
             weights are moved.
         signals: those of the real step without their graphs; where the expectation over labels is
             taken, one-hot rows.
-        h: the feedback, by the step's number and the signal's field.
+        h: the feedback, by the step's number and the signal's field; where the expectation over
+            labels is taken, on the one-hot rows.
         moved: what the loss is moved by: the ``"signal"``, or the ``"weights"`` 1 + ε of the inner
             losses of labels that were drawn.
         takes_expectation: whether the mode takes the expectation over labels that were drawn.
@@ -78,7 +79,7 @@ class Case:
     @staticmethod
     def at(step: RealStep, mode: Estimator, eps: float) -> Case:
         """Take a step by the mode and for real, each on copies of its own."""
-        by_mode = step.by_mode(mode)
+        by_mode, h = step.by_mode(mode)
         real = Evaluation(step)
         if real.loss.dtype != torch.float64:
             eps = max(eps, EPS32)
@@ -90,18 +91,11 @@ class Case:
         takes_expectation = is_sampled and mode.credits == "signal"
         if takes_expectation:
             signals = [with_one_hot_rows(signal) for signal in signals]
+            # The one-hot rows, which are moved, stand in the place of the distribution.
+            h = {(number, "value"): t for (number, _), t in h.items()}
         moved: Literal["signal", "weights"] = "signal"
-        field_of_h = "value"
         if is_sampled and not takes_expectation:
             moved = "weights"
-            field_of_h = "log_prob"
-        h: dict[tuple[int, str], Tensor] = {}
-        for number, h_of_step in enumerate(by_mode.feedback):
-            if isinstance(h_of_step, dict):
-                for key, t in h_of_step.items():
-                    h[number, field_name(key)] = t
-            else:
-                h[number, field_of_h] = h_of_step
         case = Case(
             step=step,
             mode=mode,

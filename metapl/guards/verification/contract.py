@@ -13,11 +13,20 @@ from torch import nn
 
 from metapl.errors import MetaplError, few, reason_of
 from metapl.execution.batch import rows
+from metapl.execution.checks import described
+from metapl.execution.graphs import leaves_in_graph
 from metapl.execution.state import trainable
+from metapl.guards.door import ids, name_in
 from metapl.guards.verification.case import EXACT, Case, flat
 from metapl.guards.verification.causes import changing_loss, likely_causes
 from metapl.guards.verification.real_step import Evaluation
-from metapl.problems.base import enters_input, has_rows, kind_of, overrides, sum_and_weight
+from metapl.problems.base import (
+    enters_input,
+    has_rows,
+    kind_of,
+    overrides,
+    sum_and_weight,
+)
 from metapl.problems.rows import is_one_row, reads_other_rows, signal_reads_other_rows
 
 
@@ -94,10 +103,47 @@ def has_another_teacher_gradient(case: Case) -> str:
     by_mode = case.by_mode.grads
     if not by_mode:
         return ""
+    if not flat(by_mode).isfinite().all():
+        return (
+            "h is finite, and its gradient in the teacher is NaN or infinite: the signal has no "
+            "derivative here, as a square root at 0."
+        )
     of_h = flat({name: case.whole_gradient[name] for name in by_mode})
     if torch.dist(flat(by_mode), of_h) > case.tolerance * of_h.norm():
         return "the mode's gradient in the teacher is not that of its h."
     return ""
+
+
+def has_a_signal_of_other_weights(case: Case) -> str:
+    """Return which parameters a signal is made of that are of neither network."""
+    if not case.by_mode.grads or not case.h:
+        return ""
+    copies = case.real.copies
+    of_problem = ids(copies.problem_parameters)
+    of_networks = ids(nn.ModuleList([copies.teacher, copies.student]).parameters())
+    others = []
+    for leaf in leaves_in_graph(case.score(case.real)):
+        lasts = isinstance(leaf, nn.Parameter) or id(leaf) in of_problem
+        if lasts and id(leaf) not in of_networks:
+            others.append(name_in(copies.problem, leaf) or described(leaf))
+    if not others:
+        return ""
+    return (
+        f"the signal depends on {few(others, 3)} of neither network, which nothing learns; "
+        "expected a parameter of the teacher, or .detach() of it."
+    )
+
+
+def reads_more_than_labels(case: Case) -> str:
+    """Return what an inner loss differentiably reads of a drawn signal beside its labels."""
+    reached = ids(leaves_in_graph(case.real.inner_loss))
+    read = [name for name, t in case.real.beside_labels.items() if id(t) in reached]
+    if not read:
+        return ""
+    return (
+        f"the inner loss reads {few(read)} of a signal of drawn labels, through which no feedback "
+        "goes; expected .detach() of it there, or a signal without log_prob, which is soft."
+    )
 
 
 def has_losses_that_are_no_means(case: Case) -> str:
@@ -220,6 +266,8 @@ CONTRACT: tuple[Callable[[Case], str], ...] = (
     has_another_difference,
     has_no_log_probability,
     has_another_teacher_gradient,
+    has_a_signal_of_other_weights,
+    reads_more_than_labels,
     has_losses_that_are_no_means,
     has_one_mean_for_all_losses,
 )

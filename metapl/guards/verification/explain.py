@@ -21,7 +21,7 @@ from metapl.guards.verification.differences import (
     errors_of_h,
     errors_of_signal,
 )
-from metapl.guards.verification.real_step import Evaluation, Move
+from metapl.guards.verification.real_step import Evaluation, Move, Tree
 from metapl.updates import parts_of
 
 Explanation = tuple[Literal["allowed", "refused"], str]
@@ -145,14 +145,10 @@ def moves_past_the_signal(case: Case) -> bool:
     The signal stays as it is. What reads the teacher with a gradient was refused when the step was
     opened (:mod:`metapl.guards.door`); so this does without one.
     """
-    draw = torch.Generator().manual_seed(2)
-    direction = {
-        name: torch.randn(t.shape, generator=draw).to(t)
-        for name, t in case.teacher_gradient.items()
-    }
-    if not direction:
+    if not case.teacher_gradient:
         return False
-    moved = Evaluation(case.step, Move("teacher", direction, 1e-2), signals=case.signals)
+    move = Move("teacher", random_direction(case), 1e-2)
+    moved = Evaluation(case.step, move, signals=case.signals)
     rounding = 1000 * case.eps
     # Also the gradient, which a small rate or a fresh Adam hides from the loss.
     g = flat(case.real.gradients["inner"])
@@ -164,6 +160,30 @@ def moves_past_the_signal(case: Case) -> bool:
         # The loss moves by the direct term, which the differences see.
         loss_moves = False
     return gradient_moves or loss_moves
+
+
+def holds_outputs(case: Case) -> str:
+    """Return what a mode leaves out where later signals are made of the student's outputs."""
+    if len(case.step.inner_batches) == 1 or not case.teacher_gradient:
+        return ""
+    move = Move("teacher", random_direction(case), 1e-5)
+    held = Evaluation(case.step, move, student_outputs=case.real.outputs)
+    gap = abs(float(Evaluation(case.step, move).loss) - float(held.loss))
+    if gap <= 1000 * case.eps * max(abs(float(case.real.loss)), 1e-3):
+        return ""
+    return (
+        "the signals are made of the student's outputs, which each step takes for constants: what "
+        "a signal does to the outputs that later ones are made of is left out."
+    )
+
+
+def random_direction(case: Case) -> Tree:
+    """Return a direction in all that is learned."""
+    draw = torch.Generator().manual_seed(2)
+    direction = {}
+    for name, t in case.teacher_gradient.items():
+        direction[name] = torch.randn(t.shape, generator=draw).to(t)
+    return direction
 
 
 def reference_for(mode: Estimator) -> str:
@@ -179,7 +199,7 @@ def follows_double_backward(case: Case) -> bool:
     """Return whether h is that of double backward on the same copies, or of a mode like it."""
     reference = reference_for(case.mode)
     try:
-        expected = flat(case.step.by_mode(estimator(reference)).feedback)
+        expected = flat(case.step.by_mode(estimator(reference))[1])
     except (RuntimeError, MetaplError):
         # An operation lacks that derivative, or labels were drawn.
         return case.takes_expectation or reference == "forward"

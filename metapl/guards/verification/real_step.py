@@ -29,9 +29,15 @@ from metapl.execution.state import (
     trainable,
 )
 from metapl.feedback import Estimator, Lookahead
-from metapl.feedback.hypergradient import Hypergradient, Request, through_steps
+from metapl.feedback.hypergradient import Differentiation, Hypergradient, Request
 from metapl.guards.door import FirstLook
-from metapl.problems.base import BilevelProblem, Signal, enters_input, sum_and_weight
+from metapl.problems.base import (
+    FIELDS_BESIDE_VALUE,
+    BilevelProblem,
+    Signal,
+    enters_input,
+    sum_and_weight,
+)
 from metapl.updates import Update
 
 Tree = dict[Any, Tensor]
@@ -184,8 +190,10 @@ class RealStep:
         )
         return all_with_contents_of(pairs)
 
-    def by_mode(self, mode: Estimator) -> Hypergradient:
-        """Return the gradient that a mode finds of this step, on fresh copies.
+    def by_mode(self, mode: Estimator) -> tuple[Hypergradient, Tree]:
+        """Return the gradient that a mode finds of this step, on fresh copies, and its h.
+
+        h is by the step's number and the name of the signal's field.
 
         Raises: :class:`metapl.MetaplError` for what carries a gradient past the signal
         (:mod:`metapl.guards.door`).
@@ -209,7 +217,11 @@ class RealStep:
             named_by=(originals.teacher, originals.problem, originals.student),
         )
         with step.in_the_originals():
-            return through_steps(replace(request, look=look))
+            found, h_of_steps = with_feedback(replace(request, look=look))
+        h = {}
+        for number, h_by_field in enumerate(h_of_steps):
+            h |= {(number, name): t for name, t in h_by_field.items()}
+        return found, h
 
 
 class Evaluation:
@@ -230,6 +242,7 @@ class Evaluation:
         loss: the outer loss, a scalar without a graph.
         inner_loss: the first step's loss, a scalar.
         signals: of each step, with the teacher's graph.
+        beside_labels: leaves in the first loss for what a drawn signal has beside its labels.
         outputs: the student's outputs of each step, (B, ...), and at last those on the outer batch,
             with their graph.
         gradients: of the first ``"inner"`` loss, and of the ``"outer"`` loss where nothing is
@@ -258,6 +271,7 @@ class Evaluation:
         self.given_outputs = student_outputs
         self.given_states = states
         self.signals: list[Signal] = []
+        self.beside_labels: dict[str, Tensor] = {}
         self.outputs: list[Tensor] = []
         self.gradients: dict[str, Tree] = {}
         self.states: list[Tree] = []
@@ -368,7 +382,16 @@ class Evaluation:
             teacher, inner_batch, student_outputs, generator=self.copies.generator
         )
         self.signals.append(asked)
-        signal = asked.detached() if self.given_signals is None else self.given_signals[number]
+        if self.given_signals is not None:
+            signal = self.given_signals[number]
+        else:
+            signal = asked.detached()
+            if signal.sampled and number == 0:
+                for name, t in signal.fields().items():
+                    if name in FIELDS_BESIDE_VALUE:
+                        self.beside_labels[name] = t.requires_grad_()
+                # A loss may write to what it is given, as to no leaf.
+                signal = signal.having({name: t.clone() for name, t in self.beside_labels.items()})
         if self.move.what != "signal":
             return signal
         moved = {}
@@ -400,6 +423,13 @@ class Evaluation:
             as_before = p.dtype == before[name].dtype and p.shape == before[name].shape
             if not as_before or not torch.allclose(p, before[name], 0, 0, equal_nan=True):
                 self.written.add(name)
+
+
+def with_feedback(request: Request) -> tuple[Hypergradient, list[dict[str, Tensor]]]:
+    """Return the gradient that is asked for, and h of each step by the signal's fields."""
+    differentiation = Differentiation(request)
+    found = differentiation.find()
+    return found, [feedback.by_field() for feedback in differentiation.feedback]
 
 
 def size_of(t: Tensor) -> float:

@@ -24,7 +24,12 @@ from metapl.guards.verification.causes import (
 )
 from metapl.guards.verification.contract import breach_of_contract
 from metapl.guards.verification.differences import errors_of, is_made_of_losses
-from metapl.guards.verification.explain import PAST_THE_SIGNAL, explain, moves_past_the_signal
+from metapl.guards.verification.explain import (
+    PAST_THE_SIGNAL,
+    explain,
+    holds_outputs,
+    moves_past_the_signal,
+)
 from metapl.guards.verification.real_step import Evaluation, RealStep
 from metapl.guards.verification.result import GradientCheck, Status
 from metapl.runs.checkpoint import rng_state, set_rng_state
@@ -136,7 +141,7 @@ def judge(copies: RealStep, estimate: Estimator, *, eps: float, precision: str) 
                 )
                 breach = f"two equal steps differ, first in {part}: {why_again(written)}"
                 break
-    doubt = case.mode.doubt(case.by_mode.numbers)
+    doubt = case.mode.doubt(case.by_mode.numbers) or holds_outputs(case)
     clear_errors = {name: error for name, error in errors.items() if error is not None}
     off = case.off(errors)
     status: Status = "right"
