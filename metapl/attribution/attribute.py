@@ -99,6 +99,8 @@ class Attribution:
     kept: str
     _losses_with: Callable[[Tensor], Tensor] = field(repr=False)
     _stacks: StackedTrainings | None = field(default=None, repr=False)
+    # By which each example of a recording is known.
+    _digests: Tensor | None = field(default=None, repr=False)
     replay_error: float = 0.0
     float32_products: dict[str, str] = field(default_factory=dict)
     outer_loss_before: Tensor | None = None
@@ -737,6 +739,9 @@ def mean_of(attributions: Sequence[SomeAttribution]) -> SomeAttribution:
             "a recording was made without train=, so that its examples are numbered as they were "
             "first seen; expected recordings with the same train=."
         )
+    known = [a._digests for a in attributions if a._digests is not None]
+    if any(not torch.equal(digests, known[0]) for digests in known):
+        raise MetaplError("results of recordings of different examples; expected the same train=.")
 
     def mean_losses(weights: Tensor) -> Tensor:
         return torch.stack([a._losses_with(weights) for a in attributions]).mean(0)

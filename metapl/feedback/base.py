@@ -128,6 +128,14 @@ class Estimator(ABC):
     keep: Literal["tree"] | None = None
     keep_on: Literal["cpu"] | None = None
 
+    shape: ClassVar[Mapping[str, Any]] = {
+        "normalization": "gradient",
+        "truncate": None,
+        "keep_on": None,
+        "reduction": "sum",
+    }
+    """The options that shape h, or say where it is found, and their values without a shape
+    (:meth:`without_shape`)."""
     keep_graph: ClassVar[bool] = False
     """Whether the inner gradient must stay differentiable with respect to the signal."""
     by_differences: ClassVar[str] = "mode 'difference'"
@@ -154,6 +162,8 @@ class Estimator(ABC):
         """Return what a class of a user's own has left out, in words; "" for nothing."""
         if not isinstance(getattr(self, "name", None), str):
             return "a name; expected one in its class, such as name = 'mine'"
+        if self.credits not in get_args(Credits):
+            return f"known credits; expected some of {few([*get_args(Credits)])} in its class"
         labels = getattr(self, "labels", None)
         if isinstance(labels, tuple) and labels and {*labels} <= {*get_args(Kind)}:
             return ""
@@ -214,17 +224,9 @@ class Estimator(ABC):
         It is neither normalized, nor less a baseline, nor truncated, nor a mean. What only shapes h
         is no part of the derivative: the mean of Algorithm 1 is 1/B of it.
         """
-        options = {
-            "normalization": "gradient",
-            "similarity": "dot",
-            "baseline": None,
-            "truncate": None,
-            "keep_on": None,
-            "reduction": "sum",
-        }
         shaped: Any = self
         names = {option.name for option in fields(shaped)} if is_dataclass(shaped) else set()
-        plain_options = {name: value for name, value in options.items() if name in names}
+        plain_options = {name: value for name, value in self.shape.items() if name in names}
         plain: Estimator = replace(shaped, **plain_options) if plain_options else self
         return plain
 
@@ -308,7 +310,7 @@ class Estimator(ABC):
                 raise MetaplError(OUTER_NOT_FINITE) from error
             # The outer loss is not the cause, and the error says what is.
             raise
-        if path.look is not None and (unfit := what_is_unfit(given)):
+        if path.look is not None and (unfit := what_is_unfit(given, path.steps)):
             raise MetaplError(f"{type(self).__name__}.feedback returned {unfit}.")
         feedback, state = given
         if path.is_tried:
@@ -335,8 +337,12 @@ class Estimator(ABC):
         return feedback, state
 
 
-def what_is_unfit(given: Any) -> str:
-    """Return what of a first feedback is not what was expected, in words; "" for nothing."""
+def what_is_unfit(given: Any, steps: Sequence[StudentStep]) -> str:
+    """Return what of a first feedback is not what was expected, in words; "" for nothing.
+
+    Args:
+        steps: of the student.
+    """
     match given:
         case [list(feedback), dict()]:
             pass
@@ -347,9 +353,22 @@ def what_is_unfit(given: Any) -> str:
                 f"{described}; expected a list of a Feedback for each student step, and the next "
                 "state"
             )
-    for of_step in feedback:
+    if len(feedback) != len(steps):
+        return f"a list of {len(feedback)}; expected a Feedback for each of {len(steps)} steps"
+    for step, of_step in zip(steps, feedback, strict=True):
         if not isinstance(of_step, Feedback):
             return f"{checks.described(of_step)} in its list; expected a Feedback"
+        names = step.signal.fields()
+        given_names = [name for name in (of_step.part, *of_step.others) if name is not None]
+        unknown = [name for name in given_names if name not in names]
+        if unknown:
+            return f"h on {few(unknown)}; expected fields of the signal: {few([*names])}"
+        for h in (of_step.h, *of_step.others.values()):
+            if not isinstance(h, Tensor) or not h.is_floating_point():
+                return f"{checks.described(h)} for h; expected a tensor of real numbers"
+        for name, number in of_step.numbers.items():
+            if not isinstance(number, Tensor) or number.numel() != 1:
+                return f"{checks.described(number)} for its number {name!r}; expected a scalar"
         taken = NUMBERS_OF_STEPS.intersection(of_step.numbers)
         taken |= {name for name in of_step.numbers if name.startswith("teacher_")}
         if taken:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -44,6 +45,7 @@ class LossDifference(Estimator):
     g⟩ + O(η²); the public implementations use it, with the opposite sign.
     """
 
+    shape: ClassVar[Mapping[str, Any]] = {**Estimator.shape, "baseline": None}
     baseline: Decay | None = None
     normalization: Literal["gradient", "learning_rate"] = "gradient"
     reduction: Reduction = "mean"

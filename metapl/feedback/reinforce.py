@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +60,11 @@ class Reinforce(Estimator):
     the paper's appendix.
     """
 
+    shape: ClassVar[Mapping[str, Any]] = {
+        **Estimator.shape,
+        "similarity": "dot",
+        "baseline": None,
+    }
     similarity: Literal["dot", "cosine"] = "dot"
     baseline: Decay | None = None
     normalization: Literal["gradient", "learning_rate"] = "gradient"

@@ -418,6 +418,10 @@ class WithText(LastLayer):
     labels: ClassVar[Any] = "soft"
 
 
+class WithOtherCredits(LastLayer):
+    credits: ClassVar[Any] = "entry"
+
+
 class ReturnsFeedback(LastLayer):
     def feedback(self, path: Any, state: State) -> Any:
         feedback, state = super().feedback(path, state)
@@ -447,16 +451,57 @@ class TakesNames(LastLayer):
         return [replace(of_step, numbers=numbers) for of_step in feedback], state
 
 
+class ReturnsTwo(LastLayer):
+    def feedback(self, path: Any, state: State) -> Any:
+        feedback, state = super().feedback(path, state)
+        return feedback * 2, state
+
+
+def changing(**changes: Any) -> type[LastLayer]:
+    """Return an estimator that gives other things in the fields of its feedback."""
+
+    class Changing(LastLayer):
+        def feedback(self, path: Any, state: State) -> Any:
+            feedback, state = super().feedback(path, state)
+            return [replace(of_step, **changes) for of_step in feedback], state
+
+    return Changing
+
+
+@dataclass(frozen=True)
+class NamedAsShape(LastLayer):
+    """Options of its own with names that other estimators have for a shape of h."""
+
+    baseline: float = 0.5
+    similarity: str = "angle"
+
+
+def test_options_named_as_those_of_other_estimators_are_kept() -> None:
+    mode = NamedAsShape()
+    assert mode.without_shape() == mode
+    labeled, (u,) = batches(1)
+    trainer_of(mode).step(labeled, u)
+
+
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
         (WithoutName, "lacks a name"),
         (WithText, "lacks its kinds of labels"),
+        (WithOtherCredits, "lacks known credits; expected some of signal, example, batch"),
         (ReturnsFeedback, "expected a list of a Feedback for each student step"),
         (ReturnsOneThing, "; expected a list of a Feedback"),
         (DrawsAndReturnsOneThing, "; expected a list of a Feedback"),
         (ReturnsTensors, "in its list; expected a Feedback"),
         (TakesNames, "numbers inner_loss, which a report has already"),
+        (ReturnsTwo, "a list of 2; expected a Feedback for each of 1 steps"),
+        (changing(h=None), "of type NoneType for h; expected a tensor"),
+        (changing(h=0.5), "of type float for h; expected a tensor"),
+        (changing(h=torch.zeros(ROWS, CLASSES, dtype=torch.complex64)), "complex64, on cpu for h"),
+        (changing(part="values"), "h on values; expected fields of the signal: value"),
+        (changing(others={"weight": torch.zeros(1)}), "h on weight; expected fields"),
+        (changing(numbers={"length": 1.0}), "of type float for its number 'length'"),
+        (changing(numbers={"length": torch.zeros(2)}), r"shape \(2,\), float32, on cpu for its"),
     ],
 )
 @pytest.mark.parametrize("verify", [True, False])

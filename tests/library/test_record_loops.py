@@ -21,6 +21,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from metapl import MetaplError, Recording, record
+from metapl.attribution.attribute import mean_of
 from metapl.guards.verification import VerificationWarning
 from metapl.problems import EqualWeights
 
@@ -1055,3 +1056,75 @@ def test_what_is_learned_may_change_after_the_steps_that_are_recorded(
     expected_steps, expected = recorded(13, None, "frozen")
     assert steps == expected_steps == 13
     torch.testing.assert_close(scores, expected, rtol=1e-9, atol=1e-12)
+
+
+def with_passes_that_lead_to_no_step(model: nn.Module, weights: Tensor | None) -> None:
+    optimizer = optimizer_of(model)
+    for step, rows in enumerate(batches()):
+        optimizer.zero_grad()
+        loss = loss_of(model, rows, weights)
+        if step in (1, 4):
+            continue
+        loss.backward()
+        optimizer.step()
+
+
+def with_statistics_estimated_at_the_end(model: nn.Module, weights: Tensor | None) -> None:
+    optimizer = optimizer_of(model)
+    for rows in batches():
+        optimizer.zero_grad()
+        loss_of(model, rows, weights).backward()
+        optimizer.step()
+    with torch.no_grad():
+        for _ in range(20):
+            model(X)
+
+
+# To first order in what a removal does to statistics, of which those that are estimated anew at the
+# end follow the weights otherwise than those of the steps.
+@pytest.mark.parametrize(
+    ("loop", "tolerance"),
+    [(with_passes_that_lead_to_no_step, 1e-3), (with_statistics_estimated_at_the_end, 4e-2)],
+)
+@pytest.mark.parametrize("states_every", [2, STATES_EVERY])
+def test_retraining_has_the_statistics_of_passes_that_led_to_no_step(
+    loop: Loop, tolerance: float, states_every: int, tmp_path: Path
+) -> None:
+    recording = recorded(loop, tmp_path, with_batch_norm, states_every=states_every)
+    found = recording.attribute(OUTER, progress=False)
+    removals = [[0], [1], [2], [3]]
+    retrained = found.validate(removals, progress=False).retrained
+    plain = with_batch_norm()
+    loop(plain, None)
+    real = []
+    for removed in removals:
+        model = with_batch_norm()
+        weights = torch.ones(EXAMPLES, dtype=torch.float64)
+        weights[removed] = 0.0
+        loop(model, weights)
+        real.append(outer_loss(model) - outer_loss(plain))
+    expected = torch.tensor(real).to(retrained)
+    torch.testing.assert_close(retrained, expected, rtol=0, atol=tolerance)
+    same = found.validate([torch.zeros(EXAMPLES, dtype=torch.bool)] * 3, progress=False)
+    assert float(same.retrained.abs().max()) < 1e-9
+
+
+def test_the_mean_of_recordings_of_different_examples_is_refused(tmp_path: Path) -> None:
+    def loop(model: nn.Module, data: Tensor) -> None:
+        optimizer = optimizer_of(model)
+        for rows in batches():
+            optimizer.zero_grad()
+            loss_of(model, rows, None, data).backward()
+            optimizer.step()
+
+    results = []
+    for number, data in enumerate((X, X, X.flip(0))):
+        recording = recorded(
+            lambda model, _, data=data: loop(model, data),  # type: ignore[misc]
+            tmp_path / str(number),
+            train=(data, Y),
+        )
+        results.append(recording.attribute(OUTER, progress=False))
+    assert mean_of(results[:2]).scores.shape == (EXAMPLES,)
+    with pytest.raises(MetaplError, match="different examples"):
+        mean_of(results)

@@ -346,8 +346,11 @@ class Recording:
         def losses_with(weights: Tensor) -> Tensor:
             with torch.enable_grad(), deterministic(network.device):
                 trained: KeptState = replay.trained(weights[contents.example_numbers])
+                # Such as by validations in train mode, or an update of batch norm's statistics.
+                unseen = replay.moved_unseen(end)
+                buffers = {name: trained.buffers[name] + t for name, t in unseen.items()}
                 with_weights, _ = network.outer_losses(
-                    trained.params, trained.buffers, batch, judges
+                    trained.params, {**trained.buffers, **buffers}, batch, judges
                 )
             return with_weights.reshape(losses.shape if each else ())
 
@@ -358,6 +361,7 @@ class Recording:
             student_params=end.params,
             kept=f"one step in {contents.states_every:,}, of {len(contents.rows):,}",
             _losses_with=losses_with,
+            _digests=contents.digests,
             replay_error=replay.check.error,
             float32_products=float32_products(network.device),
             outer_loss_before=loss_before[0],

@@ -136,6 +136,7 @@ class Replay:
         self.smoothing = smoothing
         self._factors: dict[int, list[float]] = {}
         self._held: dict[int, ReplayedStep] = {}
+        self._moved_unseen: Tree | None = None
         states = recording.folder.states()
         self.state_numbers = [number for number in states if number <= len(self.rows)]
 
@@ -370,6 +371,23 @@ class Replay:
         for number in range(len(self.rows) if steps is None else steps):
             state = self.step(number, state, weights)
         return state
+
+    def moved_unseen(self, end: KeptState) -> Tree:
+        """Return by what passes that led to no step, and are not recorded, have moved buffers.
+
+        Cost: a training, the first time, of a network with buffers.
+
+        Args:
+            end: the state after the loop.
+        """
+        if self._moved_unseen is None:
+            self._moved_unseen = {}
+            moving = [name for name, t in end.buffers.items() if t.is_floating_point()]
+            if moving:
+                ones = torch.ones(len(self.recording.example_numbers))
+                seen = self.trained(ones).buffers
+                self._moved_unseen = {name: end.buffers[name] - seen[name] for name in moving}
+        return self._moved_unseen
 
     def backwards(self, *, progress: bool) -> Iterator[int]:
         """Yield the steps from the last to the first, each held.

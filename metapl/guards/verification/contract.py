@@ -120,6 +120,7 @@ def has_a_signal_of_other_weights(case: Case) -> str:
         return ""
     copies = case.real.copies
     of_problem = ids(copies.problem_parameters)
+    assert copies.teacher is not None, "the gradient is in its parameters"
     of_networks = ids(nn.ModuleList([copies.teacher, copies.student]).parameters())
     others = []
     for leaf in leaves_in_graph(case.score(case.real)):

@@ -218,7 +218,7 @@ class RealStep:
         )
         with step.in_the_originals():
             found, h_of_steps = with_feedback(replace(request, look=look))
-        h = {}
+        h: Tree = {}
         for number, h_by_field in enumerate(h_of_steps):
             h |= {(number, name): t for name, t in h_by_field.items()}
         return found, h
