@@ -1128,3 +1128,29 @@ def test_the_mean_of_recordings_of_different_examples_is_refused(tmp_path: Path)
     assert mean_of(results[:2]).scores.shape == (EXAMPLES,)
     with pytest.raises(MetaplError, match="different examples"):
         mean_of(results)
+
+
+class TwoHeads(nn.Module):
+    """A network that takes one of two heads in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.heads = nn.ModuleList(nn.Linear(5, CLASSES, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[len(x) % 2](x)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_of_zero_moves_a_weight_by_its_momentum(
+    *, set_to_none: bool, tmp_path: Path
+) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+        for step, rows in enumerate(batches()):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss_of(model, rows[step % 3 % 2 :], weights).backward()
+            optimizer.step()
+
+    assert_right(loop, tmp_path, TwoHeads)

@@ -43,6 +43,8 @@ class StepRow:
         loss: the sum of the losses that were backpropagated; NaN where none was seen.
         clip_norm: the greatest norm of the gradient; None: it was not clipped.
         options: of the optimizer's param groups.
+        without_gradient: the names of weights that the optimizer passed by, whose ``grad`` was
+            None. One that is zero moves a weight by its momentum and decay.
     """
 
     numbers: list[Tensor]
@@ -51,6 +53,7 @@ class StepRow:
     loss: float
     clip_norm: float | None
     options: list[dict[str, Any]]
+    without_gradient: list[str]
 
     @property
     def sizes(self) -> list[int]:
@@ -172,6 +175,7 @@ class RecordingFolder:
             "losses": [row.loss for row in rows],
             "clip_norms": [row.clip_norm for row in rows],
             "options": [row.options for row in rows],
+            "without_gradient": [row.without_gradient for row in rows],
         }
         checkpoint.save(self._file("steps", first), contents)
 
@@ -268,6 +272,7 @@ def rows_of(contents: Mapping[str, Any]) -> list[StepRow]:
             loss=contents["losses"][step],
             clip_norm=contents["clip_norms"][step],
             options=contents["options"][step],
+            without_gradient=contents["without_gradient"][step],
         )
         rows.append(row)
     return rows

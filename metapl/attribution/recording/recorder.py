@@ -128,13 +128,14 @@ class SeenRow:
     Attributes:
         calls: those that count, without what the first step alone needs.
         losses: that were backpropagated.
-        clip_norm, options: as of :class:`StepRow`.
+        clip_norm, options, without_gradient: as of :class:`StepRow`.
     """
 
     calls: list[SeenCall]
     losses: list[Tensor]
     clip_norm: float | None
     options: list[dict[str, Any]]
+    without_gradient: list[str]
 
 
 class RecordingHook:
@@ -240,7 +241,7 @@ class Recorder:
         # an average of weights does by ``.data``, writes to all weights.
         self._smallest: Tensor | None = None
         self._smallest_after_step = torch.empty(0)
-        self._learned: list[Tensor] = []
+        self._learned: dict[str, nn.Parameter] = {}
         self._norms_after_step: Sequence[Tensor] = ()
         self._buffers_after_step: Tree = {}
         # The steps since the last state that was kept, and the number of the first of them.
@@ -344,7 +345,7 @@ class Recorder:
         if id(self._smallest) in names:
             weights[names[id(self._smallest)]] = self._smallest_after_step
         norms: Tree = {}
-        for p, norm in zip(self._learned, self._norms_after_step, strict=True):
+        for p, norm in zip(self._learned.values(), self._norms_after_step, strict=True):
             if id(p) in names:
                 norms[names[id(p)]] = norm
         return EndOfTraining(weights, norms, self._buffers_after_step)
@@ -471,6 +472,7 @@ class Recorder:
             if self._update is None:
                 self._update = followed_update(self.model, optimizer)
                 self._is_learned = [p.requires_grad for p in self._weights]
+                self._learned = trainable(self.model)
             if self._is_learned != [p.requires_grad for p in self._weights]:
                 raise MetaplError(
                     "the loop learns other weights than in its first step, as where it freezes "
@@ -529,11 +531,10 @@ class Recorder:
         The loop may put other weights into it, and estimate other statistics of batch norm.
         """
         if self._smallest is None:
-            self._learned = [*trainable(self.model).values()]
-            self._smallest = min(self._learned, key=Tensor.numel)
+            self._smallest = min(self._learned.values(), key=Tensor.numel)
         self._smallest_after_step = self._smallest.detach().clone()
         with torch.no_grad():
-            self._norms_after_step = torch._foreach_norm(self._learned)
+            self._norms_after_step = torch._foreach_norm([*self._learned.values()])
         buffers = dict(self.model.named_buffers())
         self._buffers_after_step = {
             name: buffers[name].detach().clone() for name in self._moving_buffers if name in buffers
@@ -811,6 +812,7 @@ class Recorder:
                 losses=self._watch.losses,
                 clip_norm=self._norm(),
                 options=self._options,
+                without_gradient=[name for name, p in self._learned.items() if p.grad is None],
             )
         )
 
@@ -832,6 +834,7 @@ class Recorder:
                     loss=sum_of(row.losses),
                     clip_norm=row.clip_norm,
                     options=row.options,
+                    without_gradient=row.without_gradient,
                 )
             )
         if self._by_sight is not None:

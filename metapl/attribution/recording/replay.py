@@ -226,6 +226,8 @@ class Replay:
             losses.append(result.loss)
             for name, g in result.gradient.items():
                 gradient[name] = gradient[name] + g if name in gradient else g
+        for name in state.params.keys() - gradient.keys() - {*self.rows[number].without_gradient}:
+            gradient[name] = torch.zeros_like(state.params[name])
         means = torch.stack(losses)
         if weights is None:
             self._refuse_other_loss(number, factors, means)
