@@ -55,10 +55,6 @@ if TYPE_CHECKING:
     from metapl.core.engine import Engine
     from metapl.core.terms import Gradients, StudentPath, StudentStep
 
-# What reports have of each step, and an estimator's own numbers may not be called.
-NUMBERS_OF_STEPS = frozenset(
-    ["inner_loss", "outer_loss", "feedback_weight", "feedback_ratio", "step_rounding"]
-)
 NOT_FINITE = (
     "the inner loss, the outer loss or the feedback is NaN or infinite; lower the student's "
     "learning rate, or look for a batch without rows or with extreme examples."
@@ -300,6 +296,8 @@ class Estimator(ABC):
             where the inner loss depends on the signal in no step. An error on the way to the
             feedback is replaced by one about the outer loss where that is what is not finite.
         """
+        # One that writes to it must not move the state of a step that is then refused.
+        state = {name: t.clone() for name, t in state.items()}
         try:
             # Line 4 of Algorithm 1 (Meta Pseudo Labels): h.
             given = self.drawn_feedback(path, state) if self.draws else self.feedback(path, state)
@@ -310,8 +308,12 @@ class Estimator(ABC):
                 raise MetaplError(OUTER_NOT_FINITE) from error
             # The outer loss is not the cause, and the error says what is.
             raise
-        if path.look is not None and (unfit := what_is_unfit(given, path.steps)):
-            raise MetaplError(f"{type(self).__name__}.feedback returned {unfit}.")
+        if path.look is not None:
+            # Loaded where it is used.
+            from metapl.guards.returned_feedback import what_is_unfit
+
+            if unfit := what_is_unfit(given, path.steps):
+                raise MetaplError(f"{type(self).__name__}.feedback returned {unfit}.")
         feedback, state = given
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)
@@ -335,45 +337,6 @@ class Estimator(ABC):
                 # The inner loss is not finite, and the others follow from it.
                 raise
         return feedback, state
-
-
-def what_is_unfit(given: Any, steps: Sequence[StudentStep]) -> str:
-    """Return what of a first feedback is not what was expected, in words; "" for nothing.
-
-    Args:
-        steps: of the student.
-    """
-    match given:
-        case [list(feedback), dict()]:
-            pass
-        case _:
-            parts = given if isinstance(given, tuple) else (given,)
-            described = " and ".join(checks.described(part) for part in parts)
-            return (
-                f"{described}; expected a list of a Feedback for each student step, and the next "
-                "state"
-            )
-    if len(feedback) != len(steps):
-        return f"a list of {len(feedback)}; expected a Feedback for each of {len(steps)} steps"
-    for step, of_step in zip(steps, feedback, strict=True):
-        if not isinstance(of_step, Feedback):
-            return f"{checks.described(of_step)} in its list; expected a Feedback"
-        names = step.signal.fields()
-        given_names = [name for name in (of_step.part, *of_step.others) if name is not None]
-        unknown = [name for name in given_names if name not in names]
-        if unknown:
-            return f"h on {few(unknown)}; expected fields of the signal: {few([*names])}"
-        for h in (of_step.h, *of_step.others.values()):
-            if not isinstance(h, Tensor) or not h.is_floating_point():
-                return f"{checks.described(h)} for h; expected a tensor of real numbers"
-        for name, number in of_step.numbers.items():
-            if not isinstance(number, Tensor) or number.numel() != 1:
-                return f"{checks.described(number)} for its number {name!r}; expected a scalar"
-        taken = NUMBERS_OF_STEPS.intersection(of_step.numbers)
-        taken |= {name for name in of_step.numbers if name.startswith("teacher_")}
-        if taken:
-            return f"numbers {few(sorted(taken))}, which a report has already; expected other names"
-    return ""
 
 
 def refuse_not_finite_feedback(feedback: Sequence[Feedback], path: Path) -> None:

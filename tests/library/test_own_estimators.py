@@ -468,6 +468,28 @@ def changing(**changes: Any) -> type[LastLayer]:
     return Changing
 
 
+class Counting(LastLayer):
+    """Counts its calls, by writing to its state."""
+
+    def init(self) -> State:
+        return {"calls": torch.zeros(())}
+
+    def feedback(self, path: Any, state: State) -> Any:
+        state["calls"] += 1
+        return super().feedback(path, state)
+
+
+def test_a_refused_step_leaves_the_state_of_an_estimator_that_writes_to_it() -> None:
+    labeled, (u,) = batches(1)
+    trainer = trainer_of(Counting())
+    trainer.step(labeled, u)
+    with pytest.raises(MetaplError):
+        trainer.step(labeled, u * float("nan"))
+    assert float(trainer.mode_state["calls"]) == 1
+    trainer.step(labeled, u)
+    assert float(trainer.mode_state["calls"]) == 2
+
+
 @dataclass(frozen=True)
 class NamedAsShape(LastLayer):
     """Options of its own with names that other estimators have for a shape of h."""
