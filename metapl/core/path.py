@@ -76,6 +76,9 @@ class Look(Protocol):
     ) -> None:
         """Look at an outer loss."""
 
+    def at_feedback(self, given: Any, steps: Sequence[InnerStep], kind: str) -> None:
+        """Look at what an estimator of this kind has returned for the student's steps."""
+
     def at_batches(self) -> None:
         """Look at the batches after the step."""
 

@@ -309,11 +309,7 @@ class Estimator(ABC):
             # The outer loss is not the cause, and the error says what is.
             raise
         if path.look is not None:
-            # Loaded where it is used.
-            from metapl.guards.returned_feedback import what_is_unfit
-
-            if unfit := what_is_unfit(given, path.steps):
-                raise MetaplError(f"{type(self).__name__}.feedback returned {unfit}.")
+            path.look.at_feedback(given, path.steps, type(self).__name__)
         feedback, state = given
         if path.is_tried:
             refuse_not_finite_feedback(feedback, path)

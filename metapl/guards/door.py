@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches
+from metapl.core.terms import StudentStep
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
@@ -344,6 +345,14 @@ class FirstLook:
                 f"with accumulate={self.accumulate} that moves once for each micro-batch; expected "
                 "it in the signal, a number for each row, or accumulate=1."
             )
+
+    def at_feedback(self, given: Any, steps: Sequence[StudentStep], kind: str) -> None:
+        """Refuse what an estimator has returned that is no feedback on the student's steps."""
+        # Loaded where it is used.
+        from metapl.guards.returned_feedback import what_is_unfit
+
+        if unfit := what_is_unfit(given, steps):
+            raise MetaplError(f"{kind}.feedback returned {unfit}.")
 
     def at_batches(self) -> None:
         """Refuse batches that the step has changed in place, and put them back."""
