@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metapl.core.lookahead import InnerBatches
-from metapl.core.terms import StudentStep
+from metapl.core.step import InnerStep
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch, inputs_of, named_leaves_of
 from metapl.execution.batch import leaves_of as leaves_of_batch
@@ -346,10 +346,10 @@ class FirstLook:
                 "it in the signal, a number for each row, or accumulate=1."
             )
 
-    def at_feedback(self, given: Any, steps: Sequence[StudentStep], kind: str) -> None:
+    def at_feedback(self, given: Any, steps: Sequence[InnerStep], kind: str) -> None:
         """Refuse what an estimator has returned that is no feedback on the student's steps."""
         # Loaded where it is used.
-        from metapl.guards.returned_feedback import what_is_unfit
+        from metapl.feedback.returned import what_is_unfit
 
         if unfit := what_is_unfit(given, steps):
             raise MetaplError(f"{kind}.feedback returned {unfit}.")

@@ -68,7 +68,7 @@ Advice = Callable[[], list[str]]
 
 # What is saved with the fit.
 COUNTS = ("rows_in_a_row", "mean_ratio", "compared_rows", "rows_of_uda", "entropies", "first_step")
-REMEMBERED = ("said", "warnings", *COUNTS, "is_validated", "start")
+REMEMBERED = ("said", "warnings", *COUNTS, "start")
 
 
 class Plan(Protocol):
@@ -116,8 +116,6 @@ class Outcomes:
         self.rows_of_uda = 0
         # The first entropy of each prediction, and the least one of the labeled examples' classes.
         self.entropies: dict[str, float] = {}
-        # Whether networks are measured on validation data, which say more than the labeled batches.
-        self.is_validated = False
         # Roughly the first step in which the outer variables are taught.
         self.first_step: int | None = None
         self.start = sample_of(trainer.teacher)
@@ -141,8 +139,6 @@ class Outcomes:
         if examples >= FEWEST_EXAMPLES:
             self._look_for_collapse(step, row, counts_labels=outer_examples >= FEWEST_EXAMPLES)
         self._look_at_move(step, row)
-        if outer_examples >= FEWEST_EXAMPLES and not self.is_validated:
-            self._look_for_guesses(step, row)
 
     def look_for_idle_loss(self, step: int, row: Mapping[str, float]) -> None:
         """Look whether the loss of UDA was 0 in every row of a fit."""
@@ -161,7 +157,6 @@ class Outcomes:
 
     def validated(self, step: int, role: str, measured: Any, advice: Advice = list) -> None:
         """Look at what a network reaches on the validation data, on which there may be advice."""
-        self.is_validated = True
         if not isinstance(measured, Evaluation):
             return
         # A network that tells classes of different sizes apart may be right less often than one
@@ -311,23 +306,6 @@ class Outcomes:
                     f"{entropy:.2g} nats at step {step:,}, where {compared} {usual:.2g}; "
                     f"{listed(self._remedies(role))}",
                 )
-
-    def _look_for_guesses(self, step: int, row: Mapping[str, float]) -> None:
-        """Look, at the end of a fit, whether a student does no better than the classes' shares."""
-        loss = row.get("outer_loss")
-        entropy = row.get("labeled_class_entropy")
-        if loss is None or entropy is None or step <= self.options.wait + self.options.warmup:
-            return
-        # One batch is odd, and a loss that is no number is refused elsewhere.
-        rows = self._count("guesses", loss >= entropy)
-        if step >= self.options.steps >= FEWEST_STEPS and rows >= ROWS:
-            remedies = [*self._remedies("student"), "train it for more steps"]
-            self.say_once(
-                "guesses",
-                f"the student may be guessing: its loss on the labeled batch of step {step:,} is "
-                f"{loss:.3g}, and that of naming the shares of the classes {entropy:.3g}; give "
-                f"validation= to see its accuracy, {listed(remedies)}",
-            )
 
     def _look_at_move(self, step: int, row: Mapping[str, float]) -> None:
         if self.first_step is None:

@@ -315,7 +315,11 @@ class Replay:
         calls = self.calls(0)
         factors = self.factors(0, state, calls)
         self._refuse_other_loss(0, factors, self._losses(state, calls, outer))
-        derivatives = self.network.refuse_wrong_derivative(state.params, state.buffers, calls[0])
+        # What has no second derivative is refused here, and not in the replay.
+        w = state.params
+        derivatives = self.network.derivatives(
+            state.params, state.buffers, calls[0], w, inspects_graph=True
+        )
         self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
 
     def refuse_other_steps(self) -> None:

@@ -81,7 +81,7 @@ def verify_first_call(differentiation: Differentiation, setting: bool | Literal[
     key = (*map(id, objects), options)
     if VERIFIED.knows(key, objects):
         return VERIFIED.orders(key)
-    description = description_of_call(differentiation, objects, options)
+    description = description_of_call(differentiation, options)
     if description is None or not VERIFIED.knows(description):
         verify(differentiation, setting)
     VERIFIED.remember(key, objects)
@@ -121,7 +121,7 @@ def options_of_call(
 
 
 def description_of_call(
-    differentiation: Differentiation, objects: Sequence[Any], options: tuple[Hashable, ...]
+    differentiation: Differentiation, options: tuple[Hashable, ...]
 ) -> Hashable:
     """Return what tells a call from those that compute something else; None: it cannot be told."""
     from metapl.functional.architecture import (
@@ -142,15 +142,7 @@ def description_of_call(
             options,
         )
     except Undescribed as error:
-        kinds = tuple(map(type, objects))
-        if VERIFIED.knows((kinds, "once")) and not VERIFIED.knows((kinds, "told")):
-            LOG.warning(
-                "metapl.hypergradient verifies each call here that is given new objects: %s has "
-                "no description. Give the same ones, or verify=False.",
-                error.what,
-            )
-            VERIFIED.remember((kinds, "told"))
-        VERIFIED.remember((kinds, "once"))
+        LOG.info("verified, as each call with new objects: %s has no description", error.what)
         return None
 
 
