@@ -315,7 +315,7 @@ ARMS = {
         learns_all=True,
     ),
     "uda_surer": Arm(
-        "the same, labels from a probability of 0.6 on",
+        "UDA, none set aside, 16 and 80 a step, labels from a probability of 0.6 on",
         method("uda", "--uda-threshold", "0.6"),
         cost_of="uda_few",
         batch=16,
@@ -820,6 +820,12 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
         pairs += [(f"{name}: UDA adds", uda, alone), (f"{name}: the loop adds", none, alone)]
         surer = selected(rows, "uda_surer", **columns)
         pairs += [(f"{name}: UDA with more unlabeled pictures and a threshold of 0.6", surer, uda)]
+        few = selected(rows, "labels_few_all", **columns)
+        pairs += [
+            (f"{name}: labels alone, 16 less 64 a step", few, alone),
+            (f"{name}: UDA less labels alone, 16 a step", uda, few),
+            (f"{name}: UDA, threshold of 0.6, less labels alone, all of 16 a step", surer, few),
+        ]
     for arm, times in (("mpl_outer_4", 4), ("mpl_outer_16", 16)):
         name = f"MPL, {times} x the labeled batch, less MPL"
         pairs.append((name, selected(rows, arm), selected(rows, "mpl")))
