@@ -96,7 +96,7 @@ METAPL = "metapl"
 
 FROZEN = "frozen EfficientNet-Lite0 of ImageNet, logistic regression"
 SCRATCH = "`metapl train images --method supervised --steps 1000`, from scratch"
-LABELS = (250, 4000)
+LABELS = (250, 1000, 4000)
 DRAWS = (0, 1, 2)
 
 # To which the frozen network sees the pictures enlarged.
