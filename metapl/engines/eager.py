@@ -201,7 +201,7 @@ class EagerEngine:
         if not gradient:
             return mean, {}
         if not total:
-            if outputs.requires_grad:
+            if value.requires_grad:
                 raise MetaplError(f"the outer loss {checks.READS_OTHER_WEIGHTS}")
             raise MetaplError(
                 "the outer loss has no gradient in the student; expected one of its undetached "

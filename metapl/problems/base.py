@@ -450,5 +450,6 @@ def sum_and_weight(outer_loss: Any) -> tuple[Tensor, Tensor | float]:
     if not isinstance(weight, Tensor):
         weight = total.new_full((), weight)
     if weight.ndim or weight.requires_grad:
-        raise unexpected("the weight of the problem's outer_loss is", weight, "mask.sum(), say")
+        expected = "a scalar without a gradient: mask.sum(), say, or .detach() of it"
+        raise unexpected("the weight of the problem's outer_loss is", weight, expected)
     return wide(total), weight.to(wide(total))

@@ -354,7 +354,7 @@ class BilevelTrainer(Trainer):
             optimizer = of_problem or default_optimizer(self.teacher)
         if not isinstance(optimizer, torch.optim.Optimizer):
             expected = "one of torch.optim over teacher.parameters()"
-            raise checks.unexpected("outer_optimizer is", given, expected)
+            raise checks.unexpected("outer_optimizer is", optimizer, expected)
         refuse_unfit(optimizer, "outer_optimizer")
         learned = self.teacher_layout.parameters()
         refuse_missing("outer_optimizer", optimizer, learned, network="teacher")

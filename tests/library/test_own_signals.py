@@ -196,3 +196,50 @@ def test_what_later_signals_take_from_the_student_is_said_to_be_left_out(mode: s
     two = checked(Sharpened(), teacher, mode=mode, inner=metapl.Lookahead([inner] * 2))
     assert two.status == "allowed", str(two)
     assert "the signals are made of the student's outputs" in two.verdict
+
+
+class OfOuterLoss(Weighed):
+    """A problem with another outer loss, by a function of outputs and labels."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def outer_loss(self, outputs: Tensor, batch: Any) -> Any:
+        return self.loss(outputs, batch[1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        (
+            lambda z, y: F.cross_entropy(z, y).detach(),
+            "the outer loss has no gradient in the student",
+        ),
+        (
+            lambda z, y: (z.argmax(1) == y).double().mean(),
+            "the outer loss has no gradient in the student",
+        ),
+        (
+            lambda z, y: (F.cross_entropy(z, y, reduction="sum"), z.square().sum()),
+            "the weight of the problem's outer_loss is .* expected a scalar without a gradient",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verify", [True, False])
+def test_an_outer_loss_that_gives_no_gradient_is_named(
+    loss: Any, text: str, *, verify: bool
+) -> None:
+    teacher, student = nn.Linear(4, 1), nn.Linear(4, C)
+    trainer = metapl.BilevelTrainer(teacher, student, problem=OfOuterLoss(loss), verify=verify)
+    with pytest.raises(MetaplError, match=text):
+        trainer.step(cast(OUTER), cast(INNER))
+
+
+class WithoutOptimizer(Weighed):
+    def default_outer_optimizer(self, teacher: nn.Module) -> Any:
+        return 0.1
+
+
+def test_what_a_problem_returns_for_an_optimizer_is_named() -> None:
+    with pytest.raises(MetaplError, match="outer_optimizer is of type float"):
+        metapl.BilevelTrainer(nn.Linear(4, 1), nn.Linear(4, C), problem=WithoutOptimizer())
