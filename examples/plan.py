@@ -49,6 +49,7 @@ from metapl.execution.ranks import Ranks
 from metapl.execution.shards import local
 from metapl.execution.state import RandomState
 from metapl.feedback import base
+from metapl.guards import door
 from metapl.models import LabelAdjuster
 from metapl.training.loss_trainer import LossTrainer
 
@@ -225,6 +226,8 @@ def stage(mesh: Mesh):
         # Derivatives without values cannot be compared, or be found to be infinite.
         (step, "slopes_differ", lambda *_: False),
         (base, "refuse_not_finite_feedback", lambda *_: None),
+        # Memory without values has no address, by which two parameters would share it.
+        (door, "refuse_shared_memory", lambda *_: None),
         # The losses of micro-batches are compared with those of their rows together once.
         (teacher, "refuse_other_than_means", lambda *_, **__: None),
         # This machine's memory says nothing of the one that is planned for.
