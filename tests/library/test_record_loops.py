@@ -1154,3 +1154,19 @@ def test_a_gradient_of_zero_moves_a_weight_by_its_momentum(
             optimizer.step()
 
     assert_right(loop, tmp_path, TwoHeads)
+
+
+def test_a_rate_that_a_hook_sets_before_the_step_is_that_of_the_step(tmp_path: Path) -> None:
+    def loop(model: nn.Module, weights: Tensor | None) -> None:
+        optimizer = optimizer_of(model)
+
+        def set_rate(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+            optimizer.param_groups[0]["lr"] *= 0.9
+
+        optimizer.register_step_pre_hook(set_rate)
+        for rows in batches():
+            optimizer.zero_grad()
+            loss_of(model, rows, weights).backward()
+            optimizer.step()
+
+    assert_right(loop, tmp_path)

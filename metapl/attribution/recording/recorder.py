@@ -473,12 +473,14 @@ class Recorder:
                 self._update = followed_update(self.model, optimizer)
                 self._is_learned = [p.requires_grad for p in self._weights]
                 self._learned = trainable(self.model)
+                # Behind hooks of the loop, which may set the rate.
+                hook = optimizer.register_step_pre_hook(RecordingHook(self._note_settings))
+                self._hooks.callback(hook.remove)
             if self._is_learned != [p.requires_grad for p in self._weights]:
                 raise MetaplError(
                     "the loop learns other weights than in its first step, as where it freezes "
                     "some; expected the same in all steps"
                 )
-            self._options = settings_of(optimizer)
             if self._keeps_state:
                 # The first call of Lightning's step is within it, and has not come yet.
                 self._params = self._params or self._current_params()
@@ -493,6 +495,11 @@ class Recorder:
 
                 state = self._params, self._optimizer_state or {}, self._buffers
                 self.steps = step_of_kept_state(self.folder, KeptState(*state), self._device)
+
+    def _note_settings(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._is_active:
+            with self._guarded():
+                self._options = settings_of(optimizer)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         if not self._is_active:
