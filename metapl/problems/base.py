@@ -224,8 +224,9 @@ class BilevelProblem(ABC):
     ) -> Signal:
         """Return the teacher's signal about ``batch``.
 
-        ``student_outputs`` (B, ...) are detached, and None where the signal is asked for before the
-        student runs (see :meth:`student_input` and :attr:`signal_of_batch`).
+        ``student_outputs`` (B, ...) are detached, so that a gradient through several student steps
+        leaves out what earlier signals do to them. They are None where the signal is asked for
+        before the student runs (see :meth:`student_input` and :attr:`signal_of_batch`).
         """
 
     @abstractmethod

@@ -230,7 +230,8 @@ class MetaWeightNet(Weighted):
     :class:`ExampleLabels` or :class:`LabelCorrection` then. On the mistakes of people it is behind
     plain training of equal work (docs/studies/people-labels.md has the numbers).
 
-    Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper.
+    Bias: the dependence of the weight on θ, through the loss, is left out, as in the paper. Of one
+    student step it is constant; over several, verification warns of it.
 
     >>> import metapl
     >>> student = torch.nn.Linear(4, 3)
