@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import metapl
 from metapl import MetaplError, Signal
+from metapl.guards.verification import VerificationWarning
 from metapl.problems import Table
 
 C = 3
@@ -196,6 +197,41 @@ def test_what_later_signals_take_from_the_student_is_said_to_be_left_out(mode: s
     two = checked(Sharpened(), teacher, mode=mode, inner=metapl.Lookahead([inner] * 2))
     assert two.status == "allowed", str(two)
     assert "the signals are made of the student's outputs" in two.verdict
+
+
+class ByConfidence(Weighed):
+    """Weights by how sure the student is, without a teacher."""
+
+    has_teacher = False
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Signal:
+        return Signal(outputs.softmax(1).amax(1))
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("problem", [ByConfidence(), metapl.problems.EqualWeights()])
+def test_what_a_signal_takes_from_the_start_is_said_to_be_left_out(
+    problem: metapl.BilevelProblem, steps: int
+) -> None:
+    student = nn.Linear(4, C)
+    inner = cast(INNER)
+
+    def in_start() -> None:
+        metapl.hypergradient(
+            None,
+            student,
+            outer=cast(OUTER),
+            inner=inner if steps == 1 else metapl.Lookahead([inner] * steps),
+            problem=problem,
+            inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+            wrt="start",
+        )
+
+    if isinstance(problem, ByConfidence):
+        with pytest.warns(VerificationWarning, match="or the start, do to a signal is left out"):
+            in_start()
+    else:
+        in_start()
 
 
 class OfOuterLoss(Weighed):

@@ -165,6 +165,7 @@ def check_step(request: Request) -> GradientCheck:
                 random=RandomState.now(differentiation.device),
                 micro_batches=parts,
                 other_part=other_part,
+                in_start="start" in differentiation.wrt,
             ),
             estimate,
         )

@@ -5,12 +5,15 @@ A good reason, which is allowed, or the likely causes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from operator import attrgetter
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from metapl.errors import MetaplError, few
+from metapl.execution.state import trainable
 from metapl.feedback import Estimator, estimator
 from metapl.guards.verification.case import Case, flat
 from metapl.guards.verification.causes import likely_causes, own_functions_in
@@ -147,7 +150,7 @@ def moves_past_the_signal(case: Case) -> bool:
     """
     if not case.teacher_gradient:
         return False
-    move = Move("teacher", random_direction(case), 1e-2)
+    move = Move("teacher", random_direction(case.teacher_gradient), 1e-2)
     moved = Evaluation(case.step, move, signals=case.signals)
     rounding = 1000 * case.eps
     # Also the gradient, which a small rate or a fresh Adam hides from the loss.
@@ -163,27 +166,24 @@ def moves_past_the_signal(case: Case) -> bool:
 
 
 def holds_outputs(case: Case) -> str:
-    """Return what a mode leaves out where later signals are made of the student's outputs."""
-    if len(case.step.inner_batches) == 1 or not case.teacher_gradient:
+    """Return what a mode leaves out where signals are made of the student's outputs."""
+    if len(case.step.inner_batches) == 1 and not case.step.in_start:
         return ""
-    move = Move("teacher", random_direction(case), 1e-5)
+    move = Move("inner", random_direction(trainable(case.step.student)), 1e-5)
     held = Evaluation(case.step, move, student_outputs=case.real.outputs)
     gap = abs(float(Evaluation(case.step, move).loss) - float(held.loss))
     if gap <= 1000 * case.eps * max(abs(float(case.real.loss)), 1e-3):
         return ""
     return (
         "the signals are made of the student's outputs, which each step takes for constants: what "
-        "a signal does to the outputs that later ones are made of is left out."
+        "earlier steps, or the start, do to a signal is left out."
     )
 
 
-def random_direction(case: Case) -> Tree:
-    """Return a direction in all that is learned."""
+def random_direction(like: Mapping[str, Tensor]) -> Tree:
+    """Return a direction in the space of some tensors."""
     draw = torch.Generator().manual_seed(2)
-    direction = {}
-    for name, t in case.teacher_gradient.items():
-        direction[name] = torch.randn(t.shape, generator=draw).to(t)
-    return direction
+    return {name: torch.randn(t.shape, generator=draw).to(t) for name, t in like.items()}
 
 
 def reference_for(mode: Estimator) -> str:

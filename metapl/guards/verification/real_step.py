@@ -79,6 +79,7 @@ class RealStep:
         micro_batches: into how many parts each batch was split; the batches here are the first of
             them.
         other_part: another micro-batch of the first inner batch; None of a batch that is not split.
+        in_start: whether the gradient in the student's first weights is asked for.
         problem_parameters: the tensors that the problem holds and that require a gradient.
         originals: the step of which these are copies, by whose names a tensor is called.
     """
@@ -94,6 +95,7 @@ class RealStep:
     random: RandomState
     micro_batches: int = 1
     other_part: Batch = None
+    in_start: bool = False
     problem_parameters: tuple[Tensor, ...] = ()
     originals: RealStep | None = None
 
