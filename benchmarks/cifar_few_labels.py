@@ -330,6 +330,12 @@ ARMS = {
         batch=16,
         learns_all=True,
     ),
+    "labels_fast_all": Arm(
+        "labels alone, none set aside, four times the rate",
+        method("supervised", "--lr", "0.24"),
+        cost_of="labels",
+        learns_all=True,
+    ),
     "none_few": Arm(
         "the loop without feedback, 16 labeled and 80 unlabeled a step",
         method("none"),
@@ -594,6 +600,9 @@ LATER = (
     (1000, ("labels_few_all",)),
     (1000, ("uda_surer", "uda_few")),
     (4000, ("labels_few_all",)),
+    (1000, ("labels_fast_all",)),
+    (4000, ("labels_fast_all",)),
+    (250, ("labels_fast_all",)),
 )
 CARD_BUDGETS = (600_000, 2_000_000, 6_000_000)
 
