@@ -832,6 +832,11 @@ def later_lines(rows: list[Row], rounds: dict[int, list[Row]]) -> list[list[str]
         few = selected(rows, "labels_few_all", **columns)
         pairs += [
             (f"{name}: labels alone, 16 less 64 a step", few, alone),
+            (
+                f"{name}: labels alone, four times the rate less the default",
+                selected(rows, "labels_fast_all", **columns),
+                alone,
+            ),
             (f"{name}: UDA less labels alone, 16 a step", uda, few),
             (f"{name}: UDA, threshold of 0.6, less labels alone, all of 16 a step", surer, few),
         ]

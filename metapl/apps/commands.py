@@ -40,7 +40,7 @@ from metapl.apps.progress import is_watched
 from metapl.apps.report import PAGE
 from metapl.apps.rounds import METHODS, DigitsOfRounds, ImagesOfRounds
 from metapl.apps.run_summary import summary
-from metapl.apps.settings import with_settings_of
+from metapl.apps.settings import flag_values, with_settings_of
 from metapl.apps.several_runs import train_and_compare
 from metapl.apps.stored_recipe import StoredRecipe
 from metapl.apps.train import check_shares, describe, train
@@ -400,6 +400,7 @@ class Train:
             others.train(config, method, threads=threads)
         with folder.claimed(describe(config, method), resume=self.options.resume):
             if folder.ended:
+                refuse_other_places(config, folder)
                 tell(f"{folder.path} is finished already.")
                 result = stored_result(folder)
                 others.leave(0)
@@ -489,8 +490,9 @@ def refuse_other_command(recipe: StoredRecipe, kind: type[Train], way_out: str) 
 
 
 def quoted(path: Path) -> str:
-    """Return a path as one word of a command line."""
-    return shlex.quote(str(path))
+    """Return a path as one word of a command line, which is no flag."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def command_of(name: str, method: str) -> str | None:
@@ -590,13 +592,27 @@ def say(text: str) -> None:
     tell(wrapped(as_flags(text)))
 
 
+def refuse_other_places(config: TrainingConfig, folder: RunFolder) -> None:
+    """Refuse a finished run with folders of other data than it had, of which it says nothing."""
+    fields = folder.description()["recipe"]["fields"]
+    values = flag_values(config)
+    others = [name for name in config.places if values[name] != fields.get(name)]
+    if others:
+        flags = few([f"--{name}" for name in others])
+        raise MetaplError(
+            f"the run in {folder.path} is finished, and {flags} names other data than it had; "
+            f"leave it out, or measure the networks by metapl evaluate {quoted(folder.path)} "
+            "--test FOLDER."
+        )
+
+
 def tell_next(path: Path, seconds: float | None) -> None:
     """Print how long a training took, unless it was done before, and what one types next."""
     after = "" if seconds is None else f"after {spoken_time(seconds)} "
     tell(
         f"{after}the networks, the report and the figures are in {path}:\n"
         f"  {path / PAGE}  (open it in a browser)\n"
-        f"  metapl predict {shlex.quote(str(path))} PICTURES"
+        f"  metapl predict {quoted(path)} PICTURES"
     )
 
 

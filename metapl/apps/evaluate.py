@@ -80,6 +80,8 @@ class Evaluate:
         run = EndedRun.load(self.folder)
         if self.out is not None:
             check_out(self.out, run.folder.recipe().get("fields", {}), {"test": self.test})
+            if (self.out / EVALUATION).exists():
+                raise MetaplError(f"{self.out / EVALUATION} is there; expected another --out.")
         with held(self.out):
             # 1. All that is refused is refused before anything is measured.
             name = run.name(self.network)

@@ -31,7 +31,8 @@ class Predict:
 
     The columns are file, class and probability. With --top 3 there are also class_2, probability_2,
     class_3 and probability_3: the classes that come next. With --probabilities there is a column
-    for each class, such as p(cat); these sum to 1.
+    for each class, such as p(cat); these sum to 1. A name that a spreadsheet would take for a
+    formula, such as =held or +, begins with an apostrophe.
 
     A picture is read like the training data of the run: its largest centered square is resized to
     the network's size, in colors or grey. For runs that were trained on crops, the middle of that

@@ -592,8 +592,8 @@ class LabelWriter:
     def _write(self, name: str, content: Any) -> None:
         """Write a file of the store, whole or not at all."""
         mend = (
-            f"the {self.rows:,} rows that are there are whole. Mend that (is the disk full?), then "
-            "go on with resume=True (--resume)."
+            f"the {self.rows:,} rows that were written are whole. Mend that (is the disk full?), "
+            "then repeat it, with resume=True where that is an option (metapl label --resume)."
         )
         write_whole(self.folder / name, content, mend)
 

@@ -294,6 +294,24 @@ def test_evaluate_measures_on_other_pictures(colors: Path, tmp_path: Path) -> No
         assert not (colors / part / "out").exists()
 
 
+def test_an_evaluation_is_not_written_over_another(colors: Path, tmp_path: Path) -> None:
+    words = ("evaluate", colors / "run", "--out", tmp_path / "out")
+    metapl(*words)
+    written = (tmp_path / "out" / "evaluation.json").read_bytes()
+    told = metapl(*words, "--attack", "fgsm", "--eps", "1", code=2)
+    assert "is there; expected another --out" in " ".join(told.stderr.split())
+    assert (tmp_path / "out" / "evaluation.json").read_bytes() == written
+
+
+def test_a_finished_run_says_nothing_of_other_data(colors: Path, tmp_path: Path) -> None:
+    shutil.copytree(colors / "run", tmp_path / "run")
+    shutil.copytree(colors / "test", tmp_path / "other")
+    words = ("train", "images", "--resume", "--out", tmp_path / "run")
+    told = metapl(*words, "--test", tmp_path / "other", code=2)
+    assert "--test names other data than it had" in " ".join(told.stderr.split())
+    assert "is finished already" in " ".join(metapl(*words).stdout.split())
+
+
 def test_runs_of_every_state_are_listed(tiny: Path, tmp_path: Path) -> None:
     for name in ("mine", "stopped", "held", "deep/er/broken"):
         shutil.copytree(tiny, tmp_path / name)
