@@ -87,8 +87,7 @@ class StoredRecipe:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise MetaplError(
-                f"{path} is not as a run writes it ({type(error).__name__}: {error}); expected "
-                "the recipe.json of a run."
+                f"{path} is not as a run writes it; expected the recipe.json of a run."
             ) from error
 
     def refuse_other_steps(self, steps: str | None) -> None:
