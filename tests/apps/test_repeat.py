@@ -209,10 +209,13 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda content: content["recipe"]["fields"].update(learns_from_student=False),
         "its method is 'mpl', and its settings are those of 'none'",
     ),
-    "another file": (lambda content: content.clear(), "is not as a run writes it (KeyError"),
+    "another file": (
+        lambda content: content.clear(),
+        "is not as a run writes it; expected the recipe.json",
+    ),
     "settings that are none": (
         lambda content: content["recipe"].update(fields=[1]),
-        "is not as a run writes it (TypeError",
+        "is not as a run writes it; expected the recipe.json",
     ),
 }
 
