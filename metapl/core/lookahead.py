@@ -49,8 +49,9 @@ class Lookahead(Sequence[Any]):
     def __post_init__(self) -> None:
         check_fields(self)
         if not self._has_batch_for_each_step():
-            expected = "a batch for each step, or a function of its number with steps="
-            raise checks.unexpected(f"{self.steps} steps were given of", self.batches, expected)
+            of_steps = "" if self.steps is None else f" of {self.steps} steps"
+            expected = "a batch for each step ([*loader]), or a function of its number with steps="
+            raise checks.unexpected(f"batches of a Lookahead{of_steps} are", self.batches, expected)
 
     def _has_batch_for_each_step(self) -> bool:
         """Return whether the batches are a long enough sequence, or a function with steps."""

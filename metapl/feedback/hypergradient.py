@@ -24,7 +24,7 @@ from metapl.core.teacher import CallsOfSignal, Teacher, Teaching
 from metapl.engines.eager import EagerEngine
 from metapl.errors import MetaplError, few
 from metapl.execution.batch import Batch
-from metapl.execution.checks import generator_of
+from metapl.execution.checks import generator_of, unexpected
 from metapl.execution.layout import layouts
 from metapl.execution.numerics import (
     MissingDerivative,
@@ -44,7 +44,7 @@ from metapl.feedback import (
     in_place_of,
     prepare,
 )
-from metapl.problems.base import BilevelProblem, outer_variables
+from metapl.problems.base import BilevelProblem, kind_of, outer_variables, overrides
 from metapl.updates import (
     Clipped,
     InnerOptimizer,
@@ -192,6 +192,8 @@ class Differentiation:
             update = Clipped(update, request.clip_norm, self.of_student.space)
         self.update = update
         self._read_batches()
+        if not isinstance(request.wrt, str | Sequence):
+            raise unexpected("wrt is", request.wrt, "a name, or a list of names")
         self.wrt = [request.wrt] if isinstance(request.wrt, str) else [*request.wrt]
         self.settings = [name for name in self.wrt if name in self.update.numbers]
         self._check_wrt()
@@ -237,6 +239,8 @@ class Differentiation:
 
         "" for nothing.
         """
+        if overrides(self.problem, "revised_signal"):
+            return f"{kind_of(self.problem)}, which revises its signal; expected another problem"
         walks_back = self.estimate.looks_ahead and self.estimate.credits == "signal"
         if not walks_back:
             return f"mode {self.estimate.name!r}; expected 'forward' or 'unrolled'"

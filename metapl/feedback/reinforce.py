@@ -60,11 +60,7 @@ class Reinforce(Estimator):
     the paper's appendix.
     """
 
-    shape: ClassVar[Mapping[str, Any]] = {
-        **Estimator.shape,
-        "similarity": "dot",
-        "baseline": None,
-    }
+    shape: ClassVar[Mapping[str, Any]] = {**Estimator.shape, "similarity": "dot", "baseline": None}
     similarity: Literal["dot", "cosine"] = "dot"
     baseline: Decay | None = None
     normalization: Literal["gradient", "learning_rate"] = "gradient"

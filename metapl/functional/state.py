@@ -145,7 +145,11 @@ def constants_of(update: Update | None) -> list[dict[str, Any]]:
     """Return what param groups hold besides the settings, and 0 for a number that is no setting."""
     if not isinstance(update, TorchUpdate):
         return []
-    return [group | dict.fromkeys(update.numbers, 0.0) for group in options_of(update.optimizer)]
+    constants = []
+    for group in options_of(update.optimizer):
+        numbers = {name: 0.0 for name in update.numbers if name in group}
+        constants.append(group | numbers)
+    return constants
 
 
 def state_of(trainer: TwoLevelTrainer, updates: tuple[Update, Update | None]) -> State:

@@ -501,6 +501,17 @@ def test_tasks_at_once_are_the_mean_of_tasks_in_a_loop(case: str) -> None:
     assert_is_mean_of_tasks(student, optimizer, **{"wrt": "start", **OF_TASKS[case]})
 
 
+@pytest.mark.parametrize("adam_is_first", [True, False])
+def test_tasks_take_settings_that_one_of_several_optimizers_has(*, adam_is_first: bool) -> None:
+    student = network()
+    weights = [*student.parameters()]
+    adam = torch.optim.Adam(weights[:2], lr=0.1, eps=1e-2)
+    optimizers = (adam, SGD(weights[2:], lr=0.3))
+    if not adam_is_first:
+        optimizers = optimizers[::-1]
+    assert_is_mean_of_tasks(student, optimizers, wrt=["start", "lr", "betas"])
+
+
 @pytest.mark.parametrize(
     ("mode", "rule"),
     [

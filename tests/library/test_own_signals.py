@@ -279,3 +279,54 @@ class WithoutOptimizer(Weighed):
 def test_what_a_problem_returns_for_an_optimizer_is_named() -> None:
     with pytest.raises(MetaplError, match="outer_optimizer is of type float"):
         metapl.BilevelTrainer(nn.Linear(4, 1), nn.Linear(4, C), problem=WithoutOptimizer())
+
+
+class OfStudentsWeights(Weighed):
+    """Weights by a weight of the student itself, without a teacher."""
+
+    has_teacher = False
+
+    def __init__(self, student: nn.Linear) -> None:
+        self.student = student
+
+    def signal(self, teacher: Any, batch: Any, outputs: Any, *, generator: Any) -> Signal:
+        return Signal(self.student.bias[batch[1]].exp())
+
+
+def call_without_teacher(problem: Any, student: nn.Module, wrt: Any) -> Any:
+    return metapl.hypergradient(
+        None,
+        student,
+        outer=cast(OUTER),
+        inner=cast(INNER),
+        problem=problem,
+        inner_optimizer=torch.optim.SGD(student.parameters(), lr=0.1),
+        wrt=wrt,
+    )
+
+
+def test_without_a_teacher_a_signal_of_the_students_weights_is_verified() -> None:
+    student = nn.Linear(4, C)
+    found = call_without_teacher(OfStudentsWeights(student), student, "lr")
+    assert found.settings["lr"].isfinite().all()
+
+
+@pytest.mark.parametrize("wrt", ["start", "lr", ["teacher", "start"]])
+def test_a_start_before_a_step_that_is_revised_is_refused(wrt: Any) -> None:
+    """The loss that is returned is that of the revised step."""
+    with pytest.raises(MetaplError, match="which revises its signal"):
+        call_without_teacher(metapl.problems.LearningToReweight(), nn.Linear(4, C), wrt)
+
+
+@pytest.mark.parametrize("wrt", [None, 3])
+def test_a_wrt_that_is_no_name_is_refused(wrt: Any) -> None:
+    with pytest.raises(MetaplError, match="expected a name, or a list of names"):
+        call_without_teacher(metapl.problems.EqualWeights(), nn.Linear(4, C), wrt)
+
+
+def test_what_is_no_look_ahead_is_named_with_the_way_out() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*cast(INNER)))
+    with pytest.raises(MetaplError, match=r"a Lookahead are of type DataLoader.*\[\*loader\]"):
+        metapl.Lookahead(loader)  # type: ignore[arg-type]
+    with pytest.raises(MetaplError, match="a Lookahead of 3 steps are a list of 1"):
+        metapl.Lookahead([1], steps=3)

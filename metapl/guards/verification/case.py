@@ -149,9 +149,9 @@ class Case:
         if self.mode.credits == "nothing":
             return {name: torch.zeros_like(t) for name, t in self.real.copies.learned().items()}
         score = self.score(self.real)
-        if not score.requires_grad:
-            return {}
         learned = self.real.copies.learned()
+        if not score.requires_grad or not learned:
+            return {}
         gradients = torch.autograd.grad(
             score, list(learned.values()), materialize_grads=True, allow_unused=True
         )

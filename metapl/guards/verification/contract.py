@@ -20,13 +20,7 @@ from metapl.guards.door import ids, name_in
 from metapl.guards.verification.case import EXACT, Case, flat
 from metapl.guards.verification.causes import changing_loss, likely_causes
 from metapl.guards.verification.real_step import Evaluation
-from metapl.problems.base import (
-    enters_input,
-    has_rows,
-    kind_of,
-    overrides,
-    sum_and_weight,
-)
+from metapl.problems.base import enters_input, has_rows, kind_of, overrides, sum_and_weight
 from metapl.problems.rows import is_one_row, reads_other_rows, signal_reads_other_rows
 
 
