@@ -77,7 +77,7 @@ def hypergradient(
             param group: ``"lr"``, ``"momentum"``, ``"dampening"``, ``"weight_decay"`` of SGD,
             ``"lr"``, ``"betas"``, ``"eps"``, ``"weight_decay"`` of Adam and AdamW, ``"lr"``,
             ``"momentum"``, ``"eps"``, ``"weight_decay"`` of Muon. Modes ``forward`` and
-            ``unrolled``; without a teacher, ``problem=EqualWeights()``. Cost: of the start, the
+            ``unrolled``, and no problem that revises its signal. Cost: of the start, the
             Hessian product of the first step; of settings, a few operations per weight. With
             ``truncate=T``, the gradient in the start is that in θ_{K-T}: dθ_{K-T}/dθ_0 counts as
             the identity; ``truncate=0`` is first-order MAML, ∇L(θ_K). The bias is the factor
