@@ -490,7 +490,11 @@ def refuse_other_command(recipe: StoredRecipe, kind: type[Train], way_out: str) 
 
 
 def quoted(path: Path) -> str:
-    """Return a path as one word of a command line, which is no flag."""
+    """Return a path as one word of a command line, which is no flag.
+
+    >>> quoted(Path("-q")), quoted(Path("a run"))
+    ('./-q', "'a run'")
+    """
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
 

@@ -923,8 +923,12 @@ def test_a_wrong_second_derivative_is_refused_before_the_replay(tmp_path: Path) 
         words_loop, tmp_path / "a", lambda: Words(scale_grad_by_freq=True), train=(IDS, Y)
     )
     outer = IDS[:9], OUTER[1]
-    with pytest.raises(MetaplError, match="are not of one function"):
-        recording.attribute(outer, progress=False)
+    # Also of a network that is not verified, as a large one is not.
+    for verify in (True, False):
+        with pytest.raises(
+            MetaplError, match=r"another one by double backward .* scale_grad_by_freq"
+        ):
+            recording.attribute(outer, verify=verify, progress=False)
     recorded(words_loop, tmp_path / "b", Words, train=(IDS, Y)).attribute(outer, progress=False)
 
     recording = recorded(loop_with(), tmp_path / "c", Marked)

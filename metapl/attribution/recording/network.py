@@ -29,7 +29,7 @@ from metapl.execution.layout import (
     refuse_compiled,
     refuse_untrainable,
 )
-from metapl.execution.numerics import HALF, Tree, no_fast_path
+from metapl.execution.numerics import HALF, WHOLE, Tree, no_fast_path
 from metapl.execution.state import (
     RandomState,
     Slot,
@@ -201,6 +201,40 @@ class RecordedNetwork:
     def _note_types(self, loss: Tensor, *_: Any) -> None:
         """Note the types of a loss's graph."""
         self.types |= types_in_graphs([loss])
+
+    def derivatives_beside_difference(
+        self, params: Tree, buffers: Tree, call: Call
+    ) -> tuple[Derivatives, float]:
+        r"""Return derivatives of ⟨g, w⟩ by double backward, and how far they are from a difference.
+
+        The gradient g is linear in the examples' weights a. Along signs r,
+
+        .. math:: \Big\langle \frac{\partial \langle g, w\rangle}{\partial a}, r\Big\rangle =
+                  \langle g(1 + r/2) - g(1 - r/2),\ w\rangle, \qquad
+                  w_p = g_p(1) / \|g_p(1)\| \text{ of each parameter } p
+
+        Returns: the derivatives, and the distance of both sides in what rounding allows; more than
+        1 for an operation whose second derivative is missing or not that of its first, as of
+        torch's embeddings with ``scale_grad_by_freq``. Cost: three passes with gradients and a
+        double backward.
+        """
+        gradient = self.gradient(params, buffers, call).gradient
+        # Each parameter counts alike, also one whose gradient is small.
+        w = {
+            name: g / g.norm().clamp_min(torch.finfo(g.dtype).tiny) for name, g in gradient.items()
+        }
+        derivatives = self.derivatives(params, buffers, call, w, inspects_graph=True)
+        in_weights = derivatives.in_weights
+        signs = torch.randint(2, in_weights.shape, generator=torch.Generator().manual_seed(0))
+        r = (2 * signs - 1).to(in_weights)
+        above = self.gradient(params, buffers, call, 1 + r / 2).gradient
+        below = self.gradient(params, buffers, call, 1 - r / 2).gradient
+        difference = float(WHOLE.dot(above, w) - WHOLE.dot(below, w))
+        derivative = float((in_weights * r).sum())
+        rounding = 100 * precision_of(self) + 2 * precision_of_products(self)
+        size = float(in_weights.norm() * r.norm())
+        allowed = rounding * float(WHOLE.dot(gradient, w)) + 1e-3 * size
+        return derivatives, abs(derivative - difference) / max(allowed, 1e-300)
 
     def moved_buffers_read(
         self, params: Tree, buffers: Tree, buffers_after: Tree, call: Call

@@ -315,11 +315,17 @@ class Replay:
         calls = self.calls(0)
         factors = self.factors(0, state, calls)
         self._refuse_other_loss(0, factors, self._losses(state, calls, outer))
-        # What has no second derivative is refused here, and not in the replay.
-        w = state.params
-        derivatives = self.network.derivatives(
-            state.params, state.buffers, calls[0], w, inspects_graph=True
+        # Of networks of any size, of which verification leaves large ones out.
+        derivatives, gap = self.network.derivatives_beside_difference(
+            state.params, state.buffers, calls[0]
         )
+        if not gap <= 1:
+            raise MetaplError(
+                "the gradient's derivative in the weights of the examples is another one by double "
+                f"backward than by a difference, {gap:.1g} times what rounding allows, so the "
+                "scores would be wrong. Likely causes: an embedding with scale_grad_by_freq, or a "
+                "backward of one's own; expected operations with a second derivative."
+            )
         self._warn_of_moved_buffers(state, derivatives.buffers, calls[0])
 
     def refuse_other_steps(self) -> None:

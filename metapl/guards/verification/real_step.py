@@ -384,16 +384,13 @@ class Evaluation:
             teacher, inner_batch, student_outputs, generator=self.copies.generator
         )
         self.signals.append(asked)
-        if self.given_signals is not None:
-            signal = self.given_signals[number]
-        else:
-            signal = asked.detached()
-            if signal.sampled and number == 0:
-                for name, t in signal.fields().items():
-                    if name in FIELDS_BESIDE_VALUE:
-                        self.beside_labels[name] = t.requires_grad_()
-                # A loss may write to what it is given, as to no leaf.
-                signal = signal.having({name: t.clone() for name, t in self.beside_labels.items()})
+        signal = asked.detached() if self.given_signals is None else self.given_signals[number]
+        if signal.sampled and number == 0:
+            for name, t in signal.fields().items():
+                if name in FIELDS_BESIDE_VALUE:
+                    self.beside_labels[name] = t.detach().requires_grad_()
+            # A loss may write to what it is given, as to no leaf.
+            signal = signal.having({name: t.clone() for name, t in self.beside_labels.items()})
         if self.move.what != "signal":
             return signal
         moved = {}
